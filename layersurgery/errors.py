@@ -1,0 +1,25 @@
+"""What can go wrong, by whose hand it is mended.
+
+Every error this package raises on purpose is a `LayerSurgeryError`. Its text says what was asked, where, what was
+found instead and what to do; the command line prints it without a traceback.
+"""
+
+
+class LayerSurgeryError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class PlanError(LayerSurgeryError, ValueError):
+    """A plan, an edit or a route that cannot be meant as written. Mended by writing another plan."""
+
+
+class SourceError(LayerSurgeryError):
+    """A model that cannot be found or read: missing, damaged, or in a format that is not read."""
+
+
+class InexpressibleError(LayerSurgeryError):
+    """An edit whose result no Hugging Face checkpoint of this architecture can say."""
+
+
+class OutputError(LayerSurgeryError):
+    """A place that cannot be written: it exists, is full, forbidden, or inside the source."""
