@@ -1,0 +1,346 @@
+"""Surgery on a checkpoint's files: tensors are renamed in headers and their bytes streamed; no model is built.
+
+>>> edit_checkpoint("EleutherAI/pythia-6.9b-deduped", swap(12), "pythia-swapped")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic import check_output, whole_directory
+from .card import model_card
+from .errors import InexpressibleError, OutputError, PlanError, SourceError
+from .layerwise import Json, Section, find_section, needs_class, places, rename_layers, rewrite, unexplained
+from .layout import Layout, Shard, lay_out
+from .plan import Plan
+from .refusals import refuse_architecture
+from .route import Route
+from .sources import CARRIED, Source, find_source
+from .transfer import Progress, copy_bytes, write_zeros
+from .weights import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
+
+# Files that name layers in their quantisation settings, beside config.json.
+_QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+# Quantised formats in which a weight of zero bytes is a weight of zeros.
+_ZERO_IS_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint as its files describe it: config, headers, and where the decoder blocks are."""
+
+    source: Source
+    config: Json
+    section: Section
+    weights: Weights
+    stack: Stack
+
+    @property
+    def depth(self) -> int:
+        return self.section.depth
+
+    @property
+    def fields(self) -> Json:
+        """The part of the config that describes the decoder."""
+        return self.section.of(self.config)
+
+
+def read_checkpoint(source: Source, *, blocks: str | None = None) -> Checkpoint:
+    """Read config and headers.
+
+    Args:
+        source: where the files are.
+        blocks: prefix of the decoder blocks' tensors, where it cannot be found ("model.layers").
+
+    Raises:
+        SourceError: damaged, incomplete, or config and tensors of different models.
+        InexpressibleError: an architecture that cannot be edited.
+    """
+    config = read_json(source.directory / "config.json")
+    section = _section(config)
+    weights = read_weights(source.directory)
+    stack = find_stack(weights.names(), section.depth, section.extra, blocks)
+    return Checkpoint(source, config, section, weights, stack)
+
+
+def _section(config: Json) -> Section:
+    try:
+        return find_section(config)
+    except SourceError:
+        # A config that leaves the depth to its class's default, or names it as only the class knows.
+        from .twin import depth_field
+
+        try:
+            name, depth = depth_field(config)
+        except InexpressibleError as error:
+            raise SourceError(f"config.json has no number of layers, and {error}") from error
+        config[name] = depth
+        return find_section(config, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An edited checkpoint before it is written."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    route: Route
+    config: Json
+    layout: Layout
+    verified: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """What was written.
+
+    Attributes:
+        path: the new checkpoint's directory.
+        plan: the edits made.
+        route: the source's blocks in the order the new model runs them.
+        depth: blocks of the source.
+        bytes_written: weights' bytes copied (or shared by the file system).
+        bytes_linked: weights' bytes in hard-linked files.
+        seconds: from the first byte to the finished directory.
+        verified: whether the reload check ran.
+    """
+
+    path: Path
+    plan: Plan
+    route: Route
+    depth: int
+    bytes_written: int
+    bytes_linked: int
+    seconds: float
+    verified: bool
+
+
+def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
+    """Work out everything about the edited checkpoint, and check that a reload would be the model meant; writes nothing.
+
+    Raises:
+        PlanError: the plan does not fit the model, or changes nothing.
+        InexpressibleError: no checkpoint of this architecture can say the result.
+    """
+    section = checkpoint.section
+    route = plan.route(section.depth)
+    if route.is_identity(section.depth):
+        raise PlanError(f"'{plan}' leaves the model as it is: there is nothing to write")
+    refuse_architecture(checkpoint.config, checkpoint.fields)
+    config = _edited_config(checkpoint, route, verify=verify)
+    twin = None
+    if verify:
+        from .twin import Twin
+
+        twin = Twin.build(checkpoint.config, config, section, route)
+        twin.check()
+    silent = _silent_tensors(checkpoint, route)
+    layout = lay_out(
+        checkpoint.weights, checkpoint.stack, places(route, section), lambda place, rest: rest in silent.get(place, ())
+    )
+    return Draft(checkpoint, plan, route, config, layout, verify)
+
+
+def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
+    section = checkpoint.section
+    config = rewrite(checkpoint.config, section, route)
+    if verify or needs_class(checkpoint.fields):
+        from .twin import settle
+
+        config = settle(checkpoint.config, config, section, route)
+    if not verify and (left := unexplained(section.of(config))) and route.blocks != tuple(range(len(route))):
+        settled = {key for key in left if section.of(config) != section.of(rewrite(checkpoint.config, section, route))}
+        if not settled:
+            raise InexpressibleError(
+                f"config.json: {', '.join(left)} make layers differ by position, and without the reload check it cannot be told whether "
+                "the result would be right; leave --no-verify out"
+            )
+    if "quantization_config" in config:
+        config["quantization_config"] = _renamed_layers(config["quantization_config"], checkpoint, route)
+    return config
+
+
+def _renamed_layers(value: Any, checkpoint: Checkpoint, route: Route) -> Any:
+    where = places(route, checkpoint.section)
+    return rename_layers(value, lambda block: where.get(block, []), checkpoint.stack.prefix.rpartition(".")[2])
+
+
+def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozenset[str]]:
+    """Names, within the block, of the tensors to zero at each position where a branch is skipped."""
+    skipping = [place for place, visit in enumerate(route) if not visit.whole]
+    if not skipping:
+        return {}
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if "quantization_config" in checkpoint.config and method not in _ZERO_IS_ZERO:
+        raise InexpressibleError(
+            f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
+            "silenced in it; skip on the unquantised checkpoint"
+        )
+    from .twin import TensorNames
+
+    names = TensorNames.of(checkpoint.config, checkpoint.section, checkpoint.stack, checkpoint.weights.names())
+    return {
+        place: frozenset(
+            name
+            for part, runs in (("attention", route[place].attention), ("mlp", route[place].mlp))
+            if not runs
+            for name in names.outputs(route[place].block, part)
+        )
+        for place in skipping
+    }
+
+
+def edit_checkpoint(
+    model: str | os.PathLike[str],
+    plan: Plan | str,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    link: bool = False,
+    verify: bool = True,
+    blocks: str | None = None,
+    progress: Progress | None = None,
+) -> Edited:
+    """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
+
+    Args:
+        model: hub id, local directory, `.gguf` file, or "smollm2-135m".
+        plan: the edits, or their text.
+        out: the new directory; by default `<name>-<plan>` in the current one.
+        revision: branch, tag or commit on the hub.
+        overwrite: replace an existing checkpoint at `out`, once the new one is complete.
+        link: hard-link files that do not change. They are then the same files as the source's: who edits one edits both.
+        verify: run the reload check first. It needs torch and transformers; without it, a swap needs neither.
+        blocks: prefix of the decoder blocks' tensors, where it cannot be found.
+        progress: called with the number of bytes moved, time after time.
+
+    Raises:
+        PlanError, SourceError, InexpressibleError, OutputError: before a byte is written, or with nothing left behind.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> ls.edit_checkpoint("smollm2-135m", ls.swap(12), "swapped")  # doctest: +SKIP
+    """
+    if isinstance(plan, str):
+        plan = Plan.parse(plan)
+    source = find_source(model, revision=revision)
+    target = Path(out) if out is not None else default_output(source, plan)
+    check_output(target, source.directory, overwrite=overwrite)
+    return write(draft(read_checkpoint(source, blocks=blocks), plan, verify=verify), target, link=link, progress=progress)
+
+
+def default_output(source: Source, plan: Plan) -> Path:
+    """`./<name>-<plan slug>`."""
+    return Path(f"{source.name}-{plan.slug}")
+
+
+def write(draft: Draft, out: Path, *, link: bool = False, progress: Progress | None = None) -> Edited:
+    """Write a draft to `out`, whole or not at all.
+
+    Raises:
+        OutputError: the file system's answer; nothing is left behind.
+    """
+    started = time.perf_counter()
+    report = progress or (lambda count: None)
+    linked = [shard for shard in draft.layout.shards if link and shard.unchanged]
+    written = [shard for shard in draft.layout.shards if shard not in linked]
+    needed = sum(shard.nbytes for shard in written)
+    with whole_directory(out, bytes_needed=needed) as directory:
+        for shard in linked:
+            if _link(shard, directory):
+                report(shard.nbytes)
+            else:
+                written.append(shard)
+        linked = [shard for shard in linked if shard not in written]
+        for shard in written:
+            _write_shard(shard, directory, report)
+        _write_text(directory / "config.json", json.dumps(draft.config, indent=2, ensure_ascii=False) + "\n")
+        if draft.layout.index is not None:
+            _write_text(directory / INDEX, draft.layout.index)
+        _carry(draft, directory)
+        checkpoint = draft.checkpoint
+        card = model_card(checkpoint.source, draft.plan, draft.route, checkpoint.depth, verified=draft.verified)
+        _write_text(directory / "README.md", card)
+    return Edited(
+        path=out,
+        plan=draft.plan,
+        route=draft.route,
+        depth=draft.checkpoint.depth,
+        bytes_written=sum(shard.nbytes for shard in written),
+        bytes_linked=sum(shard.nbytes for shard in linked),
+        seconds=time.perf_counter() - started,
+        verified=draft.verified,
+    )
+
+
+def _link(shard: Shard, directory: Path) -> bool:
+    """Whether the file could be linked; it cannot across file systems."""
+    try:
+        os.link(shard.source.resolve(), directory / shard.name)
+    except OSError:
+        return False
+    return True
+
+
+def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
+    with shard.source.open("rb") as source, (directory / shard.name).open("xb") as target:
+        if shard.unchanged:
+            copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
+        else:
+            target.write(shard.header)
+            for piece in shard.pieces:
+                if piece.start is None:
+                    write_zeros(piece.count, target, progress)
+                else:
+                    copy_bytes(source, piece.start, piece.count, target, progress)
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _carry(draft: Draft, directory: Path) -> None:
+    """Everything else a user of the model needs: tokenizer, templates, generation config, licence, its own code."""
+    root = draft.checkpoint.source.directory
+    ours = {path.name for path in directory.iterdir()} | {SINGLE, INDEX, "README.md"}
+    for pattern in CARRIED:
+        for path in sorted(root.glob(pattern)):
+            target = directory / path.relative_to(root)
+            if not path.is_file() or target.exists() or target.name in ours or target.name.endswith(".index.json"):
+                continue
+            target.parent.mkdir(exist_ok=True)
+            if path.name in _QUANTISATION_FILES:
+                value = _renamed_layers(read_json(path), draft.checkpoint, draft.route)
+                _write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            else:
+                shutil.copyfile(path, target)
+
+
+__all__ = [
+    "Checkpoint",
+    "Draft",
+    "Edited",
+    "OutputError",
+    "default_output",
+    "draft",
+    "edit_checkpoint",
+    "read_checkpoint",
+    "write",
+]

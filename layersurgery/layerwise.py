@@ -1,0 +1,262 @@
+"""Config fields that speak of single layers, rewritten along a route. Plain dictionaries in and out; no torch.
+
+config.json is edited as the JSON it is: re-saving it through a config class loses keys that older readers need. What is
+known about a field is said in the tables below; an unknown list that is as long as the model is deep is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InexpressibleError, SourceError
+from .route import Route
+
+Json = dict[str, Any]
+
+DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model_config")
+
+# One value per layer.
+LISTS = frozenset(
+    "layer_types mlp_layer_types layers_block_type block_types indexer_types no_rope_layers attention_layers block_configs "
+    "intermediate_size intermediate_sizes ffn_multipliers num_query_heads num_kv_heads num_key_value_heads "
+    "num_attention_heads num_attention_heads_per_layer num_key_value_heads_per_layer activation_sparsity_pattern "
+    "layer_rope_theta compress_ratios moe_layer_freq hybrid_override_pattern".split()
+)
+# As long as the model is deep by accident only.
+_NOT_PER_LAYER = frozenset("architectures eos_token_id bos_token_id pad_token_id keys_to_ignore_at_inference".split())
+# Numbers of layers, in any order.
+_INDEX_LISTS = frozenset(
+    "mlp_only_layers moe_layers attn_layer_indices attn_layer_idx cross_attention_layers full_attention_layers "
+    "full_attn_idxs global_attn_idx hybrid_layer_ids layer_ids moe_layer_indices dense_layers kv_reuse_group".split()
+)
+# The first so many layers are of another kind.
+_PREFIX_COUNTS = frozenset(("first_k_dense_replace", "num_dense_layers", "num_hash_layers"))
+# The last so many layers are of another kind.
+_SUFFIX_COUNTS = frozenset(("num_kv_shared_layers",))
+# One number from which a class works out what each position is, and the value at which all positions are alike.
+POSITIONAL: Mapping[str, object] = {
+    "sliding_window_pattern": 1,
+    "_sliding_window_pattern": 1,
+    "max_window_layers": 0,
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 1,
+    "no_rope_layer_interval": 0,
+    "no_rope_layer_frequency": 0,
+    "global_attn_every_n_layers": 1,
+    "interleave_moe_layer_step": 1,
+    "moe_layer_interval": 1,
+    "moe_layer_freq": 1,
+    "moe_every_n_layers": 1,
+    "moe_layer_start_index": 0,
+    "attn_layer_period": 1,
+    "attn_layer_offset": 0,
+    "expert_layer_period": 1,
+    "expert_layer_offset": 0,
+    "attention_types": None,
+    "global_attention_freq": 1,
+    "cross_attention_frequency": 1,
+    "scale_attn_by_inverse_layer_idx": False,
+    "block_types_pattern": None,
+}
+_EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+_LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The part of config.json that describes the text decoder.
+
+    Attributes:
+        path: the keys that lead to it; empty for a plain language model.
+        depth_fields: the keys that hold the number of blocks.
+        depth: that number.
+        extra: blocks behind the decoder's own that it does not run.
+    """
+
+    path: tuple[str, ...]
+    depth_fields: tuple[str, ...]
+    depth: int
+    extra: int
+
+    def of(self, config: Json) -> Json:
+        """The section within a config."""
+        for key in self.path:
+            config = config[key]
+        return config
+
+
+def find_section(config: Json, depth_field: str | None = None) -> Section:
+    """Find the decoder's section and depth.
+
+    Args:
+        config: the parsed config.json.
+        depth_field: the name of the depth field, where the usual names are not enough.
+
+    Raises:
+        SourceError: no field that gives the number of layers.
+    """
+    for path, section in _sections(config, ()):
+        names = [name for name in (depth_field, *DEPTH_FIELDS) if name and _count(section.get(name))]
+        if names:
+            depth = section[names[0]]
+            fields = tuple(dict.fromkeys(name for name in names if section[name] == depth))
+            extra = max((section[name] for name in _EXTRA_FIELDS if _count(section.get(name))), default=0)
+            return Section(path, fields, depth, extra)
+    raise SourceError(
+        f"config.json has no number of layers: none of {', '.join(DEPTH_FIELDS)} is there. Is it the config of a language model?"
+    )
+
+
+def _sections(config: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Json]]:
+    yield path, config
+    for name in _TEXT_SECTIONS:
+        if isinstance(config.get(name), dict):
+            yield from _sections(config[name], (*path, name))
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def places(route: Route, section: Section) -> dict[int, list[int]]:
+    """New positions of each block kept; blocks behind the decoder's own stay behind it."""
+    found: dict[int, list[int]] = {}
+    for place, block in enumerate(route.blocks):
+        found.setdefault(block, []).append(place)
+    for number in range(section.extra):
+        found[section.depth + number] = [len(route) + number]
+    return found
+
+
+def rewrite(config: Json, section: Section, route: Route) -> Json:
+    """The config of the edited model: depth, lists, index lists, counts and overrides of single layers.
+
+    What one number says for all positions (`POSITIONAL`) is left as it is: only the config class knows what it reads from it.
+
+    Raises:
+        InexpressibleError: a field that cannot say the new order, by name.
+    """
+    config = copy.deepcopy(config)
+    fields = section.of(config)
+    for key in list(fields):
+        fields[key] = rewritten_field(key, fields[key], section.depth, route)
+    _densify(fields, section.depth, route)
+    for key in section.depth_fields:
+        fields[key] = len(route)
+    return config
+
+
+def is_layerwise(key: str, value: Any, depth: int) -> bool:
+    """Whether a list or string speaks of single layers."""
+    if key in _INDEX_LISTS:
+        return isinstance(value, list)
+    return key not in _NOT_PER_LAYER and len(value) == depth and (isinstance(value, list) or key in LISTS)
+
+
+def rewritten_field(key: str, value: Any, depth: int, route: Route) -> Any:
+    """One field's value after the edit: the lists, index lists and overrides; other values are returned as they are.
+
+    Raises:
+        InexpressibleError: a list that is not understood, or a count that cannot say the new order.
+    """
+    order = route.blocks
+    if isinstance(value, list) and value:
+        if key in _INDEX_LISTS or value == list(range(depth)):
+            return [place for place, block in enumerate(order) if block in value]
+        if len(value) == depth and key not in _NOT_PER_LAYER:
+            new = [value[block] for block in order]
+            if key not in LISTS and new != value:
+                raise InexpressibleError(
+                    f"config.json: {key!r} is a list of {depth} values for {depth} layers, and what it means is not known; "
+                    "if it has one value per layer, ask for it to be added, and edit a copy without the field until then"
+                )
+            return new
+    if isinstance(value, str) and key in LISTS and len(value) == depth:
+        return "".join(value[block] for block in order)
+    if isinstance(value, dict) and value and key != "id2label" and all(_LAYER_NUMBER.fullmatch(str(k)) for k in value):
+        if all(int(k) < depth for k in value):
+            return {str(place): value[str(block)] for place, block in enumerate(order) if str(block) in value}
+    if key in _SUFFIX_COUNTS and value:
+        return _suffix_count(key, value, depth, order)
+    return value
+
+
+def _densify(fields: Json, depth: int, route: Route) -> None:
+    """Prefix counts, and the one step that an index list beside it can stand in for."""
+    for key in _PREFIX_COUNTS & fields.keys():
+        count = fields[key]
+        if not _count(count):
+            continue
+        kept = [block < count for block in route.blocks]
+        if sorted(kept, reverse=True) == kept:
+            fields[key] = sum(kept)
+        elif not isinstance(fields.get("mlp_layer_types"), list):
+            raise InexpressibleError(
+                f"config.json: {key} = {count} says that the first {count} layers are of another kind, and {route} would set "
+                "one of them behind a layer of the other kind, which the field cannot say"
+            )
+    step = fields.get("decoder_sparse_step")
+    if _count(step) and step != 1 and isinstance(fields.get("mlp_only_layers"), list):
+        # mlp_only_layers was remapped already; the layers that the step leaves dense join it.
+        dense = {place for place, block in enumerate(route.blocks) if (block + 1) % step}
+        fields["mlp_only_layers"] = sorted(dense.union(fields["mlp_only_layers"]))
+        fields["decoder_sparse_step"] = 1
+
+
+def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int:
+    # Layers that share the keys of an earlier layer find it by position, so nothing up to them may move.
+    if tuple(order[: depth - count]) != tuple(range(depth - count)) or any(block < depth - count for block in order[depth - count :]):
+        raise InexpressibleError(
+            f"config.json: {key} = {count} ties the last {count} layers to keys and values of earlier ones, by position; only "
+            f"edits within the last {count} layers keep that"
+        )
+    return len(order) - (depth - count)
+
+
+def unexplained(fields: Json) -> list[str]:
+    """Positional fields that are set to more than "all layers alike"."""
+    return [key for key, alike in POSITIONAL.items() if fields.get(key) not in (None, alike)]
+
+
+def needs_class(fields: Json) -> bool:
+    """Whether only the config class can tell what each layer is."""
+    return bool(unexplained(fields))
+
+
+def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name: str) -> Any:
+    """Rename layers inside a JSON value that names modules, such as `quantization_config`.
+
+    Args:
+        value: any JSON value; a copy is returned.
+        rename: the new positions of a block, none if it is dropped.
+        stack_name: the last part of the blocks' prefix, such as "layers" or "h".
+
+    Raises:
+        InexpressibleError: a pattern that speaks of layer numbers in a way that cannot be followed.
+    """
+    pattern = re.compile(rf"(?<!\w){re.escape(stack_name)}\.(\d+)(?=\.|$)")
+
+    def names(text: str) -> list[str]:
+        match = pattern.search(text)
+        if match is None or re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
+            if text.startswith("re:") and re.search(rf"{re.escape(stack_name)}\\?\.\W*\d", text):
+                raise InexpressibleError(f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered")
+            return [text]
+        return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]
+
+    if isinstance(value, dict):
+        return {name: rename_layers(item, rename, stack_name) for key, item in value.items() for name in names(key)}
+    if isinstance(value, list):
+        items: list[Any] = []
+        for item in value:
+            items.extend(names(item) if isinstance(item, str) else [rename_layers(item, rename, stack_name)])
+        return items
+    if isinstance(value, str):
+        new = names(value)
+        return new[0] if len(new) == 1 else value
+    return value

@@ -1,0 +1,160 @@
+"""What an edited checkpoint will hold, byte range by byte range, before anything is written.
+
+Tensors are renamed in headers; their bytes stay in the order they have. A swap, move or reversal therefore changes headers
+only; a drop leaves ranges out, a repeat copies them twice, and a skipped branch is a range of zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .header import Entry, Header, encode_header
+from .weights import INDEX, Stack, Weights
+
+_SHARD_NAME = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of bytes of the output: from byte `start` of the source file, or zeros where `start` is None."""
+
+    start: int | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of the output.
+
+    Attributes:
+        name: its file name.
+        source: the file its bytes come from.
+        header: the bytes in front of the data.
+        pieces: the data, in order.
+        tensors: its tensors.
+        unchanged: whether the whole file equals the source's.
+    """
+
+    name: str
+    source: Path
+    header: bytes
+    pieces: tuple[Piece, ...]
+    tensors: Mapping[str, Entry]
+    unchanged: bool
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(piece.count for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All files of weights of the output, and its index if it has one."""
+
+    shards: tuple[Shard, ...]
+    index: str | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+
+Silenced = Callable[[int, str], bool]
+"""Whether the tensor `rest` is to be zeroed where its block stands at a position of the output."""
+
+
+def lay_out(weights: Weights, stack: Stack, places: Mapping[int, list[int]], silenced: Silenced) -> Layout:
+    """Lay the output's files out along the source's.
+
+    Args:
+        weights: the source's headers.
+        stack: where the blocks are among the names.
+        places: the new positions of every block that is kept.
+        silenced: which tensors become zeros, by position and name within the block.
+    """
+    drafts = []
+    for file, header in weights.shards.items():
+        moved = list(_moved(header, stack, places, silenced))
+        if moved:
+            drafts.append((file, header, moved))
+    names = _file_names([file for file, _, _ in drafts], complete=len(drafts) == len(weights.shards))
+    shards = tuple(
+        _shard(name, weights.directory / file, header, moved)
+        for name, (file, header, moved) in zip(names, drafts, strict=True)
+    )
+    return Layout(shards, None if weights.index is None else _index(weights.index, shards))
+
+
+_Moved = tuple[str, Entry, bool]
+
+
+def _moved(header: Header, stack: Stack, places: Mapping[int, list[int]], silenced: Silenced) -> Iterable[_Moved]:
+    """Name in the output, entry in the source, and whether it becomes zeros, in the order of the data."""
+    for name, entry in header.tensors.items():
+        split = stack.split(name)
+        if split is None:
+            yield name, entry, False
+            continue
+        block, rest = split
+        for place in places.get(block, []):
+            yield stack.join(place, rest), entry, silenced(place, rest)
+
+
+def _shard(name: str, source: Path, header: Header, moved: list[_Moved]) -> Shard:
+    tensors: dict[str, Entry] = {}
+    pieces: list[Piece] = []
+    end = 0
+    for target, entry, zero in moved:
+        tensors[target] = Entry(entry.dtype, entry.shape, end, end + entry.nbytes)
+        end += entry.nbytes
+        _append(pieces, Piece(None if zero else header.data_offset + entry.start, entry.nbytes))
+    first = next((piece.start for piece in pieces if piece.start is not None), None)
+    before = sum(piece.count for piece in pieces[: 1 if pieces and pieces[0].start is None else 0])
+    encoded = encode_header(tensors, header.metadata, congruent_to=None if first is None else first - before)
+    unchanged = tensors == header.tensors and all(piece.start is not None for piece in pieces)
+    return Shard(name, source, encoded, tuple(pieces), tensors, unchanged)
+
+
+def _append(pieces: list[Piece], piece: Piece) -> None:
+    """Add a piece, joined with the one before where they adjoin."""
+    if not piece.count:
+        return
+    if pieces:
+        last = pieces[-1]
+        both_zero = last.start is None and piece.start is None
+        adjoining = last.start is not None and piece.start == last.start + last.count
+        if both_zero or adjoining:
+            pieces[-1] = Piece(last.start, last.count + piece.count)
+            return
+    pieces.append(piece)
+
+
+def _file_names(files: list[str], *, complete: bool) -> list[str]:
+    """The source's file names; numbered ones are counted anew where a file has become empty."""
+    matches = [_SHARD_NAME.fullmatch(file) for file in files]
+    if complete or not all(matches):
+        return files
+    return [
+        f"{match[1]}-{number:05d}-of-{len(files):05d}.safetensors"
+        for number, match in enumerate(matches, start=1)
+        if match is not None
+    ]
+
+
+def _index(index: Mapping[str, object], shards: Iterable[Shard]) -> str:
+    old = index.get("metadata")
+    metadata = dict(old) if isinstance(old, dict) else {}
+    entries = [entry for shard in shards for entry in shard.tensors.values()]
+    metadata["total_size"] = sum(entry.nbytes for entry in entries)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(entry.elements for entry in entries)
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    new = {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+
+
+__all__ = ["INDEX", "Layout", "Piece", "Shard", "lay_out"]

@@ -1,0 +1,331 @@
+"""The twin check: would a reload of the edited checkpoint be the model that was meant?
+
+The model that transformers would build from the edited config is built without memory for its weights and compared, block by
+block, with the one it builds from the source's config. A block that would come back as another class, with other tensors or
+with another constant (a scale that depends on the layer's place, say) is found here, before a byte is written. Nothing that
+the file names tell can do that: such a checkpoint has no missing and no unexpected keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .anatomy import find_blocks
+from .branches import output_parameters
+from .errors import InexpressibleError
+from .layerwise import LISTS, Json, Section, is_layerwise, rewritten_field
+from .route import Route
+from .weights import Stack
+
+_INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
+# Values that a constructor works out in floating point may differ in the last digits.
+_TOLERANCE = 1e-9
+_UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
+_OVERRIDES = {"attention_layers": ("attention_types", lambda layers: [[layers, 1]])}
+
+
+def class_config(config: Json) -> Any:
+    """The transformers config object for a config.json; its own code (`auto_map`) is never run.
+
+    Raises:
+        InexpressibleError: transformers does not know the model type, or does not accept the config.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    fields = {key: value for key, value in copy.deepcopy(config).items() if key not in ("quantization_config", "auto_map")}
+    model_type = fields.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        remote = " (it brings its own code, which is not run here)" if "auto_map" in config else ""
+        raise InexpressibleError(
+            f"transformers {transformers.__version__} does not know the model type {model_type!r}{remote}, so whether the edited "
+            f"checkpoint would load cannot be told. {_UNVERIFIED}"
+        )
+    try:
+        with _quiet():
+            return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # whatever a config class raises on values it does not accept
+        raise InexpressibleError(f"{model_type}'s config class does not accept the config: {error}") from error
+
+
+def depth_field(config: Json) -> tuple[str, int]:
+    """Name and value of the number of layers, as the config class has them.
+
+    Raises:
+        InexpressibleError: transformers does not know the model type.
+    """
+    text = class_config(config).get_text_config(decoder=True)
+    return text.attribute_map.get("num_hidden_layers", "num_hidden_layers"), int(text.num_hidden_layers)
+
+
+def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
+    """Write out, in the edited config, what its class would work out wrongly from the position of a layer.
+
+    A class that derives one value per layer from a number (`sliding_window_pattern`, `max_window_layers`) derives it from
+    positions, so after an edit it is given as the list itself.
+
+    Raises:
+        InexpressibleError: a per-layer value that the class does not take from the config.
+    """
+    depth = section.depth
+    wanted = {
+        key: rewritten_field(key, value, depth, route)
+        for key, value in _per_layer(class_config(config)).items()
+        if is_layerwise(key, value, depth)
+    }
+    differing = _differing(wanted, edited)
+    if not differing:
+        return edited
+    edited = copy.deepcopy(edited)
+    for key in differing:
+        name, express = _OVERRIDES.get(key, (key, lambda value: value))
+        section.of(edited)[name] = express(wanted[key])
+    differing = _differing(wanted, edited)
+    if differing:
+        raise InexpressibleError(
+            f"the config class of {config.get('model_type')!r} works out {', '.join(differing)} from the positions of layers and "
+            f"takes no list instead, so {route} cannot be said in its config"
+        )
+    return edited
+
+
+def _differing(wanted: Mapping[str, Any], edited: Json) -> list[str]:
+    have = _per_layer(class_config(edited), keys=wanted)
+    return [key for key, value in wanted.items() if have.get(key) != value]
+
+
+def _per_layer(config: Any, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The list-like fields of the text config, derived ones included, as plain lists."""
+    text = config.get_text_config(decoder=True)
+    names = set(text.to_dict()) | LISTS if keys is None else set(keys)
+    found = {}
+    for name in sorted(names):
+        value = getattr(text, name, None)
+        if isinstance(value, list | tuple) or (isinstance(value, str) and name in LISTS):
+            found[name] = value if isinstance(value, str) else list(value)
+    return found
+
+
+def build_empty(config: Json) -> nn.Module:
+    """The model a reload would build, its parameters without memory; buffers are real, for their values are compared.
+
+    Raises:
+        InexpressibleError: transformers cannot build it.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    class_of = class_config(config)
+    name = next(iter(config.get("architectures") or []), "")
+    architecture = getattr(transformers, name, None)
+    try:
+        with _quiet(), init_empty_weights(include_buffers=False):
+            if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
+                model: nn.Module = architecture(class_of)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(class_of)
+    except Exception as error:  # a model's constructor may raise anything
+        raise InexpressibleError(
+            f"transformers cannot build {name or class_of.model_type} from the config: {error}. {_UNVERIFIED}"
+        ) from error
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Building a throw-away model warns of things that are no concern of the user's."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """Both empty models of an edit: what the source's config builds, and what the edited config builds."""
+
+    source: nn.Module
+    edited: nn.Module
+    section: Section
+    route: Route
+
+    @classmethod
+    def build(cls, config: Json, edited: Json, section: Section, route: Route) -> Twin:
+        return cls(build_empty(config), build_empty(edited), section, route)
+
+    def check(self) -> None:
+        """Compare them.
+
+        Raises:
+            InexpressibleError: the first things that would come back otherwise, by name.
+        """
+        before = find_blocks(self.source, self.section.depth)
+        after = find_blocks(self.edited, len(self.route))
+        wrong = [
+            f"{after.path}.{place} (block {block}): {difference}"
+            for place, block in enumerate(self.route.blocks)
+            for difference in _differences(before.blocks[block], after.blocks[place], block, place)
+        ]
+        outside = (_without(self.source, before.blocks), _without(self.edited, after.blocks))
+        wrong += [f"outside the blocks: {d}" for d in _compare(*outside, self.section.depth, len(self.route))]
+        if wrong:
+            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            raise InexpressibleError(
+                f"reloaded, {self.route} would not be the model meant: {'; '.join(wrong[:3])}{more}. The architecture ties this to a "
+                "layer's position and its config cannot say otherwise"
+            )
+
+
+def _without(model: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    inside = {id(module) for module in blocks.modules()}
+    return {name: module for name, module in model.named_modules() if id(module) not in inside}
+
+
+def _differences(source: nn.Module, twin: nn.Module, block: int, place: int) -> Iterator[str]:
+    yield from _compare(dict(source.named_modules()), dict(twin.named_modules()), block, place)
+
+
+def _compare(source: Mapping[str, nn.Module], twin: Mapping[str, nn.Module], was: int, now: int) -> Iterator[str]:
+    """Differences of two module trees; whole numbers that are `was` here and `now` there are meant to differ."""
+    for path in source.keys() | twin.keys():
+        label = path or "the block"
+        if path not in source or path not in twin:
+            yield f"{label} exists only {'after the reload' if path in twin else 'in the source'}"
+            continue
+        ours, theirs = source[path], twin[path]
+        if type(ours) is not type(theirs):
+            yield f"{label} is a {type(ours).__name__} in the source and would be a {type(theirs).__name__}"
+            continue
+        mine, yours = _facts(ours), _facts(theirs)
+        for name in sorted(mine.keys() | yours.keys()):
+            if name not in mine or name not in yours:
+                yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
+            elif not _same(mine[name], yours[name]) and not _is_index(name, mine[name], yours[name], was, now):
+                yield f"{label}.{name} is {_short(mine[name])} in the source and would be {_short(yours[name])}"
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """What a module holds itself: shapes of parameters, buffers with their values where a checkpoint does not bring them, and
+    plain attributes."""
+    facts: dict[str, Any] = {}
+    for name, parameter in module._parameters.items():
+        facts[name] = None if parameter is None else tuple(parameter.shape)
+    for name, buffer in module._buffers.items():
+        comes_from_file = name not in module._non_persistent_buffers_set
+        facts[name] = None if buffer is None else tuple(buffer.shape) if comes_from_file else buffer
+    for name, value in vars(module).items():
+        if not name.startswith("_") and _plain(value):
+            facts[name] = value
+    return facts
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Tensor)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        if ours.is_meta or theirs.is_meta:
+            return ours.shape == theirs.shape
+        return ours.shape == theirs.shape and bool(torch.equal(ours, theirs))
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=_TOLERANCE) or (math.isnan(ours) and math.isnan(theirs))
+    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    return type(ours) is type(theirs) and bool(ours == theirs)
+
+
+def _is_index(name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
+    both_whole = type(ours) is int and type(theirs) is int
+    return both_whole and bool(_INDEX_NAME.search(name)) and ours - was == theirs - now
+
+
+def _short(value: Any) -> str:
+    text = f"a tensor of shape {tuple(value.shape)} with other values" if isinstance(value, torch.Tensor) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """A source checkpoint's tensor names, matched with the parameters of the model that loads them.
+
+    Names in files and in modules differ where transformers renames or merges tensors on loading; its own conversion rules say
+    how.
+    """
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    width: int
+    loaded_as: Mapping[int, Mapping[str, str]]  # block -> name in the file -> name in the block's module
+    split: frozenset[str]  # parameters that share a tensor of the file with others
+
+    @classmethod
+    def of(cls, config: Json, section: Section, stack: Stack, names: Iterable[str]) -> TensorNames:
+        """Match the names of a checkpoint's tensors."""
+        model = build_empty(config)
+        found = find_blocks(model, section.depth)
+        rename, merges = _conversion(model)
+        loaded: dict[int, dict[str, str]] = {}
+        for name in names:
+            split = stack.split(name)
+            if split is None:
+                continue
+            inside = re.search(rf"(?:^|\.){re.escape(found.path)}\.{split[0]}\.(.+)$", rename(name))
+            loaded.setdefault(split[0], {})[split[1]] = inside[1] if inside else split[1]
+        text = class_config(config).get_text_config(decoder=True)
+        return cls(model, found.blocks, text.hidden_size, loaded, merges)
+
+    def outputs(self, block: int, part: str) -> list[str]:
+        """Names in the file, within the block, of the tensors that write a branch into the residual stream.
+
+        Raises:
+            InexpressibleError: they are not known, or share a tensor with other weights.
+        """
+        found: list[str] = []
+        for parameter in output_parameters(self.blocks[block], part, self.width):
+            names = [name for name, target in self.loaded_as.get(block, {}).items() if target == parameter]
+            if not names or any(re.search(pattern, parameter) for pattern in self.split):
+                raise InexpressibleError(
+                    f"block {block}: no tensor of the checkpoint holds {parameter}, the output of its {part}, and nothing else; "
+                    "skipping is not supported for this architecture"
+                )
+            found += names
+        return found
+
+
+def _conversion(model: nn.Module) -> tuple[Callable[[str], str], frozenset[str]]:
+    """How transformers renames tensors on loading, and patterns of parameters it cuts out of larger ones."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    with _quiet():
+        rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state = dict.fromkeys(model.state_dict(), True)
+    prefix = getattr(model, "base_model_prefix", "")
+    cut = frozenset(
+        re.escape(pattern).replace(r"\*", ".*")
+        for rule in converters
+        if len(rule.target_patterns) > 1
+        for pattern in rule.target_patterns
+    )
+    return lambda name: rename_source_key(name, renamings, converters, prefix, state)[0], cut
