@@ -20,14 +20,21 @@ class BlockList:
     blocks: nn.ModuleList
 
 
-def find_blocks(model: nn.Module, depth: int) -> BlockList:
+def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module) -> BlockList:
     """Find the list of decoder blocks: the outermost `nn.ModuleList` that is as long as the config says the model is deep.
+
+    Args:
+        model: a transformers model.
+        depth: how many blocks it has.
+        kind: a class that one of the blocks must have, where it is known.
 
     Raises:
         InexpressibleError: none or several, with what was found.
     """
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    fitting = [path for path, module in lists.items() if len(module) == depth]
+    fitting = [
+        path for path, module in lists.items() if len(module) == depth and any(isinstance(block, kind) for block in module)
+    ]
     outer = [path for path in fitting if not any(path.startswith(f"{other}.") for other in fitting)]
     if len(outer) > 1:
         outer = [path for path in outer if not _NOT_TEXT.search(path)] or outer

@@ -69,7 +69,9 @@ def whole_directory(out: Path, *, bytes_needed: int) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OutputError(f"the disk of {out.parent} is full; nothing was left behind. Make room or choose another -o") from error
+            raise OutputError(
+                f"the disk of {out.parent} is full; nothing was left behind. Make room or choose another -o"
+            ) from error
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
 
 

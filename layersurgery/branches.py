@@ -19,6 +19,9 @@ _MIXER = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|tim
 _MLP = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|channel_mix", re.IGNORECASE)
 _DIRECT = re.compile(r"^(fc|dense|linear|lin)_?\d", re.IGNORECASE)
 _ROUTER = re.compile(r"gate$|router", re.IGNORECASE)
+_OUT = re.compile(
+    r"(^|\.)(o_proj|out_proj|c_proj|dense|wo|o|output|proj_out|linear_out|down_proj|dense_4h_to_h|fc2|fc_out|w2|wdown|output_linear)$"
+)
 _EXPERT_OUT = re.compile(r"^(down_proj|w2|output_linear|wo|fc2)(_bias|\.weight|\.bias)?$")
 
 
@@ -30,12 +33,13 @@ def output_parameters(block: nn.Module, part: Part, width: int) -> list[str]:
         part: "attention" (whatever mixes tokens) or "mlp".
         width: the model's width, which these projections write.
 
+    Returns:
+        The names; none where the block has no such branch.
+
     Raises:
-        InexpressibleError: the block has no such branch, or has modules whose part is not clear.
+        InexpressibleError: the block has modules whose part is not clear.
     """
     branches = [path for path, kind in _children(block) if kind == part]
-    if not branches:
-        raise InexpressibleError(f"{type(block).__name__} has no {part} that could be skipped")
     direct = [path for path in branches if isinstance(block.get_submodule(path), nn.Linear)]
     nested = [path for path in branches if path not in direct]
     names = [name for path in nested for name in _outputs(block.get_submodule(path), path)]
@@ -77,14 +81,15 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
         linear = [name for name, module in branch.named_modules() if _linear(module)]
         if not linear:
             raise InexpressibleError(f"{path} ({type(branch).__name__}) has no linear map that could be its output")
-        return _own(branch.get_submodule(linear[-1]), _join(path, linear[-1]))
+        last = next((name for name in reversed(linear) if _OUT.search(name)), linear[-1])
+        return _own(branch.get_submodule(last), _join(path, last))
     names = []
     for name, parameter in branch.named_parameters():
         owner = name.rpartition(".")[0]
         in_experts = any(_inside(owner, mixture) for mixture in mixtures)
-        if in_experts and _EXPERT_OUT.match(_tail(name)):
-            names.append(_join(path, name))
-        elif not in_experts and parameter.dim() == 1 and "." not in name and name == "bias":
+        if (in_experts and _EXPERT_OUT.match(_tail(name))) or (
+            not in_experts and parameter.dim() == 1 and "." not in name and name == "bias"
+        ):
             names.append(_join(path, name))
     for name, module in branch.named_children():
         if not any(_inside(name, mixture) or _inside(mixture, name) for mixture in mixtures) and not _ROUTER.search(name):

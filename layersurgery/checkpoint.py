@@ -17,7 +17,7 @@ from typing import Any
 from .atomic import check_output, whole_directory
 from .card import model_card
 from .errors import InexpressibleError, OutputError, PlanError, SourceError
-from .layerwise import Json, Section, find_section, needs_class, places, rename_layers, rewrite, unexplained
+from .layerwise import BARE, DERIVED, Json, Section, find_section, places, rename_layers, rewrite, set_fields
 from .layout import Layout, Shard, lay_out
 from .plan import Plan
 from .refusals import refuse_architecture
@@ -139,12 +139,8 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
         raise PlanError(f"'{plan}' leaves the model as it is: there is nothing to write")
     refuse_architecture(checkpoint.config, checkpoint.fields)
     config = _edited_config(checkpoint, route, verify=verify)
-    twin = None
     if verify:
-        from .twin import Twin
-
-        twin = Twin.build(checkpoint.config, config, section, route)
-        twin.check()
+        _verify(checkpoint, config, route)
     silent = _silent_tensors(checkpoint, route)
     layout = lay_out(
         checkpoint.weights, checkpoint.stack, places(route, section), lambda place, rest: rest in silent.get(place, ())
@@ -152,20 +148,30 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
     return Draft(checkpoint, plan, route, config, layout, verify)
 
 
+def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
+    from .anatomy import find_blocks
+    from .naming import match_names
+    from .twin import Twin
+
+    twin = Twin.build(checkpoint.config, config, checkpoint.section, route)
+    twin.check()
+    path = find_blocks(twin.source, checkpoint.depth).path
+    match_names(twin.source, path, checkpoint.stack, checkpoint.weights.names())
+
+
 def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
     section = checkpoint.section
     config = rewrite(checkpoint.config, section, route)
-    if verify or needs_class(checkpoint.fields):
+    if verify or "attention_types" in checkpoint.fields or set_fields(checkpoint.fields, DERIVED):
         from .twin import settle
 
         config = settle(checkpoint.config, config, section, route)
-    if not verify and (left := unexplained(section.of(config))) and route.blocks != tuple(range(len(route))):
-        settled = {key for key in left if section.of(config) != section.of(rewrite(checkpoint.config, section, route))}
-        if not settled:
-            raise InexpressibleError(
-                f"config.json: {', '.join(left)} make layers differ by position, and without the reload check it cannot be told whether "
-                "the result would be right; leave --no-verify out"
-            )
+    left = set_fields(section.of(config), BARE)
+    if left and not verify and route.blocks != tuple(range(section.depth)):
+        raise InexpressibleError(
+            f"config.json: {', '.join(left)} can make layers differ by position, and without the reload check it cannot be told whether "
+            "the result would be right; leave --no-verify out"
+        )
     if "quantization_config" in config:
         config["quantization_config"] = _renamed_layers(config["quantization_config"], checkpoint, route)
     return config
@@ -178,8 +184,7 @@ def _renamed_layers(value: Any, checkpoint: Checkpoint, route: Route) -> Any:
 
 def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozenset[str]]:
     """Names, within the block, of the tensors to zero at each position where a branch is skipped."""
-    skipping = [place for place, visit in enumerate(route) if not visit.whole]
-    if not skipping:
+    if all(visit.whole for visit in route):
         return {}
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if "quantization_config" in checkpoint.config and method not in _ZERO_IS_ZERO:
@@ -187,18 +192,9 @@ def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozen
             f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
             "silenced in it; skip on the unquantised checkpoint"
         )
-    from .twin import TensorNames
+    from .silence import silent_tensors
 
-    names = TensorNames.of(checkpoint.config, checkpoint.section, checkpoint.stack, checkpoint.weights.names())
-    return {
-        place: frozenset(
-            name
-            for part, runs in (("attention", route[place].attention), ("mlp", route[place].mlp))
-            if not runs
-            for name in names.outputs(route[place].block, part)
-        )
-        for place in skipping
-    }
+    return silent_tensors(checkpoint.config, checkpoint.section, checkpoint.stack, checkpoint.weights.names(), route)
 
 
 def edit_checkpoint(
@@ -295,6 +291,13 @@ def _link(shard: Shard, directory: Path) -> bool:
 
 
 def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
+    try:
+        _copy_shard(shard, directory, progress)
+    except EOFError as error:
+        raise SourceError(f"{shard.source} was changed while it was read: {error}; start again") from error
+
+
+def _copy_shard(shard: Shard, directory: Path, progress: Progress) -> None:
     with shard.source.open("rb") as source, (directory / shard.name).open("xb") as target:
         if shard.unchanged:
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)

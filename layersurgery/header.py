@@ -83,9 +83,7 @@ def read_header(path: Path) -> Header:
     available = size - _LENGTH_BYTES - length
     fields = _decode(path, raw)
     metadata = fields.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    ):
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise _bad(path, "its __metadata__ is not a table of texts")
     entries = {name: _entry(path, name, field) for name, field in fields.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -97,7 +95,8 @@ def read_header(path: Path) -> Header:
         end = entry.stop
     if end > available:
         raise _bad(
-            path, f"its tensors need {end:,} bytes of data and it holds {available:,}: a truncated download? Fetch it again"
+            path,
+            f"its tensors need {end:,} bytes of data and it holds {available:,}: a truncated download? Fetch it again",
         )
     if end < available:
         raise _bad(path, f"{available - end:,} bytes of data belong to no tensor")

@@ -22,46 +22,79 @@ _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_confi
 
 # One value per layer.
 LISTS = frozenset(
-    "layer_types mlp_layer_types layers_block_type block_types indexer_types no_rope_layers attention_layers block_configs "
-    "intermediate_size intermediate_sizes ffn_multipliers num_query_heads num_kv_heads num_key_value_heads "
-    "num_attention_heads num_attention_heads_per_layer num_key_value_heads_per_layer activation_sparsity_pattern "
-    "layer_rope_theta compress_ratios moe_layer_freq hybrid_override_pattern".split()
+    [
+        "layer_types",
+        "mlp_layer_types",
+        "layers_block_type",
+        "block_types",
+        "indexer_types",
+        "no_rope_layers",
+        "attention_layers",
+        "block_configs",
+        "intermediate_size",
+        "intermediate_sizes",
+        "ffn_multipliers",
+        "num_query_heads",
+        "num_kv_heads",
+        "num_key_value_heads",
+        "num_attention_heads",
+        "num_attention_heads_per_layer",
+        "num_key_value_heads_per_layer",
+        "activation_sparsity_pattern",
+        "layer_rope_theta",
+        "compress_ratios",
+        "moe_layer_freq",
+        "hybrid_override_pattern",
+    ]
 )
 # As long as the model is deep by accident only.
-_NOT_PER_LAYER = frozenset("architectures eos_token_id bos_token_id pad_token_id keys_to_ignore_at_inference".split())
+_NOT_PER_LAYER = frozenset(["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference"])
 # Numbers of layers, in any order.
 _INDEX_LISTS = frozenset(
-    "mlp_only_layers moe_layers attn_layer_indices attn_layer_idx cross_attention_layers full_attention_layers "
-    "full_attn_idxs global_attn_idx hybrid_layer_ids layer_ids moe_layer_indices dense_layers kv_reuse_group".split()
+    [
+        "mlp_only_layers",
+        "moe_layers",
+        "attn_layer_indices",
+        "attn_layer_idx",
+        "cross_attention_layers",
+        "full_attention_layers",
+        "full_attn_idxs",
+        "global_attn_idx",
+        "hybrid_layer_ids",
+        "layer_ids",
+        "moe_layer_indices",
+        "dense_layers",
+        "kv_reuse_group",
+    ]
 )
 # The first so many layers are of another kind.
 _PREFIX_COUNTS = frozenset(("first_k_dense_replace", "num_dense_layers", "num_hash_layers"))
 # The last so many layers are of another kind.
 _SUFFIX_COUNTS = frozenset(("num_kv_shared_layers",))
-# One number from which a class works out what each position is, and the value at which all positions are alike.
-POSITIONAL: Mapping[str, object] = {
+# One number from which a class works out what each position is, and the value at which all positions are alike. From the
+# first kind it makes a list, and takes that list from the config instead; nothing can be said instead of the second kind.
+DERIVED: Mapping[str, object] = {
     "sliding_window_pattern": 1,
     "_sliding_window_pattern": 1,
     "max_window_layers": 0,
-    "decoder_sparse_step": 1,
     "full_attention_interval": 1,
     "no_rope_layer_interval": 0,
-    "no_rope_layer_frequency": 0,
     "global_attn_every_n_layers": 1,
-    "interleave_moe_layer_step": 1,
-    "moe_layer_interval": 1,
-    "moe_layer_freq": 1,
-    "moe_every_n_layers": 1,
-    "moe_layer_start_index": 0,
-    "attn_layer_period": 1,
-    "attn_layer_offset": 0,
-    "expert_layer_period": 1,
-    "expert_layer_offset": 0,
     "attention_types": None,
-    "global_attention_freq": 1,
+}
+BARE: Mapping[str, object] = {
+    "attn_layer_offset": 0,
+    "attn_layer_period": 1,
     "cross_attention_frequency": 1,
+    "decoder_sparse_step": 1,
+    "expert_layer_offset": 0,
+    "expert_layer_period": 1,
+    "interleave_moe_layer_step": 1,
+    "moe_every_n_layers": 1,
+    "moe_layer_freq": 1,
+    "moe_layer_interval": 1,
+    "moe_layer_start_index": 0,
     "scale_attn_by_inverse_layer_idx": False,
-    "block_types_pattern": None,
 }
 _EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
@@ -136,34 +169,40 @@ def places(route: Route, section: Section) -> dict[int, list[int]]:
 def rewrite(config: Json, section: Section, route: Route) -> Json:
     """The config of the edited model: depth, lists, index lists, counts and overrides of single layers.
 
-    What one number says for all positions (`POSITIONAL`) is left as it is: only the config class knows what it reads from it.
+    What one number says for all positions (`DERIVED`, `BARE`) is left as it is: only the config class knows what it reads from it.
 
     Raises:
         InexpressibleError: a field that cannot say the new order, by name.
     """
     config = copy.deepcopy(config)
     fields = section.of(config)
-    for key in list(fields):
-        fields[key] = rewritten_field(key, fields[key], section.depth, route)
-    _densify(fields, section.depth, route)
+    fields.update(rewrite_fields(fields, section.depth, route))
     for key in section.depth_fields:
         fields[key] = len(route)
     return config
 
 
-def is_layerwise(key: str, value: Any, depth: int) -> bool:
-    """Whether a list or string speaks of single layers."""
-    if key in _INDEX_LISTS:
-        return isinstance(value, list)
-    return key not in _NOT_PER_LAYER and len(value) == depth and (isinstance(value, list) or key in LISTS)
-
-
-def rewritten_field(key: str, value: Any, depth: int, route: Route) -> Any:
-    """One field's value after the edit: the lists, index lists and overrides; other values are returned as they are.
+def rewrite_fields(fields: Json, depth: int, route: Route) -> Json:
+    """The same for one section's fields, the depth itself apart.
 
     Raises:
-        InexpressibleError: a list that is not understood, or a count that cannot say the new order.
+        InexpressibleError: a field that cannot say the new order, by name.
     """
+    rewritten = {key: _rewritten(key, value, depth, route) for key, value in fields.items()}
+    _rewrite_counts(rewritten, route)
+    return rewritten
+
+
+def is_layerwise(key: str, value: Any, depth: int) -> bool:
+    """Whether a list or string speaks of single layers."""
+    if not isinstance(value, list | str) or key in _NOT_PER_LAYER:
+        return False
+    if key in _INDEX_LISTS:
+        return isinstance(value, list)
+    return len(value) == depth and (isinstance(value, list) or key in LISTS)
+
+
+def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
     order = route.blocks
     if isinstance(value, list) and value:
         if key in _INDEX_LISTS or value == list(range(depth)):
@@ -186,7 +225,7 @@ def rewritten_field(key: str, value: Any, depth: int, route: Route) -> Any:
     return value
 
 
-def _densify(fields: Json, depth: int, route: Route) -> None:
+def _rewrite_counts(fields: Json, route: Route) -> None:
     """Prefix counts, and the one step that an index list beside it can stand in for."""
     for key in _PREFIX_COUNTS & fields.keys():
         count = fields[key]
@@ -201,16 +240,18 @@ def _densify(fields: Json, depth: int, route: Route) -> None:
                 "one of them behind a layer of the other kind, which the field cannot say"
             )
     step = fields.get("decoder_sparse_step")
-    if _count(step) and step != 1 and isinstance(fields.get("mlp_only_layers"), list):
+    if _count(step) and step != 1:
         # mlp_only_layers was remapped already; the layers that the step leaves dense join it.
         dense = {place for place, block in enumerate(route.blocks) if (block + 1) % step}
-        fields["mlp_only_layers"] = sorted(dense.union(fields["mlp_only_layers"]))
+        fields["mlp_only_layers"] = sorted(dense.union(fields.get("mlp_only_layers") or []))
         fields["decoder_sparse_step"] = 1
 
 
 def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int:
     # Layers that share the keys of an earlier layer find it by position, so nothing up to them may move.
-    if tuple(order[: depth - count]) != tuple(range(depth - count)) or any(block < depth - count for block in order[depth - count :]):
+    if tuple(order[: depth - count]) != tuple(range(depth - count)) or any(
+        block < depth - count for block in order[depth - count :]
+    ):
         raise InexpressibleError(
             f"config.json: {key} = {count} ties the last {count} layers to keys and values of earlier ones, by position; only "
             f"edits within the last {count} layers keep that"
@@ -218,14 +259,9 @@ def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int
     return len(order) - (depth - count)
 
 
-def unexplained(fields: Json) -> list[str]:
-    """Positional fields that are set to more than "all layers alike"."""
-    return [key for key, alike in POSITIONAL.items() if fields.get(key) not in (None, alike)]
-
-
-def needs_class(fields: Json) -> bool:
-    """Whether only the config class can tell what each layer is."""
-    return bool(unexplained(fields))
+def set_fields(fields: Json, table: Mapping[str, object]) -> list[str]:
+    """The fields of `table` that say more than "all layers alike"."""
+    return [key for key, alike in table.items() if fields.get(key) not in (None, alike) and not isinstance(fields[key], list)]
 
 
 def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name: str) -> Any:
@@ -245,7 +281,9 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name
         match = pattern.search(text)
         if match is None or re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
             if text.startswith("re:") and re.search(rf"{re.escape(stack_name)}\\?\.\W*\d", text):
-                raise InexpressibleError(f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered")
+                raise InexpressibleError(
+                    f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered"
+                )
             return [text]
         return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]
 

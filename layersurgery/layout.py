@@ -83,8 +83,7 @@ def lay_out(weights: Weights, stack: Stack, places: Mapping[int, list[int]], sil
             drafts.append((file, header, moved))
     names = _file_names([file for file, _, _ in drafts], complete=len(drafts) == len(weights.shards))
     shards = tuple(
-        _shard(name, weights.directory / file, header, moved)
-        for name, (file, header, moved) in zip(names, drafts, strict=True)
+        _shard(name, weights.directory / file, header, moved) for name, (file, header, moved) in zip(names, drafts, strict=True)
     )
     return Layout(shards, None if weights.index is None else _index(weights.index, shards))
 

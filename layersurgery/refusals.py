@@ -11,6 +11,8 @@ _ALWAYS = {
     "longcat_flash": "keeps two cache rows for each block",
     "reformer": "is reversible and draws its hash functions by position",
     "xlm": "keeps the parts of its layers in separate lists",
+    "inkling2_text": "lets its blocks read the outputs of earlier blocks, by position",
+    "zamba": "shares one block's weights among several positions",
     "zamba2": "shares one block's weights among several positions",
 }
 

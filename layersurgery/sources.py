@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def _converted(gguf: Path, origin: str | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise SourceError(f"cannot keep the converted model in {target.parent}: {error.strerror}; set LAYERSURGERY_CACHE") from error
+        raise SourceError(
+            f"cannot keep the converted model in {target.parent}: {error.strerror}; set LAYERSURGERY_CACHE"
+        ) from error
     try:
         with _silent():
             _convert(gguf, partial)
@@ -157,21 +160,13 @@ def _silent() -> Iterator[None]:
     """Without transformers' own progress bars and advice: this is one step of ours."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    previous = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-        if previous is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = previous
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Source:

@@ -9,29 +9,31 @@ the file names tell can do that: such a checkpoint has no missing and no unexpec
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from .anatomy import find_blocks
-from .branches import output_parameters
 from .errors import InexpressibleError
-from .layerwise import LISTS, Json, Section, is_layerwise, rewritten_field
+from .layerwise import LISTS, Json, Section, is_layerwise, rewrite_fields
 from .route import Route
-from .weights import Stack
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
 # Values that a constructor works out in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
 _UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
+Modules = Mapping[str, nn.Module]
 _OVERRIDES = {"attention_layers": ("attention_types", lambda layers: [[layers, 1]])}
 
 
@@ -53,8 +55,11 @@ def class_config(config: Json) -> Any:
             f"checkpoint would load cannot be told. {_UNVERIFIED}"
         )
     try:
-        with _quiet():
-            return CONFIG_MAPPING[model_type].from_dict(fields)
+        # By way of a file: reading one undoes what JSON cannot say, such as infinite numbers.
+        with quiet(), TemporaryDirectory() as directory:
+            path = Path(directory) / "config.json"
+            path.write_text(json.dumps(fields), "utf-8")
+            return CONFIG_MAPPING[model_type].from_json_file(path)
     except Exception as error:  # whatever a config class raises on values it does not accept
         raise InexpressibleError(f"{model_type}'s config class does not accept the config: {error}") from error
 
@@ -78,12 +83,10 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
     Raises:
         InexpressibleError: a per-layer value that the class does not take from the config.
     """
-    depth = section.depth
-    wanted = {
-        key: rewritten_field(key, value, depth, route)
-        for key, value in _per_layer(class_config(config)).items()
-        if is_layerwise(key, value, depth)
-    }
+    fields = _fields(class_config(config))
+    layerwise = [key for key, value in fields.items() if is_layerwise(key, value, section.depth)]
+    rewritten = rewrite_fields(fields, section.depth, route)
+    wanted = {key: rewritten[key] for key in layerwise}
     differing = _differing(wanted, edited)
     if not differing:
         return edited
@@ -91,8 +94,11 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
     for key in differing:
         name, express = _OVERRIDES.get(key, (key, lambda value: value))
         section.of(edited)[name] = express(wanted[key])
-    differing = _differing(wanted, edited)
-    if differing:
+    try:
+        taken = not _differing(wanted, edited)
+    except InexpressibleError:  # a property without a setter
+        taken = False
+    if not taken:
         raise InexpressibleError(
             f"the config class of {config.get('model_type')!r} works out {', '.join(differing)} from the positions of layers and "
             f"takes no list instead, so {route} cannot be said in its config"
@@ -100,21 +106,21 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
     return edited
 
 
-def _differing(wanted: Mapping[str, Any], edited: Json) -> list[str]:
-    have = _per_layer(class_config(edited), keys=wanted)
+def _differing(wanted: Json, edited: Json) -> list[str]:
+    have = _fields(class_config(edited))
     return [key for key, value in wanted.items() if have.get(key) != value]
 
 
-def _per_layer(config: Any, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The list-like fields of the text config, derived ones included, as plain lists."""
+def _fields(config: Any) -> Json:
+    """The fields of the text config, lists that a class derives included."""
     text = config.get_text_config(decoder=True)
-    names = set(text.to_dict()) | LISTS if keys is None else set(keys)
-    found = {}
-    for name in sorted(names):
-        value = getattr(text, name, None)
-        if isinstance(value, list | tuple) or (isinstance(value, str) and name in LISTS):
-            found[name] = value if isinstance(value, str) else list(value)
-    return found
+    fields = text.to_dict()
+    for name in [*fields, *LISTS]:
+        try:
+            fields[name] = getattr(text, name)
+        except Exception:  # a field of other models, or one that differs by layer and refuses to be read as one
+            continue
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(fields.items())}
 
 
 def build_empty(config: Json) -> nn.Module:
@@ -130,7 +136,7 @@ def build_empty(config: Json) -> nn.Module:
     name = next(iter(config.get("architectures") or []), "")
     architecture = getattr(transformers, name, None)
     try:
-        with _quiet(), init_empty_weights(include_buffers=False):
+        with quiet(), init_empty_weights(include_buffers=False):
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model: nn.Module = architecture(class_of)
             else:
@@ -143,11 +149,11 @@ def build_empty(config: Json) -> nn.Module:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Building a throw-away model warns of things that are no concern of the user's."""
     logger = logging.getLogger("transformers")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -180,10 +186,10 @@ class Twin:
         wrong = [
             f"{after.path}.{place} (block {block}): {difference}"
             for place, block in enumerate(self.route.blocks)
-            for difference in _differences(before.blocks[block], after.blocks[place], block, place)
+            for difference in self._compare(_modules(before.blocks[block]), _modules(after.blocks[place]), block, place)
         ]
-        outside = (_without(self.source, before.blocks), _without(self.edited, after.blocks))
-        wrong += [f"outside the blocks: {d}" for d in _compare(*outside, self.section.depth, len(self.route))]
+        outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
+        wrong += [f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))]
         if wrong:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
             raise InexpressibleError(
@@ -191,33 +197,40 @@ class Twin:
                 "layer's position and its config cannot say otherwise"
             )
 
+    def _compare(self, source: Modules, twin: Modules, was: int, now: int) -> Iterator[str]:
+        """Differences of two module trees. Whole numbers that are `was` here and `now` there are meant to differ, and so are
+        lists with a value per layer."""
+        for path in sorted(source.keys() | twin.keys()):
+            label = path or "the block"
+            if path not in source or path not in twin:
+                yield f"{label} exists only {'after the reload' if path in twin else 'in the source'}"
+                continue
+            ours, theirs = source[path], twin[path]
+            if type(ours) is not type(theirs):
+                yield f"{label} is a {type(ours).__name__} in the source and would be a {type(theirs).__name__}"
+                continue
+            mine, yours = _facts(ours), _facts(theirs)
+            for name in sorted(mine.keys() | yours.keys()):
+                if name not in mine or name not in yours:
+                    yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
+                elif not (_same(mine[name], yours[name]) or self._moved(name, mine[name], yours[name], was, now)):
+                    yield f"{label}.{name} is {_short(mine[name])} in the source and would be {_short(yours[name])}"
 
-def _without(model: nn.Module, blocks: nn.ModuleList) -> dict[str, nn.Module]:
+    def _moved(self, name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
+        if type(ours) is int and type(theirs) is int:
+            return bool(_INDEX_NAME.search(name)) and ours - was == theirs - now
+        if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == self.section.depth:
+            return list(theirs) == [ours[block] for block in self.route.blocks]
+        return False
+
+
+def _modules(block: nn.Module) -> Modules:
+    return dict(block.named_modules())
+
+
+def _without(model: nn.Module, blocks: nn.ModuleList) -> Modules:
     inside = {id(module) for module in blocks.modules()}
     return {name: module for name, module in model.named_modules() if id(module) not in inside}
-
-
-def _differences(source: nn.Module, twin: nn.Module, block: int, place: int) -> Iterator[str]:
-    yield from _compare(dict(source.named_modules()), dict(twin.named_modules()), block, place)
-
-
-def _compare(source: Mapping[str, nn.Module], twin: Mapping[str, nn.Module], was: int, now: int) -> Iterator[str]:
-    """Differences of two module trees; whole numbers that are `was` here and `now` there are meant to differ."""
-    for path in source.keys() | twin.keys():
-        label = path or "the block"
-        if path not in source or path not in twin:
-            yield f"{label} exists only {'after the reload' if path in twin else 'in the source'}"
-            continue
-        ours, theirs = source[path], twin[path]
-        if type(ours) is not type(theirs):
-            yield f"{label} is a {type(ours).__name__} in the source and would be a {type(theirs).__name__}"
-            continue
-        mine, yours = _facts(ours), _facts(theirs)
-        for name in sorted(mine.keys() | yours.keys()):
-            if name not in mine or name not in yours:
-                yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
-            elif not _same(mine[name], yours[name]) and not _is_index(name, mine[name], yours[name], was, now):
-                yield f"{label}.{name} is {_short(mine[name])} in the source and would be {_short(yours[name])}"
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
@@ -253,79 +266,6 @@ def _same(ours: Any, theirs: Any) -> bool:
     return type(ours) is type(theirs) and bool(ours == theirs)
 
 
-def _is_index(name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
-    both_whole = type(ours) is int and type(theirs) is int
-    return both_whole and bool(_INDEX_NAME.search(name)) and ours - was == theirs - now
-
-
 def _short(value: Any) -> str:
     text = f"a tensor of shape {tuple(value.shape)} with other values" if isinstance(value, torch.Tensor) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-@dataclass(frozen=True, slots=True)
-class TensorNames:
-    """A source checkpoint's tensor names, matched with the parameters of the model that loads them.
-
-    Names in files and in modules differ where transformers renames or merges tensors on loading; its own conversion rules say
-    how.
-    """
-
-    model: nn.Module
-    blocks: nn.ModuleList
-    width: int
-    loaded_as: Mapping[int, Mapping[str, str]]  # block -> name in the file -> name in the block's module
-    split: frozenset[str]  # parameters that share a tensor of the file with others
-
-    @classmethod
-    def of(cls, config: Json, section: Section, stack: Stack, names: Iterable[str]) -> TensorNames:
-        """Match the names of a checkpoint's tensors."""
-        model = build_empty(config)
-        found = find_blocks(model, section.depth)
-        rename, merges = _conversion(model)
-        loaded: dict[int, dict[str, str]] = {}
-        for name in names:
-            split = stack.split(name)
-            if split is None:
-                continue
-            inside = re.search(rf"(?:^|\.){re.escape(found.path)}\.{split[0]}\.(.+)$", rename(name))
-            loaded.setdefault(split[0], {})[split[1]] = inside[1] if inside else split[1]
-        text = class_config(config).get_text_config(decoder=True)
-        return cls(model, found.blocks, text.hidden_size, loaded, merges)
-
-    def outputs(self, block: int, part: str) -> list[str]:
-        """Names in the file, within the block, of the tensors that write a branch into the residual stream.
-
-        Raises:
-            InexpressibleError: they are not known, or share a tensor with other weights.
-        """
-        found: list[str] = []
-        for parameter in output_parameters(self.blocks[block], part, self.width):
-            names = [name for name, target in self.loaded_as.get(block, {}).items() if target == parameter]
-            if not names or any(re.search(pattern, parameter) for pattern in self.split):
-                raise InexpressibleError(
-                    f"block {block}: no tensor of the checkpoint holds {parameter}, the output of its {part}, and nothing else; "
-                    "skipping is not supported for this architecture"
-                )
-            found += names
-        return found
-
-
-def _conversion(model: nn.Module) -> tuple[Callable[[str], str], frozenset[str]]:
-    """How transformers renames tensors on loading, and patterns of parameters it cuts out of larger ones."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    with _quiet():
-        rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = dict.fromkeys(model.state_dict(), True)
-    prefix = getattr(model, "base_model_prefix", "")
-    cut = frozenset(
-        re.escape(pattern).replace(r"\*", ".*")
-        for rule in converters
-        if len(rule.target_patterns) > 1
-        for pattern in rule.target_patterns
-    )
-    return lambda name: rename_source_key(name, renamings, converters, prefix, state)[0], cut

@@ -1,0 +1,145 @@
+"""Tiny models of many architectures, built from config with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+DEPTH = 6
+VOCAB = 128
+
+# Applied where a config class has the field; families add their own below.
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "d_model": 32,
+    "n_embd": 32,
+    "dim": 32,
+    "intermediate_size": 64,
+    "ffn_dim": 64,
+    "num_hidden_layers": DEPTH,
+    "num_layers": DEPTH,
+    "n_layers": DEPTH,
+    "n_layer": DEPTH,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "max_seq_len": 64,
+    "word_embed_proj_dim": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "intermediate_size_mlp": 64,
+    "sliding_window": 4,
+    "attention_chunk_size": 4,
+}
+_SLIDING = ["sliding_attention", "full_attention"] * (DEPTH // 2)
+
+ZOO: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 4, "intermediate_size": 64},
+    "gptj": {"n_inner": 64},
+    "gpt_neox": {},
+    "gpt_bigcode": {},
+    "codegen": {"n_inner": 64},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"num_key_value_heads": 4},
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 3},
+    "qwen2-listed": {"use_sliding_window": True, "layer_types": _SLIDING},
+    "qwen3": {"use_sliding_window": True, "layer_types": _SLIDING},
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window_pattern": 3},
+    "mistral": {},
+    "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [1, 4]},
+    "qwen3_moe": {"mlp_only_layers": [2]},
+    "qwen3_moe-step": {"decoder_sparse_step": 2},
+    "llama4_text": {"no_rope_layer_interval": 3, "interleave_moe_layer_step": 2, "use_qk_norm": True},
+    "gpt_oss": {},
+    "bloom": {},
+    "opt": {},
+    "falcon": {"alibi": False, "new_decoder_architecture": False},
+    "falcon-alibi": {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+    "mpt": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmoe": {},
+    "smollm3": {"no_rope_layer_interval": 3},
+    "cohere": {},
+    "cohere2": {},
+    "deepseek_v3": {
+        "num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_nextn_predict_layers": 0,
+    },
+    "starcoder2": {},
+    "stablelm": {},
+    "granite": {},
+    "granitemoe": {},
+    "glm4": {},
+    "exaone4": {},
+    "nemotron": {},
+    "xglm": {"attention_heads": 4},
+    "biogpt": {},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
+    "persimmon": {},
+    "mamba": {"state_size": 8},
+    "jamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 3, "attn_layer_offset": 1},
+    "qwen3_next": {
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    },
+    "lfm2": {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"] * (DEPTH // 2)},
+    "ernie4_5": {},
+    "seed_oss": {},
+    "arcee": {},
+    "helium": {},
+}  # fmt: skip
+
+
+def tiny_config(name: str, **overrides: Any) -> Any:
+    """The config of one entry of the zoo."""
+    model_type = name.partition("-")[0]
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(config_class().to_dict()) | set(config_class.attribute_map)
+    fields = {key: value for key, value in _SMALL.items() if key in known}
+    fields = {
+        key: value
+        for key, value in fields.items()
+        if config_class.attribute_map.get(key, key) not in fields or key not in config_class.attribute_map
+    }
+    return config_class(**{**fields, **ZOO.get(name, {}), **overrides})
+
+
+def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """One model of the zoo, in float32, evaluation mode, with weights of which none is zero or one."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval().float()
+
+
+def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
+    """Token ids, (batch, length)."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
