@@ -1,0 +1,1 @@
+"""The command line of layersurgery; installed as `layersurgery_cli`."""

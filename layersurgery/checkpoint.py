@@ -52,12 +52,13 @@ class Checkpoint:
         return self.section.of(self.config)
 
 
-def read_checkpoint(source: Source, *, blocks: str | None = None) -> Checkpoint:
+def read_checkpoint(source: Source, *, blocks: str | None = None, weights: Weights | None = None) -> Checkpoint:
     """Read config and headers.
 
     Args:
         source: where the files are.
         blocks: prefix of the decoder blocks' tensors, where it cannot be found ("model.layers").
+        weights: the headers, where they were read already.
 
     Raises:
         SourceError: damaged, incomplete, or config and tensors of different models.
@@ -65,7 +66,7 @@ def read_checkpoint(source: Source, *, blocks: str | None = None) -> Checkpoint:
     """
     config = read_json(source.directory / "config.json")
     section = _section(config)
-    weights = read_weights(source.directory)
+    weights = read_weights(source.directory) if weights is None else weights
     stack = find_stack(weights.names(), section.depth, section.extra, blocks)
     return Checkpoint(source, config, section, weights, stack)
 

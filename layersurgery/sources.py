@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SourceError
+from .header import Entry, Header
 from .weights import INDEX, SINGLE, read_json
 
 EMBEDDED = "smollm2-135m"
@@ -101,14 +102,28 @@ def cache_directory() -> Path:
     return Path(own) if own else Path(base) / "layersurgery"
 
 
+def needs_conversion(model: str) -> bool:
+    """Whether `find_source` will first convert a GGUF file, which takes a while."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return not (_conversion_of(path) / "config.json").exists()
+    if model != EMBEDDED or path.exists():
+        return False
+    return not (_conversion_of(embedded_file()) / "config.json").exists()
+
+
+def _conversion_of(gguf: Path) -> Path:
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return cache_directory() / f"{gguf.stem}-{key}"
+
+
 def _converted(gguf: Path, origin: str | None = None) -> Path:
     """A GGUF file as a float32 safetensors checkpoint, converted by transformers once and kept.
 
     Float32 holds every value that GGUF's formats decode to, so nothing is lost.
     """
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_directory() / f"{gguf.stem}-{key}"
+    target = _conversion_of(gguf)
     if (target / "config.json").exists():
         return target
     try:
@@ -180,6 +195,26 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
         if weights:
             _fetch_weights(model, revision, directory)
     return source
+
+
+def remote_headers(model: str, revision: str | None) -> dict[str, Header]:
+    """Headers of a hub model's safetensors files, without fetching the files.
+
+    Raises:
+        SourceError: not reachable, or no safetensors.
+    """
+    from huggingface_hub import get_safetensors_metadata
+
+    with _hub_errors(model, revision):
+        files = get_safetensors_metadata(model, revision=revision).files_metadata
+    headers = {}
+    for name, file in files.items():
+        entries = {
+            tensor: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for tensor, info in file.tensors.items()
+        }
+        end = max((entry.stop for entry in entries.values()), default=0)
+        headers[name] = Header(entries, file.metadata, 0, end)
+    return headers
 
 
 def _fetch_weights(model: str, revision: str | None, directory: Path) -> None:

@@ -1,0 +1,24 @@
+"""`layersurgery` and `python -m layersurgery_cli`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> None:
+    """Run the command line."""
+    # A polite kill unwinds like any exception, so that nothing half-written stays.
+    signal.signal(signal.SIGTERM, _terminate)
+    from .app import app
+
+    app(prog_name="layersurgery")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.exit(128 + signum)
+
+
+if __name__ == "__main__":
+    main()

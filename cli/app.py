@@ -1,0 +1,248 @@
+"""The commands: each parses, calls one function and prints. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options as o
+from .talk import Commands, Talk
+
+if TYPE_CHECKING:
+    from layersurgery.plan import Plan
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Surgery on the layers of Hugging Face causal language models. Writes plain safetensors that any pipeline loads.",
+    epilog="Blocks are numbered from 0 and ranges are half-open, as in Python. Start with: layersurgery demo",
+)
+_EDIT = "Edit a checkpoint"
+_LOOK = "Look first"
+
+
+class Part(StrEnum):
+    """A branch of a block."""
+
+    attention = "attention"
+    mlp = "mlp"
+
+
+def _version(value: bool) -> None:
+    if value:
+        from layersurgery.version import __version__
+
+        typer.echo(f"layersurgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _edits(build: Callable[..., Plan]) -> Callable[..., None]:
+    """Make a command of a function that builds a plan: MODEL in front, and the options of writing behind."""
+    # Plan is imported for type checkers only; at run time its name may stand for anything.
+    own = inspect.signature(build, eval_str=True, locals={"Plan": object}).parameters
+    shared = inspect.signature(_edit, eval_str=True).parameters
+    rest = [parameter for name, parameter in shared.items() if name not in ("plan", "model")]
+
+    @wraps(build)
+    def command(**given: Any) -> None:
+        plan = build(**{name: given.pop(name) for name in own})
+        _edit(plan=plan, **given)
+
+    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (shared["model"], *own.values(), *rest)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return app.command(rich_help_panel=_EDIT)(command)
+
+
+def _edit(
+    plan: Any,
+    model: o.Model,
+    output: o.Output = None,
+    overwrite: o.Overwrite = False,
+    link: o.Link = False,
+    verify: o.Verify = True,
+    revision: o.Revision = None,
+    blocks: o.Blocks = None,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    from .run import Options, edit
+
+    edit({None: plan}, model, Options(output, overwrite, link, verify, revision, blocks), Talk(quiet=quiet, as_json=as_json))
+
+
+@_edits
+def swap(
+    layer: o.Layer,
+    with_: Annotated[int | None, typer.Option("--with", help="The other block.", show_default="the next one")] = None,
+) -> Plan:
+    """Exchange two blocks."""
+    from layersurgery import plan
+
+    return plan.swap(layer, with_)
+
+
+@_edits
+def drop(layer: o.SomeLayers = None, layers: o.Range = None) -> Plan:
+    """Take blocks out."""
+    return _parsed("drop", _named(layer, layers))
+
+
+@_edits
+def move(
+    layer: o.Layer,
+    after: Annotated[int | None, typer.Option("--after", help="Put it right behind this block.")] = None,
+    before: Annotated[int | None, typer.Option("--before", help="Put it right in front of this block.")] = None,
+) -> Plan:
+    """Put a block elsewhere."""
+    from layersurgery import plan
+
+    return plan.move(layer, after=after, before=before)
+
+
+@_edits
+def repeat(
+    layer: o.SomeLayers = None,
+    layers: o.Range = None,
+    times: Annotated[int, typer.Option("--times", help="Passes in all.")] = 2,
+) -> Plan:
+    """Pass several times through a block or, as a whole, a span."""
+    return _parsed("repeat", f"{_named(layer, layers)} x{times}")
+
+
+@_edits
+def reverse(layers: o.Layers) -> Plan:
+    """Turn the order of a span around."""
+    return _parsed("reverse", layers)
+
+
+@_edits
+def reorder(
+    order: Annotated[
+        str, typer.Option("--order", help="The whole new order, as in '0:12 13 12 14:32'.", metavar="ROUTE", show_default=False)
+    ],
+) -> Plan:
+    """Write the whole order anew, with omissions and repeats."""
+    return _parsed("reorder", order)
+
+
+@_edits
+def skip(
+    part: Annotated[Part, typer.Option("--part", "-p", help="Which branch.", show_default=False)],
+    layer: o.SomeLayers = None,
+    layers: o.Range = None,
+) -> Plan:
+    """Silence the attention or the MLP of blocks."""
+    return _parsed(f"skip-{part.value}", _named(layer, layers))
+
+
+@app.command(rich_help_panel=_EDIT)
+def edit(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere; a recipe may name it instead.")] = None,
+    plan: Annotated[str | None, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML file of named outputs and their plans.", metavar="FILE")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory to write; with --recipe, the one that outputs are put in.", metavar="DIR"),
+    ] = None,
+    overwrite: o.Overwrite = False,
+    link: o.Link = False,
+    verify: o.Verify = True,
+    revision: o.Revision = None,
+    blocks: o.Blocks = None,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make any edits, from a plan's text or a recipe."""
+    from layersurgery.plan import Plan
+
+    from .run import Options
+    from .run import edit as run_edit
+
+    talk = Talk(quiet=quiet, as_json=as_json)
+    options = Options(output, overwrite, link, verify, revision, blocks)
+    if (plan is None) == (recipe is None):
+        raise typer.BadParameter("give either --plan or --recipe", param_hint="'--plan' / '--recipe'")
+    if recipe is not None:
+        from .recipe import read_recipe
+
+        named, plans = read_recipe(recipe)
+        if model is None and named is None:
+            raise typer.BadParameter(f"neither the command nor {recipe} names a model", param_hint="'MODEL'")
+        run_edit(dict(plans), model or named or "", options, talk)
+    elif model is None:
+        raise typer.BadParameter("which model?", param_hint="'MODEL'")
+    else:
+        run_edit({None: Plan.parse(plan or "")}, model, options, talk)
+
+
+@app.command(rich_help_panel=_LOOK)
+def plan(
+    plan: Annotated[str, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False)],
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Whose layers; or give --depth.")] = None,
+    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Blocks of the model.")] = None,
+    revision: o.Revision = None,
+    blocks: o.Blocks = None,
+    as_json: o.Json = False,
+) -> None:
+    """Explain a plan, and touch nothing."""
+    if (model is None) == (depth is None):
+        raise typer.BadParameter("give either a MODEL or --depth", param_hint="'MODEL' / '--depth'")
+    from .show import show_plan
+
+    show_plan(plan, model, depth, revision, blocks, Talk(as_json=as_json))
+
+
+@app.command("inspect", rich_help_panel=_LOOK)
+def inspect_(model: o.Model, revision: o.Revision = None, blocks: o.Blocks = None, as_json: o.Json = False) -> None:
+    """Show a model's anatomy, from its config and headers alone."""
+    from .show import show_anatomy
+
+    show_anatomy(model, revision, blocks, Talk(as_json=as_json))
+
+
+@app.command(rich_help_panel=_LOOK)
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", metavar="DIR")] = Path(
+        "smollm2-135m-swap-12-13"
+    ),
+    as_json: o.Json = False,
+) -> None:
+    """Swap two layers of the embedded model, and compare what both models say."""
+    from .demo import run_demo
+
+    run_demo(output, Talk(as_json=as_json))
+
+
+def _named(layer: list[str] | None, layers: str | None) -> str:
+    words = [*(layer or []), *([layers] if layers else [])]
+    if not words:
+        raise typer.BadParameter("name at least one block with --layer or --layers", param_hint="'--layer' / '--layers'")
+    return " ".join(words)
+
+
+def _parsed(verb: str, rest: str) -> Plan:
+    from layersurgery.plan import Plan
+
+    if set(rest) & set(";#\n"):
+        raise typer.BadParameter(f"{rest!r} names no blocks; a plan of several edits goes to: layersurgery edit --plan")
+    return Plan.parse(f"{verb} {rest}")

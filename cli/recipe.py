@@ -1,0 +1,50 @@
+"""Recipes: several named outputs from one YAML file.
+
+    model: EleutherAI/pythia-6.9b-deduped
+    outputs:
+      swapped: swap 12 13
+      shallow: drop 20:24
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from layersurgery.errors import PlanError
+from layersurgery.plan import Plan
+
+
+def read_recipe(path: Path) -> tuple[str | None, dict[str, Plan]]:
+    """The model a recipe names, if any, and its plans by the name of their output.
+
+    Raises:
+        PlanError: the file cannot be read, or is no recipe; says where.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"the recipe {path} is not YAML: {error}") from error
+    form = "it needs 'outputs:', a table of names and plans, and may have 'model:'"
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("outputs"), dict) or not recipe["outputs"]:
+        raise PlanError(f"{path} is no recipe: {form}")
+    unknown = set(recipe) - {"model", "outputs"}
+    if unknown:
+        raise PlanError(f"{path}: unknown entry {sorted(map(str, unknown))[0]!r}; {form}")
+    model = recipe.get("model")
+    if model is not None and not isinstance(model, str):
+        raise PlanError(f"{path}: 'model' must be a text, not {model!r}")
+    plans = {}
+    for name, text in recipe["outputs"].items():
+        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+            raise PlanError(f"{path}: the output {name!r} is no plain directory name")
+        if not isinstance(text, str):
+            raise PlanError(f"{path}: the plan of {name!r} must be a text such as 'swap 12 13', not {text!r}")
+        try:
+            plans[name] = Plan.parse(text)
+        except PlanError as error:
+            raise PlanError(f"{path}, output {name!r}: {error}") from error
+    return model, plans

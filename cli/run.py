@@ -1,0 +1,88 @@
+"""Running edits, with words and a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layersurgery.atomic import check_output
+from layersurgery.checkpoint import Draft, Edited, default_output, draft, read_checkpoint, write
+from layersurgery.plan import Plan
+from layersurgery.sources import find_source, needs_conversion
+
+from .talk import Talk, size
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What all writing commands take."""
+
+    output: Path | None
+    overwrite: bool
+    link: bool
+    verify: bool
+    revision: str | None
+    blocks: str | None
+
+
+def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: Talk) -> None:
+    """Write an edited checkpoint for each plan; every one of them is checked before the first is written."""
+    waiting = "Converting it to safetensors (once)" if needs_conversion(model) else f"Looking for {model}"
+    with talk.step(waiting):
+        source = find_source(model, revision=options.revision)
+    outputs = {name: _output(name, plan, options) or default_output(source, plan) for name, plan in plans.items()}
+    for out in outputs.values():
+        check_output(out, source.directory, overwrite=options.overwrite)
+    checkpoint = read_checkpoint(source, blocks=options.blocks)
+    files = len(checkpoint.weights.shards)
+    talk.say(f"{model}: {checkpoint.depth} blocks, {size(checkpoint.weights.nbytes)} in {files} file{'s'[: files > 1]}")
+    drafts: dict[str | None, Draft] = {}
+    for name, plan in plans.items():
+        route = plan.route(checkpoint.depth)
+        talk.say(f"{f'{name}: ' if name else ''}{plan}  ->  {route}")
+        if options.verify:
+            with talk.step("Checking that a reload would be this model"):
+                drafts[name] = draft(checkpoint, plan, verify=True)
+        else:
+            drafts[name] = draft(checkpoint, plan, verify=False)
+    results = []
+    for name, sketch in drafts.items():
+        with talk.moving(sketch.nbytes) as progress:
+            results.append(write(sketch, outputs[name], link=options.link, progress=progress))
+    values = [as_json(result, source.label, source.revision) for result in results]
+    shown = [line for result in results for line in _lines(result)]
+    talk.result(values[0] if list(plans) == [None] else values, *shown)
+
+
+def _output(name: str | None, plan: Plan, options: Options) -> Path | None:
+    if name is None:
+        return options.output
+    return (options.output or Path()) / name
+
+
+def _lines(result: Edited) -> list[str]:
+    linked = f", {size(result.bytes_linked)} of it hard-linked to the source" if result.bytes_linked else ""
+    total = size(result.bytes_written + result.bytes_linked)
+    return [
+        f"Wrote {result.path}: {len(result.route)} blocks, {total}{linked}, in {result.seconds:.1f} s",
+        f'Load it with: transformers.pipeline("text-generation", model="{result.path}")',
+    ]
+
+
+def as_json(result: Edited, source: str, revision: str | None) -> dict[str, Any]:
+    """A result for a program."""
+    return {
+        "path": str(result.path),
+        "source": source,
+        "revision": revision,
+        "plan": str(result.plan),
+        "route": str(result.route),
+        "depth": result.depth,
+        "blocks": len(result.route),
+        "bytes_written": result.bytes_written,
+        "bytes_linked": result.bytes_linked,
+        "seconds": round(result.seconds, 3),
+        "verified": result.verified,
+    }

@@ -1,0 +1,120 @@
+"""What the commands say: talk on stderr, results on stdout, and errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+from typer.core import TyperGroup
+
+from layersurgery.errors import LayerSurgeryError, PlanError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+class Commands(TyperGroup):
+    """The command group; turns the package's errors into a line and an exit code: 2 for usage, 1 for failure."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LayerSurgeryError as error:
+            _complain("error", str(error))
+            ctx.exit(2 if isinstance(error, PlanError) else 1)
+        except KeyboardInterrupt:
+            _complain("stopped", "nothing half-written was left behind")
+            ctx.exit(130)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            sys.stderr.close()
+            ctx.exit(141)
+
+
+def _complain(word: str, text: str) -> None:
+    from rich.markup import escape
+
+    console(stderr=True).print(f"[bold red]{word}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console on one of the two streams."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+class Talk:
+    """How one command speaks.
+
+    Args:
+        quiet: say nothing.
+        as_json: print the result as JSON, and nothing else on stdout.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.out = console()
+        self.err = console(stderr=True)
+        self.err.quiet = quiet
+        self.out.quiet = quiet and not as_json
+
+    def say(self, text: str) -> None:
+        """A line of talk."""
+        self.err.print(text, highlight=False, soft_wrap=True)
+
+    def result(self, value: dict[str, Any] | list[Any], *shown: RenderableType) -> None:
+        """The result: JSON for a program, or `shown` for a person."""
+        if self.as_json:
+            print(json.dumps(value, indent=2, ensure_ascii=False))
+            return
+        for item in shown:
+            if isinstance(item, str):
+                self.out.print(item, highlight=False, soft_wrap=True)
+            else:
+                self.out.print(item)
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """A step that takes a while: a spinner on a terminal, one line elsewhere."""
+        if self.err.is_terminal and not self.err.quiet:
+            with self.err.status(text):
+                yield
+        else:
+            self.say(text)
+            yield
+
+    @contextmanager
+    def moving(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
+        """A bar of bytes moved, their rate and the time left; only on a terminal."""
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        off = self.err.quiet or not self.err.is_terminal
+        with Progress(*columns, console=self.err, disable=off, transient=True) as progress:
+            task = progress.add_task("writing", total=total_bytes)
+            yield lambda count: progress.advance(task, count)
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def number(count: int) -> str:
+    """A count of parameters for people."""
+    value = float(count)
+    for unit in ("", "k", "M", "B"):
+        if value < 1000:
+            return f"{value:.0f}" if not unit else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} T"
