@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from layersurgery.atomic import check_output
 from layersurgery.checkpoint import draft, read_checkpoint, write
 from layersurgery.plan import swap
@@ -27,7 +29,7 @@ def run_demo(output: Path, talk: Talk) -> None:
     converting = "1. Converting the embedded GGUF file to safetensors (once, about half a minute)"
     with talk.step(converting if needs_conversion(EMBEDDED) else "1. Finding the model"):
         source = find_source(EMBEDDED)
-    check_output(output, source.directory, overwrite=True)
+    check_output(output, source.directory, overwrite=_is_ours(output))
     plan = swap(12)
     with talk.step("2. Checking that a reload of the edited checkpoint would be the model meant"):
         sketch = draft(read_checkpoint(source), plan)
@@ -41,7 +43,7 @@ def run_demo(output: Path, talk: Talk) -> None:
     talk.say(f"   ({time.perf_counter() - started:.0f} s)\n")
     lines = []
     for prompt, (before, after) in continuations.items():
-        lines += [f"[dim]{prompt}[/]", f"  before: {before!r}", f"  after:  {after!r}"]
+        lines += [f"[dim]{prompt}[/]", escape(f"  before: {before!r}"), escape(f"  after:  {after!r}")]
     lines += [
         "",
         f"KL between them: {divergence['kl_nats']:.3f} nats a token, and {100 * divergence['agreement']:.0f} % of their next "
@@ -54,6 +56,12 @@ def run_demo(output: Path, talk: Talk) -> None:
     ]
     value = {"path": str(output), "plan": str(plan), "route": str(sketch.route), **divergence, "continuations": continuations}
     talk.result(value, *lines)
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether an earlier demo wrote it; only then is it replaced without asking."""
+    card = output / "README.md"
+    return card.is_file() and "`swap 12 13`" in card.read_text("utf-8", errors="replace")
 
 
 def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:

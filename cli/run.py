@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from layersurgery.atomic import check_output
 from layersurgery.checkpoint import Draft, Edited, default_output, draft, read_checkpoint, write
 from layersurgery.plan import Plan
@@ -52,7 +54,7 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: T
         with talk.moving(sketch.nbytes) as progress:
             results.append(write(sketch, outputs[name], link=options.link, progress=progress))
     values = [as_json(result, source.label, source.revision) for result in results]
-    shown = [line for result in results for line in _lines(result)]
+    shown = [escape(line) for result in results for line in _lines(result)]
     talk.result(values[0] if list(plans) == [None] else values, *shown)
 
 

@@ -64,8 +64,8 @@ class Talk:
         self.out.quiet = quiet and not as_json
 
     def say(self, text: str) -> None:
-        """A line of talk."""
-        self.err.print(text, highlight=False, soft_wrap=True)
+        """A line of talk, printed as it is: paths and plans may hold brackets."""
+        self.err.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def result(self, value: dict[str, Any] | list[Any], *shown: RenderableType) -> None:
         """The result: JSON for a program, or `shown` for a person."""

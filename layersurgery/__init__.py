@@ -6,11 +6,15 @@
 '0:12 13 12 14:20 21:32'
 """
 
-from .checkpoint import Edited, edit_checkpoint
+from typing import TYPE_CHECKING, Any
+
 from .errors import InexpressibleError, LayerSurgeryError, OutputError, PlanError, SourceError
 from .plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
 from .route import Route, Visit
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint import Edited, edit_checkpoint
 
 __all__ = [
     "Edited",
@@ -33,3 +37,20 @@ __all__ = [
     "skip_mlp",
     "swap",
 ]
+
+# Imported when first asked for, so that plans and `--help` wait for nothing.
+_LATER = {"Edited": "checkpoint", "edit_checkpoint": "checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

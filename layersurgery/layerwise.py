@@ -239,12 +239,25 @@ def _rewrite_counts(fields: Json, route: Route) -> None:
                 f"config.json: {key} = {count} says that the first {count} layers are of another kind, and {route} would set "
                 "one of them behind a layer of the other kind, which the field cannot say"
             )
+    _rewrite_interval(fields, route)
     step = fields.get("decoder_sparse_step")
     if _count(step) and step != 1:
         # mlp_only_layers was remapped already; the layers that the step leaves dense join it.
         dense = {place for place, block in enumerate(route.blocks) if (block + 1) % step}
         fields["mlp_only_layers"] = sorted(dense.union(fields.get("mlp_only_layers") or []))
         fields["decoder_sparse_step"] = 1
+
+
+def _rewrite_interval(fields: Json, route: Route) -> None:
+    """The first and the last layer of a kind that every layer between them is of (ERNIE's mixtures)."""
+    start, end = (fields.get(f"moe_layer_{name}_index") for name in ("start", "end"))
+    if not isinstance(start, int) or not isinstance(end, int) or fields.get("moe_layer_interval", 1) != 1:
+        return
+    inside = [place for place, block in enumerate(route.blocks) if block >= start and (end < 0 or block <= end)]
+    if inside and inside == list(range(inside[0], inside[-1] + 1)):
+        fields["moe_layer_start_index"] = inside[0]
+        fields["moe_layer_end_index"] = end if end < 0 else inside[-1]
+    # Otherwise the reload check says which block would come back as another kind.
 
 
 def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int:

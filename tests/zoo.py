@@ -100,7 +100,6 @@ ZOO: dict[str, dict[str, Any]] = {
     "nemotron": {},
     "xglm": {"attention_heads": 4},
     "biogpt": {},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
     "persimmon": {},
     "mamba": {"state_size": 8},
     "jamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 3, "attn_layer_offset": 1},
@@ -113,6 +112,20 @@ ZOO: dict[str, dict[str, Any]] = {
     "seed_oss": {},
     "arcee": {},
     "helium": {},
+    "gpt2-inverse": {"scale_attn_by_inverse_layer_idx": True},
+    "diffllama": {},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent"], "attention_window_size": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
+    "apertus": {},
+    "olmo3": {"layer_types": _SLIDING},
+    "glm4_moe": {"first_k_dense_replace": 1},
+    "minimax_m2": {},
+    "ernie4_5_moe": {"moe_layer_start_index": 0},
+    "hunyuan_v1_dense": {},
+    "nanochat": {},
+    "afmoe": {},
+    "vaultgemma": {"query_pre_attn_scalar": 8},
 }  # fmt: skip
 
 

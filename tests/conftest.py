@@ -1,0 +1,40 @@
+"""What the tests share. Nothing here reaches a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers() -> None:
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Tiny models: threads only get in each other's way, and pytest-xdist uses the cores.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A tiny llama checkpoint in one file."""
+    from tests.zoo import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The same in several files, with an index."""
+    from tests.zoo import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    return tmp_path / "sharded"

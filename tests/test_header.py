@@ -1,0 +1,139 @@
+"""Headers: what is sound is read as the safetensors library reads it, and what lies is refused with our own error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from layersurgery.errors import SourceError
+from layersurgery.header import BLOCK, DTYPE_BITS, encode_header, read_header
+
+_TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(4, dtype=torch.int64), "empty": torch.zeros(0, 5)}
+
+
+def written(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def tensor(start: int, stop: int, dtype: str = "U8", shape: list[int] | None = None) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [stop - start] if shape is None else shape, "data_offsets": [start, stop]}
+
+
+def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+    save_file(_TENSORS, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    header = read_header(tmp_path / "a.safetensors")
+    assert header.metadata == {"format": "pt"}
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert set(file.keys()) == set(header.tensors)
+        for name, entry in header.tensors.items():
+            piece = file.get_slice(name)
+            assert (piece.get_dtype(), piece.get_shape()) == (entry.dtype, list(entry.shape))
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    for name, entry in header.tensors.items():
+        assert raw[header.data_offset + entry.start : header.data_offset + entry.stop] == _TENSORS[name].numpy().tobytes()
+
+
+@pytest.mark.parametrize("offset", [0, 8, 1234, 4095])
+def test_writes_what_the_library_reads_with_the_data_where_it_was(tmp_path: Path, offset: int) -> None:
+    save_file(_TENSORS, tmp_path / "a.safetensors")
+    header = read_header(tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()[header.data_offset :]
+    front = encode_header(header.tensors, {"format": "pt"}, congruent_to=offset)
+    assert len(front) % BLOCK == offset
+    (tmp_path / "b.safetensors").write_bytes(front + data)
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in _TENSORS.items())
+    assert read_header(tmp_path / "b.safetensors").tensors == header.tensors
+
+
+def test_every_dtype_of_the_format_is_known() -> None:
+    # The library's own error names them all.
+    from safetensors import SafetensorError, deserialize
+
+    text = json.dumps({"x": tensor(0, 0, "NONE", [0])}).encode()
+    with pytest.raises(SafetensorError) as caught:
+        deserialize(len(text).to_bytes(8, "little") + text)
+    listed = {word.strip("`,. ") for word in str(caught.value).split("expected one of")[1].split(" at line")[0].split()}
+    assert listed <= set(DTYPE_BITS), listed - set(DTYPE_BITS)
+
+
+_LIES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "empty file": (lambda p: written(p, b"", length=0), "not a JSON object"),
+    "seven bytes": (lambda p: p.write_bytes(b"1234567") and p, "7 bytes long, too short"),
+    "terabytes": (lambda p: written(p, b"{}", length=2**42), "announces a header of 4,398,046,511,104 bytes"),
+    "longer than the file": (lambda p: written(p, b"{}", length=99), "truncated"),
+    "not json": (lambda p: written(p, b"{nonsense}"), "not JSON"),
+    "not an object": (lambda p: written(p, b"[1]"), "not a JSON object"),
+    "not utf-8": (lambda p: written(p, b'{"\xff":1}'), "not JSON"),
+    "lone surrogate": (lambda p: written(p, b'{"\\ud800":{}}'), "not text"),
+    "deep": (lambda p: written(p, b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "not JSON"),
+    "digits": (lambda p: written(p, b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'), "not JSON"),
+    "twice": (lambda p: written(p, b'{"a":1,"a":2}'), "names 'a' twice"),
+    "dtype": (lambda p: written(p, {"a": tensor(0, 1, "F12")}, b"x"), "dtype 'F12'; known are"),
+    "no dtype": (lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"), "lacks dtype"),
+    "negative": (lambda p: written(p, {"a": tensor(0, 1, shape=[-1])}, b"x"), r"shape \[-1\]"),
+    "true": (lambda p: written(p, {"a": tensor(0, 1, shape=[True])}, b"x"), r"shape \[True\]"),
+    "huge": (lambda p: written(p, {"a": tensor(0, 1, shape=[2**62] * 400)}, b"x"), "would not fit any disk"),
+    "backwards": (lambda p: written(p, {"a": tensor(1, 0, shape=[0])}, b"x"), r"byte range \[1, 0\]"),
+    "three ends": (lambda p: written(p, {"a": {**tensor(0, 1), "data_offsets": [0, 1, 2]}}, b"x"), "byte range"),
+    "wrong size": (lambda p: written(p, {"a": tensor(0, 3, "F16", [2])}, b"xyz"), "needs 4 bytes and has 3"),
+    "overlap": (lambda p: written(p, {"a": tensor(0, 2), "b": tensor(1, 3)}, b"xyz"), "overlaps"),
+    "hole": (lambda p: written(p, {"a": tensor(0, 1), "b": tensor(2, 3)}, b"xyz"), "leaves a hole"),
+    "beyond": (lambda p: written(p, {"a": tensor(0, 9)}, b"xyz"), "need 9 bytes of data and it holds 3"),
+    "trailing": (lambda p: written(p, {"a": tensor(0, 1)}, b"xyz"), "2 bytes of data belong to no tensor"),
+    "metadata": (lambda p: written(p, {"__metadata__": {"a": 1}}), "__metadata__ is not a table of texts"),
+    "missing": (lambda p: p, "cannot read"),
+}
+
+
+@pytest.mark.parametrize("lie", _LIES)
+def test_a_lying_header_is_refused(tmp_path: Path, lie: str) -> None:
+    make, message = _LIES[lie]
+    path = make(tmp_path / "x.safetensors")
+    with pytest.raises(SourceError, match=message) as caught:
+        read_header(path)
+    assert "x.safetensors" in str(caught.value)
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["F32", "dtype", "shape"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@given(header=st.binary(max_size=60) | st.dictionaries(st.text(max_size=3), _json, max_size=3), data=st.binary(max_size=9))
+def test_no_bytes_make_it_crash(tmp_path: Path, header: Any, data: bytes) -> None:
+    path = written(tmp_path / "fuzz.safetensors", header, data)
+    try:
+        found = read_header(path)
+    except SourceError:
+        return
+    assert sum(entry.nbytes for entry in found.tensors.values()) == found.data_bytes == len(data)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(place=st.integers(0, 250), byte=st.integers(0, 255))
+def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path, place: int, byte: int) -> None:
+    path = tmp_path / "flip.safetensors"
+    save_file(_TENSORS, path)
+    raw = bytearray(path.read_bytes())
+    raw[place % len(raw)] = byte
+    path.write_bytes(raw)
+    try:
+        header = read_header(path)
+    except SourceError:
+        return
+    assert header.data_offset + header.data_bytes == len(raw)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+
+import layersurgery as ls
+from layersurgery.plan import Plan
+from layersurgery.route import Route, Visit
+
+
+@pytest.mark.parametrize(
+    ("plan", "text", "route"),
+    [
+        (ls.swap(12), "swap 12 13", "0:12 13 12 14:32"),
+        (ls.swap(3, 7), "swap 3 7", "0:3 7 4:7 3 8:32"),
+        (ls.drop(3), "drop 3", "0:3 4:32"),
+        (ls.drop(20, 21, 22), "drop 20 21 22", "0:20 23:32"),
+        (ls.drop(range(20, 24)), "drop 20:24", "0:20 24:32"),
+        (ls.drop(range(-4, 0)), "drop -4:", "0:28"),
+        (ls.drop(range(0, 32, 8)), "drop 0 8 16 24", "1:8 9:16 17:24 25:32"),
+        (ls.move(5, after=9), "move 5 after 9", "0:5 6:10 5 10:32"),
+        (ls.move(5, before=2), "move 5 before 2", "0 1 5 2 3 4 6:32"),
+        (ls.move(range(4, 7), after=20), "move 4:7 after 20", "0:4 7:21 4:7 21:32"),
+        (ls.repeat(8), "repeat 8", "0:9 8:32"),
+        (ls.repeat(range(8, 16), times=2), "repeat 8:16", "0:16 8:32"),
+        (ls.repeat(8, times=3), "repeat 8 x3", "0:9 8 8:32"),
+        (ls.reverse(range(8, 12)), "reverse 8:12", "0:8 11 10 9 8 12:32"),
+        (ls.reorder("0:12 13 12 14:32"), "reorder 0:12 13 12 14:32", "0:12 13 12 14:32"),
+        (ls.reorder([3, 0, 0, range(5, 8)]), "reorder 3 0 0 5:8", "3 0 0 5 6 7"),
+        (ls.skip_attention(5), "skip-attention 5", "0:5 5-attn 6:32"),
+        (ls.skip_mlp(range(4, 8)), "skip-mlp 4:8", "0:4 4:8-mlp 8:32"),
+        (ls.swap(12) + ls.drop(20), "swap 12 13; drop 20", "0:12 13 12 14:20 21:32"),
+    ],
+)
+def test_plans_from_python_and_from_text(plan: Plan, text: str, route: str) -> None:
+    assert str(plan) == text
+    assert Plan.parse(text) == plan
+    assert plan.route(32) == Route.parse(route)
+    if route.count(" ") > 2:
+        assert Route.parse(str(plan.route(32))) == Route.parse(route)
+
+
+def test_edits_name_blocks_and_not_positions() -> None:
+    assert Plan.parse("drop 3; drop 7").route(10).blocks == (0, 1, 2, 4, 5, 6, 8, 9)
+    assert Plan.parse("swap 3 4; swap 3 4").route(8).is_identity(8)
+    assert Plan.parse("move 5 after 0; drop 5").route(8) == Plan.parse("drop 5").route(8)
+
+
+def test_a_skip_stays_with_its_block_through_a_reorder() -> None:
+    route = Plan.parse("skip-mlp 2; reorder 2 0 1").route(4)
+    assert route == (Visit(2, mlp=False), Visit(0), Visit(1))
+
+
+def test_drop_takes_out_every_pass_of_a_repeat() -> None:
+    assert Plan.parse("repeat 2:4; drop 3").route(6).blocks == (0, 1, 2, 2, 4, 5)
+
+
+def test_comments_and_lines_in_a_plan() -> None:
+    assert Plan.parse("swap 1 2  # the first\n\ndrop 5\n") == ls.swap(1) + ls.drop(5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("swpa 1 2", "unknown edit 'swpa'.*did you mean 'swap'"),
+        ("skip-attentoin 1", "did you mean 'skip-attention'"),
+        ("zzz 3", "the edits are swap, drop"),
+        ("swap 3 3", "cannot be swapped with itself"),
+        ("swap 3 -29", "the same block of 32"),
+        ("swap 31", "block 32 is out of range: the model has 32 blocks, 0 to 31"),
+        ("swap -1", "the last and has no next"),
+        ("swap 1 2 3", "expected 2 blocks, found 3"),
+        ("swap 1:3 4", "expected one block, found the range 1:3"),
+        ("drop", "names no block.*drop 20"),
+        ("drop x", "cannot read 'x'"),
+        ("drop 5-attn", "a word of a route"),
+        ("drop 40", "block 40 is out of range"),
+        ("drop 30:40", "range 30:40 is out of range.*half-open"),
+        ("drop 5:5", "range 5:5 is empty"),
+        ("drop 3; drop 3", "block 3 is no longer there"),
+        ("drop 0:32", "leaves none of the 32 blocks"),
+        ("move 5 after 5", "next to itself"),
+        ("move 5 after 4", "would change nothing"),
+        ("move 5", "expected a block, 'after' or 'before'"),
+        ("repeat 8 x1", "times must be at least 2"),
+        ("repeat 8; swap 8 9", "needs one place, and block 8 stands in 2"),
+        ("move 9 after 20; repeat 8:11", "needs blocks that stand together"),
+        ("reverse 8:9", "would change nothing"),
+        ("reorder 0:32", "would change nothing"),
+        ("drop 3; reorder 3 4", "block 3 is no longer there"),
+        ("skip-mlp 3; skip-mlp 3", "already skipped"),
+        ("", "the plan is empty"),
+        (" ; # nothing", "the plan is empty"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ls.PlanError, match=f"(?s){message}"):
+        Plan.parse(text).route(32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ls.move(5), "either after= or before="),
+        (lambda: ls.move(5, after=1, before=2), "either after= or before="),
+        (lambda: ls.drop(), "at least one block"),
+        (lambda: ls.drop("3"), "by a number or a range"),
+        (lambda: ls.repeat(range(0, 8, 2)), "not a run of neighbouring blocks"),
+        (lambda: ls.reorder([]), "at least one block"),
+        (lambda: Visit(-1), "from 0 on"),
+        (lambda: Route.parse("20:"), "depth must be known"),
+        (lambda: Route.parse("-1"), "depth must be known"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(call: object, message: str) -> None:
+    with pytest.raises(ls.PlanError, match=message):
+        call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("plan", "slug"),
+    [
+        ("swap 12 13", "swap-12-13"),
+        ("drop 20:24", "drop-20to24"),
+        ("swap 12 13; drop 20", "swap-12-13_drop-20"),
+        ("repeat 8 x3", "repeat-8-x3"),
+    ],
+)
+def test_slugs(plan: str, slug: str) -> None:
+    assert Plan.parse(plan).slug == slug
+
+
+def test_long_slugs_are_cut_and_stay_different() -> None:
+    plans = [ls.drop(*range(0, 60, 2)), ls.drop(*range(0, 62, 2))]
+    slugs = {plan.slug for plan in plans}
+    assert len(slugs) == 2
+    assert all(len(slug) <= 80 for slug in slugs)
