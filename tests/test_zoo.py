@@ -29,6 +29,8 @@ REFUSED: dict[tuple[str, str], str] = {
     **dict.fromkeys([("diffllama", plan) for plan in WHOLE if plan != "drop -1"], "lambda_init is .* in the source"),
     ("rwkv", "drop 0"): "pre_ln exists only after the reload",
     ("mamba", "skip-mlp 2"): "has no mlp",
+    # Its channel mixing looks at the token before, too.
+    **dict.fromkeys([("rwkv", plan) for plan in ("skip-attention 2", "skip-mlp 2")], "does not stop its tokens from mixing"),
     **dict.fromkeys([("recurrent_gemma", plan) for plan in ("skip-attention 2", "skip-mlp 2")], "no linear map"),
 }
 

@@ -1,0 +1,1 @@
+"""Throughput against what a user would pick instead: `python -m benchmarks`."""

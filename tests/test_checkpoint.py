@@ -1,0 +1,328 @@
+"""What the files of an edited checkpoint hold, down to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import layersurgery as ls
+from layersurgery.header import BLOCK, read_header
+from layersurgery.layerwise import find_section, rename_layers, rewrite
+from layersurgery.route import Route
+from layersurgery.weights import find_stack
+from tests.reference import logits_along, logits_of
+from tests.zoo import DEPTH, tiny_model, tokens
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def change_config(directory: Path, **fields: Any) -> dict[str, Any]:
+    config = json.loads((directory / "config.json").read_text()) | fields
+    (directory / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def resave(directory: Path, change: Any) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file(change(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_swap_changes_headers_only(sharded: Path, tmp_path: Path) -> None:
+    ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+    names = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == names
+    assert len(names) > 2
+    for name in names:
+        old, new = read_header(sharded / name), read_header(tmp_path / "out" / name)
+        assert new.data_offset % BLOCK == old.data_offset % BLOCK
+        data = [(d / name).read_bytes()[h.data_offset :] for d, h in ((sharded, old), (tmp_path / "out", new))]
+        assert data[0] == data[1]
+        assert new.metadata == old.metadata
+
+
+def test_the_index_follows(sharded: Path, tmp_path: Path) -> None:
+    ls.edit_checkpoint(sharded, "drop 2; repeat 4", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    held = {name: file.name for file in (tmp_path / "out").glob("*.safetensors") for name in read_header(file).tensors}
+    assert index["weight_map"] == held
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors_of(tmp_path / "out").values())
+
+
+def test_shards_that_become_empty_vanish_and_the_rest_is_counted_anew(sharded: Path, tmp_path: Path) -> None:
+    before = len(list(sharded.glob("*.safetensors")))
+    ls.edit_checkpoint(sharded, "drop 1:5", tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 1 < len(names) < before
+    assert names == [f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
+
+
+def test_a_repeat_is_written_twice_and_a_drop_not_at_all(llama: Path, tmp_path: Path) -> None:
+    ls.edit_checkpoint(llama, "repeat 3; drop 0", tmp_path / "out")
+    old, new = tensors_of(llama), tensors_of(tmp_path / "out")
+    for place, block in enumerate([1, 2, 3, 3, 4, 5]):
+        for name in (n for n in new if n.startswith(f"model.layers.{place}.")):
+            assert torch.equal(new[name], old[name.replace(f"layers.{place}.", f"layers.{block}.")])
+    assert len(new) == len(old)
+    assert new.keys() == {name for name in old if not name.startswith("model.layers.9")}
+
+
+def test_nothing_else_in_the_config_changes(llama: Path, tmp_path: Path) -> None:
+    old = change_config(
+        llama, rotary_pct=0.25, torch_dtype="float32", _odd={"nested": [1, 2, None]}, auto_map={"AutoConfig": "x.Y"}
+    )
+    (llama / "x.py").write_text("raise SystemExit('remote code must not run')")
+    ls.edit_checkpoint(llama, "drop 2", tmp_path / "out")
+    new = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert new == old | {"num_hidden_layers": DEPTH - 1}
+    assert list(new) == list(old)
+    assert (tmp_path / "out" / "x.py").read_text() == (llama / "x.py").read_text()
+
+
+def test_the_rest_of_the_directory_is_carried_over(llama: Path, tmp_path: Path) -> None:
+    carried = ["generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "spiece.model"]
+    left = ["optimizer.pt", "pytorch_model.bin", "training.log", "events.out"]
+    for name in carried[1:] + left:
+        (llama / name).write_text(name)
+    (llama / "additional_chat_templates").mkdir()
+    (llama / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    expected = {"config.json", "model.safetensors", "README.md", "additional_chat_templates/rag.jinja", *carried}
+    assert names == expected
+
+
+def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
+    (llama / "README.md").write_text("---\nlicense: mit\nbase_model: org/original\nlanguage: [en]\n---\nOld text")
+    ls.edit_checkpoint(llama, "swap 1 2; skip-mlp 4", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model"] == "org/original"
+    assert metadata["license"] == "mit"
+    assert metadata["language"] == ["en"]
+    assert "`swap 1 2; skip-mlp 4`" in card
+    assert "`0 2 1 3 4-mlp 5`" in card
+    assert ls.__version__ in card
+    assert "Old text" not in card
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool])
+def test_every_dtype_is_carried_bit_for_bit(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    resave(llama, lambda tensors: {name: value.to(dtype) for name, value in tensors.items()})
+    ls.edit_checkpoint(llama, "move 1 after 4; drop 2", tmp_path / "out")
+    old, new = tensors_of(llama), tensors_of(tmp_path / "out")
+    for place, block in enumerate([0, 3, 4, 1, 5]):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert new[name.format(place)].dtype == dtype
+        assert torch.equal(new[name.format(place)].view(torch.uint8), old[name.format(block)].view(torch.uint8))
+
+
+def test_buffers_and_side_tensors_of_a_block_go_with_it(llama: Path, tmp_path: Path) -> None:
+    def with_extras(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for block in range(DEPTH):
+            tensors[f"model.layers.{block}.self_attn.rotary_emb.inv_freq"] = torch.full((4,), float(block))
+            tensors[f"model.layers.{block}.mlp.down_proj.weight_scale"] = torch.full((1,), float(block))
+        tensors["vision_tower.encoder.layers.1.weight"] = torch.ones(3)
+        tensors["model.layers_extra.1.weight"] = torch.ones(2)
+        return tensors
+
+    resave(llama, with_extras)
+    ls.edit_checkpoint(llama, ls.swap(1, 4), tmp_path / "out")
+    new = tensors_of(tmp_path / "out")
+    assert new["model.layers.1.self_attn.rotary_emb.inv_freq"][0] == 4
+    assert new["model.layers.4.mlp.down_proj.weight_scale"][0] == 1
+    assert torch.equal(new["vision_tower.encoder.layers.1.weight"], torch.ones(3))
+    assert torch.equal(new["model.layers_extra.1.weight"], torch.ones(2))
+
+
+def test_prediction_heads_behind_the_last_block_stay_behind_it(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, num_nextn_predict_layers=1)
+    resave(llama, lambda tensors: tensors | {f"model.layers.{DEPTH}.eh_proj.weight": torch.full((2,), 7.0)})
+    ls.edit_checkpoint(llama, "drop 1", tmp_path / "dropped")
+    ls.edit_checkpoint(llama, "repeat 1", tmp_path / "repeated")
+    assert tensors_of(tmp_path / "dropped")[f"model.layers.{DEPTH - 1}.eh_proj.weight"][0] == 7
+    assert tensors_of(tmp_path / "repeated")[f"model.layers.{DEPTH + 1}.eh_proj.weight"][0] == 7
+
+
+def test_names_without_the_backbones_prefix(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "source")
+    resave(tmp_path / "source", lambda tensors: {name.removeprefix("transformer."): value for name, value in tensors.items()})
+    for plan in ("swap 1 2", "drop 0"):
+        out = tmp_path / plan.replace(" ", "-")
+        ls.edit_checkpoint(tmp_path / "source", plan, out)
+        assert "h.0.ln_1.weight" in tensors_of(out)
+        route = ls.Plan.parse(plan).route(DEPTH)
+        reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, route, tokens()))
+    one = tmp_path / "skip"
+    ls.edit_checkpoint(tmp_path / "source", "skip-attention 3", one)
+    assert not tensors_of(one)["h.3.attn.c_proj.weight"].any()
+    assert not tensors_of(one)["h.3.attn.c_proj.bias"].any()
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    tiny_model("llama-tied").save_pretrained(tmp_path / "source")
+    ls.edit_checkpoint(tmp_path / "source", "drop 2", tmp_path / "out")
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_vision_tower_of_the_same_depth_is_not_the_decoder(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    text |= {"head_dim": 8, "vocab_size": 128, "sliding_window": 4, "sliding_window_pattern": 3}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "source")
+    ls.edit_checkpoint(tmp_path / "source", "swap 1 2; drop 4", tmp_path / "out")
+    old, new = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "out")
+    vision_names = [name for name in old if "vision" in name]
+    assert len(vision_names) > DEPTH
+    assert all(torch.equal(old[name], new[name]) for name in vision_names)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"]["num_hidden_layers"] == DEPTH - 1
+    assert written["vision_config"]["num_hidden_layers"] == DEPTH
+    kinds = json.loads((tmp_path / "source" / "config.json").read_text())["text_config"]["layer_types"]
+    assert written["text_config"]["layer_types"] == [kinds[block] for block in (0, 2, 1, 3, 5)]
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_a_sliding_pattern_is_written_out_as_the_list_its_class_reads(tmp_path: Path) -> None:
+    model = tiny_model("gemma3_text")
+    model.save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    kinds = config.pop("layer_types")
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"sliding_window_pattern": 3}))
+    for verify in (True, False):
+        out = tmp_path / f"verify-{verify}"
+        ls.edit_checkpoint(tmp_path / "source", ls.swap(1), out, verify=verify)
+        written = json.loads((out / "config.json").read_text())
+        assert written["layer_types"] == [kinds[block] for block in (0, 2, 1, 3, 4, 5)]
+        reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, ls.swap(1).route(DEPTH), tokens()))
+
+
+def test_layer_names_inside_quantisation_settings() -> None:
+    where = {0: [0], 1: [2], 2: [1, 3]}
+    value = {
+        "quant_method": "fp8",
+        "ignored_layers": ["lm_head", "model.layers.1.mlp", "layers.2.self_attn.q_proj", "model.layers.9.mlp", "model.layers.10"],
+        "per": {"model.layers.2": {"bits": 4}, "vision.layers.1": 1},
+        "bits": 8,
+    }
+    assert rename_layers(value, lambda block: where.get(block, []), "layers") == {
+        "quant_method": "fp8",
+        "ignored_layers": ["lm_head", "model.layers.2.mlp", "layers.1.self_attn.q_proj", "layers.3.self_attn.q_proj"],
+        "per": {"model.layers.1": {"bits": 4}, "model.layers.3": {"bits": 4}, "vision.layers.1": 1},
+        "bits": 8,
+    }
+    with pytest.raises(ls.InexpressibleError, match="cannot be renumbered"):
+        rename_layers(["re:.*layers\\.(1|2)\\..*"], lambda block: [block], "layers")
+
+
+@pytest.mark.parametrize(
+    ("fields", "plan", "expected"),
+    [
+        ({"layer_types": list("abcd")}, "swap 1 2", {"layer_types": list("acbd")}),
+        ({"no_rope_layers": [1, 0, 1, 0]}, "drop 0", {"no_rope_layers": [0, 1, 0]}),
+        ({"mlp_only_layers": [1]}, "swap 1 2", {"mlp_only_layers": [2]}),
+        ({"mlp_only_layers": [1, 3]}, "repeat 1; drop 3", {"mlp_only_layers": [1, 2]}),
+        ({"odd": [0, 1, 2, 3]}, "drop 1", {"odd": [0, 1, 2]}),
+        ({"first_k_dense_replace": 2}, "drop 0", {"first_k_dense_replace": 1}),
+        ({"first_k_dense_replace": 2}, "repeat 1", {"first_k_dense_replace": 3}),
+        ({"num_kv_shared_layers": 2}, "swap 2 3", {"num_kv_shared_layers": 2}),
+        ({"num_kv_shared_layers": 2}, "drop 3", {"num_kv_shared_layers": 1}),
+        ({"hybrid_override_pattern": "M-M*"}, "swap 1 3", {"hybrid_override_pattern": "M*M-"}),
+        ({"overrides": {"1": "x", "3": "y"}}, "swap 1 2", {"overrides": {"2": "x", "3": "y"}}),
+        (
+            {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
+            "drop 0",
+            {"moe_layer_start_index": 0, "moe_layer_end_index": 2},
+        ),
+        ({"decoder_sparse_step": 2}, "swap 1 2", {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
+        ({"eos_token_id": [5, 6, 7, 8]}, "swap 1 2", {"eos_token_id": [5, 6, 7, 8]}),
+        ({"odd": [5, 6, 6, 7]}, "swap 1 2", {"odd": [5, 6, 6, 7]}),
+    ],
+)
+def test_config_fields_follow_the_route(fields: dict[str, Any], plan: str, expected: dict[str, Any]) -> None:
+    config = {"model_type": "x", "num_hidden_layers": 4, **fields}
+    new = rewrite(config, find_section(config), ls.Plan.parse(plan).route(4))
+    assert {key: new[key] for key in expected} == expected
+    assert new["num_hidden_layers"] == len(ls.Plan.parse(plan).route(4))
+    assert config == {"model_type": "x", "num_hidden_layers": 4, **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "plan", "message"),
+    [
+        ({"mystery": [1, 2, 3, 4]}, "swap 1 2", "'mystery' is a list of 4 values for 4 layers"),
+        ({"first_k_dense_replace": 2}, "swap 1 2", "first_k_dense_replace = 2"),
+        ({"num_kv_shared_layers": 2}, "swap 0 1", "num_kv_shared_layers = 2"),
+    ],
+)
+def test_fields_that_cannot_follow_are_refused_by_name(fields: dict[str, Any], plan: str, message: str) -> None:
+    config = {"num_hidden_layers": 4, **fields}
+    with pytest.raises(ls.InexpressibleError, match=message):
+        rewrite(config, find_section(config), ls.Plan.parse(plan).route(4))
+
+
+def test_depth_under_its_other_names() -> None:
+    for name in ("n_layer", "n_layers", "num_layers"):
+        config = {name: 4}
+        assert rewrite(config, find_section(config), Route([0, 1])) == {name: 2}
+    nested = {"vision_config": {"num_hidden_layers": 9}, "text_config": {"num_hidden_layers": 4}}
+    assert rewrite(nested, find_section(nested), Route([0]))["text_config"] == {"num_hidden_layers": 1}
+
+
+def test_the_stack_is_found_among_other_numbered_names() -> None:
+    names = [f"m.layers.{i}.moe.experts.{e}.w" for i in range(3) for e in range(3)]
+    names += [f"vision.blocks.{i}.w" for i in range(3)]
+    assert find_stack(names, 3).prefix == "m.layers"
+    with pytest.raises(ls.InexpressibleError, match=r"could be the decoder: a.layers, b.layers"):
+        find_stack([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3)
+    assert find_stack([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix == "b.layers"
+
+
+def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path: Path) -> None:
+    result = ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out", link=True)
+    same = {n.name for n in sharded.glob("*.safetensors") if os.path.samefile(n, tmp_path / "out" / n.name)}
+    changed = {n.name for n in sharded.glob("*.safetensors")} - same
+    assert same
+    assert changed
+    assert result.bytes_linked == sum((sharded / name).stat().st_size for name in same)
+    touched = {n for n in tensors_of(sharded) if n.startswith(("model.layers.1.", "model.layers.2."))}
+    assert changed == {name for name in changed if touched & set(read_header(sharded / name).tensors)}
+
+
+def test_silenced_branches_take_no_room_on_disk(tmp_path: Path) -> None:
+    tiny_model("llama", intermediate_size=8192).save_pretrained(tmp_path / "source")
+    ls.edit_checkpoint(tmp_path / "source", f"skip-mlp 0:{DEPTH}", tmp_path / "out")
+    whole, holes = ((tmp_path / d / "model.safetensors").stat() for d in ("source", "out"))
+    assert holes.st_size - whole.st_size < BLOCK
+    if whole.st_blocks * 512 >= whole.st_size:  # the file system tells
+        assert holes.st_blocks < 0.8 * whole.st_blocks
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert not file.get_tensor("model.layers.3.mlp.down_proj.weight").any()
+        assert file.get_tensor("model.layers.3.mlp.up_proj.weight").any()
