@@ -1,0 +1,360 @@
+"""Bad input and bad luck: a clear error, and nothing lost or half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import layersurgery as ls
+from layersurgery import transfer
+from tests.test_checkpoint import change_config, resave
+
+
+def nothing_written(parent: Path, *allowed: str) -> None:
+    assert {path.name for path in parent.iterdir()} == set(allowed)
+
+
+def test_no_config(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    with pytest.raises(ls.SourceError, match=r"has no config.json; give the directory"):
+        ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
+    nothing_written(tmp_path, "source")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "a pickle, which can run code.*from_pretrained.*save_pretrained"),
+        ("other.safetensors", "neither model.safetensors nor"),
+        ("adapter_config.json", "PEFT adapter.*merge_and_unload"),
+        ("notes.txt", "has no safetensors weights"),
+    ],
+)
+def test_no_safetensors(llama: Path, tmp_path: Path, name: str, message: str) -> None:
+    (llama / "model.safetensors").unlink()
+    (llama / name).write_bytes(b"{}")
+    with pytest.raises(ls.SourceError, match=message):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{'a': 1}", "[" * 100_000])
+def test_a_config_that_is_no_json_object(llama: Path, tmp_path: Path, content: str) -> None:
+    (llama / "config.json").write_text(content)
+    with pytest.raises(ls.SourceError, match="config.json"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+
+
+def test_a_truncated_shard(sharded: Path, tmp_path: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 10)
+    with pytest.raises(ls.SourceError, match=f"{shard.name}.*truncated download"):
+        ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+    nothing_written(tmp_path, "sharded")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("../secret.safetensors", "no file name of this directory"),
+        ("/etc/passwd", "no file name of this directory"),
+        ("a\\b.safetensors", "no file name of this directory"),
+        (7, "no file name of this directory"),
+        ("model-00009-of-00009.safetensors", "which is missing"),
+    ],
+)
+def test_an_index_that_names_a_wrong_file(sharded: Path, tmp_path: Path, file: object, message: str) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    path.write_text(json.dumps(index))
+    with pytest.raises(ls.SourceError, match=message):
+        ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+
+
+def test_an_index_that_disagrees_with_its_files(sharded: Path, tmp_path: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost.weight"] = index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ls.SourceError, match="'model.ghost.weight' in .*no file has it"):
+        ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+    path.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ls.SourceError, match="no weight_map"):
+        ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+
+
+def test_a_block_count_that_is_not_the_configs(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, num_hidden_layers=8)
+    with pytest.raises(ls.SourceError, match=r"announces 8 layers.*model.layers.0 to model.layers.5 \(6\)"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+
+
+def test_a_config_without_a_depth(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    del config["num_hidden_layers"], config["model_type"]
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ls.SourceError, match="no number of layers"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+
+
+def test_an_unknown_per_layer_field(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, mystery=[1, 2, 3, 4, 5, 6])
+    with pytest.raises(ls.InexpressibleError, match="'mystery' is a list of 6 values for 6 layers"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+    nothing_written(tmp_path, "llama")
+
+
+def test_a_model_type_that_transformers_does_not_know(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, model_type="from_the_future", auto_map={"AutoModelForCausalLM": "remote.Code"})
+    with pytest.raises(ls.InexpressibleError, match=r"does not know the model type 'from_the_future' \(it brings its own code"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+    assert ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False).verified is False
+    with pytest.raises(ls.InexpressibleError, match="does not know the model type"):
+        ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "skip", verify=False)
+
+
+@pytest.mark.parametrize("model_type", ["zamba2", "longcat_flash", "xlm"])
+def test_architectures_that_share_across_layers(llama: Path, tmp_path: Path, model_type: str) -> None:
+    change_config(llama, model_type=model_type)
+    with pytest.raises(ls.InexpressibleError, match=f"{model_type} .*cannot be edited on disk"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
+
+
+def test_positions_that_only_the_class_knows_need_the_check(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, interleave_moe_layer_step=2)
+    with pytest.raises(ls.InexpressibleError, match="interleave_moe_layer_step can make layers differ by position"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
+
+
+def test_quantised_branches_are_not_silenced_by_guess(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ls.InexpressibleError, match=r"quantised \(gptq\)"):
+        ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
+
+
+def test_a_plan_that_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ls.PlanError, match="leaves the model as it is"):
+        ls.edit_checkpoint(llama, "swap 1 2; swap 1 2", tmp_path / "out")
+
+
+def test_an_output_that_exists(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ls.edit_checkpoint(llama, ls.swap(1), out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ls.OutputError, match="exists already.*--overwrite"):
+        ls.edit_checkpoint(llama, ls.swap(2), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    ls.edit_checkpoint(llama, ls.drop(2), out, overwrite=True)
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
+    nothing_written(tmp_path, "llama", "out")
+
+
+def test_what_is_no_checkpoint_is_never_replaced(llama: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    file = tmp_path / "file"
+    file.write_text("x")
+    link = tmp_path / "link"
+    link.symlink_to(precious)
+    for out in (precious, file, link):
+        with pytest.raises(ls.OutputError, match="is no checkpoint directory"):
+            ls.edit_checkpoint(llama, ls.swap(1), out, overwrite=True)
+    assert (precious / "thesis.tex").read_text() == "years of work"
+
+
+def test_output_and_source_within_each_other(llama: Path, tmp_path: Path) -> None:
+    for out in (llama, llama / "inside", tmp_path, llama / ".." / "llama"):
+        with pytest.raises(ls.OutputError, match="lie within each other"):
+            ls.edit_checkpoint(llama, ls.swap(1), out, overwrite=True)
+
+
+def test_too_little_room_is_said_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; make room.*--link"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+    nothing_written(tmp_path, "llama")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "is full; nothing was left behind"), (errno.EIO, "Input/output error")]
+)
+def test_a_disk_that_fails_midway(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("layersurgery.checkpoint.copy_bytes", fail)
+    with pytest.raises(ls.OutputError, match=message):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
+    nothing_written(tmp_path, "llama")
+
+
+def test_a_really_full_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        with pytest.raises(ls.OutputError, match="GB free and out needs"):
+            ls.edit_checkpoint(llama, ls.swap(1), small / "out")
+        # Another process takes the room after it was looked at.
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
+        with pytest.raises(ls.OutputError, match="is full; nothing was left behind"):
+            ls.edit_checkpoint(llama, ls.swap(1), small / "out")
+        nothing_written(small)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_no_permission(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    if os.geteuid():
+        closed.chmod(0o500)
+    else:  # root may write anywhere, so the answer is played
+
+        def refuse(self: Path, *args: object, **kwargs: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(ls.OutputError, match="cannot write .*Permission denied"):
+        ls.edit_checkpoint(llama, ls.swap(1), closed / "out")
+
+
+def test_a_parent_that_is_a_file(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ls.OutputError, match="cannot write"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "file" / "out")
+
+
+def test_any_exception_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", progress=interrupt)
+    nothing_written(tmp_path, "llama")
+
+
+def test_a_source_that_shrinks_while_it_is_read(llama: Path, tmp_path: Path) -> None:
+    done = []
+
+    def shrink(count: int) -> None:
+        if not done:
+            done.append(count)
+            with (llama / "model.safetensors").open("r+b") as file:
+                file.truncate(2000)
+
+    with pytest.raises(ls.SourceError, match="was changed while it was read"):
+        ls.edit_checkpoint(llama, "drop 1; drop 4", tmp_path / "out", progress=shrink)
+    nothing_written(tmp_path, "llama")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EXDEV, errno.EINVAL])
+def test_bytes_move_where_the_kernel_cannot_copy(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    ls.edit_checkpoint(llama, "drop 1; repeat 3", tmp_path / "by-kernel")
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(transfer, "_USER_CHUNK", 1000)
+    ls.edit_checkpoint(llama, "drop 1; repeat 3", tmp_path / "by-hand")
+    files = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("by-kernel", "by-hand")]
+    assert files[0] == files[1]
+
+
+def test_links_fall_back_to_copies(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", fail)
+    result = ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out", link=True)
+    assert result.bytes_linked == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(list(sharded.glob("*.safetensors")))
+
+
+_SLOW = """
+import sys, time
+import layersurgery as ls
+def crawl(count):
+    print("moving", flush=True)
+    time.sleep(0.05)
+ls.edit_checkpoint(sys.argv[1], "swap 1 2", sys.argv[2], verify=False, overwrite=True, progress=crawl)
+"""
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.05, 0.2])
+def test_killed_in_the_middle(sharded: Path, tmp_path: Path, wait: float) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(sharded), str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"moving\n"
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    partial = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]
+    assert len(partial) == 1
+    # What it left is no checkpoint, and the next run clears it away.
+    assert not (partial[0] / "config.json").exists()
+    ls.edit_checkpoint(sharded, ls.swap(1), out)
+    nothing_written(tmp_path, "sharded", "out")
+
+
+def test_a_run_does_not_clear_away_another_that_lives(sharded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(sharded), str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"moving\n"
+    ls.edit_checkpoint(sharded, ls.swap(2), out)
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+    nothing_written(tmp_path, "sharded", "out")
+    assert "`swap 1 2`" in (out / "README.md").read_text()
+
+
+def test_killed_while_replacing_keeps_a_whole_checkpoint(sharded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ls.edit_checkpoint(sharded, ls.swap(3), out)
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(sharded), str(out)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert "`swap 3 4`" in (out / "README.md").read_text()
+    assert len(list(out.glob("*.safetensors"))) == len(list(sharded.glob("*.safetensors")))
+
+
+def test_a_tensor_named_in_two_files(sharded: Path, tmp_path: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: torch.zeros(1)}, second)
+    with pytest.raises(ls.SourceError, match=f"{name}.* is in both"):
+        ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+
+
+def test_weights_of_another_shape_than_the_config_says_still_move(llama: Path, tmp_path: Path) -> None:
+    # Renaming does not need shapes; a source that would not load is not made worse, nor refused for it.
+    resave(llama, lambda tensors: tensors | {"model.norm.weight": torch.zeros(5)})
+    assert ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out").verified
