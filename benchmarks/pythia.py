@@ -107,7 +107,7 @@ def make(hub: Path, *, width: int = WIDTH, depth: int = DEPTH, shard_bytes: int 
             size = 0
         shards[-1].append((name, shape))
         size += nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

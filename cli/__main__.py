@@ -16,7 +16,7 @@ def main() -> None:
     app(prog_name="layersurgery")
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _terminate(signum: int, _frame: FrameType | None) -> None:
     sys.exit(128 + signum)
 
 

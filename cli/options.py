@@ -9,9 +9,7 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Hub id, directory of a checkpoint, .gguf file, or smollm2-135m.", show_default=False
-    ),
+    typer.Argument(metavar="MODEL", help="Hub id, directory of a checkpoint, .gguf file, or smollm2-135m.", show_default=False),
 ]
 Output = Annotated[
     Path | None,

@@ -1,9 +1,9 @@
 """Recipes: several named outputs from one YAML file.
 
-    model: EleutherAI/pythia-6.9b-deduped
-    outputs:
-      swapped: swap 12 13
-      shallow: drop 20:24
+model: EleutherAI/pythia-6.9b-deduped
+outputs:
+  swapped: swap 12 13
+  shallow: drop 20:24
 """
 
 from __future__ import annotations

@@ -31,10 +31,12 @@ class Options:
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: Talk) -> None:
     """Write an edited checkpoint for each plan; every one of them is checked before the first is written."""
-    waiting = "Converting it to safetensors (once)" if needs_conversion(model) else f"Looking for {model}"
-    with talk.step(waiting):
+    if needs_conversion(model):
+        with talk.step(f"Converting {model} to safetensors (once)"):
+            source = find_source(model)
+    else:  # the hub's client has progress bars of its own
         source = find_source(model, revision=options.revision)
-    outputs = {name: _output(name, plan, options) or default_output(source, plan) for name, plan in plans.items()}
+    outputs = {name: _output(name, options) or default_output(source, plan) for name, plan in plans.items()}
     for out in outputs.values():
         check_output(out, source.directory, overwrite=options.overwrite)
     checkpoint = read_checkpoint(source, blocks=options.blocks)
@@ -53,12 +55,14 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: T
     for name, sketch in drafts.items():
         with talk.moving(sketch.nbytes) as progress:
             results.append(write(sketch, outputs[name], link=options.link, progress=progress))
+    if options.link and not any(result.bytes_linked for result in results):
+        talk.say("No file could be linked: each one changes, or the output is on another file system. All was copied")
     values = [as_json(result, source.label, source.revision) for result in results]
     shown = [escape(line) for result in results for line in _lines(result)]
     talk.result(values[0] if list(plans) == [None] else values, *shown)
 
 
-def _output(name: str | None, plan: Plan, options: Options) -> Path | None:
+def _output(name: str | None, options: Options) -> Path | None:
     if name is None:
         return options.output
     return (options.output or Path()) / name

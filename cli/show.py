@@ -94,8 +94,7 @@ def _anatomy(found: Inspection) -> Iterable[str | Table]:
     yield f"[bold]{escape(found.name)}[/]  {escape(found.architecture)} ({escape(found.model_type)})"
     yield f"{found.depth} blocks at {escape(found.prefix)}{width}{vocabulary}"
     yield (
-        f"{number(found.parameters)} parameters, {size(found.nbytes)} in {found.files} "
-        f"file{'s'[: found.files > 1]}, {dtypes}\n"
+        f"{number(found.parameters)} parameters, {size(found.nbytes)} in {found.files} file{'s'[: found.files > 1]}, {dtypes}\n"
     )
     blocks = Table("blocks", "kind", "tensors", "parameters", "bytes", title="Blocks, each", title_justify="left", box=None)
     for group in found.groups:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import click
 from typer.core import TyperGroup
 
 from layersurgery.errors import LayerSurgeryError, PlanError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class Commands(TyperGroup):
     """The command group; turns the package's errors into a line and an exit code: 2 for usage, 1 for failure."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)

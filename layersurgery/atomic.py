@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError
@@ -96,10 +96,8 @@ def _locked(path: Path) -> int | None:
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
+    with suppress(OSError):  # a file system without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without locks
-        pass
     return descriptor
 
 

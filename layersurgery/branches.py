@@ -101,7 +101,9 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
 
 
 def _holds_experts(module: nn.Module) -> bool:
-    stacked = any(parameter.dim() == 3 and parameter.shape[0] > 1 for parameter in module._parameters.values() if parameter is not None)
+    stacked = any(
+        parameter.dim() == 3 and parameter.shape[0] > 1 for parameter in module._parameters.values() if parameter is not None
+    )
     listed = isinstance(module, nn.ModuleList) and len(module) > 1
     return (stacked and not isinstance(module, nn.modules.conv._ConvNd)) or listed
 

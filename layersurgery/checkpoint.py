@@ -8,26 +8,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .atomic import check_output, whole_directory
 from .card import model_card
-from .errors import InexpressibleError, OutputError, PlanError, SourceError
+from .errors import InexpressibleError, PlanError, SourceError
 from .layerwise import BARE, DERIVED, Json, Section, find_section, places, rename_layers, rewrite, set_fields
 from .layout import Layout, Shard, lay_out
 from .plan import Plan
 from .refusals import refuse_architecture
 from .route import Route
 from .sources import CARRIED, Source, find_source
-from .transfer import Progress, copy_bytes, write_zeros
+from .transfer import Progress, copy_bytes, synced, write_zeros
 from .weights import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
 
 # Files that name layers in their quantisation settings, beside config.json.
 _QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+_THREADS = 4
 # Quantised formats in which a weight of zero bytes is a weight of zeros.
 _ZERO_IS_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
 
@@ -44,6 +47,7 @@ class Checkpoint:
 
     @property
     def depth(self) -> int:
+        """Number of decoder blocks."""
         return self.section.depth
 
     @property
@@ -99,6 +103,7 @@ class Draft:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of weights to write or link."""
         return self.layout.nbytes
 
 
@@ -221,7 +226,7 @@ def edit_checkpoint(
         link: hard-link files that do not change. They are then the same files as the source's: who edits one edits both.
         verify: run the reload check first. It needs torch and transformers; without it, a swap needs neither.
         blocks: prefix of the decoder blocks' tensors, where it cannot be found.
-        progress: called with the number of bytes moved, time after time.
+        progress: called with the number of bytes moved, time after time, from one thread at a time.
 
     Raises:
         PlanError, SourceError, InexpressibleError, OutputError: before a byte is written, or with nothing left behind.
@@ -250,7 +255,7 @@ def write(draft: Draft, out: Path, *, link: bool = False, progress: Progress | N
         OutputError: the file system's answer; nothing is left behind.
     """
     started = time.perf_counter()
-    report = progress or (lambda count: None)
+    report = progress or _unheard
     linked = [shard for shard in draft.layout.shards if link and shard.unchanged]
     written = [shard for shard in draft.layout.shards if shard not in linked]
     needed = sum(shard.nbytes for shard in written)
@@ -261,8 +266,7 @@ def write(draft: Draft, out: Path, *, link: bool = False, progress: Progress | N
             else:
                 written.append(shard)
         linked = [shard for shard in linked if shard not in written]
-        for shard in written:
-            _write_shard(shard, directory, report)
+        _write_shards(written, directory, report)
         _write_text(directory / "config.json", json.dumps(draft.config, indent=2, ensure_ascii=False) + "\n")
         if draft.layout.index is not None:
             _write_text(directory / INDEX, draft.layout.index)
@@ -282,6 +286,10 @@ def write(draft: Draft, out: Path, *, link: bool = False, progress: Progress | N
     )
 
 
+def _unheard(count: int) -> None:
+    pass
+
+
 def _link(shard: Shard, directory: Path) -> bool:
     """Whether the file could be linked; it cannot across file systems."""
     try:
@@ -289,6 +297,31 @@ def _link(shard: Shard, directory: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _write_shards(shards: list[Shard], directory: Path, progress: Progress) -> None:
+    """Copy several files at a time: one thread is bound by the kernel's copying, and others copy while one waits for the disk."""
+    if not shards:
+        return
+    lock, stopping = threading.Lock(), threading.Event()
+
+    def moved(count: int) -> None:
+        if stopping.is_set():
+            raise InterruptedError
+        with lock:
+            progress(count)
+
+    with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
+        # The largest first, so that none is left to be copied alone at the end.
+        ordered = sorted(shards, key=lambda shard: shard.nbytes, reverse=True)
+        copies = [pool.submit(_write_shard, shard, directory, moved) for shard in ordered]
+        try:
+            for copy in as_completed(copies):
+                copy.result()
+        except BaseException:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
@@ -299,7 +332,7 @@ def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
 
 
 def _copy_shard(shard: Shard, directory: Path, progress: Progress) -> None:
-    with shard.source.open("rb") as source, (directory / shard.name).open("xb") as target:
+    with shard.source.open("rb") as source, (directory / shard.name).open("xb") as target, synced(target):
         if shard.unchanged:
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
         else:
@@ -309,8 +342,6 @@ def _copy_shard(shard: Shard, directory: Path, progress: Progress) -> None:
                     write_zeros(piece.count, target, progress)
                 else:
                     copy_bytes(source, piece.start, piece.count, target, progress)
-        target.flush()
-        os.fsync(target.fileno())
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -335,16 +366,3 @@ def _carry(draft: Draft, directory: Path) -> None:
                 _write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
             else:
                 shutil.copyfile(path, target)
-
-
-__all__ = [
-    "Checkpoint",
-    "Draft",
-    "Edited",
-    "OutputError",
-    "default_output",
-    "draft",
-    "edit_checkpoint",
-    "read_checkpoint",
-    "write",
-]

@@ -43,10 +43,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return self.stop - self.start
 
     @property
     def elements(self) -> int:
+        """Number of its elements."""
         return math.prod(self.shape)
 
 
@@ -116,10 +118,7 @@ def encode_header(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | No
     for name, entry in tensors.items():
         fields[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.stop]}
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    if congruent_to is None:
-        padding = -len(text) % _LENGTH_BYTES
-    else:
-        padding = (congruent_to - _LENGTH_BYTES - len(text)) % BLOCK
+    padding = -len(text) % _LENGTH_BYTES if congruent_to is None else (congruent_to - _LENGTH_BYTES - len(text)) % BLOCK
     text += b" " * padding
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 

@@ -96,7 +96,7 @@ def look_at(model: str, *, revision: str | None = None, blocks: str | None = Non
     except SourceError:
         if source.revision is None:
             raise
-        weights = Weights(source.directory, remote_headers(source.label, revision), None)
+        weights = Weights(source.directory, remote_headers(source), None)
     return read_checkpoint(source, blocks=blocks, weights=weights)
 
 
@@ -146,9 +146,7 @@ def _groups(checkpoint: Checkpoint, inside: dict[int, list[tuple[str, Entry]]]) 
             continue
         traits, tensors = described[start]
         entries = [entry for _, entry in inside.get(start, [])]
-        yield BlockGroup(
-            Span(start, block), traits, sum(e.elements for e in entries), sum(e.nbytes for e in entries), tensors
-        )
+        yield BlockGroup(Span(start, block), traits, sum(e.elements for e in entries), sum(e.nbytes for e in entries), tensors)
         start = block
 
 
@@ -170,7 +168,10 @@ class Cost:
 def cost(checkpoint: Checkpoint, route: Route) -> Cost:
     """What a route makes of a checkpoint's size; a silenced branch keeps its (zero) weights in the file."""
     layout = lay_out(
-        checkpoint.weights, checkpoint.stack, places(route, checkpoint.section), lambda place, rest: False  # noqa: ARG005
+        checkpoint.weights,
+        checkpoint.stack,
+        places(route, checkpoint.section),
+        lambda place, rest: False,  # noqa: ARG005
     )
     before = [entry for _, entry in checkpoint.weights.entries()]
     after = [entry for shard in layout.shards for entry in shard.tensors.values()]

@@ -241,7 +241,7 @@ def _rewrite_counts(fields: Json, route: Route) -> None:
             )
     _rewrite_interval(fields, route)
     step = fields.get("decoder_sparse_step")
-    if _count(step) and step != 1:
+    if isinstance(step, int) and step > 1:
         # mlp_only_layers was remapped already; the layers that the step leaves dense join it.
         dense = {place for place, block in enumerate(route.blocks) if (block + 1) % step}
         fields["mlp_only_layers"] = sorted(dense.union(fields.get("mlp_only_layers") or []))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .header import Entry, Header, encode_header
-from .weights import INDEX, Stack, Weights
+from .weights import Stack, Weights
 
 _SHARD_NAME = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 
@@ -48,6 +48,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
+        """Size of the file."""
         return len(self.header) + sum(piece.count for piece in self.pieces)
 
 
@@ -60,6 +61,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
+        """Size of all files of weights."""
         return sum(shard.nbytes for shard in self.shards)
 
 
@@ -154,6 +156,3 @@ def _index(index: Mapping[str, object], shards: Iterable[Shard]) -> str:
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
     new = {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(new, indent=2, ensure_ascii=False) + "\n"
-
-
-__all__ = ["INDEX", "Layout", "Piece", "Shard", "lay_out"]

@@ -63,9 +63,9 @@ class Plan:
 
     @property
     def slug(self) -> str:
-        """A short name for files: "swap-12-13", "drop-20to24", "swap-12-13_drop-20"."""
-        parts = (re.sub(r"[^a-z0-9-]+", "-", str(edit).replace(":", "to")).strip("-") for edit in self.edits)
-        slug = "_".join(parts)
+        """A short name for files: "swap-12-13", "drop-20to24", "swap-12-13_drop-20", "drop-end1"."""
+        texts = (re.sub(r"(?<=[ :])-(?=\d)", "end", str(edit)).replace(":", "to") for edit in self.edits)
+        slug = "_".join(re.sub(r"[^a-z0-9-]+", "-", text).strip("-") for text in texts)
         if len(slug) > _SLUG_LIMIT:
             slug = f"{slug[: _SLUG_LIMIT - 9].rstrip('-_')}-{hashlib.sha256(str(self).encode()).hexdigest()[:8]}"
         return slug

@@ -60,7 +60,7 @@ class Route(tuple[Visit, ...]):
 
     __slots__ = ()
 
-    def __new__(cls, visits: Iterable[Visit | int] = ()) -> Route:
+    def __new__(cls, visits: Iterable[Visit | int] = ()) -> Route:  # noqa: D102 - the class says it
         return super().__new__(cls, (Visit(v) if isinstance(v, int) else v for v in visits))
 
     @classmethod
@@ -111,7 +111,7 @@ class Route(tuple[Visit, ...]):
         return f"Route.parse({str(self)!r})"
 
     # Slices and sums of routes are routes; tuple's own would lose the type.
-    def __add__(self, other: object) -> Route:  # type: ignore[override]
+    def __add__(self, other: object) -> Route:
         if not isinstance(other, tuple):
             return NotImplemented
         return Route((*self, *other))

@@ -103,7 +103,8 @@ class _Witness(nn.Module):
         args, kwargs = self.given
         given = stream.clone()  # some blocks add in place
         output = self.block(given, *args[1:], **kwargs) if args else self.block(**{**kwargs, "hidden_states": given})
-        return output[0] if isinstance(output, tuple) else output
+        after: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return after
 
 
 def _confirm(config: Json, section: Section, block: int, meant: nn.Module, outputs: Mapping[Part, list[str]]) -> None:

@@ -193,11 +193,11 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
         if not (directory / "config.json").is_file():
             raise SourceError(f"{model} has no config.json on the hub (or in the cache): it is not a transformers checkpoint")
         if weights:
-            _fetch_weights(model, revision, directory)
+            _fetch_weights(model, directory)
     return source
 
 
-def remote_headers(model: str, revision: str | None) -> dict[str, Header]:
+def remote_headers(source: Source) -> dict[str, Header]:
     """Headers of a hub model's safetensors files, without fetching the files.
 
     Raises:
@@ -205,33 +205,32 @@ def remote_headers(model: str, revision: str | None) -> dict[str, Header]:
     """
     from huggingface_hub import get_safetensors_metadata
 
-    with _hub_errors(model, revision):
-        files = get_safetensors_metadata(model, revision=revision).files_metadata
+    with _hub_errors(source.label, source.revision):
+        files = get_safetensors_metadata(source.label, revision=source.revision).files_metadata
     headers = {}
     for name, file in files.items():
-        entries = {
-            tensor: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for tensor, info in file.tensors.items()
-        }
+        entries = {tensor: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for tensor, info in file.tensors.items()}
         end = max((entry.stop for entry in entries.values()), default=0)
         headers[name] = Header(entries, file.metadata, 0, end)
     return headers
 
 
-def _fetch_weights(model: str, revision: str | None, directory: Path) -> None:
-    """Only the safetensors files that transformers would load; other formats and variants stay on the hub."""
+def _fetch_weights(model: str, directory: Path) -> None:
+    """Only the safetensors files that transformers would load; other formats and variants stay on the hub.
+
+    The snapshot's directory is named after its commit, so files of one commit come together even if the branch moves on.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     index = directory / INDEX
-    if index.exists():
-        names = sorted(set(map(str, read_json(index).get("weight_map", {}).values())))
-    else:
-        names = [SINGLE]
+    files = read_json(index).get("weight_map", {}).values() if index.exists() else [SINGLE]
+    names = sorted(set(map(str, files)))
     for name in names:
         if Path(name).name != name:
             raise SourceError(f"the index of {model} names {name!r}, which is no file name")
         try:
-            hf_hub_download(model, name, revision=revision)
+            hf_hub_download(model, name, revision=directory.name)
         except LocalEntryNotFoundError as error:
             raise SourceError(
                 f"{name} of {model} is not in the local cache, and the hub cannot be reached ({_first_line(error)}). Go online (and "
@@ -268,7 +267,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
             f"{model} is not on this machine (no such directory, and not in the local cache), and the hub cannot be reached. Go online "
             "(and unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
         ) from error
-    except (OSError, errors.HfHubHTTPError) as error:
+    except Exception as error:  # the hub's client lets its own transport's errors through
         raise SourceError(f"cannot fetch {model}: {_first_line(error)}") from error
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from .header import BLOCK
@@ -15,6 +17,8 @@ Progress = Callable[[int], None]
 # Large enough that system calls cost nothing, small enough that a progress bar moves.
 _KERNEL_CHUNK = 64 << 20
 _USER_CHUNK = 4 << 20
+_SYNC_SECONDS = 0.3
+_datasync = getattr(os, "fdatasync", os.fsync)
 # What copy_file_range answers where it does not work: old kernels, some network and overlay file systems, two devices.
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
 
@@ -38,6 +42,28 @@ def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO, progr
             _copy_by_hand(source, start + moved, length - moved, target, position + moved, progress)
         start, position = start + length, position + length
     target.seek(position)
+
+
+@contextmanager
+def synced(target: BinaryIO) -> Iterator[None]:
+    """Leave with everything on disk, without a wait at the end: what is written is synced all along, by a thread beside."""
+    done = threading.Event()
+
+    def sync() -> None:
+        # What it cannot sync, the sync at the end reports.
+        with suppress(OSError):
+            while not done.wait(_SYNC_SECONDS):
+                _datasync(target.fileno())
+
+    beside = threading.Thread(target=sync, daemon=True)
+    beside.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beside.join()
+    target.flush()
+    os.fsync(target.fileno())
 
 
 def write_zeros(count: int, target: BinaryIO, progress: Progress) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .anatomy import find_blocks
 from .errors import InexpressibleError
@@ -123,6 +124,20 @@ def _fields(config: Any) -> Json:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(fields.items())}
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes what constructors fill later on the meta device, and computes the rest.
+
+    `torch.device("meta")` would take the buffers' values away as well, and accelerate's `init_empty_weights` first asks for
+    each parameter's memory, which one layer's stacked experts can exceed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.rand, torch.randn):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def build_empty(config: Json) -> nn.Module:
     """The model a reload would build, its parameters without memory; buffers are real, for their values are compared.
 
@@ -130,13 +145,12 @@ def build_empty(config: Json) -> nn.Module:
         InexpressibleError: transformers cannot build it.
     """
     import transformers
-    from accelerate import init_empty_weights
 
     class_of = class_config(config)
     name = next(iter(config.get("architectures") or []), "")
     architecture = getattr(transformers, name, None)
     try:
-        with quiet(), init_empty_weights(include_buffers=False):
+        with quiet(), _EmptyOnMeta():
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model: nn.Module = architecture(class_of)
             else:
@@ -173,6 +187,7 @@ class Twin:
 
     @classmethod
     def build(cls, config: Json, edited: Json, section: Section, route: Route) -> Twin:
+        """Build both."""
         return cls(build_empty(config), build_empty(edited), section, route)
 
     def check(self) -> None:

@@ -47,6 +47,7 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(header.data_bytes for header in self.shards.values())
 
 
@@ -184,18 +185,3 @@ def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | N
             "its config is another model's"
         )
     return Stack(fitting[0], depth, len(found[fitting[0]]) - depth)
-
-
-def renamed(name: str, stack: Stack, places: Mapping[int, list[int]]) -> list[str]:
-    """The names under which a tensor goes on: none for a dropped block's, two for a block repeated once.
-
-    Args:
-        name: the tensor's name in the source.
-        stack: where the blocks are.
-        places: the new positions of each block of the source that is kept.
-    """
-    split = stack.split(name)
-    if split is None:
-        return [name]
-    block, rest = split
-    return [stack.join(place, rest) for place in places.get(block, [])]

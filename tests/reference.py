@@ -42,13 +42,14 @@ class _Replay(_Recorder):
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the model as it is, without cache: (batch, length, vocabulary)."""
-    return model(ids, use_cache=False).logits
+    logits: torch.Tensor = model(ids, use_cache=False).logits
+    return logits
 
 
 @torch.no_grad()
-def logits_along(model: nn.Module, route: Route, ids: torch.Tensor) -> torch.Tensor:
+def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the model's blocks run in the order of `route` (whole blocks only), without cache."""
     text = model.config.get_text_config(decoder=True)
     blocks = find_blocks(model, text.num_hidden_layers).blocks
@@ -69,7 +70,7 @@ def logits_along(model: nn.Module, route: Route, ids: torch.Tensor) -> torch.Ten
         assert stream is not None
         for place, block in enumerate(originals):
             blocks[place] = _Replay(block, stream)
-        return model(ids, use_cache=False).logits
+        return logits_of(model, ids)
     finally:
         for place, block in enumerate(originals):
             blocks[place] = block

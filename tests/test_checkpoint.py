@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def change_config(directory: Path, **fields: Any) -> dict[str, Any]:
-    config = json.loads((directory / "config.json").read_text()) | fields
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text()) | fields
     (directory / "config.json").write_text(json.dumps(config))
     return config
 
@@ -307,7 +306,7 @@ def test_the_stack_is_found_among_other_numbered_names() -> None:
 
 def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path: Path) -> None:
     result = ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out", link=True)
-    same = {n.name for n in sharded.glob("*.safetensors") if os.path.samefile(n, tmp_path / "out" / n.name)}
+    same = {n.name for n in sharded.glob("*.safetensors") if n.samefile(tmp_path / "out" / n.name)}
     changed = {n.name for n in sharded.glob("*.safetensors")} - same
     assert same
     assert changed

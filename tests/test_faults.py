@@ -254,7 +254,7 @@ def test_any_exception_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_a_source_that_shrinks_while_it_is_read(llama: Path, tmp_path: Path) -> None:
-    done = []
+    done: list[int] = []
 
     def shrink(count: int) -> None:
         if not done:

@@ -34,7 +34,7 @@ def edits(draw: st.DrawFn) -> Plan:
         return ls.repeat(span, times=draw(st.integers(2, 3)))
     if kind == "reverse":
         return ls.reverse(span)
-    return getattr(ls, kind)(a)
+    return ls.skip_attention(a) if kind == "skip_attention" else ls.skip_mlp(a)
 
 
 def named(plan: Plan) -> set[int]:

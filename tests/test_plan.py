@@ -103,7 +103,7 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
         (lambda: ls.move(5), "either after= or before="),
         (lambda: ls.move(5, after=1, before=2), "either after= or before="),
         (lambda: ls.drop(), "at least one block"),
-        (lambda: ls.drop("3"), "by a number or a range"),
+        (lambda: ls.drop("3"), "by a number or a range"),  # type: ignore[arg-type]
         (lambda: ls.repeat(range(0, 8, 2)), "not a run of neighbouring blocks"),
         (lambda: ls.reorder([]), "at least one block"),
         (lambda: Visit(-1), "from 0 on"),
@@ -123,6 +123,7 @@ def test_wrong_calls_say_what_is_wrong(call: object, message: str) -> None:
         ("drop 20:24", "drop-20to24"),
         ("swap 12 13; drop 20", "swap-12-13_drop-20"),
         ("repeat 8 x3", "repeat-8-x3"),
+        ("drop -1; skip-mlp -4:-2", "drop-end1_skip-mlp-end4toend2"),
     ],
 )
 def test_slugs(plan: str, slug: str) -> None:

@@ -1,0 +1,112 @@
+"""Timing whole processes: wall time and peak resident memory as the operating system counts them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished process."""
+
+    seconds: float
+    bytes_peak: int
+    code: int
+    said: str
+
+
+# Run in a small interpreter of its own: a child's peak memory counts that of the process it was forked from.
+_WATCH = """
+import json, os, subprocess, sys, time
+command, limit = json.loads(sys.argv[1]), float(sys.argv[2])
+with open(sys.argv[3], "wb") as said:
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            break
+        if time.perf_counter() - started > limit:
+            process.kill()
+        time.sleep(0.005)
+    print(json.dumps([time.perf_counter() - started, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)]))
+"""
+
+
+def timed(command: Sequence[str], *, env: Mapping[str, str] | None = None, limit: float = 900) -> Run:
+    """Run a command to its end; its peak memory is that of its largest process."""
+    with tempfile.NamedTemporaryFile() as said:
+        watch = [sys.executable, "-I", "-S", "-c", _WATCH, json.dumps(list(command)), str(limit), said.name]
+        found = subprocess.run(watch, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=True)
+        seconds, peak, code = json.loads(found.stdout)
+        return Run(seconds, peak, code, said.read().decode(errors="replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Several runs of one way: median and quartiles of the wall time, and the greatest peak."""
+
+    way: str
+    runs: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    bytes_peak: int
+
+
+def summary(way: str, runs: Sequence[Run]) -> Summary:
+    """Condense the runs of one way."""
+    times = [run.seconds for run in runs]
+    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
+    return Summary(way, len(times), median(times), low, high, max(run.bytes_peak for run in runs))
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on, and with."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    facts = {"cpu": cpu, "cores": str(os.cpu_count()), "memory_gib": f"{memory / 2**30:.0f}", "python": platform.python_version()}
+    for package in ("layersurgery", "torch", "transformers", "safetensors"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "none"
+    return facts
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def record(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Append rows, dated and with the machine, to benchmarks/results/NAME.csv."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    full = [{"date": datetime.now(UTC).date().isoformat(), **row, **machine()} for row in rows]
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(full[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(full)
+    return path

@@ -1,0 +1,33 @@
+"""Edit a checkpoint on disk, look at what was written, and let the edited model speak."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import pipeline
+
+import layersurgery as ls
+
+plan = ls.swap(12) + ls.drop(20)
+print(f"{plan}  ->  {plan.route(30)}")
+
+with TemporaryDirectory() as directory:
+    out = Path(directory) / "edited"
+    result = ls.edit_checkpoint("smollm2-135m", plan, out)
+    print(f"{len(result.route)} blocks from {result.depth}, {result.bytes_written / 1e6:.0f} MB in {result.seconds:.1f} s")
+
+    # Nothing of layersurgery is needed to run it.
+    speak = pipeline("text-generation", model=str(out), device="cpu")
+    text = speak("The capital of France is", max_new_tokens=12, do_sample=False)[0]["generated_text"]
+    print(repr(text))
+
+    # A plan that does not fit the model is refused before a byte is written, and says why.
+    try:
+        ls.edit_checkpoint("smollm2-135m", ls.swap(40), out, overwrite=True)
+    except ls.PlanError as error:
+        print(f"refused: {error}")
+
+    # What an output already holds is not overwritten unasked.
+    try:
+        ls.edit_checkpoint("smollm2-135m", ls.drop(3), out)
+    except ls.OutputError as error:
+        print(f"refused: {str(error).replace(directory, '')}")

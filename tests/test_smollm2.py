@@ -1,0 +1,61 @@
+"""The main job on the real model that the project carries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from layersurgery_cli.demo import _compare
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import layersurgery as ls
+from layersurgery.sources import EMBEDDED, embedded_file, find_source, needs_conversion
+from tests.reference import logits_along
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    return find_source(EMBEDDED).directory
+
+
+def test_a_swapped_layer_in_a_pipeline(source: Path, tmp_path: Path) -> None:
+    result = ls.edit_checkpoint(EMBEDDED, ls.swap(12), tmp_path / "swapped")
+    assert str(result.route) == "0:12 13 12 14:30"
+    pipe = pipeline("text-generation", model=str(tmp_path / "swapped"), device="cpu")
+    text = pipe("The capital of France is", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert "Paris" in text
+    original = AutoModelForCausalLM.from_pretrained(source).eval()
+    ids = AutoTokenizer.from_pretrained(source)("Layers may be swapped.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = pipe.model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, logits_along(original, result.route, ids), rtol=0, atol=1e-4)
+
+
+def test_the_middle_forgives_and_the_ends_do_not(source: Path, tmp_path: Path) -> None:
+    divergences = {}
+    for layer in (0, 12):
+        ls.edit_checkpoint(EMBEDDED, ls.swap(layer), tmp_path / str(layer))
+        divergences[layer] = _compare(source, tmp_path / str(layer))[1]
+    assert divergences[12]["kl_nats"] < 0.5
+    assert divergences[12]["agreement"] > 0.7
+    assert divergences[0]["kl_nats"] > 3
+    assert divergences[0]["agreement"] < 0.3
+
+
+def test_a_gguf_file_is_a_source(tmp_path: Path) -> None:
+    assert not needs_conversion(EMBEDDED)
+    assert not needs_conversion(str(embedded_file()))
+    result = ls.edit_checkpoint(embedded_file(), "drop 20", tmp_path / "dropped", verify=False)
+    assert json.loads((result.path / "config.json").read_text())["num_hidden_layers"] == 29
+    card = (result.path / "README.md").read_text()
+    assert "license: apache-2.0" in card
+
+
+def test_a_damaged_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERSURGERY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ls.SourceError, match=r"transformers cannot read .*broken.gguf"):
+        ls.edit_checkpoint(tmp_path / "broken.gguf", ls.swap(1), tmp_path / "out")
+    assert list((tmp_path / "cache").iterdir()) == []
