@@ -188,7 +188,7 @@ def edit(
         named, plans = read_recipe(recipe)
         if model is None and named is None:
             raise typer.BadParameter(f"neither the command nor {recipe} names a model", param_hint="'MODEL'")
-        run_edit({**plans}, model or named or "", options, talk)
+        run_edit(plans, model or named or "", options, talk)
     elif model is None:
         raise typer.BadParameter("which model?", param_hint="'MODEL'")
     else:

@@ -16,7 +16,7 @@ from layersurgery.errors import PlanError
 from layersurgery.plan import Plan
 
 
-def read_recipe(path: Path) -> tuple[str | None, dict[str, Plan]]:
+def read_recipe(path: Path) -> tuple[str | None, dict[str | None, Plan]]:
     """The model a recipe names, if any, and its plans by the name of their output.
 
     Raises:
@@ -37,7 +37,7 @@ def read_recipe(path: Path) -> tuple[str | None, dict[str, Plan]]:
     model = recipe.get("model")
     if model is not None and not isinstance(model, str):
         raise PlanError(f"{path}: 'model' must be a text, not {model!r}")
-    plans = {}
+    plans: dict[str | None, Plan] = {}
     for name, text in recipe["outputs"].items():
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
             raise PlanError(f"{path}: the output {name!r} is no plain directory name")

@@ -134,7 +134,7 @@ def test_recipes_that_are_none(tmp_path: Path, text: str, message: str) -> None:
         (["edit", "MODEL", "--plan", "swpa 1 2"], 2, "did you mean 'swap'"),
         (["plan", "--plan", "swap 1 2"], 2, "give either a MODEL or --depth"),
         (["skip", "MODEL", "--layer", 1, "--part", "head"], 2, "'head' is not one of"),
-        (["swap", "MODEL", "--layer", "one"], 2, "not a valid int"),
+        (["swap", "MODEL", "--layer", "one"], 2, "integer"),
         (["swap", "nowhere/to be found", "--layer", 1], 1, "is no hub id"),
         (["swap", "./missing", "--layer", 1], 1, "does not exist on this machine"),
         (["inspect", "./missing"], 1, "does not exist on this machine"),
