@@ -168,7 +168,7 @@ def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
 def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
     section = checkpoint.section
     config = rewrite(checkpoint.config, section, route)
-    if verify or "attention_types" in checkpoint.fields or set_fields(checkpoint.fields, DERIVED):
+    if verify or set_fields(checkpoint.fields, DERIVED):
         from .twin import settle
 
         config = settle(checkpoint.config, config, section, route)

@@ -80,7 +80,6 @@ DERIVED: Mapping[str, object] = {
     "full_attention_interval": 1,
     "no_rope_layer_interval": 0,
     "global_attn_every_n_layers": 1,
-    "attention_types": None,
 }
 BARE: Mapping[str, object] = {
     "attn_layer_offset": 0,
@@ -94,7 +93,6 @@ BARE: Mapping[str, object] = {
     "moe_layer_freq": 1,
     "moe_layer_interval": 1,
     "moe_layer_start_index": 0,
-    "scale_attn_by_inverse_layer_idx": False,
 }
 _EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
@@ -189,7 +187,7 @@ def rewrite_fields(fields: Json, depth: int, route: Route) -> Json:
         InexpressibleError: a field that cannot say the new order, by name.
     """
     rewritten = {key: _rewritten(key, value, depth, route) for key, value in fields.items()}
-    _rewrite_counts(rewritten, route)
+    _rewrite_counts(rewritten, depth, route)
     return rewritten
 
 
@@ -225,7 +223,7 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
     return value
 
 
-def _rewrite_counts(fields: Json, route: Route) -> None:
+def _rewrite_counts(fields: Json, depth: int, route: Route) -> None:
     """Prefix counts, and the one step that an index list beside it can stand in for."""
     for key in _PREFIX_COUNTS & fields.keys():
         count = fields[key]
@@ -240,6 +238,13 @@ def _rewrite_counts(fields: Json, route: Route) -> None:
                 "one of them behind a layer of the other kind, which the field cannot say"
             )
     _rewrite_interval(fields, route)
+    _rewrite_cycle(fields, depth, route)
+    if fields.get("scale_attn_by_inverse_layer_idx") and route.blocks != tuple(range(len(route))):
+        # Old versions of transformers do this while the model runs, where no comparison of models sees it.
+        raise InexpressibleError(
+            "config.json: scale_attn_by_inverse_layer_idx scales the attention of each layer by its position, so a block that "
+            "moves would compute something else"
+        )
     step = fields.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         # mlp_only_layers was remapped already; the layers that the step leaves dense join it.
@@ -258,6 +263,16 @@ def _rewrite_interval(fields: Json, route: Route) -> None:
         fields["moe_layer_start_index"] = inside[0]
         fields["moe_layer_end_index"] = end if end < 0 else inside[-1]
     # Otherwise the reload check says which block would come back as another kind.
+
+
+def _rewrite_cycle(fields: Json, depth: int, route: Route) -> None:
+    """GPT-Neo's way of writing one kind per layer: [[["global", "local"], 12]] is that pair, twelve times."""
+    cycles = fields.get("attention_types")
+    if not isinstance(cycles, list) or not all(isinstance(cycle, list) and len(cycle) == 2 for cycle in cycles):
+        return
+    kinds = [kind for pattern, times in cycles for kind in list(pattern) * int(times)]
+    if len(kinds) == depth and route.blocks != tuple(range(depth)):
+        fields["attention_types"] = [[[kinds[block] for block in route.blocks], 1]]
 
 
 def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int:

@@ -53,15 +53,22 @@ def match_names(model: nn.Module, path: str, stack: Stack, names: Iterable[str])
             alike[split[0], _NUMBER.sub("N", split[1])].append(split[1])
     tensors: dict[int, dict[str, tuple[str, ...]]] = defaultdict(dict)
     inside = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$")
-    for (block, _), rests in alike.items():
-        match = inside.search(rename(stack.join(block, rests[0])))
+
+    def loaded_as(block: int, rest: str) -> str:
+        match = inside.search(rename(stack.join(block, rest)))
         if match is not None and int(match[1]) != block:
             raise InexpressibleError(
-                f"{stack.join(block, rests[0])} is loaded as a part of block {match[1]}: the files of {type(model).__name__} number "
-                "their blocks otherwise than the model does, so they cannot be renamed"
+                f"{stack.join(block, rest)} is loaded as a part of block {match[1]}: the files of {type(model).__name__} number their "
+                "blocks otherwise than the model does, so they cannot be renamed"
             )
-        parameter = rests[0] if match is None else match[2]
-        tensors[block][parameter] = tensors[block].get(parameter, ()) + tuple(rests)
+        return rest if match is None else match[2]
+
+    for (block, _), rests in alike.items():
+        first = loaded_as(block, rests[0])
+        apart = _NUMBER.search(f".{first}.") is not None  # the model, too, has a parameter for each expert
+        for rest in rests:
+            parameter = loaded_as(block, rest) if apart else first
+            tensors[block][parameter] = (*tensors[block].get(parameter, ()), rest)
     return Naming(tensors, cut)
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def needs_conversion(model: str) -> bool:
 
 def _conversion_of(gguf: Path) -> Path:
     stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    # With the version that converts: a mistake of one is not kept for the next.
+    facts = (gguf.resolve(), stat.st_size, stat.st_mtime_ns, version("transformers"))
+    key = hashlib.sha256(":".join(map(str, facts)).encode()).hexdigest()[:12]
     return cache_directory() / f"{gguf.stem}-{key}"
 
 
@@ -128,8 +131,8 @@ def _converted(gguf: Path, origin: str | None = None) -> Path:
         return target
     try:
         import gguf as _  # noqa: F401 - transformers says only after a while that it is missing
-    except ImportError:
-        raise SourceError(f"reading {gguf.name} needs the package gguf: pip install gguf") from None
+    except ImportError as error:
+        raise SourceError(f"reading {gguf.name} needs the package gguf ({error}): pip install gguf") from None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -165,7 +168,8 @@ def _convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The tensors are decoded; what is left of the quantiser only keeps save_pretrained from writing them.
     model.hf_quantizer = None
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**where).save_pretrained(target)
 

@@ -35,7 +35,6 @@ _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGN
 _TOLERANCE = 1e-9
 _UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
 Modules = Mapping[str, nn.Module]
-_OVERRIDES = {"attention_layers": ("attention_types", lambda layers: [[layers, 1]])}
 
 
 def class_config(config: Json) -> Any:
@@ -93,8 +92,7 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
         return edited
     edited = copy.deepcopy(edited)
     for key in differing:
-        name, express = _OVERRIDES.get(key, (key, lambda value: value))
-        section.of(edited)[name] = express(wanted[key])
+        section.of(edited)[key] = wanted[key]
     try:
         taken = not _differing(wanted, edited)
     except InexpressibleError:  # a property without a setter

@@ -261,6 +261,8 @@ def test_layer_names_inside_quantisation_settings() -> None:
             {"moe_layer_start_index": 0, "moe_layer_end_index": 2},
         ),
         ({"decoder_sparse_step": 2}, "swap 1 2", {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
+        ({"attention_types": [[["g", "l"], 2]]}, "swap 1 2; drop 0", {"attention_types": [[["g", "l", "l"], 1]]}),
+        ({"scale_attn_by_inverse_layer_idx": True}, "drop 3", {"scale_attn_by_inverse_layer_idx": True}),
         ({"eos_token_id": [5, 6, 7, 8]}, "swap 1 2", {"eos_token_id": [5, 6, 7, 8]}),
         ({"odd": [5, 6, 6, 7]}, "swap 1 2", {"odd": [5, 6, 6, 7]}),
     ],
@@ -279,6 +281,7 @@ def test_config_fields_follow_the_route(fields: dict[str, Any], plan: str, expec
         ({"mystery": [1, 2, 3, 4]}, "swap 1 2", "'mystery' is a list of 4 values for 4 layers"),
         ({"first_k_dense_replace": 2}, "swap 1 2", "first_k_dense_replace = 2"),
         ({"num_kv_shared_layers": 2}, "swap 0 1", "num_kv_shared_layers = 2"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "swap 0 1", "scales the attention of each layer by its position"),
     ],
 )
 def test_fields_that_cannot_follow_are_refused_by_name(fields: dict[str, Any], plan: str, message: str) -> None:

@@ -22,10 +22,10 @@ REFUSED: dict[tuple[str, str], str] = {
         [("deepseek_v3", plan) for plan in ("swap 1 2", "move 1 after 3", "reverse 1:5")], "first_k_dense_replace = 2"
     ),
     **dict.fromkeys(
-        [("jamba", plan) for plan in ("swap 1 2", "drop 0", "move 1 after 3", "repeat 2:4")], "works out layer_types"
+        [("jamba", plan) for plan in ("swap 1 2", "drop 0", "move 1 after 3", "repeat 2:4")], "works out .*layers_block_type"
     ),
     ("jamba", "reverse 1:5"): "feed_forward is a JambaMLP in the source",
-    **dict.fromkeys([("gpt2-inverse", plan) for plan in WHOLE if plan != "drop -1"], "attn.scaling is .* in the source"),
+    **dict.fromkeys([("gpt2-inverse", plan) for plan in WHOLE if plan != "drop -1"], "scale_attn_by_inverse_layer_idx"),
     **dict.fromkeys([("diffllama", plan) for plan in WHOLE if plan != "drop -1"], "lambda_init is .* in the source"),
     ("rwkv", "drop 0"): "pre_ln exists only after the reload",
     ("mamba", "skip-mlp 2"): "has no mlp",
