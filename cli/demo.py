@@ -35,7 +35,7 @@ def run_demo(output: Path, talk: Talk) -> None:
         sketch = draft(read_checkpoint(source), plan)
     talk.say(f"   {plan}: the stream now visits {sketch.route}")
     with talk.moving(sketch.nbytes) as progress:
-        edited = write(sketch, output, progress=progress)
+        edited = write(sketch, output, overwrite=_is_ours(output), progress=progress)
     talk.say(f"3. Wrote {output} ({size(edited.bytes_written)} in {edited.seconds:.1f} s)")
     started = time.perf_counter()
     with talk.step('4. Loading both in transformers.pipeline("text-generation")'):

@@ -54,7 +54,7 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: T
     results = []
     for name, sketch in drafts.items():
         with talk.moving(sketch.nbytes) as progress:
-            results.append(write(sketch, outputs[name], link=options.link, progress=progress))
+            results.append(write(sketch, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress))
     if options.link and not any(result.bytes_linked for result in results):
         talk.say("No file could be linked: each one changes, or the output is on another file system. All was copied")
     values = [as_json(result, source.label, source.revision) for result in results]

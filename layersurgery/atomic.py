@@ -38,10 +38,10 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def whole_directory(out: Path, *, bytes_needed: int) -> Iterator[Path]:
+def whole_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
     """Give a directory to write into, beside `out`, and rename it to `out` at the end; on any exception, remove it.
 
-    Leftovers of runs that were killed on the way to the same output are removed first.
+    Leftovers of runs that were killed on the way to the same output are removed first. Call `check_output` before.
 
     Raises:
         OutputError: no room, no permission, or any other answer of the file system.
@@ -62,7 +62,7 @@ def whole_directory(out: Path, *, bytes_needed: int) -> Iterator[Path]:
             yield partial
             _sync_directory(partial)
             (partial / _LOCK).unlink(missing_ok=True)
-            _put_in_place(partial, out)
+            _put_in_place(partial, out, overwrite=overwrite)
         finally:
             if lock is not None:
                 os.close(lock)
@@ -75,9 +75,11 @@ def whole_directory(out: Path, *, bytes_needed: int) -> Iterator[Path]:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = None
     if os.path.lexists(out):
+        if not overwrite:
+            raise OutputError(f"{out} was made by somebody else meanwhile; it is left as it is, and this result is thrown away")
         old = out.parent / f".{out.name}.replaced-{secrets.token_hex(4)}"
         out.rename(old)
     try:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .atomic import check_output, whole_directory
 from .card import model_card
@@ -240,7 +240,8 @@ def edit_checkpoint(
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    return write(draft(read_checkpoint(source, blocks=blocks), plan, verify=verify), target, link=link, progress=progress)
+    sketch = draft(read_checkpoint(source, blocks=blocks), plan, verify=verify)
+    return write(sketch, target, overwrite=overwrite, link=link, progress=progress)
 
 
 def default_output(source: Source, plan: Plan) -> Path:
@@ -248,7 +249,9 @@ def default_output(source: Source, plan: Plan) -> Path:
     return Path(f"{source.name}-{plan.slug}")
 
 
-def write(draft: Draft, out: Path, *, link: bool = False, progress: Progress | None = None) -> Edited:
+def write(
+    draft: Draft, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None
+) -> Edited:
     """Write a draft to `out`, whole or not at all.
 
     Raises:
@@ -259,7 +262,7 @@ def write(draft: Draft, out: Path, *, link: bool = False, progress: Progress | N
     linked = [shard for shard in draft.layout.shards if link and shard.unchanged]
     written = [shard for shard in draft.layout.shards if shard not in linked]
     needed = sum(shard.nbytes for shard in written)
-    with whole_directory(out, bytes_needed=needed) as directory:
+    with whole_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
         for shard in linked:
             if _link(shard, directory):
                 report(shard.nbytes)
@@ -326,13 +329,18 @@ def _write_shards(shards: list[Shard], directory: Path, progress: Progress) -> N
 
 def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
     try:
-        _copy_shard(shard, directory, progress)
+        source = shard.source.open("rb")
+    except OSError as error:
+        raise SourceError(f"cannot read {shard.source}: {error.strerror or error}") from error
+    try:
+        with source:
+            _copy_shard(shard, source, directory, progress)
     except EOFError as error:
         raise SourceError(f"{shard.source} was changed while it was read: {error}; start again") from error
 
 
-def _copy_shard(shard: Shard, directory: Path, progress: Progress) -> None:
-    with shard.source.open("rb") as source, (directory / shard.name).open("xb") as target, synced(target):
+def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progress) -> None:
+    with (directory / shard.name).open("xb") as target, synced(target):
         if shard.unchanged:
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
         else:

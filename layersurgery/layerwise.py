@@ -95,6 +95,8 @@ BARE: Mapping[str, object] = {
     "moe_layer_start_index": 0,
 }
 _EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+# How quantisers mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
+_PATTERN_MARKS = ("re:", "+:", "-:")
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
 
 
@@ -308,7 +310,7 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name
     def names(text: str) -> list[str]:
         match = pattern.search(text)
         if match is None or re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
-            if text.startswith("re:") and re.search(rf"{re.escape(stack_name)}\\?\.\W*\d", text):
+            if text.startswith(_PATTERN_MARKS) and re.search(r"\d", text):
                 raise InexpressibleError(
                     f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered"
                 )

@@ -239,6 +239,9 @@ def test_layer_names_inside_quantisation_settings() -> None:
     }
     with pytest.raises(ls.InexpressibleError, match="cannot be renumbered"):
         rename_layers(["re:.*layers\\.(1|2)\\..*"], lambda block: [block], "layers")
+    with pytest.raises(ls.InexpressibleError, match="cannot be renumbered"):
+        rename_layers({"dynamic": {"+:.*\\.(?:18|19)\\..*": {"bits": 8}}}, lambda block: [block], "layers")
+    assert rename_layers(["re:.*gate$"], lambda block: [block], "layers") == ["re:.*gate$"]
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,19 @@ def test_killed_in_the_middle(sharded: Path, tmp_path: Path, wait: float) -> Non
     nothing_written(tmp_path, "sharded", "out")
 
 
+def test_an_output_that_appears_meanwhile_is_not_replaced(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def appear(count: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text("theirs")
+
+    with pytest.raises(ls.OutputError, match="made by somebody else meanwhile"):
+        ls.edit_checkpoint(llama, ls.swap(1), out, progress=appear)
+    assert (out / "config.json").read_text() == "theirs"
+    nothing_written(tmp_path, "llama", "out")
+
+
 def test_a_run_does_not_clear_away_another_that_lives(sharded: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-c", _SLOW, str(sharded), str(out)], stdout=subprocess.PIPE)
