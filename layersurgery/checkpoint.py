@@ -249,9 +249,7 @@ def default_output(source: Source, plan: Plan) -> Path:
     return Path(f"{source.name}-{plan.slug}")
 
 
-def write(
-    draft: Draft, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None
-) -> Edited:
+def write(draft: Draft, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None) -> Edited:
     """Write a draft to `out`, whole or not at all.
 
     Raises:

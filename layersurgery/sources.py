@@ -69,7 +69,9 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
         return Source(_converted(path), text, path.stem)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise SourceError(f"{path} has no config.json; give the directory that save_pretrained wrote, or a hub id")
+            files = sorted(path.glob("*.gguf"))
+            give = f"the file {files[0]} itself" if files else "the directory that save_pretrained wrote, or a hub id"
+            raise SourceError(f"{path} has no config.json; give {give}")
         return Source(path, text, path.resolve().name)
     if path.exists():
         raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a hub id")

@@ -162,13 +162,14 @@ def build_empty(config: Json) -> nn.Module:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Building a throw-away model warns of things that are no concern of the user's."""
+    """Building a throw-away model warns of things that are no concern of the user's, and draws no random numbers of theirs."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
+            torch.default_generator.manual_seed(0)
             yield
     finally:
         logger.setLevel(level)

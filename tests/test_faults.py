@@ -30,6 +30,9 @@ def test_no_config(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     with pytest.raises(ls.SourceError, match=r"has no config.json; give the directory"):
         ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
+    (tmp_path / "source" / "model.gguf").touch()
+    with pytest.raises(ls.SourceError, match=r"give the file .*model.gguf itself"):
+        ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "source")
 
 
@@ -143,6 +146,14 @@ def test_quantised_branches_are_not_silenced_by_guess(llama: Path, tmp_path: Pat
     change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ls.InexpressibleError, match=r"quantised \(gptq\)"):
         ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
+
+
+def test_the_checks_draw_none_of_the_callers_random_numbers(llama: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_plan_that_changes_nothing(llama: Path, tmp_path: Path) -> None:
