@@ -225,12 +225,13 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", metavar="DIR")] = Path(
         "smollm2-135m-swap-12-13"
     ),
+    overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
     """Swap two layers of the embedded model, and compare what both models say."""
     from .demo import run_demo
 
-    run_demo(output, Talk(as_json=as_json))
+    run_demo(output, overwrite, Talk(as_json=as_json))
 
 
 def _named(layer: list[str] | None, layers: str | None) -> str:

@@ -23,19 +23,19 @@ _TOKENS = 512
 _NEW_TOKENS = 16
 
 
-def run_demo(output: Path, talk: Talk) -> None:
+def run_demo(output: Path, overwrite: bool, talk: Talk) -> None:
     """Swap two layers, save, load both models in a pipeline, and compare them."""
     talk.say(f"This swaps blocks 12 and 13 of {EMBEDDED}, a real model of 30 blocks, and looks at what it does.\n")
     converting = "1. Converting the embedded GGUF file to safetensors (once, about half a minute)"
     with talk.step(converting if needs_conversion(EMBEDDED) else "1. Finding the model"):
         source = find_source(EMBEDDED)
-    check_output(output, source.directory, overwrite=_is_ours(output))
+    check_output(output, source.directory, overwrite=overwrite)
     plan = swap(12)
     with talk.step("2. Checking that a reload of the edited checkpoint would be the model meant"):
         sketch = draft(read_checkpoint(source), plan)
     talk.say(f"   {plan}: the stream now visits {sketch.route}")
     with talk.moving(sketch.nbytes) as progress:
-        edited = write(sketch, output, overwrite=_is_ours(output), progress=progress)
+        edited = write(sketch, output, overwrite=overwrite, progress=progress)
     talk.say(f"3. Wrote {output} ({size(edited.bytes_written)} in {edited.seconds:.1f} s)")
     started = time.perf_counter()
     with talk.step('4. Loading both in transformers.pipeline("text-generation")'):
@@ -56,12 +56,6 @@ def run_demo(output: Path, talk: Talk) -> None:
     ]
     value = {"path": str(output), "plan": str(plan), "route": str(sketch.route), **divergence, "continuations": continuations}
     talk.result(value, *lines)
-
-
-def _is_ours(output: Path) -> bool:
-    """Whether an earlier demo wrote it; only then is it replaced without asking."""
-    card = output / "README.md"
-    return card.is_file() and "`swap 12 13`" in card.read_text("utf-8", errors="replace")
 
 
 def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shutil
@@ -33,8 +34,19 @@ def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{out} exists already; choose another output with -o, or say --overwrite to replace it")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise OutputError(f"{out} is no checkpoint directory, so it is not replaced; remove it yourself or choose another output")
+    _check_replaceable(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """A checkpoint and nothing else may be replaced: no directory that holds other work beside one."""
+    found = list(out.iterdir()) if out.is_dir() and not out.is_symlink() else None
+    if found == []:
+        return
+    names = {path.name for path in found or ()}
+    others = [path.name for path in found or () if path.is_dir() and path.name != "additional_chat_templates"]
+    if "config.json" not in names or not names & {"model.safetensors", "model.safetensors.index.json"} or others:
+        why = f"it holds the directory {others[0]}" if others else "it is no checkpoint directory"
+        raise OutputError(f"{out} is not replaced: {why}; remove it yourself or choose another output")
 
 
 @contextmanager
@@ -61,8 +73,8 @@ def whole_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterato
         try:
             yield partial
             _sync_directory(partial)
-            (partial / _LOCK).unlink(missing_ok=True)
             _put_in_place(partial, out, overwrite=overwrite)
+            (out / _LOCK).unlink(missing_ok=True)
         finally:
             if lock is not None:
                 os.close(lock)
@@ -80,12 +92,13 @@ def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
     if os.path.lexists(out):
         if not overwrite:
             raise OutputError(f"{out} was made by somebody else meanwhile; it is left as it is, and this result is thrown away")
+        _check_replaceable(out)
         old = out.parent / f".{out.name}.replaced-{secrets.token_hex(4)}"
         out.rename(old)
     try:
         partial.rename(out)
-    except OSError:
-        if old is not None:
+    except BaseException:  # a second Ctrl-C, too, must not leave the place empty
+        if old is not None and not os.path.lexists(out):
             old.rename(out)
         raise
     _sync_directory(out.parent)
@@ -106,7 +119,13 @@ def _locked(path: Path) -> int | None:
 def _remove_leftovers(out: Path) -> None:
     if fcntl is None:
         return
-    for partial in out.parent.glob(f".{out.name}.partial-????????"):
+    # A run that was killed between its two renames has left the old checkpoint under another name.
+    for old in out.parent.glob(f".{glob.escape(out.name)}.replaced-????????"):
+        if os.path.lexists(out):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(out)
+    for partial in out.parent.glob(f".{glob.escape(out.name)}.partial-????????"):
         try:
             descriptor = os.open(partial / _LOCK, os.O_RDWR)
         except OSError:  # its owner has not locked it yet, or has just finished

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 from .atomic import check_output, whole_directory
 from .card import model_card
 from .errors import InexpressibleError, PlanError, SourceError
-from .layerwise import BARE, DERIVED, Json, Section, find_section, places, rename_layers, rewrite, set_fields
+from .header import stamp
+from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rename_layers, rewrite, set_fields
 from .layout import Layout, Shard, lay_out
 from .plan import Plan
 from .refusals import refuse_architecture
@@ -30,6 +31,7 @@ from .weights import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_
 
 # Files that name layers in their quantisation settings, beside config.json.
 _QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+_QUANTISATION_KEYS = frozenset(("quantization_config", "compression_config"))
 _THREADS = 4
 # Quantised formats in which a weight of zero bytes is a weight of zeros.
 _ZERO_IS_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
@@ -159,7 +161,9 @@ def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
     from .naming import match_names
     from .twin import Twin
 
-    twin = Twin.build(checkpoint.config, config, checkpoint.section, route)
+    splits = map(checkpoint.stack.split, checkpoint.weights.names())
+    in_files = {split[1] for split in splits if split is not None}
+    twin = Twin.build(checkpoint.config, config, checkpoint.section, route, in_files)
     twin.check()
     path = find_blocks(twin.source, checkpoint.depth).path
     match_names(twin.source, path, checkpoint.stack, checkpoint.weights.names())
@@ -168,18 +172,21 @@ def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
 def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
     section = checkpoint.section
     config = rewrite(checkpoint.config, section, route)
-    if verify or set_fields(checkpoint.fields, DERIVED):
-        from .twin import settle
+    uniform = checkpoint.config.get("model_type") in UNIFORM and not set_fields(checkpoint.fields, DERIVED)
+    if verify or not uniform:
+        from .twin import knows, settle
 
-        config = settle(checkpoint.config, config, section, route)
-    left = set_fields(section.of(config), BARE)
+        if verify or knows(checkpoint.config):
+            config = settle(checkpoint.config, config, section, route)
+    left = set_fields(checkpoint.fields, BARE)
     if left and not verify and route.blocks != tuple(range(section.depth)):
         raise InexpressibleError(
             f"config.json: {', '.join(left)} can make layers differ by position, and without the reload check it cannot be told whether "
             "the result would be right; leave --no-verify out"
         )
-    if "quantization_config" in config:
-        config["quantization_config"] = _renamed_layers(config["quantization_config"], checkpoint, route)
+    for part in (config, section.of(config)) if section.path else (config,):
+        for key in _QUANTISATION_KEYS & part.keys():
+            part[key] = _renamed_layers(part[key], checkpoint, route)
     return config
 
 
@@ -192,8 +199,11 @@ def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozen
     """Names, within the block, of the tensors to zero at each position where a branch is skipped."""
     if all(visit.whole for visit in route):
         return {}
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    if "quantization_config" in checkpoint.config and method not in _ZERO_IS_ZERO:
+    quantised = [
+        part[key] for part in (checkpoint.config, checkpoint.fields) for key in _QUANTISATION_KEYS & part.keys() if part[key]
+    ]
+    method = quantised[0].get("quant_method") if quantised and isinstance(quantised[0], dict) else None
+    if quantised and method not in _ZERO_IS_ZERO:
         raise InexpressibleError(
             f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
             "silenced in it; skip on the unquantised checkpoint"
@@ -268,7 +278,7 @@ def write(draft: Draft, out: Path, *, overwrite: bool = False, link: bool = Fals
                 written.append(shard)
         linked = [shard for shard in linked if shard not in written]
         _write_shards(written, directory, report)
-        _write_text(directory / "config.json", json.dumps(draft.config, indent=2, ensure_ascii=False) + "\n")
+        _write_text(directory / "config.json", _text(draft.config))
         if draft.layout.index is not None:
             _write_text(directory / INDEX, draft.layout.index)
         _carry(draft, directory)
@@ -332,9 +342,16 @@ def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
         raise SourceError(f"cannot read {shard.source}: {error.strerror or error}") from error
     try:
         with source:
+            _check_state(shard, source)
             _copy_shard(shard, source, directory, progress)
+            _check_state(shard, source)
     except EOFError as error:
         raise SourceError(f"{shard.source} was changed while it was read: {error}; start again") from error
+
+
+def _check_state(shard: Shard, source: BinaryIO) -> None:
+    if stamp(source.fileno()) != shard.stamp:
+        raise EOFError("it is not the file whose header was read")
 
 
 def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progress) -> None:
@@ -348,6 +365,15 @@ def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progr
                     write_zeros(piece.count, target, progress)
                 else:
                     copy_bytes(source, piece.start, piece.count, target, progress)
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        text = json.dumps(value, indent=2)
+    return text + "\n"
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -369,6 +395,8 @@ def _carry(draft: Draft, directory: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             if path.name in _QUANTISATION_FILES:
                 value = _renamed_layers(read_json(path), draft.checkpoint, draft.route)
-                _write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+                _write_text(target, _text(value))
             else:
                 shutil.copyfile(path, target)
+                with target.open("rb") as copied:
+                    os.fsync(copied.fileno())

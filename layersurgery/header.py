@@ -54,12 +54,27 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header. `tensors` is in the order of the data; `data_offset` is where the data begins in the file."""
+    """A checked header.
+
+    Attributes:
+        tensors: in the order of the data.
+        metadata: the file's own `__metadata__`.
+        data_offset: where the data begins in the file.
+        data_bytes: how long it is.
+        stamp: what tells this state of the file from a later one.
+    """
 
     tensors: Mapping[str, Entry]
     metadata: Mapping[str, str] | None
     data_offset: int
     data_bytes: int
+    stamp: tuple[int, ...] = ()
+
+
+def stamp(descriptor: int) -> tuple[int, ...]:
+    """Which file this is, how long, and when it was last written."""
+    state = os.fstat(descriptor)
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def read_header(path: Path) -> Header:
@@ -70,6 +85,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
+            seen = stamp(file.fileno())
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
@@ -102,7 +118,7 @@ def read_header(path: Path) -> Header:
         )
     if end < available:
         raise _bad(path, f"{available - end:,} bytes of data belong to no tensor")
-    return Header(ordered, metadata, _LENGTH_BYTES + length, end)
+    return Header(ordered, metadata, _LENGTH_BYTES + length, end, seen)
 
 
 def encode_header(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None, congruent_to: int | None = None) -> bytes:

@@ -26,7 +26,6 @@ LISTS = frozenset(
         "layer_types",
         "mlp_layer_types",
         "layers_block_type",
-        "block_types",
         "indexer_types",
         "no_rope_layers",
         "attention_layers",
@@ -81,6 +80,33 @@ DERIVED: Mapping[str, object] = {
     "no_rope_layer_interval": 0,
     "global_attn_every_n_layers": 1,
 }
+# Types whose layers are all alike by their class, so that what config.json says is all there is to say.
+UNIFORM = frozenset(
+    [
+        "bloom",
+        "codegen",
+        "cohere",
+        "falcon",
+        "gemma",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "mpt",
+        "olmo",
+        "olmo2",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "stablelm",
+        "starcoder2",
+    ]
+)
 BARE: Mapping[str, object] = {
     "attn_layer_offset": 0,
     "attn_layer_period": 1,
@@ -175,10 +201,12 @@ def rewrite(config: Json, section: Section, route: Route) -> Json:
         InexpressibleError: a field that cannot say the new order, by name.
     """
     config = copy.deepcopy(config)
-    fields = section.of(config)
-    fields.update(rewrite_fields(fields, section.depth, route))
-    for key in section.depth_fields:
-        fields[key] = len(route)
+    for _, fields in list(_sections(config, ())):
+        # Some configs hold the decoder's fields twice, at the top and in their section.
+        depth_fields = [key for key in section.depth_fields if fields.get(key) == section.depth]
+        if depth_fields:
+            fields.update(rewrite_fields(fields, section.depth, route))
+            fields.update(dict.fromkeys(depth_fields, len(route)))
     return config
 
 
@@ -206,6 +234,8 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
     order = route.blocks
     if isinstance(value, list) and value:
         if key in _INDEX_LISTS or value == list(range(depth)):
+            if not all(type(item) is int and 0 <= item < depth for item in value):
+                raise InexpressibleError(f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}")
             return [place for place, block in enumerate(order) if block in value]
         if len(value) == depth and key not in _NOT_PER_LAYER:
             new = [value[block] for block in order]
@@ -215,6 +245,12 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
                     "if it has one value per layer, ask for it to be added, and edit a copy without the field until then"
                 )
             return new
+        if key in LISTS and len(value) > depth:  # what follows belongs to prediction heads
+            return [value[block] for block in order] + value[depth:]
+        if key in LISTS and any(item != value[0] for item in value):
+            raise InexpressibleError(
+                f"config.json: {key!r} has {len(value)} values for {depth} layers, so it is not clear whose they are"
+            )
     if isinstance(value, str) and key in LISTS and len(value) == depth:
         return "".join(value[block] for block in order)
     if isinstance(value, dict) and value and key != "id2label" and all(_LAYER_NUMBER.fullmatch(str(k)) for k in value):
@@ -263,7 +299,7 @@ def _rewrite_interval(fields: Json, route: Route) -> None:
     inside = [place for place, block in enumerate(route.blocks) if block >= start and (end < 0 or block <= end)]
     if inside and inside == list(range(inside[0], inside[-1] + 1)):
         fields["moe_layer_start_index"] = inside[0]
-        fields["moe_layer_end_index"] = end if end < 0 else inside[-1]
+        fields["moe_layer_end_index"] = end if end < 0 and inside[-1] == len(route) - 1 else inside[-1]
     # Otherwise the reload check says which block would come back as another kind.
 
 
@@ -307,14 +343,23 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name
     """
     pattern = re.compile(rf"(?<!\w){re.escape(stack_name)}\.(\d+)(?=\.|$)")
 
+    # A layer number that is a part of a pattern: "layers.6*", "layers.[12]".
+    numbered = re.compile(rf"(?<!\w){re.escape(stack_name)}\\?\.[\d\[({{]")
+
     def names(text: str) -> list[str]:
+        if re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
+            return [text]
         match = pattern.search(text)
-        if match is None or re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
-            if text.startswith(_PATTERN_MARKS) and re.search(r"\d", text):
+        if match is None:
+            if (text.startswith(_PATTERN_MARKS) and re.search(r"\d", text)) or numbered.search(text):
                 raise InexpressibleError(
                     f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered"
                 )
             return [text]
+        if numbered.search(text, match.end()) or text.startswith(_PATTERN_MARKS):
+            raise InexpressibleError(
+                f"the quantisation settings name several layers at once by {text!r}, which cannot be renumbered"
+            )
         return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]
 
     if isinstance(value, dict):

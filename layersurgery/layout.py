@@ -37,6 +37,7 @@ class Shard:
         pieces: the data, in order.
         tensors: its tensors.
         unchanged: whether the whole file equals the source's.
+        stamp: the state in which the source's header was read.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Shard:
     pieces: tuple[Piece, ...]
     tensors: Mapping[str, Entry]
     unchanged: bool
+    stamp: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +119,7 @@ def _shard(name: str, source: Path, header: Header, moved: list[_Moved]) -> Shar
     before = sum(piece.count for piece in pieces[: 1 if pieces and pieces[0].start is None else 0])
     encoded = encode_header(tensors, header.metadata, congruent_to=None if first is None else first - before)
     unchanged = tensors == header.tensors and all(piece.start is not None for piece in pieces)
-    return Shard(name, source, encoded, tuple(pieces), tensors, unchanged)
+    return Shard(name, source, encoded, tuple(pieces), tensors, unchanged, header.stamp)
 
 
 def _append(pieces: list[Piece], piece: Piece) -> None:

@@ -69,7 +69,17 @@ def match_names(model: nn.Module, path: str, stack: Stack, names: Iterable[str])
         for rest in rests:
             parameter = loaded_as(block, rest) if apart else first
             tensors[block][parameter] = (*tensors[block].get(parameter, ()), rest)
+    for block in range(stack.depth):
+        if not any(inside.search(rename(stack.join(block, rest))) for rest in _some(alike, block)):
+            raise InexpressibleError(
+                f"no tensor at {stack.prefix}.{block} is loaded into {path}.{block} of {type(model).__name__}: the files hold another "
+                "stack there, or the model renames it in a way that is not followed"
+            )
     return Naming(tensors, cut)
+
+
+def _some(alike: Mapping[tuple[int, str], list[str]], block: int) -> Iterable[str]:
+    return (rests[0] for (number, _), rests in alike.items() if number == block)
 
 
 def _conversion(model: nn.Module) -> tuple[Callable[[str], str], frozenset[str]]:

@@ -196,7 +196,7 @@ def _parse_move(text: str) -> Edit:
 
 
 def _parse_repeat(text: str) -> Edit:
-    match = re.fullmatch(r"(.+?)(?:\s+(?:x|times\s+)(\d+))?", text.strip())
+    match = re.fullmatch(r"(.+?)(?:\s+(?:x|times\s+)(\d{1,4}))?", text.strip())
     if match is None:
         raise PlanError("expected a block or a range")
     return Repeat(_exactly(1, match[1])[0], int(match[2] or 2))

@@ -14,7 +14,7 @@ from itertools import groupby
 
 from .errors import PlanError
 
-_ITEM = re.compile(r"^(-?\d+)?(:)?(-?\d+)?((?:-(?:attn|attention|mlp))*)$")
+_ITEM = re.compile(r"^(-?\d{1,9})?(:)?(-?\d{1,9})?((?:-(?:attn|attention|mlp))*)$")
 
 
 @dataclass(frozen=True, slots=True, order=True)

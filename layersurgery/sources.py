@@ -62,7 +62,11 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
         SourceError: not found, not reachable, or not a checkpoint; says what to do.
     """
     text = os.fspath(model)
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # no such user, a name too long, a directory that may not be entered
+        raise SourceError(f"cannot look at {text[:80]}: {error}") from error
     if revision is not None and (path.exists() or text == EMBEDDED):
         raise SourceError(f"a revision was given, and {text} is on this machine and not on the hub; leave it out")
     if path.suffix == ".gguf" and path.is_file():
@@ -107,10 +111,10 @@ def cache_directory() -> Path:
 
 def needs_conversion(model: str) -> bool:
     """Whether `find_source` will first convert a GGUF file, which takes a while."""
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         return not (_conversion_of(path) / "config.json").exists()
-    if model != EMBEDDED or path.exists():
+    if model != EMBEDDED or Path(EMBEDDED).exists():
         return False
     return not (_conversion_of(embedded_file()) / "config.json").exists()
 
@@ -153,6 +157,8 @@ def _converted(gguf: Path, origin: str | None = None) -> Path:
         except OSError:  # another process was quicker, and made the same
             if not (target / "config.json").exists():
                 raise
+    except SourceError:
+        raise
     except OSError as error:
         raise SourceError(f"cannot write the converted model to {target.parent}: {error.strerror or error}") from error
     except Exception as error:  # the readers raise what they please on a damaged file
@@ -167,7 +173,9 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise SourceError(f"{gguf} lacks {missing[0]} (and {len(missing) - 1} more), so the model would be partly random")
     # The tensors are decoded; what is left of the quantiser only keeps save_pretrained from writing them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

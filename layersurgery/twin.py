@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,11 @@ def class_config(config: Json) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    fields = {key: value for key, value in copy.deepcopy(config).items() if key not in ("quantization_config", "auto_map")}
+    fields = {
+        key: value
+        for key, value in copy.deepcopy(config).items()
+        if key not in ("quantization_config", "compression_config", "auto_map")
+    }
     model_type = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:
         remote = " (it brings its own code, which is not run here)" if "auto_map" in config else ""
@@ -71,7 +75,14 @@ def depth_field(config: Json) -> tuple[str, int]:
         InexpressibleError: transformers does not know the model type.
     """
     text = class_config(config).get_text_config(decoder=True)
-    return text.attribute_map.get("num_hidden_layers", "num_hidden_layers"), int(text.num_hidden_layers)
+    return text.attribute_map.get("num_hidden_layers", "num_hidden_layers"), int(getattr(text, "num_hidden_layers", 0) or 0)
+
+
+def knows(config: Json) -> bool:
+    """Whether transformers itself has the config's model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return config.get("model_type") in CONFIG_MAPPING
 
 
 def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
@@ -183,11 +194,12 @@ class Twin:
     edited: nn.Module
     section: Section
     route: Route
+    in_files: frozenset[str]  # names, within a block, of the tensors that the files bring
 
     @classmethod
-    def build(cls, config: Json, edited: Json, section: Section, route: Route) -> Twin:
+    def build(cls, config: Json, edited: Json, section: Section, route: Route, in_files: Iterable[str]) -> Twin:
         """Build both."""
-        return cls(build_empty(config), build_empty(edited), section, route)
+        return cls(build_empty(config), build_empty(edited), section, route, frozenset(in_files))
 
     def check(self) -> None:
         """Compare them.
@@ -227,6 +239,9 @@ class Twin:
             for name in sorted(mine.keys() | yours.keys()):
                 if name not in mine or name not in yours:
                     yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
+                elif isinstance(mine[name], torch.Tensor) and f"{path}.{name}".lstrip(".") in self.in_files:
+                    if mine[name].shape != yours[name].shape:
+                        yield f"{label}.{name} has another shape after the reload"
                 elif not (_same(mine[name], yours[name]) or self._moved(name, mine[name], yours[name], was, now)):
                     yield f"{label}.{name} is {_short(mine[name])} in the source and would be {_short(yours[name])}"
 
@@ -248,14 +263,12 @@ def _without(model: nn.Module, blocks: nn.ModuleList) -> Modules:
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
-    """What a module holds itself: shapes of parameters, buffers with their values where a checkpoint does not bring them, and
-    plain attributes."""
+    """What a module holds itself: shapes of parameters, buffers and plain attributes."""
     facts: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
         facts[name] = None if parameter is None else tuple(parameter.shape)
     for name, buffer in module._buffers.items():
-        comes_from_file = name not in module._non_persistent_buffers_set
-        facts[name] = None if buffer is None else tuple(buffer.shape) if comes_from_file else buffer
+        facts[name] = buffer
     for name, value in vars(module).items():
         if not name.startswith("_") and _plain(value):
             facts[name] = value

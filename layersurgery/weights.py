@@ -15,7 +15,7 @@ from .header import Entry, Header, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_NUMBERED = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+_NUMBERED = re.compile(r"(?<!^)\.(0|[1-9][0-9]*)(?=\.)")
 # Parts of names that say a stack of layers is not the text decoder's.
 _NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler|draft", re.IGNORECASE)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
@@ -147,7 +147,7 @@ class Stack:
 
     @property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile(rf"{re.escape(self.prefix)}\.(\d+)\.(.+)", re.DOTALL)
+        return re.compile(rf"{re.escape(self.prefix)}\.(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
 
 
 def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | None = None) -> Stack:
@@ -172,8 +172,9 @@ def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | N
     # A list inside a block, such as the experts, has a number in its own prefix.
     outer = {p: numbers for p, numbers in found.items() if not _NUMBERED.search(p + ".") or p == prefix}
     fitting = [p for p, numbers in outer.items() if numbers in (set(range(depth)), set(range(depth + extra)))]
-    if len(fitting) > 1:
-        fitting = [p for p in fitting if not _NOT_TEXT.search(p)] or fitting
+    text = [p for p, numbers in outer.items() if len(numbers) > 1 and not _NOT_TEXT.search(p)]
+    if text and prefix is None:  # a tower for other input is the decoder only where there is nothing else
+        fitting = [p for p in fitting if p in text or depth == 1]
     if len(fitting) > 1:
         raise InexpressibleError(
             f"several stacks of {depth} layers could be the decoder: {', '.join(sorted(fitting))}; name one with blocks="

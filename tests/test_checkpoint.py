@@ -241,6 +241,9 @@ def test_layer_names_inside_quantisation_settings() -> None:
         rename_layers(["re:.*layers\\.(1|2)\\..*"], lambda block: [block], "layers")
     with pytest.raises(ls.InexpressibleError, match="cannot be renumbered"):
         rename_layers({"dynamic": {"+:.*\\.(?:18|19)\\..*": {"bits": 8}}}, lambda block: [block], "layers")
+    for pattern in ("model.layers.6*", "model.layers.[12].mlp", "re:.*layers.1.mlp.*|.*layers.2.mlp.*"):
+        with pytest.raises(ls.InexpressibleError, match="cannot be renumbered"):
+            rename_layers([pattern], lambda block: [block], "layers")
     assert rename_layers(["re:.*gate$"], lambda block: [block], "layers") == ["re:.*gate$"]
 
 
@@ -266,6 +269,17 @@ def test_layer_names_inside_quantisation_settings() -> None:
         ({"decoder_sparse_step": 2}, "swap 1 2", {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1]}),
         ({"attention_types": [[["g", "l"], 2]]}, "swap 1 2; drop 0", {"attention_types": [[["g", "l", "l"], 1]]}),
         ({"scale_attn_by_inverse_layer_idx": True}, "drop 3", {"scale_attn_by_inverse_layer_idx": True}),
+        ({"layer_types": list("abcdX")}, "swap 1 2", {"layer_types": list("acbdX")}),
+        (
+            {"text_config": {"num_hidden_layers": 4, "layer_types": list("abcd")}},
+            "drop 0",
+            {"text_config": {"num_hidden_layers": 3, "layer_types": list("bcd")}},
+        ),
+        (
+            {"moe_layer_start_index": 1, "moe_layer_end_index": -1},
+            "reorder 1 2 3 0",
+            {"moe_layer_start_index": 0, "moe_layer_end_index": 2},
+        ),
         ({"eos_token_id": [5, 6, 7, 8]}, "swap 1 2", {"eos_token_id": [5, 6, 7, 8]}),
         ({"odd": [5, 6, 6, 7]}, "swap 1 2", {"odd": [5, 6, 6, 7]}),
     ],
@@ -284,6 +298,8 @@ def test_config_fields_follow_the_route(fields: dict[str, Any], plan: str, expec
         ({"mystery": [1, 2, 3, 4]}, "swap 1 2", "'mystery' is a list of 4 values for 4 layers"),
         ({"first_k_dense_replace": 2}, "swap 1 2", "first_k_dense_replace = 2"),
         ({"num_kv_shared_layers": 2}, "swap 0 1", "num_kv_shared_layers = 2"),
+        ({"mlp_only_layers": [[1, 2]]}, "swap 0 1", "should hold layer numbers below 4"),
+        ({"layer_types": ["a", "b"]}, "swap 0 1", "has 2 values for 4 layers"),
         ({"scale_attn_by_inverse_layer_idx": True}, "swap 0 1", "scales the attention of each layer by its position"),
     ],
 )
@@ -305,6 +321,9 @@ def test_the_stack_is_found_among_other_numbered_names() -> None:
     names = [f"m.layers.{i}.moe.experts.{e}.w" for i in range(3) for e in range(3)]
     names += [f"vision.blocks.{i}.w" for i in range(3)]
     assert find_stack(names, 3).prefix == "m.layers"
+    crossed = [f"vision_model.layers.{i}.w" for i in range(4)] + [f"language_model.layers.{i}.w" for i in range(5)]
+    with pytest.raises(ls.SourceError, match="the tensors do not match"):
+        find_stack(crossed, 4)
     with pytest.raises(ls.InexpressibleError, match=r"could be the decoder: a.layers, b.layers"):
         find_stack([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3)
     assert find_stack([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix == "b.layers"

@@ -182,9 +182,39 @@ def test_what_is_no_checkpoint_is_never_replaced(llama: Path, tmp_path: Path) ->
     link = tmp_path / "link"
     link.symlink_to(precious)
     for out in (precious, file, link):
-        with pytest.raises(ls.OutputError, match="is no checkpoint directory"):
+        with pytest.raises(ls.OutputError, match="is not replaced"):
             ls.edit_checkpoint(llama, ls.swap(1), out, overwrite=True)
     assert (precious / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_checkpoint_with_other_work_in_it_is_not_replaced(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ls.edit_checkpoint(llama, ls.swap(1), out)
+    (out / "checkpoint-500").mkdir()
+    with pytest.raises(ls.OutputError, match="it holds the directory checkpoint-500"):
+        ls.edit_checkpoint(llama, ls.swap(2), out, overwrite=True)
+    assert (out / "checkpoint-500").is_dir()
+
+
+def test_a_run_killed_between_its_two_renames_is_mended_by_the_next(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ls.edit_checkpoint(llama, ls.swap(1), out)
+    out.rename(tmp_path / ".out.replaced-01234567")
+    with pytest.raises(ls.OutputError, match="made by somebody else meanwhile"):
+        ls.edit_checkpoint(llama, ls.swap(2), out)  # the old one is back in its place, and is not replaced unasked
+    assert "`swap 1 2`" in (out / "README.md").read_text()
+    nothing_written(tmp_path, "llama", "out")
+
+
+def test_a_source_saved_anew_while_it_is_read(llama: Path, tmp_path: Path) -> None:
+    from layersurgery.checkpoint import draft, read_checkpoint, write
+    from layersurgery.sources import find_source
+
+    sketch = draft(read_checkpoint(find_source(llama)), ls.swap(1))
+    resave(llama, lambda tensors: {name: value + 1 for name, value in tensors.items()})
+    with pytest.raises(ls.SourceError, match="not the file whose header was read"):
+        write(sketch, tmp_path / "out")
+    nothing_written(tmp_path, "llama")
 
 
 def test_output_and_source_within_each_other(llama: Path, tmp_path: Path) -> None:
