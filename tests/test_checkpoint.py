@@ -223,6 +223,18 @@ def test_a_sliding_pattern_is_written_out_as_the_list_its_class_reads(tmp_path: 
         assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, ls.swap(1).route(DEPTH), tokens()))
 
 
+def test_kinds_that_a_class_has_by_default_are_written_out_without_the_check_too(tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    model.save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    kinds = config.pop("layer_types")
+    assert len(set(kinds)) == 2
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out", verify=False)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, ls.swap(1).route(DEPTH), tokens()))
+
+
 def test_layer_names_inside_quantisation_settings() -> None:
     where = {0: [0], 1: [2], 2: [1, 3]}
     value = {
