@@ -68,9 +68,10 @@ def whole_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterato
                 f"{out.parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; make room, choose "
                 "another disk with -o, or share unchanged files with --link"
             )
-        partial.mkdir()
-        lock = _locked(partial / _LOCK)
+        lock = None
         try:
+            partial.mkdir()
+            lock = _locked(partial / _LOCK)
             yield partial
             _sync_directory(partial)
             _put_in_place(partial, out, overwrite=overwrite)
