@@ -8,31 +8,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .atomic import check_output, whole_directory
 from .card import model_card
 from .errors import InexpressibleError, PlanError, SourceError
-from .header import stamp
 from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rename_layers, rewrite, set_fields
-from .layout import Layout, Shard, lay_out
+from .layout import Layout, lay_out
 from .plan import Plan
 from .refusals import refuse_architecture
 from .route import Route
+from .shards import link_shard, write_shards
 from .sources import CARRIED, Source, find_source
-from .transfer import Progress, copy_bytes, synced, write_zeros
+from .transfer import Progress
 from .weights import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
 
 # Files that name layers in their quantisation settings, beside config.json.
 _QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 _QUANTISATION_KEYS = frozenset(("quantization_config", "compression_config"))
-_THREADS = 4
 # Quantised formats in which a weight of zero bytes is a weight of zeros.
 _ZERO_IS_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
 
@@ -272,12 +269,12 @@ def write(draft: Draft, out: Path, *, overwrite: bool = False, link: bool = Fals
     needed = sum(shard.nbytes for shard in written)
     with whole_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
         for shard in linked:
-            if _link(shard, directory):
+            if link_shard(shard, directory):
                 report(shard.nbytes)
             else:
                 written.append(shard)
         linked = [shard for shard in linked if shard not in written]
-        _write_shards(written, directory, report)
+        write_shards(written, directory, report)
         _write_text(directory / "config.json", _text(draft.config))
         if draft.layout.index is not None:
             _write_text(directory / INDEX, draft.layout.index)
@@ -299,72 +296,6 @@ def write(draft: Draft, out: Path, *, overwrite: bool = False, link: bool = Fals
 
 def _unheard(count: int) -> None:
     pass
-
-
-def _link(shard: Shard, directory: Path) -> bool:
-    """Whether the file could be linked; it cannot across file systems."""
-    try:
-        os.link(shard.source.resolve(), directory / shard.name)
-    except OSError:
-        return False
-    return True
-
-
-def _write_shards(shards: list[Shard], directory: Path, progress: Progress) -> None:
-    """Copy several files at a time: one thread is bound by the kernel's copying, and others copy while one waits for the disk."""
-    if not shards:
-        return
-    lock, stopping = threading.Lock(), threading.Event()
-
-    def moved(count: int) -> None:
-        if stopping.is_set():
-            raise InterruptedError
-        with lock:
-            progress(count)
-
-    with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
-        # The largest first, so that none is left to be copied alone at the end.
-        ordered = sorted(shards, key=lambda shard: shard.nbytes, reverse=True)
-        copies = [pool.submit(_write_shard, shard, directory, moved) for shard in ordered]
-        try:
-            for copy in as_completed(copies):
-                copy.result()
-        except BaseException:
-            stopping.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
-    try:
-        source = shard.source.open("rb")
-    except OSError as error:
-        raise SourceError(f"cannot read {shard.source}: {error.strerror or error}") from error
-    try:
-        with source:
-            _check_state(shard, source)
-            _copy_shard(shard, source, directory, progress)
-            _check_state(shard, source)
-    except EOFError as error:
-        raise SourceError(f"{shard.source} was changed while it was read: {error}; start again") from error
-
-
-def _check_state(shard: Shard, source: BinaryIO) -> None:
-    if stamp(source.fileno()) != shard.stamp:
-        raise EOFError("it is not the file whose header was read")
-
-
-def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progress) -> None:
-    with (directory / shard.name).open("xb") as target, synced(target):
-        if shard.unchanged:
-            copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
-        else:
-            target.write(shard.header)
-            for piece in shard.pieces:
-                if piece.start is None:
-                    write_zeros(piece.count, target, progress)
-                else:
-                    copy_bytes(source, piece.start, piece.count, target, progress)
 
 
 def _text(value: Any) -> str:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["errors", "version", "route", "edits", "plan"],
     ["header", "layerwise", "refusals", "anatomy", "branches", "transfer"],
-    ["weights", "sources", "atomic", "layout", "card", "twin", "naming", "silence", "checkpoint", "inspection"],
+    ["weights", "sources", "atomic", "layout", "shards", "card", "twin", "naming", "silence", "checkpoint", "inspection"],
 ]
 NO_TORCH = ["errors", "route", "edits", "plan", "header", "layerwise", "refusals", "transfer", "weights", "sources", "atomic"]
-NO_TORCH += ["layout", "card", "checkpoint", "inspection"]
+NO_TORCH += ["layout", "shards", "card", "checkpoint", "inspection"]
 
 
 def imports_of(path: Path) -> set[str]:

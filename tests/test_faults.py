@@ -240,7 +240,7 @@ def test_a_disk_that_fails_midway(
     def fail(*args: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("layersurgery.checkpoint.copy_bytes", fail)
+    monkeypatch.setattr("layersurgery.shards.copy_bytes", fail)
     with pytest.raises(ls.OutputError, match=message):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "llama")
