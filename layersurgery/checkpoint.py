@@ -17,9 +17,10 @@ from typing import Any
 from .atomic import check_output, whole_directory
 from .card import model_card
 from .errors import InexpressibleError, PlanError, SourceError
-from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rename_layers, rewrite, set_fields
+from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
 from .layout import Layout, lay_out
 from .plan import Plan
+from .quantisation import rename_layers
 from .refusals import refuse_architecture
 from .route import Route
 from .shards import link_shard, write_shards

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +121,6 @@ BARE: Mapping[str, object] = {
     "moe_layer_start_index": 0,
 }
 _EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
-# How quantisers mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
-_PATTERN_MARKS = ("re:", "+:", "-:")
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
 
 
@@ -328,48 +326,3 @@ def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int
 def set_fields(fields: Json, table: Mapping[str, object]) -> list[str]:
     """The fields of `table` that say more than "all layers alike"."""
     return [key for key, alike in table.items() if fields.get(key) not in (None, alike) and not isinstance(fields[key], list)]
-
-
-def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name: str) -> Any:
-    """Rename layers inside a JSON value that names modules, such as `quantization_config`.
-
-    Args:
-        value: any JSON value; a copy is returned.
-        rename: the new positions of a block, none if it is dropped.
-        stack_name: the last part of the blocks' prefix, such as "layers" or "h".
-
-    Raises:
-        InexpressibleError: a pattern that speaks of layer numbers in a way that cannot be followed.
-    """
-    pattern = re.compile(rf"(?<!\w){re.escape(stack_name)}\.(\d+)(?=\.|$)")
-
-    # A layer number that is a part of a pattern: "layers.6*", "layers.[12]".
-    numbered = re.compile(rf"(?<!\w){re.escape(stack_name)}\\?\.[\d\[({{]")
-
-    def names(text: str) -> list[str]:
-        if re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
-            return [text]
-        match = pattern.search(text)
-        if match is None:
-            if (text.startswith(_PATTERN_MARKS) and re.search(r"\d", text)) or numbered.search(text):
-                raise InexpressibleError(
-                    f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered"
-                )
-            return [text]
-        if numbered.search(text, match.end()) or text.startswith(_PATTERN_MARKS):
-            raise InexpressibleError(
-                f"the quantisation settings name several layers at once by {text!r}, which cannot be renumbered"
-            )
-        return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]
-
-    if isinstance(value, dict):
-        return {name: rename_layers(item, rename, stack_name) for key, item in value.items() for name in names(key)}
-    if isinstance(value, list):
-        items: list[Any] = []
-        for item in value:
-            items.extend(names(item) if isinstance(item, str) else [rename_layers(item, rename, stack_name)])
-        return items
-    if isinstance(value, str):
-        new = names(value)
-        return new[0] if len(new) == 1 else value
-    return value

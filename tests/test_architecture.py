@@ -15,10 +15,23 @@ ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
     ["errors", "version", "route", "edits", "plan"],
-    ["header", "layerwise", "refusals", "anatomy", "branches", "transfer"],
+    ["header", "layerwise", "quantisation", "refusals", "anatomy", "branches", "transfer"],
     ["weights", "sources", "atomic", "layout", "shards", "card", "twin", "naming", "silence", "checkpoint", "inspection"],
 ]
-NO_TORCH = ["errors", "route", "edits", "plan", "header", "layerwise", "refusals", "transfer", "weights", "sources", "atomic"]
+NO_TORCH = [
+    "errors",
+    "route",
+    "edits",
+    "plan",
+    "header",
+    "layerwise",
+    "quantisation",
+    "refusals",
+    "transfer",
+    "weights",
+    "sources",
+    "atomic",
+]
 NO_TORCH += ["layout", "shards", "card", "checkpoint", "inspection"]
 
 
