@@ -8,15 +8,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import InexpressibleError, LayerSurgeryError, OutputError, PlanError, SourceError
+from .errors import InexpressibleError, LayerSurgeryError, OutputError, PlanError, SourceError, UndoError
 from .plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
 from .route import Route, Visit
 from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint import Edited, edit_checkpoint
+    from .comparison import Comparison, compare
+    from .dissection import Anatomy, anatomy
+    from .loading import load
+    from .saving import save
+    from .surgery import operate, operate_
 
 __all__ = [
+    "Anatomy",
+    "Comparison",
     "Edited",
     "InexpressibleError",
     "LayerSurgeryError",
@@ -25,21 +32,39 @@ __all__ = [
     "PlanError",
     "Route",
     "SourceError",
+    "UndoError",
     "Visit",
     "__version__",
+    "anatomy",
+    "compare",
     "drop",
     "edit_checkpoint",
+    "load",
     "move",
+    "operate",
+    "operate_",
     "reorder",
     "repeat",
     "reverse",
+    "save",
     "skip_attention",
     "skip_mlp",
     "swap",
 ]
 
 # Imported when first asked for, so that plans and `--help` wait for nothing.
-_LATER = {"Edited": "checkpoint", "edit_checkpoint": "checkpoint"}
+_LATER = {
+    "Anatomy": "dissection",
+    "Comparison": "comparison",
+    "Edited": "checkpoint",
+    "anatomy": "dissection",
+    "compare": "comparison",
+    "edit_checkpoint": "checkpoint",
+    "load": "loading",
+    "operate": "surgery",
+    "operate_": "surgery",
+    "save": "saving",
+}
 
 
 def __getattr__(name: str) -> Any:

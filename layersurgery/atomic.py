@@ -21,14 +21,14 @@ except ImportError:  # Windows; a killed run's leftovers then stay until removed
 _LOCK = ".lock"
 
 
-def check_output(out: Path, source: Path, *, overwrite: bool) -> None:
+def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """Refuse a place that must not be written, before any work.
 
     Raises:
         OutputError: it exists (without `overwrite`), is no checkpoint that could be replaced, or overlaps the source.
     """
-    here, there = out.resolve(), source.resolve()
-    if here == there or here in there.parents or there in here.parents:
+    here, there = out.resolve(), source and source.resolve()
+    if there is not None and (here == there or here in there.parents or there in here.parents):
         raise OutputError(f"the output {out} and the source {source} lie within each other; choose another output with -o")
     if not os.path.lexists(out):
         return

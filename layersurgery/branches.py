@@ -1,23 +1,18 @@
-"""Which parameters write a block's attention and MLP into the residual stream.
+"""Which parameters write a branch of a block into the residual stream.
 
 Zeroing the last projection of a branch, weight and bias, makes its contribution exactly nothing in any program that runs the
-architecture. The projections are found on the model built without memory, by structure: the modules a block is made of, and
-in each the last linear map onto the residual stream. Names are hints; what they do not explain is refused.
+architecture. Which modules make up the branch is observed (`parts`); within them the projections are found by structure, with
+names as hints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from torch import nn
 
-from .edits import Part
 from .errors import InexpressibleError
 
-_MIXER = re.compile(r"attn|attention|mixer|mamba|ssm|conv|recurrent|temporal|time_mix|rwkv|linear_att|delta", re.IGNORECASE)
-_MLP = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|channel_mix", re.IGNORECASE)
-_DIRECT = re.compile(r"^(fc|dense|linear|lin)_?\d", re.IGNORECASE)
 _ROUTER = re.compile(r"gate$|router", re.IGNORECASE)
 _OUT = re.compile(
     r"(^|\.)(o_proj|out_proj|c_proj|dense|wo|o|output|proj_out|linear_out|down_proj|dense_4h_to_h|fc2|fc_out|w2|wdown|output_linear)$"
@@ -25,53 +20,27 @@ _OUT = re.compile(
 _EXPERT_OUT = re.compile(r"^(down_proj|w2|output_linear|wo|fc2)(_bias|\.weight|\.bias)?$")
 
 
-def output_parameters(block: nn.Module, part: Part, width: int) -> list[str]:
-    """Names, within the block, of the weights and biases that write `part` into the residual stream.
+def output_parameters(block: nn.Module, path: str, width: int) -> tuple[str, ...]:
+    """Names, within the block, of the weights and biases with which the module at `path` writes the residual stream.
 
     Args:
         block: one decoder block; its parameters may be on the meta device.
-        part: "attention" (whatever mixes tokens) or "mlp".
+        path: a module of one of its branches.
         width: the model's width, which these projections write.
 
-    Returns:
-        The names; none where the block has no such branch.
-
     Raises:
-        InexpressibleError: the block has modules whose part is not clear.
+        InexpressibleError: they cannot be told.
     """
-    branches = [path for path, kind in _children(block) if kind == part]
-    direct = [path for path in branches if isinstance(block.get_submodule(path), nn.Linear)]
-    nested = [path for path in branches if path not in direct]
-    names = [name for path in nested for name in _outputs(block.get_submodule(path), path)]
-    if direct:
-        names += _own(block.get_submodule(direct[-1]), direct[-1])
+    module = block.get_submodule(path)
+    names = _own(module, path) if isinstance(module, nn.Linear) else _outputs(module, path)
     for name in names:
-        if width not in block.get_parameter(name).shape:
+        shape = tuple(block.get_parameter(name).shape)
+        if width not in shape:
             raise InexpressibleError(
-                f"{type(block).__name__}: {name}, of shape {tuple(block.get_parameter(name).shape)}, was taken for the output of the "
-                f"{part} and does not write the model's width {width}; skipping is not supported for this architecture"
+                f"{type(block).__name__}: {name}, of shape {shape}, was taken for an output of {path} and does not write the model's "
+                f"width {width}"
             )
-    return names
-
-
-def _children(block: nn.Module) -> Iterator[tuple[str, Part]]:
-    for name, child in block.named_children():
-        kind = type(child).__name__
-        if all(parameter.dim() < 2 for parameter in child.parameters()):
-            continue
-        if _DIRECT.match(name) or (_MLP.search(name) and not _MIXER.search(name)):
-            yield name, "mlp"
-        elif _MIXER.search(name):
-            yield name, "attention"
-        elif _MLP.search(kind):
-            yield name, "mlp"
-        elif _MIXER.search(kind):
-            yield name, "attention"
-        else:
-            raise InexpressibleError(
-                f"{type(block).__name__}.{name} ({kind}) is neither known as attention nor as MLP; skipping one of them is not "
-                "supported for this architecture"
-            )
+    return tuple(names)
 
 
 def _outputs(branch: nn.Module, path: str) -> list[str]:
@@ -102,7 +71,9 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
 
 def _holds_experts(module: nn.Module) -> bool:
     stacked = any(
-        parameter.dim() == 3 and parameter.shape[0] > 1 for parameter in module._parameters.values() if parameter is not None
+        parameter.dim() == 3 and parameter.shape[0] > 1 and _EXPERT_OUT.match(name)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     )
     listed = isinstance(module, nn.ModuleList) and len(module) > 1
     return (stacked and not isinstance(module, nn.modules.conv._ConvNd)) or listed

@@ -21,7 +21,7 @@ from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, plac
 from .layout import Layout, lay_out
 from .plan import Plan
 from .quantisation import rename_layers
-from .refusals import refuse_architecture
+from .refusals import refuse_architecture, refuse_route
 from .route import Route
 from .shards import link_shard, write_shards
 from .sources import CARRIED, Source, find_source
@@ -143,7 +143,9 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
     route = plan.route(section.depth)
     if route.is_identity(section.depth):
         raise PlanError(f"'{plan}' leaves the model as it is: there is nothing to write")
-    refuse_architecture(checkpoint.config, checkpoint.fields)
+    fields = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}
+    refuse_architecture(fields)
+    refuse_route(fields, route)
     config = _edited_config(checkpoint, route, verify=verify)
     if verify:
         _verify(checkpoint, config, route)
@@ -155,7 +157,7 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
 
 
 def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
-    from .anatomy import find_blocks
+    from .blocks import find_blocks
     from .naming import match_names
     from .twin import Twin
 

@@ -23,3 +23,7 @@ class InexpressibleError(LayerSurgeryError):
 
 class OutputError(LayerSurgeryError):
     """A place that cannot be written: it exists, is full, forbidden, or inside the source."""
+
+
+class UndoError(LayerSurgeryError):
+    """An edit of a live model that is not undone, because somebody else has edited the model since."""

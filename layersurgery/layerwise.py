@@ -66,6 +66,8 @@ _INDEX_LISTS = frozenset(
         "kv_reuse_group",
     ]
 )
+# Kinds of layers, repeated over the depth.
+_CYCLES = frozenset(("block_types",))
 # The first so many layers are of another kind.
 _PREFIX_COUNTS = frozenset(("first_k_dense_replace", "num_dense_layers", "num_hash_layers"))
 # The last so many layers are of another kind.
@@ -208,14 +210,21 @@ def rewrite(config: Json, section: Section, route: Route) -> Json:
     return config
 
 
-def rewrite_fields(fields: Json, depth: int, route: Route) -> Json:
+def rewrite_fields(fields: Json, depth: int, route: Route, *, reloaded: bool = True) -> Json:
     """The same for one section's fields, the depth itself apart.
+
+    Args:
+        fields: the section.
+        depth: number of blocks.
+        route: their new order.
+        reloaded: whether a model is to be built from the result. What only a constructor reads is otherwise left as it is where
+            it cannot say the new order.
 
     Raises:
         InexpressibleError: a field that cannot say the new order, by name.
     """
     rewritten = {key: _rewritten(key, value, depth, route) for key, value in fields.items()}
-    _rewrite_counts(rewritten, depth, route)
+    _rewrite_counts(rewritten, depth, route, reloaded)
     return rewritten
 
 
@@ -231,6 +240,10 @@ def is_layerwise(key: str, value: Any, depth: int) -> bool:
 def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
     order = route.blocks
     if isinstance(value, list) and value:
+        if key in _CYCLES:
+            kinds = [value[block % len(value)] for block in range(depth)]
+            new = [kinds[block] for block in order]
+            return value if all(kind == value[place % len(value)] for place, kind in enumerate(new)) else new
         if key in _INDEX_LISTS or value == list(range(depth)):
             if not all(type(item) is int and 0 <= item < depth for item in value):
                 raise InexpressibleError(f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}")
@@ -253,13 +266,15 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
         return "".join(value[block] for block in order)
     if isinstance(value, dict) and value and key != "id2label" and all(_LAYER_NUMBER.fullmatch(str(k)) for k in value):
         if all(int(k) < depth for k in value):
-            return {str(place): value[str(block)] for place, block in enumerate(order) if str(block) in value}
+            given = {int(k): item for k, item in value.items()}
+            kind = type(next(iter(value)))  # text in JSON, a number in a config object
+            return {kind(place): given[block] for place, block in enumerate(order) if block in given}
     if key in _SUFFIX_COUNTS and value:
         return _suffix_count(key, value, depth, order)
     return value
 
 
-def _rewrite_counts(fields: Json, depth: int, route: Route) -> None:
+def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> None:
     """Prefix counts, and the one step that an index list beside it can stand in for."""
     for key in _PREFIX_COUNTS & fields.keys():
         count = fields[key]
@@ -268,7 +283,7 @@ def _rewrite_counts(fields: Json, depth: int, route: Route) -> None:
         kept = [block < count for block in route.blocks]
         if sorted(kept, reverse=True) == kept:
             fields[key] = sum(kept)
-        elif not isinstance(fields.get("mlp_layer_types"), list):
+        elif reloaded and not isinstance(fields.get("mlp_layer_types"), list):
             raise InexpressibleError(
                 f"config.json: {key} = {count} says that the first {count} layers are of another kind, and {route} would set "
                 "one of them behind a layer of the other kind, which the field cannot say"

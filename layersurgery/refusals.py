@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import InexpressibleError
+from .route import Route
 
 _ALWAYS = {
     "hrm_text": "runs its blocks in nested cycles and not as one stack",
@@ -17,19 +18,39 @@ _ALWAYS = {
 }
 
 
-def refuse_architecture(config: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose architecture ties blocks to each other in a way no edit of its files respects.
+def refuse_architecture(fields: dict[str, Any]) -> None:
+    """Refuse an architecture that ties blocks to each other in a way no edit of single layers respects.
 
     Args:
-        config: the whole config.json.
-        fields: its section on the text decoder.
+        fields: the config's section on the text decoder, with its model type.
 
     Raises:
         InexpressibleError: with the reason.
     """
-    model_type = fields.get("model_type", config.get("model_type"))
+    model_type = fields.get("model_type")
     reason = _ALWAYS.get(str(model_type))
     if fields.get("hidden_size_per_layer_input"):
         reason = "gives every layer its own columns of one embedding table, outside the layers"
     if reason:
-        raise InexpressibleError(f"{model_type} {reason}; its layers cannot be edited on disk")
+        raise InexpressibleError(f"{model_type} {reason}; its layers cannot be edited")
+
+
+def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) -> None:
+    """Refuse an order in which blocks of an architecture would compute something else than at their own place.
+
+    Args:
+        fields: the config's section on the text decoder, with its model type.
+        route: the new order.
+        live: whether it is the model in memory that is edited, and not its files.
+
+    Raises:
+        InexpressibleError: with the reason.
+    """
+    step = fields.get("rescale_every")
+    if live and step and any(block // step != place // step for place, block in enumerate(route.blocks)):
+        raise InexpressibleError(
+            f"{fields.get('model_type')} halves the weights of its blocks every {step} places once it runs (rescale_every), so a block cannot "
+            "move from one such stretch to another in memory; edit the checkpoint, or set rescale_every to 0 in the config before loading"
+        )
+    if fields.get("model_type") == "rwkv" and [place for place, block in enumerate(route.blocks) if block == 0] != [0]:
+        raise InexpressibleError("rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once")

@@ -1,35 +1,33 @@
 """Silencing a branch in a checkpoint: which tensors of the files to zero, and proof that zeroing them is what was meant.
 
-The names come from the model that transformers would build. That they are the right ones is shown by running a single block
-of it, with random weights: with both branches silenced the block returns what it was given, with its attention silenced no
-token sees another, and with its MLP silenced something else comes out than before.
+The names come from the model that transformers would build. Which parameters they are is found, and shown to be right, by running
+a single block of it with random weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .anatomy import find_blocks
-from .branches import output_parameters
+from .blocks import find_blocks
+from .dissection import record_block
 from .edits import Part
 from .errors import InexpressibleError
 from .layerwise import Json, Section, find_section, rewrite
 from .naming import Naming, match_names
+from .parts import Parts, examine
 from .route import Route
 from .twin import build_empty, class_config, quiet, settle
 from .weights import Stack
 
-_PARTS: tuple[Part, Part] = ("attention", "mlp")
 # A block above this many parameters is run in bfloat16, and above the second not at all.
 _FLOAT32_LIMIT = 500_000_000
 _RUN_LIMIT = 4_000_000_000
 _TINY_VOCABULARY = 256
-_TOKENS = 8
 
 
 def silent_tensors(config: Json, section: Section, stack: Stack, names: Iterable[str], route: Route) -> dict[int, frozenset[str]]:
@@ -51,25 +49,29 @@ def silent_tensors(config: Json, section: Section, stack: Stack, names: Iterable
     model = build_empty(config)
     found = find_blocks(model, section.depth)
     naming = match_names(model, found.path, stack, names)
-    width = class_config(config).get_text_config(decoder=True).hidden_size
-    confirmed = set()
+    tried: dict[object, Parts] = {}
     silent: dict[int, frozenset[str]] = {}
     for place, visit in skipping.items():
         module = found.blocks[visit.block]
-        outputs = {part: output_parameters(module, part, width) for part in _PARTS}
-        if _kind(module) not in confirmed:
-            _confirm(config, section, visit.block, module, outputs)
-            confirmed.add(_kind(module))
-        skipped = [part for part in _PARTS if not getattr(visit, part)]
-        silent[place] = frozenset(name for part in skipped for name in _tensors(naming, visit.block, module, part, outputs[part]))
+        kind = _kind(module)
+        if kind not in tried:
+            tried[kind] = _tried(config, section, visit.block, module)
+        part: Part = "attention" if visit.mlp else "mlp"
+        silent[place] = frozenset(_tensors(naming, visit.block, module, part, tried[kind]))
     return silent
 
 
-def _tensors(naming: Naming, block: int, module: nn.Module, part: Part, parameters: list[str]) -> list[str]:
-    if not parameters:
+def _tensors(naming: Naming, block: int, module: nn.Module, part: Part, parts: Parts) -> list[str]:
+    stubs = parts.stubs(part)
+    if not stubs:
         raise InexpressibleError(f"block {block} ({type(module).__name__}) has no {part} that could be skipped; drop it instead")
+    if not all(stub.savable for stub in stubs):
+        raise InexpressibleError(
+            f"block {block} ({type(module).__name__}): which weights write its {part} into the residual stream could not be told; "
+            "skipping is not supported for this architecture"
+        )
     found: list[str] = []
-    for parameter in parameters:
+    for parameter in parts.outputs(part):
         names = naming.names(block, parameter)
         if not names:
             raise InexpressibleError(
@@ -80,90 +82,16 @@ def _tensors(naming: Naming, block: int, module: nn.Module, part: Part, paramete
     return found
 
 
-class _Witness(nn.Module):
-    """Runs a block and keeps what it was given."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.given = args, kwargs
-        return self.block(*args, **kwargs)
-
-    def again(self, stream: torch.Tensor) -> torch.Tensor:
-        """Run the block once more, on another stream."""
-        args, kwargs = self.given
-        given = stream.clone()  # some blocks add in place
-        output = self.block(given, *args[1:], **kwargs) if args else self.block(**{**kwargs, "hidden_states": given})
-        after: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return after
-
-
-def _confirm(config: Json, section: Section, block: int, meant: nn.Module, outputs: Mapping[Part, list[str]]) -> None:
-    """Run one block of the architecture with random weights and see whether `outputs` silence its branches."""
+def _tried(config: Json, section: Section, block: int, meant: nn.Module) -> Parts:
+    """The parts of a block, found by running one of its architecture with random weights."""
     name = f"block {block} ({type(meant).__name__})"
-    try:
-        with torch.no_grad(), quiet():
-            model, place = _single_block(config, section, block, meant)
-            fault = _fault(model, place, type(meant), outputs)
-    except InexpressibleError:
-        raise
-    except Exception as error:  # a model's forward may raise anything
-        raise InexpressibleError(
-            f"{name} could not be tried out ({type(error).__name__}: {error}), so no branch of it is skipped"
-        ) from error
-    if fault:
-        raise InexpressibleError(f"{name}: {fault}; skipping is not supported for this architecture")
-
-
-def _fault(model: Any, place: int, kind: type[nn.Module], outputs: Mapping[Part, list[str]]) -> str | None:
-    """What is wrong with `outputs` as the parameters that write the branches of the block at `place`, if anything."""
-    blocks = find_blocks(model, model.config.num_hidden_layers, kind).blocks
-    module = blocks[place]
-    witness = blocks[place] = _Witness(module)
-    model(torch.arange(1, _TOKENS + 1)[None], use_cache=False)
-    args, kwargs = witness.given
-    stream = torch.randn_like(args[0] if args else kwargs["hidden_states"])
-    other = stream.clone()
-    other[0, -2] = torch.randn_like(other[0, -2])
-
-    def run(*parts: Part, stream: torch.Tensor = stream) -> torch.Tensor:
-        saved = _silence(module, [name for part in parts for name in outputs[part]])
-        output = witness.again(stream)
-        _restore(module, saved)
-        return output
-
-    if not torch.equal(run(*_PARTS), stream):
-        listed = ", ".join(name for part in _PARTS for name in outputs[part])
-        return f"it is not the stream plus its attention plus its MLP once {listed} are zero"
-    mixes = not torch.equal(run()[0, -1], run(stream=other)[0, -1])
-    # Up to rounding: mixtures of experts work on batches whose make-up depends on other tokens.
-    still = torch.allclose(run("attention")[0, -1], run("attention", stream=other)[0, -1], rtol=1e-3, atol=1e-4)
-    if not (mixes and still):
-        return f"zeroing {', '.join(outputs['attention'])} does not stop its tokens from mixing"
-    if outputs["mlp"] and torch.equal(run(), run("mlp")):
-        return f"zeroing {', '.join(outputs['mlp'])} changes nothing, so its MLP is elsewhere"
-    return None
-
-
-def _silence(module: nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    before = {name: module.get_parameter(name).clone() for name in names}
-    for name in before:
-        module.get_parameter(name).zero_()
-    return before
-
-
-def _restore(module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    for name, value in saved.items():
-        module.get_parameter(name).copy_(value)
+    with torch.no_grad(), quiet():
+        model, place = _single_block(config, section, block, meant)
+        blocks = find_blocks(model, model.config.num_hidden_layers, type(meant)).blocks
+        parts = examine(blocks[place], record_block(model, blocks, place))
+    if parts.fault:
+        raise InexpressibleError(f"no branch of {name} can be skipped: {parts.fault}")
+    return parts
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:

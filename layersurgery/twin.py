@@ -25,14 +25,17 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .anatomy import find_blocks
+from .blocks import find_blocks
 from .errors import InexpressibleError
 from .layerwise import LISTS, Json, Section, is_layerwise, rewrite_fields
 from .route import Route
+from .silent import Silent
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
 # Values that a constructor works out in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
+# What a model in use is set to, and not what it is.
+_MODES = frozenset(("training", "gradient_checkpointing"))
 _UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
 Modules = Mapping[str, nn.Module]
 
@@ -195,6 +198,7 @@ class Twin:
     section: Section
     route: Route
     in_files: frozenset[str]  # names, within a block, of the tensors that the files bring
+    live: bool = False  # whether `source` is a model in use, which keeps things of its own and whose buffers have its dtype
 
     @classmethod
     def build(cls, config: Json, edited: Json, section: Section, route: Route, in_files: Iterable[str]) -> Twin:
@@ -214,8 +218,9 @@ class Twin:
             for place, block in enumerate(self.route.blocks)
             for difference in self._compare(_modules(before.blocks[block]), _modules(after.blocks[place]), block, place)
         ]
-        outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
-        wrong += [f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))]
+        if not self.live:
+            outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
+            wrong += [f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))]
         if wrong:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
             raise InexpressibleError(
@@ -232,18 +237,30 @@ class Twin:
                 yield f"{label} exists only {'after the reload' if path in twin else 'in the source'}"
                 continue
             ours, theirs = source[path], twin[path]
-            if type(ours) is not type(theirs):
-                yield f"{label} is a {type(ours).__name__} in the source and would be a {type(theirs).__name__}"
+            if (kind := _class(ours)) is not type(theirs):
+                yield f"{label} is a {kind.__name__} in the source and would be a {type(theirs).__name__}"
                 continue
             mine, yours = _facts(ours), _facts(theirs)
-            for name in sorted(mine.keys() | yours.keys()):
+            for name in sorted(yours.keys() - _MODES if self.live else mine.keys() | yours.keys()):
                 if name not in mine or name not in yours:
                     yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
                 elif isinstance(mine[name], torch.Tensor) and f"{path}.{name}".lstrip(".") in self.in_files:
                     if mine[name].shape != yours[name].shape:
                         yield f"{label}.{name} has another shape after the reload"
-                elif not (_same(mine[name], yours[name]) or self._moved(name, mine[name], yours[name], was, now)):
+                elif not (
+                    _same(mine[name], yours[name])
+                    or self._used(mine[name], yours[name])
+                    or self._moved(name, mine[name], yours[name], was, now)
+                ):
                     yield f"{label}.{name} is {_short(mine[name])} in the source and would be {_short(yours[name])}"
+
+    def _used(self, ours: Any, theirs: Any) -> bool:
+        """Whether two values differ only because one of the models has been cast, run, or edited since it was built."""
+        if not self.live:
+            return False
+        if isinstance(ours, torch.Tensor):
+            return theirs is None or (ours.shape == theirs.shape and bool(torch.equal(ours.cpu(), theirs.to(ours.dtype))))
+        return isinstance(theirs, list) and len(theirs) == self.section.depth
 
     def _moved(self, name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
         if type(ours) is int and type(theirs) is int:
@@ -251,6 +268,10 @@ class Twin:
         if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == self.section.depth:
             return list(theirs) == [ours[block] for block in self.route.blocks]
         return False
+
+
+def _class(module: nn.Module) -> type[nn.Module]:
+    return module.stands_for if isinstance(module, Silent) else type(module)
 
 
 def _modules(block: nn.Module) -> Modules:

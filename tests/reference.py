@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersurgery.anatomy import find_blocks
+from layersurgery.blocks import find_blocks
 from layersurgery.route import Route
 
 

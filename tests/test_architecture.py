@@ -15,8 +15,11 @@ ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
     ["errors", "version", "route", "edits", "plan"],
-    ["header", "layerwise", "quantisation", "refusals", "anatomy", "branches", "transfer"],
-    ["weights", "sources", "atomic", "layout", "shards", "card", "twin", "naming", "silence", "checkpoint", "inspection"],
+    ["header", "layerwise", "quantisation", "refusals", "transfer"]
+    + ["witness", "blocks", "position", "recorders", "views", "silent", "branches", "parts", "dissection"],
+    ["weights", "sources", "atomic", "layout", "shards", "card", "twin", "naming", "silence", "checkpoint", "inspection"]
+    + ["surgery", "reload", "saving", "loading"],
+    ["comparison"],
 ]
 NO_TORCH = [
     "errors",

@@ -115,7 +115,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "gpt2-inverse": {"scale_attn_by_inverse_layer_idx": True},
     "diffllama": {},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
-    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent"], "attention_window_size": 8},
+    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 8},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "apertus": {},
     "olmo3": {"layer_types": _SLIDING},

@@ -1,0 +1,234 @@
+"""What a loaded transformers model is made of: where its blocks are, what they consist of, and what surrounds them.
+
+Found by structure and confirmed by behaviour: one small forward is watched, and one block of each kind is run a few times on
+random numbers. There is no table of architectures.
+
+>>> print(anatomy(model))  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .blocks import BlockList, locate
+from .errors import InexpressibleError
+from .parts import Parts, examine
+from .witness import TOKENS, Call, first_tensor, resting, watched
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What a model is made of.
+
+    Attributes:
+        model: its class.
+        blocks: path of the list of decoder blocks.
+        kinds: class and parts of each kind of block.
+        kind_of: for each block, which kind it is.
+        embedding: path of the token embedding.
+        final_norm: path of the norm behind the last block; None where there is none.
+        unembedding: path of the projection to the vocabulary; None where the model has none.
+    """
+
+    model: str
+    blocks: str
+    kinds: tuple[tuple[str, Parts], ...]
+    kind_of: tuple[int, ...]
+    embedding: str | None
+    final_norm: str | None
+    unembedding: str | None
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.kind_of)
+
+    def parts(self, block: int) -> Parts:
+        """The parts of one block."""
+        return self.kinds[self.kind_of[block]][1]
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row for each run of blocks of one kind, as text."""
+        rows = []
+        for kind, run in groupby(range(self.depth), key=lambda block: self.kind_of[block]):
+            numbers = list(run)
+            name, parts = self.kinds[kind]
+            layout = {None: "", True: "parallel", False: "in turn"}[parts.parallel]
+            rows.append(
+                {
+                    "blocks": f"{numbers[0]}:{numbers[-1] + 1}" if len(numbers) > 1 else str(numbers[0]),
+                    "kind": name,
+                    "attention": ", ".join(parts.attention) or "none",
+                    "MLP": ", ".join(parts.mlp) or "none",
+                    "order": layout,
+                    "norms before": ", ".join(parts.norms_before),
+                    "norms after": ", ".join(parts.norms_after),
+                    "writes the stream": ", ".join(_short([*parts.outputs("attention"), *parts.outputs("mlp")])),
+                    "skipping": parts.fault or "attention, MLP",
+                }
+            )
+        return rows
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        rows = self.rows()
+        where = f"embedding {self.embedding}, final norm {self.final_norm}, unembedding {self.unembedding}"
+        table = Table(title=f"{self.model}: {self.depth} blocks at {self.blocks}", caption=where)
+        for name in rows[0]:
+            if any(row[name] for row in rows):
+                table.add_column(name, overflow="fold")
+        for row in rows:
+            table.add_row(*[value for name, value in row.items() if any(other[name] for other in rows)])
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=160, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+
+def _short(names: list[str]) -> list[str]:
+    """Parameter names, experts' numbers and the ending .weight left out."""
+    short = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name).removesuffix(".weight") for name in names)
+    return [name for name in short if not name.endswith(".bias")]
+
+
+def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
+    """Find out what a model is made of, by running it once on seven tokens and one block of each kind a few times more.
+
+    The model comes back as it was: mode, gradients, random numbers and modules.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one.
+        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
+
+    Raises:
+        InexpressibleError: it does not run its blocks once each and in order, or cannot be run; with what was found.
+    """
+    found = locate(model, blocks)
+    with resting(model):
+        calls, final_norm = _recorded(model, found)
+        _check_order(model, found, calls)
+        kinds: list[tuple[str, Parts]] = []
+        seen: dict[object, int] = {}
+        kind_of = []
+        for block, call in zip(found.blocks, calls, strict=True):
+            signature = _signature(block)
+            if signature not in seen:
+                seen[signature] = len(kinds)
+                kinds.append((type(block).__name__, examine(block, call)))
+            kind_of.append(seen[signature])
+    return Anatomy(
+        model=type(model).__name__,
+        blocks=found.path,
+        kinds=tuple(kinds),
+        kind_of=tuple(kind_of),
+        embedding=_path_of(model, "get_input_embeddings"),
+        final_norm=final_norm,
+        unembedding=_path_of(model, "get_output_embeddings"),
+    )
+
+
+def _signature(block: nn.Module) -> object:
+    return (
+        tuple((name, type(module)) for name, module in block.named_modules()),
+        tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()),
+    )
+
+
+def _recorded(model: nn.Module, found: BlockList) -> tuple[list[Call], str | None]:
+    """The calls of the blocks in one small forward, and the norm that reads what the last of them returned."""
+    count = len(found.blocks)
+    norms = dict(_beside(model, found.path))
+    places: list[tuple[nn.Module, str, str]] = [(found.blocks, str(number), f"block {number}") for number in range(count)]
+    places += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in norms]
+    with watched(places) as log:
+        run_small(model)
+    calls = [call for call in log.calls if call.name.startswith("block ")]
+    last = first_tensor(calls[-1].output) if calls else None
+    for call in log.calls:
+        where = call.stream()
+        if call.name in norms and where is not None and last is not None:
+            given = call[where].flatten()
+            if given.numel() == last.numel() and torch.equal(given, last.flatten().to(given.device)):
+                return calls, call.name
+    return calls, None
+
+
+def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
+    """The call of one block in one small forward of its model.
+
+    Raises:
+        InexpressibleError: the model raised, or did not run the block.
+    """
+    with watched([(blocks, str(place), "block")]) as log:
+        run_small(model)
+    if not log.calls:
+        raise InexpressibleError(f"{type(model).__name__} did not run its block {place}")
+    return log.calls[0]
+
+
+def _beside(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """Modules without matrices that stand beside the list of blocks or above it."""
+    parts = path.split(".")
+    above = {".".join(parts[:end]) for end in range(len(parts))}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[0] in above and name not in above and name != path
+        and not any(parameter.dim() > 1 for parameter in module.parameters())
+    ]  # fmt: skip
+
+
+def run_small(model: nn.Module, tokens: int = TOKENS) -> None:
+    """One forward without cache on one short sequence.
+
+    Raises:
+        InexpressibleError: the model raised.
+    """
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        weight = embedding.weight
+        ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
+        model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
+    except Exception as error:  # a model's forward may raise anything
+        raise InexpressibleError(
+            f"{type(model).__name__} could not be run on {tokens} tokens ({type(error).__name__}: {error}), so what it is made of cannot be told"
+        ) from error
+
+
+def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
+    ran = [int(call.name.removeprefix("block ")) for call in calls]
+    if ran != list(range(len(found.blocks))):
+        times = ", ".join(map(str, ran[:12])) + (", ..." if len(ran) > 12 else "") if ran else "none"
+        raise InexpressibleError(
+            f"{type(model).__name__} does not run the {len(found.blocks)} blocks at {found.path} once each and in order (it ran {times}), so "
+            "moving them would not mean what it says; if the blocks are elsewhere, name their list: blocks=..."
+        )
+    for number, (before, after) in enumerate(pairwise(calls)):
+        output, where = first_tensor(before.output), after.stream()
+        if output is None or where is None or not torch.equal(output, after[where].to(output.device)):
+            raise InexpressibleError(
+                f"{type(model).__name__}: what block {number + 1} is given is not what block {number} returned, so the blocks are not one stream"
+            )
+
+
+def _path_of(model: nn.Module, getter: str) -> str | None:
+    try:
+        wanted = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((name for name, module in model.named_modules() if module is wanted), None)

@@ -1,0 +1,322 @@
+"""What a block is made of, found by watching it run.
+
+A module of the block that lets one token see another mixes tokens (attention, Mamba, a convolution); other modules with weight
+matrices are its MLP. That the stream leaves the block as stream + attention + MLP, and how each branch can be left out, is
+then tried: names are not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from .branches import output_parameters
+from .edits import Part
+from .errors import InexpressibleError
+from .silent import Stub, silence
+from .views import view
+from .witness import Call, by_token, first_tensor, noise, watched
+
+# Output that depends on other tokens by more than this share of how it depends on its own; a mixture of experts' rounding,
+# which depends on which tokens are computed together, stays far below.
+_MIXES = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What one kind of block is made of; paths are within the block.
+
+    Attributes:
+        attention: modules that mix tokens.
+        mlp: the other modules with weight matrices.
+        norms_before: norms of a branch's input.
+        norms_after: norms of a branch's output.
+        attention_stubs: stand-ins with which the attention is left out.
+        mlp_stubs: the same for the MLP.
+        parallel: whether attention and MLP read the same stream; None where there are not both.
+        fault: why no branch can be left out; empty where they can.
+    """
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    norms_before: tuple[str, ...] = ()
+    norms_after: tuple[str, ...] = ()
+    attention_stubs: tuple[Stub, ...] = ()
+    mlp_stubs: tuple[Stub, ...] = ()
+    parallel: bool | None = None
+    fault: str = ""
+
+    def stubs(self, part: Part) -> tuple[Stub, ...]:
+        """Stand-ins for one branch."""
+        return self.attention_stubs if part == "attention" else self.mlp_stubs
+
+    def outputs(self, part: Part) -> tuple[str, ...]:
+        """Parameters that write one branch into the residual stream."""
+        return tuple(name for stub in self.stubs(part) for name in stub.outputs)
+
+
+def examine(block: nn.Module, call: Call) -> Parts:
+    """Find the parts of a block.
+
+    Args:
+        block: one decoder block, in evaluation mode; it is not changed.
+        call: a call of it in its own model, with a batch of one sequence of `witness.TOKENS` tokens.
+    """
+    where = call.stream()
+    if where is None:
+        return Parts((), (), fault="it is not given a residual stream of (1, tokens, width)")
+    trial = _Trial(block, call, noise(call[where], 1))
+    try:
+        mixers, rest, calls = _sort(trial)
+        found = Parts(tuple(c.name for c in mixers), tuple(c.name for c in rest))
+        fault = _in_a_row(trial, mixers)
+        if fault:
+            return replace(found, fault=fault)
+        stubs = [_stubs(trial, units, calls) for units in (mixers, rest)]
+        stubs[0] = [replace(stub, keeps_row=place == 0) for place, stub in enumerate(stubs[0])]
+        before, after = _norms(trial, calls, [*mixers, *rest])
+        return _confirm(trial, replace(found, norms_before=before, norms_after=after), stubs)
+    except InexpressibleError as error:
+        return Parts((), (), fault=str(error))
+
+
+class _Trial:
+    """A block, what it was given, and a stream of random numbers to give it instead."""
+
+    def __init__(self, block: nn.Module, call: Call, stream: torch.Tensor) -> None:
+        self.block, self.call, self.stream = block, call, stream
+        where = call.stream()
+        assert where is not None
+        self.where = where
+
+    def run(self, block: nn.Module, stream: torch.Tensor | None = None) -> torch.Tensor:
+        """What the stream is after `block`."""
+        args, kwargs = self.call.given(self.where, self.stream if stream is None else stream)
+        output = first_tensor(block(*args, **kwargs))
+        if output is None or output.shape != self.stream.shape:
+            raise InexpressibleError("it does not return the residual stream")
+        return output.clone()
+
+    def without(self, stubs: Iterable[Stub], stream: torch.Tensor | None = None) -> torch.Tensor:
+        """The same, some modules replaced."""
+        silenced = view(self.block)
+        silence(silenced, list(stubs))
+        return self.run(silenced, stream)
+
+    def calls(self, paths: Sequence[str], block: nn.Module | None = None) -> list[Call]:
+        """Calls of the modules at `paths` during one run."""
+        block = view(self.block) if block is None else block
+        places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in paths]
+        with watched(places) as log:
+            self.run(block)
+        return log.calls
+
+
+def _sort(trial: _Trial) -> tuple[list[Call], list[Call], list[Call]]:
+    """Modules that mix tokens, other modules with weight matrices, and all calls; in the order in which they run."""
+    paths = list(_runnable(trial.block, ""))
+    for _ in range(3):
+        calls = trial.calls(paths)
+        weighty = [call for call in calls if _has_matrix(trial.block.get_submodule(call.name))]
+        mixers = [call for call in weighty if _mixes(trial.block.get_submodule(call.name), call)]
+        # Attention, norms and residual in one module (DBRX): look inside.
+        composite = [call.name for call in mixers if len(_streams(call.output, trial.stream)) > 1]
+        if not composite:
+            break
+        paths = [inner for path in paths for inner in (_runnable(trial.block, path) if path in composite else [path])]
+    names = [call.name for call in weighty]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InexpressibleError(f"it runs {repeated[0]} {names.count(repeated[0])} times")
+    mixing = {call.name for call in mixers}
+    return mixers, [call for call in weighty if call.name not in mixing], calls
+
+
+def _runnable(block: nn.Module, path: str) -> Iterable[str]:
+    for name, child in block.get_submodule(path).named_children():
+        if type(child).forward is not nn.Module.forward and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield f"{path}.{name}" if path else name
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _streams(output: Any, like: torch.Tensor) -> list[torch.Tensor]:
+    values = output if isinstance(output, tuple | list) else [output]
+    return [value for value in values if by_token(value) and value.shape[-1] == like.shape[-1]]
+
+
+def _mixes(module: nn.Module, call: Call) -> bool:
+    """Whether the last token's output changes when only other tokens' input does."""
+    where = call.stream()
+    if where is None:
+        return False
+    other = noise(call[where], 2)
+    other[..., -1, :] = call[where][..., -1, :]
+    return _last_follows(*(first_tensor(_again(module, call, where, hidden)) for hidden in (call[where], other)))
+
+
+def _again(module: nn.Module, call: Call, where: int | str, value: torch.Tensor) -> Any:
+    args, kwargs = call.given(where, value)
+    return module(*args, **kwargs)
+
+
+def _last_follows(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None or not by_token(one):
+        return False
+    change = (one.float() - other.float()).norm(dim=-1).flatten()
+    return bool(change[-1] > _MIXES * change[:-1].mean())
+
+
+def _in_a_row(trial: _Trial, mixers: list[Call]) -> str:
+    """What to say of a block in which one module that mixes tokens reads another's output."""
+    for first, second in pairwise(mixers):
+        (stub,) = _stubs(trial, [first], [])
+        silenced = view(trial.block)
+        silence(silenced, [stub])
+        (call,) = trial.calls([second.name], silenced)
+        where = second.stream()
+        assert where is not None
+        if not torch.equal(call[where], second[where]):
+            return f"{first.name} and {second.name} both mix tokens, one after the other, so neither alone is its attention"
+    return ""
+
+
+def _stubs(trial: _Trial, units: list[Call], calls: list[Call]) -> list[Stub]:
+    stubs = []
+    width = trial.stream.shape[-1]
+    for call in units:
+        where, output = call.stream(), first_tensor(call.output)
+        if where is None or output is None:
+            raise InexpressibleError(f"{call.name} is not given one row for each token, or returns none")
+        writes = by_token(output) and output.shape[-1] == width
+        residual = _residual(trial, call, where, output) if writes else None
+        outputs = output_parameters(trial.block, call.name, width) if writes else ()
+        length = len(call.output) if isinstance(call.output, tuple | list) else None
+        stubs.append(Stub(call.name, where, output.shape[-1], length, residual, hands_on=not writes, outputs=outputs))
+        if writes and residual is None:
+            stubs += [_after(trial, norm) for norm in calls if _reads(norm, output) and _is_norm(trial, norm)]
+    return stubs
+
+
+def _residual(trial: _Trial, call: Call, where: int | str, output: torch.Tensor) -> int | str | None:
+    """The argument that the module adds to its output, if there is one."""
+    module = trial.block.get_submodule(call.name)
+    for other, value in call.tensors():
+        if other != where and value.shape == output.shape:
+            nudge = noise(value, 3)
+            changed = first_tensor(_again(module, call, other, value + nudge))
+            assert changed is not None
+            if torch.allclose((changed - output).float(), nudge.float(), rtol=0.05, atol=0.05 * nudge.float().std().item()):
+                return other
+    return None
+
+
+def _is_norm(trial: _Trial, call: Call) -> bool:
+    module = trial.block.get_submodule(call.name)
+    return not _has_matrix(module) and (any(True for _ in module.parameters()) or "norm" in type(module).__name__.lower())
+
+
+def _reads(call: Call, value: torch.Tensor) -> bool:
+    where = call.stream()
+    return where is not None and call[where].shape == value.shape and torch.equal(call[where], value)
+
+
+def _after(trial: _Trial, norm: Call) -> Stub:
+    where = norm.stream()
+    assert where is not None
+    module = trial.block.get_submodule(norm.name)
+    bias = (f"{norm.name}.bias",) if getattr(module, "bias", None) is not None else ()
+    return Stub(norm.name, where, norm[where].shape[-1], outputs=bias)
+
+
+def _norms(trial: _Trial, calls: list[Call], units: list[Call]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Norms whose output a branch reads, and norms that read a branch's output."""
+    inputs = [call[where] for call in units if (where := call.stream()) is not None]
+    outputs = [output for call in units if (output := first_tensor(call.output)) is not None]
+    names = {call.name for call in units}
+    norms = [call for call in calls if call.name not in names and _is_norm(trial, call)]
+
+    def same(one: torch.Tensor | None, others: list[torch.Tensor]) -> bool:
+        return one is not None and any(
+            one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten()) for other in others
+        )
+
+    before = [call.name for call in norms if same(first_tensor(call.output), inputs)]
+    after = [
+        call.name
+        for call in norms
+        if call.name not in before and (where := call.stream()) is not None and same(call[where], outputs)
+    ]
+    return tuple(before), tuple(after)
+
+
+def _confirm(trial: _Trial, found: Parts, stubs: list[list[Stub]]) -> Parts:
+    """Try the stand-ins; those that only save the cost of preparing input are given up where they do not fit."""
+    fault = ""
+    for attempt in (stubs, [[stub for stub in part if not stub.hands_on] for part in stubs]):
+        silenced = replace(found, attention_stubs=tuple(attempt[0]), mlp_stubs=tuple(attempt[1]))
+        try:
+            parallel, fault = _laws(trial, silenced)
+        except Exception as error:  # a block may raise anything on what a stand-in returns
+            fault = f"leaving a branch out failed ({type(error).__name__}: {error})"
+        if not fault:
+            return _with_outputs(trial, replace(silenced, parallel=parallel))
+    return replace(found, fault=fault)
+
+
+def _with_outputs(trial: _Trial, parts: Parts) -> Parts:
+    """Keep the output parameters only where zeroing them does what leaving the branch out does."""
+
+    def kept(part: Part) -> tuple[Stub, ...]:
+        stubs = parts.stubs(part)
+        zeroed = view(trial.block)
+        for name in parts.outputs(part):
+            owner, _, key = name.rpartition(".")
+            parameters = zeroed.get_submodule(owner)._parameters
+            held = parameters[key]
+            assert held is not None
+            if held.is_meta:  # offloaded: it cannot be tried here
+                return stubs
+            parameters[key] = nn.Parameter(torch.zeros_like(held), requires_grad=False)
+        if torch.equal(trial.run(zeroed), trial.without(stubs)):
+            return stubs
+        return tuple(replace(stub, outputs=(), savable=False) for stub in stubs)
+
+    return replace(parts, attention_stubs=kept("attention"), mlp_stubs=kept("mlp"))
+
+
+def _laws(trial: _Trial, parts: Parts) -> tuple[bool | None, str]:
+    """Whether its branches are parallel, and what speaks against the block being stream + attention + MLP."""
+    stream = trial.stream
+    whole = trial.run(trial.block)
+    if not torch.equal(trial.without([*parts.attention_stubs, *parts.mlp_stubs]), stream):
+        listed = ", ".join([*parts.attention, *parts.mlp]) or "nothing"
+        return None, f"without {listed} it does not return its input, so it is not the stream plus attention plus MLP"
+    if not parts.attention or not parts.mlp:
+        return None, ""
+    other = noise(stream, 4)
+    other[..., -1, :] = stream[..., -1, :]
+    no_attention, no_mlp = trial.without(parts.attention_stubs), trial.without(parts.mlp_stubs)
+    if _last_follows(no_attention, trial.without(parts.attention_stubs, other)):
+        return None, f"without {', '.join(parts.attention)} its tokens still mix"
+    if torch.equal(no_attention, whole) or torch.equal(no_mlp, whole):
+        return None, "leaving a branch out changes nothing, so the branch is elsewhere"
+    if _close(trial.without(parts.attention_stubs, no_mlp), whole, stream) or _close(
+        trial.without(parts.mlp_stubs, no_attention), whole, stream
+    ):
+        return False, ""
+    if _close(no_attention + no_mlp - stream, whole, stream):
+        return True, ""
+    return None, "its output is not the stream plus its attention plus its MLP"
+
+
+def _close(found: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor) -> bool:
+    tolerance = 1e-4 if stream.dtype in (torch.float32, torch.float64) else 0.05
+    change = (wanted - stream).float().norm()
+    return bool((found - wanted).float().norm() <= tolerance * change + 4 * torch.finfo(stream.dtype).eps * stream.float().norm())

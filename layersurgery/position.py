@@ -1,0 +1,174 @@
+"""Where a model remembers the position of its layers outside the list itself: in its modules and in its config object.
+
+The row of the key-value cache that a block writes is `layer_idx`; which mask it gets, which cache class its row has and how many
+rows there are is read off the config by position. All of them change together with the list, or generation with a cache is
+silently wrong. Changes are kept in a log that undoes them exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .errors import InexpressibleError
+from .layerwise import DEPTH_FIELDS, LISTS, is_layerwise, rewrite_fields
+from .route import Route
+
+_NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
+_MISSING = object()
+
+
+class Log:
+    """Changes of attributes, to be undone in reverse. A value that somebody else changed since is noticed."""
+
+    def __init__(self) -> None:
+        self.changes: list[tuple[dict[str, Any], str, Any, Any, str]] = []
+
+    def set(self, owner: dict[str, Any], name: str, value: Any, label: str) -> None:
+        """Set a key of a dictionary (an object's attributes), and remember what was there."""
+        self.changes.append((owner, name, owner.get(name, _MISSING), value, label))
+        owner[name] = value
+
+    def changed_since(self) -> list[str]:
+        """What no longer has the value that was set here."""
+        latest = {(id(owner), name): (owner, name, value, label) for owner, name, _, value, label in self.changes}
+        return [
+            label for owner, name, value, label in latest.values()
+            if owner.get(name, _MISSING) is not value and owner.get(name, _MISSING) != value
+        ]  # fmt: skip
+
+    def undo(self) -> None:
+        """Put back the very objects that were there."""
+        for owner, name, before, _, _ in reversed(self.changes):
+            if before is _MISSING:
+                owner.pop(name, None)
+            else:
+                owner[name] = before
+        self.changes.clear()
+
+
+def position_name(module: nn.Module) -> str | None:
+    """The attribute in which a module itself keeps its position."""
+    return next((name for name, value in vars(module).items() if type(value) is int and _NUMBER.match(name)), None)
+
+
+def positions(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """Attributes in which a block's modules keep its position: their dictionary, name and value."""
+    for module in block.modules():
+        attributes = vars(module)
+        for name, value in attributes.items():
+            if type(value) is int and _NUMBER.match(name):
+                yield attributes, name, value
+
+
+def check_positions(block: nn.Module, place: int) -> None:
+    """Refuse a block that counts its position otherwise than from the list it stands in.
+
+    Raises:
+        InexpressibleError: with the attribute's name and value.
+    """
+    for attributes, name, value in positions(block):
+        if value - place not in (0, 1):
+            del attributes
+            raise InexpressibleError(
+                f"a module of block {place} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
+                "cannot be moved"
+            )
+
+
+def renumber(block: nn.Module, was: int, now: int, log: Log | None = None) -> None:
+    """Tell a block's modules their new position."""
+    if was == now:
+        return
+    for attributes, name, value in list(positions(block)):
+        if log is None:
+            attributes[name] = value - was + now
+        else:
+            log.set(attributes, name, value - was + now, f"{name} of block {was}")
+
+
+def edit_config(config: Any, depth: int, route: Route, log: Log) -> None:
+    """Give a decoder's config object the depth and the lists of the edited model.
+
+    Raises:
+        InexpressibleError: a field that cannot say the new order, by name; what was changed until then is in the log.
+    """
+    attributes = vars(config)
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
+    rewritten = rewrite_fields(fields, depth, route, reloaded=False)
+    derived = {name: value for name in LISTS - attributes.keys() if is_layerwise(name, value := _read(config, name), depth)}
+    for name, value in rewritten.items():
+        if value is not fields[name] and value != fields[name]:
+            log.set(attributes, name, tuple(value) if isinstance(attributes[name], tuple) else value, f"config.{name}")
+    field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for name in {field, *DEPTH_FIELDS}:
+        if attributes.get(name) == depth and len(route) != depth:
+            log.set(attributes, name, len(route), f"config.{name}")
+    _edit_overrides(attributes, route, log)
+    if config.num_hidden_layers != len(route):
+        raise InexpressibleError(
+            f"the config class {type(config).__name__} works out its number of layers itself and takes no other, so {route} cannot be said in it"
+        )
+    for name, value in rewrite_fields(derived, depth, route, reloaded=False).items():
+        if list(_read(config, name) or []) != list(value):
+            raise InexpressibleError(
+                f"the config class {type(config).__name__} works out {name} from the positions of layers and takes no list instead, so {route} "
+                "cannot be said in it, and the model reads it while it runs"
+            )
+
+
+def _read(config: Any, name: str) -> Any:
+    try:
+        value = getattr(config, name)
+    except Exception:  # a field of other models, or one that differs by layer and refuses to be read as one
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _edit_overrides(attributes: dict[str, Any], route: Route, log: Log) -> None:
+    """Fields that transformers keeps for single layers, beside the config's own."""
+    spec = attributes.get("_heterogeneity_spec")
+    overrides = getattr(spec, "per_layer_overrides", None)
+    if overrides and dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        moved = {place: overrides[block] for place, block in enumerate(route.blocks) if block in overrides}
+        log.set(
+            attributes, "_heterogeneity_spec", dataclasses.replace(spec, per_layer_overrides=moved), "config.per_layer_config"
+        )
+
+
+def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, log: Log) -> None:
+    """The same for what the modules around the blocks keep: the depth, and lists with one value per layer.
+
+    Raises:
+        InexpressibleError: a list as long as the model is deep of which it is not known what it means.
+    """
+    for module in modules:
+        attributes = vars(module)
+        for name, value in list(attributes.items()):
+            if name in DEPTH_FIELDS and value == depth:
+                log.set(attributes, name, len(route), f"{name} of {type(module).__name__}")
+            elif type(value) in (list, tuple) and len(value) == depth and name[0] != "_" and all(map(_plain, value)):
+                new = _moved(module, name, value, depth, route)
+                if new != value:
+                    log.set(attributes, name, new, f"{name} of {type(module).__name__}")
+
+
+def _plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _moved(module: nn.Module, name: str, value: Any, depth: int, route: Route) -> Any:
+    kind: Callable[[Any], Any] = type(value)
+    if list(value) == list(range(depth)):
+        return kind(range(len(route)))
+    new = kind(value[block] for block in route.blocks)
+    if name not in LISTS and new != value and any(item != value[0] for item in value):
+        raise InexpressibleError(
+            f"{type(module).__name__}.{name} is a list of {depth} values for {depth} layers, and what it means is not known, so the layers "
+            "cannot be moved"
+        )
+    return new

@@ -1,0 +1,76 @@
+"""Would a live model that was edited come back from `save_pretrained` as the same function?"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from .blocks import locate
+from .errors import InexpressibleError
+from .layerwise import Json, find_section
+from .route import Route
+from .silent import Silent
+from .twin import Twin, build_empty
+
+
+def transformers_model(model: nn.Module) -> Any:
+    """The transformers model inside wrappers (PEFT, DDP, torch.compile).
+
+    Raises:
+        InexpressibleError: there is none.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise InexpressibleError(f"{type(model).__name__} holds no transformers model, so there is nothing that could be reloaded")
+
+
+def described(model: nn.Module) -> Json:
+    """The config of the transformers model within, as `save_pretrained` would write it."""
+    inner = transformers_model(model)
+    fields: Json = json.loads(inner.config.to_json_string(use_diff=False))
+    return fields | {"architectures": [type(inner).__name__]}
+
+
+def check_edit(model: nn.Module, before: Json, route: Route) -> None:
+    """Compare what would be built from the config before an edit with what would be built from it now, along the route.
+
+    Args:
+        model: the edited model.
+        before: its config before, see `described`.
+        route: the edit.
+
+    Raises:
+        InexpressibleError: the first things that would come back otherwise, by name.
+    """
+    _check_silence(model)
+    blocks = locate(model).blocks
+    in_files = {name for block in blocks for name, _ in block.named_parameters(remove_duplicate=False)}
+    Twin.build(before, described(model), find_section(before), route, in_files).check()
+
+
+def check_live(model: nn.Module) -> None:
+    """Compare a live model's blocks with those that would be built from its config.
+
+    Raises:
+        InexpressibleError: the first things that would come back otherwise, by name.
+    """
+    _check_silence(model)
+    inner = transformers_model(model)
+    blocks = locate(inner).blocks
+    fields = described(inner)
+    in_files = {name for block in blocks for name, _ in block.named_parameters(remove_duplicate=False)}
+    Twin(inner, build_empty(fields), find_section(fields), Route.identity(len(blocks)), frozenset(in_files), live=True).check()
+
+
+def _check_silence(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Silent) and not module.saved_silent:
+            raise InexpressibleError(
+                f"{name} ({module.stands_for.__name__}) is skipped, and which of its weights write the residual stream could not be told, so no "
+                "checkpoint can say that it is; use it in memory only (verify=False)"
+            )

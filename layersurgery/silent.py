@@ -1,0 +1,134 @@
+"""A module that stands where a branch's module stood, computes nothing, and adds exactly nothing to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .position import position_name
+from .witness import Where
+
+
+@dataclass(frozen=True, slots=True)
+class Stub:
+    """What must stand in for one module of a branch.
+
+    Attributes:
+        path: the module, within the block.
+        hidden: which of its arguments holds the hidden states.
+        width: width of the tensor it returns; the other dimensions are those of the hidden states.
+        length: length of the tuple it returns with that tensor first; None where it returns the tensor itself.
+        residual: the argument that it adds to its output, where it adds the residual stream itself.
+        hands_on: whether it only prepares input for a later module of the branch, and may return what it was given.
+        keeps_row: whether it answers for the block's row of the key-value cache.
+        outputs: parameters, within the block, that are saved as zeros, so that the branch is silent in any program.
+        savable: whether those are known, where they are needed.
+    """
+
+    path: str
+    hidden: Where
+    width: int
+    length: int | None = None
+    residual: Where | None = None
+    hands_on: bool = False
+    keeps_row: bool = False
+    outputs: tuple[str, ...] = ()
+    savable: bool = True
+
+
+class Silent(nn.Module):
+    """In the place of `original`, under whose names its parameters stay; saved, the branch's output projection is zero."""
+
+    def __init__(self, original: nn.Module, stub: Stub) -> None:
+        super().__init__()
+        # Public attributes (layer_idx, config) are read by other modules and renumbered like any module's.
+        vars(self).update({name: value for name, value in vars(original).items() if name[0] != "_" and name != "forward"})
+        self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
+        self._non_persistent_buffers_set = original._non_persistent_buffers_set
+        self._state_dict_hooks = original._state_dict_hooks
+        vars(self)["_original"] = original
+        vars(self)["_stub"] = stub
+        keeper = next((module for module in self.modules() if position_name(module)), None)
+        vars(self)["_keeper"] = (keeper, position_name(keeper) if keeper is not None else None)
+
+    @property
+    def stands_for(self) -> type[nn.Module]:
+        """The class of the module whose place this is."""
+        return type(vars(self)["_original"])
+
+    @property
+    def saved_silent(self) -> bool:
+        """Whether what is saved of it is silent, too."""
+        stub: Stub = vars(self)["_stub"]
+        return stub.savable
+
+    def extra_repr(self) -> str:  # noqa: D102 - torch's own
+        return f"in the place of {self.stands_for.__name__}"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
+        stub: Stub = vars(self)["_stub"]
+        hidden = _argument(args, kwargs, stub.hidden)
+        if stub.keeps_row:
+            keeper, name = vars(self)["_keeper"]
+            _keep_row(args, kwargs, hidden, None if keeper is None else getattr(keeper, name))
+        if stub.hands_on:
+            return hidden
+        if stub.residual is not None:
+            nothing = _argument(args, kwargs, stub.residual)
+        else:
+            nothing = hidden.new_zeros((*hidden.shape[:-1], stub.width))
+        return nothing if stub.length is None else (nothing, *[None] * (stub.length - 1))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
+        state = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars", False):
+            stub: Stub = vars(self)["_stub"]
+            for name in stub.outputs:
+                key = f"{kwargs.get('prefix', '')}{name.removeprefix(f'{stub.path}.')}"
+                held = state.get(key)
+                if held is not None:
+                    # An offloaded tensor is only a name here; its zeros have to be real, or the weight would be fetched.
+                    state[key] = torch.zeros_like(held, device="cpu" if held.is_meta else held.device)
+        return state
+
+
+def silence(block: nn.Module, stubs: Sequence[Stub]) -> None:
+    """Put stand-ins into `block`, which must be a view: its own tree of modules is changed."""
+    for stub in stubs:
+        parent, _, name = stub.path.rpartition(".")
+        owner = block.get_submodule(parent)
+        original = owner._modules[name]
+        assert original is not None
+        owner._modules[name] = Silent(original, stub)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: Where) -> torch.Tensor:
+    value = args[where] if isinstance(where, int) else kwargs[where]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _keep_row(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor, row: int | None) -> None:
+    """Note in the cache how many tokens passed.
+
+    Lengths, masks and positions are read off the first row or the last; an empty one would be silently taken for a new text. The
+    row that is kept is one number wide.
+    """
+    cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
+    cache = getattr(cache, "self_attention_cache", cache)
+    if cache is None or row is None:
+        return
+    layers = cache.layers
+    layer = layers[row] if row < len(layers) else None
+    batch, length = hidden.shape[0], hidden.shape[-2]
+    if layer is not None and hasattr(layer, "update_conv_state"):
+        for state in range(getattr(layer, "number_of_states", 1)):
+            given = {"state_idx": state} if state else {}
+            cache.update_conv_state(hidden.new_zeros((batch, 1, length)), row, **given)
+    if layer is None or hasattr(layer, "get_seq_length"):
+        nothing = hidden.new_zeros((batch, 1, length, 1))
+        cache.update(nothing, nothing, row)

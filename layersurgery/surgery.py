@@ -1,0 +1,284 @@
+"""Surgery on a live model: its own `nn.ModuleList` is rewritten, for a while or for good.
+
+>>> with operate(model, "swap 12 13; drop 20"):  # doctest: +SKIP
+...     model.generate(**inputs)  # an ordinary transformers model, two layers exchanged and one left out
+>>> # here it is what it was, bit for bit
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .blocks import BlockList, locate, text_config
+from .dissection import Anatomy, anatomy
+from .errors import InexpressibleError, PlanError, UndoError
+from .plan import Plan
+from .position import Log, check_positions, edit_config, edit_surroundings, renumber
+from .recorders import forget_recorders
+from .refusals import refuse_architecture, refuse_route
+from .reload import check_edit, described
+from .route import Route, Visit
+from .silent import silence
+from .views import own_tensors, view
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def operate(
+    model: Model, plan: Plan | Route | str, *, blocks: str | None = None, known: Anatomy | None = None
+) -> Iterator[Model]:
+    """Edit a model while the `with` block lasts, and put back the very objects that were there at its end, whatever happens.
+
+    No weight is copied. A block that the route visits is the same object; a second visit, or one without attention or MLP, is a
+    view that shares its parameters. Operating inside `operate` composes: there, block numbers are those of the edited model.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one (PEFT, DDP, torch.compile). Its config object is
+            edited too, so another model built on the very same object sees the new depth meanwhile.
+        plan: the edits, their text, or the route itself.
+        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
+        known: the model's anatomy, which a skipped branch needs; by default it is found by running the model once on
+            seven tokens.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        InexpressibleError: the architecture cannot be edited in this way; the model is as it was.
+        UndoError: at the end, if somebody else changed the list of blocks meanwhile; their change is left alone.
+
+    Example:
+        >>> with ls.operate(model, ls.drop(20)):  # doctest: +SKIP
+        ...     loss = model(ids, labels=ids).loss
+    """
+    surgery = Surgery(model, plan, blocks=blocks, known=known)
+    try:
+        yield model
+    finally:
+        surgery.undo()
+
+
+def operate_(
+    model: Model,
+    plan: Plan | Route | str,
+    *,
+    blocks: str | None = None,
+    known: Anatomy | None = None,
+    verify: bool = True,
+) -> Model:
+    """Edit a model for good, in place. It stays an ordinary transformers model: it generates, trains, saves and reloads.
+
+    Repeats share their parameters, so their gradients add up; saved, each has its own copy. A skipped branch keeps its weights
+    and is saved with output projections of zeros.
+
+    Args:
+        model: as for `operate`.
+        plan: the edits, their text, or the route itself.
+        blocks: path of the list of blocks, where it cannot be found.
+        known: the model's anatomy, which a skipped branch needs.
+        verify: refuse what `save_pretrained` and a reload would not bring back as the same function. Without it, save with
+            `layersurgery.save`, which checks as well.
+
+    Returns:
+        The model.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        InexpressibleError: the architecture cannot be edited in this way, or no checkpoint of it can say the result; the model
+            is as it was.
+    """
+    before = described(model) if verify else None
+    surgery = Surgery(model, plan, blocks=blocks, known=known)
+    if before is not None:
+        try:
+            check_edit(model, before, surgery.route)
+        except BaseException:
+            surgery.undo()
+            raise
+    return model
+
+
+class Surgery:
+    """One edit of a live model, and how to undo it."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None, known: Anatomy | None = None
+    ) -> None:
+        self.model = model
+        self.found = locate(model, blocks)
+        self.original = list(self.found.blocks)
+        self.mode = self.found.blocks.training
+        self.route = _route(plan, len(self.original))
+        config = text_config(model)
+        facts = {name: getattr(config, name, None) for name in ("model_type", "hidden_size_per_layer_input", "rescale_every")}
+        refuse_architecture(facts)
+        refuse_route(facts, self.route, live=True)
+        self.log = Log()
+        self.undone = False
+        forget_recorders(model)
+        try:
+            self.installed = self._build(known)
+            for owner in _configs(model, self.found, config):
+                edit_config(owner, len(self.original), self.route, self.log)
+            edit_surroundings(_around(model, self.found), len(self.original), self.route, self.log)
+            _rename_devices(model, self.found, self.route, self.log)
+            _fill(self.found.blocks, self.installed)
+        except BaseException:
+            self.log.undo()
+            _fill(self.found.blocks, self.original)
+            raise
+
+    def _build(self, known: Anatomy | None) -> list[nn.Module]:
+        """The modules of the new list. What must be refused is refused before a number is changed."""
+        for place, block in enumerate(self.original):
+            if any(visit.block == place and (now != place or not visit.whole) for now, visit in enumerate(self.route)):
+                check_positions(block, place)
+        stubs = self._stubs(known)
+        owners = _owners(self.route)
+        built: list[nn.Module] = []
+        seen: set[int] = set()
+        for place, visit in enumerate(self.route):
+            block = self.original[visit.block]
+            if place not in owners:
+                block = view(block)
+                silence(block, stubs.get((visit.block, visit.attention), ()) if not visit.whole else ())
+                renumber(block, visit.block, place)
+                if visit.block in seen:
+                    own_tensors(block)
+            seen.add(visit.block)
+            built.append(block)
+        for place in owners:
+            renumber(built[place], self.route[place].block, place, self.log)
+        return built
+
+    def _stubs(self, known: Anatomy | None) -> dict[tuple[int, bool], Any]:
+        silenced = {visit for visit in self.route if not visit.whole}
+        if not silenced:
+            return {}
+        if known is None:
+            known = anatomy(self.model, blocks=self.found.path)
+        elif known.depth != len(self.original) or known.blocks != self.found.path:
+            raise PlanError(
+                f"the anatomy given is that of {known.depth} blocks at {known.blocks}, and the model now has {len(self.original)} at "
+                f"{self.found.path}; leave it out, or take it anew"
+            )
+        return {(visit.block, visit.attention): _skipped(known, visit) for visit in silenced}
+
+    def undo(self) -> None:
+        """Put back what was there.
+
+        Raises:
+            UndoError: the list or the config was changed by somebody else since; nothing is touched.
+        """
+        blocks = self.found.blocks
+        now = list(blocks)
+        wrong = self.log.changed_since()
+        if self.model.get_submodule(self.found.path) is not blocks:
+            wrong = [f"the list at {self.found.path} was replaced by another"]
+        elif len(now) != len(self.installed) or any(one is not other for one, other in zip(now, self.installed, strict=False)):
+            wrong = [f"the list at {self.found.path} holds other modules"]
+        if wrong or self.undone:
+            why = "; ".join(wrong[:3]) or "it was undone already"
+            raise UndoError(
+                f"the edit {self.route} was not undone, because the model was edited by somebody else since: {why}. Nothing was "
+                "overwritten. Undo edits in the reverse order in which they were made"
+            )
+        self.undone = True
+        forget_recorders(self.model, self.original)
+        self.log.undo()
+        _fill(blocks, self.original)
+        self._follow_mode()
+
+    def _follow_mode(self) -> None:
+        """`train()` and `eval()` inside did not reach the modules that were out."""
+        if self.found.blocks.training == self.mode:
+            return
+        reached = {id(module) for block in self.installed for module in block.modules()}
+        for block in self.original:
+            for module in block.modules():
+                if id(module) not in reached:
+                    module.training = self.found.blocks.training
+
+
+def _route(plan: Plan | Route | str, depth: int) -> Route:
+    if isinstance(plan, str):
+        plan = Plan.parse(plan)
+    if isinstance(plan, Plan):
+        return plan.route(depth)
+    if wrong := sorted({visit.block for visit in plan if visit.block >= depth}):
+        raise PlanError(f"the route visits block {wrong[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
+    if not plan.canonical:
+        raise PlanError("the route leaves no block; keep at least one")
+    return plan.canonical
+
+
+def _owners(route: Route) -> frozenset[int]:
+    """Places that get the block itself: its own place if it still stands there, else the first whole visit."""
+    owners: dict[int, int] = {}
+    for place, visit in enumerate(route):
+        if visit.whole and (place == visit.block or visit.block not in owners):
+            owners[visit.block] = place
+    return frozenset(owners.values())
+
+
+def _skipped(known: Anatomy, visit: Visit) -> tuple[Any, ...]:
+    part = "attention" if visit.mlp else "mlp"
+    parts = known.parts(visit.block)
+    kind = known.kinds[known.kind_of[visit.block]][0]
+    if parts.fault:
+        raise InexpressibleError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
+    stubs = parts.stubs("attention" if part == "attention" else "mlp")
+    if not stubs:
+        raise InexpressibleError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
+    return stubs
+
+
+def _fill(blocks: nn.ModuleList, modules: list[nn.Module]) -> None:
+    blocks._modules.clear()
+    blocks._modules.update({str(number): module for number, module in enumerate(modules)})
+
+
+def _configs(model: nn.Module, found: BlockList, config: Any) -> list[Any]:
+    """The decoder's config object, and copies of it that modules above the blocks keep."""
+    configs = {id(config): config}
+    for module in _above(model, found):
+        held = vars(module).get("config")
+        get = getattr(held, "get_text_config", None)
+        if get is not None:
+            text = get(decoder=True)
+            if getattr(text, "num_hidden_layers", None) == config.num_hidden_layers:
+                configs.setdefault(id(text), text)
+    return list(configs.values())
+
+
+def _above(model: nn.Module, found: BlockList) -> Iterator[nn.Module]:
+    yield model
+    module = model
+    for name in found.path.split(".")[:-1]:
+        module = module.get_submodule(name)
+        yield module
+
+
+def _around(model: nn.Module, found: BlockList) -> Iterator[nn.Module]:
+    inside = {id(module) for block in found.blocks for module in block.modules()}
+    return (module for module in model.modules() if id(module) not in inside)
+
+
+def _rename_devices(model: nn.Module, found: BlockList, route: Route, log: Log) -> None:
+    """accelerate's map of which block is on which device, by the blocks' paths."""
+    names = found.path.split(".")
+    for level, module in enumerate(_above(model, found)):
+        devices = vars(module).get("hf_device_map")
+        if isinstance(devices, dict):
+            block = re.compile(rf"{re.escape('.'.join(names[level:]))}\.(\d+)(.*)")
+            moved: dict[str, Any] = {}
+            for path, device in devices.items():
+                match = block.fullmatch(path)
+                places = [place for place, number in enumerate(route.blocks) if match and number == int(match[1])]
+                paths = [f"{path[: match.start(1)]}{place}{match[2]}" for place in places] if match else [path]
+                moved.update(dict.fromkeys(paths, device))
+            log.set(vars(module), "hf_device_map", moved, "hf_device_map")
