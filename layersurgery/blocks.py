@@ -49,11 +49,15 @@ def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module,
     outer = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
     if len(outer) > 1:
         outer = [name for name in outer if not _NOT_TEXT.search(name)] or outer
-    if len(outer) != 1:
-        what = f"{len(outer)} lists of {depth} modules" if outer else f"no list of {depth} modules"
+    if not outer:
         raise InexpressibleError(
-            f"{type(model).__name__} has {what} where its decoder blocks are due (module lists: {found}). If one of them holds the "
-            'blocks, say so: blocks="model.layers"; otherwise it cannot be operated on'
+            f"{type(model).__name__} has no list of {depth} modules, the number of layers its config gives (module lists: {found}), so its "
+            "decoder blocks cannot be told"
+        )
+    if len(outer) > 1:
+        raise InexpressibleError(
+            f"{type(model).__name__} has {len(outer)} lists of {depth} modules that could be its decoder blocks: {', '.join(outer)}. Say which: "
+            f'blocks="{outer[0]}"'
         )
     return BlockList(outer[0], lists[outer[0]])
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from .blocks import locate
+from .dissection import anatomy
 from .errors import PlanError
 from .plan import Plan
 from .route import Route
-from .surgery import operate
+from .surgery import as_route, operate
+from .witness import resting
 
 Edit = Plan | Route | str
 _COLUMNS = (
@@ -83,24 +87,20 @@ def compare(
         raise PlanError(
             f"tokens have the shape (sequences, length), and a mask the same; found {tuple(ids.shape)} and {tuple(mask.shape)}"
         )
-    models = (model, other) if isinstance(other, nn.Module) else (model, model)
-    edits = (None, None if isinstance(other, nn.Module) else other)
-    modes = [one.training for one in models]
     sums = torch.zeros(len(_COLUMNS), dtype=torch.float64)
-    try:
-        for one in models:
-            one.eval()
+    with ExitStack() as stack:
+        stack.enter_context(resting(model))
+        edited, editing = _second(model, other, stack)
         for rows, real in zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True):
-            p, q = (_logits(one, edit, rows, real) for one, edit in zip(models, edits, strict=True))
+            p = _logits(model, rows, real)
+            with editing():
+                q = _logits(edited, rows, real)
             if p.shape != q.shape:
                 raise PlanError(
                     f"the models' logits have the shapes {tuple(p.shape)} and {tuple(q.shape)}, so they cannot be compared"
                 )
             for sequence in zip(p, q, rows, real, strict=True):
                 sums += _sums(*sequence)
-    finally:
-        for one, mode in zip(models, modes, strict=True):
-            one.train(mode)
     total = dict(zip(_COLUMNS, sums.tolist(), strict=True))
     count = total.pop("tokens")
     if not count:
@@ -108,13 +108,24 @@ def compare(
     return Comparison(tokens=int(count), **{name: value / count for name, value in total.items()})
 
 
-def _logits(model: Any, edit: Edit | None, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _second(
+    model: nn.Module, other: nn.Module | Edit, stack: ExitStack
+) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]:
+    """The model that gives q, and what to do around each of its forwards."""
+    if isinstance(other, nn.Module):
+        stack.enter_context(resting(other))
+        return other, nullcontext
+    route = as_route(other, len(locate(model).blocks))
+    # A skipped branch needs it; once is enough.
+    known = None if all(visit.whole for visit in route) else anatomy(model)
+    return model, partial(operate, model, route, anatomy=known)
+
+
+def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     place = model.get_input_embeddings().weight.device
     device = torch.device("cpu") if place.type == "meta" else place
     given: dict[str, torch.Tensor] = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
-    editing: AbstractContextManager[Any] = nullcontext() if edit is None else operate(model, edit)
-    with torch.no_grad(), editing:
-        logits: torch.Tensor = model(ids.to(device), use_cache=False, **given).logits
+    logits: torch.Tensor = model(ids.to(device), use_cache=False, **given).logits
     return logits
 
 

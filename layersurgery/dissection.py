@@ -34,6 +34,7 @@ class Anatomy:
         blocks: path of the list of decoder blocks.
         kinds: class and parts of each kind of block.
         kind_of: for each block, which kind it is.
+        signatures: what all blocks of a kind have in common: classes of modules, names and shapes of parameters.
         embedding: path of the token embedding.
         final_norm: path of the norm behind the last block; None where there is none.
         unembedding: path of the projection to the vocabulary; None where the model has none.
@@ -43,6 +44,7 @@ class Anatomy:
     blocks: str
     kinds: tuple[tuple[str, Parts], ...]
     kind_of: tuple[int, ...]
+    signatures: tuple[object, ...]
     embedding: str | None
     final_norm: str | None
     unembedding: str | None
@@ -126,23 +128,25 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
         seen: dict[object, int] = {}
         kind_of = []
         for block, call in zip(found.blocks, calls, strict=True):
-            signature = _signature(block)
-            if signature not in seen:
-                seen[signature] = len(kinds)
+            kind = signature(block)
+            if kind not in seen:
+                seen[kind] = len(kinds)
                 kinds.append((type(block).__name__, examine(block, call)))
-            kind_of.append(seen[signature])
+            kind_of.append(seen[kind])
     return Anatomy(
         model=type(model).__name__,
         blocks=found.path,
         kinds=tuple(kinds),
         kind_of=tuple(kind_of),
+        signatures=tuple(seen),
         embedding=_path_of(model, "get_input_embeddings"),
         final_norm=final_norm,
         unembedding=_path_of(model, "get_output_embeddings"),
     )
 
 
-def _signature(block: nn.Module) -> object:
+def signature(block: nn.Module) -> object:
+    """What two blocks of one kind have in common."""
     return (
         tuple((name, type(module)) for name, module in block.named_modules()),
         tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()),

@@ -18,7 +18,7 @@ from torch import nn
 from .branches import output_parameters
 from .edits import Part
 from .errors import InexpressibleError
-from .silent import Stub, silence
+from .silent import Silent, Stub, silence
 from .views import view
 from .witness import Call, by_token, first_tensor, noise, watched
 
@@ -122,7 +122,7 @@ def _sort(trial: _Trial) -> tuple[list[Call], list[Call], list[Call]]:
     paths = list(_runnable(trial.block, ""))
     for _ in range(3):
         calls = trial.calls(paths)
-        weighty = [call for call in calls if _has_matrix(trial.block.get_submodule(call.name))]
+        weighty = [call for call in calls if _works(trial.block.get_submodule(call.name))]
         mixers = [call for call in weighty if _mixes(trial.block.get_submodule(call.name), call)]
         # Attention, norms and residual in one module (DBRX): look inside.
         composite = [call.name for call in mixers if len(_streams(call.output, trial.stream)) > 1]
@@ -144,6 +144,11 @@ def _runnable(block: nn.Module, path: str) -> Iterable[str]:
 
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _works(module: nn.Module) -> bool:
+    """Whether a module may be one of attention or MLP; one that is skipped already is neither."""
+    return _has_matrix(module) and not isinstance(module, Silent)
 
 
 def _streams(output: Any, like: torch.Tensor) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .atomic import check_output, whole_directory
+from .errors import InexpressibleError
 from .reload import check_live, transformers_model
 
 
@@ -33,6 +34,11 @@ def save(
     """
     target = Path(out)
     check_output(target, None, overwrite=overwrite)
+    adapters = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
+    if adapters:
+        raise InexpressibleError(
+            f"{adapters[-1]} is an adapter of PEFT, which a checkpoint of the model does not hold; merge it first (merge_and_unload)"
+        )
     check_live(model)
     inner = transformers_model(model)
     size = sum(parameter.numel() * parameter.element_size() for _, parameter in inner.named_parameters(remove_duplicate=False))

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .blocks import BlockList, locate, text_config
-from .dissection import Anatomy, anatomy
+from .dissection import Anatomy, signature
+from .dissection import anatomy as find_anatomy
+from .edits import Part
 from .errors import InexpressibleError, PlanError, UndoError
 from .plan import Plan
 from .position import Log, check_positions, edit_config, edit_surroundings, renumber
@@ -23,7 +25,7 @@ from .recorders import forget_recorders
 from .refusals import refuse_architecture, refuse_route
 from .reload import check_edit, described
 from .route import Route, Visit
-from .silent import silence
+from .silent import Stub, silence
 from .views import own_tensors, view
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @contextmanager
 def operate(
-    model: Model, plan: Plan | Route | str, *, blocks: str | None = None, known: Anatomy | None = None
+    model: Model, plan: Plan | Route | str, *, blocks: str | None = None, anatomy: Anatomy | None = None
 ) -> Iterator[Model]:
     """Edit a model while the `with` block lasts, and put back the very objects that were there at its end, whatever happens.
 
@@ -43,8 +45,7 @@ def operate(
             edited too, so another model built on the very same object sees the new depth meanwhile.
         plan: the edits, their text, or the route itself.
         blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        known: the model's anatomy, which a skipped branch needs; by default it is found by running the model once on
-            seven tokens.
+        anatomy: the model's, which a skipped branch needs; by default it is found by running the model once on seven tokens.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -55,7 +56,7 @@ def operate(
         >>> with ls.operate(model, ls.drop(20)):  # doctest: +SKIP
         ...     loss = model(ids, labels=ids).loss
     """
-    surgery = Surgery(model, plan, blocks=blocks, known=known)
+    surgery = Surgery(model, plan, blocks=blocks, anatomy=anatomy)
     try:
         yield model
     finally:
@@ -67,7 +68,7 @@ def operate_(
     plan: Plan | Route | str,
     *,
     blocks: str | None = None,
-    known: Anatomy | None = None,
+    anatomy: Anatomy | None = None,
     verify: bool = True,
 ) -> Model:
     """Edit a model for good, in place. It stays an ordinary transformers model: it generates, trains, saves and reloads.
@@ -79,7 +80,7 @@ def operate_(
         model: as for `operate`.
         plan: the edits, their text, or the route itself.
         blocks: path of the list of blocks, where it cannot be found.
-        known: the model's anatomy, which a skipped branch needs.
+        anatomy: the model's, which a skipped branch needs.
         verify: refuse what `save_pretrained` and a reload would not bring back as the same function. Without it, save with
             `layersurgery.save`, which checks as well.
 
@@ -92,7 +93,7 @@ def operate_(
             is as it was.
     """
     before = described(model) if verify else None
-    surgery = Surgery(model, plan, blocks=blocks, known=known)
+    surgery = Surgery(model, plan, blocks=blocks, anatomy=anatomy)
     if before is not None:
         try:
             check_edit(model, before, surgery.route)
@@ -106,13 +107,13 @@ class Surgery:
     """One edit of a live model, and how to undo it."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None, known: Anatomy | None = None
+        self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None, anatomy: Anatomy | None = None
     ) -> None:
         self.model = model
         self.found = locate(model, blocks)
         self.original = list(self.found.blocks)
         self.mode = self.found.blocks.training
-        self.route = _route(plan, len(self.original))
+        self.route = as_route(plan, len(self.original))
         config = text_config(model)
         facts = {name: getattr(config, name, None) for name in ("model_type", "hidden_size_per_layer_input", "rescale_every")}
         refuse_architecture(facts)
@@ -121,7 +122,7 @@ class Surgery:
         self.undone = False
         forget_recorders(model)
         try:
-            self.installed = self._build(known)
+            self.installed = self._build(anatomy)
             for owner in _configs(model, self.found, config):
                 edit_config(owner, len(self.original), self.route, self.log)
             edit_surroundings(_around(model, self.found), len(self.original), self.route, self.log)
@@ -132,12 +133,12 @@ class Surgery:
             _fill(self.found.blocks, self.original)
             raise
 
-    def _build(self, known: Anatomy | None) -> list[nn.Module]:
+    def _build(self, anatomy: Anatomy | None) -> list[nn.Module]:
         """The modules of the new list. What must be refused is refused before a number is changed."""
         for place, block in enumerate(self.original):
             if any(visit.block == place and (now != place or not visit.whole) for now, visit in enumerate(self.route)):
                 check_positions(block, place)
-        stubs = self._stubs(known)
+        stubs = self._stubs(anatomy)
         owners = _owners(self.route)
         built: list[nn.Module] = []
         seen: set[int] = set()
@@ -155,18 +156,21 @@ class Surgery:
             renumber(built[place], self.route[place].block, place, self.log)
         return built
 
-    def _stubs(self, known: Anatomy | None) -> dict[tuple[int, bool], Any]:
+    def _stubs(self, anatomy: Anatomy | None) -> dict[tuple[int, bool], tuple[Stub, ...]]:
         silenced = {visit for visit in self.route if not visit.whole}
         if not silenced:
             return {}
-        if known is None:
-            known = anatomy(self.model, blocks=self.found.path)
-        elif known.depth != len(self.original) or known.blocks != self.found.path:
-            raise PlanError(
-                f"the anatomy given is that of {known.depth} blocks at {known.blocks}, and the model now has {len(self.original)} at "
-                f"{self.found.path}; leave it out, or take it anew"
-            )
-        return {(visit.block, visit.attention): _skipped(known, visit) for visit in silenced}
+        if anatomy is None:
+            anatomy = find_anatomy(self.model, blocks=self.found.path)
+        for visit in silenced:
+            if anatomy.depth <= visit.block or anatomy.signatures[anatomy.kind_of[visit.block]] != signature(
+                self.original[visit.block]
+            ):
+                raise PlanError(
+                    f"block {visit.block} is not what the anatomy given says of it: it is that of another model, or of this one before an "
+                    "edit; leave it out, or take it anew"
+                )
+        return {(visit.block, visit.attention): _skipped(anatomy, visit) for visit in silenced}
 
     def undo(self) -> None:
         """Put back what was there.
@@ -204,7 +208,12 @@ class Surgery:
                     module.training = self.found.blocks.training
 
 
-def _route(plan: Plan | Route | str, depth: int) -> Route:
+def as_route(plan: Plan | Route | str, depth: int) -> Route:
+    """The route that a plan, its text or a route means in a model of `depth` blocks.
+
+    Raises:
+        PlanError: it does not fit.
+    """
     if isinstance(plan, str):
         plan = Plan.parse(plan)
     if isinstance(plan, Plan):
@@ -225,13 +234,13 @@ def _owners(route: Route) -> frozenset[int]:
     return frozenset(owners.values())
 
 
-def _skipped(known: Anatomy, visit: Visit) -> tuple[Any, ...]:
-    part = "attention" if visit.mlp else "mlp"
-    parts = known.parts(visit.block)
-    kind = known.kinds[known.kind_of[visit.block]][0]
+def _skipped(anatomy: Anatomy, visit: Visit) -> tuple[Stub, ...]:
+    part: Part = "attention" if visit.mlp else "mlp"
+    parts = anatomy.parts(visit.block)
+    kind = anatomy.kinds[anatomy.kind_of[visit.block]][0]
     if parts.fault:
         raise InexpressibleError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
-    stubs = parts.stubs("attention" if part == "attention" else "mlp")
+    stubs = parts.stubs(part)
     if not stubs:
         raise InexpressibleError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
     return stubs

@@ -27,7 +27,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("jamba", "reverse 1:5"): "feed_forward is a JambaMLP in the source",
     **dict.fromkeys([("gpt2-inverse", plan) for plan in WHOLE if plan != "drop -1"], "scale_attn_by_inverse_layer_idx"),
     **dict.fromkeys([("diffllama", plan) for plan in WHOLE if plan != "drop -1"], "lambda_init is .* in the source"),
-    ("rwkv", "drop 0"): "pre_ln exists only after the reload",
+    ("rwkv", "drop 0"): "block 0 holds the norm of the embedding",
     ("mamba", "skip-mlp 2"): "has no mlp",
     # Its channel mixing looks at the token before, too.
     **dict.fromkeys([("rwkv", plan) for plan in ("skip-attention 2", "skip-mlp 2")], "does not stop its tokens from mixing"),
