@@ -79,15 +79,9 @@ def _section(config: Json) -> Section:
     try:
         return find_section(config)
     except SourceError:
-        # A config that leaves the depth to its class's default, or names it as only the class knows.
-        from .twin import depth_field
+        from .twin import section_of
 
-        try:
-            name, depth = depth_field(config)
-        except InexpressibleError as error:
-            raise SourceError(f"config.json has no number of layers, and {error}") from error
-        config[name] = depth
-        return find_section(config, name)
+        return section_of(config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class Anatomy:
                     "norms before": ", ".join(parts.norms_before),
                     "norms after": ", ".join(parts.norms_after),
                     "writes the stream": ", ".join(_short([*parts.outputs("attention"), *parts.outputs("mlp")])),
-                    "skipping": parts.fault or "attention, MLP",
+                    "can be skipped": parts.fault or ", ".join(_skippable(parts)) or "nothing",
                 }
             )
         return rows
@@ -100,6 +100,10 @@ class Anatomy:
         with console.capture() as captured:
             console.print(self)
         return captured.get().rstrip()
+
+
+def _skippable(parts: Parts) -> list[str]:
+    return [name for name, stubs in (("attention", parts.attention_stubs), ("MLP", parts.mlp_stubs)) if stubs]
 
 
 def _short(names: list[str]) -> list[str]:

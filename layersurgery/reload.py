@@ -9,10 +9,10 @@ from torch import nn
 
 from .blocks import locate
 from .errors import InexpressibleError
-from .layerwise import Json, find_section
+from .layerwise import Json
 from .route import Route
 from .silent import Silent
-from .twin import Twin, build_empty
+from .twin import Twin, build_empty, section_of
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -49,8 +49,8 @@ def check_edit(model: nn.Module, before: Json, route: Route) -> None:
     """
     _check_silence(model)
     blocks = locate(model).blocks
-    in_files = {name for block in blocks for name, _ in block.named_parameters(remove_duplicate=False)}
-    Twin.build(before, described(model), find_section(before), route, in_files).check()
+    in_files = {name for block in blocks for name in block.state_dict(keep_vars=True)}
+    Twin.build(before, described(model), section_of(before), route, in_files).check()
 
 
 def check_live(model: nn.Module) -> None:
@@ -63,8 +63,8 @@ def check_live(model: nn.Module) -> None:
     inner = transformers_model(model)
     blocks = locate(inner).blocks
     fields = described(inner)
-    in_files = {name for block in blocks for name, _ in block.named_parameters(remove_duplicate=False)}
-    Twin(inner, build_empty(fields), find_section(fields), Route.identity(len(blocks)), frozenset(in_files), live=True).check()
+    in_files = {name for block in blocks for name in block.state_dict(keep_vars=True)}
+    Twin(inner, build_empty(fields), section_of(fields), Route.identity(len(blocks)), frozenset(in_files), live=True).check()
 
 
 def _check_silence(model: nn.Module) -> None:

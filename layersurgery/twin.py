@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +26,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .blocks import find_blocks
-from .errors import InexpressibleError
-from .layerwise import LISTS, Json, Section, is_layerwise, rewrite_fields
+from .errors import InexpressibleError, SourceError
+from .layerwise import LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
 from .route import Route
 from .silent import Silent
 
@@ -71,14 +71,23 @@ def class_config(config: Json) -> Any:
         raise InexpressibleError(f"{model_type}'s config class does not accept the config: {error}") from error
 
 
-def depth_field(config: Json) -> tuple[str, int]:
-    """Name and value of the number of layers, as the config class has them.
+def section_of(config: Json) -> Section:
+    """The decoder's section, also of a config that leaves the depth to its class, or names it as only the class knows.
+
+    The depth is then written into `config`.
 
     Raises:
-        InexpressibleError: transformers does not know the model type.
+        SourceError: transformers does not know the model type, or the class gives no depth.
     """
-    text = class_config(config).get_text_config(decoder=True)
-    return text.attribute_map.get("num_hidden_layers", "num_hidden_layers"), int(getattr(text, "num_hidden_layers", 0) or 0)
+    with suppress(SourceError):
+        return find_section(config)
+    try:
+        text = class_config(config).get_text_config(decoder=True)
+    except InexpressibleError as error:
+        raise SourceError(f"config.json has no number of layers, and {error}") from error
+    name = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    config[name] = int(getattr(text, "num_hidden_layers", 0) or 0)
+    return find_section(config, name)
 
 
 def knows(config: Json) -> bool:

@@ -126,6 +126,31 @@ ZOO: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "afmoe": {},
     "vaultgemma": {"query_pre_attn_scalar": 8},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4, "expand": 2},
+    "falcon_mamba": {"state_size": 8},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1, 4]},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "layer_types": ["mamba", "attention"] * 3,
+        "shared_intermediate_size": 16,
+    },
+    "nemotron_h": {
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 4, "n_groups": 1,
+        "hybrid_override_pattern": "M*-M*-",
+    },
+    "phimoe": {},
+    "opt-postnorm": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "hunyuan_v1_moe": {},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"] * 3, "block_size": 4},
+    "qwen3_5_text": {},
+    "jetmoe": {"kv_channels": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 2},
+    "olmo_hybrid": {},
+    "ctrl": {},
+    "gpt_neox_japanese": {},
 }  # fmt: skip
 
 
