@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -155,6 +155,18 @@ def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, lo
                 new = _moved(module, name, value, depth, route)
                 if new != value:
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
+
+
+def edit_depth(blocks: Iterable[nn.Module], depth: int, now: int, log: Log) -> None:
+    """Tell modules inside the blocks how many blocks there are, where they keep it."""
+    if depth == now:
+        return
+    for block in blocks:
+        for module in block.modules():
+            attributes = vars(module)
+            for name in DEPTH_FIELDS:
+                if attributes.get(name) == depth:
+                    log.set(attributes, name, now, f"{name} of {type(module).__name__}")
 
 
 def _plain(value: object) -> bool:

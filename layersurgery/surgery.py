@@ -20,7 +20,7 @@ from .dissection import anatomy as find_anatomy
 from .edits import Part
 from .errors import InexpressibleError, PlanError, UndoError
 from .plan import Plan
-from .position import Log, check_positions, edit_config, edit_surroundings, renumber
+from .position import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
 from .recorders import forget_recorders
 from .refusals import refuse_architecture, refuse_route
 from .reload import check_edit, described
@@ -126,6 +126,7 @@ class Surgery:
             for owner in _configs(model, self.found, config):
                 edit_config(owner, len(self.original), self.route, self.log)
             edit_surroundings(_around(model, self.found), len(self.original), self.route, self.log)
+            edit_depth(self.installed, len(self.original), len(self.route), self.log)
             _rename_devices(model, self.found, self.route, self.log)
             _fill(self.found.blocks, self.installed)
         except BaseException:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from .blocks import find_blocks
 from .errors import InexpressibleError, SourceError
-from .layerwise import LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
+from .layerwise import DEPTH_FIELDS, LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
 from .route import Route
 from .silent import Silent
 
@@ -272,6 +272,8 @@ class Twin:
         return isinstance(theirs, list) and len(theirs) == self.section.depth
 
     def _moved(self, name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
+        if name in DEPTH_FIELDS:
+            return bool(ours == self.section.depth and theirs == len(self.route))
         if type(ours) is int and type(theirs) is int:
             return bool(_INDEX_NAME.search(name)) and ours - was == theirs - now
         if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == self.section.depth:
