@@ -45,38 +45,40 @@ def output_parameters(block: nn.Module, path: str, width: int) -> tuple[str, ...
 
 def _outputs(branch: nn.Module, path: str) -> list[str]:
     """The output parameters of one branch: its last linear map, and in a mixture every expert's and the shared experts'."""
-    mixtures = [name for name, module in branch.named_modules() if _holds_experts(module)]
+    mixtures = [name for name, module in branch.named_modules() if _holds_experts(name, module)]
     if not mixtures:
         linear = [name for name, module in branch.named_modules() if _linear(module)]
         if not linear:
             raise InexpressibleError(f"{path} ({type(branch).__name__}) has no linear map that could be its output")
         last = next((name for name in reversed(linear) if _OUT.search(name)), linear[-1])
-        return _own(branch.get_submodule(last), _join(path, last))
+        beside = f"{last}_bias"  # a bias that the branch keeps beside its projection
+        return _own(branch.get_submodule(last), _join(path, last)) + [_join(path, beside)] * (beside in branch._parameters)
     names = []
     for name, parameter in branch.named_parameters():
         owner = name.rpartition(".")[0]
         in_experts = any(_inside(owner, mixture) for mixture in mixtures)
+        around = not in_experts and any(_inside(mixture, owner) for mixture in mixtures)
         if (in_experts and _EXPERT_OUT.match(_tail(name))) or (
-            not in_experts and parameter.dim() == 1 and "." not in name and name == "bias"
+            around and parameter.dim() == 1 and name.rpartition(".")[2] == "bias"
         ):
             names.append(_join(path, name))
     for name, module in branch.named_children():
         if not any(_inside(name, mixture) or _inside(mixture, name) for mixture in mixtures) and not _ROUTER.search(name):
-            if any(parameter.dim() > 1 for parameter in module.parameters()):
+            if any(map(_linear, module.modules())):
                 names += _outputs(module, _join(path, name))
     if not any(block_name.startswith(_join(path, mixture)) for mixture in mixtures for block_name in names):
         raise InexpressibleError(f"{path} ({type(branch).__name__}) has experts whose output projection is not known")
     return names
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def _holds_experts(path: str, module: nn.Module) -> bool:
+    """Whether a module holds the output projections of several experts, stacked in one parameter or as a list of modules."""
     stacked = any(
-        parameter.dim() == 3 and parameter.shape[0] > 1 and _EXPERT_OUT.match(name)
+        _EXPERT_OUT.match(_tail(_join(path, name))) and (parameter.dim() == 3 or (parameter.dim() == 2 and name != "weight"))
         for name, parameter in module._parameters.items()
         if parameter is not None
     )
-    listed = isinstance(module, nn.ModuleList) and len(module) > 1
-    return (stacked and not isinstance(module, nn.modules.conv._ConvNd)) or listed
+    return stacked or (isinstance(module, nn.ModuleList) and len(module) > 1)
 
 
 def _linear(module: nn.Module) -> bool:

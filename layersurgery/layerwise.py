@@ -223,6 +223,8 @@ def rewrite_fields(fields: Json, depth: int, route: Route, *, reloaded: bool = T
     Raises:
         InexpressibleError: a field that cannot say the new order, by name.
     """
+    if route.blocks == tuple(range(depth)):
+        return dict(fields)
     rewritten = {key: _rewritten(key, value, depth, route) for key, value in fields.items()}
     _rewrite_counts(rewritten, depth, route, reloaded)
     return rewritten

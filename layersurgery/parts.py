@@ -148,7 +148,8 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _works(module: nn.Module) -> bool:
     """Whether a module may be one of attention or MLP; one that is skipped already is neither."""
-    return _has_matrix(module) and not isinstance(module, Silent)
+    skipped = {id(inner) for outer in module.modules() if isinstance(outer, Silent) for inner in outer.parameters()}
+    return any(parameter.dim() > 1 and id(parameter) not in skipped for parameter in module.parameters())
 
 
 def _streams(output: Any, like: torch.Tensor) -> list[torch.Tensor]:
@@ -201,12 +202,31 @@ def _stubs(trial: _Trial, units: list[Call], calls: list[Call]) -> list[Stub]:
             raise InexpressibleError(f"{call.name} is not given one row for each token, or returns none")
         writes = by_token(output) and output.shape[-1] == width
         residual = _residual(trial, call, where, output) if writes else None
-        outputs = output_parameters(trial.block, call.name, width) if writes else ()
+        outputs = _written_by(trial.block, call.name, width) if writes else ()
         length = len(call.output) if isinstance(call.output, tuple | list) else None
-        stubs.append(Stub(call.name, where, output.shape[-1], length, residual, hands_on=not writes, outputs=outputs))
+        stubs.append(
+            Stub(
+                call.name,
+                where,
+                output.shape[-1],
+                length,
+                residual,
+                hands_on=not writes,
+                outputs=outputs or (),
+                savable=outputs is not None,
+            )
+        )
         if writes and residual is None:
             stubs += [_after(trial, norm) for norm in calls if _reads(norm, output) and _is_norm(trial, norm)]
     return stubs
+
+
+def _written_by(block: nn.Module, path: str, width: int) -> tuple[str, ...] | None:
+    """Parameters with which a module writes the stream; None where they cannot be told, which only saving asks for."""
+    try:
+        return output_parameters(block, path, width)
+    except InexpressibleError:
+        return None
 
 
 def _residual(trial: _Trial, call: Call, where: int | str, output: torch.Tensor) -> int | str | None:

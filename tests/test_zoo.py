@@ -12,27 +12,8 @@ from transformers import AutoModelForCausalLM
 import layersurgery as ls
 from layersurgery.plan import Plan
 from tests.reference import logits_along, logits_of
+from tests.refused import REFUSED, WHOLE
 from tests.zoo import DEPTH, ZOO, tiny_model, tokens
-
-WHOLE = ["swap 1 2", "drop 0", "drop -1", "move 1 after 3", "repeat 2:4", "reverse 1:5"]
-
-# What no config of the architecture can say, and the words of the refusal.
-REFUSED: dict[tuple[str, str], str] = {
-    **dict.fromkeys(
-        [("deepseek_v3", plan) for plan in ("swap 1 2", "move 1 after 3", "reverse 1:5")], "first_k_dense_replace = 2"
-    ),
-    **dict.fromkeys(
-        [("jamba", plan) for plan in ("swap 1 2", "drop 0", "move 1 after 3", "repeat 2:4")], "works out .*layers_block_type"
-    ),
-    ("jamba", "reverse 1:5"): "feed_forward is a JambaMLP in the source",
-    **dict.fromkeys([("gpt2-inverse", plan) for plan in WHOLE if plan != "drop -1"], "scale_attn_by_inverse_layer_idx"),
-    **dict.fromkeys([("diffllama", plan) for plan in WHOLE if plan != "drop -1"], "lambda_init is .* in the source"),
-    ("rwkv", "drop 0"): "block 0 holds the norm of the embedding",
-    ("mamba", "skip-mlp 2"): "has no mlp",
-    # Its channel mixing looks at the token before, too.
-    **dict.fromkeys([("rwkv", plan) for plan in ("skip-attention 2", "skip-mlp 2")], "does not stop its tokens from mixing"),
-    **dict.fromkeys([("recurrent_gemma", plan) for plan in ("skip-attention 2", "skip-mlp 2")], "no linear map"),
-}
 
 
 def reload(path: Path) -> Any:
