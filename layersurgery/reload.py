@@ -53,6 +53,25 @@ def check_edit(model: nn.Module, before: Json, route: Route) -> None:
     Twin.build(before, described(model), section_of(before), route, in_files).check()
 
 
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters in blocks that are visited several times: merging would add them to the shared weights once for each visit.
+
+    Raises:
+        InexpressibleError: with the adapter's name.
+    """
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        weight = getattr(base, "weight", None)
+        if type(module).__module__.startswith("peft.") and weight is not None:
+            if id(weight) in seen:
+                raise InexpressibleError(
+                    f"{name} is an adapter of PEFT in a block that repeats, and merging it would add it to the shared weights once for each "
+                    "visit; merge it first (merge_and_unload), or repeat for a while only (operate)"
+                )
+            seen.add(id(weight))
+
+
 def check_live(model: nn.Module) -> None:
     """Compare a live model's blocks with those that would be built from its config.
 

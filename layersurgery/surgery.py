@@ -23,7 +23,7 @@ from .plan import Plan
 from .position import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
 from .recorders import forget_recorders
 from .refusals import refuse_architecture, refuse_route
-from .reload import check_edit, described
+from .reload import check_adapters, check_edit, described
 from .route import Route, Visit
 from .silent import Stub, silence
 from .views import own_tensors, view
@@ -96,6 +96,7 @@ def operate_(
     surgery = Surgery(model, plan, blocks=blocks, anatomy=anatomy)
     if before is not None:
         try:
+            check_adapters(model)
             check_edit(model, before, surgery.route)
         except BaseException:
             surgery.undo()
@@ -142,16 +143,16 @@ class Surgery:
         stubs = self._stubs(anatomy)
         owners = _owners(self.route)
         built: list[nn.Module] = []
-        seen: set[int] = set()
+        held = {self.route[place].block for place in owners}
         for place, visit in enumerate(self.route):
             block = self.original[visit.block]
             if place not in owners:
                 block = view(block)
                 silence(block, stubs.get((visit.block, visit.attention), ()) if not visit.whole else ())
                 renumber(block, visit.block, place)
-                if visit.block in seen:
+                if visit.block in held:
                     own_tensors(block)
-            seen.add(visit.block)
+            held.add(visit.block)
             built.append(block)
         for place in owners:
             renumber(built[place], self.route[place].block, place, self.log)

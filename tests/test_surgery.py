@@ -1,0 +1,574 @@
+"""Operating on a live model, and undoing it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import layersurgery as ls
+from layersurgery.route import Route, Visit
+from layersurgery.silent import Silent
+from tests.reference import logits_along, logits_of
+from tests.zoo import DEPTH, tiny_model, tokens
+
+
+@pytest.fixture
+def model() -> Any:
+    torch._dynamo.reset()  # compiled code outlives a test, and there is a limit to how much of it there may be
+    return tiny_model("llama")
+
+
+def numbers(model: Any) -> list[int]:
+    return [block.self_attn.layer_idx for block in model.model.layers]
+
+
+# What stands where
+
+
+def test_blocks_are_the_very_same_objects(model: Any) -> None:
+    blocks = list(model.model.layers)
+    with ls.operate(model, "swap 1 2; drop 4") as edited:
+        assert edited is model
+        assert [blocks.index(block) for block in model.model.layers] == [0, 2, 1, 3, 5]
+        assert numbers(model) == [0, 1, 2, 3, 4]
+        assert model.config.num_hidden_layers == 5
+    assert all(one is other for one, other in zip(model.model.layers, blocks, strict=True))
+    assert numbers(model) == list(range(DEPTH))
+    assert model.config.num_hidden_layers == DEPTH
+
+
+def test_a_repeat_is_a_view_with_its_own_number(model: Any) -> None:
+    with ls.operate(model, "repeat 2 x3"):
+        first, second, third = list(model.model.layers)[2:5]
+        assert first is not second
+        assert second is not third
+        assert [block.self_attn.layer_idx for block in (first, second, third)] == [2, 3, 4]
+        for one, other in zip(first.parameters(), third.parameters(), strict=True):
+            assert one is other
+        assert sum(1 for _ in model.parameters()) == len({id(p) for p in model.parameters()})
+    assert model.model.layers[3] is not third
+
+
+def test_a_block_that_repeats_at_its_own_place_keeps_it(model: Any) -> None:
+    block = model.model.layers[3]
+    with ls.operate(model, Route([3, 0, 1, 3])):
+        assert model.model.layers[3] is block
+        assert model.model.layers[0] is not block
+
+
+def test_a_skipped_branch_is_not_computed(model: Any) -> None:
+    class Forbidden(nn.Module):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("computed")
+
+    anatomy = ls.anatomy(model)
+    with ls.operate(model, "skip-mlp 2; skip-attention 3", anatomy=anatomy):
+        assert isinstance(model.model.layers[2].mlp, Silent)
+        assert "in the place of LlamaMLP" in repr(model)
+        for branch in (model.model.layers[2].mlp, model.model.layers[3].self_attn):
+            for name in list(branch._modules):
+                branch._modules[name] = Forbidden()
+        logits_of(model, tokens())
+
+
+def test_no_tensor_is_allocated(model: Any) -> None:
+    anatomy = ls.anatomy(model)
+
+    def storages() -> set[int]:
+        gc.collect()
+        return {item.data_ptr() for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.numel()}
+
+    before = storages()
+    with ls.operate(model, "skip-mlp 1; skip-attention 4; repeat 2:4; swap 0 5", anatomy=anatomy):
+        assert storages() == before
+    assert storages() == before
+
+
+# Routes and plans
+
+
+def test_a_route_or_a_text_or_a_plan(model: Any) -> None:
+    found = []
+    for plan in ("drop 2", ls.drop(2), Route([0, 1, 3, 4, 5]), Route([0, 1, Visit(2, attention=False, mlp=False), 3, 4, 5])):
+        with ls.operate(model, plan):
+            found.append(logits_of(model, tokens()))
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("swap 1 9", "block 9 is out of range"),
+        (Route([0, 7]), "visits block 7, and the model has 6 blocks"),
+        (Route([Visit(0, attention=False, mlp=False)]), "leaves no block"),
+        ("swop 1 2", "did you mean 'swap'"),
+    ],
+)
+def test_a_plan_that_does_not_fit(model: Any, plan: Any, words: str) -> None:
+    with pytest.raises(ls.PlanError, match=words), ls.operate(model, plan):
+        pass
+    with pytest.raises(ls.PlanError, match=words):
+        ls.operate_(model, plan)
+
+
+visits = st.builds(Visit, st.integers(0, DEPTH - 1), st.booleans(), st.booleans())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon_h1", "bloom"])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_route_of_whole_blocks_is_the_reference(name: str, data: st.DataObject) -> None:
+    model = _kept(name)
+    route = Route(data.draw(st.lists(st.integers(0, DEPTH - 1), min_size=1, max_size=9)))
+    before = logits_of(model, tokens())
+    with ls.operate(model, route):
+        found = logits_of(model, tokens())
+    assert torch.equal(found, logits_along(model, route, tokens()))
+    assert torch.equal(logits_of(model, tokens()), before)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "qwen3_moe"])
+@settings(max_examples=15)
+@given(data=st.data())
+def test_any_route_generates_alike_with_and_without_a_cache(name: str, data: st.DataObject) -> None:
+    model = _kept(name)
+    route = Route(data.draw(st.lists(visits, min_size=1, max_size=9)))
+    if not route.canonical:
+        return
+    with ls.operate(model, route):
+        with_cache, without = (
+            model.generate(tokens(), max_new_tokens=6, use_cache=cache, do_sample=False, pad_token_id=0, eos_token_id=None)
+            for cache in (True, False)
+        )
+    assert torch.equal(with_cache, without)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_operating_inside_operate_composes(data: st.DataObject) -> None:
+    model = _kept("llama")
+    outer = Route(data.draw(st.lists(st.integers(0, DEPTH - 1), min_size=2, max_size=7)))
+    inner = Route(data.draw(st.lists(st.integers(0, len(outer) - 1), min_size=1, max_size=7)))
+    before = logits_of(model, tokens())
+    with ls.operate(model, outer):
+        between = logits_of(model, tokens())
+        with ls.operate(model, inner):
+            found = logits_of(model, tokens())
+        assert torch.equal(logits_of(model, tokens()), between)
+    with ls.operate(model, Route(outer[visit.block] for visit in inner)):
+        assert torch.equal(logits_of(model, tokens()), found)
+    assert torch.equal(logits_of(model, tokens()), before)
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_edits_of_different_blocks_commute(data: st.DataObject) -> None:
+    model = _kept("olmo2")
+    a, b, c, d = data.draw(st.permutations(range(DEPTH)))[:4]
+    edits = {
+        "swap": lambda x, y: ls.swap(x, y),
+        "drop": lambda x, y: ls.drop(x),
+        "skip_attention": lambda x, y: ls.skip_attention(x),
+        "skip_mlp": lambda x, y: ls.skip_mlp(x),
+        "repeat": lambda x, y: ls.repeat(x),
+    }
+    one = edits[data.draw(st.sampled_from(sorted(edits)))](a, b)
+    other = edits[data.draw(st.sampled_from(sorted(edits)))](c, d)
+    found = []
+    for plan in (one + other, other + one):
+        with ls.operate(model, plan):
+            found.append(logits_of(model, tokens()))
+    assert torch.equal(*found)
+
+
+_MODELS: dict[str, Any] = {}
+
+
+def _kept(name: str) -> Any:
+    if name not in _MODELS:
+        _MODELS[name] = tiny_model(name)
+    return _MODELS[name]
+
+
+# Undoing
+
+
+def test_undo_after_an_exception(model: Any) -> None:
+    before = logits_of(model, tokens())
+    with pytest.raises(ZeroDivisionError), ls.operate(model, "repeat 1:3; skip-mlp 4"):
+        1 / model.generate(tokens(), max_new_tokens=3, pad_token_id=0).dim().__sub__(2)
+    assert torch.equal(logits_of(model, tokens()), before)
+    assert numbers(model) == list(range(DEPTH))
+
+
+def test_an_edit_by_somebody_else_is_said_and_left_alone(model: Any) -> None:
+    mine = model.model.layers[0]
+    with pytest.raises(ls.UndoError, match="the list at model.layers holds other modules"), ls.operate(model, "drop 3"):
+        model.model.layers[1] = mine
+    assert model.model.layers[1] is mine
+    assert len(model.model.layers) == model.config.num_hidden_layers == DEPTH - 1
+
+
+def test_another_list_by_somebody_else(model: Any) -> None:
+    with pytest.raises(ls.UndoError, match="was replaced by another"), ls.operate(model, "drop 3"):
+        model.model.layers = nn.ModuleList(list(model.model.layers))
+    assert len(model.model.layers) == DEPTH - 1
+
+
+def test_a_config_changed_by_somebody_else(model: Any) -> None:
+    with pytest.raises(ls.UndoError, match="config.num_hidden_layers"), ls.operate(model, "drop 3"):
+        model.config.num_hidden_layers = 2
+    assert model.config.num_hidden_layers == 2
+
+
+def test_undoing_in_the_wrong_order(model: Any) -> None:
+    before = logits_of(model, tokens())
+    outer, inner = ls.operate(model, "drop 3"), ls.operate(model, "swap 0 1")
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(ls.UndoError, match="reverse order"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    assert len(model.model.layers) == DEPTH - 1
+    assert not torch.equal(logits_of(model, tokens()), before)
+
+
+def test_deeply_nested(model: Any) -> None:
+    before = logits_of(model, tokens())
+    with ExitStack() as stack:
+        for plan in ("swap 0 1", "drop 2", "repeat 1:3", "skip-attention 1", "skip-mlp 1", "reverse 0:4", "repeat 1"):
+            stack.enter_context(ls.operate(model, plan))
+        logits_of(model, tokens())
+    assert torch.equal(logits_of(model, tokens()), before)
+    assert numbers(model) == list(range(DEPTH))
+
+
+@pytest.mark.parametrize("plan", ["drop 1 2", "repeat 1:3", "skip-mlp 1"])
+def test_modes_set_inside_hold_for_the_blocks_that_were_out(model: Any, plan: str) -> None:
+    model.train()
+    with ls.operate(model, plan):
+        model.eval()
+    assert not any(module.training for module in model.modules())
+    model.model.layers[1].train()
+    with ls.operate(model, plan):
+        pass
+    assert [block.training for block in model.model.layers] == [number == 1 for number in range(DEPTH)]
+
+
+def test_weights_changed_inside_stay_changed(model: Any) -> None:
+    with ls.operate(model, "repeat 1:3"), torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight.zero_()  # the second visit of block 1
+    assert not model.model.layers[1].mlp.up_proj.weight.any()
+
+
+@pytest.mark.parametrize("asked", ["before", "inside", "never"])
+def test_hidden_states_of_every_block(model: Any, asked: str) -> None:
+    def count() -> int:
+        with torch.no_grad():
+            states = model(tokens(), output_hidden_states=True, use_cache=False)
+        assert torch.equal(model.lm_head(states.hidden_states[-1]), states.logits)
+        return len(states.hidden_states)
+
+    if asked == "before":
+        assert count() == DEPTH + 1
+    with ls.operate(model, "drop 1; repeat 2:4; skip-attention 5"):
+        if asked != "never":
+            assert count() == DEPTH - 1 + 2 + 1
+    assert count() == DEPTH + 1
+    with ls.operate(model, "drop 1; repeat 2:4"):
+        assert count() == DEPTH - 1 + 2 + 1
+    assert count() == DEPTH + 1
+
+
+def test_forward_hooks_of_the_user_fire_in_repeats(model: Any) -> None:
+    seen = []
+    handle = model.model.layers[2].register_forward_hook(lambda module, args, output: seen.append(module.self_attn.layer_idx))
+    with ls.operate(model, "repeat 2"):
+        logits_of(model, tokens())
+    handle.remove()
+    assert seen == [2, 3]
+
+
+# An ordinary model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("plan", ["swap 1 2", "repeat 1:4", "skip-attention 0; skip-mlp 3"])
+def test_half_precision(model: Any, dtype: torch.dtype, plan: str) -> None:
+    model = model.to(dtype)
+    before = logits_of(model, tokens())
+    with ls.operate(model, plan):
+        found = logits_of(model, tokens())
+        with torch.no_grad():
+            past = model(tokens()[:, :8], use_cache=True).past_key_values
+            last = model(tokens()[:, 8:], past_key_values=past).logits
+    assert found.dtype == dtype
+    torch.testing.assert_close(last, found[:, 8:], rtol=0.05, atol=0.05)
+    if "skip" not in plan:
+        assert torch.equal(found, logits_along(model, ls.Plan.parse(plan).route(DEPTH), tokens()))
+    assert torch.equal(logits_of(model, tokens()), before)
+
+
+def test_gradients_of_a_repeat_add_up(model: Any) -> None:
+    model.train()
+    other = copy.deepcopy(model)
+    ls.operate_(model, "repeat 1")
+    model(tokens(), labels=tokens()).loss.backward()
+    twin = copy.deepcopy(other.model.layers[1])
+    other.model.layers.insert(2, twin)
+    other.config.num_hidden_layers += 1
+    other(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    for name, parameter in model.model.layers[1].named_parameters():
+        apart = other.model.layers[1].get_parameter(name).grad + twin.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad, apart, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_healing_by_fine_tuning(model: Any, checkpointing: bool, tmp_path: Any) -> None:
+    ls.operate_(model, "drop 2; repeat 4; skip-mlp 1")
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    model.eval()
+    ls.save(model, tmp_path / "healed")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(model, tokens()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled(model: Any, backend: str) -> None:
+    before = logits_of(model, tokens())
+    compiled: Any = torch.compile(model, backend=backend)
+    torch.testing.assert_close(logits_of(compiled, tokens()), before)
+    for plan, target in itertools.product(["swap 1 2", "repeat 1:3", "skip-attention 2; skip-mlp 3"], [model, compiled]):
+        with ls.operate(target, plan):
+            torch.testing.assert_close(logits_of(compiled, tokens()), logits_of(model, tokens()))
+            assert not torch.allclose(logits_of(compiled, tokens()), before)
+        torch.testing.assert_close(logits_of(compiled, tokens()), before)
+
+
+def test_the_edited_model_compiles_in_one_graph(model: Any) -> None:
+    ls.operate_(model, "repeat 1:3; skip-attention 0; skip-mlp 5")
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits_of(compiled, tokens()), logits_of(model, tokens()))
+
+
+def test_a_block_compiled_by_itself(model: Any) -> None:
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    with ls.operate(model, "repeat 1:3"):
+        found = logits_of(model, tokens())
+    torch.testing.assert_close(found, logits_along(model, ls.repeat(range(1, 3)).route(DEPTH), tokens()))
+
+
+def test_an_adapted_model() -> None:
+    peft = pytest.importorskip("peft")
+    settings_ = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), settings_).eval()
+    before = logits_of(model, tokens())
+    for plan in ("swap 1 2", "repeat 1:4", "skip-attention 2; skip-mlp 3", "drop 0"):
+        with ls.operate(model, plan):
+            found = logits_of(model, tokens())
+            text = [
+                model.generate(input_ids=tokens(), max_new_tokens=4, use_cache=cache, pad_token_id=0) for cache in (True, False)
+            ]
+            assert torch.equal(*text)
+            with model.disable_adapter():
+                assert not torch.equal(logits_of(model, tokens()), found)
+        assert torch.equal(logits_of(model, tokens()), before)
+    with pytest.raises(ls.InexpressibleError, match=r"adapter of PEFT.*merge_and_unload"):
+        ls.save(model, "nowhere")
+    with pytest.raises(ls.InexpressibleError, match=r"once for each visit; merge it first"):
+        ls.operate_(model, "repeat 1:3")
+    ls.operate_(model, "swap 1 2; skip-mlp 3")
+    kept = logits_of(model, tokens())
+    torch.testing.assert_close(logits_of(model.merge_and_unload(), tokens()), kept)
+
+
+DEVICES = {
+    "model.embed_tokens": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+    **{f"model.layers.{number}": "disk" if number % 2 else "cpu" for number in range(DEPTH)},
+}
+
+
+@pytest.mark.parametrize(
+    "plan", ["swap 1 2", "drop 0", "repeat 1:4 x3", "reverse 1:5", "skip-attention 1; skip-mlp 4", "skip-mlp 3; repeat 3"]
+)
+def test_a_dispatched_model(plan: str, tmp_path: Any) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    dispatched = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", device_map=DEVICES, offload_folder=tmp_path / "offload"
+    )
+    assert sum(parameter.is_meta for parameter in dispatched.parameters()) > 20
+    before = logits_of(plain, tokens())
+    with ls.operate(plain, plan), ls.operate(dispatched, plan):
+        assert torch.equal(logits_of(dispatched, tokens()), logits_of(plain, tokens()))
+        text = [model.generate(tokens(), max_new_tokens=4, pad_token_id=0) for model in (plain, dispatched)]
+        assert torch.equal(*text)
+    assert dispatched.hf_device_map == DEVICES
+    assert torch.equal(logits_of(dispatched, tokens()), before)
+    ls.operate_(plain, plan)
+    ls.operate_(dispatched, plan)
+    kept = logits_of(plain, tokens())
+    dispatched.save_pretrained(tmp_path / "plain")
+    ls.save(dispatched, tmp_path / "guarded")
+    for way in ("plain", "guarded"):
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / way)
+        torch.testing.assert_close(logits_of(reloaded, tokens()), kept, rtol=0, atol=1e-6)
+
+
+def test_the_map_of_devices_follows(tmp_path: Any) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", device_map=DEVICES, offload_folder=tmp_path / "offload")
+    with ls.operate(model, "drop 0; repeat 4"):
+        devices = [model.hf_device_map[f"model.layers.{number}"] for number in range(6)]
+        assert devices == ["disk", "cpu", "disk", "cpu", "cpu", "disk"]
+        assert model.hf_device_map["lm_head"] == "cpu"
+
+
+# Keeping
+
+
+def test_ties_are_kept_and_repeats_are_not(tmp_path: Any) -> None:
+    model = tiny_model("llama-tied")
+    ls.operate_(model, "repeat 1")
+    model.save_pretrained(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    assert reloaded.model.layers[1].mlp.up_proj.weight is not reloaded.model.layers[2].mlp.up_proj.weight
+    torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(model, tokens()), rtol=0, atol=1e-6)
+
+
+def test_a_kept_edit_can_be_operated_on_again(model: Any, tmp_path: Any) -> None:
+    ls.operate_(model, "repeat 1:3")
+    ls.operate_(model, "drop 0; skip-attention 4")
+    ls.operate_(model, "repeat 2")
+    assert numbers(model) == list(range(8))
+    ls.save(model, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(model, tokens()), rtol=0, atol=1e-6)
+
+
+def test_what_would_not_reload_is_refused_and_the_model_is_as_it_was() -> None:
+    model = tiny_model("diffllama")
+    before = logits_of(model, tokens())
+    with pytest.raises(ls.InexpressibleError, match=r"model.layers.1 \(block 2\): self_attn.lambda_init"):
+        ls.operate_(model, "swap 1 2")
+    assert torch.equal(logits_of(model, tokens()), before)
+    assert numbers(model) == list(range(DEPTH))
+
+
+def test_unverified_it_is_kept_and_save_refuses(tmp_path: Any) -> None:
+    model = tiny_model("diffllama")
+    ls.operate_(model, "swap 1 2", verify=False)
+    assert torch.equal(logits_of(model, tokens()), logits_along(tiny_model("diffllama"), ls.swap(1).route(DEPTH), tokens()))
+    with pytest.raises(ls.InexpressibleError, match="model.layers.1.*lambda_init"):
+        ls.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_overwrites_only_when_told(model: Any, tmp_path: Any) -> None:
+    assert ls.save(model, tmp_path / "out") == tmp_path / "out"
+    with pytest.raises(ls.OutputError, match="exists already"):
+        ls.save(model, tmp_path / "out")
+    ls.save(model, tmp_path / "out", overwrite=True, max_shard_size="40KB")
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_save_refuses_a_constant_changed_by_hand(model: Any, tmp_path: Any) -> None:
+    model.model.layers[2].self_attn.scaling *= 2
+    with pytest.raises(ls.InexpressibleError, match="model.layers.2.*self_attn.scaling"):
+        ls.save(model, tmp_path / "out")
+
+
+# What is refused
+
+
+def test_a_model_that_is_none_of_transformers() -> None:
+    with pytest.raises(ls.InexpressibleError, match="has no transformers config"), ls.operate(nn.Linear(2, 2), "drop 0"):
+        pass
+
+
+def test_a_replaced_forward_cannot_be_doubled(model: Any) -> None:
+    original = model.model.layers[2].forward
+    model.model.layers[2].forward = lambda *args, **kwargs: original(*args, **kwargs)
+    with pytest.raises(ls.InexpressibleError, match="cannot be bound to a second module"), ls.operate(model, "repeat 2"):
+        pass
+    with ls.operate(model, "swap 2 3"):
+        logits_of(model, tokens())
+    assert numbers(model) == list(range(DEPTH))
+
+
+def test_a_number_that_counts_something_else(model: Any) -> None:
+    model.model.layers[4].self_attn.layer_idx = 9
+    with (
+        pytest.raises(ls.InexpressibleError, match=r"layer_idx = 9, and what it counts is not known"),
+        ls.operate(model, "swap 3 4"),
+    ):
+        pass
+    assert numbers(model) == [0, 1, 2, 3, 9, 5]
+
+
+def test_an_unknown_list_in_the_config(model: Any) -> None:
+    model.config.secrets = list("abcdef")
+    with (
+        pytest.raises(ls.InexpressibleError, match="'secrets' is a list of 6 values for 6 layers"),
+        ls.operate(model, "swap 3 4"),
+    ):
+        pass
+    with ls.operate(model, "skip-mlp 3"):
+        pass
+    assert model.config.secrets == list("abcdef")
+
+
+def test_an_unknown_list_beside_the_blocks(model: Any) -> None:
+    model.model.secrets = [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ls.InexpressibleError, match="LlamaModel.secrets is a list of 6 values"), ls.operate(model, "swap 3 4"):
+        pass
+    model.model.secrets = list(range(6))
+    with ls.operate(model, "drop 3"):
+        assert model.model.secrets == list(range(5))
+    assert model.model.secrets == list(range(6))
+
+
+def test_an_anatomy_of_another_model(model: Any) -> None:
+    other = ls.anatomy(tiny_model("qwen3_moe"))
+    with (
+        pytest.raises(ls.PlanError, match="block 2 is not what the anatomy given says"),
+        ls.operate(model, "skip-mlp 2", anatomy=other),
+    ):
+        pass
+
+
+def test_layers_that_share_across_positions() -> None:
+    model = tiny_model("rwkv", rescale_every=2)
+    with (
+        pytest.raises(ls.InexpressibleError, match="halves the weights of its blocks every 2 places"),
+        ls.operate(model, "swap 1 2"),
+    ):
+        pass
+    with ls.operate(model, "swap 2 3"):
+        pass
