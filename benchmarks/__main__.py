@@ -1,4 +1,4 @@
-"""`python -m benchmarks checkpoint`."""
+"""`python -m benchmarks checkpoint`, `python -m benchmarks operate`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def checkpoint(
 
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as made:
         rows = measure(runs, hub, work or Path(made), quick=quick, as_json=as_json)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def operate(
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 21,
+    width: Annotated[int, typer.Option("--width", min=8, help="Width of the model of 32 layers.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Edit a live model and undo it."""
+    from .operate import measure
+
+    rows = measure(runs, width=width)
     if as_json:
         print(json.dumps(rows, indent=2))
 

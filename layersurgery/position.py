@@ -100,7 +100,9 @@ def edit_config(config: Any, depth: int, route: Route, log: Log) -> None:
     attributes = vars(config)
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
     rewritten = rewrite_fields(fields, depth, route, reloaded=False)
-    derived = {name: value for name in LISTS - attributes.keys() if is_layerwise(name, value := _read(config, name), depth)}
+    derived = {
+        name: value for name in sorted(LISTS - attributes.keys()) if is_layerwise(name, value := _read(config, name), depth)
+    }
     for name, value in rewritten.items():
         if value is not fields[name] and value != fields[name]:
             log.set(attributes, name, tuple(value) if isinstance(attributes[name], tuple) else value, f"config.{name}")

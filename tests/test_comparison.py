@@ -1,0 +1,82 @@
+"""Comparing predictions, judged by formulas written out another way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import layersurgery as ls
+from tests.reference import logits_of
+from tests.zoo import VOCAB, tiny_model, tokens
+
+
+def test_against_the_formulas() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama", seed=3)
+    ids = tokens(3, 10)
+    found = ls.compare(model, other, ids)
+    p, q = (logits_of(one, ids)[:, :-1].double().softmax(-1) for one in (model, other))
+    wanted = ids[:, 1:]
+    assert found.tokens == 27
+    assert found.kl_nats == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), abs=1e-12)
+    assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert found.accuracy == pytest.approx((q.argmax(-1) == wanted).double().mean().item())
+    loss_p, loss_q = (torch.nn.functional.nll_loss(x.log().flatten(0, 1), wanted.flatten()).item() for x in (p, q))
+    assert found.loss_nats == pytest.approx(loss_q, abs=1e-12)
+    assert found.loss_change_nats == pytest.approx(loss_q - loss_p, abs=1e-12)
+    bits_p, bits_q = (-(x * x.log2()).sum(-1).mean().item() for x in (p, q))
+    assert found.entropy_bits == pytest.approx(bits_q, abs=1e-12)
+    assert found.entropy_change_bits == pytest.approx(bits_q - bits_p, abs=1e-12)
+    assert found.perplexity == pytest.approx(math.exp(loss_q))
+    assert 0 < found.entropy_bits < math.log2(VOCAB)
+
+
+def test_a_model_with_itself() -> None:
+    model = tiny_model("llama").train()
+    found = ls.compare(model, model, tokens())
+    assert (found.kl_nats, found.agreement, found.loss_change_nats, found.entropy_change_bits) == (0, 1, 0, 0)
+    assert model.training
+
+
+@pytest.mark.parametrize("plan", ["drop 2", "skip-mlp 1; repeat 3"])
+def test_an_edit_of_the_model_itself(plan: str) -> None:
+    model, edited = tiny_model("llama"), tiny_model("llama")
+    ls.operate_(edited, plan)
+    one = ls.compare(model, plan, tokens(4), batch_size=3)
+    assert one == ls.compare(model, ls.Plan.parse(plan).route(6), tokens(4).tolist(), batch_size=3)
+    for name in one.__slots__:
+        assert getattr(one, name) == pytest.approx(getattr(ls.compare(model, edited, tokens(4)), name), abs=1e-6)
+    assert one.kl_nats > 0
+
+
+def test_padding_does_not_count() -> None:
+    model = tiny_model("llama")
+    ids = tokens(1, 8)
+    longer = torch.cat([ids, torch.full((1, 4), 5)], 1)
+    mask = torch.tensor([[1] * 8 + [0] * 4])
+    alone, padded = ls.compare(model, "drop 2", ids), ls.compare(model, "drop 2", longer, attention_mask=mask)
+    assert padded.tokens == alone.tokens == 7
+    assert padded.kl_nats == pytest.approx(alone.kl_nats, abs=1e-6)
+    assert padded.loss_nats == pytest.approx(alone.loss_nats, abs=1e-6)
+
+
+def test_infinite_logits_are_no_trouble() -> None:
+    model = tiny_model("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))
+    model.lm_head.bias.data[3] = -math.inf
+    ids = tokens()
+    ids[ids == 3] = 4
+    found = ls.compare(model, "drop 2", ids)
+    assert math.isfinite(found.kl_nats)
+    assert math.isfinite(found.entropy_bits)
+
+
+def test_what_cannot_be_compared() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ls.PlanError, match="no position has a next token"):
+        ls.compare(model, "drop 2", tokens(2, 1))
+    with pytest.raises(ls.PlanError, match=r"found \(12,\)"):
+        ls.compare(model, "drop 2", tokens()[0])
+    with pytest.raises(ls.PlanError, match="logits have the shapes"):
+        ls.compare(model, tiny_model("llama", vocab_size=64), tokens() % 60)

@@ -1,0 +1,35 @@
+"""Loading models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import layersurgery as ls
+from tests.reference import logits_of
+from tests.zoo import tiny_model, tokens
+
+
+def test_a_directory_without_a_tokenizer(llama: Path) -> None:
+    model, tokenizer = ls.load(llama)
+    assert tokenizer is None
+    assert not model.training
+    torch.testing.assert_close(logits_of(model, tokens()), logits_of(tiny_model("llama"), tokens()))
+
+
+def test_dtypes(llama: Path) -> None:
+    assert ls.load(llama).model.dtype == torch.float32
+    assert ls.load(llama, dtype="bfloat16").model.dtype == torch.bfloat16
+    assert ls.load(llama, dtype=torch.float16, device_map="cpu").model.dtype == torch.float16
+    with pytest.raises(ls.SourceError, match="'float12' is no dtype of torch"):
+        ls.load(llama, dtype="float12")
+
+
+def test_what_cannot_be_loaded(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(ls.SourceError, match="does not exist on this machine"):
+        ls.load("./nowhere")
+    (llama / "model.safetensors").write_bytes(b"rubbish!")
+    with pytest.raises(ls.SourceError, match=r"transformers cannot load .*llama"):
+        ls.load(llama)
