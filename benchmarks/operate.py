@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -24,18 +25,25 @@ _PLANS = ["swap 12 13", "drop 20", "repeat 8:16", "reverse 8:16", "skip-attentio
 
 
 class _Allocated(TorchDispatchMode):
-    """Bytes of the tensors that operations make."""
+    """Bytes of the tensors that operations make; views of what they were given do not count."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self.bytes = 0
+        self.held: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.held |= {_memory(value) for value in args if isinstance(value, torch.Tensor)}
         found = func(*args, **(kwargs or {}))
         for value in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and _memory(value) not in self.held:
+                self.held.add(_memory(value))
                 self.bytes += value.numel() * value.element_size()
         return found
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def measure(runs: int, *, width: int) -> list[dict[str, Any]]:
@@ -51,9 +59,9 @@ def measure(runs: int, *, width: int) -> list[dict[str, Any]]:
     anatomy = ls.anatomy(model)
     _gate(model, anatomy)
     ways: dict[tuple[str, str], Callable[[], Any]] = {
-        ("operate + undo", plan): lambda plan=plan: ls.operate(model, plan, anatomy=anatomy) for plan in _PLANS
-    }  # fmt: skip
-    ways["copy.deepcopy + editing the list", "swap 12 13"] = lambda: _by_hand(model)
+        ("operate + undo", plan): partial(ls.operate, model, plan, anatomy=anatomy) for plan in _PLANS
+    }
+    ways["copy.deepcopy + editing the list", "swap 12 13"] = partial(_by_hand, model)
     times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     for _ in range(runs):
         for way, editing in ways.items():

@@ -23,11 +23,10 @@ def speak() -> str:
 
 # For a while: inside the block the model is edited, behind it it is what it was, bit for bit.
 logits = model(text).logits
-for plan in ["swap 12 13", "drop 20", "repeat 8:10", "skip-attention 20", "skip-mlp 20"]:
+for plan in [ls.Plan(), "swap 12 13", "drop 20", "repeat 8:10", "skip-attention 20", "skip-mlp 20"]:
     found = ls.compare(model, plan, text)
     with ls.operate(model, plan):
-        print(f"{plan:18} {found.kl_nats:6.3f} nats, perplexity {found.perplexity:6.1f}: {speak()}")
-print(f"{'as it was':18} {'':28}: {speak()}")
+        print(f"{str(plan) or 'unedited':18} {found.kl_nats:6.3f} nats, perplexity {found.perplexity:6.1f}: {speak()}")
 assert torch.equal(model(text).logits, logits)
 
 # Edits compose: block numbers are those of the model as it stands.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +61,59 @@ def test_a_damaged_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ls.SourceError, match=r"transformers cannot read .*broken.gguf"):
         ls.edit_checkpoint(tmp_path / "broken.gguf", ls.swap(1), tmp_path / "out")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return ls.load(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def text(loaded: Any) -> torch.Tensor:
+    """Python's own help, which every Python has: (2, 256) tokens."""
+    help_text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids: torch.Tensor = loaded.tokenizer(help_text[:8000], return_tensors="pt").input_ids
+    return ids[0, :512].view(2, 256)
+
+
+def test_what_it_is_made_of(loaded: Any) -> None:
+    found = ls.anatomy(loaded.model)
+    assert (found.depth, found.blocks, len(found.kinds)) == (30, "model.layers", 1)
+    assert found.parts(0).fault == ""
+
+
+@pytest.mark.parametrize(
+    ("plan", "least", "most"),
+    [
+        ("drop 20", 0.02, 1), ("swap 12 13", 0.02, 1), ("repeat 8:12", 0.02, 2), ("skip-attention 20", 0.01, 1),
+        ("skip-mlp 20", 0.02, 1), ("drop 0", 3, 30), ("skip-mlp 0", 3, 30),
+    ],
+)  # fmt: skip
+def test_edits_of_the_live_model(loaded: Any, text: torch.Tensor, plan: str, least: float, most: float) -> None:
+    model, tokenizer = loaded
+    prompt = tokenizer(["The capital of France is", "Layers"], return_tensors="pt", padding=True, padding_side="left")
+    assert not prompt.attention_mask.all()
+    with torch.no_grad():
+        before = model(text).logits
+        found = ls.compare(model, plan, text, batch_size=2)
+        print(f"{plan}: {found.kl_nats:.3f} nats, {100 * found.agreement:.0f} %, perplexity {found.perplexity:.1f}")
+        with ls.operate(model, plan):
+            with_cache, without = (
+                model.generate(**prompt, max_new_tokens=10, do_sample=False, use_cache=cache, pad_token_id=0)
+                for cache in (True, False)
+            )
+        assert torch.equal(with_cache, without)
+        assert torch.equal(model(text).logits, before)
+    assert least < found.kl_nats < most
+
+
+def test_a_kept_edit_in_a_pipeline(text: torch.Tensor, tmp_path: Path) -> None:
+    model, tokenizer = ls.load(EMBEDDED)
+    ls.operate_(model, "drop 20:22; repeat 10; skip-attention 25")
+    ls.save(model, tmp_path / "kept", tokenizer=tokenizer)
+    ls.edit_checkpoint(EMBEDDED, "drop 20:22; repeat 10; skip-attention 25", tmp_path / "disk")
+    with torch.no_grad():
+        meant = model(text).logits
+        for way in ("kept", "disk"):
+            pipe = pipeline("text-generation", model=str(tmp_path / way), device="cpu")
+            torch.testing.assert_close(pipe.model(text).logits, meant, rtol=0, atol=2e-4)

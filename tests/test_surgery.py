@@ -91,11 +91,11 @@ def test_no_tensor_is_allocated(model: Any) -> None:
     assert len(seen.names) > 50
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
     """Names of all operations on tensors; a tensor is made by one or not at all."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
