@@ -63,6 +63,8 @@ def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dic
     from transformers import pipeline
     from transformers.utils import logging
 
+    from layersurgery import compare
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     pipes = [pipeline("text-generation", model=str(path), device="cpu", dtype=torch.float32) for path in (before, after)]
@@ -74,12 +76,8 @@ def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dic
         for pipe in pipes
     ]
     continuations = {prompt: (written[0][i], written[1][i]) for i, prompt in enumerate(_PROMPTS)}
-    ids = _help_text(pipes[0].tokenizer)
-    with torch.no_grad():
-        log_p, log_q = (pipe.model(ids).logits[0].double().log_softmax(-1) for pipe in pipes)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item()
-    return continuations, {"kl_nats": kl, "agreement": agreement, "tokens": ids.shape[1]}
+    found = compare(pipes[0].model, pipes[1].model, _help_text(pipes[0].tokenizer))
+    return continuations, {"kl_nats": found.kl_nats, "agreement": found.agreement, "tokens": found.tokens}
 
 
 def _help_text(tokenizer: Any) -> torch.Tensor:

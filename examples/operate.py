@@ -23,7 +23,8 @@ def speak() -> str:
 
 # For a while: inside the block the model is edited, behind it it is what it was, bit for bit.
 logits = model(text).logits
-for plan in [ls.Plan(), "swap 12 13", "drop 20", "repeat 8:10", "skip-attention 20", "skip-mlp 20"]:
+plans: list[ls.Plan | str] = [ls.Plan(), "swap 12 13", "drop 20", "repeat 8:10", "skip-attention 20", "skip-mlp 20"]
+for plan in plans:
     found = ls.compare(model, plan, text)
     with ls.operate(model, plan):
         print(f"{str(plan) or 'unedited':18} {found.kl_nats:6.3f} nats, perplexity {found.perplexity:6.1f}: {speak()}")

@@ -292,7 +292,7 @@ def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> N
             )
     _rewrite_interval(fields, route)
     _rewrite_cycle(fields, depth, route)
-    if fields.get("scale_attn_by_inverse_layer_idx") and route.blocks != tuple(range(len(route))):
+    if reloaded and fields.get("scale_attn_by_inverse_layer_idx") and route.blocks != tuple(range(len(route))):
         # Old versions of transformers do this while the model runs, where no comparison of models sees it.
         raise InexpressibleError(
             "config.json: scale_attn_by_inverse_layer_idx scales the attention of each layer by its position, so a block that "

@@ -71,9 +71,15 @@ def check_positions(block: nn.Module, place: int) -> None:
     Raises:
         InexpressibleError: with the attribute's name and value.
     """
-    for attributes, name, value in positions(block):
+    for module in block.modules():
+        # Versions of transformers that know the scale from construction keep it in `scaling`.
+        if vars(module).get("scale_attn_by_inverse_layer_idx") and not hasattr(module, "scaling"):
+            raise InexpressibleError(
+                "scale_attn_by_inverse_layer_idx: this version of transformers scales the attention of each layer by its position while it "
+                "runs, so a block that moves would compute something else"
+            )
+    for _, name, value in positions(block):
         if value - place not in (0, 1):
-            del attributes
             raise InexpressibleError(
                 f"a module of block {place} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
                 "cannot be moved"
@@ -143,7 +149,7 @@ def _edit_overrides(attributes: dict[str, Any], route: Route, log: Log) -> None:
 
 
 def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, log: Log) -> None:
-    """The same for what the modules around the blocks keep: the depth, and lists with one value per layer.
+    """The same for what the modules above the blocks keep: the depth, and lists with one value per layer.
 
     Raises:
         InexpressibleError: a list as long as the model is deep of which it is not known what it means.
@@ -159,14 +165,14 @@ def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, lo
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
 
 
-def edit_depth(blocks: Iterable[nn.Module], depth: int, now: int, log: Log) -> None:
-    """Tell modules inside the blocks how many blocks there are, where they keep it."""
+def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, now: int, log: Log) -> None:
+    """Tell modules inside the blocks how many blocks there are, where they keep it under one of `names`."""
     if depth == now:
         return
     for block in blocks:
         for module in block.modules():
             attributes = vars(module)
-            for name in DEPTH_FIELDS:
+            for name in names:
                 if attributes.get(name) == depth:
                     log.set(attributes, name, now, f"{name} of {type(module).__name__}")
 

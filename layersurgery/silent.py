@@ -86,14 +86,24 @@ class Silent(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
         state = super().state_dict(*args, **kwargs)
         if not kwargs.get("keep_vars", False):
-            stub: Stub = vars(self)["_stub"]
-            for name in stub.outputs:
-                key = f"{kwargs.get('prefix', '')}{name.removeprefix(f'{stub.path}.')}"
-                held = state.get(key)
-                if held is not None:
-                    # An offloaded tensor is only a name here; its zeros have to be real, or the weight would be fetched.
-                    state[key] = torch.zeros_like(held, device="cpu" if held.is_meta else held.device)
+            for name, parameter in self._named().items():
+                # An offloaded tensor is only a name here; its zeros have to be real, or the weight would be fetched.
+                device = torch.device("cpu") if parameter.is_meta else parameter.device
+                state[f"{kwargs.get('prefix', '')}{name}"] = torch.zeros_like(parameter, device=device, requires_grad=False)
         return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # What was saved as zeros is not loaded as zeros: another visit of the block may use these very weights.
+        own = self._named()
+        state_dict.update({f"{prefix}{name}": own[name].detach() for name in own if f"{prefix}{name}" in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _named(self) -> dict[str, torch.Tensor]:
+        """The parameters that are saved as zeros, by their names in this module."""
+        stub: Stub = vars(self)["_stub"]
+        names = [name.removeprefix(f"{stub.path}.") for name in stub.outputs]
+        held = dict(self.named_parameters(remove_duplicate=False))
+        return {name: held[name] for name in names if name in held}
 
 
 def silence(block: nn.Module, stubs: Sequence[Stub]) -> None:

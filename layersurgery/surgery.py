@@ -126,8 +126,9 @@ class Surgery:
             self.installed = self._build(anatomy)
             for owner in _configs(model, self.found, config):
                 edit_config(owner, len(self.original), self.route, self.log)
-            edit_surroundings(_around(model, self.found), len(self.original), self.route, self.log)
-            edit_depth(self.installed, len(self.original), len(self.route), self.log)
+            edit_surroundings(_above(model, self.found), len(self.original), self.route, self.log)
+            field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+            edit_depth(self.installed, {field, "num_hidden_layers"}, len(self.original), len(self.route), self.log)
             _rename_devices(model, self.found, self.route, self.log)
             _fill(self.found.blocks, self.installed)
         except BaseException:
@@ -272,11 +273,6 @@ def _above(model: nn.Module, found: BlockList) -> Iterator[nn.Module]:
     for name in found.path.split(".")[:-1]:
         module = module.get_submodule(name)
         yield module
-
-
-def _around(model: nn.Module, found: BlockList) -> Iterator[nn.Module]:
-    inside = {id(module) for block in found.blocks for module in block.modules()}
-    return (module for module in model.modules() if id(module) not in inside)
 
 
 def _rename_devices(model: nn.Module, found: BlockList, route: Route, log: Log) -> None:

@@ -15,7 +15,6 @@ def _rows(name: str, plans: list[str], words: str) -> dict[tuple[str, str], str]
 # In memory and on disk.
 NEVER: dict[tuple[str, str], str] = {
     **_rows("jamba", ["swap 1 2", "drop 0", "move 1 after 3", "repeat 2:4"], "works out .*layer"),
-    **_rows("gpt2-inverse", _MOVING, "scale_attn_by_inverse_layer_idx"),
     **_rows("rwkv", ["drop 0"], "block 0 holds the norm of the embedding"),
     **_rows("mamba", ["skip-mlp 2"], "has no mlp"),
     **_rows("mamba2", ["skip-mlp 2"], "has no mlp"),
@@ -32,6 +31,7 @@ NEVER_SAVED: dict[tuple[str, str], str] = {
     **_rows("deepseek_v3", _INWARD, "first_k_dense_replace = 2|mlp is a DeepseekV3MoE in the source"),
     **_rows("lfm2_moe", _INWARD, "num_dense_layers = 2|feed_forward is a Lfm2MoeSparseMoeBlock in the source"),
     **_rows("jamba", ["reverse 1:5"], "feed_forward is a JambaMLP in the source"),
+    **_rows("gpt2-inverse", _MOVING, "scale_attn_by_inverse_layer_idx|attn.scaling is .* in the source"),
     **_rows("diffllama", _MOVING, "lambda_init is .* in the source"),
     **_rows("gpt_neox_japanese", ["drop -1"], "dense_bias is None in the source"),
 }

@@ -123,6 +123,20 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_compiled_model_is_not_compiled_for_it() -> None:
+    compilations = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    model: Any = torch.compile(tiny_model("llama"), backend=backend)
+    assert ls.anatomy(model).depth == DEPTH
+    assert compilations == []
+    logits_of(model, tokens())
+    assert len(compilations) > 0
+
+
 def test_also_when_it_fails() -> None:
     model = tiny_model("llama")
     model.model.layers[3].forward = _raise

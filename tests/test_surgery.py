@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from contextlib import ExitStack
 from typing import Any
 
@@ -511,6 +512,28 @@ def test_save_refuses_a_constant_changed_by_hand(model: Any, tmp_path: Any) -> N
     model.model.layers[2].self_attn.scaling *= 2
     with pytest.raises(ls.InexpressibleError, match="model.layers.2.*self_attn.scaling"):
         ls.save(model, tmp_path / "out")
+
+
+def test_a_copy_of_an_edited_model_is_its_own(model: Any) -> None:
+    ls.operate_(model, "repeat 1:3; skip-attention 0; skip-mlp 4")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits_of(twin, tokens()), logits_of(model, tokens()))
+        assert not {id(module) for module in twin.modules()} & {id(module) for module in model.modules()}
+        assert twin.model.layers[1].mlp.up_proj.weight is twin.model.layers[3].mlp.up_proj.weight
+        with ls.operate(twin, "swap 0 1"):
+            twin.generate(tokens(), max_new_tokens=2, pad_token_id=0)
+        assert torch.equal(logits_of(twin, tokens()), logits_of(model, tokens()))
+
+
+@pytest.mark.parametrize(("order", "skipped"), [("0 1 1-attn 2:6", 2), ("0 1-attn 1 2:6", 1)])
+def test_loading_what_was_saved_leaves_shared_weights_whole(model: Any, order: str, skipped: int) -> None:
+    ls.operate_(model, Route.parse(order))
+    before = logits_of(model, tokens())
+    saved = model.state_dict()
+    assert not saved[f"model.layers.{skipped}.self_attn.o_proj.weight"].any()
+    assert saved[f"model.layers.{3 - skipped}.self_attn.o_proj.weight"].all()
+    model.load_state_dict(saved)
+    assert torch.equal(logits_of(model, tokens()), before)
 
 
 # What is refused
