@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _PROMPTS = ("The capital of France is", "Water boils at", "To make bread, you need")
-_TOKENS = 512
+_TOKENS = 513  # of which 512 have a next one
 _NEW_TOKENS = 16
 
 
