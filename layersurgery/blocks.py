@@ -62,19 +62,25 @@ def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module,
     return BlockList(outer[0], lists[outer[0]])
 
 
-def text_config(model: Any) -> Any:
+def transformers_part(model: nn.Module) -> Any:
+    """The model itself, or, in a wrapper that passes nothing on (DDP), the model of transformers within.
+
+    Raises:
+        InexpressibleError: there is none.
+    """
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "get_text_config"):
+            return module
+    raise InexpressibleError(f"{type(model).__name__} has no transformers config; only models of transformers can be operated on")
+
+
+def text_config(model: nn.Module) -> Any:
     """The config of the text decoder.
 
     Raises:
         InexpressibleError: the model has none.
     """
-    config = getattr(model, "config", None)
-    get = getattr(config, "get_text_config", None)
-    if get is None:
-        raise InexpressibleError(
-            f"{type(model).__name__} has no transformers config; only models of transformers can be operated on"
-        )
-    return get(decoder=True)
+    return transformers_part(model).config.get_text_config(decoder=True)
 
 
 def locate(model: nn.Module, blocks: str | None = None) -> BlockList:

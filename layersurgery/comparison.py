@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import locate
+from .blocks import locate, transformers_part
 from .dissection import anatomy
 from .errors import PlanError
 from .plan import Plan
@@ -122,7 +122,7 @@ def _second(
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    place = model.get_input_embeddings().weight.device
+    place = transformers_part(model).get_input_embeddings().weight.device
     device = torch.device("cpu") if place.type == "meta" else place
     given: dict[str, torch.Tensor] = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
     logits: torch.Tensor = model(ids.to(device), use_cache=False, **given).logits

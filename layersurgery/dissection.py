@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .blocks import BlockList, locate
+from .blocks import BlockList, locate, transformers_part
 from .errors import InexpressibleError
 from .parts import Parts, examine
 from .witness import TOKENS, Call, first_tensor, resting, watched
@@ -209,8 +209,8 @@ def run_small(model: nn.Module, tokens: int = TOKENS) -> None:
         InexpressibleError: the model raised.
     """
     try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        weight = embedding.weight
+        model = transformers_part(model)
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
         model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
     except Exception as error:  # a model's forward may raise anything
@@ -237,7 +237,7 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
 
 def _path_of(model: nn.Module, getter: str) -> str | None:
     try:
-        wanted = getattr(model, getter)()
+        wanted = getattr(transformers_part(model), getter)()
     except (AttributeError, NotImplementedError):
         return None
     return next((name for name, module in model.named_modules() if module is wanted), None)

@@ -195,9 +195,16 @@ class Surgery:
                 "overwritten. Undo edits in the reverse order in which they were made"
             )
         self.undone = True
+        try:
+            self._restore()
+        except KeyboardInterrupt:
+            self._restore()  # each step may be done twice, and none may be left out
+            raise
+
+    def _restore(self) -> None:
         forget_recorders(self.model, self.original)
         self.log.undo()
-        _fill(blocks, self.original)
+        _fill(self.found.blocks, self.original)
         self._follow_mode()
 
     def _follow_mode(self) -> None:

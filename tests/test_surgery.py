@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
+from layersurgery.position import Log
 from layersurgery.route import Route, Visit
 from layersurgery.silent import Silent
 from tests.reference import logits_along, logits_of
@@ -412,6 +413,39 @@ def test_an_adapted_model() -> None:
     ls.operate_(model, "swap 1 2; skip-mlp 3")
     kept = logits_of(model, tokens())
     torch.testing.assert_close(logits_of(model.merge_and_unload(), tokens()), kept)
+
+
+def test_a_model_in_ddp(model: Any, tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        before = logits_of(model, tokens())
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with ls.operate(wrapped, "repeat 1:3; skip-mlp 4"):
+            assert len(model.model.layers) == DEPTH + 2
+            assert not torch.equal(logits_of(wrapped, tokens()), before)
+        assert torch.equal(logits_of(wrapped, tokens()), before)
+        assert ls.anatomy(wrapped).blocks == "module.model.layers"
+        assert ls.compare(wrapped, "drop 2", tokens()) == ls.compare(model, "drop 2", tokens())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_second_interrupt_does_not_stop_the_undoing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = logits_of(model, tokens())
+    undo = Log.undo
+    calls = []
+
+    def interrupted(log: Log) -> None:
+        calls.append(log)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        undo(log)
+
+    monkeypatch.setattr(Log, "undo", interrupted)
+    with pytest.raises(KeyboardInterrupt), ls.operate(model, "repeat 1:3"):
+        pass
+    assert torch.equal(logits_of(model, tokens()), before)
+    assert numbers(model) == list(range(DEPTH))
 
 
 DEVICES = {
