@@ -215,7 +215,7 @@ def run_small(model: nn.Module, tokens: int = TOKENS) -> None:
         model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
     except Exception as error:  # a model's forward may raise anything
         raise InexpressibleError(
-            f"{type(model).__name__} could not be run on {tokens} tokens ({type(error).__name__}: {error}), so what it is made of cannot be told"
+            f"{type(model).__name__} could not be run on {tokens} tokens ({type(error).__name__}: {str(error).partition(chr(10))[0]}), so what it is made of cannot be told"
         ) from error
 
 

@@ -21,9 +21,9 @@ from .edits import Part
 from .errors import InexpressibleError, PlanError, UndoError
 from .plan import Plan
 from .position import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
-from .recorders import forget_recorders
 from .refusals import refuse_architecture, refuse_route
 from .reload import check_adapters, check_edit, described
+from .remains import forget_runs
 from .route import Route, Visit
 from .silent import Stub, silence
 from .views import own_tensors, view
@@ -121,7 +121,7 @@ class Surgery:
         refuse_route(facts, self.route, live=True)
         self.log = Log()
         self.undone = False
-        forget_recorders(model)
+        forget_runs(model)
         try:
             self.installed = self._build(anatomy)
             for owner in _configs(model, self.found, config):
@@ -202,7 +202,7 @@ class Surgery:
             raise
 
     def _restore(self) -> None:
-        forget_recorders(self.model, self.original)
+        forget_runs(self.model, self.original)
         self.log.undo()
         _fill(self.found.blocks, self.original)
         self._follow_mode()

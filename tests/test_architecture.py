@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
     "errors version route edits plan",
-    "header layerwise quantisation refusals transfer witness blocks position recorders views silent branches parts dissection",
+    "header layerwise quantisation refusals transfer witness blocks position remains views silent branches parts dissection",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading",
     "comparison",
 ]

@@ -39,8 +39,8 @@ def state(model: Any) -> dict[str, Any]:
 
 
 def _comparable(key: str, value: Any) -> bool:
-    # Tensors and dictionaries are compared by what they do; the last is a note of generate's about its own last run.
-    return not isinstance(value, torch.Tensor | dict) and key != "_previous_max_cache_length"
+    # Tensors and dictionaries are compared by what they do; the last are notes of generate's about its own last run.
+    return not isinstance(value, torch.Tensor | dict) and key not in ("_previous_max_cache_length", "_cache")
 
 
 def refused(name: str, plan: str) -> str | None:

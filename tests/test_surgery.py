@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StaticCache
 
 import layersurgery as ls
 from layersurgery.position import Log
@@ -299,6 +299,25 @@ def test_hidden_states_of_every_block(model: Any, asked: str) -> None:
     with ls.operate(model, "drop 1; repeat 2:4"):
         assert count() == DEPTH - 1 + 2 + 1
     assert count() == DEPTH + 1
+
+
+def test_a_static_cache_of_an_earlier_text_is_not_used_again(model: Any) -> None:
+    """Some versions of transformers keep it on the model."""
+    options = {
+        "cache_implementation": "static",
+        "disable_compile": True,
+        "pad_token_id": 0,
+        "max_new_tokens": 4,
+        "do_sample": False,
+    }
+    before = model.generate(tokens(), **options)
+    model._cache = StaticCache(config=model.config, max_cache_len=16)
+    with ls.operate(model, "repeat 1:3; skip-attention 0"):
+        assert not hasattr(model, "_cache")
+        assert torch.equal(
+            model.generate(tokens(), **options), model.generate(tokens(), max_new_tokens=4, pad_token_id=0, do_sample=False)
+        )
+    assert torch.equal(model.generate(tokens(), **options), before)
 
 
 def test_forward_hooks_of_the_user_fire_in_repeats(model: Any) -> None:
