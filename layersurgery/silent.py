@@ -43,6 +43,10 @@ class Stub:
 class Silent(nn.Module):
     """In the place of `original`, under whose names its parameters stay; saved, the branch's output projection is zero."""
 
+    _original: nn.Module
+    _stub: Stub
+    _keeper: tuple[nn.Module | None, str]
+
     def __init__(self, original: nn.Module, stub: Stub) -> None:
         super().__init__()
         # Public attributes (layer_idx, config) are read by other modules and renumbered like any module's.
@@ -50,30 +54,28 @@ class Silent(nn.Module):
         self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
         self._state_dict_hooks = original._state_dict_hooks
-        vars(self)["_original"] = original
-        vars(self)["_stub"] = stub
         keeper = next((module for module in self.modules() if position_name(module)), None)
-        vars(self)["_keeper"] = (keeper, position_name(keeper) if keeper is not None else None)
+        # Past nn.Module's own bookkeeping: neither is a part of this module.
+        vars(self).update(_original=original, _stub=stub, _keeper=(keeper, "" if keeper is None else position_name(keeper)))
 
     @property
     def stands_for(self) -> type[nn.Module]:
         """The class of the module whose place this is."""
-        return type(vars(self)["_original"])
+        return type(self._original)
 
     @property
     def saved_silent(self) -> bool:
         """Whether what is saved of it is silent, too."""
-        stub: Stub = vars(self)["_stub"]
-        return stub.savable
+        return self._stub.savable
 
     def extra_repr(self) -> str:  # noqa: D102 - torch's own
         return f"in the place of {self.stands_for.__name__}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
-        stub: Stub = vars(self)["_stub"]
+        stub = self._stub
         hidden = _argument(args, kwargs, stub.hidden)
         if stub.keeps_row:
-            keeper, name = vars(self)["_keeper"]
+            keeper, name = self._keeper
             _keep_row(args, kwargs, hidden, None if keeper is None else getattr(keeper, name))
         if stub.hands_on:
             return hidden
@@ -100,7 +102,7 @@ class Silent(nn.Module):
 
     def _named(self) -> dict[str, torch.Tensor]:
         """The parameters that are saved as zeros, by their names in this module."""
-        stub: Stub = vars(self)["_stub"]
+        stub = self._stub
         names = [name.removeprefix(f"{stub.path}.") for name in stub.outputs]
         held = dict(self.named_parameters(remove_duplicate=False))
         return {name: held[name] for name in names if name in held}
