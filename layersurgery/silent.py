@@ -130,10 +130,10 @@ def _keep_row(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tenso
     Lengths, masks and positions are read off the first row or the last; an empty one would be silently taken for a new text. The
     row that is kept is one number wide.
     """
-    cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
-    cache = getattr(cache, "self_attention_cache", cache)
-    if cache is None or row is None:
+    caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+    if not caches or row is None:
         return
+    cache = getattr(caches[0], "self_attention_cache", caches[0])
     layers = cache.layers
     layer = layers[row] if row < len(layers) else None
     batch, length = hidden.shape[0], hidden.shape[-2]
