@@ -81,7 +81,10 @@ def compare(
     Example:
         >>> compare(model, "drop 20", tokens).kl_nats  # doctest: +SKIP
     """
-    ids = torch.as_tensor(tokens)
+    try:
+        ids = torch.as_tensor(tokens)
+    except ValueError as error:
+        raise PlanError(f"tokens must be sequences of one length; pad them and give a mask ({error})") from None
     mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
     if ids.dim() != 2 or mask.shape != ids.shape:
         raise PlanError(

@@ -80,3 +80,5 @@ def test_what_cannot_be_compared() -> None:
         ls.compare(model, "drop 2", tokens()[0])
     with pytest.raises(ls.PlanError, match="logits have the shapes"):
         ls.compare(model, tiny_model("llama", vocab_size=64), tokens() % 60)
+    with pytest.raises(ls.PlanError, match="sequences of one length"):
+        ls.compare(model, "drop 2", [[1, 2, 3], [4, 5]])

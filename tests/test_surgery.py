@@ -123,6 +123,7 @@ def test_a_route_or_a_text_or_a_plan(model: Any) -> None:
         (Route([0, 7]), "visits block 7, and the model has 6 blocks"),
         (Route([Visit(0, attention=False, mlp=False)]), "leaves no block"),
         ("swop 1 2", "did you mean 'swap'"),
+        ([0, 1], r"a Route, not \[0, 1\]"),
     ],
 )
 def test_a_plan_that_does_not_fit(model: Any, plan: Any, words: str) -> None:
@@ -382,6 +383,16 @@ def test_healing_by_fine_tuning(model: Any, checkpointing: bool, tmp_path: Any) 
     ls.save(model, tmp_path / "healed")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(model, tokens()), rtol=0, atol=1e-5)
+
+
+def test_attentions_and_autocast(model: Any) -> None:
+    model.set_attn_implementation("eager")
+    with ls.operate(model, "repeat 1:3; skip-attention 0"), torch.no_grad():
+        found = model(tokens(), output_attentions=True, use_cache=False)
+        assert len(found.attentions) == DEPTH + 2 - 1  # what is not computed has none
+        plain = model(tokens(), use_cache=False).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(model(tokens(), use_cache=False).logits.float(), plain, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
