@@ -198,6 +198,7 @@ def _beside(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         (name, module)
         for name, module in model.named_modules()
         if name.rpartition(".")[0] in above and name not in above and name != path
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
         and not any(parameter.dim() > 1 for parameter in module.parameters())
     ]  # fmt: skip
 

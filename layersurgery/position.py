@@ -19,6 +19,7 @@ from .layerwise import DEPTH_FIELDS, LISTS, is_layerwise, rewrite_fields
 from .route import Route
 
 _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
+_BORDER = re.compile(r"(layer|block)_?(idx|index)$")
 _MISSING = object()
 
 
@@ -159,10 +160,28 @@ def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, lo
         for name, value in list(attributes.items()):
             if name in DEPTH_FIELDS and value == depth:
                 log.set(attributes, name, len(route), f"{name} of {type(module).__name__}")
+            elif type(value) is int and _BORDER.search(name):
+                border = _border(module, name, value, depth, route)
+                if border != value:
+                    log.set(attributes, name, border, f"{name} of {type(module).__name__}")
             elif type(value) in (list, tuple) and len(value) == depth and name[0] != "_" and all(map(_plain, value)):
                 new = _moved(module, name, value, depth, route)
                 if new != value:
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
+
+
+def _border(module: nn.Module, name: str, place: int, depth: int, route: Route) -> int:
+    """Where a model above its blocks keeps the place at which layers of another kind begin; the depth, if none do."""
+    if place == depth:
+        return len(route)
+    if 0 <= place < depth and (
+        route.blocks[:place] != tuple(range(place)) or any(block < place for block in route.blocks[place:]) or len(route) <= place
+    ):
+        raise InexpressibleError(
+            f"{type(module).__name__}.{name} = {place} names a place among the layers, and what it means is not known, so only layers behind it "
+            "can be moved, among themselves"
+        )
+    return place
 
 
 def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, now: int, log: Log) -> None:

@@ -650,6 +650,20 @@ def test_an_unknown_list_beside_the_blocks(model: Any) -> None:
     assert model.model.secrets == list(range(6))
 
 
+def test_a_place_that_the_model_keeps_above_its_blocks(model: Any) -> None:
+    model.model.first_shared_layer_idx = DEPTH  # as Gemma 4 does where no layer shares
+    with ls.operate(model, "repeat 1"):
+        assert model.model.first_shared_layer_idx == DEPTH + 1
+    assert model.model.first_shared_layer_idx == DEPTH
+    model.model.first_shared_layer_idx = 3
+    with ls.operate(model, "swap 4 5; drop 3"):
+        assert model.model.first_shared_layer_idx == 3
+    with pytest.raises(ls.InexpressibleError, match=r"LlamaModel.first_shared_layer_idx = 3"), ls.operate(model, "drop 2"):
+        pass
+    with ls.operate(model, "skip-mlp 2"):
+        pass
+
+
 def test_an_anatomy_of_another_model(model: Any) -> None:
     other = ls.anatomy(tiny_model("qwen3_moe"))
     with (
