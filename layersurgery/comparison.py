@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -128,6 +129,9 @@ def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     place = transformers_part(model).get_input_embeddings().weight.device
     device = torch.device("cpu") if place.type == "meta" else place
     given: dict[str, torch.Tensor] = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
+    if not bool(mask[:, 0].all()) and "position_ids" in signature(transformers_part(model).forward).parameters:
+        # Otherwise models with learned positions number the padding on the left, too.
+        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
     logits: torch.Tensor = model(ids.to(device), use_cache=False, **given).logits
     return logits
 
@@ -138,10 +142,10 @@ def _sums(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tenso
     p, q = (logits[:-1].cpu()[following].double().log_softmax(-1) for logits in (p, q))
     wanted = ids[1:].cpu()[following]
     loss_p, loss_q = (-log.gather(-1, wanted[:, None]).squeeze(-1) for log in (p, q))
-    entropy_p, entropy_q = (-(log.exp() * log).nan_to_num(0.0).sum(-1) / math.log(2) for log in (p, q))
+    entropy_p, entropy_q = (-_weighted(log, log).sum(-1) / math.log(2) for log in (p, q))
     columns = {
         "tokens": torch.ones_like(loss_p),
-        "kl_nats": (p.exp() * (p - q)).nan_to_num(0.0).sum(-1),
+        "kl_nats": _weighted(p, p - q).sum(-1),
         "agreement": (p.argmax(-1) == q.argmax(-1)).double(),
         "loss_nats": loss_q,
         "loss_change_nats": loss_q - loss_p,
@@ -150,3 +154,9 @@ def _sums(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tenso
         "accuracy": (q.argmax(-1) == wanted).double(),
     }
     return torch.stack([columns[name].sum() for name in _COLUMNS])
+
+
+def _weighted(log: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """exp(log) * value, where nothing times anything is nothing; NaN stays NaN, for it must not pass for agreement."""
+    weight = log.exp()
+    return torch.where(weight == 0, 0.0, weight * value)

@@ -44,9 +44,16 @@ def load(
         dtype = known
     source = find_source(model, revision=revision)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source.directory, dtype=dtype, device_map=device_map, **options)
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            source.directory, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+        )
     except Exception as error:  # a config class, a constructor or a reader of weights may raise anything
         raise SourceError(f"transformers cannot load {source.label}: {type(error).__name__}: {error}") from error
+    if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())):
+        raise SourceError(
+            f"{source.label} lacks {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") + f", which "
+            f"{type(loaded).__name__} needs, so the model would be partly random; is it the checkpoint of a causal language model, and whole?"
+        )
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     has_tokenizer = any((source.directory / name).exists() for name in names)
     try:

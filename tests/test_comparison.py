@@ -61,6 +61,25 @@ def test_padding_does_not_count() -> None:
     assert padded.loss_nats == pytest.approx(alone.loss_nats, abs=1e-6)
 
 
+def test_padding_on_the_left_does_not_count_with_learned_positions() -> None:
+    model = tiny_model("gpt2")
+    ids = tokens(1, 8)
+    longer = torch.cat([torch.full((1, 4), 5), ids], 1)
+    mask = torch.tensor([[0] * 4 + [1] * 8])
+    alone, padded = ls.compare(model, "drop 2", ids), ls.compare(model, "drop 2", longer, attention_mask=mask)
+    assert padded.tokens == alone.tokens == 7
+    assert padded.kl_nats == pytest.approx(alone.kl_nats, abs=1e-6)
+    assert padded.agreement == alone.agreement
+
+
+def test_nan_is_not_agreement() -> None:
+    model, broken = tiny_model("llama"), tiny_model("llama")
+    broken.model.layers[3].mlp.down_proj.weight.data[0, 0] = math.nan
+    found = ls.compare(model, broken, tokens())
+    assert math.isnan(found.kl_nats)
+    assert math.isnan(found.entropy_bits)
+
+
 def test_infinite_logits_are_no_trouble() -> None:
     model = tiny_model("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,4 +33,11 @@ def test_what_cannot_be_loaded(tmp_path: Path, llama: Path) -> None:
         ls.load("./nowhere")
     (llama / "model.safetensors").write_bytes(b"rubbish!")
     with pytest.raises(ls.SourceError, match=r"transformers cannot load .*llama"):
+        ls.load(llama)
+
+
+def test_a_model_that_would_be_partly_random(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    with pytest.raises(ls.SourceError, match=r"lacks model.layers.6.* and 8 more.*partly random"):
         ls.load(llama)
