@@ -31,6 +31,7 @@ class Log:
 
     def set(self, owner: dict[str, Any], name: str, value: Any, label: str) -> None:
         """Set a key of a dictionary (an object's attributes), and remember what was there."""
+        # Noted before it is made, so that no interrupt can fall between.
         self.changes.append((owner, name, owner.get(name, _MISSING), value, label))
         owner[name] = value
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -56,8 +56,9 @@ def operate(
         >>> with ls.operate(model, ls.drop(20)):  # doctest: +SKIP
         ...     loss = model(ids, labels=ids).loss
     """
-    surgery = Surgery(model, plan, blocks=blocks, anatomy=anatomy)
+    surgery = Surgery(model, plan, blocks=blocks)
     try:
+        surgery.cut(anatomy)
         yield model
     finally:
         surgery.undo()
@@ -93,48 +94,53 @@ def operate_(
             is as it was.
     """
     before = described(model) if verify else None
-    surgery = Surgery(model, plan, blocks=blocks, anatomy=anatomy)
-    if before is not None:
-        try:
+    surgery = Surgery(model, plan, blocks=blocks)
+    try:
+        surgery.cut(anatomy)
+        if before is not None:
             check_adapters(model)
             check_edit(model, before, surgery.route)
-        except BaseException:
-            surgery.undo()
-            raise
+    except BaseException:
+        surgery.undo()
+        raise
     return model
 
 
 class Surgery:
     """One edit of a live model, and how to undo it."""
 
-    def __init__(
-        self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None, anatomy: Anatomy | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None) -> None:
         self.model = model
         self.found = locate(model, blocks)
         self.original = list(self.found.blocks)
         self.mode = self.found.blocks.training
         self.route = as_route(plan, len(self.original))
+        self.log = Log()
+        self.installed: list[nn.Module] = []
+        self.state: Literal["whole", "cutting", "edited", "restoring"] = "whole"
+
+    def cut(self, anatomy: Anatomy | None = None) -> None:
+        """Make the edit. If this raises, `undo` puts back whatever was changed until then.
+
+        Raises:
+            InexpressibleError: the architecture cannot be edited in this way.
+        """
+        model, depth, route = self.model, len(self.original), self.route
         config = text_config(model)
         facts = {name: getattr(config, name, None) for name in ("model_type", "hidden_size_per_layer_input", "rescale_every")}
         refuse_architecture(facts)
-        refuse_route(facts, self.route, live=True)
-        self.log = Log()
-        self.undone = False
+        refuse_route(facts, route, live=True)
+        self.state = "cutting"
         forget_runs(model)
-        try:
-            self.installed = self._build(anatomy)
-            for owner in _configs(model, self.found, config):
-                edit_config(owner, len(self.original), self.route, self.log)
-            edit_surroundings(_above(model, self.found), len(self.original), self.route, self.log)
-            field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-            edit_depth(self.installed, {field, "num_hidden_layers"}, len(self.original), len(self.route), self.log)
-            _rename_devices(model, self.found, self.route, self.log)
-            _fill(self.found.blocks, self.installed)
-        except BaseException:
-            self.log.undo()
-            _fill(self.found.blocks, self.original)
-            raise
+        self.installed = self._build(anatomy)
+        for owner in _configs(model, self.found, config):
+            edit_config(owner, depth, route, self.log)
+        edit_surroundings(_above(model, self.found), depth, route, self.log)
+        field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        edit_depth(self.installed, {field, "num_hidden_layers"}, depth, len(route), self.log)
+        _rename_devices(model, self.found, route, self.log)
+        _fill(self.found.blocks, self.installed)
+        self.state = "edited"
 
     def _build(self, anatomy: Anatomy | None) -> list[nn.Module]:
         """The modules of the new list. What must be refused is refused before a number is changed."""
@@ -176,30 +182,44 @@ class Surgery:
         return {(visit.block, visit.attention): _skipped(anatomy, visit) for visit in silenced}
 
     def undo(self) -> None:
-        """Put back what was there.
+        """Put back what was there; nothing where nothing was changed.
 
         Raises:
             UndoError: the list or the config was changed by somebody else since; nothing is touched.
         """
-        blocks = self.found.blocks
-        now = list(blocks)
+        interruption: BaseException | None = None
+        for _ in range(5):
+            try:
+                self._undo()
+                break
+            except UndoError:
+                raise
+            except BaseException as error:  # an interrupt or a timer's exception: finish first, then let it through
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
+    def _undo(self) -> None:
+        if self.state == "whole":
+            return
+        if self.state == "edited":
+            self._check()
+        self.state = "restoring"
+        self._restore()
+        self.state = "whole"
+
+    def _check(self) -> None:
+        blocks, now = self.found.blocks, list(self.found.blocks)
         wrong = self.log.changed_since()
         if self.model.get_submodule(self.found.path) is not blocks:
             wrong = [f"the list at {self.found.path} was replaced by another"]
         elif len(now) != len(self.installed) or any(one is not other for one, other in zip(now, self.installed, strict=False)):
             wrong = [f"the list at {self.found.path} holds other modules"]
-        if wrong or self.undone:
-            why = "; ".join(wrong[:3]) or "it was undone already"
+        if wrong:
             raise UndoError(
-                f"the edit {self.route} was not undone, because the model was edited by somebody else since: {why}. Nothing was "
-                "overwritten. Undo edits in the reverse order in which they were made"
+                f"the edit {self.route} was not undone, because the model was edited by somebody else since: {'; '.join(wrong[:3])}. "
+                "Nothing was overwritten. Undo edits in the reverse order in which they were made"
             )
-        self.undone = True
-        try:
-            self._restore()
-        except KeyboardInterrupt:
-            self._restore()  # each step may be done twice, and none may be left out
-            raise
 
     def _restore(self) -> None:
         forget_runs(self.model, self.original)

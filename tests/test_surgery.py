@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache
 
 import layersurgery as ls
-from layersurgery.position import Log
 from layersurgery.route import Route, Visit
 from layersurgery.silent import Silent
 from tests.reference import logits_along, logits_of
@@ -460,22 +460,42 @@ def test_a_model_in_ddp(model: Any, tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_a_second_interrupt_does_not_stop_the_undoing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = logits_of(model, tokens())
-    undo = Log.undo
-    calls = []
-
-    def interrupted(log: Log) -> None:
-        calls.append(log)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        undo(log)
-
-    monkeypatch.setattr(Log, "undo", interrupted)
-    with pytest.raises(KeyboardInterrupt), ls.operate(model, "repeat 1:3"):
-        pass
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
+def test_an_exception_at_any_line_leaves_nothing(model: Any, kind: type[BaseException]) -> None:
+    """Raised at every line of surgery.py and position.py in turn, from within."""
+    before, blocks = logits_of(model, tokens()), list(model.model.layers)
+    lines = _lines_run(model, None, kind)
+    assert lines > 300
+    for line in range(0, lines, 7):
+        with suppress(kind):
+            _lines_run(model, line, kind)
+        assert all(one is other for one, other in zip(model.model.layers, blocks, strict=True)), line
+        assert (numbers(model), model.config.num_hidden_layers) == (list(range(DEPTH)), DEPTH), line
     assert torch.equal(logits_of(model, tokens()), before)
-    assert numbers(model) == list(range(DEPTH))
+
+
+def _lines_run(model: Any, stop: int | None, kind: type[BaseException]) -> int:
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(("surgery.py", "position.py")):
+            return None
+        # The two lines before undo's own guard is up cannot be guarded.
+        if event == "line" and frame.f_code.co_name not in ("operate", "undo", "__init__"):
+            count += 1
+            if stop is not None and count == stop + 1:
+                raise kind
+        return trace
+
+    was = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with ls.operate(model, "repeat 1:3; swap 0 5"):
+            pass
+    finally:
+        sys.settrace(was)
+    return count
 
 
 DEVICES = {
