@@ -49,7 +49,7 @@ LISTS = frozenset(
 # As long as the model is deep by accident only.
 _NOT_PER_LAYER = frozenset(["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference"])
 # Numbers of layers, in any order.
-_INDEX_LISTS = frozenset(
+INDEX_LISTS = frozenset(
     [
         "mlp_only_layers",
         "moe_layers",
@@ -234,7 +234,7 @@ def is_layerwise(key: str, value: Any, depth: int) -> bool:
     """Whether a list or string speaks of single layers."""
     if not isinstance(value, list | str) or key in _NOT_PER_LAYER:
         return False
-    if key in _INDEX_LISTS:
+    if key in INDEX_LISTS:
         return isinstance(value, list)
     return len(value) == depth and (isinstance(value, list) or key in LISTS)
 
@@ -246,7 +246,7 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
             kinds = [value[block % len(value)] for block in range(depth)]
             new = [kinds[block] for block in order]
             return value if all(kind == value[place % len(value)] for place, kind in enumerate(new)) else new
-        if key in _INDEX_LISTS or value == list(range(depth)):
+        if key in INDEX_LISTS or value == list(range(depth)):
             if not all(type(item) is int and 0 <= item < depth for item in value):
                 raise InexpressibleError(f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}")
             return [place for place, block in enumerate(order) if block in value]

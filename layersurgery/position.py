@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .errors import InexpressibleError
-from .layerwise import DEPTH_FIELDS, LISTS, is_layerwise, rewrite_fields
+from .layerwise import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
 from .route import Route
 
 _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
@@ -165,6 +165,10 @@ def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, lo
                 border = _border(module, name, value, depth, route)
                 if border != value:
                     log.set(attributes, name, border, f"{name} of {type(module).__name__}")
+            elif name in INDEX_LISTS and type(value) in (list, tuple, set, frozenset):
+                new = type(value)(place for place, block in enumerate(route.blocks) if block in value)
+                if new != value:
+                    log.set(attributes, name, new, f"{name} of {type(module).__name__}")
             elif type(value) in (list, tuple) and len(value) == depth and name[0] != "_" and all(map(_plain, value)):
                 new = _moved(module, name, value, depth, route)
                 if new != value:

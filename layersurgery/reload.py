@@ -72,6 +72,16 @@ def check_adapters(model: nn.Module) -> None:
             seen.add(id(weight))
 
 
+def adapters(model: nn.Module) -> list[str]:
+    """Paths of PEFT's adapters."""
+    return [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether the model consists of its architecture's own modules: neither adapted nor quantised."""
+    return not adapters(model) and getattr(transformers_model(model), "hf_quantizer", None) is None
+
+
 def check_live(model: nn.Module) -> None:
     """Compare a live model's blocks with those that would be built from its config.
 

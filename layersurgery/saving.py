@@ -10,7 +10,7 @@ from torch import nn
 
 from .atomic import check_output, whole_directory
 from .errors import InexpressibleError
-from .reload import check_live, transformers_model
+from .reload import adapters, check_live, transformers_model
 
 
 def save(
@@ -34,10 +34,9 @@ def save(
     """
     target = Path(out)
     check_output(target, None, overwrite=overwrite)
-    adapters = [name for name, module in model.named_modules() if type(module).__module__.startswith("peft.")]
-    if adapters:
+    if found := adapters(model):
         raise InexpressibleError(
-            f"{adapters[-1]} is an adapter of PEFT, which a checkpoint of the model does not hold; merge it first (merge_and_unload)"
+            f"{found[-1]} is an adapter of PEFT, which a checkpoint of the model does not hold; merge it first (merge_and_unload)"
         )
     check_live(model)
     inner = transformers_model(model)

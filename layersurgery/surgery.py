@@ -22,7 +22,7 @@ from .errors import InexpressibleError, PlanError, UndoError
 from .plan import Plan
 from .position import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
 from .refusals import refuse_architecture, refuse_route
-from .reload import check_adapters, check_edit, described
+from .reload import check_adapters, check_edit, check_live, described, is_plain
 from .remains import forget_runs
 from .route import Route, Visit
 from .silent import Stub, silence
@@ -100,6 +100,8 @@ def operate_(
         if before is not None:
             check_adapters(model)
             check_edit(model, before, surgery.route)
+            if is_plain(model):
+                check_live(model)
     except BaseException:
         surgery.undo()
         raise

@@ -35,7 +35,7 @@ _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGN
 # Values that a constructor works out in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
 # What a model in use is set to, and not what it is.
-_MODES = frozenset(("training", "gradient_checkpointing"))
+_MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled"))
 _UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
 Modules = Mapping[str, nn.Module]
 
@@ -227,14 +227,19 @@ class Twin:
             for place, block in enumerate(self.route.blocks)
             for difference in self._compare(_modules(before.blocks[block]), _modules(after.blocks[place]), block, place)
         ]
-        if not self.live:
-            outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
-            wrong += [f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))]
+        outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
+        wrong += [f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))]
         if wrong:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+            found = "; ".join(wrong[:3]) + more
+            if self.live:
+                raise InexpressibleError(
+                    f"reloaded, this model would be another: {found}. Its config does not say so; undo that, or keep the model in memory "
+                    "only (operate_ with verify=False)"
+                )
             raise InexpressibleError(
-                f"reloaded, {self.route} would not be the model meant: {'; '.join(wrong[:3])}{more}. The architecture ties this to a "
-                "layer's position and its config cannot say otherwise"
+                f"reloaded, {self.route} would not be the model meant: {found}. The architecture ties this to a layer's position and its "
+                "config cannot say otherwise"
             )
 
     def _compare(self, source: Modules, twin: Modules, was: int, now: int) -> Iterator[str]:

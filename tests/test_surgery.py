@@ -684,6 +684,29 @@ def test_a_place_that_the_model_keeps_above_its_blocks(model: Any) -> None:
         pass
 
 
+def test_numbers_of_layers_that_the_model_keeps_above_its_blocks(model: Any) -> None:
+    model.model.cross_attention_layers = [1, 4]  # as in Llama 3.2 Vision, whose forward reads them there
+    with ls.operate(model, "drop 1; swap 3 4"):
+        assert model.model.cross_attention_layers == [2]
+    assert model.model.cross_attention_layers == [1, 4]
+
+
+def test_an_edit_upon_one_that_was_not_verified() -> None:
+    model = tiny_model("diffllama")
+    ls.operate_(model, "swap 1 2", verify=False)
+    kept = logits_of(model, tokens())
+    with pytest.raises(ls.InexpressibleError, match="lambda_init"):
+        ls.operate_(model, "drop 5")
+    assert torch.equal(logits_of(model, tokens()), kept)
+
+
+def test_save_looks_outside_the_blocks_too(tmp_path: Any) -> None:
+    model = tiny_model("gpt2")
+    model.transformer.ln_f.eps = 1.0
+    with pytest.raises(ls.InexpressibleError, match=r"outside the blocks: transformer.ln_f.eps"):
+        ls.save(model, tmp_path / "out")
+
+
 def test_an_anatomy_of_another_model(model: Any) -> None:
     other = ls.anatomy(tiny_model("qwen3_moe"))
     with (
