@@ -80,7 +80,13 @@ def text_config(model: nn.Module) -> Any:
     Raises:
         InexpressibleError: the model has none.
     """
-    return transformers_part(model).config.get_text_config(decoder=True)
+    config = transformers_part(model).config
+    if getattr(config, "is_encoder_decoder", False):
+        raise InexpressibleError(
+            f"{type(model).__name__} is an encoder with a decoder, and an edit could not say which of the two it means; decoder-only models "
+            "can be operated on"
+        )
+    return config.get_text_config(decoder=True)
 
 
 def locate(model: nn.Module, blocks: str | None = None) -> BlockList:

@@ -13,9 +13,12 @@ _ALWAYS = {
     "reformer": "is reversible and draws its hash functions by position",
     "xlm": "keeps the parts of its layers in separate lists",
     "inkling2_text": "lets its blocks read the outputs of earlier blocks, by position",
+    "zaya": "hands the state of each layer's router on to the next",
     "zamba": "shares one block's weights among several positions",
     "zamba2": "shares one block's weights among several positions",
 }
+# Where a "shared" layer attends to the tokens that the full layer before it has picked.
+_INDEXED = frozenset(("glm_moe_dsa", "glm5_next_text", "hy_v4", "mistral_large4_text"))
 
 
 def refuse_architecture(fields: dict[str, Any]) -> None:
@@ -54,3 +57,26 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
         )
     if fields.get("model_type") == "rwkv" and [place for place, block in enumerate(route.blocks) if block == 0] != [0]:
         raise InexpressibleError("rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once")
+    _refuse_indexers(fields, route)
+
+
+def _refuse_indexers(fields: dict[str, Any], route: Route) -> None:
+    kinds = fields.get("indexer_types")
+    if kinds is None and fields.get("model_type") in _INDEXED:
+        raise InexpressibleError(
+            f"{fields['model_type']}: write indexer_types out in config.json, one for each layer, so that it can be followed"
+        )
+    if not kinds or "shared" not in kinds:
+        return
+    source: list[int | None] = []
+    for block, kind in enumerate(kinds):
+        source.append(block if kind != "shared" else source[-1] if source else None)
+    picked: int | None = None
+    for visit in route:
+        if visit.block >= len(kinds) or kinds[visit.block] != "shared":
+            picked = visit.block if visit.attention else None
+        elif visit.attention and picked != source[visit.block]:
+            raise InexpressibleError(
+                f"{fields.get('model_type')}: block {visit.block} attends to the tokens that block {source[visit.block]} picks (indexer_types), and "
+                f"on {route} it would get another's; keep them together"
+            )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import InexpressibleError
 from .position import position_name
 from .witness import Where
 
@@ -101,11 +102,24 @@ class Silent(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _named(self) -> dict[str, torch.Tensor]:
-        """The parameters that are saved as zeros, by their names in this module."""
-        stub = self._stub
-        names = [name.removeprefix(f"{stub.path}.") for name in stub.outputs]
+        """The parameters that are saved as zeros, by their names in this module.
+
+        Raises:
+            InexpressibleError: one has another name now, so that it would be saved as it is.
+        """
         held = dict(self.named_parameters(remove_duplicate=False))
-        return {name: held[name] for name in names if name in held}
+        found: dict[str, torch.Tensor] = {}
+        for output in self._stub.outputs:
+            name = output.removeprefix(f"{self._stub.path}.")
+            owner, _, tail = name.rpartition(".")
+            name = name if name in held else f"{owner}.base_layer.{tail}"  # where PEFT keeps it
+            if name not in held:
+                raise InexpressibleError(
+                    f"{output} of a skipped {self.stands_for.__name__} is gone (renamed by a parametrisation?), and would not be saved as zeros; "
+                    "undo that before saving"
+                )
+            found[name] = held[name]
+        return found
 
 
 def silence(block: nn.Module, stubs: Sequence[Stub]) -> None:

@@ -129,7 +129,8 @@ class Surgery:
         """
         model, depth, route = self.model, len(self.original), self.route
         config = text_config(model)
-        facts = {name: getattr(config, name, None) for name in ("model_type", "hidden_size_per_layer_input", "rescale_every")}
+        names = ("model_type", "hidden_size_per_layer_input", "rescale_every", "indexer_types")
+        facts = {name: getattr(config, name, None) for name in names}
         refuse_architecture(facts)
         refuse_route(facts, route, live=True)
         self.state = "cutting"

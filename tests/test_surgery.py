@@ -14,10 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import layersurgery as ls
+from layersurgery.refusals import refuse_route
 from layersurgery.route import Route, Visit
 from layersurgery.silent import Silent
 from tests.reference import logits_along, logits_of
@@ -689,6 +691,33 @@ def test_numbers_of_layers_that_the_model_keeps_above_its_blocks(model: Any) -> 
     with ls.operate(model, "drop 1; swap 3 4"):
         assert model.model.cross_attention_layers == [2]
     assert model.model.cross_attention_layers == [1, 4]
+
+
+def test_an_encoder_with_a_decoder() -> None:
+    config = T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=4, num_decoder_layers=2, num_heads=4)
+    with (
+        pytest.raises(ls.InexpressibleError, match="an encoder with a decoder"),
+        ls.operate(T5ForConditionalGeneration(config), "drop 1"),
+    ):
+        pass
+
+
+def test_a_skipped_projection_under_another_name_is_not_saved_as_it_is(model: Any) -> None:
+    ls.operate_(model, "skip-attention 2")
+    prune.identity(model.model.layers[2].self_attn.o_proj, "weight")  # type: ignore[no-untyped-call] # torch's own
+    with pytest.raises(ls.InexpressibleError, match="self_attn.o_proj.weight of a skipped LlamaAttention is gone"):
+        model.state_dict()
+
+
+@pytest.mark.parametrize(("plan", "right"), [("drop 0:2", True), ("swap 0 1", False), ("drop 2", False), ("drop 3", True)])
+def test_blocks_that_use_what_another_picked(plan: str, right: bool) -> None:
+    fields = {"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared", "full", "shared"]}
+    route = ls.Plan.parse(plan).route(4)
+    if right:
+        refuse_route(fields, route)
+    else:
+        with pytest.raises(ls.InexpressibleError, match=r"attends to the tokens that block \d picks"):
+            refuse_route(fields, route)
 
 
 def test_an_edit_upon_one_that_was_not_verified() -> None:
