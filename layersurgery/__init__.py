@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import InexpressibleError, LayerSurgeryError, OutputError, PlanError, SourceError, UndoError
+from .errors import InexpressibleError, LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError
 from .plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
 from .route import Route, Visit
 from .version import __version__
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .loading import load
     from .saving import save
     from .surgery import operate, operate_
+    from .sweeping import sweep
+    from .table import headline, read_results
 
 __all__ = [
     "Anatomy",
@@ -27,6 +29,7 @@ __all__ = [
     "Edited",
     "InexpressibleError",
     "LayerSurgeryError",
+    "MeasurementError",
     "OutputError",
     "Plan",
     "PlanError",
@@ -39,10 +42,12 @@ __all__ = [
     "compare",
     "drop",
     "edit_checkpoint",
+    "headline",
     "load",
     "move",
     "operate",
     "operate_",
+    "read_results",
     "reorder",
     "repeat",
     "reverse",
@@ -50,6 +55,7 @@ __all__ = [
     "skip_attention",
     "skip_mlp",
     "swap",
+    "sweep",
 ]
 
 # Imported when first asked for, so that plans and `--help` wait for nothing.
@@ -60,10 +66,13 @@ _LATER = {
     "anatomy": "dissection",
     "compare": "comparison",
     "edit_checkpoint": "checkpoint",
+    "headline": "table",
     "load": "loading",
     "operate": "surgery",
     "operate_": "surgery",
+    "read_results": "table",
     "save": "saving",
+    "sweep": "sweeping",
 }
 
 

@@ -7,24 +7,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from .blocks import locate, transformers_part
+from .blocks import locate
 from .dissection import anatomy
 from .errors import PlanError
+from .inputs import as_tokens, followed, model_inputs
+from .kernels.reference import METRICS, measure
 from .plan import Plan
 from .route import Route
 from .surgery import as_route, operate
 from .witness import resting
 
 Edit = Plan | Route | str
-_COLUMNS = (
-    "tokens", "kl_nats", "agreement", "loss_nats", "loss_change_nats", "entropy_bits", "entropy_change_bits", "accuracy",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +80,8 @@ def compare(
     Example:
         >>> compare(model, "drop 20", tokens).kl_nats  # doctest: +SKIP
     """
-    try:
-        ids = torch.as_tensor(tokens)
-    except ValueError as error:
-        raise PlanError(f"tokens must be sequences of one length; pad them and give a mask ({error})") from None
-    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
-    if ids.dim() != 2 or mask.shape != ids.shape:
-        raise PlanError(
-            f"tokens have the shape (sequences, length), and a mask the same; found {tuple(ids.shape)} and {tuple(mask.shape)}"
-        )
-    sums = torch.zeros(len(_COLUMNS), dtype=torch.float64)
+    ids, mask = as_tokens(tokens, attention_mask)
+    sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)
     with ExitStack() as stack:
         stack.enter_context(resting(model))
         edited, editing = _second(model, other, stack)
@@ -105,11 +95,8 @@ def compare(
                 )
             for sequence in zip(p, q, rows, real, strict=True):
                 sums += _sums(*sequence)
-    total = dict(zip(_COLUMNS, sums.tolist(), strict=True))
-    count = total.pop("tokens")
-    if not count:
-        raise PlanError("no position has a next token: give sequences of at least two tokens")
-    return Comparison(tokens=int(count), **{name: value / count for name, value in total.items()})
+    count, *totals = sums.tolist()
+    return Comparison(tokens=int(count), **{name: total / count for name, total in zip(METRICS, totals, strict=True)})
 
 
 def _second(
@@ -126,37 +113,13 @@ def _second(
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    place = transformers_part(model).get_input_embeddings().weight.device
-    device = torch.device("cpu") if place.type == "meta" else place
-    given: dict[str, torch.Tensor] = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
-    if not bool(mask[:, 0].all()) and "position_ids" in signature(transformers_part(model).forward).parameters:
-        # Otherwise models with learned positions number the padding on the left, too.
-        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-    logits: torch.Tensor = model(ids.to(device), use_cache=False, **given).logits
+    logits: torch.Tensor = model(**model_inputs(model, ids, mask)).logits
     return logits
 
 
 def _sums(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sums over one sequence in the order of `_COLUMNS`; p and q are logits, (length, vocabulary)."""
-    following = (mask[:-1] * mask[1:]).bool()
-    p, q = (logits[:-1].cpu()[following].double().log_softmax(-1) for logits in (p, q))
-    wanted = ids[1:].cpu()[following]
-    loss_p, loss_q = (-log.gather(-1, wanted[:, None]).squeeze(-1) for log in (p, q))
-    entropy_p, entropy_q = (-_weighted(log, log).sum(-1) / math.log(2) for log in (p, q))
-    columns = {
-        "tokens": torch.ones_like(loss_p),
-        "kl_nats": _weighted(p, p - q).sum(-1),
-        "agreement": (p.argmax(-1) == q.argmax(-1)).double(),
-        "loss_nats": loss_q,
-        "loss_change_nats": loss_q - loss_p,
-        "entropy_bits": entropy_q,
-        "entropy_change_bits": entropy_q - entropy_p,
-        "accuracy": (q.argmax(-1) == wanted).double(),
-    }
-    return torch.stack([columns[name].sum() for name in _COLUMNS])
-
-
-def _weighted(log: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """exp(log) * value, where nothing times anything is nothing; NaN stays NaN, for it must not pass for agreement."""
-    weight = log.exp()
-    return torch.where(weight == 0, 0.0, weight * value)
+    """The number of positions and the sum of each metric over one sequence; p and q are logits, (length, vocabulary)."""
+    following = followed(mask[None])[0]
+    p, q = (logits[:-1].cpu()[following] for logits in (p, q))
+    sums = measure(p, q, ids[1:].cpu()[following]).sum(-1)
+    return torch.cat([following.sum()[None].double(), sums])

@@ -17,8 +17,11 @@ import torch
 from torch import nn
 
 from .blocks import BlockList, locate, transformers_part
+from .edits import Part
 from .errors import InexpressibleError
 from .parts import Parts, examine
+from .route import Visit
+from .silent import Stub
 from .witness import TOKENS, Call, first_tensor, resting, watched
 
 if TYPE_CHECKING:
@@ -57,6 +60,23 @@ class Anatomy:
     def parts(self, block: int) -> Parts:
         """The parts of one block."""
         return self.kinds[self.kind_of[block]][1]
+
+    def stubs(self, visit: Visit) -> tuple[Stub, ...]:
+        """Stand-ins for what a visit leaves out of its block.
+
+        Raises:
+            InexpressibleError: it cannot be left out; says why.
+        """
+        if visit.whole:
+            return ()
+        part: Part = "attention" if visit.mlp else "mlp"
+        parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
+        if parts.fault:
+            raise InexpressibleError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
+        stubs = parts.stubs(part)
+        if not stubs:
+            raise InexpressibleError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
+        return stubs
 
     def rows(self) -> list[dict[str, str]]:
         """One row for each run of blocks of one kind, as text."""

@@ -27,3 +27,7 @@ class OutputError(LayerSurgeryError):
 
 class UndoError(LayerSurgeryError):
     """An edit of a live model that is not undone, because somebody else has edited the model since."""
+
+
+class MeasurementError(LayerSurgeryError):
+    """A model that cannot be measured as asked: its numbers are no numbers, or there is not enough memory or text."""

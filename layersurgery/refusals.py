@@ -21,6 +21,12 @@ _ALWAYS = {
 _INDEXED = frozenset(("glm_moe_dsa", "glm5_next_text", "hy_v4", "mistral_large4_text"))
 
 
+def facts_of(config: Any) -> dict[str, Any]:
+    """Of a config object, the fields that a refusal may turn on."""
+    names = ("model_type", "hidden_size_per_layer_input", "rescale_every", "indexer_types")
+    return {name: getattr(config, name, None) for name in names}
+
+
 def refuse_architecture(fields: dict[str, Any]) -> None:
     """Refuse an architecture that ties blocks to each other in a way no edit of single layers respects.
 

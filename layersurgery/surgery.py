@@ -17,14 +17,13 @@ from torch import nn
 from .blocks import BlockList, locate, text_config
 from .dissection import Anatomy, signature
 from .dissection import anatomy as find_anatomy
-from .edits import Part
-from .errors import InexpressibleError, PlanError, UndoError
+from .errors import PlanError, UndoError
 from .plan import Plan
 from .position import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
-from .refusals import refuse_architecture, refuse_route
+from .refusals import facts_of, refuse_architecture, refuse_route
 from .reload import check_adapters, check_edit, check_live, described, is_plain
 from .remains import forget_runs
-from .route import Route, Visit
+from .route import Route
 from .silent import Stub, silence
 from .views import own_tensors, view
 
@@ -129,8 +128,7 @@ class Surgery:
         """
         model, depth, route = self.model, len(self.original), self.route
         config = text_config(model)
-        names = ("model_type", "hidden_size_per_layer_input", "rescale_every", "indexer_types")
-        facts = {name: getattr(config, name, None) for name in names}
+        facts = facts_of(config)
         refuse_architecture(facts)
         refuse_route(facts, route, live=True)
         self.state = "cutting"
@@ -182,7 +180,7 @@ class Surgery:
                     f"block {visit.block} is not what the anatomy given says of it: it is that of another model, or of this one before an "
                     "edit; leave it out, or take it anew"
                 )
-        return {(visit.block, visit.attention): _skipped(anatomy, visit) for visit in silenced}
+        return {(visit.block, visit.attention): anatomy.stubs(visit) for visit in silenced}
 
     def undo(self) -> None:
         """Put back what was there; nothing where nothing was changed.
@@ -267,18 +265,6 @@ def _owners(route: Route) -> frozenset[int]:
         if visit.whole and (place == visit.block or visit.block not in owners):
             owners[visit.block] = place
     return frozenset(owners.values())
-
-
-def _skipped(anatomy: Anatomy, visit: Visit) -> tuple[Stub, ...]:
-    part: Part = "attention" if visit.mlp else "mlp"
-    parts = anatomy.parts(visit.block)
-    kind = anatomy.kinds[anatomy.kind_of[visit.block]][0]
-    if parts.fault:
-        raise InexpressibleError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
-    stubs = parts.stubs(part)
-    if not stubs:
-        raise InexpressibleError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
-    return stubs
 
 
 def _fill(blocks: nn.ModuleList, modules: list[nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,12 +83,11 @@ class Log:
         return [call for call in self.calls if call.name == name]
 
 
-class Witness(nn.Module):
-    """Runs a module in its place and keeps what was given and what came out."""
+class StandIn(nn.Module):
+    """Stands in a module's place; what others read off the module, they still find."""
 
-    def __init__(self, name: str, module: nn.Module, log: Log) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.name, self.log = name, log
         self.module = module
         self.training = module.training
 
@@ -97,6 +96,14 @@ class Witness(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("module"), name)
+
+
+class Witness(StandIn):
+    """Runs a module in its place and keeps what was given and what came out."""
+
+    def __init__(self, name: str, module: nn.Module, log: Log) -> None:
+        super().__init__(module)
+        self.name, self.log = name, log
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
         place = len(self.log.calls)
@@ -121,15 +128,28 @@ def _kept(value: Any) -> Any:
 def watched(places: list[tuple[nn.Module, str, str]]) -> Iterator[Log]:
     """Put a witness in each place (parent module, its child's key, the name to log under), and take it out again."""
     log = Log()
-    originals = [(parent, key, parent._modules[key]) for parent, key, _ in places]
-    try:
-        for (parent, key, name), (_, _, module) in zip(places, originals, strict=True):
-            assert module is not None
-            parent._modules[key] = Witness(name, module, log)
+    stand_ins = [Witness(name, _child(parent, key), log) for parent, key, name in places]
+    with replaced([(parent, key) for parent, key, _ in places], stand_ins):
         yield log
-    finally:
-        for parent, key, module in originals:
+
+
+def _child(parent: nn.Module, key: str) -> nn.Module:
+    module = parent._modules[key]
+    assert module is not None
+    return module
+
+
+@contextmanager
+def replaced(places: Sequence[tuple[nn.Module, str]], stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+    """Put modules into places (parent module, its child's key) while the `with` block lasts."""
+    originals = [(parent, key, parent._modules[key]) for parent, key in places]
+    try:
+        for (parent, key), module in zip(places, stand_ins, strict=True):
             parent._modules[key] = module
+        yield
+    finally:
+        for parent, key, original in originals:
+            parent._modules[key] = original
 
 
 @contextmanager

@@ -1,0 +1,250 @@
+"""One batch of text through many edited models at once: trunk, trie, readout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from accelerate.utils import find_executable_batch_size
+from torch import nn
+
+from .blocks import text_config
+from .dissection import Anatomy
+from .dissection import anatomy as find_anatomy
+from .errors import MeasurementError, PlanError
+from .families import Variant, unedited
+from .inputs import followed, model_inputs
+from .kernels import chunked
+from .kernels.reference import METRICS
+from .metrics import Array
+from .readout import find_readout
+from .refusals import facts_of, refuse_architecture, refuse_route
+from .stack import Stack, Tape
+from .trie import Read, Run, schedule
+
+EachToken = Callable[[Sequence[int], torch.Tensor], None]
+_TOKENS_AT_ONCE = 4096
+_SHARE_OF_MEMORY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one batch gave.
+
+    Attributes:
+        counts: positions measured in each sequence.
+        values: sums over them, (sequences, rows, len(METRICS)); row 0 is the unedited model, the others are the variants.
+        calls: block calls made.
+        states_at_peak: residual streams that were alive together.
+    """
+
+    counts: list[int]
+    values: Array
+    calls: int
+    states_at_peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a batch will take, in bytes.
+
+    Attributes:
+        weights: parameters and buffers.
+        streams: residual streams alive together at the widest point.
+        block: inside the largest block, while it runs.
+        readout: what is read of both models, and one tile of logits.
+    """
+
+    weights: int
+    streams: int
+    block: int
+    readout: int
+
+    @property
+    def total(self) -> int:
+        """In all."""
+        return self.weights + self.streams + self.block + self.readout
+
+
+class Measurer:
+    """A model, and the edited models to measure beside it. The model is as it was between any two calls.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one.
+        variants: the edited models; those of one route are run once.
+        blocks: path of the list of blocks, where it cannot be found.
+        anatomy: the model's; found by running it on seven tokens if not given.
+        own_tail: read with the model's own tail, and not with the fast readout.
+
+    Raises:
+        InexpressibleError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
+        PlanError: a route does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variants: Sequence[Variant],
+        *,
+        blocks: str | None = None,
+        anatomy: Anatomy | None = None,
+        own_tail: bool = False,
+    ) -> None:
+        facts = facts_of(text_config(model))
+        refuse_architecture(facts)
+        self.model = model
+        self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
+        self.variants = (unedited(self.stack.depth), *variants)
+        self.routes = list(dict.fromkeys(variant.route for variant in variants))
+        for route in self.routes:
+            if any(visit.block >= self.stack.depth for visit in route):
+                raise PlanError(f"{route} does not fit: the model has {self.stack.depth} blocks, 0 to {self.stack.depth - 1}")
+            refuse_route(facts, route, live=True)
+            for visit in route:
+                self.stack.anatomy.stubs(visit)
+        self.schedule = schedule(self.routes, self.stack.depth)
+        self.readout = find_readout(self.stack, own=own_tail)
+        # Rows of the result that each route fills.
+        self._rows = [
+            [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
+        ]
+
+    def forecast(self, sequences: int, length: int) -> Forecast:
+        """What a batch of `sequences` of `length` tokens will take."""
+        parameters = list(self.model.parameters())
+        held = [*parameters, *self.model.buffers()]
+        itemsize = parameters[0].element_size()
+        width = int(text_config(self.model).hidden_size)
+        tokens = sequences * length
+        largest = max(_widest(block) for block in self.stack.blocks)
+        rows = self.readout.rows or min(tokens, chunked.ROWS)
+        tile = (
+            min(chunked.TILE_ELEMENTS, rows * self.readout.vocabulary)
+            if self.readout.rows is None
+            else rows * self.readout.vocabulary
+        )
+        return Forecast(
+            weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
+            streams=self.schedule.states_at_peak * tokens * width * itemsize,
+            block=tokens * (6 * width + largest) * itemsize,
+            readout=tokens * width * 4 * 4 + tile * 4 * 3,
+        )  # fmt: skip
+
+    def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None) -> Measured:
+        """Measure one batch.
+
+        Args:
+            ids: tokens, (sequences, length).
+            mask: 1 for a token and 0 for padding, the same shape.
+            each: is called with the rows of the result, and the metrics (len(METRICS), positions) of each single position.
+
+        Raises:
+            MeasurementError: the unedited model's own predictions are no numbers.
+        """
+        chosen = torch.cat([followed(mask), torch.zeros(len(mask), 1, dtype=torch.bool)], -1)
+        counts = chosen.sum(-1).tolist()
+        target = ids[:, 1:][chosen[:, :-1]]
+        values = np.zeros((len(ids), len(self.variants), len(METRICS)))
+
+        def note(rows: Sequence[int], metrics: torch.Tensor) -> None:
+            if each is not None:
+                each(rows, metrics)
+            # One sequence at a time, so that its digits do not depend on the others in the batch.
+            sums = torch.stack([part.contiguous().sum(-1) for part in torch.split(metrics, counts, -1)])
+            values[:, list(rows)] = sums[:, None].cpu().numpy()
+
+        with self.stack.at_rest():
+            inputs = model_inputs(self.model, ids, mask)
+            tape = self.stack.record(inputs, self.schedule.kept)
+            states = tape.states
+            last = states[self.stack.depth]
+            base = chunked.baseline(self.readout, self.readout.final(last, chosen), target)
+            if not bool(base.summary.lse.isfinite().all()):
+                raise MeasurementError(
+                    f"{type(self.model).__name__}'s own predictions are no numbers (NaN or infinite), before any edit; in half precision, try "
+                    "bfloat16 or float32"
+                )
+            note([0], chunked.measure_unedited(base))
+            if not any(isinstance(step.do, Read) and step.do.state == self.stack.depth for step in self.schedule.steps):
+                del states[self.stack.depth]
+            del last
+            calls, peak = self._walk(tape, chosen, base, note)
+        return Measured(counts, values, calls, peak)
+
+    def _walk(self, tape: Tape, chosen: torch.Tensor, base: chunked.Baseline, note: EachToken) -> tuple[int, int]:
+        states, calls = tape.states, self.stack.depth
+        peak = len(self.schedule.kept)
+        for step in self.schedule.steps:
+            match step.do:
+                case Run(visit, state, result):
+                    states[result] = self.stack.run(tape, visit, states[state])
+                    calls += 1
+                    peak = max(peak, len(states))
+                case Read(state, routes):
+                    metrics = chunked.measure(self.readout, self.readout.final(states[state], chosen), base)
+                    note([row for route in routes for row in self._rows[route]], metrics)
+            for state in step.free:
+                del states[state]
+        assert not states
+        return calls, peak
+
+    def suggest(self, length: int) -> int:
+        """How many sequences of `length` tokens to try first: a few thousand tokens, or what half of the free memory holds."""
+        device = next(self.model.parameters()).device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        one, two = (self.forecast(count, length).total for count in (1, 2))
+        fits = int(_SHARE_OF_MEMORY * free / max(1, two - one))
+        wanted = _TOKENS_AT_ONCE * (8 if device.type == "cuda" else 1) // length
+        return max(1, min(fits, wanted))
+
+    def first(
+        self, ids: torch.Tensor, mask: torch.Tensor, start: int, each: Callable[[int], EachToken | None] = lambda _: None
+    ) -> tuple[int, Measured]:
+        """Measure a first batch, of fewer and fewer sequences until memory suffices.
+
+        Args:
+            ids: all tokens.
+            mask: their mask.
+            start: the batch size to try first.
+            each: makes `measure`'s argument of a batch size.
+
+        Returns:
+            The batch size found, and what the batch gave.
+
+        Raises:
+            MeasurementError: memory does not suffice for one sequence.
+        """
+
+        def attempt(batch_size: int) -> tuple[int, Measured]:
+            return batch_size, self.measure(ids[:batch_size], mask[:batch_size], each(batch_size))
+
+        sizes = _halved(start)
+        try:
+            found: tuple[int, Measured] = find_executable_batch_size(
+                attempt, starting_batch_size=start, reduce_batch_size_fn=lambda: next(sizes)
+            )()
+        except RuntimeError as error:
+            if "No executable batch size" not in str(error):
+                raise
+            raise MeasurementError(
+                f"memory does not suffice for one sequence of {ids.shape[1]} tokens: take a shorter --context, fewer edits at once, or "
+                "half precision (--dtype bfloat16)"
+            ) from error
+        return found
+
+
+def _halved(start: int) -> Iterator[int]:
+    while start > 1:
+        start //= 2
+        yield start
+    while True:
+        yield 0
+
+
+def _widest(block: nn.Module) -> int:
+    """Numbers a token that the matrices of a block give, the largest three together: what is alive in a gated MLP."""
+    widths = sorted((parameter.shape[0] for parameter in block.parameters() if parameter.dim() == 2), reverse=True)
+    return sum(widths[:3])

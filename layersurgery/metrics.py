@@ -1,0 +1,98 @@
+"""Sums of metrics over sequences, and means with their standard errors.
+
+A sequence is the unit, since tokens inside one are not independent: what is kept is one float64 sum a sequence, route and metric.
+They are added up exactly (`math.fsum`), so that sums merged in any order, however the data was split, have the same digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .kernels.reference import METRICS
+
+Array = npt.NDArray[np.float64]
+
+
+class Sums:
+    """Sums of every metric, for every route, by sequence.
+
+    Args:
+        routes: how many routes are measured.
+    """
+
+    def __init__(self, routes: int) -> None:
+        self.routes = routes
+        self._counts: dict[int, int] = {}
+        self._values: dict[int, Array] = {}
+
+    def add(self, sequence: int, count: int, values: Array) -> None:
+        """Note one sequence.
+
+        Args:
+            sequence: its number.
+            count: positions that were measured.
+            values: sums over them, (routes, len(METRICS)).
+        """
+        assert sequence not in self._counts, f"sequence {sequence} is counted twice"
+        assert values.shape == (self.routes, len(METRICS))
+        self._counts[sequence] = count
+        self._values[sequence] = values
+
+    def merge(self, other: Sums) -> Sums:
+        """The sums over the sequences of both."""
+        merged = Sums(self.routes)
+        for part in (self, other):
+            for sequence, count, values in part:
+                merged.add(sequence, count, values)
+        return merged
+
+    def __iter__(self) -> Iterator[tuple[int, int, Array]]:
+        for sequence in sorted(self._counts):
+            yield sequence, self._counts[sequence], self._values[sequence]
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    @property
+    def tokens(self) -> int:
+        """Positions measured."""
+        return sum(self._counts.values())
+
+    def means(self) -> Array:
+        """Mean over all positions: (routes, len(METRICS)); NaN where any position is not a number."""
+        total = self.tokens
+        return self._each(lambda values: _fsum(values) / total)
+
+    def errors(self) -> Array:
+        """Standard error of the means over sequences: (routes, len(METRICS)); NaN for a single sequence.
+
+        A mean over positions is a ratio of two sums over sequences, whose lengths may differ: with r the ratio, s a sequence's
+        sum and c its count, the error is sqrt(n / (n - 1) * sum (s - r c)^2) / sum c (Cochran, Sampling Techniques, 6.3). For
+        sequences of one length it is the standard deviation of their means over sqrt(n).
+        """
+        counts = [count for _, count, _ in self]
+        n, total = len(counts), self.tokens
+        if n < 2:
+            return np.full((self.routes, len(METRICS)), math.nan)
+
+        def error(values: list[float]) -> float:
+            mean = _fsum(values) / total
+            spread = _fsum((value - mean * count) ** 2 for value, count in zip(values, counts, strict=True))
+            return math.sqrt(n / (n - 1) * spread) / total
+
+        return self._each(error)
+
+    def _each(self, of: Any) -> Array:
+        stacked = np.stack([values for _, _, values in self])
+        flat = stacked.reshape(len(self), -1).T.tolist()
+        return np.array([of(column) for column in flat]).reshape(self.routes, len(METRICS))
+
+
+def _fsum(values: Iterable[float]) -> float:
+    listed = list(values)
+    return math.fsum(listed) if all(map(math.isfinite, listed)) else math.nan

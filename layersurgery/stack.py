@@ -1,0 +1,224 @@
+"""A model's blocks, to be called one by one and in any order, each with the arguments that it gets at its own place.
+
+The model's own forward runs once; stand-ins in the list of blocks keep what each block is given (mask, positions, rotary
+embedding: right for that very block), and the list is as it was before any block is called by hand. No forward hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import locate
+from .dissection import Anatomy, run_small
+from .errors import InexpressibleError
+from .route import Visit
+from .silent import silence
+from .views import view
+from .witness import Call, StandIn, Where, first_tensor, replaced, resting
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """How one block is called.
+
+    Attributes:
+        stream: the argument that holds the residual stream.
+        beside: what it returns beside the stream, where it returns a tuple or list; None where it returns the stream itself.
+        overwrites: whether it adds to its input in place.
+    """
+
+    stream: Where
+    beside: tuple[Any, ...] | None
+    overwrites: bool
+
+
+@dataclass(slots=True)
+class Tape:
+    """What one forward of the unedited model has left.
+
+    Attributes:
+        given: for each block, its arguments but for the stream.
+        states: residual streams that were asked for, by number: k is what block k is given, `depth` what the last returned.
+    """
+
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class _EnoughError(Exception):
+    """Ends a forward behind the last block; what follows is done otherwise."""
+
+
+class Stack:
+    """The blocks of a model in evaluation mode.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one.
+        anatomy: the model's.
+
+    Raises:
+        InexpressibleError: blocks hand on more than the stream to each other.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model, self.anatomy = model, anatomy
+        found = locate(model, anatomy.blocks)
+        self.path, self.blocks = found.path, found.blocks
+        self.habits = self._observed()
+        self._views: dict[Visit, nn.Module] = {}
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def _places(self) -> list[tuple[nn.Module, str]]:
+        return [(self.blocks, str(number)) for number in range(self.depth)]
+
+    def _observed(self) -> tuple[Habit, ...]:
+        observers = [_Observer(block) for block in self.blocks]
+        with self.at_rest(), replaced(self._places(), observers):
+            run_small(self.model)
+        earlier: dict[tuple[int, torch.Size], int] = {}
+        for number, observer in enumerate(observers):
+            for tensor in _tensors([value for where, value in observer.arguments() if where != observer.where]):
+                if (source := earlier.get((tensor.data_ptr(), tensor.shape))) is not None:
+                    raise InexpressibleError(
+                        f"{type(self.model).__name__}: block {source} hands block {number} more than the residual stream (a tensor of shape "
+                        f"{tuple(tensor.shape)}), so blocks cannot be run in another order by themselves"
+                    )
+            beside = observer.output[1:] if isinstance(observer.output, tuple | list) else ()
+            earlier |= {(tensor.data_ptr(), tensor.shape): number for tensor in _tensors(beside) if tensor.numel()}
+        return tuple(observer.habit() for observer in observers)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, nothing compiled anew."""
+        with resting(self.model), torch.compiler.set_stance("force_eager"):
+            yield
+
+    def record(self, inputs: dict[str, Any], keep: Collection[int]) -> Tape:
+        """Run the model up to its last block, once, and keep what the blocks are given.
+
+        Args:
+            inputs: keyword arguments of the model's forward.
+            keep: numbers of the residual streams to keep.
+        """
+        tape = Tape()
+        recorders = [_Recorder(block, place, self, tape, keep) for place, block in enumerate(self.blocks)]
+        with replaced(self._places(), recorders), suppress(_EnoughError):
+            self.model(**inputs)
+        return tape
+
+    def run(self, tape: Tape, visit: Visit, stream: torch.Tensor) -> torch.Tensor:
+        """The residual stream after one visit of a block, (batch, length, width); `stream` is left as it is."""
+        habit, block = self.habits[visit.block], self.block(visit)
+        args, kwargs = tape.given[visit.block]
+        place = next((parameter.device for parameter in block.parameters() if not parameter.is_meta), stream.device)
+        stream = stream.to(place)
+        given = stream.clone() if habit.overwrites else stream
+        version = given._version
+        if isinstance(habit.stream, int):
+            args = (*args[: habit.stream], given, *args[habit.stream + 1 :])
+        else:
+            kwargs = {**kwargs, habit.stream: given}
+        after = first_tensor(block(*args, **kwargs))
+        assert after is not None
+        assert habit.overwrites or given._version == version, f"block {visit.block} has overwritten its input"
+        return after
+
+    def block(self, visit: Visit) -> nn.Module:
+        """The module of a visit: the block itself, or a view of it in which a branch is silent."""
+        if visit.whole:
+            return self.blocks[visit.block]
+        if visit not in self._views:
+            silent = view(self.blocks[visit.block])
+            silence(silent, self.anatomy.stubs(visit))
+            self._views[visit] = silent
+        return self._views[visit]
+
+    @contextmanager
+    def ending(self, stream: torch.Tensor) -> Iterator[None]:
+        """Inside, the model's own forward computes no block: whatever it is given, its blocks end in `stream`."""
+        ends = [_End(block, stream, habit.beside) for block, habit in zip(self.blocks, self.habits, strict=True)]
+        with replaced(self._places(), ends):
+            yield
+
+
+class _Observer(StandIn):
+    """Runs a block once, and looks at how it treats its arguments."""
+
+    where: Where
+    output: Any
+    before: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.args, self.kwargs = args, kwargs
+        where = Call("", args, kwargs).stream()
+        if where is None:
+            raise InexpressibleError("a block is not given a residual stream of (1, tokens, width)")
+        self.where = where
+        self.stream = args[where] if isinstance(where, int) else kwargs[where]
+        self.before = self.stream.clone()
+        self.output = self.module(*args, **kwargs)
+        return self.output
+
+    def arguments(self) -> list[tuple[Where, Any]]:
+        return [*enumerate(self.args), *self.kwargs.items()]
+
+    def habit(self) -> Habit:
+        beside = tuple(self.output[1:]) if isinstance(self.output, tuple | list) else None
+        return Habit(self.where, beside, not torch.equal(self.before, self.stream))
+
+
+class _Recorder(StandIn):
+    """Runs a block and notes on the tape what it was given."""
+
+    def __init__(self, module: nn.Module, place: int, stack: Stack, tape: Tape, keep: Collection[int]) -> None:
+        super().__init__(module)
+        # Past nn.Module's own bookkeeping: the stack is no part of this module.
+        vars(self).update(_place=place, _stack=stack, _tape=tape, _keep=keep)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        place, tape = self._place, self._tape
+        habit: Habit = self._stack.habits[place]
+        where = habit.stream
+        stream = args[where] if isinstance(where, int) else kwargs[where]
+        if place in self._keep:
+            tape.states[place] = stream.clone() if habit.overwrites else stream
+        if isinstance(where, int):
+            tape.given.append(((*args[:where], None, *args[where + 1 :]), kwargs))
+        else:
+            tape.given.append((args, {name: value for name, value in kwargs.items() if name != where}))
+        output = self.module(*args, **kwargs)
+        if place < self._stack.depth - 1:
+            return output
+        tape.states[place + 1] = first_tensor(output)
+        raise _EnoughError
+
+
+class _End(StandIn):
+    """Stands for a block, computes nothing, and returns one given stream."""
+
+    def __init__(self, module: nn.Module, stream: torch.Tensor, beside: tuple[Any, ...] | None) -> None:
+        super().__init__(module)
+        self.stream, self.beside = stream, beside
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self.stream if self.beside is None else (self.stream, *self.beside)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
