@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 _EDIT = "Edit a checkpoint"
 _LOOK = "Look first"
+_MEASURE = "Measure"
 
 
 class Part(StrEnum):
@@ -193,6 +194,102 @@ def edit(
         raise typer.BadParameter("which model?", param_hint="'MODEL'")
     else:
         run_edit({None: Plan.parse(plan or "")}, model, options, talk)
+
+
+@app.command(rich_help_panel=_MEASURE)
+def sweep(
+    model: o.Model,
+    edits: Annotated[
+        str | None,
+        typer.Option(
+            "--edits",
+            help="Families, separated by commas: swap, drop, skip-attention, skip-mlp, drop-span:N, swap-pairs.",
+            show_default="swap,drop",
+            metavar="NAMES",
+        ),
+    ] = None,
+    plans: Annotated[
+        Path | None, typer.Option("--plans", help="File of plans, one a line: 'name: drop 20:24'.", metavar="FILE")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Only edits that touch none but these blocks, as in 4:20.", metavar="A:B")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Text: a hub dataset (id or id:configuration), a .txt, .jsonl or .parquet file (also .zst or .gz), a directory of these, or "
+            "pydoc, Python's own help.",
+            show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m",
+            metavar="DATA",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Of a hub dataset.")] = "train",
+    column: Annotated[str, typer.Option("--column", help="The column that holds the text.")] = "text",
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", "-n", help="How many, as in 4096, 100k or 1M.", show_default="1M; 4096 of pydoc", metavar="N"),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", min=2, help="Tokens of one sequence.", show_default="2048, or what the model takes; 512 of pydoc"
+        ),
+    ] = None,
+    pack: Annotated[
+        bool, typer.Option("--pack/--no-pack", help="Join documents and cut them into contexts; or one document a sequence.")
+    ] = True,
+    bos: Annotated[bool, typer.Option("--bos", help="Begin every sequence with the beginning-of-text token.")] = False,
+    shuffle: Annotated[
+        bool | None,
+        typer.Option(
+            "--shuffle/--no-shuffle", help="Take text at random, or from the start.", show_default="shuffled from the hub only"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the shuffling.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Another model whose tokenizer to take.", metavar="MODEL")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Sequences at once.", show_default="found by trying")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="float32, bfloat16, float16, or auto: the checkpoint's own (float32 for float16 on a CPU)."),
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", show_default="cuda if there is one")
+    ] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Write tokens.parquet: every metric of every token.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-sweep", metavar="DIR")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where a sweep is at the output.")] = False,
+    revision: o.Revision = None,
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", help="Path of the list of blocks, where it is not found.", metavar="NAME")
+    ] = None,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Measure what every edit does to a model, in one pass over the data. Stopped, it goes on where it was."""
+    from .sweep import Options, run_sweep
+
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    run_sweep(model, Options(**given), Talk(quiet=quiet, as_json=as_json))
+
+
+@app.command(rich_help_panel=_MEASURE)
+def plot(
+    results: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories that sweeps wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of figures.", metavar="DIR")] = Path(),
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Draw the results of several sweeps together."""
+    from .sweep import run_plot
+
+    run_plot(results, output, Talk(quiet=quiet, as_json=as_json))
 
 
 @app.command(rich_help_panel=_LOOK)

@@ -24,17 +24,18 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LayerSurgeryError as error:
-            _complain("error", str(error))
+            complain("error", str(error))
             ctx.exit(2 if isinstance(error, PlanError) else 1)
         except KeyboardInterrupt:
-            _complain("stopped", "nothing half-written was left behind")
+            complain("stopped", "nothing half-written was left behind")
             ctx.exit(130)
         except BrokenPipeError:  # the reader, such as head, has seen enough
             sys.stderr.close()
             ctx.exit(141)
 
 
-def _complain(word: str, text: str) -> None:
+def complain(word: str, text: str) -> None:
+    """A line on stderr about what went wrong."""
     from rich.markup import escape
 
     console(stderr=True).print(f"[bold red]{word}:[/] {escape(text)}", highlight=False, soft_wrap=True)

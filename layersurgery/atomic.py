@@ -88,6 +88,55 @@ def whole_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterato
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a file to write beside `path`, and rename it to `path` once it is on the disk; on any exception, remove it.
+
+    Raises:
+        OutputError: any answer of the file system.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            yield partial
+            descriptor = os.open(partial, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            partial.replace(path)
+            _sync_directory(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a directory for this process alone, until the `with` block or the process ends.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another process is writing to {directory}; wait for it, or choose another output with -o"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = None
     if os.path.lexists(out):

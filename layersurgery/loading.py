@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from .errors import SourceError
-from .sources import find_source
+from .sources import Source, find_source
 
 
 class Loaded(NamedTuple):
@@ -35,7 +35,7 @@ def load(
         >>> model, tokenizer = ls.load("smollm2-135m")  # doctest: +SKIP
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto":
         known = getattr(torch, dtype.removeprefix("torch."), None)
@@ -54,10 +54,21 @@ def load(
             f"{source.label} lacks {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") + f", which "
             f"{type(loaded).__name__} needs, so the model would be partly random; is it the checkpoint of a causal language model, and whole?"
         )
+    return Loaded(loaded.eval(), tokenizer_of(source))
+
+
+def tokenizer_of(source: Source) -> Any:
+    """The tokenizer that a checkpoint brings; None where it brings none.
+
+    Raises:
+        SourceError: it is there, and transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    has_tokenizer = any((source.directory / name).exists() for name in names)
+    if not any((source.directory / name).exists() for name in names):
+        return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory) if has_tokenizer else None
-    except Exception as error:
+        return AutoTokenizer.from_pretrained(source.directory)
+    except Exception as error:  # a tokenizer's reader may raise anything
         raise SourceError(f"transformers cannot load the tokenizer of {source.label}: {type(error).__name__}: {error}") from error
-    return Loaded(loaded.eval(), tokenizer)

@@ -14,7 +14,7 @@ from torch import nn
 from .blocks import text_config
 from .dissection import Anatomy
 from .dissection import anatomy as find_anatomy
-from .errors import MeasurementError, PlanError
+from .errors import InexpressibleError, MeasurementError, PlanError
 from .families import Variant, unedited
 from .inputs import followed, model_inputs
 from .kernels import chunked
@@ -79,6 +79,10 @@ class Measurer:
         anatomy: the model's; found by running it on seven tokens if not given.
         own_tail: read with the model's own tail, and not with the fast readout.
 
+    Attributes:
+        variants: the unedited model, then those measured.
+        left_out: plans of families that this architecture cannot run, and why.
+
     Raises:
         InexpressibleError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
         PlanError: a route does not fit the model.
@@ -93,24 +97,40 @@ class Measurer:
         anatomy: Anatomy | None = None,
         own_tail: bool = False,
     ) -> None:
-        facts = facts_of(text_config(model))
-        refuse_architecture(facts)
+        refuse_architecture(facts_of(text_config(model)))
         self.model = model
         self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
-        self.variants = (unedited(self.stack.depth), *variants)
-        self.routes = list(dict.fromkeys(variant.route for variant in variants))
-        for route in self.routes:
-            if any(visit.block >= self.stack.depth for visit in route):
-                raise PlanError(f"{route} does not fit: the model has {self.stack.depth} blocks, 0 to {self.stack.depth - 1}")
-            refuse_route(facts, route, live=True)
-            for visit in route:
-                self.stack.anatomy.stubs(visit)
+        kept, self.left_out = self._possible(variants)
+        self.variants = (unedited(self.stack.depth), *kept)
+        self.routes = list(dict.fromkeys(variant.route for variant in kept))
         self.schedule = schedule(self.routes, self.stack.depth)
         self.readout = find_readout(self.stack, own=own_tail)
         # Rows of the result that each route fills.
         self._rows = [
             [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
         ]
+
+    def _possible(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
+        """Those that can be run, and for the others of a family, why not. A plan of the caller's own is never left out."""
+        facts, depth = facts_of(text_config(self.model)), self.stack.depth
+        kept: list[Variant] = []
+        left_out: dict[str, str] = {}
+        for variant in variants:
+            if any(visit.block >= depth for visit in variant.route):
+                raise PlanError(f"{variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}")
+            try:
+                refuse_route(facts, variant.route, live=True)
+                for visit in variant.route:
+                    self.stack.anatomy.stubs(visit)
+            except InexpressibleError as error:
+                if variant.edit == "plan":
+                    raise
+                left_out[variant.plan] = str(error)
+            else:
+                kept.append(variant)
+        if not kept:
+            raise InexpressibleError("; ".join(dict.fromkeys(left_out.values())) or "there is no edit to measure")
+        return kept, left_out
 
     def forecast(self, sequences: int, length: int) -> Forecast:
         """What a batch of `sequences` of `length` tokens will take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,9 @@ def sweep(
     """
     ids, mask = as_tokens(tokens, attention_mask)
     measurer = Measurer(model, variants(routes, len(locate(model, blocks).blocks), layers), blocks=blocks, anatomy=anatomy)
+    if measurer.left_out:
+        plan, reason = next(iter(measurer.left_out.items()))
+        warnings.warn(f"{len(measurer.left_out)} edits are left out, '{plan}' first: {reason}", stacklevel=2)
     sums = Sums(len(measurer.variants))
     start = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
     done = 0

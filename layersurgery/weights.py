@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -186,3 +187,16 @@ def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | N
             "its config is another model's"
         )
     return Stack(fitting[0], depth, len(found[fitting[0]]) - depth)
+
+
+def fingerprint(directory: Path) -> str:
+    """A short name for the weights and config in a directory: their files' sizes, and bytes from all over them."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // 64)):
+                file.seek(place)
+                digest.update(file.read(512))
+    return digest.hexdigest()[:16]

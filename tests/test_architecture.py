@@ -17,7 +17,8 @@ LEVELS = [
     "errors version route edits plan families trie",
     "header layerwise quantisation refusals transfer witness blocks position remains views silent branches parts dissection inputs stack readout",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked metrics",
-    "comparison measuring table sweeping",
+    "comparison measuring table sweeping text journal pertoken runs",
+    "figures",
 ]
 NO_TORCH = [
     "errors",
@@ -48,7 +49,8 @@ def imports_of(path: Path) -> set[str]:
     inside = path.parent.name == "kernels"
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
-            found.add(f"kernels/{node.module}" if inside and node.level == 1 else node.module.replace(".", "/"))
+            module = f"kernels/{node.module}" if inside and node.level == 1 else node.module.replace(".", "/")
+            found |= {f"kernels/{alias.name}" for alias in node.names} if module == "kernels" else {module}
     return found
 
 

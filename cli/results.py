@@ -1,0 +1,100 @@
+"""Results of a sweep on a terminal: numbers with bars, and curves in a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LEVELS = "▁▂▃▄▅▆▇█"
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_WIDTH = 8
+_BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
+_MOST_ROWS = 40
+
+
+def lines(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
+    """The table, family by family, and a curve over depth for each."""
+    base = frame[frame.edit == "none"].iloc[0]
+    yield (
+        f"\nUnedited: loss {base.loss_nats:.3f} nats (perplexity {math.exp(min(base.loss_nats, 700)):.4g}), entropy "
+        f"{base.entropy_bits:.2f} bits, accuracy {100 * base.accuracy:.1f} %\n"
+    )
+    kinds = [edit for edit in _BY_LAYER if (frame.edit == edit).any()]
+    if kinds:
+        yield _by_layer(frame, kinds)
+        for kind in kinds:
+            rows = frame[frame.edit == kind].sort_values("layer")
+            for metric, words in (("kl_nats", "KL, log scale"), ("agreement", "predictions kept")):
+                yield Text(f"{kind:>14} {words:<16} {curve(rows[metric].tolist(), log=metric == 'kl_nats')}")
+    others = frame[frame.edit.isin(["swap-pairs", "plan"])]
+    if len(others):
+        yield _listed(others)
+
+
+def _by_layer(frame: pd.DataFrame, kinds: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", justify="right")
+    most = frame[frame.edit.isin(kinds)].kl_nats.max()
+    for kind in kinds:
+        table.add_column(f"{kind}: KL", justify="right")
+        table.add_column("", width=_WIDTH, no_wrap=True)
+        table.add_column("kept", justify="right")
+        table.add_column("entropy", justify="right")
+    by = {kind: frame[frame.edit == kind].set_index("layer") for kind in kinds}
+    for layer in sorted({layer for rows in by.values() for layer in rows.index}):
+        cells = [str(layer)]
+        for kind in kinds:
+            if layer in by[kind].index:
+                row = by[kind].loc[layer]
+                row = row.iloc[0] if row.ndim > 1 else row
+                cells += [
+                    f"{row.kl_nats:.3f}",
+                    bar(row.kl_nats, most),
+                    f"{100 * row.agreement:.1f} %",
+                    f"{row.entropy_change_bits:+.2f}",
+                ]
+            else:
+                cells += ["", "", "", ""]
+        table.add_row(*cells)
+    return table
+
+
+def _listed(rows: pd.DataFrame) -> Table:
+    ordered = rows.sort_values("kl_nats")
+    left_out = max(0, len(ordered) - _MOST_ROWS)
+    title = f"The {_MOST_ROWS} mildest of {len(ordered)}; all are in results.csv" if left_out else None
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=title, caption_justify="left")
+    for name, right in (("plan", False), ("KL", True), ("", False), ("kept", True), ("entropy", True), ("loss", True)):
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for row in ordered.head(_MOST_ROWS).itertuples():
+        table.add_row(
+            Text(row.name), f"{row.kl_nats:.3f}", bar(row.kl_nats, ordered.kl_nats.max()), f"{100 * row.agreement:.1f} %",
+            f"{row.entropy_change_bits:+.2f}", f"{row.loss_change_nats:+.3f}",
+        )  # fmt: skip
+    return table
+
+
+def bar(value: float, most: float) -> str:
+    """A bar of eighths of a character."""
+    if not (math.isfinite(value) and math.isfinite(most)) or most <= 0:
+        return ""
+    eighths = round(8 * _WIDTH * max(0.0, value) / most)
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
+def curve(values: Sequence[float], *, log: bool = False) -> str:
+    """A line of one block character a value, from the least to the greatest; a dot for what is no number."""
+    scaled = [math.log(value) if log and value > 0 else math.nan if log else value for value in values]
+    known = [value for value in scaled if math.isfinite(value)]
+    if not known:
+        return "·" * len(values)
+    low, high = min(known), max(known)
+    step = (high - low) or 1
+    return "".join(_LEVELS[min(7, int(8 * (value - low) / step))] if math.isfinite(value) else "·" for value in scaled)

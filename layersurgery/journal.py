@@ -1,0 +1,100 @@
+"""What a run has measured so far, on disk: a file that only grows, and that a kill at any moment leaves readable.
+
+Each record holds one batch and its checksum, and is durable when `append` returns. A record that is cut off ends the file; one that
+is damaged is passed over. Either way its batch is measured again.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .kernels.reference import METRICS
+from .metrics import Array, Sums
+
+_MAGIC = b"lsj1"
+_HEAD = struct.Struct("<4sIIId")  # magic, batch, first sequence, sequences, seconds
+_CHECK = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One batch: the number of its first sequence, positions measured in each, their sums (sequences, rows, metrics), and seconds."""
+
+    first: int
+    counts: list[int]
+    values: Array
+    seconds: float
+
+
+class Journal:
+    """The measured batches of a run.
+
+    Args:
+        path: the file; made if it is not there. What is unreadable at its end is cut off.
+        rows: how many models are measured.
+    """
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self.path, self.rows = path, rows
+        self.records: dict[int, Record] = {}
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(self._read(file.read()))
+            os.fsync(file.fileno())
+
+    def _read(self, data: bytes) -> int:
+        """Take in all whole records; returns where the last of them ends."""
+        end = 0
+        while end + _HEAD.size <= len(data):
+            magic, batch, first, sequences, seconds = _HEAD.unpack_from(data, end)
+            body = 8 * sequences * (1 + self.rows * len(METRICS))
+            stop = end + _HEAD.size + body + _CHECK.size
+            if magic != _MAGIC or stop > len(data):
+                break
+            (check,) = _CHECK.unpack_from(data, stop - _CHECK.size)
+            if check == zlib.crc32(data[end : stop - _CHECK.size]):
+                start = end + _HEAD.size
+                counts = np.frombuffer(data, "<i8", sequences, start).tolist()
+                values = np.frombuffer(data, "<f8", sequences * self.rows * len(METRICS), start + 8 * sequences)
+                self.records[batch] = Record(first, counts, values.reshape(sequences, self.rows, -1).astype(float), seconds)
+            end = stop
+        return end
+
+    def append(self, batch: int, record: Record) -> None:
+        """Note a batch; it is on the disk when this returns."""
+        assert record.values.shape == (len(record.counts), self.rows, len(METRICS))
+        head = _HEAD.pack(_MAGIC, batch, record.first, len(record.counts), record.seconds)
+        data = head + np.array(record.counts, "<i8").tobytes() + record.values.astype("<f8").tobytes()
+        with self.path.open("ab") as file:
+            file.write(data + _CHECK.pack(zlib.crc32(data)))
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[batch] = record
+
+    @property
+    def seconds(self) -> float:
+        """Time that measuring has taken."""
+        return sum(record.seconds for record in self.records.values())
+
+    def sums(self) -> Sums:
+        """All sums so far."""
+        sums = Sums(self.rows)
+        for record in self.records.values():
+            for offset, count in enumerate(record.counts):
+                if count:
+                    sums.add(record.first + offset, count, record.values[offset])
+        return sums
+
+    def broken(self) -> dict[int, list[int]]:
+        """Rows with values that are no numbers, and the batches in which they came up."""
+        found: dict[int, list[int]] = {}
+        for batch, record in sorted(self.records.items()):
+            for row in np.flatnonzero(~np.isfinite(record.values).all((0, 2))).tolist():
+                found.setdefault(row, []).append(batch)
+        return found
