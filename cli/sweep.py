@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layersurgery.errors import PlanError, SourceError
 from layersurgery.families import Variant, read_plans, variants
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
+_SECONDS_BETWEEN_LINES = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,7 @@ def _measure(
     if run.begun:
         talk.say("Going on with what is measured already")
     try:
-        with _bar(text, talk) as on_batch, _calm():
+        with _bar(text, talk) as on_progress, _calm():
             perform(
                 run,
                 measurer,
@@ -237,7 +239,7 @@ def _measure(
                 per_token=options.per_token,
                 tokenizer=tokenizer,
                 draw=lambda frame, directory: _draw(frame, directory, run.arguments["text"]["data"]),
-                on_batch=on_batch,
+                on_progress=on_progress,
             )
     except (KeyboardInterrupt, SystemExit) as stop:
         complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it")
@@ -272,26 +274,32 @@ def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk
 
 @contextmanager
 def _bar(text: Text, talk: Talk) -> Iterator[Any]:
-    """One bar: sequences, tokens a second, time left, and what hurts most and least so far."""
-    on = talk.err.is_terminal and not talk.err.quiet
-    length = text.ids.shape[1]
+    """One bar: sequences, tokens a second, time left, and what hurts most and least so far. Elsewhere, a line now and then."""
     columns = (
-        SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("sequences"), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[extremes]}"),
+        BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
+        TextColumn("{task.fields[extremes]}"),
     )  # fmt: skip
-    with Progress(*columns, console=talk.err, disable=not on, transient=True) as progress:
-        task = progress.add_task("", total=len(text.ids), rate="", extremes="")
-        start: list[float] = [progress.get_time(), -1]
+    on = talk.err.is_terminal and not talk.err.quiet
+    tokens = text.tokens / len(text.ids)
+    begin: float | None = None
+    started = spoke = time.monotonic()
+    extremes = ""
+    with Progress(*columns, console=talk.err, disable=not on, transient=True, speed_estimate_period=600) as progress:
+        task = progress.add_task("", total=len(text.ids), done="", extremes="")
 
-        def on_batch(now: Any) -> None:
-            if not on:
-                return
-            if start[1] < 0:  # sequences of an earlier start cost no time now
-                start[1] = 0
-            rate = now.sequences * length / max(1e-9, progress.get_time() - start[0])
-            progress.update(task, completed=now.sequences, rate=f"{rate:,.0f} tokens/s", extremes=_extremes(now.table()))
+        def on_progress(now: Any) -> None:
+            nonlocal begin, spoke, extremes
+            begin = now.sequences if begin is None else begin  # those of an earlier start cost no time now
+            seconds = max(1e-9, time.monotonic() - started)
+            rate = (now.sequences - begin) * tokens / seconds
+            extremes = _extremes(now.table()) if now.table is not None else extremes
+            done = f"{now.sequences:.0f}/{now.of} sequences, {rate:,.3g} tokens/s"
+            progress.update(task, completed=now.sequences, done=done, extremes=extremes)
+            if not on and now.table is not None and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
+                spoke = time.monotonic()
+                talk.say(f"{done}; {(now.of - now.sequences) * tokens / max(rate, 1e-9):,.0f} s left; {extremes}")
 
-        yield on_batch
+        yield on_progress
 
 
 def _extremes(frame: pd.DataFrame) -> str:

@@ -150,7 +150,7 @@ def _of_route(route: Route, depth: int) -> Variant:
     if not route.canonical:
         raise PlanError("the route leaves no block; keep at least one")
     changed = (visit.block for visit, own in zip(route.canonical, Route.identity(depth), strict=False) if visit != own)
-    plan = str(reorder(list(route.canonical)))
+    plan = str(reorder(str(route.canonical)))
     return Variant("plan", plan, route.canonical, next(changed, len(route.canonical) % depth), plan)
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .errors import OutputError
 from .kernels.reference import METRICS
 from .metrics import Array, Sums
 
@@ -32,21 +36,38 @@ class Record:
     seconds: float
 
 
+@contextmanager
+def _durable(path: Path, mode: str) -> Iterator[Any]:
+    """A file that is on the disk when the `with` block ends."""
+    try:
+        with path.open(mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}. What was measured before stays; once that is mended, the same command goes on "
+            "with it"
+        ) from error
+
+
 class Journal:
     """The measured batches of a run.
 
     Args:
         path: the file; made if it is not there. What is unreadable at its end is cut off.
         rows: how many models are measured.
+
+    Raises:
+        OutputError: it cannot be written; also `append`.
     """
 
     def __init__(self, path: Path, rows: int) -> None:
         self.path, self.rows = path, rows
         self.records: dict[int, Record] = {}
-        with path.open("a+b") as file:
+        with _durable(path, "a+b") as file:
             file.seek(0)
             file.truncate(self._read(file.read()))
-            os.fsync(file.fileno())
 
     def _read(self, data: bytes) -> int:
         """Take in all whole records; returns where the last of them ends."""
@@ -71,10 +92,8 @@ class Journal:
         assert record.values.shape == (len(record.counts), self.rows, len(METRICS))
         head = _HEAD.pack(_MAGIC, batch, record.first, len(record.counts), record.seconds)
         data = head + np.array(record.counts, "<i8").tobytes() + record.values.astype("<f8").tobytes()
-        with self.path.open("ab") as file:
+        with _durable(self.path, "ab") as file:
             file.write(data + _CHECK.pack(zlib.crc32(data)))
-            file.flush()
-            os.fsync(file.fileno())
         self.records[batch] = record
 
     @property

@@ -26,7 +26,8 @@ from .stack import Stack, Tape
 from .trie import Read, Run, schedule
 
 EachToken = Callable[[Sequence[int], torch.Tensor], None]
-_TOKENS_AT_ONCE = 4096
+Tick = Callable[[float], None]
+_TOKENS_AT_ONCE = 2048
 _SHARE_OF_MEMORY = 0.5
 
 
@@ -153,13 +154,14 @@ class Measurer:
             readout=tokens * width * 4 * 4 + tile * 4 * 3,
         )  # fmt: skip
 
-    def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None) -> Measured:
+    def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None, tick: Tick | None = None) -> Measured:
         """Measure one batch.
 
         Args:
             ids: tokens, (sequences, length).
             mask: 1 for a token and 0 for padding, the same shape.
             each: is called with the rows of the result, and the metrics (len(METRICS), positions) of each single position.
+            tick: is called now and then with the share of the work that is done.
 
         Raises:
             MeasurementError: the unedited model's own predictions are no numbers.
@@ -188,16 +190,18 @@ class Measurer:
                     "bfloat16 or float32"
                 )
             note([0], chunked.measure_unedited(base))
-            if not any(isinstance(step.do, Read) and step.do.state == self.stack.depth for step in self.schedule.steps):
+            if not self.schedule.ends_unedited:
                 del states[self.stack.depth]
             del last
-            calls, peak = self._walk(tape, chosen, base, note)
+            calls, peak = self._walk(tape, chosen, base, note, tick)
         return Measured(counts, values, calls, peak)
 
-    def _walk(self, tape: Tape, chosen: torch.Tensor, base: chunked.Baseline, note: EachToken) -> tuple[int, int]:
+    def _walk(
+        self, tape: Tape, chosen: torch.Tensor, base: chunked.Baseline, note: EachToken, tick: Tick | None
+    ) -> tuple[int, int]:
         states, calls = tape.states, self.stack.depth
         peak = len(self.schedule.kept)
-        for step in self.schedule.steps:
+        for done, step in enumerate(self.schedule.steps):
             match step.do:
                 case Run(visit, state, result):
                     states[result] = self.stack.run(tape, visit, states[state])
@@ -206,6 +210,8 @@ class Measurer:
                 case Read(state, routes):
                     metrics = chunked.measure(self.readout, self.readout.final(states[state], chosen), base)
                     note([row for route in routes for row in self._rows[route]], metrics)
+                    if tick is not None:
+                        tick((done + 1) / len(self.schedule.steps))
             for state in step.free:
                 del states[state]
         assert not states
@@ -217,11 +223,16 @@ class Measurer:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         one, two = (self.forecast(count, length).total for count in (1, 2))
         fits = int(_SHARE_OF_MEMORY * free / max(1, two - one))
-        wanted = _TOKENS_AT_ONCE * (8 if device.type == "cuda" else 1) // length
+        wanted = _TOKENS_AT_ONCE * (16 if device.type == "cuda" else 1) // length
         return max(1, min(fits, wanted))
 
     def first(
-        self, ids: torch.Tensor, mask: torch.Tensor, start: int, each: Callable[[int], EachToken | None] = lambda _: None
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        start: int,
+        each: Callable[[int], EachToken | None] = lambda _: None,
+        tick: Callable[[int], Tick | None] = lambda _: None,
     ) -> tuple[int, Measured]:
         """Measure a first batch, of fewer and fewer sequences until memory suffices.
 
@@ -230,6 +241,7 @@ class Measurer:
             mask: their mask.
             start: the batch size to try first.
             each: makes `measure`'s argument of a batch size.
+            tick: the same.
 
         Returns:
             The batch size found, and what the batch gave.
@@ -239,7 +251,7 @@ class Measurer:
         """
 
         def attempt(batch_size: int) -> tuple[int, Measured]:
-            return batch_size, self.measure(ids[:batch_size], mask[:batch_size], each(batch_size))
+            return batch_size, self.measure(ids[:batch_size], mask[:batch_size], each(batch_size), tick(batch_size))
 
         sizes = _halved(start)
         try:

@@ -244,8 +244,8 @@ def _afterwards(stack: Stack, vocabulary: int, tolerance: float) -> tuple[float,
     after = after.double().cpu()
     if not after.isfinite().all():
         return None
-    # Least squares over the small numbers, where no soft-cap bends yet; each size weighs the same.
-    x, y = ((values[0, :2] / sizes[:2, None]).flatten() for values in (given, after))
+    # Least squares over the smallest numbers, where no soft-cap bends yet.
+    x, y = given[0, 0], after[0, 0]
     scale = float(x @ y / (x @ x))
     if scale == 0:
         return None

@@ -25,7 +25,7 @@ import torch
 from .atomic import locked, whole_file
 from .errors import OutputError
 from .journal import Journal, Record
-from .measuring import EachToken, Measurer
+from .measuring import EachToken, Measurer, Tick
 from .pertoken import PARTS, TOKENS, TokenRows, join
 from .table import RESULTS, RUN, by_sequence, read_run, results
 from .text import Text
@@ -35,22 +35,22 @@ JOURNAL = "progress.journal"
 SEQUENCES = "sequences.parquet"
 CSV = "results.csv"
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]
-OnBatch = Callable[["Progress"], None]
+OnProgress = Callable[["Progress"], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands after a batch.
+    """Where a run stands.
 
     Attributes:
-        sequences: measured so far, those of an earlier start included.
+        sequences: measured so far, those of an earlier start included; a share of one is one that is under way.
         of: in all.
-        table: results so far.
+        table: gives the results so far; None within a batch.
     """
 
-    sequences: int
+    sequences: float
     of: int
-    table: Callable[[], pd.DataFrame]
+    table: Callable[[], pd.DataFrame] | None = None
 
 
 @dataclass(slots=True)
@@ -153,7 +153,7 @@ def perform(
     per_token: bool = False,
     tokenizer: Any = None,
     draw: Draw | None = None,
-    on_batch: OnBatch | None = None,
+    on_progress: OnProgress | None = None,
 ) -> pd.DataFrame:
     """Measure what is still missing, and write the results.
 
@@ -166,7 +166,7 @@ def perform(
         per_token: write `tokens.parquet` as well, a row for each token and model.
         tokenizer: to write its tokens as text.
         draw: draws figures from the results into the directory, and returns their paths.
-        on_batch: is called after each batch.
+        on_progress: is called at the beginning, now and then, and after each batch.
 
     Returns:
         The table of results.
@@ -189,6 +189,8 @@ def perform(
 
     size = run.facts.get("batch_size") or batch_size
     batch = 0
+    if on_progress is not None:
+        on_progress(Progress(sum(len(record.counts) for record in journal.records.values()), sequences))
     while size is None or batch * size < sequences:
         if size is not None and batch in journal.records and (not per_token or part(batch).exists()):
             batch += 1
@@ -204,19 +206,23 @@ def perform(
             rows[0] = TokenRows(measurer.variants, text.ids[span], text.mask[span], first, tokenizer)
             return rows[0]
 
+        def tick(taken: int, first: int = first) -> Tick | None:
+            of_batch = min(taken, sequences - first)
+            return None if on_progress is None else lambda share: on_progress(Progress(first + share * of_batch, sequences))
+
         if size is None:
-            size, measured = measurer.first(text.ids, text.mask, min(sequences, measurer.suggest(length)), each)
+            size, measured = measurer.first(text.ids, text.mask, min(sequences, measurer.suggest(length)), each, tick)
         else:
             span = slice(first, first + size)
-            measured = measurer.measure(text.ids[span], text.mask[span], each(size))
+            measured = measurer.measure(text.ids[span], text.mask[span], each(size), tick(size))
         if run.facts.get("batch_size") != size:
             run.note(batch_size=size, block_calls=measured.calls)
         if per_token:
             rows[0].write(part(batch))
         journal.append(batch, Record(first, measured.counts, measured.values, time.perf_counter() - begun))
         batch += 1
-        if on_batch is not None:
-            on_batch(Progress(min(sequences, batch * size), sequences, table))
+        if on_progress is not None:
+            on_progress(Progress(min(sequences, batch * size), sequences, table))
     frame = table()
     _write(run.directory, frame, by_sequence(measurer.variants, journal.sums()))
     if per_token:

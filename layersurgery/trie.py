@@ -49,7 +49,7 @@ class Schedule:
     Attributes:
         depth: blocks of the unedited model.
         steps: block calls and measurements.
-        kept: states of the trunk that are needed when it has run.
+        kept: states of the trunk that are needed when it has run; its end is always one, which the unedited model is read from first.
         calls_apart: block calls of all routes and the trunk, if each was run by itself.
         states_at_peak: streams that are alive together at the widest point.
     """
@@ -59,6 +59,11 @@ class Schedule:
     kept: frozenset[int]
     calls_apart: int
     states_at_peak: int
+
+    @property
+    def ends_unedited(self) -> bool:
+        """Whether a route is the trunk itself, so that the trunk's end is measured as a route, too."""
+        return any(isinstance(step.do, Read) and step.do.state == self.depth for step in self.steps)
 
     @property
     def calls(self) -> int:
@@ -103,8 +108,9 @@ def schedule(routes: Sequence[Route], depth: int) -> Schedule:
         widths = [child.width for _, child in node.ordered()]
         node.width = max([1, *(width + 1 for width in widths[:-1]), *(max(2, width) for width in widths[-1:])])
     steps = tuple(_steps(trunk, depth))
-    kept = frozenset({depth, *(state for state, node in enumerate(trunk) if node.children or node.ends)})
-    return Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), _peak(steps, kept))
+    needed = {state for state, node in enumerate(trunk) if node.children or node.ends}
+    kept = frozenset({depth, *needed})
+    return Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), max(len(kept), _peak(steps, len(needed))))
 
 
 def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
@@ -126,8 +132,8 @@ def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
                 waiting.append((onward, own, place == len(children) - 1, child))
 
 
-def _peak(steps: Sequence[Step], kept: frozenset[int]) -> int:
-    alive = peak = len(kept)
+def _peak(steps: Sequence[Step], alive: int) -> int:
+    peak = alive
     for step in steps:
         alive += isinstance(step.do, Run)
         peak = max(peak, alive)

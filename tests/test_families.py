@@ -1,0 +1,104 @@
+"""The sets of edits that a sweep measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import layersurgery as ls
+from layersurgery.families import FAMILIES, family, is_family, read_plans, unedited, variants
+
+
+@pytest.mark.parametrize(
+    ("name", "plans"),
+    [
+        ("swap", ["swap 0 1", "swap 1 2", "swap 2 3"]),
+        ("drop", ["drop 0", "drop 1", "drop 2", "drop 3"]),
+        ("skip-attention", [f"skip-attention {block}" for block in range(4)]),
+        ("skip-mlp", [f"skip-mlp {block}" for block in range(4)]),
+        ("drop-span:2", ["drop 0:2", "drop 1:3", "drop 2:4"]),
+        ("swap-pairs", ["swap 0 1", "swap 0 2", "swap 0 3", "swap 1 2", "swap 1 3", "swap 2 3"]),
+    ],
+)
+def test_every_family(name: str, plans: list[str]) -> None:
+    found = family(name, 4)
+    assert [variant.plan for variant in found] == plans
+    for variant in found:
+        plan = ls.Plan.parse(variant.plan)
+        assert variant.route == plan.route(4)
+        assert variant.edit == name.partition(":")[0]
+        assert variant.name == variant.plan
+        assert variant.layer == int("".join(filter(lambda c: c.isdigit() or c == " ", variant.plan.replace(":", " "))).split()[0])
+
+
+def test_layers_restrict_to_edits_that_touch_no_other_block() -> None:
+    for name in FAMILIES:
+        for variant in family(name + ":3" * (name == "drop-span"), 10, range(2, 7)):
+            touched = {block for block in range(10) if variant.route.blocks[block : block + 1] != (block,)}
+            named = set(ls.Plan.parse(variant.plan).route(10).blocks) ^ set(range(10))
+            assert named <= set(range(2, 7))
+            assert min(touched | {2}) >= 2
+    assert [variant.plan for variant in family("swap", 10, range(8, 10))] == ["swap 8 9"]
+
+
+def test_any_form() -> None:
+    named = variants({"shallow": "drop 3:5", "odd": ls.swap(1) + ls.drop(4)}, 6)
+    assert [(variant.name, variant.plan, variant.edit, variant.layer) for variant in named] == [
+        ("shallow", "drop 3:5", "plan", 3),
+        ("odd", "swap 1 2; drop 4", "plan", 1),
+    ]
+    mixed = variants(["swap", ls.repeat(2), "move 4 after 0", ls.Route.parse("0:3 4-attn 3 5")], 6)
+    assert [variant.plan for variant in mixed[5:]] == ["repeat 2", "move 4 after 0", "reorder 0:3 4-attn 3 5"]
+    assert mixed[-1].route == ls.Route.parse("0:3 4-attn 3 5")
+    assert [variant.layer for variant in mixed[5:]] == [2, 4, 4]
+    assert len(variants("swap,drop", 6)) == len(variants(["swap", "drop"], 6)) == 11
+    assert variants("reverse -3:", 6)[0].layer == 3
+    assert variants(ls.Route.identity(6), 6)[0].route == unedited(6).route
+    assert is_family("swap, drop-span:3")
+    assert not is_family("swap 1 2")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("swap,dorp", "unknown family of edits 'dorp'; did you mean 'drop'"),
+        ("zzz", "unknown family of edits 'zzz'; they are swap, drop"),
+        ("drop-span", "how many blocks. Write drop-span:4"),
+        ("drop-span:0", "how many blocks"),
+        ("drop-span:6", "a model of 6 blocks has no 6 to drop and one to keep"),
+        ("swap:2", "swap takes no number"),
+        ("wsap 1 2", "unknown edit 'wsap'.*did you mean 'swap'"),
+        (ls.Route((7,)), "the route visits block 7, and the model has 6 blocks"),
+        (ls.Route(()), "the route leaves no block"),
+        ([], "nothing to measure"),
+        (7, "expected families"),
+        (["drop 0:6"], "leaves none of the 6 blocks"),
+    ],
+)
+def test_what_cannot_be_meant(wanted: Any, words: str) -> None:
+    with pytest.raises(ls.PlanError, match=words):
+        variants(wanted, 6)
+
+
+def test_layers_out_of_range_and_layers_without_an_edit() -> None:
+    with pytest.raises(ls.PlanError, match=r"layers 4:8 are out of range: the model has 6 blocks"):
+        variants("swap", 6, range(4, 8))
+    with pytest.raises(ls.PlanError, match="nothing to measure: 'swap' has no edit of a model of 6 blocks with layers 2:3"):
+        variants("swap", 6, range(2, 3))
+
+
+def test_a_file_of_plans() -> None:
+    text = "# mine\nshallow: drop 20:24\n\nswap 1 2; drop 3  # no name\nlong-one.2:  repeat 8:16 x3\n"
+    assert {name: str(plan) for name, plan in read_plans(text, "f").items()} == {
+        "shallow": "drop 20:24",
+        "swap 1 2; drop 3": "swap 1 2; drop 3",
+        "long-one.2": "repeat 8:16 x3",
+    }
+    for wrong, words in {
+        "a: drop 1\na: drop 2": "f, line 2: a second plan is called 'a'",
+        "\nb: dorp 1": "f, line 2: unknown edit 'dorp'.*did you mean 'drop'",
+        "# nothing": "f holds no plan",
+    }.items():
+        with pytest.raises(ls.PlanError, match=words):
+            read_plans(wrong, "f")

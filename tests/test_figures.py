@@ -1,0 +1,80 @@
+"""Figures say what the table says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import layersurgery as ls
+from layersurgery.figures import COLOURS, Sweep, draw, plans, robustness, swap_pairs
+from tests.zoo import tiny_model, tokens
+
+
+@pytest.fixture(scope="module")
+def frame() -> pd.DataFrame:
+    edits = ["swap,drop,skip-attention,skip-mlp,drop-span:2,swap-pairs", {"mine": "drop 1 3", "other": "repeat 2"}]
+    return ls.sweep(tiny_model("llama"), edits, tokens(3))
+
+
+def test_lines_are_the_columns_of_the_table(frame: pd.DataFrame) -> None:
+    figure = robustness([Sweep.of(frame, "pydoc")])
+    kinds = ["swap", "drop", "skip-attention", "skip-mlp", "drop-span"]
+    grid = np.array(figure.axes).reshape(len(kinds), 3)
+    assert [row[0].get_title(loc="left").split()[0] for row in grid] == ["swap", "drop", "skip", "skip", "drop"]
+    for axes, kind in zip(grid, kinds, strict=True):
+        rows = frame[frame.edit == kind]
+        for axis, (metric, by) in zip(axes, [("kl_nats", 1), ("agreement", 100), ("entropy_change_bits", 1)], strict=True):
+            line = axis.get_lines()[0]
+            assert line.get_color() == COLOURS[0]
+            np.testing.assert_allclose(line.get_xdata(), rows.layer / 5)
+            np.testing.assert_allclose(line.get_ydata(), by * rows[metric])
+            band = axis.collections[0].get_paths()[0].vertices
+            assert band[:, 1].max() == pytest.approx((by * (rows[metric] + rows[f"{metric}_sem"])).max())
+    assert figure.get_suptitle().startswith("LlamaForCausalLM: 33 tokens of pydoc in 3 sequences")
+
+
+def test_several_sweeps_share_panels_and_a_legend(frame: pd.DataFrame) -> None:
+    other = frame.assign(model="someone/other")
+    figure = robustness([Sweep.of(frame, "pydoc"), Sweep.of(other, "pydoc")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LlamaForCausalLM", "other"]
+    assert len({line.get_marker() for line in figure.axes[0].get_lines()[:2]}) == 2
+
+
+def test_pairs_and_plans(frame: pd.DataFrame) -> None:
+    square = swap_pairs(Sweep.of(frame, "pydoc")).axes[0].get_images()[0].get_array()
+    assert square is not None
+    by_plan = frame.set_index("plan").kl_nats
+    assert (
+        square[1, 4] == square[4, 1] == by_plan["swap 1 4"].iloc[0]
+        if isinstance(by_plan["swap 1 4"], pd.Series)
+        else by_plan["swap 1 4"]
+    )
+    bars = plans(Sweep.of(frame, "pydoc")).axes[0]
+    assert {label.get_text() for label in bars.get_yticklabels()} == {"mine", "other"}
+    widths = [getattr(bar, "get_width")() for bar in bars.patches]  # noqa: B009 - patches are of many kinds
+    assert sorted(widths) == sorted(frame[frame.edit == "plan"].kl_nats)
+
+
+def test_files_are_drawn_and_the_same_each_time(frame: pd.DataFrame, tmp_path: Path) -> None:
+    files = draw([Sweep.of(frame, "pydoc")], tmp_path)
+    assert sorted(path.name for path in files) == [
+        f"{name}.{kind}" for name in ("plans", "robustness", "swap-pairs") for kind in ("png", "svg")
+    ]
+    first = {path: path.read_bytes() for path in files}
+    for path in files:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert image.width > 800
+                assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
+    assert draw([Sweep.of(frame, "pydoc")], tmp_path) == files
+    assert {path: path.read_bytes() for path in files} == first
+
+
+def test_one_sequence_has_no_band_and_is_drawn_all_the_same(tmp_path: Path) -> None:
+    frame = ls.sweep(tiny_model("llama"), ["swap,drop", {"nothing": "swap 1 2; swap 1 2"}], tokens(1))
+    assert frame.kl_nats_sem.isna().all()
+    assert len(draw([Sweep.of(frame, "pydoc")], tmp_path)) == 4

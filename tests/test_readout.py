@@ -1,0 +1,120 @@
+"""From the stream to logits: the fast way is taken where it is the model's own, and only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import layersurgery as ls
+from layersurgery.kernels import chunked, reference
+from layersurgery.readout import OwnTail, Unembedding, find_readout, own_logits
+from layersurgery.stack import Stack
+from tests.reference import logits_of
+from tests.zoo import DEPTH, ZOO, tiny_model, tokens
+
+
+def stack_of(model: Any) -> Stack:
+    return Stack(model, ls.anatomy(model))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_readout_is_the_models_own_tail(name: str) -> None:
+    model, ids = tiny_model(name), tokens()
+    stack = stack_of(model)
+    readout = find_readout(stack)
+    assert isinstance(readout, Unembedding)
+    assert readout.affine == (name not in ("gemma2", "recurrent_gemma", "vaultgemma", "nanochat"))
+    own = find_readout(stack, own=True)
+    assert isinstance(own, OwnTail)
+    with stack.at_rest():
+        tape = stack.record({"input_ids": ids, "use_cache": False}, ())
+        end = tape.states[DEPTH]
+        meant = logits_of(model, ids)
+        chosen = torch.ones_like(ids).bool()
+        for way in (readout, own):
+            found = way.tile(way.final(end, chosen), 0, way.vocabulary).view_as(meant)
+            torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "scale", "cap"),
+    [
+        ("llama", {}, 1, None),
+        ("cohere", {"logit_scale": 0.3}, 0.3, None),
+        ("granite", {"logits_scaling": 8.0}, 1 / 8, None),
+        ("gemma2", {"final_logit_softcapping": 30.0}, 1, 30),
+        ("gemma2", {"final_logit_softcapping": 0.5}, 1, 0.5),
+        ("gemma2", {"final_logit_softcapping": None}, 1, None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_and_soft_cap_are_found(
+    name: str, fields: dict[str, Any], scale: float, cap: float | None, dtype: torch.dtype
+) -> None:
+    readout = find_readout(stack_of(tiny_model(name, **fields).to(dtype)))
+    assert isinstance(readout, Unembedding)
+    assert readout.scale == pytest.approx(scale, rel=4e-6 if dtype == torch.float32 else 2e-3)
+    assert (readout.cap is None) == (cap is None)
+    if cap is not None:
+        assert readout.cap == pytest.approx(cap, rel=1e-6 if dtype == torch.float32 else 4e-3)
+
+
+class _Masking(nn.Linear):
+    """An unembedding whose last token does not exist."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(x)
+        logits[..., -1] = -torch.inf
+        return logits
+
+
+class _Bent(nn.Module):
+    """Logits bent in a way nobody has heard of."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.weight = inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.inner(x)
+        return logits + logits.pow(2).clamp(max=3)
+
+
+@pytest.mark.parametrize("kind", ["masked", "bent", "behind"])
+def test_where_it_is_not_the_model_reads_itself(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = tiny_model("llama")
+    if kind == "masked":
+        masking = _Masking(32, 128, bias=False)
+        masking.weight = model.lm_head.weight
+        model.lm_head = masking
+    elif kind == "bent":
+        model.lm_head = _Bent(model.lm_head)
+    else:
+        forward = model.forward
+
+        def bent(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            out.logits = out.logits.abs()
+            return out
+
+        monkeypatch.setattr(model, "forward", bent)
+    stack = stack_of(model)
+    readout = find_readout(stack)
+    assert isinstance(readout, OwnTail)
+    ids = tokens()
+    p = logits_of(model, ids)[:, :-1].flatten(0, 1)
+    target = ids[:, 1:].flatten()
+    with stack.at_rest():
+        tape = stack.record({"input_ids": ids, "use_cache": False}, {2})
+        chosen = torch.ones_like(ids).bool()
+        chosen[:, -1] = False
+        base = chunked.baseline(readout, readout.final(tape.states[DEPTH], chosen), target)
+        found = chunked.measure(readout, readout.final(tape.states[2], chosen), base)
+        q = own_logits(stack, tape.states[2])[:, :-1].flatten(0, 1)
+    # A token that does not exist is no next token, and its logit is minus infinity in both models.
+    meant = reference.measure(p.clamp(min=-1e30), q.clamp(min=-1e30), target)
+    torch.testing.assert_close(found, meant, rtol=1e-5, atol=2e-5)

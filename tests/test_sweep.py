@@ -1,0 +1,326 @@
+"""`layersurgery.sweep`, and what measures a batch."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+import weakref
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import layersurgery as ls
+from layersurgery.families import variants
+from layersurgery.kernels.reference import METRICS
+from layersurgery.measuring import Measurer
+from layersurgery.stack import Stack
+from tests.reference import logits_of
+from tests.test_live_zoo import state
+from tests.zoo import DEPTH, VOCAB, tiny_model, tokens
+
+
+def test_the_table() -> None:
+    model = tiny_model("llama")
+    frame = ls.sweep(model, "swap,drop", tokens(3))
+    assert list(frame.edit) == ["none"] + ["swap"] * 5 + ["drop"] * 6
+    assert list(frame.layer[1:]) == [*range(5), *range(6)]
+    assert list(frame.plan[:3]) == ["", "swap 0 1", "swap 1 2"]
+    assert list(frame.route[:2]) == ["0:6", "1 0 2:6"]
+    assert frame.relative_depth[1:6].tolist() == [0, 0.2, 0.4, 0.6, 0.8]
+    assert set(frame.tokens) == {3 * 11}
+    assert set(frame.sequences) == {3}
+    assert set(frame.depth) == {6}
+    none = frame.iloc[0]
+    assert (none.kl_nats, none.agreement, none.entropy_change_bits, none.loss_change_nats, none.kl_nats_sem) == (0, 1, 0, 0, 0)
+    for row in frame.iloc[1:].itertuples():
+        assert row.kl_nats > 0
+        assert 0 < row.kl_nats_sem < row.kl_nats
+        assert 0 <= row.agreement <= 1
+        assert 0 <= row.entropy_bits <= math.log2(VOCAB)
+        assert row.entropy_change_bits == pytest.approx(row.entropy_bits - none.entropy_bits, abs=1e-12)
+        assert row.loss_change_nats == pytest.approx(row.loss_nats - none.loss_nats, abs=1e-12)
+
+
+def test_one_route_is_run_once_and_said_of_all_its_plans() -> None:
+    model = tiny_model("llama")
+    measurer = Measurer(model, variants(["swap", {"same": "swap 2 3", "nothing": "swap 1 2; swap 1 2"}, "swap-pairs"], DEPTH))
+    assert len(measurer.routes) == 15 + 1
+    frame = ls.sweep(model, ["swap", {"same": "swap 2 3", "nothing": "swap 1 2; swap 1 2"}], tokens())
+    values = frame.set_index("name")[list(METRICS)]
+    assert values.loc["same"].equals(values.loc["swap 2 3"])
+    assert values.loc["nothing"].equals(values.loc["unedited"])
+    assert values.loc["nothing"].kl_nats == 0
+
+
+def close(one: pd.DataFrame, other: pd.DataFrame, atol: float = 1e-6) -> bool:
+    numbers = [name for metric in METRICS for name in (metric, f"{metric}_sem")]
+    return bool(((one[numbers] - other[numbers]).abs() < atol).all(axis=None)) and one.plan.equals(other.plan)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_the_batch_size_changes_no_more_than_rounding(batch_size: int) -> None:
+    model = tiny_model("llama")
+    assert close(ls.sweep(model, "swap,drop", tokens(5), batch_size=batch_size), ls.sweep(model, "swap,drop", tokens(5)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "falcon-alibi", "gemma3_text"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(name: str, side: str) -> None:
+    model = tiny_model(name)
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    if side == "left":
+        mask[0, :5] = 0
+    else:
+        mask[0, 7:] = 0
+    frame = ls.sweep(model, ["drop", "swap 1 2"], ids, attention_mask=mask, batch_size=2)
+    assert set(frame.tokens) == {6 + 11}
+    for row in frame.iloc[1:].itertuples():
+        meant = ls.compare(model, row.plan, ids, attention_mask=mask, batch_size=2)
+        assert row.kl_nats == pytest.approx(meant.kl_nats, abs=1e-5)
+        assert row.agreement == meant.agreement
+        assert row.loss_nats == pytest.approx(meant.loss_nats, abs=1e-5)
+    alone = ls.compare(model, "drop 2", ids[:1, mask[0].bool()])
+    both = [alone, ls.compare(model, "drop 2", ids[1:])]
+    whole = sum(one.kl_nats * one.tokens for one in both) / 17
+    assert frame.set_index("plan").kl_nats["drop 2"] == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_sequence_without_any_pair_of_tokens_is_passed_over() -> None:
+    mask = torch.tensor([[1] * 12, [1] + [0] * 11])
+    frame = ls.sweep(tiny_model("llama"), "drop", tokens(), attention_mask=mask)
+    assert set(frame.sequences) == {1}
+    assert set(frame.tokens) == {11}
+
+
+def test_only_some_layers() -> None:
+    frame = ls.sweep(tiny_model("llama"), "swap,drop", tokens(), layers=range(2, 5))
+    assert list(frame.plan[1:]) == ["swap 2 3", "swap 3 4", "drop 2", "drop 3", "drop 4"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_blocks_run_in_it_and_logits_are_read_in_single(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    ids = tokens(4, 16)
+    frame = ls.sweep(model, "drop,swap", ids, batch_size=4).set_index("plan")
+    same = [
+        frame.agreement[plan] == pytest.approx(ls.compare(model, plan, ids, batch_size=4).agreement, abs=0.1)
+        for plan in frame.index[1:]
+    ]
+    assert all(same)
+    for plan in frame.index[1:]:
+        assert frame.kl_nats[plan] == pytest.approx(ls.compare(model, plan, ids, batch_size=4).kl_nats, rel=0.1, abs=5e-3)
+    assert frame.kl_nats[""] == 0
+
+
+def test_the_model_is_as_it_was_also_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2").train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    before, random = state(model), torch.get_rng_state()
+    ls.sweep(model, "swap,skip-mlp", tokens())
+    assert state(model) == before
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(model.transformer.h[3].mlp, "forward", fail)
+    with pytest.raises(Exception, match="division|ZeroDivision|could not be run"):
+        ls.sweep(model, "swap", tokens())
+    monkeypatch.undo()
+    assert state(model) == before
+
+
+def test_edits_of_an_edited_model() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    ls.operate_(other, "repeat 1; drop 4", verify=False)
+    with ls.operate(model, "repeat 1; drop 4"):
+        frame = ls.sweep(model, "drop", tokens())
+    assert close(frame, ls.sweep(other, "drop", tokens()), 1e-9)
+    assert frame.set_index("plan").kl_nats["drop 2"] == pytest.approx(ls.compare(other, "drop 2", tokens()).kl_nats, abs=1e-6)
+
+
+def test_families_leave_out_what_an_architecture_cannot_do_and_say_so() -> None:
+    model = tiny_model("nemotron_h")
+    with pytest.warns(UserWarning, match=r"\d edits are left out, 'skip-attention \d' first: .* has no attention"):
+        frame = ls.sweep(model, "skip-attention", tokens())
+    assert list(frame.plan[1:]) == [
+        f"skip-attention {block}" for block in range(DEPTH) if f"skip-attention {block}" in set(frame.plan)
+    ]
+    with pytest.raises(ls.InexpressibleError, match="has no attention"):
+        ls.sweep(model, "skip-attention 2", tokens())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.sweep(model, "drop", tokens())
+
+
+def test_what_is_refused() -> None:
+    model = tiny_model("llama")
+    cases: list[tuple[Any, Any, str]] = [
+        ("swap", torch.zeros(2, 1, dtype=torch.long), "no position has a next token"),
+        ("swap", [[1, 2], [3]], "sequences of one length"),
+        ("drop 9", tokens(), "block 9 is out of range: the model has 6 blocks"),
+        (ls.Route((0, 8)), tokens(), "the route visits block 8"),
+    ]
+    for wanted, ids, words in cases:
+        with pytest.raises(ls.PlanError, match=words):
+            ls.sweep(model, wanted, ids)
+    with pytest.raises(ls.InexpressibleError, match="shares one block's weights|zamba"):
+        ls.sweep(_renamed(tiny_model("llama"), "zamba"), "swap", tokens())
+
+
+def _renamed(model: Any, model_type: str) -> Any:
+    model.config.model_type = model_type
+    return model
+
+
+class _Handing(nn.Module):
+    """A block that hands its neighbour something beside the stream."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.layer_type = getattr(block, "layer_type", None)
+
+    def forward(self, hidden_states: torch.Tensor, _beside: Any = None, **kwargs: Any) -> Any:
+        return self.block(hidden_states, **kwargs), hidden_states.mean(-1)
+
+
+def test_blocks_that_hand_on_more_than_the_stream_are_refused() -> None:
+    model = tiny_model("llama")
+    inner = model.model
+    inner.layers = nn.ModuleList(map(_Handing, inner.layers))
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> Any:
+        stream, beside = inner.embed_tokens(input_ids), None
+        embeddings = inner.rotary_emb(stream, torch.arange(input_ids.shape[1])[None])
+        for layer in inner.layers:
+            stream, beside = layer(stream, beside, position_embeddings=embeddings)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        return CausalLMOutput(logits=model.lm_head(inner.norm(stream)))
+
+    model.forward = forward
+    with pytest.raises(ls.InexpressibleError, match="block 0 hands block 1 more than the residual stream"):
+        ls.sweep(model, "swap", tokens())
+
+
+def test_what_is_no_number_is_not_averaged_away() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        # Harmless at its own place, where the stream is small; behind block 2 it overflows.
+        model.model.layers[5].mlp.down_proj.weight.mul_(math.nan)
+    with pytest.raises(ls.MeasurementError, match="LlamaForCausalLM's own predictions are no numbers"):
+        ls.sweep(model, "drop 1", tokens())
+    blind = tiny_model("llama")
+    blind.model.layers[3].register_forward_pre_hook(_nan_if_shifted(blind), with_kwargs=True)
+    frame = ls.sweep(blind, ["drop", "swap 3 4"], tokens(3)).set_index("plan")
+    for plan in ("drop 0", "drop 2"):
+        assert frame.loc[plan, list(METRICS)].isna().all()
+    assert frame.loc[["drop 3", "drop 4", "drop 5"], list(METRICS)].notna().all(axis=None)
+
+
+def _nan_if_shifted(model: Any) -> Any:
+    """A stand-in for an overflow: what block 3 gives is NaN unless it gets exactly what it gets in the unedited model."""
+    with torch.no_grad():
+        usual = model(tokens(3), output_hidden_states=True, use_cache=False).hidden_states[3]
+    probing: list[int] = []
+
+    def hook(_: Any, args: Any, kwargs: Any) -> Any:
+        stream = args[0]
+        if stream.shape != usual.shape or torch.equal(stream, usual):
+            probing.append(1)
+            return None
+        return (stream * math.nan, *args[1:]), kwargs
+
+    return hook
+
+
+def test_streams_are_let_go_as_early_as_the_forecast_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    measurer = Measurer(model, variants("swap,drop", DEPTH))
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    run = Stack.run
+
+    def watched(self: Stack, *args: Any) -> torch.Tensor:
+        nonlocal most
+        result = run(self, *args)
+        alive.append(weakref.ref(result))
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        return result
+
+    monkeypatch.setattr(Stack, "run", watched)
+    measurer.measure(tokens(), torch.ones_like(tokens()))
+    assert most <= 3
+    assert measurer.schedule.states_at_peak <= DEPTH + 2
+    assert not [ref for ref in alive if ref() is not None]
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    meant = ls.sweep(model, "drop", tokens(6), batch_size=1)
+    tried: list[int] = []
+    measure = Measurer.measure
+
+    def crowded(self: Measurer, ids: torch.Tensor, *args: Any) -> Any:
+        tried.append(len(ids))
+        if len(ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return measure(self, ids, *args)
+
+    monkeypatch.setattr(Measurer, "measure", crowded)
+    assert close(ls.sweep(model, "drop", tokens(6)), meant)
+    assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
+    monkeypatch.setattr(
+        Measurer, "measure", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    )
+    with pytest.raises(
+        ls.MeasurementError, match="memory does not suffice for one sequence of 12 tokens: take a shorter --context"
+    ):
+        ls.sweep(model, "drop", tokens(6))
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    ls.sweep(tiny_model("llama"), "drop", tokens(5), batch_size=2, progress=lambda *now: told.append(now))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_the_headline_in_five_lines_of_pandas() -> None:
+    frame = ls.sweep(tiny_model("llama", num_hidden_layers=9), "swap,drop", tokens(4))
+    said = ls.headline(frame)
+    for edit in ("swap", "drop"):
+        rows = frame[frame.edit == edit].sort_values("layer")
+        kept = 100 * rows.agreement.iloc[2:-2]
+        assert f"{kept.min():.0f}-{kept.max():.0f} % " in said
+        assert f"under {edit}, median {kept.median():.0f} %" in said
+    assert said.startswith("intermediate layers keep ")
+    assert ls.headline(ls.sweep(tiny_model("llama", num_hidden_layers=4), "swap", tokens())) == ""
+
+
+def test_a_wrapped_model() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    ids = tokens(2)
+    frame = ls.sweep(model, "drop,skip-attention", ids, batch_size=2)
+    for row in frame.iloc[1:].itertuples():
+        assert row.kl_nats == pytest.approx(ls.compare(model, row.plan, ids, batch_size=2).kl_nats, abs=1e-5)
+
+
+def test_an_offloaded_model() -> None:
+    from accelerate import cpu_offload
+
+    model = tiny_model("llama")
+    meant = ls.sweep(model, "drop,skip-mlp", tokens())
+    logits = logits_of(model, tokens())
+    cpu_offload(model, execution_device="cpu")
+    assert close(ls.sweep(model, "drop,skip-mlp", tokens()), meant, 1e-5)
+    assert torch.equal(logits_of(model, tokens()), logits)

@@ -1,0 +1,82 @@
+"""A sweep over the zoo: operate, forward and dense float64 metrics, for every family of edits and every architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import layersurgery as ls
+from layersurgery.families import Variant, family, variants
+from layersurgery.kernels.reference import METRICS, measure
+from layersurgery.measuring import Measurer
+from tests.reference import logits_along, logits_of
+from tests.test_live_zoo import state
+from tests.zoo import DEPTH, ZOO, tiny_model, tokens
+
+EDITS = [
+    "swap",
+    "drop",
+    "skip-attention",
+    "skip-mlp",
+    "drop-span:4",
+    {"mine": "repeat 2:4; swap 0 5", "skips": "skip-mlp 1; drop 3"},
+]
+# Families of which a sweep leaves some edits out, and why.
+LEFT_OUT = {
+    ("rwkv", "swap"): "block 0 holds the norm of the embedding",
+    ("rwkv", "drop"): "block 0 holds the norm of the embedding",
+    ("nemotron_h", "skip-attention"): "has no attention",
+    ("nemotron_h", "skip-mlp"): "has no mlp",
+}
+
+
+def wanted(model: Any) -> list[Variant]:
+    """Everything of the families that this architecture can do at all, and plans of one's own if it can do them."""
+    blocks = ls.anatomy(model)
+    found: list[Variant] = []
+    for edit in EDITS:
+        try:
+            Measurer(model, variants(edit, DEPTH), anatomy=blocks)
+        except ls.InexpressibleError:
+            continue
+        found += variants(edit, DEPTH)
+    return found
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_sweep_is_operating_and_comparing(name: str) -> None:
+    model, ids = tiny_model(name), tokens(2, 10)
+    logits = logits_of(model, ids)  # some note in their modules that they ran
+    before = state(model)
+    measurer = Measurer(model, wanted(model))
+    measured = measurer.measure(ids, torch.ones_like(ids))
+    assert state(model) == before
+    assert measured.counts == [9, 9]
+    assert measured.calls == measurer.schedule.calls
+    assert measured.states_at_peak == measurer.schedule.states_at_peak
+    p, target = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    compared = 0
+    for row, variant in enumerate(measurer.variants):
+        try:
+            with ls.operate(model, variant.route, anatomy=measurer.stack.anatomy):
+                q = logits_of(model, ids)
+        except ls.InexpressibleError:  # no config can say it; the sweep has no need of one
+            if not all(visit.whole for visit in variant.route):
+                continue
+            q = logits_along(model, variant.route, ids)
+        meant = measure(p, q[:, :-1].flatten(0, 1), target).view(len(METRICS), 2, 9).sum(-1).T
+        found = torch.from_numpy(measured.values[:, row])
+        torch.testing.assert_close(found / 9, meant / 9, rtol=0, atol=1e-5, msg=f"{variant.plan}: {found} {meant}")
+        for metric in ("agreement", "accuracy"):
+            assert torch.equal(found[:, METRICS.index(metric)], meant[:, METRICS.index(metric)]), variant.plan
+        compared += 1
+    assert compared > DEPTH
+    left_out = {kind: reason for (architecture, kind), reason in LEFT_OUT.items() if architecture == name}
+    for kind, reason in left_out.items():
+        plans = {variant.plan for variant in family(kind, DEPTH)}
+        reasons = [text for plan, text in measurer.left_out.items() if plan in plans]
+        assert reasons
+        assert all(reason in text for text in reasons)
+    assert bool(measurer.left_out) == bool(left_out)
