@@ -27,43 +27,47 @@ def lines(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
         f"{base.entropy_bits:.2f} bits, accuracy {100 * base.accuracy:.1f} %\n"
     )
     kinds = [edit for edit in _BY_LAYER if (frame.edit == edit).any()]
+    # Spans of several lengths stand in a list of their own, as one layer may begin several of them.
+    spans = frame[frame.edit == "drop-span"]
+    if spans.layer.duplicated().any():
+        kinds = [kind for kind in kinds if kind != "drop-span"]
     if kinds:
         yield _by_layer(frame, kinds)
+        yield ""
         for kind in kinds:
             rows = frame[frame.edit == kind].sort_values("layer")
             for metric, words in (("kl_nats", "KL, log scale"), ("agreement", "predictions kept")):
-                yield Text(f"{kind:>14} {words:<16} {curve(rows[metric].tolist(), log=metric == 'kl_nats')}")
-    others = frame[frame.edit.isin(["swap-pairs", "plan"])]
+                yield Text(f"{kind:>14} {words:<16} {curve(rows[metric].tolist(), log=metric == 'kl_nats')}", no_wrap=True)
+    others = frame[frame.edit.isin(["swap-pairs", "plan"]) | ((frame.edit == "drop-span") & ("drop-span" not in kinds))]
     if len(others):
         yield _listed(others)
 
 
 def _by_layer(frame: pd.DataFrame, kinds: Sequence[str]) -> Table:
+    """A row for each layer; with more than two kinds of edits there is room for KL and what is kept only."""
+    wide = len(kinds) <= 2
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", justify="right")
-    most = frame[frame.edit.isin(kinds)].kl_nats.max()
+    table.add_column("\nlayer", justify="right", no_wrap=True)
     for kind in kinds:
-        table.add_column(f"{kind}: KL", justify="right")
-        table.add_column("", width=_WIDTH, no_wrap=True)
-        table.add_column("kept", justify="right")
-        table.add_column("entropy", justify="right")
+        table.add_column(f"{kind}\nKL", justify="right", no_wrap=True)
+        if wide:
+            table.add_column("", width=_WIDTH, no_wrap=True)
+        table.add_column("\nkept", justify="right", no_wrap=True)
+        if wide:
+            table.add_column("\nentropy", justify="right", no_wrap=True)
     by = {kind: frame[frame.edit == kind].set_index("layer") for kind in kinds}
+    most = frame[frame.edit.isin(kinds)].kl_nats.max()
     for layer in sorted({layer for rows in by.values() for layer in rows.index}):
         cells = [str(layer)]
         for kind in kinds:
-            if layer in by[kind].index:
-                row = by[kind].loc[layer]
-                row = row.iloc[0] if row.ndim > 1 else row
-                cells += [
-                    f"{row.kl_nats:.3f}",
-                    bar(row.kl_nats, most),
-                    f"{100 * row.agreement:.1f} %",
-                    f"{row.entropy_change_bits:+.2f}",
-                ]
-            else:
-                cells += ["", "", "", ""]
+            cells += _cells(by[kind].loc[layer], most, wide) if layer in by[kind].index else [""] * (4 if wide else 2)
         table.add_row(*cells)
     return table
+
+
+def _cells(row: pd.Series, most: float, wide: bool) -> list[str]:
+    cells = [f"{row.kl_nats:.3f}", f"{100 * row.agreement:.1f} %"]
+    return [cells[0], bar(row.kl_nats, most), cells[1], f"{row.entropy_change_bits:+.2f}"] if wide else cells
 
 
 def _listed(rows: pd.DataFrame) -> Table:

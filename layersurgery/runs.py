@@ -11,7 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -94,30 +94,46 @@ def open_run(directory: Path, arguments: dict[str, Any], *, overwrite: bool = Fa
     arguments = json.loads(json.dumps(arguments))
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
         raise OutputError(f"{directory} exists and is no directory; choose another output with -o")
+    fresh = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {directory}: {error.strerror or error}") from error
     with locked(directory):
-        before = read_run(directory)
-        if before is None and any(directory.iterdir()):
-            raise OutputError(f"{directory} holds something else than a sweep; choose another output with -o")
-        if before is not None and overwrite:
-            _clear(directory)
-            before = None
-        if before is not None and (changed := _changed(before.get("arguments", {}), arguments)):
+        run = _run_in(directory, arguments, overwrite)
+        try:
+            yield run
+        except BaseException:
+            if not run.finished and not run.begun:  # nothing was measured, so nothing is to be gone on with
+                _clear(directory)
+                if fresh:
+                    with suppress(OSError):
+                        directory.rmdir()
+            raise
+
+
+def _run_in(directory: Path, arguments: dict[str, Any], overwrite: bool) -> Run:
+    before = read_run(directory)
+    if before is None and any(directory.iterdir()):
+        raise OutputError(f"{directory} holds something else than a sweep; choose another output with -o")
+    run = Run(directory, arguments, before or {})
+    if before is not None and (overwrite or not (run.finished or run.begun)):
+        _clear(directory)
+    elif before is not None:
+        if changed := _changed(before.get("arguments", {}), arguments):
             raise OutputError(
                 f"{directory} holds a sweep with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
             )
-        run = Run(directory, arguments, before or {})
-        if before is None:
-            run.note(state="begun", arguments=arguments)
-        yield run
+        return run
+    run = Run(directory, arguments)
+    run.note(state="begun", arguments=arguments)
+    return run
 
 
 def _clear(directory: Path) -> None:
-    for name in (RUN, RESULTS, CSV, SEQUENCES, JOURNAL, TOKENS):
-        (directory / name).unlink(missing_ok=True)
+    drawn = (read_run(directory) or {}).get("figures", [])
+    for name in (*drawn, RESULTS, CSV, SEQUENCES, JOURNAL, TOKENS, RUN):
+        (directory / Path(str(name)).name).unlink(missing_ok=True)
     shutil.rmtree(directory / PARTS, ignore_errors=True)
 
 

@@ -118,10 +118,10 @@ def read_text(asked: Asked, tokenizer: Any) -> Text:
     sequences = _contexts(asked, context, tokenizer) if asked.pack else _documents_alone(asked, context, tokenizer)
     wanted = context * -(-asked.tokens // context) if asked.pack else asked.tokens
     taken = _taken(sequences, wanted * (_POOL if asked.shuffled and not asked.from_hub else 1))
-    if asked.shuffled and not asked.from_hub:
-        taken = _taken(random.Random(asked.seed).sample(taken, len(taken)), wanted)
     if asked.pack and len(taken) > 1 and len(taken[-1]) < context:
         taken.pop()  # the rest of a text that ended early
+    if asked.shuffled and not asked.from_hub:
+        taken = _taken(random.Random(asked.seed).sample(taken, len(taken)), wanted)
     if not taken:
         raise MeasurementError(f"{asked.data} holds no text of at least two tokens")
     total = sum(map(len, taken))

@@ -1,0 +1,28 @@
+"""What does each layer of a model do for its predictions? Measure every swap and every drop at once, then ask the table.
+
+Run it with: python examples/sweep.py
+"""
+
+from __future__ import annotations
+
+from pydoc_data.topics import topics
+
+import layersurgery as ls
+
+model, tokenizer = ls.load("smollm2-135m")
+text = "\n\n".join(topics[name] for name in sorted(topics))
+tokens = tokenizer(text[:4000], return_tensors="pt").input_ids[:, :512].view(4, 128)
+
+# 21 edited models of the middle layers in one pass: every block call that two of them share is made once.
+frame = ls.sweep(model, "swap,drop", tokens, layers=range(10, 21), progress=lambda done, of: print(f"{done} of {of} sequences"))
+
+by_layer = frame.pivot_table(index="layer", columns="edit", values="kl_nats")
+print(by_layer.round(3))
+
+swaps, drops = (frame[frame.edit == edit].set_index("layer").kl_nats for edit in ("swap", "drop"))
+print(f"A swap hurts less than a drop at {(swaps < drops).sum()} of {len(swaps)} layers")
+print(ls.headline(frame))
+
+# Any other plans, by name, on the same tokens:
+mine = {"fewer layers": "drop 12:14", "one twice": "repeat 12", "no attention": "skip-attention 12:14"}
+print(ls.sweep(model, mine, tokens).set_index("name")[["kl_nats", "agreement", "loss_change_nats"]].round(3))

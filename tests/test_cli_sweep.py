@@ -1,0 +1,219 @@
+"""`layersurgery sweep` and `layersurgery plot`, as a person at a terminal uses them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import layersurgery as ls
+from tests.test_cli import COMMAND, result_of, run
+from tests.tiny_text import checkpoint, tiny_tokenizer
+from tests.zoo import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("".join(f"Once upon a time there were {number} layers.\n" for number in range(60)))
+    return path
+
+
+@pytest.fixture
+def small(model: Path, story: Path, tmp_path: Path) -> list[Any]:
+    return ["sweep", model, "--data", story, "-n", 120, "--context", 30, "-o", tmp_path / "out"]
+
+
+def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path, tmp_path: Path) -> None:
+    value = result_of(*small)
+    frame = ls.read_results(tmp_path / "out")
+    assert value["path"] == str(tmp_path / "out")
+    assert [row["plan"] for row in value["results"]] == list(frame.plan)
+    assert value["results"][3]["kl_nats"] == pytest.approx(frame.kl_nats[3], abs=1e-12)
+    assert value["headline"] == ls.headline(frame)
+    ids = tiny_tokenizer()(story.read_text(), add_special_tokens=False)["input_ids"][:120]
+    loaded = ls.load(model).model
+    meant = ls.sweep(loaded, "swap,drop", [ids[start : start + 30] for start in range(0, 120, 30)])
+    numbers = meant.select_dtypes("number").columns
+    pd.testing.assert_frame_equal(frame[numbers], meant[numbers], check_exact=False, atol=1e-6)
+    assert value["text"]["tokens"] == 120
+    assert value["schedule"] == {"block_calls": 36, "block_calls_apart": 66}
+
+
+def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
+    found = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs")
+    assert found.exit_code == 0
+    for words in (
+        "120 tokens in 4 sequences of 30", "parameters in float32 on cpu", "block calls a batch", "without sharing", "of memory for 4 sequences",
+    ):  # fmt: skip
+        assert words in found.stderr, words
+    shown = found.stdout
+    for words in (
+        "Unedited: loss",
+        "kept",
+        "█",
+        "skip-mlp predictions kept",
+        "predictions under swap, median",
+        "Wrote",
+        "results.parquet",
+    ):
+        assert words in shown, words
+    header = next(line for line in shown.splitlines() if "skip-mlp" in line)
+    assert header.split() == ["swap", "drop", "skip-mlp"]
+    assert all(len(line) <= 100 for line in found.stdout.splitlines() if "█" in line)
+    again = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs")
+    assert again.exit_code == 0
+    assert "has finished; nothing to do" in again.stderr
+    assert again.stdout == found.stdout
+    quiet = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs", "-q")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_plans_of_ones_own_and_rows_for_each_token(small: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "plans.txt").write_text("shallow: drop 3:5  # two\nrepeat 2; swap 0 1\n")
+    value = result_of(*small, "--plans", tmp_path / "plans.txt", "--per-token")
+    assert [(row["edit"], row["name"], row["plan"], row["layer"]) for row in value["results"]] == [
+        ("none", "unedited", "", None),
+        ("plan", "shallow", "drop 3:5", 3),
+        ("plan", "repeat 2; swap 0 1", "repeat 2; swap 0 1", 2),
+    ]
+    each = pd.read_parquet(tmp_path / "out" / "tokens.parquet")
+    assert len(each) == 3 * 4 * 29
+    assert "".join(each[(each.row == 0) & (each.sequence == 0)].token) == "Once upon a time there were 0"
+    assert (tmp_path / "out" / "plans.png").exists()
+    both = result_of(*small, "--plans", tmp_path / "plans.txt", "--edits", "drop-span:3", "--layers", "1:5", "--overwrite")
+    assert [row["edit"] for row in both["results"]] == ["none", "drop-span", "drop-span", "plan", "plan"]
+    assert not (tmp_path / "out" / "tokens.parquet").exists()
+
+
+def test_changed_arguments_are_refused(small: list[Any], story: Path) -> None:
+    assert run(*small, "--edits", "drop").exit_code == 0
+    for more, words in {
+        ("--edits", "swap"): "edits differ",
+        ("--edits", "drop", "--dtype", "bfloat16"): "dtype float32 there, bfloat16 now",
+        ("--edits", "drop", "--context", "20"): "text context 30 there, 20 now",
+        ("--edits", "drop", "-b", "1"): "batch_size nothing there, 1 now",
+    }.items():
+        found = run(*small, *more)
+        assert found.exit_code == 1
+        assert words in found.stderr
+        assert "--overwrite" in found.stderr
+    before = story.read_text()
+    try:
+        story.write_text(before.upper())
+        found = run(*small, "--edits", "drop")
+    finally:
+        story.write_text(before)
+    assert found.exit_code == 1
+    assert "text fingerprint" in found.stderr
+
+
+def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "bare")
+    bare = [*small[:1], tmp_path / "bare", *small[2:]]
+    found = run(*bare)
+    assert (found.exit_code, "brings no tokenizer; say whose to take: --tokenizer MODEL" in found.stderr) == (1, True)
+    assert not (tmp_path / "out").exists()
+    assert result_of(*bare, "--tokenizer", model)["text"]["tokens"] == 120
+    tiny_model("llama", vocab_size=20).save_pretrained(tmp_path / "few")
+    few = run("sweep", tmp_path / "few", *small[2:-1], tmp_path / "other", "--tokenizer", model)
+    assert (few.exit_code, "the model has a vocabulary of 20: it is another model's tokenizer" in few.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (["--edits", "swop"], 2, "unknown family of edits 'swop'; did you mean 'swap'"),
+        (["--edits", "drop-span"], 2, "Write drop-span:4"),
+        (["--edits", "drop-span:6"], 2, "has no 6 to drop and one to keep"),
+        (["--layers", "4:9"], 2, "the range 4:9 is out of range: the model has 6 blocks"),
+        (["--layers", "4"], 2, "--layers takes one half-open range"),
+        (["--tokens", "lots"], 2, "'lots' is no number of tokens"),
+        (["--context", "65"], 2, "--context 65 is more than the 64 positions that the model knows"),
+        (["--context", "1"], 2, "Invalid value for '--context'"),
+        (["--dtype", "float12"], 2, "float12"),
+        (["--device", "warp"], 1, "--device warp cannot be used"),
+        (["--plans", "gone.txt"], 2, "cannot read the plans in gone.txt"),
+        (["--data", "gone.txt"], 1, "gone.txt does not exist on this machine"),
+        (["--data", "someone/nowhere"], 1, "cannot read the dataset someone/nowhere"),
+        (["--tokenizer", "/nowhere"], 1, "/nowhere does not exist on this machine"),
+        (["--revision", "main"], 1, "a revision was given"),
+        (["--blocks", "model.nothing"], 1, "blocks='model.nothing' names no list"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_model_is_loaded(
+    small: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], code: int, words: str
+) -> None:
+    if "--blocks" not in more:
+        monkeypatch.setattr("layersurgery.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    found = run(*small, *more)
+    assert found.exit_code == code
+    assert words in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_column_that_is_not_there(small: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n')
+    found = run(*small, "--data", tmp_path / "a.jsonl")
+    assert (found.exit_code, "has no column 'text'; it has body" in " ".join(found.stderr.split())) == (1, True)
+    found = run(*small, "--data", tmp_path / "a.jsonl", "--column", "body")
+    assert found.exit_code == 0
+    assert "the text ended early: 10 tokens, of 120 asked" in found.stderr
+
+
+def test_drawing_several_sweeps_together(small: list[Any], model: Path, tmp_path: Path) -> None:
+    assert run(*small).exit_code == 0
+    other = checkpoint(tmp_path / "other", num_hidden_layers=9)
+    assert run("sweep", other, *small[2:-1], tmp_path / "second").exit_code == 0
+    value = result_of("plot", tmp_path / "out", tmp_path / "second", "-o", tmp_path / "drawn")
+    assert value["figures"] == [str(tmp_path / "drawn" / f"robustness.{kind}") for kind in ("png", "svg")]
+    svg = (tmp_path / "drawn" / "robustness.svg").read_text()
+    assert ">tiny<" in svg
+    assert ">other<" in svg
+    found = run("plot", tmp_path / "drawn")
+    assert (found.exit_code, "holds no results: give a directory that `layersurgery sweep` wrote" in found.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_hand_it_says_how_to_go_on(model: Path, story: Path, tmp_path: Path, stop: signal.Signals, code: int) -> None:
+    words = ["sweep", model, "--data", story, "-n", "2000", "--context", "20", "-b", "1", "-o", tmp_path / "out"]
+    command = [*COMMAND, *map(str, words)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    journal = tmp_path / "out" / "progress.journal"
+    for _ in range(600):
+        if journal.exists() and journal.stat().st_size > 4000:
+            break
+        time.sleep(0.05)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "the same command goes on with it" in errors
+    assert "Traceback" not in errors
+    found = run(*words)
+    assert found.exit_code == 0
+    assert "Going on with what is measured already" in found.stderr
+    done = ls.read_results(tmp_path / "out")
+    assert run(*words[:-1], tmp_path / "whole").exit_code == 0
+    pd.testing.assert_frame_equal(done, ls.read_results(tmp_path / "whole"), check_exact=True)
+
+
+def test_json_is_all_there_is_on_stdout(small: list[Any]) -> None:
+    found = subprocess.run([*COMMAND, *map(str, small), "--json", "--edits", "drop"], capture_output=True, text=True)
+    assert found.returncode == 0
+    assert json.loads(found.stdout)["finished"]
+    assert "Loading" in found.stderr

@@ -1,0 +1,249 @@
+"""Text from everywhere: the same arguments, the same tokens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zstandard
+
+from layersurgery.errors import MeasurementError, PlanError, SourceError
+from layersurgery.text import Asked, Text, check_data, number, read_text
+from tests.tiny_text import LETTERS, tiny_tokenizer
+
+END = 2
+DOCUMENTS = ["one document", "and another one", "x", "the third: a bit longer than those before it"]
+
+
+def ids_of(text: str) -> list[int]:
+    return [LETTERS.index(letter) + 4 for letter in text]
+
+
+JOINED = [token for document in DOCUMENTS for token in [*ids_of(document), END]]
+
+
+def read(data: Path | str, tokens: int = 40, context: int = 10, tokenizer: Any = None, **options: Any) -> Text:
+    asked = Asked(str(data), tokens, context, **options)
+    check_data(asked)
+    return read_text(asked, tokenizer or tiny_tokenizer())
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "some.jsonl"
+    rows = [{"text": document, "meta": {"n": i} if i % 2 else {"s": "x"}} for i, document in enumerate(DOCUMENTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_documents_are_joined_by_the_end_of_text_and_cut(jsonl: Path) -> None:
+    text = read(jsonl)
+    assert text.ids.tolist() == [JOINED[start : start + 10] for start in range(0, 40, 10)]
+    assert text.mask.all()
+    assert (text.tokens, text.notes) == (40, ())
+
+
+@pytest.mark.parametrize("kind", ["jsonl.zst", "jsonl.gz", "parquet", "directory"])
+def test_the_same_text_in_any_form_is_the_same(jsonl: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "other" / f"some.{kind}"
+    path.parent.mkdir()
+    if kind == "jsonl.zst":
+        path.write_bytes(zstandard.compress(jsonl.read_bytes()))
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(jsonl.read_bytes()))
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": DOCUMENTS, "number": [1, 2, 3, 4]}), path)
+    else:
+        path = path.parent
+        for place, document in enumerate(DOCUMENTS):
+            (path / f"{place}.txt").write_text(document)
+        (path / "notes.md").write_text("not read")
+    assert read(path).fingerprint == read(jsonl).fingerprint
+    assert read(path, 30).fingerprint != read(jsonl).fingerprint
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first line\n\nthird line\n" * 3)
+    text = read(tmp_path / "a.txt", 30, 15)
+    assert text.ids.flatten().tolist() == ids_of(("first line\n\nthird line\n" * 3)[:30])
+    packed = zstandard.compress((tmp_path / "a.txt").read_bytes())
+    (tmp_path / "b.txt.zst").write_bytes(packed)
+    assert read(tmp_path / "b.txt.zst", 30, 15).fingerprint == text.fingerprint
+
+
+def test_a_long_document_is_tokenised_as_far_as_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layersurgery.text._PIECE", 50)
+    lines = "".join(f"line {number}\n" for number in range(1000))
+    (tmp_path / "a.txt").write_text(lines)
+    tokenizer = tiny_tokenizer()
+    given: list[str] = []
+
+    class Counting:
+        eos_token_id = pad_token_id = END
+
+        def __call__(self, piece: str, **options: Any) -> Any:
+            given.append(piece)
+            return tokenizer(piece, **options)
+
+    text = read(tmp_path / "a.txt", 200, 20, Counting())
+    assert text.ids.flatten().tolist() == ids_of(lines[:200])
+    assert all(piece.endswith("\n") for piece in given)
+    assert len(given) <= 6
+
+
+def test_pydoc_is_the_help_of_python() -> None:
+    text = read("pydoc", 1000, 100)
+    tokenizer = tiny_tokenizer()
+    first = tokenizer(topics[min(topics)], add_special_tokens=False)["input_ids"]
+    assert text.ids.flatten().tolist()[: len(first)] == first[:1000]
+    assert text.ids.shape == (10, 100)
+
+
+def test_one_document_a_sequence(jsonl: Path) -> None:
+    text = read(jsonl, 1000, 20, pack=False)
+    kept = [ids_of(document)[:20] for document in DOCUMENTS if len(document) > 1]
+    assert [row[mask.bool()].tolist() for row, mask in zip(text.ids, text.mask, strict=True)] == kept
+    assert text.ids.shape == (3, 20)
+    assert text.ids[0, 12:].eq(0).all()
+    assert text.notes == ("the text ended early: 47 tokens, of 1,000 asked",)
+    assert len(read(jsonl, 13, 20, pack=False).ids) == 2
+
+
+def test_every_sequence_may_begin_with_the_beginning_of_text(jsonl: Path) -> None:
+    text = read(jsonl, bos=True)
+    assert text.ids[:, 0].eq(1).all()
+    assert text.ids[:, 1:].flatten().tolist() == JOINED[:36]
+    assert read(jsonl, 100, 20, pack=False, bos=True).ids[:, 0].eq(1).all()
+    with pytest.raises(PlanError, match="--bos: this tokenizer has no beginning-of-text token"):
+        read(jsonl, bos=True, tokenizer=_without("bos_token"))
+
+
+def _without(name: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    setattr(tokenizer, name, None)
+    return tokenizer
+
+
+def test_without_an_end_of_text_token_documents_are_joined_and_that_is_said(jsonl: Path) -> None:
+    text = read(jsonl, tokenizer=_without("eos_token"))
+    assert text.ids.flatten().tolist() == ids_of("".join(DOCUMENTS))[:40]
+    assert text.notes == ("the tokenizer has no end-of-text token, so documents are joined without one",)
+
+
+def test_shuffling_takes_contexts_at_random_by_the_seed(jsonl: Path) -> None:
+    plain = read(jsonl, 30)
+    assert read(jsonl, 30, seed=5).fingerprint == plain.fingerprint
+    shuffled = [read(jsonl, 30, shuffle=True, seed=seed) for seed in range(6)]
+    assert len({text.fingerprint for text in shuffled}) > 3
+    assert shuffled[2].fingerprint == read(jsonl, 30, shuffle=True, seed=2).fingerprint
+    contexts = {tuple(JOINED[start : start + 10]) for start in range(0, len(JOINED), 10)}
+    assert {tuple(row) for text in shuffled for row in text.ids.tolist()} <= contexts
+    assert len({tuple(row) for text in shuffled for row in text.ids.tolist()}) > 4
+
+
+def test_tokens_are_rounded_up_to_whole_contexts(jsonl: Path) -> None:
+    assert read(jsonl, 31).ids.shape == (4, 10)
+    assert read(jsonl, 7, 50).ids.shape == (1, 7)
+
+
+def test_a_text_that_ends_early_is_said(jsonl: Path) -> None:
+    text = read(jsonl, 100)
+    assert len(JOINED) == 75 + 1
+    assert text.ids.shape == (7, 10)
+    assert text.notes == ("the text ended early: 70 tokens, of 100 asked",)
+    short = read(jsonl, 1000, 500)
+    assert short.ids.tolist() == [JOINED]
+
+
+def test_the_tokens_of_the_real_tokenizer_are_known() -> None:
+    """The digits of a sweep depend on these; pydoc's text is that of this version of Python, so a text of our own is taken."""
+    from layersurgery.loading import tokenizer_of
+    from layersurgery.sources import EMBEDDED, find_source
+
+    tokenizer = tokenizer_of(find_source(EMBEDDED))
+    ids = tokenizer("The capital of France is Paris.", add_special_tokens=False)["input_ids"]
+    assert ids == [504, 3575, 282, 4649, 314, 7042, 30]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4096", 4096), ("1M", 1_000_000), ("2.5k", 2500), ("10_000", 10_000), ("1b", 10**9), ("1,024", 1024)]
+)
+def test_numbers_as_people_write_them(text: str, value: int) -> None:
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "many", "1Q", "0.0001k"])
+def test_what_is_no_number(text: str) -> None:
+    with pytest.raises(PlanError, match="is no number of tokens: write 4096, 100k or 1M"):
+        number(text)
+
+
+def test_wrong_columns(jsonl: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"some.jsonl has no column 'body'; it has text, meta. Say which holds the text: --column"
+    ):
+        read(jsonl, column="body")
+    with pytest.raises(SourceError, match="the column 'meta' of .* holds dict, not text"):
+        read(jsonl, column="meta")
+
+
+def test_what_is_no_text(tmp_path: Path) -> None:
+    cases: dict[str, tuple[bytes, str]] = {
+        "bad.txt": (b"ok\n\xff\xfe\x00", "bad.txt is no UTF-8 text"),
+        "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "cannot read .*bad.jsonl as json"),
+        "bad.parquet": (b"PAR1 not really", "cannot read .*bad.parquet as parquet"),
+        "bad.jsonl.zst": (b"not packed", "cannot read .*bad.jsonl.zst as json"),
+        "empty.jsonl": (b"", "(holds no text|cannot read)"),
+        "blank.jsonl": (b'{"text": "  "}\n{"text": null}\n', "holds no text of at least two tokens"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises((SourceError, MeasurementError), match=words):
+            read(tmp_path / name)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(MeasurementError, match="empty.txt holds no text of at least two tokens"):
+        read(tmp_path / "empty.txt")
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").touch()
+    cases: dict[Path | str, str] = {
+        tmp_path / "a.pdf": "a.pdf is not read: text comes as .txt, .jsonl, .parquet",
+        tmp_path / "gone.txt": "gone.txt does not exist on this machine and is no hub dataset",
+        "gone.jsonl": "gone.jsonl does not exist on this machine",
+        "not a name": "not a name does not exist on this machine",
+        tmp_path: "holds no text: none of its files ends in .txt",
+        "someone/nowhere": r"cannot read the dataset someone/nowhere \(split train\).*--data FILE, or --data pydoc",
+    }
+    for data, words in cases.items():
+        with pytest.raises(SourceError, match=words):
+            read(data)
+    with pytest.raises(PlanError, match="a context of 1 has no next token"):
+        read("pydoc", 10, 1)
+
+
+def test_a_hub_dataset_is_streamed_and_shuffled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played: there is no hub here. The dataset is a real one of the library's, streamed from memory."""
+    import datasets
+
+    calls: list[Any] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    plain = read("someone/texts:small", split="validation", shuffle=False)
+    assert calls == [(("someone/texts", "small"), {"split": "validation", "streaming": True})]
+    assert plain.ids.flatten().tolist() == JOINED[:40]
+    shuffled = {read("someone/texts", seed=seed).fingerprint for seed in range(5)}
+    assert len(shuffled) > 2
+    assert read("someone/texts", seed=3).fingerprint == read("someone/texts", seed=3).fingerprint
+    assert isinstance(plain.ids, torch.Tensor)
