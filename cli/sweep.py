@@ -71,7 +71,7 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
         depth, positions, vocabulary = _config(source)
     chosen = variants(asked_edits, depth, _layers(options.layers, depth))
     asked = _asked(model, options, positions)
-    device, dtype = _place(options, source)
+    device, dtype = _place(options, source, talk)
     from layersurgery.runs import open_run
     from layersurgery.table import read_run
     from layersurgery.text import check_data
@@ -154,7 +154,7 @@ def _tokenizer(source: Source, other: str | None) -> Any:
     return tokenizer
 
 
-def _place(options: Options, source: Source) -> tuple[str, str]:
+def _place(options: Options, source: Source, talk: Talk) -> tuple[str, str]:
     """Device and dtype, said out."""
     import json
 
@@ -171,7 +171,10 @@ def _place(options: Options, source: Source) -> tuple[str, str]:
         config = config.get("text_config", config)
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         if device == "cpu" and dtype == "float16":
-            dtype = "float32"  # few CPUs multiply in float16 at all
+            dtype = "float32"
+            talk.say(
+                "Note: the checkpoint is in float16, which few CPUs multiply at all, so it is loaded in float32; --dtype float16 insists"
+            )
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise PlanError(f"--dtype {options.dtype!r} is none of torch's; write float32, bfloat16, float16 or auto")
     return device, dtype

@@ -18,9 +18,8 @@ frame = ls.sweep(model, "swap,drop", tokens, layers=range(10, 21), progress=lamb
 
 by_layer = frame.pivot_table(index="layer", columns="edit", values="kl_nats")
 print(by_layer.round(3))
-
-swaps, drops = (frame[frame.edit == edit].set_index("layer").kl_nats for edit in ("swap", "drop"))
-print(f"A swap hurts less than a drop at {(swaps < drops).sum()} of {len(swaps)} layers")
+both = by_layer.dropna()
+print(f"A swap hurts less than a drop at {(both['swap'] < both['drop']).sum()} of {len(both)} layers")
 print(ls.headline(frame))
 
 # Any other plans, by name, on the same tokens:

@@ -16,7 +16,7 @@ from .errors import PlanError
 def as_tokens(
     tokens: torch.Tensor | Sequence[Sequence[int]], attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask (1 for a token, 0 for padding), both (sequences, length), of type int64.
+    """Token ids and their mask (1 for a token, 0 for padding), both (sequences, length), int64, in main memory.
 
     Raises:
         PlanError: another shape, or none of the positions has a next token.
@@ -32,7 +32,7 @@ def as_tokens(
         )
     if not bool(followed(mask).any()):
         raise PlanError("no position has a next token: give sequences of at least two tokens")
-    return ids.long(), mask.long()
+    return ids.long().cpu(), mask.long().cpu()
 
 
 def followed(mask: torch.Tensor) -> torch.Tensor:

@@ -137,9 +137,10 @@ class Measurer:
         """What a batch of `sequences` of `length` tokens will take."""
         parameters = list(self.model.parameters())
         held = [*parameters, *self.model.buffers()]
-        itemsize = parameters[0].element_size()
-        width = int(text_config(self.model).hidden_size)
+        itemsize, width = parameters[0].element_size(), self.stack.width
         tokens = sequences * length
+        config = text_config(self.model)
+        heads = getattr(config, "num_attention_heads", 0) if getattr(config, "_attn_implementation", "") == "eager" else 0
         largest = max(_widest(block) for block in self.stack.blocks)
         rows = self.readout.rows or min(tokens, chunked.ROWS)
         tile = (
@@ -150,7 +151,7 @@ class Measurer:
         return Forecast(
             weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
             streams=self.schedule.states_at_peak * tokens * width * itemsize,
-            block=tokens * (6 * width + largest) * itemsize,
+            block=tokens * (6 * width + largest + 2 * heads * length) * itemsize,
             readout=tokens * width * 4 * 4 + tile * 4 * 3,
         )  # fmt: skip
 
@@ -166,10 +167,14 @@ class Measurer:
         Raises:
             MeasurementError: the unedited model's own predictions are no numbers.
         """
+        values = np.zeros((len(ids), len(self.variants), len(METRICS)))
+        if not bool(followed(mask).any()):
+            return Measured([0] * len(ids), values, 0, 0)
+        longest = int(mask.any(0).nonzero().max()) + 1  # the rest is padding in every sequence
+        ids, mask = ids[:, :longest], mask[:, :longest]
         chosen = torch.cat([followed(mask), torch.zeros(len(mask), 1, dtype=torch.bool)], -1)
         counts = chosen.sum(-1).tolist()
         target = ids[:, 1:][chosen[:, :-1]]
-        values = np.zeros((len(ids), len(self.variants), len(METRICS)))
 
         def note(rows: Sequence[int], metrics: torch.Tensor) -> None:
             if each is not None:

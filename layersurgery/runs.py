@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from .atomic import locked, whole_file
-from .errors import OutputError
+from .errors import MeasurementError, OutputError
 from .journal import Journal, Record
 from .measuring import EachToken, Measurer, Tick
 from .pertoken import PARTS, TOKENS, TokenRows, join
@@ -208,7 +208,11 @@ def perform(
     if on_progress is not None:
         on_progress(Progress(sum(len(record.counts) for record in journal.records.values()), sequences))
     while size is None or batch * size < sequences:
-        if size is not None and batch in journal.records and (not per_token or part(batch).exists()):
+        if (
+            size is not None
+            and batch in journal.records
+            and (not per_token or part(batch).exists() or not any(journal.records[batch].counts))
+        ):
             batch += 1
             continue
         begun = time.perf_counter()
@@ -230,10 +234,11 @@ def perform(
             size, measured = measurer.first(text.ids, text.mask, min(sequences, measurer.suggest(length)), each, tick)
         else:
             span = slice(first, first + size)
-            measured = measurer.measure(text.ids[span], text.mask[span], each(size), tick(size))
+            with _memory(size, run.directory):
+                measured = measurer.measure(text.ids[span], text.mask[span], each(size), tick(size))
         if run.facts.get("batch_size") != size:
             run.note(batch_size=size, block_calls=measured.calls)
-        if per_token:
+        if per_token and any(measured.counts):
             rows[0].write(part(batch))
         journal.append(batch, Record(first, measured.counts, measured.values, time.perf_counter() - begun))
         batch += 1
@@ -242,7 +247,7 @@ def perform(
     frame = table()
     _write(run.directory, frame, by_sequence(measurer.variants, journal.sums()))
     if per_token:
-        join([part(number) for number in range(batch)], run.directory / TOKENS)
+        join([part(number) for number in range(batch) if part(number).exists()], run.directory / TOKENS)
     drawn = list(draw(frame, run.directory)) if draw is not None else []
     run.note(
         state="finished",
@@ -270,6 +275,17 @@ def perform(
     (run.directory / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(parts, ignore_errors=True)
     return frame
+
+
+@contextmanager
+def _memory(size: int, directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MeasurementError(
+            f"memory ran out with {size} sequences at once. What was measured is in {directory}: free memory and give the same command again, or "
+            "begin anew with a smaller --batch-size and --overwrite"
+        ) from error
 
 
 def _model_facts(measurer: Measurer) -> dict[str, Any]:

@@ -62,6 +62,10 @@ class Stack:
         model: a transformers causal language model, or a wrapper around one.
         anatomy: the model's.
 
+    Attributes:
+        habits: how each block is called.
+        width: numbers of the residual stream for each token.
+
     Raises:
         InexpressibleError: blocks hand on more than the stream to each other.
     """
@@ -70,7 +74,7 @@ class Stack:
         self.model, self.anatomy = model, anatomy
         found = locate(model, anatomy.blocks)
         self.path, self.blocks = found.path, found.blocks
-        self.habits = self._observed()
+        self.habits, self.width = self._observed()
         self._views: dict[Visit, nn.Module] = {}
 
     @property
@@ -81,7 +85,7 @@ class Stack:
     def _places(self) -> list[tuple[nn.Module, str]]:
         return [(self.blocks, str(number)) for number in range(self.depth)]
 
-    def _observed(self) -> tuple[Habit, ...]:
+    def _observed(self) -> tuple[tuple[Habit, ...], int]:
         observers = [_Observer(block) for block in self.blocks]
         with self.at_rest(), replaced(self._places(), observers):
             run_small(self.model)
@@ -95,7 +99,7 @@ class Stack:
                     )
             beside = observer.output[1:] if isinstance(observer.output, tuple | list) else ()
             earlier |= {(tensor.data_ptr(), tensor.shape): number for tensor in _tensors(beside) if tensor.numel()}
-        return tuple(observer.habit() for observer in observers)
+        return tuple(observer.habit() for observer in observers), observers[0].before.shape[-1]
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -123,14 +127,14 @@ class Stack:
         place = next((parameter.device for parameter in block.parameters() if not parameter.is_meta), stream.device)
         stream = stream.to(place)
         given = stream.clone() if habit.overwrites else stream
-        version = given._version
+        version = _version(given)
         if isinstance(habit.stream, int):
             args = (*args[: habit.stream], given, *args[habit.stream + 1 :])
         else:
             kwargs = {**kwargs, habit.stream: given}
         after = first_tensor(block(*args, **kwargs))
         assert after is not None
-        assert habit.overwrites or given._version == version, f"block {visit.block} has overwritten its input"
+        assert habit.overwrites or _version(given) == version, f"block {visit.block} has overwritten its input"
         return after
 
     def block(self, visit: Visit) -> nn.Module:
@@ -212,6 +216,11 @@ class _End(StandIn):
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         return self.stream if self.beside is None else (self.stream, *self.beside)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts what was written to a tensor, where torch keeps count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

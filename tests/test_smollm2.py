@@ -117,3 +117,23 @@ def test_a_kept_edit_in_a_pipeline(text: torch.Tensor, tmp_path: Path) -> None:
         for way in ("kept", "disk"):
             pipe = pipeline("text-generation", model=str(tmp_path / way), device="cpu")
             torch.testing.assert_close(pipe.model(text).logits, meant, rtol=0, atol=2e-4)
+
+
+def test_a_sweep_finds_what_the_paper_found(loaded: Any, text: torch.Tensor) -> None:
+    ids = text.view(4, 128)
+    frame = ls.sweep(loaded.model, "swap,drop", ids)
+    by = {edit: frame[frame.edit == edit].set_index("layer") for edit in ("swap", "drop")}
+    print(ls.headline(frame))
+    # Catastrophic: the first block, and the order of the last two.
+    assert min(by["swap"].kl_nats[0], by["drop"].kl_nats[0], by["swap"].kl_nats[28]) > 3
+    assert max(by["swap"].agreement[0], by["drop"].agreement[0], by["swap"].agreement[28]) < 0.2
+    # Calm: the middle, but for one or two.
+    assert (by["swap"].agreement[2:27] > 0.65).sum() >= 23
+    assert (by["drop"].kl_nats[2:27] < 1).sum() >= 23
+    assert (by["swap"].kl_nats < by["drop"].kl_nats[:29]).sum() >= 20
+    for plan in ("swap 12 13", "drop 11", "drop 29"):
+        row, meant = frame.set_index("plan").loc[plan], ls.compare(loaded.model, plan, ids, batch_size=4)
+        assert row.agreement == meant.agreement
+        assert row.accuracy == meant.accuracy
+        for metric in ("kl_nats", "loss_nats", "loss_change_nats", "entropy_bits", "entropy_change_bits"):
+            assert row[metric] == pytest.approx(getattr(meant, metric), abs=1e-5), (plan, metric)

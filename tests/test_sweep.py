@@ -91,9 +91,26 @@ def test_padding_does_not_count(name: str, side: str) -> None:
 
 def test_a_sequence_without_any_pair_of_tokens_is_passed_over() -> None:
     mask = torch.tensor([[1] * 12, [1] + [0] * 11])
-    frame = ls.sweep(tiny_model("llama"), "drop", tokens(), attention_mask=mask)
-    assert set(frame.sequences) == {1}
-    assert set(frame.tokens) == {11}
+    for batch_size in (1, 2):
+        frame = ls.sweep(tiny_model("llama"), "drop", tokens(), attention_mask=mask, batch_size=batch_size)
+        assert set(frame.sequences) == {1}
+        assert set(frame.tokens) == {11}
+
+
+def test_padding_behind_every_sequence_is_not_run() -> None:
+    model, mask = tiny_model("llama"), torch.tensor([[1] * 7 + [0] * 5, [1] * 5 + [0] * 7])
+    measurer = Measurer(model, variants("drop", DEPTH))
+    lengths: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _m, _a, output: lengths.append(output.shape[1]))
+    measurer.measure(tokens(), mask)
+    assert set(lengths) == {7}
+
+
+def test_inside_inference_mode() -> None:
+    model = tiny_model("llama")
+    with torch.inference_mode():
+        frame = ls.sweep(model, "drop", tokens())
+    assert close(frame, ls.sweep(model, "drop", tokens()))
 
 
 def test_only_some_layers() -> None:
