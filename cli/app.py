@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
+from . import sweep_options as s
 from .talk import Commands, Talk
 
 if TYPE_CHECKING:
@@ -199,76 +200,27 @@ def edit(
 @app.command(rich_help_panel=_MEASURE)
 def sweep(
     model: o.Model,
-    edits: Annotated[
-        str | None,
-        typer.Option(
-            "--edits",
-            help="Families, separated by commas: swap, drop, skip-attention, skip-mlp, drop-span:N, swap-pairs.",
-            show_default="swap,drop",
-            metavar="NAMES",
-        ),
-    ] = None,
-    plans: Annotated[
-        Path | None, typer.Option("--plans", help="File of plans, one a line: 'name: drop 20:24'.", metavar="FILE")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option("--layers", help="Only edits that touch none but these blocks, as in 4:20.", metavar="A:B")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            help="Text: a hub dataset (id or id:configuration), a .txt, .jsonl or .parquet file (also .zst or .gz), a directory of these, or "
-            "pydoc, Python's own help.",
-            show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m",
-            metavar="DATA",
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option("--split", help="Of a hub dataset.")] = "train",
-    column: Annotated[str, typer.Option("--column", help="The column that holds the text.")] = "text",
-    tokens: Annotated[
-        str | None,
-        typer.Option("--tokens", "-n", help="How many, as in 4096, 100k or 1M.", show_default="1M; 4096 of pydoc", metavar="N"),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context", min=2, help="Tokens of one sequence.", show_default="2048, or what the model takes; 512 of pydoc"
-        ),
-    ] = None,
-    pack: Annotated[
-        bool, typer.Option("--pack/--no-pack", help="Join documents and cut them into contexts; or one document a sequence.")
-    ] = True,
-    bos: Annotated[bool, typer.Option("--bos", help="Begin every sequence with the beginning-of-text token.")] = False,
-    shuffle: Annotated[
-        bool | None,
-        typer.Option(
-            "--shuffle/--no-shuffle", help="Take text at random, or from the start.", show_default="shuffled from the hub only"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the shuffling.")] = 0,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Another model whose tokenizer to take.", metavar="MODEL")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Sequences at once.", show_default="found by trying")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option("--dtype", help="float32, bfloat16, float16, or auto: the checkpoint's own (float32 for float16 on a CPU)."),
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", show_default="cuda if there is one")
-    ] = None,
-    per_token: Annotated[bool, typer.Option("--per-token", help="Write tokens.parquet: every metric of every token.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-sweep", metavar="DIR")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where a sweep is at the output.")] = False,
+    edits: s.Edits = None,
+    plans: s.Plans = None,
+    layers: s.Layers = None,
+    data: s.Data = None,
+    split: s.Split = "train",
+    column: s.Column = "text",
+    tokens: s.Tokens = None,
+    context: s.Context = None,
+    pack: s.Pack = True,
+    bos: s.Bos = False,
+    shuffle: s.Shuffle = None,
+    seed: s.Seed = 0,
+    tokenizer: s.Tokenizer = None,
+    batch_size: s.BatchSize = None,
+    dtype: s.Dtype = "auto",
+    device: s.Device = None,
     revision: o.Revision = None,
-    blocks: Annotated[
-        str | None, typer.Option("--blocks", help="Path of the list of blocks, where it is not found.", metavar="NAME")
-    ] = None,
+    blocks: s.Blocks = None,
+    output: s.Output = None,
+    overwrite: s.Overwrite = False,
+    per_token: s.PerToken = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
@@ -287,7 +239,7 @@ def plot(
     as_json: o.Json = False,
 ) -> None:
     """Draw the results of several sweeps together."""
-    from .sweep import run_plot
+    from .results import run_plot
 
     run_plot(results, output, Talk(quiet=quiet, as_json=as_json))
 

@@ -1,16 +1,23 @@
-"""Results of a sweep on a terminal: numbers with bars, and curves in a line."""
+"""Results of sweeps on a terminal: numbers with bars, and curves in a line; and their figures."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .talk import Talk
+
 if TYPE_CHECKING:
     import pandas as pd
+
+    from layersurgery.runs import Run
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -102,3 +109,59 @@ def curve(values: Sequence[float], *, log: bool = False) -> str:
     low, high = min(known), max(known)
     step = (high - low) or 1
     return "".join(_LEVELS[min(7, int(8 * (value - low) / step))] if math.isfinite(value) else "·" for value in scaled)
+
+
+def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
+    """Draw one sweep's results into its directory."""
+    from layersurgery.figures import Sweep, draw
+
+    return draw([Sweep.of(frame, data)], directory)
+
+
+def show(run: Run, talk: Talk) -> None:
+    """The results of a finished run."""
+    from layersurgery.table import headline, read_results
+
+    frame = read_results(run.directory)
+    facts = run.facts
+    value = {
+        "path": str(run.directory),
+        "finished": True,
+        **{name: facts[name] for name in ("model", "text", "schedule", "batch_size", "seconds", "tokens_per_second", "left_out", "not_numbers")},
+        "headline": headline(frame),
+        "results": _records(frame),
+    }  # fmt: skip
+    files = [
+        "results.parquet",
+        "results.csv",
+        *(["tokens.parquet"] if facts["arguments"]["per_token"] else []),
+        *facts["figures"],
+    ]
+    shown = [*lines(frame)]
+    for plan, batches in facts["not_numbers"].items():
+        where = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
+        shown.append(f"[bold red]Not numbers:[/] {escape(plan)} gave NaN or infinity in batch {where}; its row says NaN")
+    if sentence := headline(frame):
+        shown.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
+    shown.append(
+        f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s through every edit)"
+    )
+    shown.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
+    talk.result(value, *shown)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=15))
+    return records
+
+
+def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
+    """Draw the results of several sweeps together."""
+    from layersurgery.figures import Sweep, draw
+    from layersurgery.table import read_results
+
+    frames = [read_results(directory) for directory in directories]
+    sweeps = [Sweep.of(frame, frame.attrs["run"]["arguments"]["text"]["data"]) for frame in frames]
+    output.mkdir(parents=True, exist_ok=True)
+    written = draw(sweeps, output)
+    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])

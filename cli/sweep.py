@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layersurgery.errors import PlanError, SourceError
 from layersurgery.families import Variant, read_plans, variants
@@ -21,19 +17,17 @@ from layersurgery.route import Span, parse_items, resolve
 from layersurgery.sources import EMBEDDED, Source, find_source, needs_conversion
 from layersurgery.weights import fingerprint
 
-from .results import lines
+from .progress import bar
+from .results import draw_one, show
 from .talk import Talk, complain, number, size
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from layersurgery.measuring import Measurer
     from layersurgery.runs import Run
     from layersurgery.text import Asked, Text
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
-_SECONDS_BETWEEN_LINES = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +79,15 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
     text = None if done else _text(asked, tokenizer, vocabulary, talk)
     source = find_source(model, revision=options.revision)
     arguments = _arguments(source, options, asked, chosen, device, dtype)
-    arguments["text"]["fingerprint"] = before["arguments"]["text"]["fingerprint"] if text is None else text.fingerprint
+    arguments["text"]["fingerprint"] = (
+        text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
+    )
     with open_run(directory, arguments, overwrite=options.overwrite) as run:
         if run.finished or text is None:
             talk.say(f"The sweep in {run.directory} has finished; nothing to do. --overwrite measures it anew")
         else:
             _measure(run, source, chosen, text, tokenizer, options, (device, dtype), talk)
-        _show(run, talk)
+        show(run, talk)
 
 
 def _edits(options: Options) -> list[Any]:
@@ -232,7 +228,7 @@ def _measure(
     if run.begun:
         talk.say("Going on with what is measured already")
     try:
-        with _bar(text, talk) as on_progress, _calm():
+        with bar(text, talk) as on_progress, _calm():
             perform(
                 run,
                 measurer,
@@ -241,7 +237,7 @@ def _measure(
                 batch_size=options.batch_size,
                 per_token=options.per_token,
                 tokenizer=tokenizer,
-                draw=lambda frame, directory: _draw(frame, directory, run.arguments["text"]["data"]),
+                draw=lambda frame, directory: draw_one(frame, directory, run.arguments["text"]["data"]),
                 on_progress=on_progress,
             )
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -273,97 +269,3 @@ def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk
     )
     for plan, reason in measurer.left_out.items():
         talk.say(f"Left out: {plan}: {reason}")
-
-
-@contextmanager
-def _bar(text: Text, talk: Talk) -> Iterator[Any]:
-    """One bar: sequences, tokens a second, time left, and what hurts most and least so far. Elsewhere, a line now and then."""
-    columns = (
-        BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
-        TextColumn("{task.fields[extremes]}"),
-    )  # fmt: skip
-    on = talk.err.is_terminal and not talk.err.quiet
-    tokens = text.tokens / len(text.ids)
-    begin: float | None = None
-    started = spoke = time.monotonic()
-    extremes = ""
-    with Progress(*columns, console=talk.err, disable=not on, transient=True, speed_estimate_period=600) as progress:
-        task = progress.add_task("", total=len(text.ids), done="", extremes="")
-
-        def on_progress(now: Any) -> None:
-            nonlocal begin, spoke, extremes
-            begin = now.sequences if begin is None else begin  # those of an earlier start cost no time now
-            seconds = max(1e-9, time.monotonic() - started)
-            rate = (now.sequences - begin) * tokens / seconds
-            extremes = _extremes(now.table()) if now.table is not None else extremes
-            done = f"{now.sequences:.0f}/{now.of} sequences, {rate:,.3g} tokens/s"
-            progress.update(task, completed=now.sequences, done=done, extremes=extremes)
-            if not on and now.table is not None and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
-                spoke = time.monotonic()
-                talk.say(f"{done}; {(now.of - now.sequences) * tokens / max(rate, 1e-9):,.0f} s left; {extremes}")
-
-        yield on_progress
-
-
-def _extremes(frame: pd.DataFrame) -> str:
-    edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
-    if edited.empty:
-        return ""
-    worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
-    return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
-
-
-def _draw(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
-    from layersurgery.figures import Sweep, draw
-
-    return draw([Sweep.of(frame, data)], directory)
-
-
-def _show(run: Run, talk: Talk) -> None:
-    from layersurgery.table import headline, read_results
-
-    frame = read_results(run.directory)
-    facts = run.facts
-    value = {
-        "path": str(run.directory),
-        "finished": True,
-        **{name: facts[name] for name in ("model", "text", "schedule", "batch_size", "seconds", "tokens_per_second", "left_out", "not_numbers")},
-        "headline": headline(frame),
-        "results": _records(frame),
-    }  # fmt: skip
-    files = [
-        "results.parquet",
-        "results.csv",
-        *(["tokens.parquet"] if facts["arguments"]["per_token"] else []),
-        *facts["figures"],
-    ]
-    shown = [*lines(frame)]
-    for plan, batches in facts["not_numbers"].items():
-        where = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
-        shown.append(f"[bold red]Not numbers:[/] {escape(plan)} gave NaN or infinity in batch {where}; its row says NaN")
-    if sentence := headline(frame):
-        shown.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
-    shown.append(
-        f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s through every edit)"
-    )
-    shown.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
-    talk.result(value, *shown)
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    import json
-
-    records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=15))
-    return records
-
-
-def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
-    """Draw the results of several sweeps together."""
-    from layersurgery.figures import Sweep, draw
-    from layersurgery.table import read_results
-
-    frames = [read_results(directory) for directory in directories]
-    sweeps = [Sweep.of(frame, frame.attrs["run"]["arguments"]["text"]["data"]) for frame in frames]
-    output.mkdir(parents=True, exist_ok=True)
-    written = draw(sweeps, output)
-    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])

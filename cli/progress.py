@@ -1,0 +1,57 @@
+"""Progress of a sweep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .talk import Talk
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layersurgery.text import Text
+
+_SECONDS_BETWEEN_LINES = 30
+
+
+@contextmanager
+def bar(text: Text, talk: Talk) -> Iterator[Any]:
+    """One bar: sequences, tokens a second, time left, and what hurts most and least so far. Elsewhere, a line now and then."""
+    columns = (
+        BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
+        TextColumn("{task.fields[extremes]}"),
+    )  # fmt: skip
+    on = talk.err.is_terminal and not talk.err.quiet
+    tokens = text.tokens / len(text.ids)
+    begin: float | None = None
+    started = spoke = time.monotonic()
+    extremes = ""
+    with Progress(*columns, console=talk.err, disable=not on, transient=True, speed_estimate_period=600) as progress:
+        task = progress.add_task("", total=len(text.ids), done="", extremes="")
+
+        def on_progress(now: Any) -> None:
+            nonlocal begin, spoke, extremes
+            begin = now.sequences if begin is None else begin  # those of an earlier start cost no time now
+            seconds = max(1e-9, time.monotonic() - started)
+            rate = (now.sequences - begin) * tokens / seconds
+            extremes = _extremes(now.table()) if now.table is not None else extremes
+            done = f"{now.sequences:.0f}/{now.of} sequences, {rate:,.3g} tokens/s"
+            progress.update(task, completed=now.sequences, done=done, extremes=extremes)
+            if not on and now.table is not None and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
+                spoke = time.monotonic()
+                talk.say(f"{done}; {(now.of - now.sequences) * tokens / max(rate, 1e-9):,.0f} s left; {extremes}")
+
+        yield on_progress
+
+
+def _extremes(frame: pd.DataFrame) -> str:
+    edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
+    if edited.empty:
+        return ""
+    worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
+    return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
