@@ -40,11 +40,12 @@ def bar(text: Text, talk: Talk) -> Iterator[Any]:
             seconds = max(1e-9, time.monotonic() - started)
             rate = (now.sequences - begin) * tokens / seconds
             extremes = _extremes(now.table()) if now.table is not None else extremes
-            done = f"{now.sequences:.0f}/{now.of} sequences, {rate:,.3g} tokens/s"
+            done = f"{now.sequences:.1f}/{now.of} sequences, {rate:,.3g} tokens/s"
             progress.update(task, completed=now.sequences, done=done, extremes=extremes)
-            if not on and now.table is not None and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
+            if not on and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
                 spoke = time.monotonic()
-                talk.say(f"{done}; {(now.of - now.sequences) * tokens / max(rate, 1e-9):,.0f} s left; {extremes}")
+                left = f"{(now.of - now.sequences) * tokens / rate:,.0f} s left" if rate else ""
+                talk.say("; ".join(filter(None, [done, left, extremes])))
 
         yield on_progress
 

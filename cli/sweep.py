@@ -215,7 +215,7 @@ def _measure(
 ) -> None:  # fmt: skip
     from layersurgery.loading import load
     from layersurgery.measuring import Measurer
-    from layersurgery.runs import perform
+    from layersurgery.performing import perform
 
     device, dtype = where
     with talk.step(f"Loading {source.label}"), _calm():

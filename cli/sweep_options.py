@@ -108,7 +108,7 @@ Dtype = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="cpu, cuda, cuda:1, mps.", show_default="cuda if there is one", metavar="NAME", rich_help_panel=_HOW
+        "--device", help="cpu, cuda or cuda:1.", show_default="cuda if there is one", metavar="NAME", rich_help_panel=_HOW
     ),
 ]
 Blocks = Annotated[

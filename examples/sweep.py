@@ -11,7 +11,7 @@ import layersurgery as ls
 
 model, tokenizer = ls.load("smollm2-135m")
 text = "\n\n".join(topics[name] for name in sorted(topics))
-tokens = tokenizer(text[:4000], return_tensors="pt").input_ids[:, :512].view(4, 128)
+tokens = tokenizer(text[:4000], return_tensors="pt").input_ids[:, :256].view(2, 128)
 
 # 21 edited models of the middle layers in one pass: every block call that two of them share is made once.
 frame = ls.sweep(model, "swap,drop", tokens, layers=range(10, 21), progress=lambda done, of: print(f"{done} of {of} sequences"))

@@ -48,7 +48,13 @@ class Variant:
 
     @classmethod
     def of(cls, edit: str, plan: Plan, depth: int, name: str = "") -> Variant:
-        """The variant that a plan makes of a model of `depth` blocks."""
+        """The variant that a plan makes of a model of `depth` blocks.
+
+        Raises:
+            PlanError: the plan does not fit, or is empty.
+        """
+        if not plan.edits:
+            raise PlanError("an empty plan is the unedited model, which is measured in any case; leave it out")
         return cls(edit, str(plan), plan.route(depth), _first_block(plan.edits[0], depth), name or str(plan))
 
 

@@ -130,7 +130,7 @@ class Measurer:
             else:
                 kept.append(variant)
         if not kept:
-            raise InexpressibleError("; ".join(dict.fromkeys(left_out.values())) or "there is no edit to measure")
+            raise InexpressibleError(next(iter(left_out.values()), "there is no edit to measure"))
         return kept, left_out
 
     def forecast(self, sequences: int, length: int) -> Forecast:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .atomic import whole_file
 from .errors import SourceError
 from .families import Variant
 from .kernels.reference import METRICS
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 RESULTS = "results.parquet"
+CSV = "results.csv"
+SEQUENCES = "sequences.parquet"
 RUN = "run.json"
 
 
@@ -72,6 +75,25 @@ def by_sequence(variants: Sequence[Variant], sums: Sums) -> pa.Table:
     for place, metric in enumerate(METRICS):
         columns[f"{metric}_sum"] = pa.array(values[:, :, place].reshape(-1))
     return pa.table(columns)
+
+
+def write(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
+    """Write the results, each file whole or not at all.
+
+    Args:
+        directory: where.
+        frame: what `results` gave.
+        sequences: what `by_sequence` gave.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with whole_file(directory / SEQUENCES) as partial:
+        pq.write_table(sequences, partial, compression="zstd")
+    with whole_file(directory / CSV) as partial:
+        frame.to_csv(partial, index=False)
+    with whole_file(directory / RESULTS) as partial:
+        pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), partial)
 
 
 def read_results(directory: str | os.PathLike[str]) -> pd.DataFrame:

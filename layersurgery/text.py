@@ -58,7 +58,10 @@ class Asked:
     @property
     def from_hub(self) -> bool:
         """Whether the text comes from the hub."""
-        return self.data != PYDOC and not Path(self.data).expanduser().exists()
+        try:
+            return self.data != PYDOC and not Path(self.data).expanduser().exists()
+        except (OSError, RuntimeError):  # a name too long, no such user
+            return True
 
     @property
     def shuffled(self) -> bool:

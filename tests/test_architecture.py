@@ -17,7 +17,7 @@ LEVELS = [
     "errors version route edits plan families trie",
     "header layerwise quantisation refusals transfer witness blocks position remains views silent branches parts dissection inputs stack readout",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked metrics",
-    "comparison measuring table sweeping text journal pertoken runs",
+    "comparison measuring table sweeping text journal pertoken runs performing",
     "figures",
 ]
 NO_TORCH = [

@@ -73,6 +73,7 @@ def test_any_form() -> None:
         (ls.Route(()), "the route leaves no block"),
         ([], "nothing to measure"),
         (7, "expected families"),
+        (ls.Plan(), "an empty plan is the unedited model"),
         (["drop 0:6"], "leaves none of the 6 blocks"),
     ],
 )

@@ -20,7 +20,8 @@ from layersurgery.figures import Sweep, draw
 from layersurgery.journal import Journal
 from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
-from layersurgery.runs import JOURNAL, open_run, perform
+from layersurgery.performing import perform
+from layersurgery.runs import JOURNAL, open_run
 from layersurgery.text import Text
 from tests.tiny_text import tiny_tokenizer
 from tests.zoo import DEPTH, tiny_model, tokens
@@ -73,7 +74,7 @@ def test_what_it_leaves(undisturbed: Path) -> None:
     run = json.loads((undisturbed / "run.json").read_text())
     assert run["text"] == {"fingerprint": "f", "tokens": 66, "sequences": 7, "length": 10, "notes": []}
     assert run["schedule"] == {"block_calls": 36, "block_calls_apart": 66}
-    assert (run["block_calls"], run["batch_size"], run["not_numbers"]) == (36, 2, {})
+    assert (run["batch_size"], run["not_numbers"]) == (2, {})
     assert run["model"]["parameters"] == sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert run["seconds"] > 0
 
@@ -198,6 +199,38 @@ def test_a_run_that_has_measured_nothing_is_in_nobodys_way(tmp_path: Path) -> No
         pass
     with open_run(tmp_path / "killed", {"other": 1}) as run:
         assert run.arguments == {"other": 1}
+
+
+def test_a_run_killed_before_it_had_cleared_up_is_finished(undisturbed: Path, tmp_path: Path) -> None:
+    do(tmp_path / "run")
+    Journal(tmp_path / "run" / JOURNAL, 12)
+    (tmp_path / "run" / "tokens.parts").mkdir()
+    with open_run(tmp_path / "run", ARGUMENTS) as run:
+        assert run.finished
+    assert files(tmp_path / "run") == files(undisturbed)
+
+
+def test_what_goes_wrong_in_a_batch_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = Measurer.measure
+
+    errors: list[Exception] = []
+
+    def fail(self: Measurer, ids: torch.Tensor, *args: Any) -> Any:
+        if torch.equal(ids[0], tokens(7, 10)[4]):
+            raise errors[-1]
+        return measure(self, ids, *args)
+
+    monkeypatch.setattr(Measurer, "measure", fail)
+    for error, words in {
+        torch.OutOfMemoryError(
+            "CUDA out of memory."
+        ): "batch 2: memory ran out with 2 sequences at once. What was measured is in",
+        ls.MeasurementError("own predictions are no numbers"): "batch 2: own predictions are no numbers",
+    }.items():
+        errors.append(error)
+        with pytest.raises(ls.MeasurementError, match=words):
+            do(tmp_path / "run", per_token=False)
+    assert (tmp_path / "run" / JOURNAL).exists()
 
 
 def test_what_else_is_in_a_place_is_left_alone(tmp_path: Path) -> None:

@@ -219,6 +219,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         tmp_path / "gone.txt": "gone.txt does not exist on this machine and is no hub dataset",
         "gone.jsonl": "gone.jsonl does not exist on this machine",
         "not a name": "not a name does not exist on this machine",
+        "~nobody-of-this-name/text.txt": "does not exist on this machine",
+        "long/" + "x" * 5000: "cannot read the dataset",
         tmp_path: "holds no text: none of its files ends in .txt",
         "someone/nowhere": r"cannot read the dataset someone/nowhere \(split train\).*--data FILE, or --data pydoc",
     }
