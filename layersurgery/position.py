@@ -169,7 +169,13 @@ def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, lo
                 new = type(value)(place for place, block in enumerate(route.blocks) if block in value)
                 if new != value:
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
-            elif type(value) in (list, tuple) and len(value) == depth and name[0] != "_" and all(map(_plain, value)):
+            elif (
+                type(value) in (list, tuple)
+                and len(value) == depth
+                and name[0] != "_"
+                and all(map(_plain, value))
+                and not _names(value)
+            ):
                 new = _moved(module, name, value, depth, route)
                 if new != value:
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
@@ -199,6 +205,11 @@ def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, no
             for name in names:
                 if attributes.get(name) == depth:
                     log.set(attributes, name, now, f"{name} of {type(module).__name__}")
+
+
+def _names(values: Any) -> bool:
+    """Whether these are paths of modules (PEFT keeps those it has wrapped), and no facts on layers."""
+    return all(isinstance(value, str) and "." in value for value in values)
 
 
 def _plain(value: object) -> bool:

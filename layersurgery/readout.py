@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .blocks import text_config
+from .blocks import text_config, transformers_part
+from .errors import InexpressibleError
 from .inputs import model_inputs
 from .stack import Stack
 from .witness import TOKENS, StandIn, noise, replaced
@@ -157,12 +158,33 @@ def find_readout(stack: Stack, *, own: bool = False) -> Readout:
     """
     with stack.at_rest():
         probe = _probe(stack)
-        logits = own_logits(stack, probe)
+        logits = _checked(stack, probe)
         fast = None if own else _unembedding(stack, probe, logits)
     if fast is not None:
         return fast
     longest = getattr(text_config(stack.model), "max_position_embeddings", None)
     return OwnTail(stack, logits.shape[-1], min(_OWN_ROWS, longest) if isinstance(longest, int) else _OWN_ROWS)
+
+
+def _checked(stack: Stack, probe: torch.Tensor) -> torch.Tensor:
+    """The model's own logits.
+
+    Raises:
+        InexpressibleError: it gives none for each token.
+    """
+    name = type(transformers_part(stack.model)).__name__
+    try:
+        logits = own_logits(stack, probe)
+    except AttributeError:  # an output without logits
+        logits = None
+    except RuntimeError as error:
+        raise InexpressibleError(f"{name} cannot be run behind its blocks: {str(error).partition(chr(10))[0]}") from error
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != probe.shape[:2]:
+        found = "none" if logits is None else f"a tensor of shape {tuple(logits.shape)} for {probe.shape[1]} tokens"
+        raise InexpressibleError(
+            f"{name} predicts no next tokens: as logits it gives {found}. Load the model as a causal language model (AutoModelForCausalLM)"
+        )
+    return logits
 
 
 def own_logits(stack: Stack, stream: torch.Tensor) -> torch.Tensor:

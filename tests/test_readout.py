@@ -13,7 +13,7 @@ from layersurgery.kernels import chunked, reference
 from layersurgery.readout import OwnTail, Unembedding, find_readout, own_logits
 from layersurgery.stack import Stack
 from tests.reference import logits_of
-from tests.zoo import DEPTH, ZOO, tiny_model, tokens
+from tests.zoo import DEPTH, ZOO, tiny_config, tiny_model, tokens
 
 
 def stack_of(model: Any) -> Stack:
@@ -118,3 +118,15 @@ def test_where_it_is_not_the_model_reads_itself(kind: str, monkeypatch: pytest.M
     # A token that does not exist is no next token, and its logit is minus infinity in both models.
     meant = reference.measure(p.clamp(min=-1e30), q.clamp(min=-1e30), target)
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=2e-5)
+
+
+def test_a_model_that_predicts_no_tokens_is_refused() -> None:
+    import transformers
+
+    config = tiny_config("llama")
+    for kind, words in {
+        transformers.LlamaForSequenceClassification: "LlamaForSequenceClassification .*(predicts no next tokens|cannot be run behind its blocks)",
+        transformers.LlamaModel: "LlamaModel predicts no next tokens: as logits it gives none. Load .*AutoModelForCausalLM",
+    }.items():
+        with pytest.raises(ls.InexpressibleError, match=words):
+            ls.sweep(kind(config).eval(), "drop", tokens())

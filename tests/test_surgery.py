@@ -754,3 +754,14 @@ def test_layers_that_share_across_positions() -> None:
         pass
     with ls.operate(model, "swap 2 3"):
         pass
+
+
+def test_an_adapter_with_one_module_a_layer() -> None:
+    """PEFT keeps the names of what it has wrapped: as many as there are layers, and no facts on layers."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    before = logits_of(model, tokens())
+    meant = logits_along(model, ls.swap(1).route(DEPTH), tokens())
+    with ls.operate(model, "swap 1 2"):
+        assert torch.equal(logits_of(model, tokens()), meant)
+    assert torch.equal(logits_of(model, tokens()), before)
