@@ -141,6 +141,8 @@ def show(run: Run, talk: Talk) -> None:
     for plan, batches in facts["not_numbers"].items():
         where = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
         shown.append(f"[bold red]Not numbers:[/] {escape(plan)} gave NaN or infinity in batch {where}; its row says NaN")
+    if facts.get("figures_fault"):
+        shown.append(escape(f"No figure could be drawn: {facts['figures_fault']}"))
     if sentence := headline(frame):
         shown.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
     shown.append(

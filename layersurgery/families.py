@@ -113,7 +113,7 @@ def variants(wanted: object, depth: int, layers: range | None = None) -> list[Va
     Raises:
         PlanError: something that cannot be read, or nothing to measure.
     """
-    found = list(_variants(wanted, depth, layers))
+    found = list(dict.fromkeys(_variants(wanted, depth, layers)))  # what is asked for twice is meant once
     if not found:
         where = "" if layers is None else f" with layers {layers.start}:{layers.stop}"
         raise PlanError(f"nothing to measure: {wanted!r} has no edit of a model of {depth} blocks{where}")

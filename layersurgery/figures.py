@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from .atomic import whole_file
 
@@ -110,7 +111,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
             axes[0].set_title(_WORDS[kind], loc="left", fontweight="bold")
             for axis, (_, label, scale) in zip(axes, _PANELS, strict=True):
                 axis.set_ylabel(label)
-                axis.set_yscale(scale)
+                axis.set_yscale(scale if scale == "linear" or _has_positive(sweeps, kind) else "linear")
         for axis in grid[-1]:
             axis.set_xlabel("relative depth of the (first) block edited")
             axis.set_xlim(-0.02, 1.02)
@@ -119,9 +120,19 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
         for axis in grid[:, 2]:
             axis.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         if len(sweeps) > 1:
-            figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps)))
+            legend = figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps)))
+            _plainly(legend.get_texts())
         _entitle(figure, sweeps)
     return figure
+
+
+def _has_positive(sweeps: Sequence[Sweep], kind: str) -> bool:
+    """Whether there is anything that a logarithmic axis can show."""
+    return any(
+        (np.isfinite(values) & (values > 0)).any()
+        for sweep in sweeps
+        for values in [sweep.frame[sweep.frame.edit == kind].kl_nats.to_numpy(float)]
+    )
 
 
 _WORDS = {
@@ -176,6 +187,7 @@ def plans(sweep: Sweep) -> Figure:
         places = np.arange(len(rows))
         left.barh(places, rows.kl_nats, xerr=rows.kl_nats_sem, color=COLOURS[0], ecolor="#444444")
         left.set_yticks(places, names)
+        _plainly(left.get_yticklabels())
         left.set_xlabel("KL from the unedited model (nats)")
         right.barh(places, 100 * rows.agreement, xerr=100 * rows.agreement_sem, color=COLOURS[1], ecolor="#444444")
         right.set_xlabel("predictions kept (%)")
@@ -186,10 +198,16 @@ def plans(sweep: Sweep) -> Figure:
     return figure
 
 
+def _plainly(texts: Sequence[Text]) -> None:
+    """Names of models, files and plans may hold a dollar, and mean no formula."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
 def _entitle(figure: Figure, sweeps: Sequence[Sweep]) -> None:
     captions = list(dict.fromkeys(sweep.caption for sweep in sweeps))
     if len(sweeps) == 1:
-        figure.suptitle(f"{sweeps[0].label}: {captions[0]}", fontsize=10)
+        figure.suptitle(f"{sweeps[0].label}: {captions[0]}", fontsize=10, parse_math=False)
     else:
         each = captions[0] if len(captions) == 1 else "; ".join(f"{sweep.label} {sweep.caption}" for sweep in sweeps)
-        figure.suptitle(each, fontsize=10 if len(each) < 120 else 7, wrap=True)
+        figure.suptitle(each, fontsize=10 if len(each) < 120 else 7, parse_math=False)

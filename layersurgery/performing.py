@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .errors import MeasurementError
+from .errors import MeasurementError, OutputError
 from .journal import Journal, Record
 from .measuring import EachToken, Measurer, Tick
 from .pertoken import PARTS, TOKENS, TokenRows, join
@@ -89,6 +89,7 @@ class _Work:
     ) -> None:  # fmt: skip
         self.run, self.measurer, self.text, self.name = run, measurer, text, name
         self.per_token, self.tokenizer, self.on_progress = per_token, tokenizer, on_progress
+        run.begin()
         self.journal = Journal(run.directory / JOURNAL, len(measurer.variants))
         self.size: int | None = run.facts.get("batch_size") or batch_size
         self.parts = run.directory / PARTS
@@ -150,8 +151,8 @@ class _Work:
         if self.per_token:
             parts = [self.part(batch) for batch in range(batches)]
             join([part for part in parts if part.exists()], self.run.directory / TOKENS)
-        drawn = draw(frame, self.run.directory) if draw is not None else ()
-        self.run.note(state="finished", figures=[path.name for path in drawn], **self._facts())
+        drawn, fault = _drawn(draw, frame, self.run.directory)
+        self.run.note(state="finished", figures=drawn, figures_fault=fault, **self._facts())
         clear_progress(self.run.directory)
         return frame
 
@@ -181,6 +182,16 @@ class _Work:
                 "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "threads": torch.get_num_threads(),
             },
         }  # fmt: skip
+
+
+def _drawn(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:
+    """Names of the figures, or why there are none: a picture that fails must not cost the numbers."""
+    try:
+        return ([] if draw is None else [path.name for path in draw(frame, directory)]), ""
+    except OutputError:
+        raise
+    except Exception as error:  # matplotlib may raise anything
+        return [], f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from .table import CSV, RESULTS, RUN, SEQUENCES, read_run
 from .version import __version__
 
 JOURNAL = "progress.journal"
+KIND = "layersurgery sweep"
 
 
 @dataclass(slots=True)
@@ -45,7 +46,13 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether an earlier start has left something to go on with."""
-        return (self.directory / JOURNAL).exists()
+        return bool(self.facts) and (self.directory / JOURNAL).exists()
+
+    def begin(self) -> None:
+        """Make room for a new run, unless there is one to go on with. An earlier one is removed only now, when all is ready."""
+        if not self.begun:
+            _clear(self.directory)
+            self.note(kind=KIND, state="begun", arguments=self.arguments)
 
     def note(self, **facts: Any) -> None:
         """Write facts to `run.json`."""
@@ -74,32 +81,31 @@ def open_run(directory: Path, arguments: dict[str, Any], *, overwrite: bool = Fa
         try:
             yield run
         except BaseException:
-            if not run.finished and not run.begun:  # nothing was measured, so nothing is to be gone on with
-                _clear(directory)
-                if fresh:
-                    with suppress(OSError):
-                        directory.rmdir()
+            if fresh:  # goes only if it is empty
+                with suppress(OSError):
+                    directory.rmdir()
             raise
 
 
 def _run_in(directory: Path, arguments: dict[str, Any], overwrite: bool) -> Run:
     before = read_run(directory)
-    if before is None and any(directory.iterdir()):
+    if any(directory.iterdir()) and not _ours(before):
         raise OutputError(f"{directory} holds something else than a sweep; choose another output with -o")
     run = Run(directory, arguments, before or {})
-    if before is not None and (overwrite or not (run.finished or run.begun)):
-        _clear(directory)
-    elif before is not None:
-        if changed := _changed(before.get("arguments", {}), arguments):
-            raise OutputError(
-                f"{directory} holds a sweep with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
-            )
-        if run.finished:  # and was killed before it had cleared up
-            clear_progress(directory)
-        return run
-    run = Run(directory, arguments)
-    run.note(state="begun", arguments=arguments)
+    if before is None or overwrite or not (run.finished or run.begun):
+        return Run(directory, arguments)
+    if changed := _changed(before.get("arguments", {}), arguments):
+        raise OutputError(
+            f"{directory} holds a sweep with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
+        )
+    if run.finished:  # and was killed before it had cleared up
+        clear_progress(directory)
     return run
+
+
+def _ours(run: dict[str, Any] | None) -> bool:
+    """Whether a run.json is one of a sweep; other programs call files so, too."""
+    return run is not None and run.get("kind") == KIND and isinstance(run.get("arguments"), dict)
 
 
 def clear_progress(directory: Path) -> None:

@@ -6,6 +6,7 @@ between versions of Python.)
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import random
 import re
@@ -255,7 +256,9 @@ def _from_file(path: Path, column: str) -> Iterator[str]:
         return
     try:
         with _quiet():
-            rows = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, **options)
+            rows = datasets.load_dataset(
+                kind, data_files=[glob.escape(str(path.resolve()))], split="train", streaming=True, **options
+            )
             yield from _texts(rows, column, str(path))
     except (SourceError, GeneratorExit):
         raise

@@ -32,6 +32,10 @@ def test_every_family(name: str, plans: list[str]) -> None:
         assert variant.layer == int("".join(filter(lambda c: c.isdigit() or c == " ", variant.plan.replace(":", " "))).split()[0])
 
 
+def test_what_is_asked_for_twice_is_meant_once() -> None:
+    assert variants("drop,drop", 6) == variants("drop", 6)
+
+
 def test_layers_restrict_to_edits_that_touch_no_other_block() -> None:
     for name in FAMILIES:
         for variant in family(name + ":3" * (name == "drop-span"), 10, range(2, 7)):

@@ -78,3 +78,9 @@ def test_one_sequence_has_no_band_and_is_drawn_all_the_same(tmp_path: Path) -> N
     frame = ls.sweep(tiny_model("llama"), ["swap,drop", {"nothing": "swap 1 2; swap 1 2"}], tokens(1))
     assert frame.kl_nats_sem.isna().all()
     assert len(draw([Sweep.of(frame, "pydoc")], tmp_path)) == 4
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_nothing_that_a_logarithm_can_show(frame: pd.DataFrame, tmp_path: Path, value: float) -> None:
+    flat = frame.assign(kl_nats=value, kl_nats_sem=value, model="a$b_$/c$d_$", name="$x_$")
+    assert len(draw([Sweep.of(flat, "we$ird_$.txt"), Sweep.of(flat, "pydoc")], tmp_path)) == 10

@@ -166,7 +166,8 @@ def test_a_batch_size_found_by_trying_is_kept(tmp_path: Path, monkeypatch: pytes
 
 def begin(directory: Path, arguments: dict[str, Any], **options: Any) -> None:
     """A run that has measured something, and was stopped."""
-    with open_run(directory, arguments, **options):
+    with open_run(directory, arguments, **options) as run:
+        run.begin()
         Journal(directory / JOURNAL, 2)
 
 
@@ -182,6 +183,9 @@ def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", other, overwrite=True) as run:
         assert not run.begun
         assert run.arguments == other
+        assert (tmp_path / "run" / JOURNAL).exists(), "an earlier run stays until the new one is ready"
+        run.begin()
+        assert not (tmp_path / "run" / JOURNAL).exists()
         Journal(tmp_path / "run" / JOURNAL, 2)
     with pytest.raises(ls.OutputError, match="seed"), open_run(tmp_path / "run", ARGUMENTS):
         pass
@@ -195,8 +199,8 @@ def test_a_run_that_has_measured_nothing_is_in_nobodys_way(tmp_path: Path) -> No
     with pytest.raises(StopError), open_run(tmp_path / "there", ARGUMENTS):
         raise StopError
     assert list((tmp_path / "there").iterdir()) == []
-    with open_run(tmp_path / "killed", ARGUMENTS):
-        pass
+    with open_run(tmp_path / "killed", ARGUMENTS) as run:
+        run.begin()
     with open_run(tmp_path / "killed", {"other": 1}) as run:
         assert run.arguments == {"other": 1}
 
@@ -247,6 +251,34 @@ def test_what_else_is_in_a_place_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "mine.txt").exists()
     with pytest.raises(ls.SourceError, match="holds no results"):
         ls.read_results(tmp_path / "thesis")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_programs_have_a_run_json_too(tmp_path: Path, overwrite: bool) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "tokens.parts").mkdir(parents=True)
+    for name, content in {"run.json": '{"experiment": "mine"}', "results.csv": "a,b", "tokens.parts/x": "x"}.items():
+        (theirs / name).write_text(content)
+    with pytest.raises(ls.OutputError, match="holds something else than a sweep"), open_run(theirs, {}, overwrite=overwrite):
+        pass
+    assert sorted(path.name for path in theirs.rglob("*")) == ["results.csv", "run.json", "tokens.parts", "x"]
+
+
+def test_results_stay_until_a_new_run_is_ready(undisturbed: Path, tmp_path: Path) -> None:
+    do(tmp_path / "run")
+    with pytest.raises(StopError), open_run(tmp_path / "run", {"other": 1}, overwrite=True):
+        raise StopError
+    assert files(tmp_path / "run") == files(undisturbed)
+
+
+def test_a_figure_that_fails_does_not_cost_the_numbers(tmp_path: Path) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("no ink")
+
+    measurer = Measurer(tiny_model("llama"), variants("drop", DEPTH))
+    with open_run(tmp_path / "run", {}) as run:
+        perform(run, measurer, text(), name="tiny", batch_size=2, draw=fail)
+    assert ls.read_results(tmp_path / "run").attrs["run"]["figures_fault"] == "ValueError: no ink"
 
 
 def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:

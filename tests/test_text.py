@@ -249,3 +249,9 @@ def test_a_hub_dataset_is_streamed_and_shuffled(monkeypatch: pytest.MonkeyPatch)
     assert len(shuffled) > 2
     assert read("someone/texts", seed=3).fingerprint == read("someone/texts", seed=3).fingerprint
     assert isinstance(plain.ids, torch.Tensor)
+
+
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("the right one" * 9)
+    (tmp_path / "a1.txt").write_text("the wrong one" * 9)
+    assert read(tmp_path / "a[1].txt", 13, 13).ids.flatten().tolist() == ids_of("the right one")
