@@ -159,11 +159,15 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
     """Draw the results of several sweeps together."""
+    from layersurgery.errors import OutputError
     from layersurgery.figures import Sweep, draw
     from layersurgery.table import read_results
 
     frames = [read_results(directory) for directory in directories]
     sweeps = [Sweep.of(frame, frame.attrs["run"]["arguments"]["text"]["data"]) for frame in frames]
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another directory with -o") from error
     written = draw(sweeps, output)
     talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])

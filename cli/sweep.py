@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layersurgery.text import Asked, Text
 
 _TOKENS, _CONTEXT = "1M", 2048
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
 
 
@@ -92,9 +93,9 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
 
 def _edits(options: Options) -> list[Any]:
     if options.plans is None:
-        return [options.edits or "swap,drop"]
+        return ["swap,drop" if options.edits is None else options.edits]
     try:
-        text = options.plans.read_text("utf-8")
+        text = options.plans.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read the plans in {options.plans}: {error}") from error
     plans: dict[str, Plan] = read_plans(text, str(options.plans))
@@ -127,6 +128,8 @@ def _config(source: Source) -> tuple[int, int | None, int | None]:
 def _asked(model: str, options: Options, positions: int | None) -> Asked:
     from layersurgery.text import PILE, PYDOC, Asked, number
 
+    if options.data == "":
+        raise PlanError("--data is empty: name a file, a directory, a hub dataset or pydoc")
     data = options.data or (PYDOC if model == EMBEDDED else PILE)
     small = data == PYDOC
     context = options.context
@@ -157,6 +160,8 @@ def _place(options: Options, source: Source, talk: Talk) -> tuple[str, str]:
     import torch
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "meta":
+        raise PlanError("--device meta computes nothing; write cpu or cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -164,15 +169,17 @@ def _place(options: Options, source: Source, talk: Talk) -> tuple[str, str]:
     dtype = options.dtype.removeprefix("torch.")
     if dtype == "auto":
         config = json.loads((source.directory / "config.json").read_text("utf-8"))
-        config = config.get("text_config", config)
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+        inner = config.get("text_config") or {}
+        named = (owner.get(name) for owner in (inner, config) for name in ("dtype", "torch_dtype"))
+        # Where no config says it, transformers looks at the weights.
+        dtype = str(next(filter(None, named), "auto")).removeprefix("torch.")
         if device == "cpu" and dtype == "float16":
             dtype = "float32"
             talk.say(
                 "Note: the checkpoint is in float16, which few CPUs multiply at all, so it is loaded in float32; --dtype float16 insists"
             )
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise PlanError(f"--dtype {options.dtype!r} is none of torch's; write float32, bfloat16, float16 or auto")
+    if dtype not in _DTYPES:
+        raise PlanError(f"--dtype {options.dtype!r} is not one to run a model in; write float32, bfloat16, float16 or auto")
     return device, dtype
 
 
@@ -199,9 +206,10 @@ def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> T
 
     with talk.step(f"Reading text: {asked.data}"):
         text = read_text(asked, tokenizer)
-    if vocabulary is not None and int(text.ids.max()) >= vocabulary:
+    most = int(text.ids[text.mask.bool()].max())
+    if vocabulary is not None and most >= vocabulary:
         raise SourceError(
-            f"the tokenizer gives token {int(text.ids.max())}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
+            f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
         )
     sequences, length = text.ids.shape
     talk.say(f"{text.tokens:,} tokens in {sequences} sequences of {'' if asked.pack else 'up to '}{length}")

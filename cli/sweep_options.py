@@ -38,8 +38,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A hub dataset (id or id:configuration), a .txt, .jsonl or .parquet file (also .zst or .gz), a directory of these, or pydoc, "
-        "Python's own help.",
+        help="A hub dataset (id or id:configuration), a .txt or .jsonl file (also .zst or .gz), a .parquet file, a directory of these, or "
+        "pydoc, Python's own help.",
         show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m",
         metavar="DATA",
         rich_help_panel=_TEXT,

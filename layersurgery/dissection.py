@@ -248,6 +248,12 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
             f"{type(model).__name__} does not run the {len(found.blocks)} blocks at {found.path} once each and in order (it ran {times}), so "
             "moving them would not mean what it says; if the blocks are elsewhere, name their list: blocks=..."
         )
+    for number, call in enumerate(calls):
+        if any(hasattr(value, "get_seq_length") and value.get_seq_length() for value in (*call.args, *call.kwargs.values())):
+            raise InexpressibleError(
+                f"{type(model).__name__} gives block {number} a key-value cache although none was asked for (a prefix that was tuned?), and every "
+                "call of a block by itself would add to it; take the model without it"
+            )
     for number, (before, after) in enumerate(pairwise(calls)):
         output, where = first_tensor(before.output), after.stream()
         if output is None or where is None or not torch.equal(output, after[where].to(output.device)):

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from .atomic import whole_file
+from .route import Route
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -106,8 +107,13 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
         for axes, kind in zip(grid, kinds, strict=True):
             for place, sweep in enumerate(sweeps):
                 rows = sweep.frame[sweep.frame.edit == kind].sort_values("layer")
-                for axis, (metric, _, _) in zip(axes, _PANELS, strict=True):
-                    _line(axis, rows, metric, place, sweep.label)
+                lengths = rows.depth - rows.route.map(lambda route: len(Route.parse(route)))
+                for number, (length, part) in enumerate(rows.groupby(lengths)):
+                    label = f"{sweep.label}, {length} blocks" if kind == "drop-span" and lengths.nunique() > 1 else sweep.label
+                    for axis, (metric, _, _) in zip(axes, _PANELS, strict=True):
+                        _line(axis, part, metric, place + number * len(sweeps), label)
+            if kind == "drop-span":
+                _label_spans(axes[0])
             axes[0].set_title(_WORDS[kind], loc="left", fontweight="bold")
             for axis, (_, label, scale) in zip(axes, _PANELS, strict=True):
                 axis.set_ylabel(label)
@@ -124,6 +130,12 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
             _plainly(legend.get_texts())
         _entitle(figure, sweeps)
     return figure
+
+
+def _label_spans(axis: Axes) -> None:
+    """Several lengths of spans in one panel need a legend of their own."""
+    if axis.get_legend_handles_labels()[1] and any(label.endswith(" blocks") for label in axis.get_legend_handles_labels()[1]):
+        _plainly(axis.legend(fontsize=7).get_texts())
 
 
 def _has_positive(sweeps: Sequence[Sweep], kind: str) -> bool:

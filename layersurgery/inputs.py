@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import transformers_part
+from .blocks import text_config, transformers_part
 from .errors import PlanError
 
 
@@ -46,6 +46,8 @@ def model_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dic
     place = inner.get_input_embeddings().weight.device
     device = torch.device("cpu") if place.type == "meta" else place
     given: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
+    if getattr(text_config(model), "output_router_logits", False):
+        given["output_router_logits"] = False  # they would be gathered from blocks that may stand aside
     if not bool(mask.all()):
         given["attention_mask"] = mask.to(device)
     if not bool(mask[:, 0].all()) and "position_ids" in signature(inner.forward).parameters:

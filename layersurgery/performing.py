@@ -16,7 +16,7 @@ import torch
 from .errors import MeasurementError, OutputError
 from .journal import Journal, Record
 from .measuring import EachToken, Measurer, Tick
-from .pertoken import PARTS, TOKENS, TokenRows, join
+from .pertoken import PARTS, TOKENS, TokenRows, join, whole
 from .runs import JOURNAL, Run, clear_progress
 from .table import by_sequence, results, write
 from .text import Text
@@ -94,7 +94,10 @@ class _Work:
         self.size: int | None = run.facts.get("batch_size") or batch_size
         self.parts = run.directory / PARTS
         if per_token:
-            self.parts.mkdir(exist_ok=True)
+            try:
+                self.parts.mkdir(exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"cannot make {self.parts}: {error.strerror or error}") from error
 
     def table(self) -> pd.DataFrame:
         return results(self.measurer.variants, self.journal.sums(), self.name)
@@ -111,7 +114,7 @@ class _Work:
         record = self.journal.records.get(batch)
         if self.size is None or record is None:
             return False
-        return not self.per_token or not any(record.counts) or self.part(batch).exists()
+        return not self.per_token or not any(record.counts) or whole(self.part(batch))
 
     def do(self, batch: int) -> None:
         """Measure a batch, and note it."""

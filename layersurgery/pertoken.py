@@ -71,6 +71,15 @@ class TokenRows:
         return pa.table(columns)
 
 
+def whole(path: Path) -> bool:
+    """Whether a batch's file is there and can be read."""
+    try:
+        pq.read_metadata(path)
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
+
+
 def _decoder(tokenizer: Any) -> Any:
     if tokenizer is None:
         return lambda _: None

@@ -132,10 +132,12 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     """
     try:
         run = json.loads((directory / RUN).read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read {directory / RUN}: {error}") from error
+        raise SourceError(
+            f"cannot read {directory / RUN}: {error}. If it is a sweep's, remove the directory and begin anew"
+        ) from error
     if not isinstance(run, dict):
         raise SourceError(f"{directory / RUN} is no table of facts on a run")
     return run

@@ -34,7 +34,7 @@ class Asked:
     """What text is asked for.
 
     Attributes:
-        data: "pydoc", a file (.txt, .jsonl, .parquet, packed by zst or gz or not), a directory of these, or a hub dataset's id
+        data: "pydoc", a file (.txt, .jsonl, these packed by zst or gz, .parquet), a directory of these, or a hub dataset's id
             ("id:configuration" where it has several).
         tokens: how many tokens; rounded up to whole contexts.
         context: tokens of one sequence, at most.
@@ -132,8 +132,8 @@ def read_text(asked: Asked, tokenizer: Any) -> Text:
     if total < asked.tokens:
         notes.append(f"the text ended early: {total:,} tokens, of {asked.tokens:,} asked")
     length = max(map(len, taken))
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    ids = torch.tensor([[*sequence, *[padding] * (length - len(sequence))] for sequence in taken])
+    # Padding is masked, and a tokenizer's own padding may be a token that the model does not have.
+    ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in taken])
     mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in taken])
     return Text(ids, mask, _fingerprint(ids, mask), tuple(notes))
 
@@ -232,13 +232,19 @@ def check_data(asked: Asked) -> None:
 
 def _kind(path: Path) -> str | None:
     suffixes = path.suffixes[-2:]
-    return _KINDS.get((suffixes[-2:-1] or [""])[0] if suffixes and suffixes[-1] in _PACKED else path.suffix)
+    if suffixes and suffixes[-1] in _PACKED:
+        kind = _KINDS.get((suffixes[-2:-1] or [""])[0])
+        return None if kind == "parquet" else kind
+    return _KINDS.get(path.suffix)
 
 
 def _files(path: Path) -> list[Path]:
-    known = f"{', '.join(_KINDS)}, or these packed as {' or '.join(_PACKED)}"
+    known = f"{', '.join(_KINDS)}, or .txt and .jsonl packed as {' or '.join(_PACKED)}"
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file))
+        files = sorted(
+            file for file in path.rglob("*")
+            if file.is_file() and _kind(file) and not any(part[0] == "." for part in file.relative_to(path).parts)
+        )  # fmt: skip
         if not files:
             raise SourceError(f"{path} holds no text: none of its files ends in {known}")
         return files
@@ -252,7 +258,7 @@ def _from_file(path: Path, column: str) -> Iterator[str]:
 
     kind = _kind(path)
     options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-    if kind == "text" and path.stat().st_size == 0:
+    if path.stat().st_size == 0:
         return
     try:
         with _quiet():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,18 @@ class Baseline:
     mean_TD: torch.Tensor | None
 
 
+@contextmanager
+def _in_full(device: torch.device) -> Iterator[None]:
+    """Single precision in earnest: a difference of large sums would turn a shorter mantissa's noise into divergence."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor) -> Baseline:
     """Read the unedited model at some positions.
 
@@ -68,26 +81,28 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor) -> Ba
         x_TD: what `readout.final` gave.
         target_T: the true next tokens.
     """
-    summary = _summary(readout, x_TD, target_T)
-    mean_TD = None
-    if readout.affine:
-        mean_TD = torch.zeros_like(x_TD)
-        for rows in _rows(readout, len(x_TD)):
-            lse = summary.lse[rows, None].to(x_TD.device)
-            for start, stop in _slices(readout, rows):
-                p_TC = readout.tile(x_TD[rows], start, stop).sub_(lse).exp_()
-                mean_TD[rows] += p_TC @ readout.weight(start, stop)
-    return Baseline(x_TD, target_T, summary, mean_TD)
+    with _in_full(x_TD.device):
+        summary = _summary(readout, x_TD, target_T)
+        mean_TD = None
+        if readout.affine:
+            mean_TD = torch.zeros_like(x_TD)
+            for rows in _rows(readout, len(x_TD)):
+                lse = summary.lse[rows, None].to(x_TD.device)
+                for start, stop in _slices(readout, rows):
+                    p_TC = readout.tile(x_TD[rows], start, stop).sub_(lse).exp_()
+                    mean_TD[rows] += p_TC @ readout.weight(start, stop)
+        return Baseline(x_TD, target_T, summary, mean_TD)
 
 
 def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tensor:
     """All metrics of an edited model at the positions of the baseline: float64, in the order of `reference.METRICS`, (7, tokens)."""
-    q = _summary(readout, x_TD, base.target_T)
-    if base.mean_TD is None:
-        kl = _side_by_side(readout, x_TD, base, q)
-    else:
-        moved = (x_TD.double() - base.x_TD.double()).mul_(base.mean_TD).sum(-1)
-        kl = q.lse - base.summary.lse - moved.to(q.lse.device)
+    with _in_full(x_TD.device):
+        q = _summary(readout, x_TD, base.target_T)
+        if base.mean_TD is None:
+            kl = _side_by_side(readout, x_TD, base, q)
+        else:
+            moved = (x_TD.double() - base.x_TD.double()).mul_(base.mean_TD).sum(-1)
+            kl = q.lse - base.summary.lse - moved.to(q.lse.device)
     # Rounding alone can make it negative.
     return _metrics(kl.clamp(min=0), q, base)
 
@@ -136,7 +151,10 @@ def _summary_of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tenso
         hit = z_TC.gather(-1, here.clamp(0, stop - start - 1)[:, None])[:, 0].double()
         z_TC = z_TC.sub_(peak[:, None]) if readout.rows is None else z_TC - peak[:, None]
         e_TC = z_TC.exp()
-        part_S, part_A = e_TC.sum(-1).double(), e_TC.mul_(z_TC).sum(-1).double()
+        part_S = e_TC.sum(-1).double()
+        if readout.rows is not None:  # a model may give tokens that do not exist minus infinity
+            z_TC = torch.where(e_TC == 0, 0.0, z_TC)
+        part_A = e_TC.mul_(z_TC).sum(-1).double()
         peak = peak.double()
         if start == 0:
             m, S, A, top = peak, part_S, part_A, where
@@ -162,6 +180,6 @@ def _side_by_side(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summa
         for start, stop in _slices(readout, rows):
             p_TC, q_TC = readout.tile(base.x_TD[rows], start, stop), readout.tile(x_TD[rows], start, stop)
             weight = (p_TC - base.summary.lse[rows, None].to(p_TC.device)).exp_()
-            moved += (weight * (p_TC - q_TC)).sum(-1).double()
+            moved += torch.where(weight == 0, 0.0, weight * (p_TC - q_TC)).sum(-1).double()
         parts.append(moved - base.summary.lse[rows] + q.lse[rows])
     return torch.cat(parts)
