@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,16 @@ import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 from torch import nn
+from torch.nn import functional
 
 from .blocks import text_config
+from .cpu import settled
 from .dissection import Anatomy
 from .dissection import anatomy as find_anatomy
 from .errors import InexpressibleError, MeasurementError, PlanError
 from .families import Variant, unedited
 from .inputs import followed, model_inputs
-from .kernels import chunked
+from .kernels import chunked, streaming
 from .kernels.reference import METRICS
 from .metrics import Array
 from .readout import find_readout
@@ -79,6 +82,7 @@ class Measurer:
         blocks: path of the list of blocks, where it cannot be found.
         anatomy: the model's; found by running it on seven tokens if not given.
         own_tail: read with the model's own tail, and not with the fast readout.
+        compiled: have torch compile the blocks, and the loop over logits on a CPU.
 
     Attributes:
         variants: the unedited model, then those measured.
@@ -97,12 +101,15 @@ class Measurer:
         blocks: str | None = None,
         anatomy: Anatomy | None = None,
         own_tail: bool = False,
+        compiled: bool = False,
     ) -> None:
         refuse_architecture(facts_of(text_config(model)))
         self.model = model
-        self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
+        self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
         kept, self.left_out = self._possible(variants)
         self.variants = (unedited(self.stack.depth), *kept)
+        self._device = next(model.parameters()).device
+        self._unproven = True
         self.routes = list(dict.fromkeys(variant.route for variant in kept))
         self.schedule = schedule(self.routes, self.stack.depth)
         self.readout = find_readout(self.stack, own=own_tail)
@@ -167,42 +174,42 @@ class Measurer:
         Raises:
             MeasurementError: the unedited model's own predictions are no numbers.
         """
-        values = np.zeros((len(ids), len(self.variants), len(METRICS)))
-        if not bool(followed(mask).any()):
-            return Measured([0] * len(ids), values, 0, 0)
+        follow = followed(mask)
+        if not bool(follow.any()):
+            return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), 0, 0)
         longest = int(mask.any(0).nonzero().max()) + 1  # the rest is padding in every sequence
-        ids, mask = ids[:, :longest], mask[:, :longest]
-        chosen = torch.cat([followed(mask), torch.zeros(len(mask), 1, dtype=torch.bool)], -1)
-        counts = chosen.sum(-1).tolist()
-        target = ids[:, 1:][chosen[:, :-1]]
+        ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
+        counts = follow.sum(-1).tolist()
+        target = ids[:, 1:][follow]
+        chosen = functional.pad(follow, (0, 1)).flatten().nonzero()[:, 0]
+        sums: dict[int, torch.Tensor] = {}
 
         def note(rows: Sequence[int], metrics: torch.Tensor) -> None:
             if each is not None:
                 each(rows, metrics)
             # One sequence at a time, so that its digits do not depend on the others in the batch.
-            sums = torch.stack([part.contiguous().sum(-1) for part in torch.split(metrics, counts, -1)])
-            values[:, list(rows)] = sums[:, None].cpu().numpy()
+            parts = torch.stack([part.contiguous().sum(-1) for part in torch.split(metrics, counts, -1)])
+            sums.update(dict.fromkeys(rows, parts))
 
-        with self.stack.at_rest():
-            inputs = model_inputs(self.model, ids, mask)
-            tape = self.stack.record(inputs, self.schedule.kept)
+        with self.stack.at_rest(), settled() if self._device.type == "cpu" else nullcontext():
+            tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept)
             states = tape.states
-            last = states[self.stack.depth]
-            base = chunked.baseline(self.readout, self.readout.final(last, chosen), target)
-            if not bool(base.summary.lse.isfinite().all()):
-                raise MeasurementError(
-                    f"{type(self.model).__name__}'s own predictions are no numbers (NaN or infinite), before any edit; in half precision, try "
-                    "bfloat16 or float32"
-                )
-            note([0], chunked.measure_unedited(base))
+            x = self.readout.final(states[self.stack.depth], chosen)
+            chosen, target = chosen.to(x.device), target.to(x.device)
+            base = streaming.baseline(self.readout, x, target, compiled=self.stack.compiler is not None)
+            note([0], streaming.measure_unedited(base))
+            if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
+                _refuse_nonsense(self.model, sums[0])
+                self._unproven = False
             if not self.schedule.ends_unedited:
                 del states[self.stack.depth]
-            del last
             calls, peak = self._walk(tape, chosen, base, note, tick)
+        _refuse_nonsense(self.model, sums[0])
+        values = torch.stack([sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
         return Measured(counts, values, calls, peak)
 
     def _walk(
-        self, tape: Tape, chosen: torch.Tensor, base: chunked.Baseline, note: EachToken, tick: Tick | None
+        self, tape: Tape, chosen: torch.Tensor, base: streaming.Baseline, note: EachToken, tick: Tick | None
     ) -> tuple[int, int]:
         states, calls = tape.states, self.stack.depth
         peak = len(self.schedule.kept)
@@ -213,7 +220,7 @@ class Measurer:
                     calls += 1
                     peak = max(peak, len(states))
                 case Read(state, routes):
-                    metrics = chunked.measure(self.readout, self.readout.final(states[state], chosen), base)
+                    metrics = streaming.measure(self.readout, self.readout.final(states[state], chosen), base)
                     note([row for route in routes for row in self._rows[route]], metrics)
                     if tick is not None:
                         tick((done + 1) / len(self.schedule.steps))
@@ -224,7 +231,7 @@ class Measurer:
 
     def suggest(self, length: int) -> int:
         """How many sequences of `length` tokens to try first: a few thousand tokens, or what half of the free memory holds."""
-        device = next(self.model.parameters()).device
+        device = self._device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         one, two = (self.forecast(count, length).total for count in (1, 2))
         fits = int(_SHARE_OF_MEMORY * free / max(1, two - one))
@@ -271,6 +278,14 @@ class Measurer:
                 "half precision (--dtype bfloat16)"
             ) from error
         return found
+
+
+def _refuse_nonsense(model: nn.Module, unedited: torch.Tensor) -> None:
+    if bool(unedited[:, METRICS.index("kl_nats")].isnan().any()):
+        raise MeasurementError(
+            f"{type(model).__name__}'s own predictions are no numbers (NaN or infinite), before any edit; in half precision, try bfloat16 or "
+            "float32"
+        )
 
 
 def _halved(start: int) -> Iterator[int]:

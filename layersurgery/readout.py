@@ -7,7 +7,7 @@ vocabulary can be worked through in tiles; it is used where it was first shown e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,9 +45,9 @@ class Readout(Protocol):
         """How it reads, in words."""
 
     def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """What is read, at chosen positions: (tokens, width) for a stream (batch, length, width) and a mask (batch, length)."""
+        """What is read, (tokens, width), of a stream (batch, length, width): `chosen` are numbers of positions in the flattened batch."""
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:  # noqa: N803 - its shape
+    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits of a slice of the vocabulary: float32, (tokens, stop - start)."""
 
     def weight(self, start: int, stop: int) -> torch.Tensor:
@@ -66,9 +66,9 @@ class OwnTail:
 
     def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The stream itself."""
-        return stream[chosen.to(stream.device)]
+        return _at(stream, chosen)
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:  # noqa: N803
+    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """All logits."""
         assert (start, stop) == (0, self.vocabulary)
         return own_logits(self.stack, x_TD[None])[0].float()
@@ -80,10 +80,7 @@ class OwnTail:
 
 @dataclass(frozen=True, slots=True)
 class Unembedding:
-    """A linear map of the normed stream, in float32, then a scale and a soft-cap: cap * tanh(logit / cap).
-
-    The scale is folded into the stream.
-    """
+    """A linear map of the normed stream, summed in float32, then a scale and a soft-cap: cap * tanh(logit / cap)."""
 
     stack: Stack
     norm: nn.Module | None
@@ -108,31 +105,68 @@ class Unembedding:
     def about(self) -> str:
         """In words."""
         parts = [
-            "unembedding in float32",
+            "unembedding with float32 sums",
             f"scale {self.scale:g}" if self.scale != 1 else "",
             f"soft-cap {self.cap:g}" if self.cap else "",
         ]
         return ", ".join(filter(None, parts)) + ", in tiles"
 
     def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The normed stream, scaled, float32."""
+        """The normed stream, in the model's own dtype."""
         if self.own_norm:
-            x = _unembedded(self.stack, stream)[chosen.to(stream.device)]
+            x = _at(_unembedded(self.stack, stream), chosen)
         else:
-            x = stream[chosen.to(stream.device)]
+            x = _at(stream, chosen)
             x = x if self.norm is None else self.norm(x)
-        return x.to(self.matrix.device).float() * self.scale
+        return x.to(self.matrix.device)
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:  # noqa: N803
+    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits of a slice of the vocabulary."""
-        weight = self.weight(start, stop).T
-        bias = None if self.bias is None else self.bias[start:stop].float() * self.scale
-        logits = x_TD @ weight if bias is None else torch.addmm(bias, x_TD, weight)
+        logits = product(x_TD, self.matrix[start:stop], None if self.bias is None else self.bias[start:stop], self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def weight(self, start: int, stop: int) -> torch.Tensor:
-        """A slice of the unembedding."""
-        return self.matrix[start:stop].float()
+        """A slice of the unembedding, scaled."""
+        weight = self.matrix[start:stop].float()
+        return weight if self.scale == 1 else weight * self.scale
+
+
+def product(
+    x_TD: torch.Tensor,
+    w_CD: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: float = 1,
+) -> torch.Tensor:
+    """scale * (x w^T + bias) with float32 sums and result, whatever dtype the factors have, (tokens, C).
+
+    Half-precision factors go into the matrix units as they are, which is exact: what costs digits is rounding the sums.
+    """
+    both = x_TD.dtype == w_CD.dtype
+    if both and x_TD.is_cuda and x_TD.dtype in (torch.bfloat16, torch.float16):
+        sums = torch.mm(x_TD, w_CD.T, out_dtype=torch.float32)
+        sums = sums if bias is None else sums.add_(bias)
+        return sums if scale == 1 else sums.mul_(scale)
+    x_TD, w_DC = x_TD.float(), w_CD.float().T
+    # oneDNN rounds float32 factors to bfloat16 on the way in if it may: nothing is lost of numbers that were bfloat16 before.
+    with _rounded_factors() if both and w_CD.dtype == torch.bfloat16 and not w_CD.is_cuda else nullcontext():
+        if bias is None and scale == 1:
+            return x_TD @ w_DC
+        given = x_TD.new_zeros(1) if bias is None else bias.float()
+        return torch.addmm(given, x_TD, w_DC, beta=0 if bias is None else scale, alpha=scale)
+
+
+@contextmanager
+def _rounded_factors() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _at(stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    return stream.flatten(0, 1).index_select(0, chosen.to(stream.device))
 
 
 class _Aside(StandIn):
@@ -256,7 +290,7 @@ def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Une
         stack, None if torch.equal(x, probe) else norm if plain else None, matrix.detach(), bias if bias is None else bias.detach(), *shape,
         own_norm=not plain,
     )  # fmt: skip
-    everything = torch.ones(probe.shape[:2], dtype=torch.bool)
+    everything = torch.arange(probe.shape[1])
     return found if _close(found.tile(found.final(probe, everything), 0, found.vocabulary), logits[0], tolerance) else None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .blocks import locate
+from .compiled import Compiler
 from .dissection import Anatomy, run_small
 from .errors import InexpressibleError
 from .route import Visit
@@ -61,17 +62,20 @@ class Stack:
     Args:
         model: a transformers causal language model, or a wrapper around one.
         anatomy: the model's.
+        compiled: call blocks compiled by torch where they are called one by one.
 
     Attributes:
         habits: how each block is called.
         width: numbers of the residual stream for each token.
+        compiler: calls blocks compiled, if that was asked for.
 
     Raises:
         InexpressibleError: blocks hand on more than the stream to each other.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False) -> None:
         self.model, self.anatomy = model, anatomy
+        self.compiler = Compiler() if compiled else None
         found = locate(model, anatomy.blocks)
         self.path, self.blocks = found.path, found.blocks
         self.habits, self.width = self._observed()
@@ -124,15 +128,22 @@ class Stack:
         """The residual stream after one visit of a block, (batch, length, width); `stream` is left as it is."""
         habit, block = self.habits[visit.block], self.block(visit)
         args, kwargs = tape.given[visit.block]
+
+        def bind(stream: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if isinstance(habit.stream, int):
+                return (*args[: habit.stream], stream, *args[habit.stream + 1 :]), kwargs
+            return args, {**kwargs, habit.stream: stream}
+
         place = next((parameter.device for parameter in block.parameters() if not parameter.is_meta), stream.device)
         stream = stream.to(place)
         given = stream.clone() if habit.overwrites else stream
         version = _version(given)
-        if isinstance(habit.stream, int):
-            args = (*args[: habit.stream], given, *args[habit.stream + 1 :])
+        if self.compiler is None:
+            given_args, given_kwargs = bind(given)
+            output = block(*given_args, **given_kwargs)
         else:
-            kwargs = {**kwargs, habit.stream: given}
-        after = first_tensor(block(*args, **kwargs))
+            output = self.compiler(block, given, bind)
+        after = first_tensor(output)
         assert after is not None
         assert habit.overwrites or _version(given) == version, f"block {visit.block} has overwritten its input"
         return after

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
     "errors version route edits plan families trie",
-    "header layerwise quantisation refusals transfer witness blocks position remains views silent branches parts dissection inputs stack readout",
-    "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked metrics",
+    "header layerwise quantisation refusals transfer cpu witness compiled blocks position remains views silent branches parts dissection inputs stack readout",
+    "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked kernels/streaming metrics",
     "comparison measuring table sweeping text journal pertoken runs performing",
     "figures",
 ]

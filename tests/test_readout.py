@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.kernels import chunked, reference
+from layersurgery.kernels import reference, streaming
 from layersurgery.readout import OwnTail, Unembedding, find_readout, own_logits
 from layersurgery.stack import Stack
 from tests.reference import logits_of
@@ -33,7 +33,7 @@ def test_the_readout_is_the_models_own_tail(name: str) -> None:
         tape = stack.record({"input_ids": ids, "use_cache": False}, ())
         end = tape.states[DEPTH]
         meant = logits_of(model, ids)
-        chosen = torch.ones_like(ids).bool()
+        chosen = torch.arange(ids.numel())
         for way in (readout, own):
             found = way.tile(way.final(end, chosen), 0, way.vocabulary).view_as(meant)
             torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)
@@ -110,10 +110,9 @@ def test_where_it_is_not_the_model_reads_itself(kind: str, monkeypatch: pytest.M
     target = ids[:, 1:].flatten()
     with stack.at_rest():
         tape = stack.record({"input_ids": ids, "use_cache": False}, {2})
-        chosen = torch.ones_like(ids).bool()
-        chosen[:, -1] = False
-        base = chunked.baseline(readout, readout.final(tape.states[DEPTH], chosen), target)
-        found = chunked.measure(readout, readout.final(tape.states[2], chosen), base)
+        chosen = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
+        base = streaming.baseline(readout, readout.final(tape.states[DEPTH], chosen), target)
+        found = streaming.measure(readout, readout.final(tape.states[2], chosen), base)
         q = own_logits(stack, tape.states[2])[:, :-1].flatten(0, 1)
     # A token that does not exist is no next token, and its logit is minus infinity in both models.
     meant = reference.measure(p, q, target)

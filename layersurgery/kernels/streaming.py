@@ -1,0 +1,114 @@
+"""All metrics of edited models in one pass over their logits, by the fastest way that there is for a device.
+
+Names say shapes: T tokens, D width of what is read.
+
+With p the unedited model's distribution, q the edited one's, and x what each of them reads, the divergence of an affine readout is
+a Bregman divergence of log-sum-exp:
+
+    KL(p||q) = lse(z_q) - lse(z_p) - (x_q - x_p) . mu,   mu = sum_v p_v w_v
+
+so that mu, one vector a token, stands for all of p, and an edited model needs its own logits only. The difference x_q - x_p keeps it
+exactly zero for equal models, and nearly exact for nearly equal ones. A soft-cap is not affine: there, the logits of both models are
+worked out tile by tile, side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from ..readout import Readout
+from . import chunked
+from .chunked import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What edited models are compared with.
+
+    Attributes:
+        x_TD: what the unedited model reads.
+        target_T: the true next tokens.
+        summary: of its logits.
+        mean_TD: the expected row of the unembedding, mu, float32; None where the readout is not affine.
+        compiled: whether loops that torch compiles may be used.
+    """
+
+    x_TD: torch.Tensor
+    target_T: torch.Tensor
+    summary: Summary
+    mean_TD: torch.Tensor | None
+    compiled: bool
+
+
+@contextmanager
+def _in_full(device: torch.device) -> Iterator[None]:
+    """Single precision in earnest: a difference of large sums would turn a shorter mantissa's noise into divergence."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> Baseline:
+    """Read the unedited model at some positions.
+
+    Args:
+        readout: how to read.
+        x_TD: what `readout.final` gave.
+        target_T: the true next tokens.
+        compiled: use loops that torch compiles.
+    """
+    with _in_full(x_TD.device):
+        summary = chunked.summarise(readout, x_TD, target_T, compiled=compiled)
+        mean_TD = None
+        if readout.affine:
+            mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+            for rows in chunked.rows_of(readout, len(x_TD)):
+                lse = summary.lse[rows, None].to(x_TD.device)
+                for start, stop in chunked.slices(readout, rows.stop - rows.start):
+                    p_TC = readout.tile(x_TD[rows], start, stop).sub_(lse).exp_()
+                    mean_TD[rows].addmm_(p_TC, readout.weight(start, stop))
+        return Baseline(x_TD, target_T, summary, mean_TD, compiled)
+
+
+def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tensor:
+    """All metrics of an edited model at the positions of the baseline: float64, in the order of `reference.METRICS`, (7, tokens)."""
+    with _in_full(x_TD.device):
+        q = chunked.summarise(readout, x_TD, base.target_T, compiled=base.compiled)
+        if base.mean_TD is None:
+            kl = chunked.divergence(readout, x_TD, base.summary, base.x_TD, q)
+        else:
+            kl = q.lse - base.summary.lse - _moved(readout, x_TD, base.x_TD, base.mean_TD).to(q.lse.device)
+    # Rounding alone can make it negative.
+    return _metrics(kl.clamp(min=0), q, base)
+
+
+def measure_unedited(base: Baseline) -> torch.Tensor:
+    """The baseline's own row: the same, for the model as it is."""
+    return _metrics(torch.zeros_like(base.summary.lse), base.summary, base)
+
+
+def _moved(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
+    """(x_q - x_p) . mu, float64."""
+    parts = [
+        (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1) for rows in chunked.rows_of(readout, len(x_TD))
+    ]
+    return torch.cat(parts)
+
+
+def _metrics(kl: torch.Tensor, q: Summary, base: Baseline) -> torch.Tensor:
+    p, bit = base.summary, math.log(2)
+    rows = [
+        kl, (p.top == q.top).double(), q.entropy / bit, (q.entropy - p.entropy) / bit, q.loss, q.loss - p.loss,
+        (q.top == base.target_T.to(q.top.device)).double(),
+    ]  # fmt: skip
+    # A prediction that is none must not pass for a wrong one.
+    return torch.where(q.lse.isfinite() & p.lse.isfinite(), torch.stack(rows), math.nan)
