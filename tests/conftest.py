@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # Before Triton is first imported, for it reads this as it goes.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No deadline for one example: other tests run at the same time.
@@ -17,7 +21,6 @@ settings.load_profile("shared")
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_transformers() -> None:
-    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     "errors version route edits plan families trie",
     "header layerwise quantisation refusals transfer cpu witness compiled blocks position remains views silent branches parts dissection inputs stack readout",
-    "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked kernels/streaming metrics",
+    "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming metrics",
     "comparison measuring table sweeping text journal pertoken runs performing",
     "figures",
 ]

@@ -34,13 +34,13 @@ class Plain:
         return stream[chosen]
 
     def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        logits = x_TD @ self.weight(start, stop).T
+        logits = x_TD @ self.matrix[start:stop].T
         if self.bias is not None:
             logits = logits + self.bias[start:stop]
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
-    def weight(self, start: int, stop: int) -> torch.Tensor:
-        return self.matrix[start:stop]
+    def expected(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        return p_TC @ self.matrix[start:stop]
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:

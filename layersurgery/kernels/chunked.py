@@ -139,14 +139,14 @@ def _compiled() -> Weigh:
     return torch.compile(_in_one_loop, dynamic=True, fullgraph=True)
 
 
-def divergence(readout: Readout, x_TD: torch.Tensor, p: Summary, p_x_TD: torch.Tensor, q: Summary) -> torch.Tensor:
-    """KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, with the logits of both models side by side: for readouts that are not affine."""
+def moved(readout: Readout, x_TD: torch.Tensor, p: Summary, p_x_TD: torch.Tensor) -> torch.Tensor:
+    """sum_v p_v (z_p - z_q), float64, with the logits of both models side by side."""
     parts = []
     for rows in rows_of(readout, len(x_TD)):
-        moved = torch.zeros_like(q.lse[rows])
+        sums = torch.zeros_like(p.lse[rows])
         for start, stop in slices(readout, rows.stop - rows.start):
             p_TC, q_TC = readout.tile(p_x_TD[rows], start, stop), readout.tile(x_TD[rows], start, stop)
             weight = (p_TC - p.lse[rows, None].to(p_TC.device)).exp_()
-            moved += torch.where(weight == 0, 0.0, weight * (p_TC - q_TC)).sum(-1).double()
-        parts.append(moved - p.lse[rows] + q.lse[rows])
+            sums += torch.where(weight == 0, 0.0, weight * (p_TC - q_TC)).sum(-1).double()
+        parts.append(sums)
     return torch.cat(parts)

@@ -18,10 +18,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
 
 import torch
 
-from ..readout import Readout
+from ..readout import Readout, Unembedding
 from . import chunked
 from .chunked import Summary
 
@@ -67,7 +69,8 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
         compiled: use loops that torch compiles.
     """
     with _in_full(x_TD.device):
-        summary = chunked.summarise(readout, x_TD, target_T, compiled=compiled)
+        target_T = target_T.to(x_TD.device)
+        summary = _summarise(readout, x_TD, target_T, compiled=compiled)
         mean_TD = None
         if readout.affine:
             mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
@@ -75,16 +78,16 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
                 lse = summary.lse[rows, None].to(x_TD.device)
                 for start, stop in chunked.slices(readout, rows.stop - rows.start):
                     p_TC = readout.tile(x_TD[rows], start, stop).sub_(lse).exp_()
-                    mean_TD[rows].addmm_(p_TC, readout.weight(start, stop))
+                    mean_TD[rows] += readout.expected(p_TC, start, stop)
         return Baseline(x_TD, target_T, summary, mean_TD, compiled)
 
 
 def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tensor:
     """All metrics of an edited model at the positions of the baseline: float64, in the order of `reference.METRICS`, (7, tokens)."""
     with _in_full(x_TD.device):
-        q = chunked.summarise(readout, x_TD, base.target_T, compiled=base.compiled)
+        q = _summarise(readout, x_TD, base.target_T, compiled=base.compiled)
         if base.mean_TD is None:
-            kl = chunked.divergence(readout, x_TD, base.summary, base.x_TD, q)
+            kl = _divergence(readout, x_TD, base, q)
         else:
             kl = q.lse - base.summary.lse - _moved(readout, x_TD, base.x_TD, base.mean_TD).to(q.lse.device)
     # Rounding alone can make it negative.
@@ -94,6 +97,48 @@ def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tenso
 def measure_unedited(base: Baseline) -> torch.Tensor:
     """The baseline's own row: the same, for the model as it is."""
     return _metrics(torch.zeros_like(base.summary.lse), base.summary, base)
+
+
+def fusible(readout: Readout, x_TD: torch.Tensor) -> bool:
+    """Whether the fused kernel is the way: for half precision on CUDA. In float32, cuBLAS with a pass over each tile is left to it: Triton
+    multiplies exact float32 without matrix units."""
+    return (
+        isinstance(readout, Unembedding)
+        and x_TD.is_cuda
+        and x_TD.dtype == readout.matrix.dtype
+        and x_TD.dtype in (torch.bfloat16, torch.float16)
+        and _fused() is not None
+    )
+
+
+@lru_cache(1)
+def _fused() -> ModuleType | None:
+    try:
+        from . import fused
+    except ImportError:  # torch brings Triton on Linux only
+        return None
+    return fused
+
+
+def _summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool) -> Summary:
+    fused = _fused() if fusible(readout, x_TD) else None
+    if fused is None:
+        return chunked.summarise(readout, x_TD, target_T, compiled=compiled)
+    assert isinstance(readout, Unembedding)
+    sums = fused.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+    lse = sums.m + sums.S.log()
+    return Summary(lse, sums.S.log() - sums.A / sums.S, lse - sums.wanted, sums.top)
+
+
+def _divergence(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summary) -> torch.Tensor:
+    """KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, where the readout is not affine."""
+    p, fused = base.summary, _fused() if fusible(readout, x_TD) else None
+    if fused is None:
+        moved = chunked.moved(readout, x_TD, p, base.x_TD)
+    else:
+        assert isinstance(readout, Unembedding)
+        moved = fused.diverged(base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+    return moved - p.lse + q.lse
 
 
 def _moved(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:

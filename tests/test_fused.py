@@ -1,0 +1,192 @@
+"""The fused kernel against the dense definition in float64: on a GPU where there is one, else in Triton's interpreter.
+
+What one pass keeps may be off by what the ordinary way in float32 is off, and a little.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layersurgery.kernels import chunked, reference, streaming
+from layersurgery.kernels.reference import METRICS
+from layersurgery.readout import Unembedding
+from tests.test_kernels import drawn
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+fused: Any = pytest.importorskip("layersurgery.kernels.fused", reason="needs Triton")
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = fused.Tiling(16, 32, 16, 4, 2)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@dataclass
+class Case:
+    """Numbers for a readout, and what the dense way makes of them."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    target: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, dtype: torch.dtype, x: torch.Tensor | None = None) -> torch.Tensor:
+        z = (self.x if x is None else x).to(dtype) @ self.w.to(dtype).T
+        z = self.scale * (z if self.bias is None else z + self.bias.to(dtype))
+        return z if self.cap is None else self.cap * (z / self.cap).tanh()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bias_V": self.bias, "scale": self.scale, "cap": self.cap}
+
+
+def case(tokens: int, vocabulary: int, width: int, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
+    if options.pop("bias", False):
+        options["bias"] = drawn(vocabulary, seed=5, scale=2).to(DEVICE, dtype)
+    target = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(4))
+    x, w = drawn(tokens, width, seed=1), drawn(vocabulary, width, seed=2, scale=3 / math.sqrt(width))
+    return Case(x.to(DEVICE, dtype), w.to(DEVICE, dtype), target.to(DEVICE), **options)
+
+
+def read(z: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What follows from one pass, densely."""
+    log = z.log_softmax(-1)
+    return {
+        "lse": z.logsumexp(-1),
+        "entropy": -(log.exp() * log).sum(-1),
+        "loss": -log.gather(-1, target[:, None])[:, 0],
+    }
+
+
+def found(sums: Any) -> dict[str, torch.Tensor]:
+    lse = sums.m + sums.S.log()
+    return {"lse": lse, "entropy": sums.S.log() - sums.A / sums.S, "loss": lse - sums.wanted}
+
+
+def check(given: Case, tiling: Any = SMALL, tolerance: float = 2e-6) -> None:
+    sums = fused.summed(given.x, given.w, given.target, tiling=tiling, **given.options)
+    exact, ordinary = (read(given.logits(dtype), given.target) for dtype in (torch.float64, torch.float32))
+    size = float(given.logits(torch.float64).abs().max())
+    for name, value in found(sums).items():
+        assert value.dtype == torch.float64
+        allowed = (ordinary[name].double() - exact[name]).abs().max() + tolerance * max(1.0, size)
+        assert (value - exact[name]).abs().max() <= allowed, name
+    z = given.logits(torch.float64)
+    # The most likely token, or one that rounding cannot tell from it.
+    assert (z.amax(-1) - z.gather(-1, sums.top[:, None])[:, 0]).max() <= 2e-6 * max(1.0, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "vocabulary", "width"), [(1, 2, 3), (1, 613, 16), (33, 97, 40), (16, 32, 16), (50, 1009, 7)])
+def test_awkward_shapes(tokens: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:
+    check(case(tokens, vocabulary, width, dtype))
+
+
+@pytest.mark.parametrize("vocabulary", [50257, 50304, 151936, 256000])
+def test_vocabularies_of_real_models(vocabulary: int) -> None:
+    check(case(3, vocabulary, 24, torch.bfloat16), tiling=fused.Tiling(16, 4096, 32, 4, 2) if DEVICE == "cpu" else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"scale": 0.0625}, {"cap": 5.0}, {"bias": True, "scale": 0.3, "cap": 30.0}], ids=str
+)
+def test_bias_scale_and_soft_cap(options: dict[str, Any], dtype: torch.dtype) -> None:
+    check(case(19, 301, 33, dtype, **options))
+
+
+def test_rows_that_do_not_lie_together() -> None:
+    given = case(20, 130, 32)
+    wide, deep = torch.zeros(20, 50, device=DEVICE), torch.zeros(260, 32, device=DEVICE)
+    wide[:, :32], deep[::2] = given.x, given.w
+    given.x, given.w = wide[:, :32], deep[::2]
+    check(given)
+    given.x = given.x.T.contiguous().T
+    check(given)
+
+
+def test_the_first_of_equal_logits_wins() -> None:
+    w = torch.zeros(200, 16, device=DEVICE)
+    w[[45, 46, 77, 199]] = 1.0
+    x = torch.ones(2, 16, device=DEVICE)
+    sums = fused.summed(x, w, torch.tensor([0, 45], device=DEVICE), tiling=SMALL)
+    assert sums.top.tolist() == [45, 45]
+    assert sums.wanted.tolist() == [0, 16]
+
+
+def test_padding_is_never_read_and_every_number_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the kernel is given holds no numbers; nor does what lies behind its input."""
+
+    def filled(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        fresh = torch.zeros(*args, device=self.device, dtype=kwargs.get("dtype", self.dtype))
+        return fresh.fill_(math.nan if fresh.is_floating_point() else -7)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    given = case(21, 75, 20)
+    x, w = torch.full((64, 20), math.nan, device=DEVICE), torch.full((128, 20), math.nan, device=DEVICE)
+    x[:21], w[:75] = given.x, given.w
+    given.x, given.w = x[:21], w[:75]
+    check(given)
+
+
+def test_the_same_input_gives_the_same_digits() -> None:
+    given = case(40, 700, 48, torch.bfloat16)
+    one, other = (fused.summed(given.x, given.w, given.target) for _ in range(2))
+    for name in ("m", "S", "A", "top", "wanted"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_shows(bad: float) -> None:
+    given = case(20, 75, 16)
+    given.x[3, 5] = bad
+    lse = found(fused.summed(given.x, given.w, given.target, tiling=SMALL))["lse"]
+    assert not lse[3].isfinite()
+    assert lse[[0, 1, 2, 4, 19]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"cap": 4.0}, {"cap": 30.0, "bias": True, "scale": 2.0}], ids=str)
+def test_divergence_side_by_side(options: dict[str, Any], dtype: torch.dtype) -> None:
+    given = case(35, 211, 30, dtype, **options)
+    other = (given.x + drawn(35, 30, seed=9, scale=0.3).to(DEVICE)).to(dtype)
+    p, q = given.logits(torch.float64), given.logits(torch.float64, other)
+    meant = (p.softmax(-1) * (p - q)).sum(-1)
+    moved = fused.diverged(given.x, other, given.w, p.logsumexp(-1), tiling=SMALL, **given.options)
+    torch.testing.assert_close(moved, meant, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = case(30, 401, 24, dtype, bias=True, cap=cap, scale=0.5)
+    stack: Any = None
+    readout = Unembedding(stack, None, given.w, given.bias, given.scale, given.cap)
+    monkeypatch.setattr(streaming, "fusible", lambda *_: True)
+    monkeypatch.setattr(chunked, "summarise", None)
+    other = drawn(30, 24, seed=8).to(DEVICE, dtype)
+    base = streaming.baseline(readout, given.x, given.target)
+    values = streaming.measure(readout, other, base)
+    meant = reference.measure(given.logits(torch.float64), given.logits(torch.float64, other), given.target)
+    torch.testing.assert_close(values, meant, rtol=1e-5, atol=2e-5)
+    assert streaming.measure(readout, given.x.clone(), base)[METRICS.index("kl_nats")].eq(0).all()
+
+
+@pytest.mark.parametrize(("capability", "choices"), [(80, "HALF"), (90, "HALF"), (80, "FULL"), (90, "FULL")])
+def test_it_compiles_for_real_devices(capability: int, choices: str) -> None:
+    """Down to PTX, which needs no GPU: in an interpreter of its own, since this one may only play the kernel."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_fused", str(capability), choices]
+    found = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.count("mma" if choices == "HALF" else "fma") == 2 * len(getattr(fused, choices))
