@@ -48,5 +48,33 @@ def operate(
         print(json.dumps(rows, indent=2))
 
 
+@app.command()
+def sweep(
+    model: Annotated[
+        str, typer.Option("--model", help="smollm2-135m, a directory, or a geometry with random weights: pythia-1.4b.")
+    ] = ("smollm2-135m"),
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many.")] = 4,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 4,
+    dtypes: Annotated[str, typer.Option("--dtypes", help="Of layersurgery and the loop by hand.")] = "float32,bfloat16",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Run TransformerLens, nnsight and nnterp.")] = True,
+    only: Annotated[str, typer.Option("--only", help="Ways whose names have one of these in them: limit,layersurgery.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Little text and one run, for trying the benchmark itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Swap and drop every block, and measure what it does."""
+    from .sweep import Setting, measure
+
+    setting = Setting(model, sequences, context, batch_size, device, runs)
+    if quick:
+        setting = Setting(model, 1, 64, 1, device, 1)
+    chosen = ["float32"] if quick else dtypes.split(",")
+    rows = measure(setting, chosen, peers=peers, only=only, as_json=as_json, name="sweep-quick" if quick else "sweep")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

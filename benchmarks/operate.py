@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import layersurgery as ls
 from layersurgery.dissection import Anatomy
 
-from .timing import record
+from .timing import quartiles, record
 
 _PLANS = ["swap 12 13", "drop 20", "repeat 8:16", "reverse 8:16", "skip-attention 20", "skip-mlp 20"]
 
@@ -73,14 +72,14 @@ def measure(runs: int, *, width: int) -> list[dict[str, Any]]:
     for way, editing in ways.items():
         with _Allocated() as allocated, editing():
             pass
-        low, _, high = quantiles(times[way], n=4, method="inclusive") if runs > 1 else times[way] * 3
+        low, middle, high = quartiles(times[way])
         row = {
             "way": way[0],
             "plan": way[1],
             "layers": 32,
             "width": width,
             "runs": runs,
-            "milliseconds": 1e3 * median(times[way]),
+            "milliseconds": 1e3 * middle,
         }
         row |= {"milliseconds_low": 1e3 * low, "milliseconds_high": 1e3 * high, "bytes_allocated": allocated.bytes}
         rows.append(row)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,9 +71,14 @@ class Summary:
 
 def summary(way: str, runs: Sequence[Run]) -> Summary:
     """Condense the runs of one way."""
-    times = [run.seconds for run in runs]
-    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
-    return Summary(way, len(times), median(times), low, high, max(run.bytes_peak for run in runs))
+    low, middle, high = quartiles([run.seconds for run in runs])
+    return Summary(way, len(runs), middle, low, high, max(run.bytes_peak for run in runs))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return low, middle, high
 
 
 def machine() -> dict[str, str]:
@@ -103,10 +108,13 @@ def record(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     full = [{"date": datetime.now(UTC).date().isoformat(), **row, **machine()} for row in rows]
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(full[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(full)
+    before: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            before = list(csv.DictReader(file))
+    names = list(dict.fromkeys(name for row in (*before, *full) for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(before + full)
     return path

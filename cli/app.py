@@ -216,6 +216,7 @@ def sweep(
     batch_size: s.BatchSize = None,
     dtype: s.Dtype = "auto",
     device: s.Device = None,
+    compile: s.Compile = False,
     revision: o.Revision = None,
     blocks: s.Blocks = None,
     output: s.Output = None,

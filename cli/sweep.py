@@ -51,6 +51,7 @@ class Options:
     batch_size: int | None
     dtype: str
     device: str | None
+    compile: bool
     output: Path | None
     overwrite: bool
     per_token: bool
@@ -194,6 +195,7 @@ def _arguments(
         "text": {**dataclasses.asdict(asked), "shuffle": asked.shuffled, "tokenizer": options.tokenizer},
         "dtype": dtype,
         "device": device,
+        "compiled": options.compile,
         "batch_size": options.batch_size,
         "per_token": options.per_token,
         "blocks": options.blocks,
@@ -229,7 +231,7 @@ def _measure(
     with talk.step(f"Loading {source.label}"), _calm():
         model, _ = load(source.directory, dtype=dtype)
         model = model.to(device)
-        measurer = Measurer(model, chosen, blocks=options.blocks)
+        measurer = Measurer(model, chosen, blocks=options.blocks, compiled=options.compile)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     talk.say(f"{source.label}: {number(parameters)} parameters in {dtype} on {device}; read out by {measurer.readout.about}")
     _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk)
@@ -248,6 +250,8 @@ def _measure(
                 draw=lambda frame, directory: draw_one(frame, directory, run.arguments["text"]["data"]),
                 on_progress=on_progress,
             )
+        if measurer.stack.compiler is not None and (why := measurer.stack.compiler.refused):
+            talk.say(f"Note: {why}; blocks were run as they are")
     except (KeyboardInterrupt, SystemExit) as stop:
         complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None

@@ -111,6 +111,12 @@ Device = Annotated[
         "--device", help="cpu, cuda or cuda:1.", show_default="cuda if there is one", metavar="NAME", rich_help_panel=_HOW
     ),
 ]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="Have torch compile the blocks: faster, after some seconds; needs a C++ compiler.", rich_help_panel=_HOW
+    ),
+]
 Blocks = Annotated[
     str | None,
     typer.Option("--blocks", help="Path of the list of blocks, where it is not found.", metavar="NAME", rich_help_panel=_HOW),

@@ -177,6 +177,7 @@ class _Work:
             },
             "schedule": {"block_calls": measurer.schedule.calls, "block_calls_apart": measurer.schedule.calls_apart},
             "readout": measurer.readout.about,
+            "compiled": _compiled(measurer),
             "left_out": measurer.left_out,
             "not_numbers": {measurer.variants[row].plan: batches for row, batches in self.journal.broken().items()},
             "seconds": round(seconds, 3),
@@ -185,6 +186,12 @@ class _Work:
                 "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "threads": torch.get_num_threads(),
             },
         }  # fmt: skip
+
+
+def _compiled(measurer: Measurer) -> bool | str:
+    """Whether blocks were compiled, or why not."""
+    compiler = measurer.stack.compiler
+    return False if compiler is None else compiler.refused or True
 
 
 def _drawn(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:

@@ -29,6 +29,7 @@ def sweep(
     batch_size: int | None = None,
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
+    compiled: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one, on the same tokens, sharing every block call that can be shared.
@@ -45,6 +46,7 @@ def sweep(
         batch_size: sequences at once; found by trying if not given.
         blocks: path of the list of blocks ("model.layers"), where it cannot be found.
         anatomy: the model's, found if not given.
+        compiled: have torch compile the blocks; takes some seconds once, and each block is first shown equal to itself uncompiled.
         progress: is called after each batch with the number of sequences done and of all.
 
     Returns:
@@ -62,7 +64,8 @@ def sweep(
         >>> frame[frame.edit == "drop"].set_index("layer").kl_nats  # doctest: +SKIP
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    measurer = Measurer(model, variants(routes, len(locate(model, blocks).blocks), layers), blocks=blocks, anatomy=anatomy)
+    chosen = variants(routes, len(locate(model, blocks).blocks), layers)
+    measurer = Measurer(model, chosen, blocks=blocks, anatomy=anatomy, compiled=compiled)
     if measurer.left_out:
         plan, reason = next(iter(measurer.left_out.items()))
         warnings.warn(f"{len(measurer.left_out)} edits are left out, '{plan}' first: {reason}", stacklevel=2)

@@ -19,7 +19,8 @@ TILE_ELEMENTS = 1 << 22
 ROWS = 2048
 _BLOCK = 64
 
-Weigh = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Tensors = tuple[torch.Tensor, ...]
+Weigh = Callable[[torch.Tensor], Tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, c
         target_T: the true next tokens.
         compiled: sum up a tile with a loop that torch compiles.
     """
-    weigh = _compiled() if compiled and readout.rows is None else _weigh
+    weigh = _weigh_all if readout.rows is not None else _weigh_compiled if compiled else _weigh
     parts = [_of_rows(readout, x_TD[rows], target_T[rows], weigh) for rows in rows_of(readout, len(x_TD))]
     return Summary(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -69,17 +70,16 @@ def slices(readout: Readout, tokens: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, readout.vocabulary)
 
 
-def _of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, weigh: Weigh) -> tuple[torch.Tensor, ...]:
+def _of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, weigh: Weigh) -> Tensors:
     """Running maximum m, S = sum e^(z-m) and A = sum e^(z-m) (z-m); entropy is log S - A/S."""
     m = S = A = wanted = top = torch.empty(0)
     for start, stop in slices(readout, len(x_TD)):
         z_TC = readout.tile(x_TD, start, stop)
-        peak, where = _largest(z_TC)
         here = target_T.to(z_TC.device) - start
         inside = (here >= 0) & (here < stop - start)
         hit = z_TC.gather(-1, here.clamp(0, stop - start - 1)[:, None])[:, 0].double()
-        part_S, part_A = (part.double() for part in (weigh if readout.rows is None else _weigh_all)(z_TC, peak[:, None]))
-        peak = peak.double()
+        where, *parts = weigh(z_TC)
+        peak, part_S, part_A = (part.double() for part in parts)
         if start == 0:
             m, S, A, top = peak, part_S, part_A, where
             wanted = torch.where(inside, hit, torch.full_like(hit, math.nan))
@@ -102,41 +102,53 @@ def merged(
     return new, old_by * S + part_by * part_S, A
 
 
-def _largest(z_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum of each row and its first place, (T,) each. A maximum alone is vectorised, its place is not: so it is sought in one block."""
-    tokens, width = z_TC.shape
-    if width % _BLOCK:
-        return z_TC.amax(-1), z_TC.argmax(-1)
-    blocks = z_TC.view(tokens, -1, _BLOCK)
-    best = blocks.amax(-1)
+def _weigh(z_TC: torch.Tensor) -> Tensors:
+    """Place of the maximum, maximum, S and A of a tile, which is overwritten."""
+    # A maximum alone is vectorised, its place is not: so that is sought in one block only.
+    if z_TC.shape[1] % _BLOCK:
+        peak, where = z_TC.amax(-1), z_TC.argmax(-1)
+    else:
+        peak, where = _place(z_TC, z_TC.view(len(z_TC), -1, _BLOCK).amax(-1))
+    z_TC = z_TC.sub_(peak[:, None])
+    e_TC = z_TC.exp()
+    return where, peak, e_TC.sum(-1), e_TC.mul_(z_TC).sum(-1)
+
+
+def _weigh_all(z_TV: torch.Tensor) -> Tensors:
+    """The same for logits of the model's own making, which may give minus infinity to tokens that do not exist."""
+    peak, where = z_TV.max(-1)
+    z_TV = z_TV - peak[:, None]
+    e_TV = z_TV.exp()
+    return where, peak, e_TV.sum(-1), e_TV.mul_(torch.where(e_TV == 0, 0.0, z_TV)).sum(-1)
+
+
+def _weigh_compiled(z_TC: torch.Tensor) -> Tensors:
+    """The same as `_weigh`, in one loop over memory."""
+    if z_TC.shape[1] % _BLOCK:
+        return _weigh(z_TC)
+    with torch.compiler.set_stance("default"):
+        best, S, A = _compiled()(z_TC)
+    peak, where = _place(z_TC, best)
+    return where, peak, S, A
+
+
+def _place(z_TC: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum of each row and its first place, given that of each block."""
     block = best.argmax(-1, keepdim=True)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0]
+    inside = z_TC.view(len(z_TC), -1, _BLOCK).gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0]
     return best.gather(1, block)[:, 0], block[:, 0] * _BLOCK + inside.argmax(-1)
 
 
-def _weigh(z_TC: torch.Tensor, peak_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """S and A of a tile, which is overwritten."""
-    z_TC = z_TC.sub_(peak_T1)
+def _loop(z_TC: torch.Tensor) -> Tensors:
+    best = z_TC.view(z_TC.shape[0], -1, _BLOCK).amax(-1)
+    z_TC = z_TC - best.amax(-1, keepdim=True)
     e_TC = z_TC.exp()
-    return e_TC.sum(-1), e_TC.mul_(z_TC).sum(-1)
-
-
-def _weigh_all(z_TV: torch.Tensor, peak_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for logits of the model's own making, which may give minus infinity to tokens that do not exist."""
-    z_TV = z_TV - peak_T1
-    e_TV = z_TV.exp()
-    return e_TV.sum(-1), e_TV.mul_(torch.where(e_TV == 0, 0.0, z_TV)).sum(-1)
-
-
-def _in_one_loop(z_TC: torch.Tensor, peak_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shifted = z_TC - peak_T1
-    e_TC = shifted.exp()
-    return e_TC.sum(-1), (e_TC * shifted).sum(-1)
+    return best, e_TC.sum(-1), (e_TC * z_TC).sum(-1)
 
 
 @lru_cache(1)
 def _compiled() -> Weigh:
-    return torch.compile(_in_one_loop, dynamic=True, fullgraph=True)
+    return torch.compile(_loop, dynamic=True, fullgraph=True)
 
 
 def moved(readout: Readout, x_TD: torch.Tensor, p: Summary, p_x_TD: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""With nnsight: one trace for each edit, a batch at once, blocks skipped and called out of order as its documentation teaches.
+
+nnsight.net, "Skipping Modules" (a skipped module is not run) and "Module Access" (a module may be called on any input).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from nnsight import TransformersModel
+
+from . import common
+
+
+def load(task: common.Task) -> Any:
+    if task.model in common.GEOMETRIES:
+        raise common.CannotError("it loads no models with random weights")
+    model = TransformersModel(task.model, task="text-generation", dtype=task.dtype, dispatch=True)
+    return model.to(task.device) if task.device != "cpu" else model
+
+
+def unedited_logits(model: Any, batch: torch.Tensor) -> Any:
+    with model.trace(batch, use_cache=False):
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def swapped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
+    first, second = model.model.layers[layer], model.model.layers[layer + 1]
+    with model.trace(batch, use_cache=False):
+        (stream, *_), more = first.inputs
+        after_second = second(stream, **more)
+        first.skip(after_second)
+        second.skip(first(after_second, **more))
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def dropped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
+    block = model.model.layers[layer]
+    with model.trace(batch, use_cache=False):
+        block.skip(block.input)
+        logits = model.lm_head.output.save()
+    return logits
+
+
+def measure(model: Any, task: common.Task) -> common.Rows:
+    means = common.Means()
+    for batch in task.batches():
+        unedited = common.log_probabilities(unedited_logits(model, batch))
+        for edit in task.edits:
+            run = swapped_logits if edit.kind == "swap" else dropped_logits
+            means.add(edit, common.metrics(unedited, common.log_probabilities(run(model, batch, edit.layer)), batch))
+    return means.rows()
+
+
+if __name__ == "__main__":
+    common.main("nnsight", load, measure)
