@@ -78,16 +78,22 @@ def _of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, weigh
         here = target_T.to(z_TC.device) - start
         inside = (here >= 0) & (here < stop - start)
         hit = z_TC.gather(-1, here.clamp(0, stop - start - 1)[:, None])[:, 0].double()
-        where, *parts = weigh(z_TC)
+        best, *parts = weigh(z_TC)
         peak, part_S, part_A = (part.double() for part in parts)
         if start == 0:
-            m, S, A, top = peak, part_S, part_A, where
+            m, S, A, top = peak, part_S, part_A, _place(z_TC, best)
             wanted = torch.where(inside, hit, torch.full_like(hit, math.nan))
-            continue
-        # The first of equal ones wins, as in argmax; NaN must not lose against a number.
-        top = torch.where((peak > m) | (peak.isnan() & ~m.isnan()), where + start, top)
-        m, S, A = merged(m, S, A, peak, part_S, part_A)
-        wanted = torch.where(inside, hit, wanted)
+        else:
+            # The first of equal ones wins, as in argmax; NaN must not lose against a number.
+            higher = (peak > m) | (peak.isnan() & ~m.isnan())
+            if z_TC.is_cuda:  # which rows these are, only the device knows
+                top = torch.where(higher, _place(z_TC, best) + start, top)
+            else:
+                rows = higher.nonzero()[:, 0]
+                top[rows] = _place(z_TC[rows], best[rows]) + start
+            m, S, A = merged(m, S, A, peak, part_S, part_A)
+            wanted = torch.where(inside, hit, wanted)
+        del z_TC  # so that the next tile can have its memory
     lse = m + S.log()
     return lse, S.log() - A / S, lse - wanted, top
 
@@ -103,23 +109,22 @@ def merged(
 
 
 def _weigh(z_TC: torch.Tensor) -> Tensors:
-    """Place of the maximum, maximum, S and A of a tile, which is overwritten."""
-    # A maximum alone is vectorised, its place is not: so that is sought in one block only.
-    if z_TC.shape[1] % _BLOCK:
-        peak, where = z_TC.amax(-1), z_TC.argmax(-1)
-    else:
-        peak, where = _place(z_TC, z_TC.view(len(z_TC), -1, _BLOCK).amax(-1))
-    z_TC = z_TC.sub_(peak[:, None])
+    """Greatest logit of each block of columns, greatest of all, S and A of a tile, from which the greatest is subtracted."""
+    blocks = _blocks(z_TC)
+    best = blocks.amax(-1)
+    peak = best.amax(-1)
+    z_TC.sub_(peak[:, None])
     e_TC = z_TC.exp()
-    return where, peak, e_TC.sum(-1), e_TC.mul_(z_TC).sum(-1)
+    return best, peak, e_TC.sum(-1), e_TC.mul_(z_TC).sum(-1)
 
 
 def _weigh_all(z_TV: torch.Tensor) -> Tensors:
     """The same for logits of the model's own making, which may give minus infinity to tokens that do not exist."""
-    peak, where = z_TV.max(-1)
-    z_TV = z_TV - peak[:, None]
-    e_TV = z_TV.exp()
-    return where, peak, e_TV.sum(-1), e_TV.mul_(torch.where(e_TV == 0, 0.0, z_TV)).sum(-1)
+    best = _blocks(z_TV).amax(-1)
+    peak = best.amax(-1)
+    shifted = z_TV - peak[:, None]
+    e_TV = shifted.exp()
+    return best, peak, e_TV.sum(-1), e_TV.mul_(torch.where(e_TV == 0, 0.0, shifted)).sum(-1)
 
 
 def _weigh_compiled(z_TC: torch.Tensor) -> Tensors:
@@ -128,15 +133,22 @@ def _weigh_compiled(z_TC: torch.Tensor) -> Tensors:
         return _weigh(z_TC)
     with torch.compiler.set_stance("default"):
         best, S, A = _compiled()(z_TC)
-    peak, where = _place(z_TC, best)
-    return where, peak, S, A
+    return best, best.amax(-1), S, A
 
 
-def _place(z_TC: torch.Tensor, best: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum of each row and its first place, given that of each block."""
-    block = best.argmax(-1, keepdim=True)
-    inside = z_TC.view(len(z_TC), -1, _BLOCK).gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0]
-    return best.gather(1, block)[:, 0], block[:, 0] * _BLOCK + inside.argmax(-1)
+def _blocks(z_TC: torch.Tensor) -> torch.Tensor:
+    """(T, blocks, columns): one block where the width is no multiple of a block's."""
+    width = z_TC.shape[1]
+    block = width if width % _BLOCK else _BLOCK
+    return z_TC.reshape(len(z_TC), width // block, block)
+
+
+def _place(z_TC: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """First place of the greatest logit of each row. A maximum is vectorised, its place is not: so that is sought in one block."""
+    blocks = _blocks(z_TC)
+    block = best.argmax(-1)
+    inside = blocks[torch.arange(len(blocks), device=z_TC.device), block]
+    return block * blocks.shape[2] + inside.argmax(-1)
 
 
 def _loop(z_TC: torch.Tensor) -> Tensors:
