@@ -1,0 +1,94 @@
+"""A sweep with blocks that torch has compiled: the same numbers, or the blocks as they are and a word about it."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import layersurgery as ls
+from layersurgery.families import variants
+from layersurgery.kernels import chunked
+from layersurgery.kernels.reference import METRICS
+from layersurgery.measuring import Measurer
+from tests.test_kernels import Plain, drawn
+from tests.zoo import DEPTH, tiny_model, tokens
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+def test_the_numbers_are_the_same(name: str) -> None:
+    model, ids = tiny_model(name), tokens(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*", category=DeprecationWarning)
+        compiled = ls.sweep(model, "swap,drop,skip-attention,skip-mlp", ids, compiled=True)
+    plain = ls.sweep(model, "swap,drop,skip-attention,skip-mlp", ids)
+    for metric in METRICS:
+        assert (compiled[metric] - plain[metric]).abs().max() < 1e-5
+    assert not compiled[list(METRICS)].equals(plain[list(METRICS)]), "nothing was compiled"
+
+
+@needs_compiler
+def test_blocks_of_one_kind_share_what_was_compiled_also_for_other_shapes() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model("llama")
+    measurer = Measurer(model, variants("swap,drop", DEPTH), compiled=True)
+    for ids in (tokens(2), tokens(3), tokens(1)[:, :7]):
+        measurer.measure(ids, torch.ones_like(ids))
+    assert measurer.stack.compiler is not None
+    assert measurer.stack.compiler.refused is None
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 8
+
+
+def sweep_with(compile: Any, monkeypatch: pytest.MonkeyPatch, match: str) -> None:
+    model, ids = tiny_model("llama"), tokens(2)
+    plain = ls.sweep(model, "drop", ids)
+    monkeypatch.setattr(chunked, "_compiled", lambda: chunked._loop)
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.warns(UserWarning, match=match) as said:
+        frame = ls.sweep(model, "drop", ids, compiled=True)
+    assert len([warning for warning in said if "run as they are" in str(warning.message)]) == 1
+    for metric in METRICS:
+        assert (frame[metric] - plain[metric]).abs().max() < 1e-5
+
+
+def test_where_torch_cannot_compile_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(block: nn.Module, **_: Any) -> Any:
+        def fails(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("no C++ compiler found\nand much more")
+
+        return fails
+
+    sweep_with(
+        compile, monkeypatch, r"torch cannot compile LlamaDecoderLayer: RuntimeError: no C\+\+ compiler found; blocks are run"
+    )
+
+
+def test_what_is_compiled_wrongly_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(block: nn.Module, **_: Any) -> Any:
+        return lambda *args, **kwargs: block(*args, **kwargs) * 1.01
+
+    sweep_with(compile, monkeypatch, "compiled by torch, LlamaDecoderLayer computes something else")
+
+
+@needs_compiler
+@pytest.mark.parametrize("vocabulary", [64 * 9, 1009])
+def test_the_compiled_loop_over_logits(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "TILE_ELEMENTS", 64 * 40)
+    readout, x = Plain(drawn(vocabulary, 16)), drawn(20, 16, seed=1)
+    target = torch.arange(20)
+    one, other = (chunked.summarise(readout, x, target, compiled=compiled) for compiled in (True, False))
+    assert torch.equal(one.top, other.top)
+    for name in ("lse", "entropy", "loss"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6)
