@@ -1,4 +1,4 @@
-"""`python -m benchmarks checkpoint`, `python -m benchmarks operate`."""
+"""`python -m benchmarks COMMAND`: checkpoint, operate, readout, sweep, all of them, those of a GPU, and a picture."""
 
 from __future__ import annotations
 
@@ -38,12 +38,37 @@ def checkpoint(
 def operate(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 21,
     width: Annotated[int, typer.Option("--width", min=8, help="Width of the model of 32 layers.")] = 1024,
+    quick: Annotated[bool, typer.Option("--quick", help="A small model, for trying the benchmark itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
     """Edit a live model and undo it."""
     from .operate import measure
 
-    rows = measure(runs, width=width)
+    rows = measure(3, width=256, name="operate-quick") if quick else measure(runs, width=width)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def readout(
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many are read.")] = 2044,
+    width: Annotated[int, typer.Option("--width", min=1, help="Of a stream.")] = 576,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="How many logits.")] = 49152,
+    dtypes: Annotated[str, typer.Option("--dtypes", help="Of streams and unembedding.")] = "float32,bfloat16",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 11,
+    quick: Annotated[bool, typer.Option("--quick", help="Few tokens, for trying the benchmark itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Turn streams into lse, entropy, loss and argmax."""
+    import torch
+
+    from .readout import Shape, measure
+
+    rows = []
+    for dtype in dtypes.split(","):
+        shape = Shape(64 if quick else tokens, width, vocabulary, getattr(torch, dtype), device)
+        rows += measure(shape, 3 if quick else runs, as_json=as_json, name="readout-quick" if quick else "readout")
     if as_json:
         print(json.dumps(rows, indent=2))
 
@@ -74,6 +99,46 @@ def sweep(
     rows = measure(setting, chosen, peers=peers, only=only, as_json=as_json, name="sweep-quick" if quick else "sweep")
     if as_json:
         print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def gpu(
+    parts: Annotated[
+        str, typer.Option("--parts", help="Of readout, small and large (Pythia-1.4b and 6.9b).")
+    ] = "readout,small,large",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Measure what is to be known of a GPU, with random weights; needs nothing but the checkout."""
+    from .gpu import PARTS, measure
+
+    chosen = parts.split(",")
+    if unknown := set(chosen) - set(PARTS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: write some of {', '.join(PARTS)}", param_hint="'--parts'")
+    rows = measure(chosen, as_json=as_json)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def picture(model: Annotated[str, typer.Option("--model", help="Whose sweep.")] = "smollm2-135m") -> None:
+    """Draw the newest results of a sweep: benchmarks/results/sweep.png."""
+    from .picture import draw
+
+    print(draw(model))
+
+
+@app.command(name="all")
+def everything(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Each as short as can be, for trying the benchmarks themselves.")
+    ] = False,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Run other libraries, in environments of their own.")] = True,
+) -> None:
+    """Run checkpoint, operate, readout and sweep, one after another."""
+    operate(21, 1024, quick, as_json=False)
+    readout(2044, 576, 49152, "float32" if quick else "float32,bfloat16", "cpu", 11, quick, as_json=False)
+    sweep("smollm2-135m", 4, 512, 4, "float32,bfloat16", "cpu", 3, peers, "", quick, as_json=False)
+    checkpoint(1 if quick else 3, quick, None, None, as_json=False)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors import safe_open
 
 from .pythia import DEPTH, NAME, WIDTH, make
-from .timing import Run, machine, record, summary, timed
+from .timing import Run, record, summary, table_of, timed, wide_console
 
 MERGEKIT = "mergekit==0.1.5"
 _TRANSFORMERS = """
@@ -62,7 +61,7 @@ def ways(source: Path, out: Path, work: Path, first: int, depth: int) -> dict[st
 
 def measure(runs: int, hub: Path | None, work: Path, *, quick: bool, as_json: bool) -> list[dict[str, Any]]:
     """Make the checkpoint, check that the ways agree, time them in turn, and print a table."""
-    console = Console(stderr=as_json)
+    console = wide_console(stderr=as_json)
     work.mkdir(parents=True, exist_ok=True)
     home = hub.parent if hub else work / "hf"
     width, depth = (WIDTH // 4, 8) if quick else (WIDTH, DEPTH)
@@ -135,11 +134,11 @@ def tensors(directory: Path) -> dict[str, Path]:
 def report(results: dict[str, list[Run]], failed: dict[str, str], console: Console) -> list[dict[str, Any]]:
     """Print the table; returns its rows."""
     base = summary("cp -r", results["cp -r"]).seconds
-    table = Table("way", "seconds", "quartiles", "x cp -r", "peak MB", title=", ".join(machine().values()))
+    table = table_of("two layers of a checkpoint swapped", "way", "seconds", "quartiles", "x cp -r", "peak MB")
     rows: list[dict[str, Any]] = []
     for name, runs in results.items():
         if name in failed:
-            table.add_row(name, "did not run", failed[name][:60], "", "")
+            table.add_row(f"{name}: {failed[name][:60]}")
             continue
         found = summary(name, runs)
         ratio = found.seconds / base

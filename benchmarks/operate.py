@@ -45,7 +45,7 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def measure(runs: int, *, width: int) -> list[dict[str, Any]]:
+def measure(runs: int, *, width: int, name: str = "operate") -> list[dict[str, Any]]:
     """Time each plan `runs` times, in turn with the others; one row for each way and plan."""
     torch.manual_seed(0)
     shape: dict[str, int] = {
@@ -84,7 +84,7 @@ def measure(runs: int, *, width: int) -> list[dict[str, Any]]:
         row |= {"milliseconds_low": 1e3 * low, "milliseconds_high": 1e3 * high, "bytes_allocated": allocated.bytes}
         rows.append(row)
         print(f"{way[0]:34} {way[1]:18} {row['milliseconds']:9.2f} ms  {allocated.bytes:13,} bytes", file=sys.stderr)
-    record("operate", rows)
+    record(name, rows)
     return rows
 
 

@@ -17,13 +17,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from layersurgery.sources import find_source
 
 from .peers.common import GEOMETRIES, METRICS
-from .timing import machine, quartiles, record, timed
+from .timing import quartiles, record, table_of, timed, wide_console
 
 _ROOT = Path(__file__).parent.parent
 LIMIT = "limit"
@@ -113,7 +112,7 @@ def measure(
     name: str = "sweep",
 ) -> list[dict[str, Any]]:
     """Run all ways in turn, check them, and print a table; returns its rows, which are appended to the results."""
-    console = Console(stderr=as_json)
+    console = wide_console(stderr=as_json)
     known = ways(dtypes, peers=peers, whole=setting.sequences, alone=max(1, setting.sequences // 4))
     found = {way: Found() for way in known if any(name in way.name for name in only.split(","))}
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as work:
@@ -136,6 +135,8 @@ def measure(
     rows = _rows(found, setting)
     console.print(_table(rows, setting))
     console.print(f"Appended to {record(name, rows)}")
+    if red := [row["fault"] for row in rows if row["fault"] and row["way"].startswith("layersurgery")]:
+        raise SystemExit(f"layersurgery: {red[0]}")
     return rows
 
 
@@ -252,14 +253,19 @@ _DETAILS = (
 
 
 def _table(rows: list[dict[str, Any]], setting: Setting) -> Table:
-    table = Table(
-        title=f"{setting.model}: swap and drop of every block", caption=", ".join(f"{k} {v}" for k, v in machine().items() if v)
+    table = table_of(
+        f"{setting.model}: swap and drop of every block",
+        "way",
+        "dtype",
+        "tokens/s",
+        "quartiles",
+        "of limit",
+        "x by hand",
+        "peak MB",
     )
-    for column in ("way", "dtype", "tokens/s", "quartiles", "of limit", "x by hand", "MB"):
-        table.add_column(column, justify="left" if column in ("way", "dtype") else "right", no_wrap=True)
     for row in rows:
         if row["fault"]:
-            table.add_row(row["way"], _SHORT[row["dtype"]], "-", row["fault"][:70])
+            table.add_row(f"{row['way']}: {row['fault']}", _SHORT[row["dtype"]])
             continue
         ratios = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("of_limit", "times_by_hand")]
         spread = f"{row['tokens_per_second_low']:.1f}-{row['tokens_per_second_high']:.1f}"

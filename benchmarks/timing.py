@@ -17,6 +17,9 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -94,6 +97,20 @@ def machine() -> dict[str, str]:
         except PackageNotFoundError:
             facts[package] = "none"
     return facts
+
+
+def wide_console(*, stderr: bool = False) -> Console:
+    """Wide enough for a table, also where the output is no terminal."""
+    return Console(stderr=stderr, width=max(110, Console().width))
+
+
+def table_of(title: str, first: str, *numbers: str) -> Table:
+    """A table of ways and their numbers, with the machine below it."""
+    table = Table(title=title, caption=", ".join(f"{name} {value}" for name, value in machine().items()))
+    table.add_column(first)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _lines(path: str) -> list[str]:
