@@ -44,7 +44,7 @@ def operate(
     """Edit a live model and undo it."""
     from .operate import measure
 
-    rows = measure(3, width=256, name="operate-quick") if quick else measure(runs, width=width)
+    rows = measure(3, width=256, as_json=as_json, name="operate-quick") if quick else measure(runs, width=width, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
 

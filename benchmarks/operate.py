@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import layersurgery as ls
 from layersurgery.dissection import Anatomy
 
-from .timing import quartiles, record
+from .timing import quartiles, record, table_of, wide_console
 
 _PLANS = ["swap 12 13", "drop 20", "repeat 8:16", "reverse 8:16", "skip-attention 20", "skip-mlp 20"]
 
@@ -45,7 +44,7 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def measure(runs: int, *, width: int, name: str = "operate") -> list[dict[str, Any]]:
+def measure(runs: int, *, width: int, as_json: bool = False, name: str = "operate") -> list[dict[str, Any]]:
     """Time each plan `runs` times, in turn with the others; one row for each way and plan."""
     torch.manual_seed(0)
     shape: dict[str, int] = {
@@ -69,6 +68,7 @@ def measure(runs: int, *, width: int, name: str = "operate") -> list[dict[str, A
                 pass
             times[way].append(time.perf_counter() - started)
     rows = []
+    table = table_of(f"32 layers of width {width}", "way", "plan", "ms", "quartiles", "MB allocated")
     for way, editing in ways.items():
         with _Allocated() as allocated, editing():
             pass
@@ -83,8 +83,11 @@ def measure(runs: int, *, width: int, name: str = "operate") -> list[dict[str, A
         }
         row |= {"milliseconds_low": 1e3 * low, "milliseconds_high": 1e3 * high, "bytes_allocated": allocated.bytes}
         rows.append(row)
-        print(f"{way[0]:34} {way[1]:18} {row['milliseconds']:9.2f} ms  {allocated.bytes:13,} bytes", file=sys.stderr)
-    record(name, rows)
+        spread = f"{row['milliseconds_low']:.2f}-{row['milliseconds_high']:.2f}"
+        table.add_row(way[0], way[1], f"{row['milliseconds']:.2f}", spread, f"{allocated.bytes / 1e6:.1f}")
+    console = wide_console(stderr=as_json)
+    console.print(table)
+    console.print(f"Appended to {record(name, rows)}")
     return rows
 
 

@@ -1,7 +1,8 @@
 """Blocks compiled by torch, each shown equal to itself before it is believed.
 
 Norms, rotary embeddings and gates are many passes over a stream; compiled, they are few. Blocks of one kind share one compiled
-function, for their parameters are its arguments. CUDA graphs are not asked for: they would hand out the same memory at each call, and
+function, for their parameters are its arguments. Each shape has a function of its own: one for all of them would depend on which came
+first, and so would the last digits of a run that was stopped and goes on. CUDA graphs are not asked for: they would hand out the same memory at each call, and
 with thousands of tokens at once there is no launching to save.
 """
 
@@ -51,7 +52,7 @@ class Compiler:
             return _call(self._ready[block], stream, bind)
 
     def _prove(self, block: nn.Module, stream: torch.Tensor, bind: Bind) -> None:
-        name, call = type(block).__name__, torch.compile(block, fullgraph=True)
+        name, call = type(block).__name__, torch.compile(block, fullgraph=True, dynamic=False)
         plain = first_tensor(_call(block, stream.clone(), bind))
         try:
             with _compiling():

@@ -32,6 +32,7 @@ EachToken = Callable[[Sequence[int], torch.Tensor], None]
 Tick = Callable[[float], None]
 _TOKENS_AT_ONCE = 2048
 _SHARE_OF_MEMORY = 0.5
+_SHORTEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class Measurer:
         follow = followed(mask)
         if not bool(follow.any()):
             return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), 0, 0)
-        longest = int(mask.any(0).nonzero().max()) + 1  # the rest is padding in every sequence
+        longest = self._length(mask)
         ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
         counts = follow.sum(-1).tolist()
         target = ids[:, 1:][follow]
@@ -207,6 +208,13 @@ class Measurer:
         _refuse_nonsense(self.model, sums[0])
         values = torch.stack([sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
         return Measured(counts, values, calls, peak)
+
+    def _length(self, mask: torch.Tensor) -> int:
+        """Where padding begins in every sequence; rounded up for compiled blocks, which take a while to make for each length."""
+        longest = int(mask.any(0).nonzero().max()) + 1
+        if self.stack.compiler is None:
+            return longest
+        return min(mask.shape[1], max(_SHORTEST, 1 << (longest - 1).bit_length()))
 
     def _walk(
         self, tape: Tape, chosen: torch.Tensor, base: streaming.Baseline, note: EachToken, tick: Tick | None

@@ -160,7 +160,10 @@ def _loop(z_TC: torch.Tensor) -> Tensors:
 
 @lru_cache(1)
 def _compiled() -> Weigh:
-    return torch.compile(_loop, dynamic=True, fullgraph=True)
+    loop = torch.compile(_loop, dynamic=True, fullgraph=True)
+    # What it is made for does not depend on what is read first; nor are rows and columns taken for the same number.
+    loop(torch.zeros(ROWS - 1, TILE_ELEMENTS // ROWS))
+    return loop
 
 
 def moved(readout: Readout, x_TD: torch.Tensor, p: Summary, p_x_TD: torch.Tensor) -> torch.Tensor:
