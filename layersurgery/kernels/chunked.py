@@ -162,7 +162,7 @@ def _loop(z_TC: torch.Tensor) -> Tensors:
 def _compiled() -> Weigh:
     loop = torch.compile(_loop, dynamic=True, fullgraph=True)
     # What it is made for does not depend on what is read first; nor are rows and columns taken for the same number.
-    loop(torch.zeros(ROWS - 1, TILE_ELEMENTS // ROWS))
+    loop(torch.zeros(2047, 2048))
     return loop
 
 
