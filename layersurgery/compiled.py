@@ -1,9 +1,9 @@
 """Blocks compiled by torch, each shown equal to itself before it is believed.
 
 Norms, rotary embeddings and gates are many passes over a stream; compiled, they are few. Blocks of one kind share one compiled
-function, for their parameters are its arguments. Each shape has a function of its own: one for all of them would depend on which came
-first, and so would the last digits of a run that was stopped and goes on. CUDA graphs are not asked for: they would hand out the same memory at each call, and
-with thousands of tokens at once there is no launching to save.
+function, for their parameters are its arguments. Each shape has a function of its own: one for all of them would depend on which
+came first, and so would the last digits of a run that was stopped and goes on. CUDA graphs are not asked for: they would hand out the
+same memory at each call, and with thousands of tokens at once there is no launching to save.
 """
 
 from __future__ import annotations

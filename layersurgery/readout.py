@@ -148,7 +148,7 @@ def product(
         return sums if scale == 1 else sums.mul_(scale)
     x_TD, w_DC = x_TD.float(), w_CD.float().T
     # oneDNN rounds float32 factors to bfloat16 on the way in if it may: nothing is lost of numbers that were bfloat16 before.
-    with _rounded_factors() if both and w_CD.dtype == torch.bfloat16 and not w_CD.is_cuda else nullcontext():
+    with float32_products("medium") if both and w_CD.dtype == torch.bfloat16 and not w_CD.is_cuda else nullcontext():
         if bias is None and scale == 1:
             return x_TD @ w_DC
         given = x_TD.new_zeros(1) if bias is None else bias.float()
@@ -173,10 +173,11 @@ def weighted(p_TC: torch.Tensor, w_CD: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _rounded_factors() -> Iterator[None]:
+def float32_products(precision: str) -> Iterator[None]:
+    """Inside, float32 matrices are multiplied with the precision that torch calls "highest", "high" or "medium"."""
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision(precision)
         yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import common
@@ -24,15 +25,15 @@ def put(model: Any, blocks: list[nn.Module]) -> None:
 
 
 def measure(model: Any, task: common.Task) -> common.Rows:
-    means, blocks = common.Means(), list(model.base_model.layers)
-    for batch in task.batches():
-        unedited = common.log_probabilities(model(batch, use_cache=False).logits)
-        for edit in task.edits:
-            put(model, edited(blocks, edit))
-            logits = model(batch, use_cache=False).logits
-            put(model, blocks)
-            means.add(edit, common.metrics(unedited, common.log_probabilities(logits), batch))
-    return means.rows()
+    blocks = list(model.base_model.layers)
+
+    def logits(batch: torch.Tensor, edit: common.Edit) -> Any:
+        put(model, edited(blocks, edit))
+        found = model(batch, use_cache=False).logits
+        put(model, blocks)
+        return found
+
+    return common.batched(task, lambda batch: model(batch, use_cache=False).logits, logits)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,18 @@ class Means:
         ]
 
 
+def batched(
+    task: Task, unedited: Callable[[torch.Tensor], torch.Tensor], edited: Callable[[torch.Tensor, Edit], torch.Tensor]
+) -> Rows:
+    """Logits of the unedited model once a batch, those of each edit beside them, and the metrics."""
+    means = Means()
+    for batch in task.batches():
+        p = log_probabilities(unedited(batch))
+        for edit in task.edits:
+            means.add(edit, metrics(p, log_probabilities(edited(batch, edit)), batch))
+    return means.rows()
+
+
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Of positions that have a next token, float32, for logits (batch, length, vocabulary)."""
     return logits[:, :-1].float().log_softmax(-1)

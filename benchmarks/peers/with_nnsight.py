@@ -5,6 +5,7 @@ nnsight.net, "Skipping Modules" (a skipped module is not run) and "Module Access
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,13 +47,10 @@ def dropped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
 
 
 def measure(model: Any, task: common.Task) -> common.Rows:
-    means = common.Means()
-    for batch in task.batches():
-        unedited = common.log_probabilities(unedited_logits(model, batch))
-        for edit in task.edits:
-            run = swapped_logits if edit.kind == "swap" else dropped_logits
-            means.add(edit, common.metrics(unedited, common.log_probabilities(run(model, batch, edit.layer)), batch))
-    return means.rows()
+    def edited(batch: torch.Tensor, edit: common.Edit) -> Any:
+        return (swapped_logits if edit.kind == "swap" else dropped_logits)(model, batch, edit.layer)
+
+    return common.batched(task, partial(unedited_logits, model), edited)
 
 
 if __name__ == "__main__":

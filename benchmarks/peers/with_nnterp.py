@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,7 @@ def dropped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
 
 
 def measure(model: Any, task: common.Task) -> common.Rows:
-    means = common.Means()
-    for batch in task.batches():
-        unedited = common.log_probabilities(unedited_logits(model, batch))
-        for edit in task.edits:
-            means.add(edit, common.metrics(unedited, common.log_probabilities(dropped_logits(model, batch, edit.layer)), batch))
-    return means.rows()
+    return common.batched(task, partial(unedited_logits, model), lambda batch, edit: dropped_logits(model, batch, edit.layer))
 
 
 if __name__ == "__main__":

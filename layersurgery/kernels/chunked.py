@@ -39,6 +39,12 @@ class Summary:
     loss: torch.Tensor
     top: torch.Tensor
 
+    @classmethod
+    def of(cls, m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, wanted: torch.Tensor, top: torch.Tensor) -> Summary:
+        """From the greatest logit m, S = sum e^(z-m), A = sum e^(z-m) (z-m), the target's logit and the place of m: entropy is log S - A/S."""
+        lse = m + S.log()
+        return cls(lse, S.log() - A / S, lse - wanted, top)
+
 
 def summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> Summary:
     """Read some positions.
@@ -51,7 +57,7 @@ def summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, c
     """
     weigh = _weigh_all if readout.rows is not None else _weigh_compiled if compiled else _weigh
     parts = [_of_rows(readout, x_TD[rows], target_T[rows], weigh) for rows in rows_of(readout, len(x_TD))]
-    return Summary(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Summary.of(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def rows_of(readout: Readout, tokens: int) -> Iterator[slice]:
@@ -71,7 +77,7 @@ def slices(readout: Readout, tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def _of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, weigh: Weigh) -> Tensors:
-    """Running maximum m, S = sum e^(z-m) and A = sum e^(z-m) (z-m); entropy is log S - A/S."""
+    """Running m, S and A, the target's logit and the place of m, as `Summary.of` takes them."""
     m = S = A = wanted = top = torch.empty(0)
     for start, stop in slices(readout, len(x_TD)):
         z_TC = readout.tile(x_TD, start, stop)
@@ -94,8 +100,7 @@ def _of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, weigh
             m, S, A = merged(m, S, A, peak, part_S, part_A)
             wanted = torch.where(inside, hit, wanted)
         del z_TC  # so that the next tile can have its memory
-    lse = m + S.log()
-    return lse, S.log() - A / S, lse - wanted, top
+    return m, S, A, wanted, top
 
 
 def merged(

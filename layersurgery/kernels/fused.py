@@ -223,13 +223,12 @@ def summed(
         tiling: how to cut the work; by the device if not given.
     """
     x_TD, w_VD = _rows_together(x_TD), _rows_together(w_VD)
-    tokens, cut = len(x_TD), _Cut(x_TD, w_VD, tiling)
+    tokens, cut = len(x_TD), _Cut(x_TD, w_VD, bias_V, scale, cap, tiling)
     m, S, A, wanted = (x_TD.new_empty((cut.parts, tokens), dtype=torch.float32) for _ in range(4))
     top = x_TD.new_empty((cut.parts, tokens), dtype=torch.int32)
     target_T = target_T.to(x_TD.device).contiguous()
     _summing[cut.grid](
-        x_TD, w_VD, w_VD if bias_V is None else bias_V.contiguous(), target_T, m, S, A, top, wanted, tokens, *cut.sizes,
-        x_TD.stride(0), w_VD.stride(0), float(scale), float(cap or 1), HAS_BIAS=bias_V is not None, HAS_CAP=cap is not None, **cut.options,
+        x_TD, w_VD, cut.bias, target_T, m, S, A, top, wanted, tokens, *cut.sizes, x_TD.stride(0), w_VD.stride(0), *cut.bends, **cut.options,
     )  # fmt: skip
     return _together(m, S, A, top, wanted)
 
@@ -247,12 +246,11 @@ def diverged(
 ) -> torch.Tensor:
     """sum_v p_v (z_p - z_q), float64, (tokens,), with the logits of two models side by side; arguments as in `summed`."""
     p_x_TD, q_x_TD, w_VD = map(_rows_together, (p_x_TD, q_x_TD, w_VD))
-    tokens, cut = len(p_x_TD), _Cut(p_x_TD, w_VD, tiling)
+    tokens, cut = len(p_x_TD), _Cut(p_x_TD, w_VD, bias_V, scale, cap, tiling)
     moved = p_x_TD.new_empty((cut.parts, tokens), dtype=torch.float32)
     _diverging[cut.grid](
-        p_x_TD, q_x_TD, w_VD, w_VD if bias_V is None else bias_V.contiguous(), p_lse_T.float().contiguous(), moved, tokens, *cut.sizes,
-        p_x_TD.stride(0), q_x_TD.stride(0), w_VD.stride(0), float(scale), float(cap or 1),
-        HAS_BIAS=bias_V is not None, HAS_CAP=cap is not None, **cut.options,
+        p_x_TD, q_x_TD, w_VD, cut.bias, p_lse_T.float().contiguous(), moved, tokens, *cut.sizes,
+        p_x_TD.stride(0), q_x_TD.stride(0), w_VD.stride(0), *cut.bends, **cut.options,
     )  # fmt: skip
     return moved.double().sum(0)
 
@@ -269,9 +267,17 @@ def _together(m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, top: torch.Tens
 
 
 class _Cut:
-    """Grid, sizes and compile-time constants of a launch."""
+    """Grid, sizes, scale and soft-cap, and compile-time constants of a launch."""
 
-    def __init__(self, x_TD: torch.Tensor, w_VD: torch.Tensor, tiling: Tiling | None) -> None:
+    def __init__(
+        self,
+        x_TD: torch.Tensor,
+        w_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        scale: float,
+        cap: float | None,
+        tiling: Tiling | None,
+    ) -> None:
         assert x_TD.dtype == w_VD.dtype, "what is read and the unembedding are of one dtype"
         assert x_TD.shape[1] == w_VD.shape[1]
         tiling = tiling or tiling_for(x_TD)
@@ -283,10 +289,12 @@ class _Cut:
         self.parts = triton.cdiv(tiles, a_part)
         self.grid = (blocks, self.parts)
         self.sizes = (vocabulary, width, a_part)
+        self.bias = w_VD if bias_V is None else bias_V.contiguous()  # without one, anything: it is not read
+        self.bends = (float(scale), float(cap or 1))
         self.options: dict[str, Any] = {
             # Triton's interpreter multiplies bfloat16's bits as if they were whole numbers.
             "EVEN": width % tiling.width == 0, "WIDEN": not x_TD.is_cuda, "BT": tiling.tokens, "BV": tiling.vocabulary, "BD": tiling.width,
-            "num_warps": tiling.warps, "num_stages": tiling.stages,
+            "HAS_BIAS": bias_V is not None, "HAS_CAP": cap is not None, "num_warps": tiling.warps, "num_stages": tiling.stages,
         }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from types import ModuleType
 
 import torch
 
-from ..readout import Readout, Unembedding
+from ..readout import Readout, Unembedding, float32_products
 from . import chunked
 from .chunked import Summary
 
@@ -50,13 +50,8 @@ class Baseline:
 @contextmanager
 def _in_full(device: torch.device) -> Iterator[None]:
     """Single precision in earnest: a difference of large sums would turn a shorter mantissa's noise into divergence."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with float32_products("highest"), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> Baseline:
@@ -126,8 +121,7 @@ def _summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, 
         return chunked.summarise(readout, x_TD, target_T, compiled=compiled)
     assert isinstance(readout, Unembedding)
     sums = fused.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
-    lse = sums.m + sums.S.log()
-    return Summary(lse, sums.S.log() - sums.A / sums.S, lse - sums.wanted, sums.top)
+    return Summary.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
 
 
 def _divergence(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summary) -> torch.Tensor:
