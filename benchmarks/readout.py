@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def _dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Summary:
 
 def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Way | str]:
     """All of them; a text where one cannot run says why."""
-    readout = Unembedding(None, None, w, None, 1.0, None)  # type: ignore[arg-type] # nothing asks for its stack
+    readout = Unembedding(None, None, SimpleNamespace(weight=w))  # type: ignore[arg-type] # nothing asks for its stack
     out = torch.empty(len(x), _SLICE, dtype=x.dtype, device=x.device)
 
     def product() -> None:

@@ -1,22 +1,24 @@
-"""`layersurgery sweep` and `layersurgery plot`."""
+"""`layersurgery sweep`."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layersurgery.errors import PlanError, SourceError
+from layersurgery.errors import MeasurementError, PlanError, SourceError
 from layersurgery.families import Variant, read_plans, variants
 from layersurgery.plan import Plan
 from layersurgery.route import Span, parse_items, resolve
 from layersurgery.sources import EMBEDDED, Source, find_source, needs_conversion
+from layersurgery.trie import DEPTH_FIRST, LAYER_MAJOR
 from layersurgery.weights import fingerprint
 
+from .placement import Place, loaded, place_of, where
 from .progress import bar
 from .results import draw_one, show
 from .talk import Talk, complain, number, size
@@ -24,10 +26,10 @@ from .talk import Talk, complain, number, size
 if TYPE_CHECKING:
     from layersurgery.measuring import Measurer
     from layersurgery.runs import Run
+    from layersurgery.team import Team
     from layersurgery.text import Asked, Text
 
 _TOKENS, _CONTEXT = "1M", 2048
-_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
 
 
@@ -51,23 +53,71 @@ class Options:
     batch_size: int | None
     dtype: str
     device: str | None
+    device_map: str | None
+    max_memory: str | None
+    offload_folder: Path | None
+    schedule: str | None
     compile: bool
     output: Path | None
     overwrite: bool
     per_token: bool
     revision: str | None
     blocks: str | None
+    estimate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What the leading process tells the others to do."""
+
+    variants: list[Variant]
+    text: Text
+    weights: str
+    place: Place
 
 
 def run_sweep(model: str, options: Options, talk: Talk) -> None:
-    """Measure, showing what happens, and end with the table. Text is read before the weights are fetched or loaded."""
-    asked_edits = _edits(options)
-    with talk.step(f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"):
-        source = find_source(model, revision=options.revision, weights=False)
-        depth, positions, vocabulary = _config(source)
-    chosen = variants(asked_edits, depth, _layers(options.layers, depth))
-    asked = _asked(model, options, positions)
-    device, dtype = _place(options, source, talk)
+    """Measure, showing what happens, and end with the table."""
+    if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
+        raise PlanError(f"--schedule {options.schedule!r} is none; write {DEPTH_FIRST} or {LAYER_MAJOR}")
+    if options.estimate:
+        from .estimate import show_estimate
+
+        show_estimate(model, options, talk)
+        return
+    from layersurgery.team import find_team
+
+    team = find_team(cpu=_on_cpu(options))
+    if team.rank:
+        _follow(model, options, team)
+        return
+    errands: list[Errand | None] = []
+
+    def send(errand: Errand | None) -> None:
+        errands.append(errand)
+        team.share(errand)
+
+    try:
+        _lead(model, options, talk, team, send)
+    finally:
+        if not errands:  # the others need not wait for what will not come
+            with suppress(MeasurementError):
+                send(None)
+
+
+def _on_cpu(options: Options) -> bool:
+    import torch
+
+    return options.device == "cpu" or not torch.cuda.is_available()
+
+
+def _lead(model: str, options: Options, talk: Talk, team: Team, send: Any) -> None:
+    """Text is read before the weights are fetched or loaded."""
+    asked_edits = edits_of(options)
+    source, depth, positions, vocabulary = looked_at(model, options, talk)
+    chosen = variants(asked_edits, depth, layers_of(options.layers, depth))
+    asked = asked_text(model, options, positions)
+    place = place_of(options, source, talk)
     from layersurgery.runs import open_run
     from layersurgery.table import read_run
     from layersurgery.text import check_data
@@ -80,7 +130,7 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
     done = before.get("state") == "finished" and asked.from_hub and not options.overwrite
     text = None if done else _text(asked, tokenizer, vocabulary, talk)
     source = find_source(model, revision=options.revision)
-    arguments = _arguments(source, options, asked, chosen, device, dtype)
+    arguments = _arguments(source, options, asked, chosen, place)
     arguments["text"]["fingerprint"] = (
         text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
     )
@@ -88,11 +138,44 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
         if run.finished or text is None:
             talk.say(f"The sweep in {run.directory} has finished; nothing to do. --overwrite measures it anew")
         else:
-            _measure(run, source, chosen, text, tokenizer, options, (device, dtype), talk)
+            send(Errand(chosen, text, arguments["model"]["weights"], place))
+            _measure(run, source, chosen, text, tokenizer, options, place, talk, team)
         show(run, talk)
 
 
-def _edits(options: Options) -> list[Any]:
+def _follow(model: str, options: Options, team: Team) -> None:
+    """The part of a process that does not lead: it measures, and says nothing but what is wrong with itself."""
+    from layersurgery.measuring import Measurer
+    from layersurgery.performing import help_along
+
+    errand: Errand | None = team.share(None)
+    if errand is None:
+        return
+    source = find_source(model, revision=options.revision)
+    if team.local_rank == 0 and fingerprint(source.directory) != errand.weights:
+        raise SourceError(
+            f"process {team.rank}: {source.label} in {source.directory} is another checkpoint than that of the process that leads"
+        )
+    tokenizer = _tokenizer(source, options.tokenizer) if options.per_token else None
+    try:
+        with _calm(), loaded(source, errand.place, team) as there:
+            measurer = Measurer(there, errand.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
+            whole = help_along(measurer, errand.text, per_token=options.per_token, tokenizer=tokenizer, team=team)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if not whole:
+        raise SystemExit(1)
+
+
+def looked_at(model: str, options: Options, talk: Talk) -> tuple[Source, int, int | None, int | None]:
+    """The source, without weights; and its depth, positions and vocabulary."""
+    with talk.step(f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"):
+        source = find_source(model, revision=options.revision, weights=False)
+        return source, *_config(source)
+
+
+def edits_of(options: Options) -> list[Any]:
+    """What is to be measured, as `variants` takes it."""
     if options.plans is None:
         return ["swap,drop" if options.edits is None else options.edits]
     try:
@@ -103,7 +186,8 @@ def _edits(options: Options) -> list[Any]:
     return [options.edits, plans] if options.edits else [plans]
 
 
-def _layers(text: str | None, depth: int) -> range | None:
+def layers_of(text: str | None, depth: int) -> range | None:
+    """The blocks that families may touch; None for all."""
     if text is None:
         return None
     items = parse_items(text)
@@ -126,7 +210,8 @@ def _config(source: Source) -> tuple[int, int | None, int | None]:
     return depth, positions if isinstance(positions, int) else None, vocabulary if isinstance(vocabulary, int) else None
 
 
-def _asked(model: str, options: Options, positions: int | None) -> Asked:
+def asked_text(model: str, options: Options, positions: int | None) -> Asked:
+    """The text that is asked for, with what is usual where nothing is said."""
     from layersurgery.text import PILE, PYDOC, Asked, number
 
     if options.data == "":
@@ -154,47 +239,14 @@ def _tokenizer(source: Source, other: str | None) -> Any:
     return tokenizer
 
 
-def _place(options: Options, source: Source, talk: Talk) -> tuple[str, str]:
-    """Device and dtype, said out."""
-    import json
-
-    import torch
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.partition(":")[0] == "meta":
-        raise PlanError("--device meta computes nothing; write cpu or cuda")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SourceError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    dtype = options.dtype.removeprefix("torch.")
-    if dtype == "auto":
-        config = json.loads((source.directory / "config.json").read_text("utf-8"))
-        inner = config.get("text_config") or {}
-        named = (owner.get(name) for owner in (inner, config) for name in ("dtype", "torch_dtype"))
-        # Where no config says it, transformers looks at the weights.
-        dtype = str(next(filter(None, named), "auto")).removeprefix("torch.")
-        if device == "cpu" and dtype == "float16":
-            dtype = "float32"
-            talk.say(
-                "Note: the checkpoint is in float16, which few CPUs multiply at all, so it is loaded in float32; --dtype float16 insists"
-            )
-    if dtype not in _DTYPES:
-        raise PlanError(f"--dtype {options.dtype!r} is not one to run a model in; write float32, bfloat16, float16 or auto")
-    return device, dtype
-
-
-def _arguments(
-    source: Source, options: Options, asked: Asked, chosen: Sequence[Variant], device: str, dtype: str
-) -> dict[str, Any]:
+def _arguments(source: Source, options: Options, asked: Asked, chosen: Sequence[Variant], place: Place) -> dict[str, Any]:
     from layersurgery.runs import versions
 
     return {
         "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
         "edits": [[variant.edit, variant.name, str(variant.route)] for variant in chosen],
         "text": {**dataclasses.asdict(asked), "shuffle": asked.shuffled, "tokenizer": options.tokenizer},
-        "dtype": dtype,
-        "device": device,
+        **place.arguments(),
         "compiled": options.compile,
         "batch_size": options.batch_size,
         "per_token": options.per_token,
@@ -221,40 +273,57 @@ def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> T
 
 
 def _measure(
-    run: Run, source: Source, chosen: Sequence[Variant], text: Text, tokenizer: Any, options: Options, where: tuple[str, str], talk: Talk
+    run: Run, source: Source, chosen: Sequence[Variant], text: Text, tokenizer: Any, options: Options, place: Place, talk: Talk, team: Team
 ) -> None:  # fmt: skip
-    from layersurgery.loading import load
     from layersurgery.measuring import Measurer
     from layersurgery.performing import perform
 
-    device, dtype = where
-    with talk.step(f"Loading {source.label}"), _calm():
-        model, _ = load(source.directory, dtype=dtype)
-        model = model.to(device)
-        measurer = Measurer(model, chosen, blocks=options.blocks, compiled=options.compile)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    talk.say(f"{source.label}: {number(parameters)} parameters in {dtype} on {device}; read out by {measurer.readout.about}")
-    _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk)
-    if run.begun:
-        talk.say("Going on with what is measured already")
+    with _calm(), loaded_aloud(source, place, talk, team) as model:
+        measurer = Measurer(model, chosen, blocks=options.blocks, compiled=options.compile, order=options.schedule)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        on = where(model, place, measurer.stack.path)
+        talk.say(
+            f"{source.label}: {number(parameters)} parameters in {place.dtype} on {on}; read out by {measurer.readout.about}"
+        )
+        _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk, team)
+        if run.begun:
+            talk.say("Going on with what is measured already")
+        try:
+            with bar(text, talk) as on_progress:
+                perform(
+                    run,
+                    measurer,
+                    text,
+                    name=source.label,
+                    batch_size=options.batch_size,
+                    per_token=options.per_token,
+                    tokenizer=tokenizer,
+                    draw=lambda frame, directory: draw_one(frame, directory, run.arguments["text"]["data"]),
+                    on_progress=on_progress,
+                    team=team,
+                )
+        except (KeyboardInterrupt, SystemExit) as stop:
+            also = "; if another process has gone, its own message says why" if team.size > 1 else ""
+            complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it{also}")
+            raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+    if measurer.stack.compiler is not None and (why := measurer.stack.compiler.refused):
+        talk.say(f"Note: {why}; blocks were run as they are")
+    if measurer.at_once is not None:
+        talk.say(
+            f"Note: memory ran out, so batches were measured in parts of {measurer.at_once} sequence{'s'[: measurer.at_once != 1]}"
+        )
+
+
+@contextmanager
+def loaded_aloud(source: Source, place: Place, talk: Talk, team: Team) -> Iterator[Any]:
+    """The model where it is to be, with a word while it is loaded."""
+    going = loaded(source, place, team)
+    with talk.step(f"Loading {source.label}"):
+        model = going.__enter__()
     try:
-        with bar(text, talk) as on_progress, _calm():
-            perform(
-                run,
-                measurer,
-                text,
-                name=source.label,
-                batch_size=options.batch_size,
-                per_token=options.per_token,
-                tokenizer=tokenizer,
-                draw=lambda frame, directory: draw_one(frame, directory, run.arguments["text"]["data"]),
-                on_progress=on_progress,
-            )
-        if measurer.stack.compiler is not None and (why := measurer.stack.compiler.refused):
-            talk.say(f"Note: {why}; blocks were run as they are")
-    except (KeyboardInterrupt, SystemExit) as stop:
-        complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it")
-        raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+        yield model
+    finally:
+        going.__exit__(None, None, None)
 
 
 @contextmanager
@@ -269,15 +338,23 @@ def _calm() -> Iterator[None]:
         yield
 
 
-def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk) -> None:
+def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk, team: Team) -> None:
     length = text.ids.shape[1]
     batch = min(batch_size or measurer.suggest(length), len(text.ids))
-    forecast, schedule = measurer.forecast(batch, length), measurer.schedule
-    saved = f"{schedule.calls_apart:,} without sharing"
-    talk.say(f"{len(measurer.routes)} edited models; {schedule.calls:,} block calls a batch, {saved}")
+    forecast, plan = measurer.forecast(batch, length), measurer.schedule
+    saved = f"{plan.calls_apart:,} without sharing"
+    by = f" by {team.size} processes" if team.size > 1 else ""
+    talk.say(f"{len(measurer.routes)} edited models; {plan.calls:,} block calls a batch, {saved}{by}")
+    if measurer.bytes_to_read:
+        way = (
+            f"layer by layer, {plan.at_home} block{'s'[: plan.at_home != 1]} at hand at a time"
+            if plan.during
+            else "route by route"
+        )
+        talk.say(f"Weights are brought in {way}: {size(measurer.bytes_to_read)} a batch")
     talk.say(
         f"Expecting {size(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {size(forecast.weights)}, streams "
         f"{size(forecast.streams)}, a block {size(forecast.block)}, readout {size(forecast.readout)}"
     )
-    for plan, reason in measurer.left_out.items():
-        talk.say(f"Left out: {plan}: {reason}")
+    for plan_text, reason in measurer.left_out.items():
+        talk.say(f"Left out: {plan_text}: {reason}")

@@ -111,6 +111,52 @@ Device = Annotated[
         "--device", help="cpu, cuda or cuda:1.", show_default="cuda if there is one", metavar="NAME", rich_help_panel=_HOW
     ),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Spread the model over devices, main memory and disk: auto, balanced, sequential, a JSON object or a file of one.",
+        metavar="MAP",
+        rich_help_panel=_HOW,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        help="What each device may give to --device-map, as in 0=70GiB,cpu=100GiB.",
+        metavar="SIZES",
+        rich_help_panel=_HOW,
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload-folder",
+        help="For weights on disk that the checkpoint does not hold as they are wanted.",
+        show_default="a temporary one",
+        metavar="DIR",
+        rich_help_panel=_HOW,
+    ),
+]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        help="depth-first, or layer-major: each block's weights are brought in once a batch. The digits are the same.",
+        show_default="layer-major where weights are offloaded",
+        metavar="NAME",
+        rich_help_panel=_HOW,
+    ),
+]
+Estimate = Annotated[
+    bool,
+    typer.Option(
+        "--estimate",
+        help="Say what it would take in memory, traffic and arithmetic, from the config alone, and stop.",
+        rich_help_panel=_HOW,
+    ),
+]
 Compile = Annotated[
     bool,
     typer.Option(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.nn import functional
 
@@ -19,19 +19,20 @@ from .dissection import Anatomy
 from .dissection import anatomy as find_anatomy
 from .errors import InexpressibleError, MeasurementError, PlanError
 from .families import Variant, unedited
+from .forecasting import Forecast, Needs, free_memory, sequences_at_once
 from .inputs import followed, model_inputs
-from .kernels import chunked, streaming
+from .kernels import streaming
 from .kernels.reference import METRICS
 from .metrics import Array
 from .readout import find_readout
 from .refusals import facts_of, refuse_architecture, refuse_route
+from .residence import bytes_offloaded, device_of
 from .stack import Stack, Tape
-from .trie import Read, Run, schedule
+from .trie import DEPTH_FIRST, LAYER_MAJOR, Bring, Read, Run, Schedule, Step, layer_major, schedule
 
 EachToken = Callable[[Sequence[int], torch.Tensor], None]
 Tick = Callable[[float], None]
-_TOKENS_AT_ONCE = 2048
-_SHARE_OF_MEMORY = 0.5
+_SHARE_FOR_BLOCKS = 0.25
 _SHORTEST = 64
 
 
@@ -44,34 +45,25 @@ class Measured:
         values: sums over them, (sequences, rows, len(METRICS)); row 0 is the unedited model, the others are the variants.
         calls: block calls made.
         states_at_peak: residual streams that were alive together.
+        bytes_read: weights that were brought in from elsewhere.
     """
 
     counts: list[int]
     values: Array
-    calls: int
-    states_at_peak: int
+    calls: int = 0
+    states_at_peak: int = 0
+    bytes_read: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a batch will take, in bytes.
-
-    Attributes:
-        weights: parameters and buffers.
-        streams: residual streams alive together at the widest point.
-        block: inside the largest block, while it runs.
-        readout: what is read of both models, and one tile of logits.
-    """
-
-    weights: int
-    streams: int
-    block: int
-    readout: int
-
-    @property
-    def total(self) -> int:
-        """In all."""
-        return self.weights + self.streams + self.block + self.readout
+    @classmethod
+    def of(cls, parts: Sequence[Measured]) -> Measured:
+        """Several parts of a batch as one."""
+        return cls(
+            [count for part in parts for count in part.counts],
+            np.concatenate([part.values for part in parts]),
+            sum(part.calls for part in parts),
+            max(part.states_at_peak for part in parts),
+            sum(part.bytes_read for part in parts),
+        )
 
 
 class Measurer:
@@ -84,10 +76,12 @@ class Measurer:
         anatomy: the model's; found by running it on seven tokens if not given.
         own_tail: read with the model's own tail, and not with the fast readout.
         compiled: have torch compile the blocks, and the loop over logits on a CPU.
+        order: "depth-first" or "layer-major" (see `trie`); by default layer by layer where weights of blocks are kept elsewhere.
 
     Attributes:
         variants: the unedited model, then those measured.
         left_out: plans of families that this architecture cannot run, and why.
+        at_once: sequences that memory holds, once it has run out; batches are measured in parts of so many.
 
     Raises:
         InexpressibleError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
@@ -103,17 +97,21 @@ class Measurer:
         anatomy: Anatomy | None = None,
         own_tail: bool = False,
         compiled: bool = False,
+        order: str | None = None,
     ) -> None:
         refuse_architecture(facts_of(text_config(model)))
         self.model = model
         self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
         kept, self.left_out = self._possible(variants)
         self.variants = (unedited(self.stack.depth), *kept)
-        self._device = next(model.parameters()).device
+        self.at_once: int | None = None
+        self._device = device_of(model)
         self._unproven = True
         self.routes = list(dict.fromkeys(variant.route for variant in kept))
-        self.schedule = schedule(self.routes, self.stack.depth)
+        self._away = [bytes_offloaded(block) for block in self.stack.blocks]
+        self.schedule = self._scheduled(order)
         self.readout = find_readout(self.stack, own=own_tail)
+        self._needs = Needs.of(model, self.stack.blocks, width=self.stack.width, own_rows=self.readout.rows)
         # Rows of the result that each route fills.
         self._rows = [
             [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
@@ -141,30 +139,29 @@ class Measurer:
             raise InexpressibleError(next(iter(left_out.values()), "there is no edit to measure"))
         return kept, left_out
 
+    def _scheduled(self, order: str | None) -> Schedule:
+        if (order or (LAYER_MAJOR if any(self._away) else DEPTH_FIRST)) == DEPTH_FIRST:
+            return schedule(self.routes, self.stack.depth)
+        room = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._away)
+        return layer_major(self.routes, self.stack.depth, max(1, min(room, self.stack.depth)))
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Weights that a batch brings in from elsewhere, in bytes; 0 where all are at hand."""
+        visits = self.schedule.brought
+        if not self.schedule.during:
+            visits = (
+                *range(self.stack.depth),
+                *(step.do.visit.block for step in self.schedule.steps if isinstance(step.do, Run)),
+            )
+        return sum(self._away[block] for block in visits) + bytes_offloaded(*self.stack.around)
+
     def forecast(self, sequences: int, length: int) -> Forecast:
         """What a batch of `sequences` of `length` tokens will take."""
-        parameters = list(self.model.parameters())
-        held = [*parameters, *self.model.buffers()]
-        itemsize, width = parameters[0].element_size(), self.stack.width
-        tokens = sequences * length
-        config = text_config(self.model)
-        heads = getattr(config, "num_attention_heads", 0) if getattr(config, "_attn_implementation", "") == "eager" else 0
-        largest = max(_widest(block) for block in self.stack.blocks)
-        rows = self.readout.rows or min(tokens, chunked.ROWS)
-        tile = (
-            min(chunked.TILE_ELEMENTS, rows * self.readout.vocabulary)
-            if self.readout.rows is None
-            else rows * self.readout.vocabulary
-        )
-        return Forecast(
-            weights=sum(tensor.numel() * tensor.element_size() for tensor in held),
-            streams=self.schedule.states_at_peak * tokens * width * itemsize,
-            block=tokens * (6 * width + largest + 2 * heads * length) * itemsize,
-            readout=tokens * width * 4 * 4 + tile * 4 * 3,
-        )  # fmt: skip
+        return self._needs.forecast(self.schedule, sequences, length)
 
     def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None, tick: Tick | None = None) -> Measured:
-        """Measure one batch.
+        """Measure one batch, in halves and halves of halves where memory does not suffice for all of it at once.
 
         Args:
             ids: tokens, (sequences, length).
@@ -173,11 +170,62 @@ class Measurer:
             tick: is called now and then with the share of the work that is done.
 
         Raises:
-            MeasurementError: the unedited model's own predictions are no numbers.
+            MeasurementError: the unedited model's own predictions are no numbers, or memory does not suffice for one sequence.
         """
+        parts: list[Measured] = []
+        rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        start = 0
+        while start < len(ids):
+            span = slice(start, start + (self.at_once or len(ids)))
+            kept: dict[tuple[int, ...], torch.Tensor] = {}
+            part = self._tried(ids, mask, span, None if each is None else kept, tick)
+            if part is None:
+                self._halve(len(ids[span]), ids.shape[1])
+                continue
+            parts.append(part)
+            for key, metrics in kept.items():
+                rows.setdefault(key, []).append(metrics)
+            start = span.stop
+        if each is not None:
+            for key, found in rows.items():
+                each(key, torch.cat(found, -1))
+        return Measured.of(parts)
+
+    def _tried(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        span: slice,
+        kept: dict[tuple[int, ...], torch.Tensor] | None,
+        tick: Tick | None,
+    ) -> Measured | None:
+        """A part of a batch; None where memory ran out."""
+        done, all_of_it = span.start / len(ids), len(ids[span]) / len(ids)
+        try:
+            return self._measure(
+                ids[span], mask[span], kept, None if tick is None else lambda share: tick(done + share * all_of_it)
+            )
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+        return None  # behind the handler, which holds on to what filled the memory
+
+    def _halve(self, sequences: int, length: int) -> None:
+        clear_device_cache(garbage_collection=True)
+        if sequences == 1:
+            raise MeasurementError(
+                f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once, or "
+                "half precision (--dtype bfloat16)"
+            )
+        self.at_once = sequences // 2
+        warnings.warn(f"memory ran out with {sequences} sequences at once; going on with {self.at_once}", stacklevel=3)
+
+    def _measure(
+        self, ids: torch.Tensor, mask: torch.Tensor, kept: dict[tuple[int, ...], torch.Tensor] | None, tick: Tick | None
+    ) -> Measured:
         follow = followed(mask)
         if not bool(follow.any()):
-            return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), 0, 0)
+            return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))))
         longest = self._length(mask)
         ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
         counts = follow.sum(-1).tolist()
@@ -186,28 +234,37 @@ class Measurer:
         sums: dict[int, torch.Tensor] = {}
 
         def note(rows: Sequence[int], metrics: torch.Tensor) -> None:
-            if each is not None:
-                each(rows, metrics)
+            if kept is not None:
+                kept[tuple(rows)] = metrics.cpu()
             # One sequence at a time, so that its digits do not depend on the others in the batch.
             parts = torch.stack([part.contiguous().sum(-1) for part in torch.split(metrics, counts, -1)])
             sums.update(dict.fromkeys(rows, parts))
 
+        already = self.stack.residence.bytes_read
         with self.stack.at_rest(), settled() if self._device.type == "cpu" else nullcontext():
-            tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept)
-            states = tape.states
-            x = self.readout.final(states[self.stack.depth], chosen)
-            chosen, target = chosen.to(x.device), target.to(x.device)
-            base = streaming.baseline(self.readout, x, target, compiled=self.stack.compiler is not None)
-            note([0], streaming.measure_unedited(base))
-            if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
-                _refuse_nonsense(self.model, sums[0])
-                self._unproven = False
-            if not self.schedule.ends_unedited:
-                del states[self.stack.depth]
-            calls, peak = self._walk(tape, chosen, base, note, tick)
+            walk = _Walk(self.stack, self.schedule, tick)
+            with walk.whole():
+                tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
+                states = tape.states
+                x = self.readout.final(states[self.stack.depth], chosen)
+                chosen, target = chosen.to(x.device), target.to(x.device)
+                base = streaming.baseline(self.readout, x, target, compiled=self.stack.compiler is not None)
+                note([0], streaming.measure_unedited(base))
+                if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
+                    _refuse_nonsense(self.model, sums[0])
+                    self._unproven = False
+                if not self.schedule.goes_on:
+                    del states[self.stack.depth]
+
+                def read(state: int, routes: Sequence[int]) -> None:
+                    metrics = streaming.measure(self.readout, self.readout.final(states[state], chosen), base)
+                    note([row for route in routes for row in self._rows[route]], metrics)
+
+                walk.through(self.schedule.steps, tape, read)
+                assert not states
         _refuse_nonsense(self.model, sums[0])
         values = torch.stack([sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
-        return Measured(counts, values, calls, peak)
+        return Measured(counts, values, walk.calls, walk.peak, self.stack.residence.bytes_read - already)
 
     def _length(self, mask: torch.Tensor) -> int:
         """Where padding begins in every sequence; rounded up for compiled blocks, which take a while to make for each length."""
@@ -216,76 +273,70 @@ class Measurer:
             return longest
         return min(mask.shape[1], max(_SHORTEST, 1 << (longest - 1).bit_length()))
 
-    def _walk(
-        self, tape: Tape, chosen: torch.Tensor, base: streaming.Baseline, note: EachToken, tick: Tick | None
-    ) -> tuple[int, int]:
-        states, calls = tape.states, self.stack.depth
-        peak = len(self.schedule.kept)
-        for done, step in enumerate(self.schedule.steps):
+    def suggest(self, length: int) -> int:
+        """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
+        return sequences_at_once(self._needs, self.schedule, length, self._device)
+
+
+class _Walk:
+    """Goes through a schedule: block calls, readouts, and weights that come and go.
+
+    Attributes:
+        calls: of blocks.
+        peak: streams that were alive together.
+    """
+
+    def __init__(self, stack: Stack, plan: Schedule, tick: Tick | None) -> None:
+        self.stack, self.plan, self.tick = stack, plan, tick
+        self.calls, self.peak = stack.depth, 0
+        self._done, self._steps = 0, sum(1 for _ in plan.all_steps)
+        self._brought = iter(plan.brought)
+        next(self._brought, None)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, blocks come and go; at the end all of them are away that were."""
+        try:
+            yield
+        finally:
+            self.stack.residence.expect_nobody()
+            self.stack.residence.let_go(*self.stack.blocks)
+
+    @contextmanager
+    def beside(self, block: int, tape: Tape) -> Iterator[None]:
+        """While the trunk goes through a block: what has it brought in before, and the routes that go through it afterwards."""
+        steps = self.plan.during[block] if self.plan.during else ()
+        self.through(steps[:1], tape)
+        yield
+        self.through(steps[1:], tape)
+
+    def through(self, steps: Sequence[Step], tape: Tape, read: Callable[[int, Sequence[int]], None] | None = None) -> None:
+        """Do some steps."""
+        states = tape.states
+        self.peak = max(self.peak, len(states))
+        for step in steps:
             match step.do:
+                case Bring(block, instead_of):
+                    self._bring(block, instead_of)
                 case Run(visit, state, result):
                     states[result] = self.stack.run(tape, visit, states[state])
-                    calls += 1
-                    peak = max(peak, len(states))
+                    self.calls += 1
+                    self.peak = max(self.peak, len(states))
                 case Read(state, routes):
-                    metrics = streaming.measure(self.readout, self.readout.final(states[state], chosen), base)
-                    note([row for route in routes for row in self._rows[route]], metrics)
-                    if tick is not None:
-                        tick((done + 1) / len(self.schedule.steps))
+                    assert read is not None
+                    read(state, routes)
             for state in step.free:
                 del states[state]
-        assert not states
-        return calls, peak
+            self._done += 1
+            if self.tick is not None and not isinstance(step.do, Bring):
+                self.tick(self._done / self._steps)
 
-    def suggest(self, length: int) -> int:
-        """How many sequences of `length` tokens to try first: a few thousand tokens, or what half of the free memory holds."""
-        device = self._device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        one, two = (self.forecast(count, length).total for count in (1, 2))
-        fits = int(_SHARE_OF_MEMORY * free / max(1, two - one))
-        wanted = _TOKENS_AT_ONCE * (16 if device.type == "cuda" else 1) // length
-        return max(1, min(fits, wanted))
-
-    def first(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        start: int,
-        each: Callable[[int], EachToken | None] = lambda _: None,
-        tick: Callable[[int], Tick | None] = lambda _: None,
-    ) -> tuple[int, Measured]:
-        """Measure a first batch, of fewer and fewer sequences until memory suffices.
-
-        Args:
-            ids: all tokens.
-            mask: their mask.
-            start: the batch size to try first.
-            each: makes `measure`'s argument of a batch size.
-            tick: the same.
-
-        Returns:
-            The batch size found, and what the batch gave.
-
-        Raises:
-            MeasurementError: memory does not suffice for one sequence.
-        """
-
-        def attempt(batch_size: int) -> tuple[int, Measured]:
-            return batch_size, self.measure(ids[:batch_size], mask[:batch_size], each(batch_size), tick(batch_size))
-
-        sizes = _halved(start)
-        try:
-            found: tuple[int, Measured] = find_executable_batch_size(
-                attempt, starting_batch_size=start, reduce_batch_size_fn=lambda: next(sizes)
-            )()
-        except RuntimeError as error:
-            if "No executable batch size" not in str(error):
-                raise
-            raise MeasurementError(
-                f"memory does not suffice for one sequence of {ids.shape[1]} tokens: take a shorter --context, fewer edits at once, or "
-                "half precision (--dtype bfloat16)"
-            ) from error
-        return found
+    def _bring(self, block: int, instead_of: Sequence[int]) -> None:
+        home, blocks = self.stack.residence, self.stack.blocks
+        home.let_go(*(blocks[number] for number in instead_of))
+        home.bring(blocks[block])
+        if (following := next(self._brought, None)) is not None:
+            home.expect(blocks[following])
 
 
 def _refuse_nonsense(model: nn.Module, unedited: torch.Tensor) -> None:
@@ -294,17 +345,3 @@ def _refuse_nonsense(model: nn.Module, unedited: torch.Tensor) -> None:
             f"{type(model).__name__}'s own predictions are no numbers (NaN or infinite), before any edit; in half precision, try bfloat16 or "
             "float32"
         )
-
-
-def _halved(start: int) -> Iterator[int]:
-    while start > 1:
-        start //= 2
-        yield start
-    while True:
-        yield 0
-
-
-def _widest(block: nn.Module) -> int:
-    """Numbers a token that the matrices of a block give, the largest three together: what is alive in a gated MLP."""
-    widths = sorted((parameter.shape[0] for parameter in block.parameters() if parameter.dim() == 2), reverse=True)
-    return sum(widths[:3])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ import torch
 
 from .errors import MeasurementError, OutputError
 from .journal import Journal, Record
-from .measuring import EachToken, Measurer, Tick
+from .measuring import Measurer, Tick
 from .pertoken import PARTS, TOKENS, TokenRows, join, whole
+from .residence import device_of
 from .runs import JOURNAL, Run, clear_progress
 from .table import by_sequence, results, write
+from .team import Alone, Team, rounds
 from .text import Text
 
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]
@@ -40,6 +41,24 @@ class Progress:
     table: Callable[[], pd.DataFrame] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all processes of a run need to know: sequences of a batch, and the numbers of the batches to measure."""
+
+    size: int
+    missing: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A batch that one process has measured, or why it has not."""
+
+    batch: int
+    record: Record | None
+    rows: TokenRows | None = None
+    fault: str = ""
+
+
 def perform(
     run: Run,
     measurer: Measurer,
@@ -51,6 +70,7 @@ def perform(
     tokenizer: Any = None,
     draw: Draw | None = None,
     on_progress: OnProgress | None = None,
+    team: Team | None = None,
 ) -> pd.DataFrame:
     """Measure what is still missing, and write the results.
 
@@ -59,39 +79,94 @@ def perform(
         measurer: the model and its variants.
         text: the tokens.
         name: the model's name, for the table.
-        batch_size: sequences at once; found by trying if not given.
+        batch_size: sequences at once; by the free memory if not given.
         per_token: write `tokens.parquet` as well, a row for each token and model.
         tokenizer: to write its tokens as text.
         draw: draws figures from the results into the directory, and returns their paths.
         on_progress: is called at the beginning, now and then, and after each batch.
+        team: the processes that measure together; this one leads, and the others `help_along`.
 
     Returns:
         The table of results.
 
     Raises:
-        MeasurementError: the unedited model's predictions are no numbers, or memory does not suffice.
+        MeasurementError: the unedited model's predictions are no numbers, memory does not suffice, or another process has gone.
         OutputError: the directory cannot be written; what was measured stays.
     """
-    work = _Work(run, measurer, text, name, batch_size, per_token, tokenizer, on_progress)
-    work.tell(sum(len(record.counts) for record in work.journal.records.values()))
-    batch = 0
-    while work.size is None or batch * work.size < len(text.ids):
-        if not work.has(batch):
-            work.do(batch)
-        batch += 1
-    return work.finish(batch, draw)
+    team = team or Alone()
+    work = _Work(run, measurer, text, name, batch_size, per_token, on_progress)
+    missing = work.missing()
+    team.share(Job(work.size, missing))
+    work.tell(work.measured())
+    for together in rounds(missing, team.size):
+        before, of_round = work.measured(), sum(map(work.sequences, together))
+
+        def tick(share: float, before: int = before, of_round: int = of_round) -> None:
+            work.tell(before + share * of_round)
+
+        done = team.gather(_measured(measurer, text, together[0], work.size, per_token, tokenizer, tick))
+        faults = [one.fault for one in done if one is not None and one.fault]
+        stop = True
+        try:
+            for one in done:
+                work.take(one)
+            stop = bool(faults)
+        finally:
+            team.share(stop)
+        if stop:
+            raise MeasurementError(faults[0])
+    return work.finish(draw)
+
+
+def help_along(measurer: Measurer, text: Text, *, per_token: bool = False, tokenizer: Any = None, team: Team) -> bool:
+    """Measure this process's share of a run that another one leads; arguments as for `perform`.
+
+    Returns:
+        Whether it came to its end; the leader says what went wrong.
+
+    Raises:
+        MeasurementError: another process has gone.
+    """
+    job: Job = team.share(Job(0, []))
+    for together in rounds(job.missing, team.size):
+        mine = together[team.rank] if team.rank < len(together) else None
+        team.gather(None if mine is None else _measured(measurer, text, mine, job.size, per_token, tokenizer, None))
+        if team.share(False):
+            return False
+    return True
+
+
+def _measured(
+    measurer: Measurer, text: Text, batch: int, size: int, per_token: bool, tokenizer: Any, tick: Tick | None
+) -> _Done | None:
+    begun = time.perf_counter()
+    first = batch * size
+    ids, mask = text.ids[first : first + size], text.mask[first : first + size]
+    rows = TokenRows(measurer.variants, ids, mask, first, tokenizer) if per_token else None
+    try:
+        measured = measurer.measure(ids, mask, rows, tick)
+    except MeasurementError as error:
+        return _Done(batch, None, fault=f"batch {batch}: {error}")
+    record = Record(first, measured.counts, measured.values, time.perf_counter() - begun)
+    return _Done(batch, record, rows if any(measured.counts) else None)
 
 
 class _Work:
+    """A run on the disk, as its leader sees it."""
+
     def __init__(
-        self, run: Run, measurer: Measurer, text: Text, name: str, batch_size: int | None, per_token: bool, tokenizer: Any,
-        on_progress: OnProgress | None,
+        self, run: Run, measurer: Measurer, text: Text, name: str, batch_size: int | None, per_token: bool, on_progress: OnProgress | None
     ) -> None:  # fmt: skip
         self.run, self.measurer, self.text, self.name = run, measurer, text, name
-        self.per_token, self.tokenizer, self.on_progress = per_token, tokenizer, on_progress
+        self.per_token, self.on_progress = per_token, on_progress
         run.begin()
         self.journal = Journal(run.directory / JOURNAL, len(measurer.variants))
-        self.size: int | None = run.facts.get("batch_size") or batch_size
+        known: int | None = run.facts.get("batch_size")
+        self.size = known or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
+        if known is None:
+            run.note(batch_size=self.size)
+        self.batches = -(-len(text.ids) // self.size)
+        self.done: set[int] = set()
         self.parts = run.directory / PARTS
         if per_token:
             try:
@@ -109,50 +184,37 @@ class _Work:
     def part(self, batch: int) -> Path:
         return self.parts / f"{batch:06}.parquet"
 
-    def has(self, batch: int) -> bool:
-        """Whether a batch is measured, and its tokens' rows are there, if they are wanted and it has any."""
-        record = self.journal.records.get(batch)
-        if self.size is None or record is None:
-            return False
-        return not self.per_token or not any(record.counts) or whole(self.part(batch))
+    def missing(self) -> list[int]:
+        """Batches that are not measured, or whose tokens' rows are not there, if they are wanted and it has any."""
+        for batch, record in self.journal.records.items():
+            if not self.per_token or not any(record.counts) or whole(self.part(batch)):
+                self.done.add(batch)
+        return [batch for batch in range(self.batches) if batch not in self.done]
 
-    def do(self, batch: int) -> None:
-        """Measure a batch, and note it."""
-        begun = time.perf_counter()
-        ids, mask = self.text.ids, self.text.mask
-        first = batch * (self.size or 0)
-        rows: TokenRows | None = None
+    def sequences(self, batch: int) -> int:
+        """Of a batch; the last one may have fewer."""
+        return min(self.size, len(self.text.ids) - batch * self.size)
 
-        def each(taken: int) -> EachToken | None:
-            nonlocal rows
-            span = slice(first, first + taken)
-            rows = TokenRows(self.measurer.variants, ids[span], mask[span], first, self.tokenizer) if self.per_token else None
-            return rows
+    def measured(self) -> int:
+        """Sequences that are measured."""
+        return sum(map(self.sequences, self.done))
 
-        def tick(taken: int) -> Tick | None:
-            of_batch = min(taken, len(ids) - first)
-            return lambda share: self.tell(first + share * of_batch)
+    def take(self, done: _Done | None) -> None:
+        """Note a batch."""
+        if done is None or done.record is None:
+            return
+        if done.rows is not None:
+            done.rows.write(self.part(done.batch))
+        self.journal.append(done.batch, done.record)
+        self.done.add(done.batch)
+        self.tell(self.measured(), table=True)
 
-        with _named(batch, self.size, self.run.directory):
-            if self.size is None:
-                start = min(len(ids), self.measurer.suggest(ids.shape[1]))
-                self.size, measured = self.measurer.first(ids, mask, start, each, tick)
-            else:
-                span = slice(first, first + self.size)
-                measured = self.measurer.measure(ids[span], mask[span], each(self.size), tick(self.size))
-        if self.run.facts.get("batch_size") != self.size:
-            self.run.note(batch_size=self.size)
-        if rows is not None and any(measured.counts):
-            rows.write(self.part(batch))
-        self.journal.append(batch, Record(first, measured.counts, measured.values, time.perf_counter() - begun))
-        self.tell(first + len(measured.counts), table=True)
-
-    def finish(self, batches: int, draw: Draw | None) -> pd.DataFrame:
+    def finish(self, draw: Draw | None) -> pd.DataFrame:
         """Write the results, then say that they are there, then clear up; in this order, so that a kill loses nothing."""
         frame = self.table()
         write(self.run.directory, frame, by_sequence(self.measurer.variants, self.journal.sums()))
         if self.per_token:
-            parts = [self.part(batch) for batch in range(batches)]
+            parts = [self.part(batch) for batch in range(self.batches)]
             join([part for part in parts if part.exists()], self.run.directory / TOKENS)
         drawn, fault = _drawn(draw, frame, self.run.directory)
         self.run.note(state="finished", figures=drawn, figures_fault=fault, **self._facts())
@@ -163,7 +225,7 @@ class _Work:
         text, measurer, seconds = self.text, self.measurer, self.journal.seconds
         sequences, length = text.ids.shape
         parameters = list(measurer.model.parameters())
-        device = parameters[0].device
+        device = device_of(measurer.model)
         return {
             "model": {
                 "class": type(measurer.model).__name__,
@@ -175,7 +237,13 @@ class _Work:
             "text": {
                 "fingerprint": text.fingerprint, "tokens": text.tokens, "sequences": sequences, "length": length, "notes": text.notes,
             },
-            "schedule": {"block_calls": measurer.schedule.calls, "block_calls_apart": measurer.schedule.calls_apart},
+            "schedule": {
+                "order": measurer.schedule.name,
+                "block_calls": measurer.schedule.calls,
+                "block_calls_apart": measurer.schedule.calls_apart,
+                "bytes_read_a_batch": measurer.bytes_to_read,
+            },
+            "sequences_at_once": measurer.at_once or self.size,
             "readout": measurer.readout.about,
             "compiled": _compiled(measurer),
             "left_out": measurer.left_out,
@@ -202,17 +270,3 @@ def _drawn(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[lis
         raise
     except Exception as error:  # matplotlib may raise anything
         return [], f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _named(batch: int, size: int | None, directory: Path) -> Iterator[None]:
-    """Say in which batch something went wrong."""
-    try:
-        yield
-    except MeasurementError as error:
-        raise MeasurementError(f"batch {batch}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise MeasurementError(
-            f"batch {batch}: memory ran out with {size} sequences at once. What was measured is in {directory}: free memory and give the same "
-            "command again, or begin anew with a smaller --batch-size and --overwrite"
-        ) from error

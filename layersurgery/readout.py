@@ -80,16 +80,30 @@ class OwnTail:
 
 @dataclass(frozen=True, slots=True)
 class Unembedding:
-    """A linear map of the normed stream, summed in float32, then a scale and a soft-cap: cap * tanh(logit / cap)."""
+    """A linear map of the normed stream, summed in float32, then a scale and a soft-cap: cap * tanh(logit / cap).
+
+    The map's `weight` and `bias` are looked up each time: weights that are kept elsewhere are there only for a while.
+    """
 
     stack: Stack
     norm: nn.Module | None
-    matrix: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    cap: float | None
+    linear: Any
+    scale: float = 1.0
+    cap: float | None = None
     own_norm: bool = False
     rows: int | None = None
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """(vocabulary, width)."""
+        weight: torch.Tensor = self.linear.weight
+        return weight.detach()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(vocabulary,)."""
+        bias: torch.Tensor | None = self.linear.bias if hasattr(self.linear, "bias") else None
+        return None if bias is None else bias.detach()
 
     @property
     def vocabulary(self) -> int:
@@ -305,8 +319,7 @@ def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Une
     norm = stack.model.get_submodule(stack.anatomy.final_norm) if stack.anatomy.final_norm else None
     plain = torch.equal(x, probe) or (norm is not None and torch.equal(x, norm(probe)))
     found = Unembedding(
-        stack, None if torch.equal(x, probe) else norm if plain else None, matrix.detach(), bias if bias is None else bias.detach(), *shape,
-        own_norm=not plain,
+        stack, None if torch.equal(x, probe) else norm if plain else None, module, *shape, own_norm=not plain
     )  # fmt: skip
     everything = torch.arange(probe.shape[1])
     return found if _close(found.tile(found.final(probe, everything), 0, found.vocabulary), logits[0], tolerance) else None

@@ -6,8 +6,8 @@ embedding: right for that very block), and the list is as it was before any bloc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from .blocks import locate
 from .compiled import Compiler
 from .dissection import Anatomy, run_small
 from .errors import InexpressibleError
+from .residence import Residence, hooks_of, surroundings
 from .route import Visit
 from .silent import silence
 from .views import view
@@ -52,6 +53,9 @@ class Tape:
     states: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
+Beside = Callable[[int, Tape], AbstractContextManager[None]]
+
+
 class _EnoughError(Exception):
     """Ends a forward behind the last block; what follows is done otherwise."""
 
@@ -65,9 +69,12 @@ class Stack:
         compiled: call blocks compiled by torch where they are called one by one.
 
     Attributes:
+        blocks: themselves.
         habits: how each block is called.
         width: numbers of the residual stream for each token.
         compiler: calls blocks compiled, if that was asked for.
+        residence: brings weights in that are elsewhere.
+        around: modules outside the blocks whose weights are elsewhere.
 
     Raises:
         InexpressibleError: blocks hand on more than the stream to each other.
@@ -77,7 +84,10 @@ class Stack:
         self.model, self.anatomy = model, anatomy
         self.compiler = Compiler() if compiled else None
         found = locate(model, anatomy.blocks)
-        self.path, self.blocks = found.path, found.blocks
+        self.path, self._list = found.path, found.blocks
+        self.blocks = tuple(found.blocks)  # while stand-ins are in the list, these are still the blocks
+        self.residence = Residence()
+        self.around = surroundings(model, found.blocks)
         self.habits, self.width = self._observed()
         self._views: dict[Visit, nn.Module] = {}
 
@@ -87,7 +97,7 @@ class Stack:
         return len(self.blocks)
 
     def _places(self) -> list[tuple[nn.Module, str]]:
-        return [(self.blocks, str(number)) for number in range(self.depth)]
+        return [(self._list, str(number)) for number in range(self.depth)]
 
     def _observed(self) -> tuple[tuple[Habit, ...], int]:
         observers = [_Observer(block) for block in self.blocks]
@@ -107,19 +117,20 @@ class Stack:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, nothing compiled anew."""
-        with resting(self.model), torch.compiler.set_stance("force_eager"):
+        """Evaluation mode, no gradients, nothing compiled anew; what surrounds the blocks has its weights at hand."""
+        with resting(self.model), torch.compiler.set_stance("force_eager"), self.residence.at_home(*self.around):
             yield
 
-    def record(self, inputs: dict[str, Any], keep: Collection[int]) -> Tape:
+    def record(self, inputs: dict[str, Any], keep: Collection[int], beside: Beside | None = None) -> Tape:
         """Run the model up to its last block, once, and keep what the blocks are given.
 
         Args:
             inputs: keyword arguments of the model's forward.
             keep: numbers of the residual streams to keep.
+            beside: makes a context for each block's number, in which the block is run.
         """
         tape = Tape()
-        recorders = [_Recorder(block, place, self, tape, keep) for place, block in enumerate(self.blocks)]
+        recorders = [_Recorder(block, place, self, tape, keep, beside) for place, block in enumerate(self.blocks)]
         with replaced(self._places(), recorders), suppress(_EnoughError):
             self.model(**inputs)
         return tape
@@ -152,11 +163,14 @@ class Stack:
         """The module of a visit: the block itself, or a view of it in which a branch is silent."""
         if visit.whole:
             return self.blocks[visit.block]
-        if visit not in self._views:
-            silent = view(self.blocks[visit.block])
-            silence(silent, self.anatomy.stubs(visit))
+        if visit in self._views:
+            return self._views[visit]
+        silent = view(self.blocks[visit.block])
+        silence(silent, self.anatomy.stubs(visit))
+        # Where weights come and go, a view has those that are there when it is made.
+        if not any(True for module in silent.modules() for _ in hooks_of(module)):
             self._views[visit] = silent
-        return self._views[visit]
+        return silent
 
     @contextmanager
     def ending(self, stream: torch.Tensor) -> Iterator[None]:
@@ -195,10 +209,12 @@ class _Observer(StandIn):
 class _Recorder(StandIn):
     """Runs a block and notes on the tape what it was given."""
 
-    def __init__(self, module: nn.Module, place: int, stack: Stack, tape: Tape, keep: Collection[int]) -> None:
+    def __init__(
+        self, module: nn.Module, place: int, stack: Stack, tape: Tape, keep: Collection[int], beside: Beside | None
+    ) -> None:
         super().__init__(module)
         # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_place=place, _stack=stack, _tape=tape, _keep=keep)
+        vars(self).update(_place=place, _stack=stack, _tape=tape, _keep=keep, _beside=beside)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         place, tape = self._place, self._tape
@@ -211,7 +227,8 @@ class _Recorder(StandIn):
             tape.given.append(((*args[:where], None, *args[where + 1 :]), kwargs))
         else:
             tape.given.append((args, {name: value for name, value in kwargs.items() if name != where}))
-        output = self.module(*args, **kwargs)
+        with nullcontext() if self._beside is None else self._beside(place, tape):
+            output = self.module(*args, **kwargs)
         if place < self._stack.depth - 1:
             return output
         tape.states[place + 1] = first_tensor(output)

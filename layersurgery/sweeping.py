@@ -30,6 +30,7 @@ def sweep(
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
     compiled: bool = False,
+    order: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one, on the same tokens, sharing every block call that can be shared.
@@ -43,10 +44,12 @@ def sweep(
         tokens: token ids, (sequences, length).
         attention_mask: 1 for a token and 0 for padding, of the same shape.
         layers: for families, only edits that touch none but these blocks.
-        batch_size: sequences at once; found by trying if not given.
+        batch_size: sequences at once; by the free memory if not given. Where memory runs out, batches are halved, and a warning says so.
         blocks: path of the list of blocks ("model.layers"), where it cannot be found.
         anatomy: the model's, found if not given.
         compiled: have torch compile the blocks; takes some seconds once, and each block is first shown equal to itself uncompiled.
+        order: which way to go through the edited models, "depth-first" or "layer-major"; the digits are the same. By default layer by layer
+            where accelerate keeps weights of blocks on disk or in main memory, so that each block is brought in once a batch.
         progress: is called after each batch with the number of sequences done and of all.
 
     Returns:
@@ -65,18 +68,15 @@ def sweep(
     """
     ids, mask = as_tokens(tokens, attention_mask)
     chosen = variants(routes, len(locate(model, blocks).blocks), layers)
-    measurer = Measurer(model, chosen, blocks=blocks, anatomy=anatomy, compiled=compiled)
+    measurer = Measurer(model, chosen, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order)
     if measurer.left_out:
         plan, reason = next(iter(measurer.left_out.items()))
         warnings.warn(f"{len(measurer.left_out)} edits are left out, '{plan}' first: {reason}", stacklevel=2)
     sums = Sums(len(measurer.variants))
-    start = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
+    size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
     done = 0
     while done < len(ids):
-        if done == 0 and batch_size is None:
-            start, measured = measurer.first(ids, mask, start)
-        else:
-            measured = measurer.measure(ids[done : done + start], mask[done : done + start])
+        measured = measurer.measure(ids[done : done + size], mask[done : done + size])
         for offset, count in enumerate(measured.counts):
             if count:
                 sums.add(done + offset, count, measured.values[offset])

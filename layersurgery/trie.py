@@ -1,8 +1,12 @@
 """Many routes at once: a prefix that routes share is run once, and the unedited model is a prefix of nearly all.
 
 The unedited model is the *trunk*: state k is the residual stream before its block k, and state `depth` that behind the last.
-Routes leave the trunk where they first differ from it. What follows is a tree, walked depth first from the trunk's end to its
-beginning, so that the trunk's states are given up one after another.
+Routes leave the trunk where they first differ from it. What follows is a tree. There are two ways through it, which compute the same:
+
+- *depth first*, from the trunk's end to its beginning, so that the trunk's states are given up one after another. It needs the least
+  memory for streams, and all blocks at hand.
+- *layer by layer*, while the trunk itself runs: at each block, all routes that have come to it go through it. Each block is brought
+  in once, or a few times where routes go back, whatever the number of routes; but all routes' streams are alive together.
 
 >>> swap_and_drop = schedule([Route.parse("1 0 2"), Route.parse("1 2")], depth=3)
 >>> swap_and_drop.calls, swap_and_drop.calls_apart  # block 1 upon the embedding is shared
@@ -11,10 +15,14 @@ beginning, so that the trunk's states are given up one after another.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .route import Route, Visit
+
+DEPTH_FIRST, LAYER_MAJOR = "depth-first", "layer-major"
+_FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +43,33 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Bring:
+    """Have a block's weights at hand; those of `instead_of` are let go."""
+
+    block: int
+    instead_of: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One thing to do, and the states that nobody needs afterwards."""
 
-    do: Run | Read
-    free: tuple[int, ...]
+    do: Run | Read | Bring
+    free: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What to do upon a batch, in order, once the trunk has run.
+    """What to do upon a batch, in order.
 
     Attributes:
         depth: blocks of the unedited model.
-        steps: block calls and measurements.
-        kept: states of the trunk that are needed when it has run; its end is always one, which the unedited model is read from first.
+        steps: block calls and measurements, once the trunk has run.
+        kept: states of the trunk that routes leave it from; its end is always one, which the unedited model is read from first.
         calls_apart: block calls of all routes and the trunk, if each was run by itself.
         states_at_peak: streams that are alive together at the widest point.
+        during: layer by layer, what to do at each block while the trunk runs: first bring it in; the rest when the trunk is through it.
+        at_home: blocks whose weights are at hand together; None where all are.
     """
 
     depth: int
@@ -59,16 +77,34 @@ class Schedule:
     kept: frozenset[int]
     calls_apart: int
     states_at_peak: int
+    during: tuple[tuple[Step, ...], ...] = ()
+    at_home: int | None = None
 
     @property
-    def ends_unedited(self) -> bool:
-        """Whether a route is the trunk itself, so that the trunk's end is measured as a route, too."""
-        return any(isinstance(step.do, Read) and step.do.state == self.depth for step in self.steps)
+    def name(self) -> str:
+        """Which way it goes."""
+        return LAYER_MAJOR if self.during else DEPTH_FIRST
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the trunk's end is needed after the unedited model was read from it: a route ends there, or goes on from there."""
+        return any(isinstance(step.do, Run | Read) and step.do.state == self.depth for step in self.steps)
+
+    @property
+    def all_steps(self) -> Iterator[Step]:
+        """Those beside the trunk and those after it."""
+        for steps in (*self.during, self.steps):
+            yield from steps
 
     @property
     def calls(self) -> int:
         """Block calls in all, the trunk's included."""
-        return self.depth + sum(isinstance(step.do, Run) for step in self.steps)
+        return self.depth + sum(isinstance(step.do, Run) for step in self.all_steps)
+
+    @property
+    def brought(self) -> tuple[int, ...]:
+        """Layer by layer, the blocks that are brought in, in their order."""
+        return tuple(step.do.block for step in self.all_steps if isinstance(step.do, Bring))
 
 
 @dataclass(slots=True)
@@ -85,10 +121,30 @@ class _Node:
 
 
 def schedule(routes: Sequence[Route], depth: int) -> Schedule:
-    """Plan how to run `routes` through a model of `depth` blocks with as few block calls as sharing prefixes allows.
+    """Plan how to run `routes` through a model of `depth` blocks, depth first, with as few block calls as sharing prefixes allows.
 
     Routes are numbered as given; one that occurs twice is run once.
     """
+    trunk, order = _grown(routes, depth)
+    for node in reversed(order):
+        widths = [child.width for _, child in node.ordered()]
+        node.width = max([1, *(width + 1 for width in widths[:-1]), *(max(2, width) for width in widths[-1:])])
+    steps = tuple(_steps(trunk, depth))
+    kept, alive = _kept(trunk, depth)
+    return Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), max(len(kept), _peak(steps, alive)))
+
+
+def layer_major(routes: Sequence[Route], depth: int, most: int = _FEW) -> Schedule:
+    """Plan the same, layer by layer: so that blocks are brought in as seldom as possible, with `most` of them at hand together.
+
+    No more are kept at hand than help: one for drops, two for swaps of neighbours, which go back one block.
+    """
+    found = [_by_layer(routes, depth, at_home) for at_home in range(1, max(1, min(most, depth)) + 1)]
+    return min(found, key=lambda plan: len(plan.brought))
+
+
+def _grown(routes: Sequence[Route], depth: int) -> tuple[list[_Node], list[_Node]]:
+    """The trunk's nodes, whose children are the branches off it, and all nodes, parents first."""
     root = _Node()
     order = [root]
     for number, route in enumerate(routes):
@@ -101,16 +157,14 @@ def schedule(routes: Sequence[Route], depth: int) -> Schedule:
         node.ends.append(number)
     trunk: list[_Node] = [root]
     for block in range(depth):
-        before = trunk[-1]
-        # Off the trunk, children alone are branches.
-        trunk.append(before.children.pop(Visit(block), _Node()))
-    for node in reversed(order):
-        widths = [child.width for _, child in node.ordered()]
-        node.width = max([1, *(width + 1 for width in widths[:-1]), *(max(2, width) for width in widths[-1:])])
-    steps = tuple(_steps(trunk, depth))
+        trunk.append(trunk[-1].children.pop(Visit(block), _Node()))
+    return trunk, order
+
+
+def _kept(trunk: list[_Node], depth: int) -> tuple[frozenset[int], int]:
+    """States of the trunk to keep, and how many of them for routes."""
     needed = {state for state, node in enumerate(trunk) if node.children or node.ends}
-    kept = frozenset({depth, *needed})
-    return Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), max(len(kept), _peak(steps, len(needed))))
+    return frozenset({depth, *needed}), len(needed)
 
 
 def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
@@ -139,3 +193,87 @@ def _peak(steps: Sequence[Step], alive: int) -> int:
         peak = max(peak, alive)
         alive -= len(step.free)
     return peak
+
+
+def _by_layer(routes: Sequence[Route], depth: int, at_home: int) -> Schedule:
+    trunk, _ = _grown(routes, depth)
+    walk = _ByLayer(at_home, depth)
+    during = []
+    for block in range(depth):
+        walk.reach(block, trunk[block])
+        during.append(tuple(walk.at(block)))
+    walk.reach(depth, trunk[depth])
+    kept, _ = _kept(trunk, depth)
+    steps = tuple(walk.rest())
+    plan = Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), 0, tuple(during), at_home)
+    return replace(plan, states_at_peak=_peak_by_layer(plan))
+
+
+class _ByLayer:
+    """Walks the tree block by block; what it yields is what a sweep does."""
+
+    def __init__(self, at_home: int, depth: int) -> None:
+        self.at_home = at_home
+        self.home: OrderedDict[int, None] = OrderedDict()
+        self.waiting: dict[int, list[tuple[Visit, int, _Node]]] = {}
+        self.uses: dict[int, int] = {}
+        self.ended: list[tuple[int, _Node]] = []
+        self.fresh = depth
+
+    def reach(self, state: int, node: _Node) -> None:
+        """A stream is there: its routes wait for the blocks that they visit next."""
+        self.uses[state] = len(node.children) + bool(node.ends)
+        if node.ends:
+            self.ended.append((state, node))
+        for visit, child in node.ordered():
+            self.waiting.setdefault(visit.block, []).append((visit, state, child))
+
+    def at(self, block: int) -> Iterator[Step]:
+        """Bring a block in, and have everybody go on who can."""
+        if block not in self.home:
+            away = []
+            while len(self.home) >= self.at_home:
+                away.append(self.home.popitem(last=False)[0])
+            self.home[block] = None
+            yield Step(Bring(block, tuple(away)))
+        while ready := [number for number in self.home if self.waiting.get(number)]:
+            yield from self._through(ready[-1])
+
+    def _through(self, block: int) -> Iterator[Step]:
+        for visit, state, node in self.waiting.pop(block):
+            self.fresh += 1
+            yield Step(Run(visit, state, self.fresh), self._used(state))
+            self.reach(self.fresh, node)
+
+    def _used(self, state: int) -> tuple[int, ...]:
+        self.uses[state] -= 1
+        return () if self.uses[state] else (state,)
+
+    def read(self) -> Iterator[Step]:
+        """Measure what has come to its end."""
+        for state, node in self.ended:
+            yield Step(Read(state, tuple(node.ends)), self._used(state))
+        self.ended.clear()
+
+    def rest(self) -> Iterator[Step]:
+        """What is left when the trunk has run: round after round through the blocks that somebody waits for."""
+        yield from self.read()
+        block = -1
+        while waiting := sorted(number for number, routes in self.waiting.items() if routes):
+            block = next((number for number in waiting if number > block), waiting[0])
+            yield from self.at(block)
+            yield from self.read()
+
+
+def _peak_by_layer(plan: Schedule) -> int:
+    alive = peak = 0
+    for block, steps in enumerate(plan.during):
+        alive += block in plan.kept
+        peak = max(peak, alive)
+        for step in steps:
+            alive += isinstance(step.do, Run)
+            peak = max(peak, alive)
+            alive -= len(step.free)
+    alive += 1
+    peak = max(peak, alive)
+    return max(peak, _peak(plan.steps, alive - (not plan.goes_on)))

@@ -14,10 +14,10 @@ import layersurgery as ls
 ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
-    "errors version route edits plan families trie",
-    "header layerwise quantisation refusals transfer cpu witness compiled blocks position remains views silent branches parts dissection inputs stack readout",
+    "errors version route edits plan families trie placing",
+    "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack readout",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming metrics",
-    "comparison measuring table sweeping text journal pertoken runs performing",
+    "comparison forecasting estimating measuring table sweeping text journal pertoken runs team performing",
     "figures",
 ]
 NO_TORCH = [
@@ -27,6 +27,8 @@ NO_TORCH = [
     "plan",
     "families",
     "trie",
+    "placing",
+    "team",
     "header",
     "layerwise",
     "quantisation",

@@ -49,7 +49,7 @@ def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path,
     numbers = meant.select_dtypes("number").columns
     pd.testing.assert_frame_equal(frame[numbers], meant[numbers], check_exact=False, atol=1e-6)
     assert value["text"]["tokens"] == 120
-    assert value["schedule"] == {"block_calls": 36, "block_calls_apart": 66}
+    assert value["schedule"] == {"order": "depth-first", "block_calls": 36, "block_calls_apart": 66, "bytes_read_a_batch": 0}
 
 
 def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:

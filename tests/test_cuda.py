@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_the_readout_makes_no_logits() -> None:
     tokens_at_once, width, vocabulary = 4096, 512, 50304
     w = drawn(vocabulary, width, scale=0.05).to("cuda", torch.bfloat16)
     x = drawn(tokens_at_once, width).to("cuda", torch.bfloat16)
-    readout = Unembedding(None, None, w, None, 1.0, None)  # type: ignore[arg-type] # it is not asked for its stack
+    readout = Unembedding(None, None, SimpleNamespace(weight=w))  # type: ignore[arg-type] # it is not asked for its stack
     base = streaming.baseline(readout, x, torch.zeros(tokens_at_once, dtype=torch.long))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

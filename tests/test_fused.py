@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_divergence_side_by_side(options: dict[str, Any], dtype: torch.dtype) ->
 def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     given = case(30, 401, 24, dtype, bias=True, cap=cap, scale=0.5)
     stack: Any = None
-    readout = Unembedding(stack, None, given.w, given.bias, given.scale, given.cap)
+    readout = Unembedding(stack, None, SimpleNamespace(weight=given.w, bias=given.bias), given.scale, given.cap)
     monkeypatch.setattr(streaming, "fusible", lambda *_: True)
     monkeypatch.setattr(chunked, "summarise", None)
     other = drawn(30, 24, seed=8).to(DEVICE, dtype)

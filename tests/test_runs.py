@@ -22,6 +22,7 @@ from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
 from layersurgery.performing import perform
 from layersurgery.runs import JOURNAL, open_run
+from layersurgery.stack import Stack
 from layersurgery.text import Text
 from tests.tiny_text import tiny_tokenizer
 from tests.zoo import DEPTH, tiny_model, tokens
@@ -73,7 +74,7 @@ def test_what_it_leaves(undisturbed: Path) -> None:
         assert list(csv[name].dropna()) == list(frame[name].dropna()), name
     run = json.loads((undisturbed / "run.json").read_text())
     assert run["text"] == {"fingerprint": "f", "tokens": 66, "sequences": 7, "length": 10, "notes": []}
-    assert run["schedule"] == {"block_calls": 36, "block_calls_apart": 66}
+    assert run["schedule"] == {"order": "depth-first", "block_calls": 36, "block_calls_apart": 66, "bytes_read_a_batch": 0}
     assert (run["batch_size"], run["not_numbers"]) == (2, {})
     assert run["model"]["parameters"] == sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert run["seconds"] > 0
@@ -217,24 +218,36 @@ def test_a_run_killed_before_it_had_cleared_up_is_finished(undisturbed: Path, tm
 def test_what_goes_wrong_in_a_batch_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measure = Measurer.measure
 
-    errors: list[Exception] = []
-
     def fail(self: Measurer, ids: torch.Tensor, *args: Any) -> Any:
         if torch.equal(ids[0], tokens(7, 10)[4]):
-            raise errors[-1]
+            raise ls.MeasurementError("own predictions are no numbers")
         return measure(self, ids, *args)
 
     monkeypatch.setattr(Measurer, "measure", fail)
-    for error, words in {
-        torch.OutOfMemoryError(
-            "CUDA out of memory."
-        ): "batch 2: memory ran out with 2 sequences at once. What was measured is in",
-        ls.MeasurementError("own predictions are no numbers"): "batch 2: own predictions are no numbers",
-    }.items():
-        errors.append(error)
-        with pytest.raises(ls.MeasurementError, match=words):
-            do(tmp_path / "run", per_token=False)
-    assert (tmp_path / "run" / JOURNAL).exists()
+    with pytest.raises(ls.MeasurementError, match="batch 2: own predictions are no numbers"):
+        do(tmp_path / "run", per_token=False)
+    assert len(Journal(tmp_path / "run" / JOURNAL, 12).records) == 2
+
+
+def test_memory_that_runs_out_costs_no_batch(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = Stack.run, 0
+
+    def crowded(self: Stack, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 75:  # in the third batch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return run(self, *args)
+
+    monkeypatch.setattr(Stack, "run", crowded)
+    with pytest.warns(UserWarning, match="memory ran out with 2 sequences at once; going on with 1"):
+        frame = do(tmp_path / "run")
+    meant = ls.read_results(undisturbed)
+    pd.testing.assert_frame_equal(frame, meant, check_exact=False, atol=1e-6)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["batch_size"], facts["sequences_at_once"]) == (2, 1)
+    one, other = (pd.read_parquet(place / "tokens.parquet") for place in (tmp_path / "run", undisturbed))
+    pd.testing.assert_frame_equal(one, other, check_exact=False, atol=1e-4)
 
 
 def test_what_else_is_in_a_place_is_left_alone(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layersurgery.families import variants
 from layersurgery.route import Route, Visit
-from layersurgery.trie import Read, Run, Schedule, schedule
+from layersurgery.trie import Bring, Read, Run, Schedule, Step, layer_major, schedule
 
 DEPTH = 5
 _visits = st.builds(Visit, st.integers(0, DEPTH - 1), st.booleans(), st.booleans())
@@ -17,29 +17,55 @@ _some = st.lists(_routes | st.just(Route.identity(DEPTH)), min_size=1, max_size=
 
 
 def played(plan: Schedule) -> tuple[dict[int, Route], int, int]:
-    """Routes as the schedule computes them, block calls, and the most streams alive."""
-    alive = {state: Route(range(state)) for state in plan.kept}
+    """Routes as the schedule computes them, block calls, and the most streams alive. Blocks that are not at hand cannot be run."""
     found: dict[int, Route] = {}
-    calls, most = plan.depth, len(alive)
-    if not plan.ends_unedited:
+    calls, most, home = plan.depth, 0, set[int]()
+    alive: dict[int, Route] = {}
+
+    def go(steps: tuple[Step, ...]) -> None:
+        nonlocal calls, most
+        most = max(most, len(alive))
+        for step in steps:
+            match step.do:
+                case Bring(block, instead_of):
+                    assert home.issuperset(instead_of)
+                    assert block not in home
+                    home.difference_update(instead_of)
+                    home.add(block)
+                    assert plan.at_home is not None
+                    assert len(home) <= plan.at_home
+                case Run(visit, state, result):
+                    assert not plan.during or visit.block in home
+                    alive[result] = alive[state] + (visit,)
+                    calls += 1
+                    most = max(most, len(alive))
+                case Read(state, numbers):
+                    found.update(dict.fromkeys(numbers, alive[state]))
+            for state in step.free:
+                del alive[state]
+
+    for block in range(plan.depth):
+        if block in plan.kept:
+            alive[block] = Route(range(block))
+        if plan.during:
+            assert isinstance(plan.during[block][0].do, Bring), "a block is there before the trunk goes through it"
+            go(plan.during[block])
+    assert not any(isinstance(step.do, Read) for steps in plan.during for step in steps), "KL needs the trunk's end"
+    alive[plan.depth] = Route(range(plan.depth))
+    most = max(most, len(alive))
+    if not plan.goes_on:
         del alive[plan.depth]
-    for step in plan.steps:
-        match step.do:
-            case Run(visit, state, result):
-                alive[result] = alive[state] + (visit,)
-                calls += 1
-                most = max(most, len(alive))
-            case Read(state, numbers):
-                found |= dict.fromkeys(numbers, alive[state])
-        for state in step.free:
-            del alive[state]
+    go(plan.steps)
     assert not alive
     return found, calls, most
 
 
-@given(_some)
-def test_every_route_is_computed_with_every_prefix_once(routes: list[Route]) -> None:
-    plan = schedule(routes, DEPTH)
+@given(_some, st.integers(0, 3))
+@example([Route([*range(DEPTH), DEPTH - 1])], 0)
+@example([Route([*range(DEPTH), 2]), Route.identity(DEPTH)], 1)
+def test_every_route_is_computed_with_every_prefix_once(routes: list[Route], at_home: int) -> None:
+    """Depth first for 0, else layer by layer with so many blocks at hand."""
+    plan = layer_major(routes, DEPTH, at_home) if at_home else schedule(routes, DEPTH)
     found, calls, most = played(plan)
     assert [found[number] for number in range(len(routes))] == routes
     trunk = Route.identity(DEPTH)
@@ -61,6 +87,24 @@ def test_swap_and_drop_of_every_block_cost_the_square_of_the_depth(depth: int) -
 def test_the_figures_for_thirty_blocks() -> None:
     plan = schedule([variant.route for variant in variants("swap,drop", 30)], 30)
     assert (plan.calls, plan.calls_apart) == (900, 1770)
+
+
+@pytest.mark.parametrize(("families", "at_home"), [("drop,skip-mlp,drop-span:3", 1), ("swap,drop", 2)])
+@pytest.mark.parametrize("depth", [4, 12, 30])
+def test_one_pass_over_the_weights(families: str, at_home: int, depth: int) -> None:
+    routes = [variant.route for variant in variants(families, depth)]
+    plan = layer_major(routes, depth)
+    assert plan.brought == tuple(range(depth))
+    assert plan.at_home == at_home
+    assert plan.calls == schedule(routes, depth).calls
+
+
+def test_going_back_costs_another_pass() -> None:
+    back = Route(reversed(range(6)))
+    assert len(layer_major([back], 6, most=1).brought) == 6 + 5
+    assert len(layer_major([back], 6, most=6).brought) == 6
+    pairs = [variant.route for variant in variants("swap-pairs", 8)]
+    assert len(layer_major(pairs, 8, most=2).brought) <= 3 * 8
 
 
 def test_a_deep_route_is_no_trouble() -> None:

@@ -1,0 +1,135 @@
+"""Where and in what precision a model is to run: the options for it, resolved and said out."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layersurgery.errors import PlanError, SourceError
+from layersurgery.placing import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory
+
+if TYPE_CHECKING:
+    from layersurgery.sources import Source
+    from layersurgery.team import Team
+
+    from .sweep import Options
+    from .talk import Talk
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model runs.
+
+    Attributes:
+        device: of the whole model; of a dispatched one, what the map is made for.
+        dtype: of its weights.
+        device_map: of modules to devices, or a way to make one; None for one device.
+        max_memory: that each device may give.
+        offload_folder: for weights that a checkpoint does not hold as they are wanted.
+    """
+
+    device: str
+    dtype: str
+    device_map: DeviceMap | None = None
+    max_memory: MaxMemory | None = None
+    offload_folder: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What the digits may depend on: kinds of devices, not which of several equal ones."""
+        where = {"device": self.device if self.device_map is None else None, "dtype": self.dtype}
+        return where if self.device_map is None else where | {"device_map": self.device_map, "max_memory": self.max_memory}
+
+
+def place_of(options: Options, source: Source, talk: Talk) -> Place:
+    """Device and dtype, said out.
+
+    Raises:
+        PlanError: options that cannot be meant.
+        SourceError: a device that is not there.
+    """
+    import torch
+
+    if options.device and options.device_map:
+        raise PlanError("give either --device or --device-map")
+    if (options.max_memory or options.offload_folder) and not options.device_map:
+        raise PlanError("--max-memory and --offload-folder go with --device-map, as in --device-map auto")
+    device_map = read_device_map(options.device_map) if options.device_map else None
+    max_memory = read_max_memory(options.max_memory) if options.max_memory else None
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "meta":
+        raise PlanError("--device meta computes nothing; write cpu or cuda")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SourceError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
+    return Place(device, _dtype(options.dtype, device, source, talk), device_map, max_memory, options.offload_folder)
+
+
+def _dtype(asked: str, device: str, source: Source, talk: Talk) -> str:
+    dtype = asked.removeprefix("torch.")
+    if dtype == "auto":
+        config = json.loads((source.directory / "config.json").read_text("utf-8"))
+        inner = config.get("text_config") or {}
+        named = (owner.get(name) for owner in (inner, config) for name in ("dtype", "torch_dtype"))
+        # Where no config says it, transformers looks at the weights.
+        dtype = str(next(filter(None, named), "auto")).removeprefix("torch.")
+        if device == "cpu" and dtype == "float16":
+            dtype = "float32"
+            talk.say(
+                "Note: the checkpoint is in float16, which few CPUs multiply at all, so it is loaded in float32; --dtype float16 insists"
+            )
+    if dtype not in _DTYPES:
+        raise PlanError(f"--dtype {asked!r} is not one to run a model in; write float32, bfloat16, float16 or auto")
+    return dtype
+
+
+@contextmanager
+def loaded(source: Source, place: Place, team: Team) -> Iterator[Any]:
+    """The model where it is to be."""
+    import torch
+
+    from layersurgery.loading import load
+
+    if place.device_map is None:
+        device = place.device
+        if device == "cuda" and team.size > 1:
+            device = f"cuda:{team.local_rank % max(1, torch.cuda.device_count())}"
+        yield load(source.directory, dtype=place.dtype).model.to(device)
+        return
+    with tempfile.TemporaryDirectory(prefix="layersurgery-offload-") as folder:
+        yield load(
+            source.directory,
+            dtype=place.dtype,
+            device_map=place.device_map,
+            max_memory=_memory(place.max_memory, team),
+            offload_folder=str(place.offload_folder or folder),
+        ).model
+
+
+def _memory(asked: MaxMemory | None, team: Team) -> MaxMemory | None:
+    """What each device may give to this process: of a machine's GPUs, its share."""
+    import torch
+
+    from layersurgery.team import own_devices
+
+    if team.size == 1 or not torch.cuda.is_available():
+        return asked
+    from accelerate.utils import get_max_memory
+
+    mine = own_devices(team, torch.cuda.device_count())
+    return {device: size for device, size in get_max_memory(asked).items() if not isinstance(device, int) or device in mine}
+
+
+def where(model: Any, place: Place, blocks: str) -> str:
+    """Where a loaded model is, in words."""
+    devices = getattr(model, "hf_device_map", None)
+    if place.device_map is None or not isinstance(devices, dict):
+        return str(place.device)
+    return describe(devices, blocks)

@@ -1,0 +1,43 @@
+"""Device maps and memory, as people write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from layersurgery.errors import PlanError
+from layersurgery.placing import describe, read_device_map, read_max_memory
+
+
+def test_device_maps(tmp_path: Path) -> None:
+    assert read_device_map(" auto ") == "auto"
+    assert read_device_map("cuda:1") == "cuda:1"
+    assert read_device_map("disk") == {"": "disk"}
+    meant = {"model.layers": 0, "lm_head": "cpu", "model.norm": 1}
+    text = '{"model.layers": 0, "lm_head": "cpu", "model.norm": "1"}'
+    assert read_device_map(text) == meant
+    (tmp_path / "map.json").write_text(text)
+    assert read_device_map(str(tmp_path / "map.json")) == meant
+    for wrong, said in {
+        "atuo": "is no map and no file: write auto, balanced",
+        '{"a": 1,}': "is no JSON",
+        "{}": "maps names of modules to devices",
+        '{"a": [1]}': "maps names of modules to devices",
+        '{"a": true}': "maps names of modules to devices",
+    }.items():
+        with pytest.raises(PlanError, match=said):
+            read_device_map(wrong)
+
+
+def test_max_memory() -> None:
+    assert read_max_memory("0=70GiB,1=8.5GB, cpu = 100 GiB") == {0: "70GiB", 1: "8.5GB", "cpu": "100GiB"}
+    for wrong in ("", "0", "0=lots", "gpu=1GB", "0=70"):
+        with pytest.raises(PlanError, match=r"--max-memory .*write 0=70GiB,cpu=100GiB"):
+            read_max_memory(wrong)
+
+
+def test_a_map_in_words() -> None:
+    blocks = {f"h.{number}": 0 if number < 2 else "disk" for number in range(5)}
+    assert describe({"wte": 0, **blocks, "lm_head": "disk"}, "h") == "2 blocks on 0, 3 on disk; the rest on 0 and disk"
+    assert describe({"": "disk"}, "h") == "disk"
