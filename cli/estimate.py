@@ -71,8 +71,8 @@ def _lines(label: str, dtype: str, found: Estimate) -> list[str | Table]:
     return [
         f"{label}: {number(found.parameters)} parameters in {dtype} on {found.devices}",
         table,
-        f"{found.batches:,} batch{plural} of {found.sequences} sequences, {found.block_calls:,} block calls and {found.readouts} readouts "
-        f"each{traffic}",
+        f"{found.batches:,} batch{plural} of {found.sequences} sequence{'s'[: found.sequences != 1]}, {found.block_calls:,} block calls and "
+        f"{found.readouts} readouts each{traffic}",
         f"Multiplications: {_flops(found.flops)}",
     ]
 

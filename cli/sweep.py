@@ -354,7 +354,7 @@ def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk
         talk.say(f"Weights are brought in {way}: {size(measurer.bytes_to_read)} a batch")
     talk.say(
         f"Expecting {size(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {size(forecast.weights)}, streams "
-        f"{size(forecast.streams)}, a block {size(forecast.block)}, readout {size(forecast.readout)}"
+        f"{size(forecast.streams)}, a block {size(forecast.block)} or a readout {size(forecast.readout)}"
     )
     for plan_text, reason in measurer.left_out.items():
         talk.say(f"Left out: {plan_text}: {reason}")

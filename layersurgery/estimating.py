@@ -177,12 +177,13 @@ def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dty
 
 
 def _by_place(module: nn.Module, placed: dict[str, Any], prefix: str = "") -> dict[str, int]:
-    """Bytes of parameters and buffers by where a map puts them."""
+    """Bytes of parameters and buffers by where a map puts them; buffers that no checkpoint holds are never on a disk."""
     found: dict[str, int] = {}
+    kept = set(module.state_dict())
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         path = f"{prefix}.{name}" if prefix else name
         keys = [key for key in placed if not key or path == key or path.startswith(f"{key}.")]
-        place = str(placed[max(keys, key=len)]) if keys else CPU
+        place = str(placed[max(keys, key=len)]) if keys and name in kept else CPU
         found[place] = found.get(place, 0) + tensor.nbytes
     return found
 

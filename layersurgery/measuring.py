@@ -246,6 +246,7 @@ class Measurer:
             with walk.whole():
                 tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
                 states = tape.states
+                walk.see(states)
                 x = self.readout.final(states[self.stack.depth], chosen)
                 chosen, target = chosen.to(x.device), target.to(x.device)
                 base = streaming.baseline(self.readout, x, target, compiled=self.stack.compiler is not None)
@@ -302,6 +303,10 @@ class _Walk:
             self.stack.residence.expect_nobody()
             self.stack.residence.let_go(*self.stack.blocks)
 
+    def see(self, states: dict[int, torch.Tensor]) -> None:
+        """Count the streams that are alive."""
+        self.peak = max(self.peak, len(states))
+
     @contextmanager
     def beside(self, block: int, tape: Tape) -> Iterator[None]:
         """While the trunk goes through a block: what has it brought in before, and the routes that go through it afterwards."""
@@ -313,7 +318,7 @@ class _Walk:
     def through(self, steps: Sequence[Step], tape: Tape, read: Callable[[int, Sequence[int]], None] | None = None) -> None:
         """Do some steps."""
         states = tape.states
-        self.peak = max(self.peak, len(states))
+        self.see(states)
         for step in steps:
             match step.do:
                 case Bring(block, instead_of):
@@ -321,7 +326,7 @@ class _Walk:
                 case Run(visit, state, result):
                     states[result] = self.stack.run(tape, visit, states[state])
                     self.calls += 1
-                    self.peak = max(self.peak, len(states))
+                    self.see(states)
                 case Read(state, routes):
                     assert read is not None
                     read(state, routes)

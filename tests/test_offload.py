@@ -19,6 +19,8 @@ from layersurgery.readout import Unembedding
 from layersurgery.residence import Residence, bytes_offloaded, device_of, hooks_of
 from layersurgery.stack import Stack
 from tests.reference import logits_of
+from tests.test_cli import result_of, run
+from tests.tiny_text import checkpoint
 from tests.zoo import DEPTH, tiny_model, tokens
 
 EDITS = "swap,drop,skip-attention,skip-mlp"
@@ -124,14 +126,14 @@ def test_whatever_goes_wrong_weights_go_away_again(tmp_path: Path, monkeypatch: 
     _, away = dispatched(tmp_path, "llama", {"": "disk"})
     measurer = Measurer(away, variants("swap,drop", DEPTH))
     meant = measurer.measure(tokens(), torch.ones_like(tokens()))
-    run, calls = Stack.run, 0
+    original, calls = Stack.run, 0
 
     def failing(self: Stack, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 9:
             raise ValueError("no more")
-        return run(self, *args)
+        return original(self, *args)
 
     monkeypatch.setattr(Stack, "run", failing)
     with pytest.raises(ValueError, match="no more"):
@@ -168,3 +170,54 @@ def test_weights_in_main_memory_while_computing_elsewhere() -> None:
     found = ls.sweep(model, EDITS, tokens())
     pd.testing.assert_frame_equal(found, meant, check_exact=True)
     assert torch.equal(logits_of(model, tokens()), logits)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[Any]:
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 20)
+    return [
+        "sweep",
+        checkpoint(tmp_path / "tiny"),
+        "--data",
+        tmp_path / "text.txt",
+        "-n",
+        60,
+        "--context",
+        30,
+        "-o",
+        tmp_path / "out",
+    ]
+
+
+def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
+    meant = result_of(*small, "--device", "cpu")
+    (tmp_path / "map.json").write_text('{"model": "disk", "lm_head": "cpu"}')
+    found = run(*small[:-1], tmp_path / "away", "--device-map", tmp_path / "map.json")
+    assert found.exit_code == 0, found.stderr
+    frame, whole = ls.read_results(tmp_path / "away"), ls.read_results(tmp_path / "out")
+    pd.testing.assert_frame_equal(frame, whole, check_exact=True)
+    assert "float32 on disk and cpu" in found.stderr
+    assert "Weights are brought in layer by layer, 2 blocks at hand at a time: 2" in found.stderr
+    assert frame.attrs["run"]["schedule"]["order"] == "layer-major"
+    assert frame.attrs["run"]["schedule"]["bytes_read_a_batch"] > 200_000
+    again = run(*small[:-1], tmp_path / "out", "--device-map", tmp_path / "map.json")
+    assert (again.exit_code, "device cpu there, nothing now; device_map nothing there" in again.stderr) == (1, True)
+    # The way through the models is not among the arguments: it changes no digit.
+    assert result_of(*small, "--device", "cpu", "--schedule", "layer-major")["results"] == meant["results"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--device", "cpu", "--device-map", "auto"], "give either --device or --device-map"),
+        (["--max-memory", "cpu=1GB"], "go with --device-map"),
+        (["--device-map", "auto", "--max-memory", "lots"], "--max-memory 'lots' is no DEVICE=SIZE"),
+        (["--device-map", "nowhere.json"], "is no map and no file"),
+        (["--schedule", "breadth"], "--schedule 'breadth' is none; write depth-first or layer-major"),
+        (["--estimate", "--device-map", '{"model": "cpu"}'], "--device-map says nothing of lm_head.weight"),
+    ],
+)
+def test_options_that_cannot_be_meant(small: list[Any], tmp_path: Path, more: list[str], said: str) -> None:
+    found = run(*small, *more)
+    assert (found.exit_code, said in " ".join(found.stderr.split())) == (2, True), found.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,128 @@
+"""What a sweep would take, from a config alone, beside what it does take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig
+
+import layersurgery as ls
+from layersurgery.estimating import estimate
+from layersurgery.families import variants
+from layersurgery.measuring import Measurer
+from tests.test_cli import result_of, run
+from tests.zoo import DEPTH, tiny_config, tiny_model, tokens
+
+
+@pytest.mark.parametrize("order", ["depth-first", "layer-major"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_a_config_says_what_the_loaded_model_says(name: str, order: str) -> None:
+    chosen = variants("swap,drop,skip-mlp", DEPTH)
+    found = estimate(tiny_config(name), chosen, tokens=60, context=12, batch_size=2, order=order)
+    model = tiny_model(name)
+    measurer = Measurer(model, chosen, order=order)
+    assert found.forecast == measurer.forecast(2, 12)
+    assert found.weights == {"cpu": found.forecast.weights}
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    measured = measurer.measure(tokens(2), torch.ones_like(tokens(2)))
+    assert (found.block_calls, found.order) == (measured.calls, order)
+    assert found.forecast.streams == measured.states_at_peak * 2 * 12 * measurer.stack.width * 4
+    assert (found.batches, found.sequences, found.readouts) == (3, 2, len(measurer.routes) + 1)
+    assert found.read_a_batch == 0
+
+
+def test_of_an_offloaded_model(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "tiny")
+    away = ls.load(tmp_path / "tiny", device_map={"": "disk"}, offload_folder=tmp_path / "offload").model
+    for families in ("swap,drop", "swap-pairs"):
+        chosen = variants(families, DEPTH)
+        found = estimate(tiny_config("llama"), chosen, tokens=24, context=12, device_map={"": "disk"})
+        measured = Measurer(away, chosen).measure(tokens(2), torch.ones_like(tokens(2)))
+        assert found.read_a_batch == measured.bytes_read
+        assert found.order == "layer-major"
+        assert found.peak["cpu"] == found.passing + found.forecast.working + found.text + found.program
+
+
+def neox(width: int, depth: int, vocabulary: int) -> Any:
+    return GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=16, intermediate_size=4 * width
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters", "petaflops"), [((2048, 24, 50304), 1.41e9, 73), ((4096, 32, 50432), 6.86e9, 457)]
+)
+def test_the_papers_protocol(shape: tuple[int, int, int], parameters: float, petaflops: float) -> None:
+    """Swap and drop of every layer on a million tokens: Pythia-1.4b and 6.9b."""
+    found = estimate(neox(*shape), variants("swap,drop", shape[1]), tokens=1_000_000, context=2048, dtype="float16", batch_size=8)
+    assert found.parameters == pytest.approx(parameters, rel=0.01)
+    assert found.weights["cpu"] == pytest.approx(2 * parameters, rel=0.01)
+    assert found.flops / 1e15 == pytest.approx(petaflops, rel=0.02)
+
+
+def test_memory_shared_out_by_accelerate() -> None:
+    found = estimate(
+        neox(4096, 32, 50432), variants("swap,drop", 32), tokens=2048, context=2048, dtype="float16", device_map="auto",
+        max_memory={"cpu": "6GB"},
+    )  # fmt: skip
+    assert found.weights["cpu"] < 6e9
+    assert sum(found.weights.values()) == pytest.approx(13.7e9, rel=0.01)
+    assert found.read_a_batch == found.weights["disk"]
+    assert found.at_home == 2
+
+
+def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path / "bare")  # a config, and nothing else
+    value = result_of("sweep", tmp_path / "bare", "--estimate", "-n", 100, "--context", 20, "-o", tmp_path / "out")
+    assert value["block_calls"] == 36
+    assert value["peak"]["cpu"] > value["program"]
+    shown = run("sweep", tmp_path / "bare", "--estimate", "-n", 100, "--context", 20).stdout
+    for words in ("in all", "Multiplications:", "36 block calls and 12 readouts each"):
+        assert words in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
+
+
+_PEAK = """
+import resource, runpy, sys
+sys.argv = ["layersurgery", *sys.argv[1:]]
+try:
+    runpy.run_module("layersurgery_cli", run_name="__main__")
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+"""
+
+
+def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
+    words = [
+        "sweep",
+        "smollm2-135m",
+        "-n",
+        "1024",
+        "--context",
+        "512",
+        "--edits",
+        "drop",
+        "--layers",
+        "12:15",
+        "-b",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    said = {
+        name: subprocess.run(
+            [sys.executable, "-c", _PEAK, *words, "-o", str(tmp_path / "out"), "--json", *more],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for name, more in (("estimate", ["--estimate"]), ("sweep", []))
+    }
+    peak = int(said["sweep"].stderr.split()[-1])
+    assert json.loads(said["estimate"].stdout)["peak"]["cpu"] == pytest.approx(peak, rel=0.2)
