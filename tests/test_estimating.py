@@ -46,7 +46,7 @@ def test_of_an_offloaded_model(tmp_path: Path) -> None:
         measured = Measurer(away, chosen).measure(tokens(2), torch.ones_like(tokens(2)))
         assert found.read_a_batch == measured.bytes_read
         assert found.order == "layer-major"
-        assert found.peak["cpu"] == found.passing + found.forecast.working + found.text + found.program
+        assert found.peak["cpu"] == found.weights["cpu"] + found.passing + found.forecast.working + found.text + found.program
 
 
 def neox(width: int, depth: int, vocabulary: int) -> Any:
