@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: checkpoint, operate, readout, sweep, all of them, those of a GPU, and a picture."""
+"""`python -m benchmarks COMMAND`: checkpoint, operate, readout, sweep, offload, all of them, those of a GPU, costs, a picture."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def sweep(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Run TransformerLens, nnsight and nnterp.")] = True,
-    only: Annotated[str, typer.Option("--only", help="Ways whose names have one of these in them: limit,layersurgery.")] = "",
+    only: Annotated[
+        str, typer.Option("--only", help="Ways of these names, or with these in them: limit,layersurgery,Trans.")
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Little text and one run, for trying the benchmark itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
@@ -117,6 +119,31 @@ def gpu(
     rows = measure(chosen, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def offload(
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many.")] = 2,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each.")] = 256,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Sweep a model whose weights are on disk, beside the same in memory."""
+    from .sweep import Setting, measure, ways_of_offloading
+
+    setting = Setting("smollm2-135m", sequences, context, sequences, device, runs)
+    rows = measure(setting, ["float32"], known=ways_of_offloading(sequences), as_json=as_json, name="offload")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def costs() -> None:
+    """What the paper's protocol would take on GPUs, on paper."""
+    from .costs import measure
+
+    measure()
 
 
 @app.command()

@@ -102,19 +102,30 @@ def ways(dtypes: Sequence[str], *, peers: bool, whole: int, alone: int) -> list[
     return found
 
 
+def ways_of_offloading(sequences: int) -> list[Way]:
+    """A model in memory, and one whose weights are all on disk, in the two ways to go."""
+    return [
+        Way("layersurgery", "ours", "float32", sequences=sequences),
+        Way("on disk, layer by layer", "ours", "float32", sequences=sequences, options=("disk",)),
+        Way("on disk, route by route", "ours", "float32", sequences=sequences, options=("disk", "depth-first")),
+    ]
+
+
 def measure(
     setting: Setting,
     dtypes: Sequence[str],
     *,
     peers: bool = True,
+    known: Sequence[Way] | None = None,
     only: str = "",
     as_json: bool = False,
     name: str = "sweep",
 ) -> list[dict[str, Any]]:
     """Run all ways in turn, check them, and print a table; returns its rows, which are appended to the results."""
     console = wide_console(stderr=as_json)
-    known = ways(dtypes, peers=peers, whole=setting.sequences, alone=max(1, setting.sequences // 4))
-    found = {way: Found() for way in known if any(name in way.name for name in only.split(","))}
+    if known is None:
+        known = ways(dtypes, peers=peers, whole=setting.sequences, alone=max(1, setting.sequences // 4))
+    found = {way: Found() for way in known if _asked(way.name, only, known)}
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as work:
         model, depth, tokens = _material(setting, Path(work))
         console.print(f"{setting.model}: {depth} blocks, {setting.sequences} x {setting.context} tokens, {setting.device}")
@@ -138,6 +149,12 @@ def measure(
     if red := [row["fault"] for row in rows if row["fault"] and row["way"].startswith("layersurgery")]:
         raise SystemExit(f"layersurgery: {red[0]}")
     return rows
+
+
+def _asked(name: str, only: str, known: Sequence[Way]) -> bool:
+    """Whether a way is one of those asked for: by its whole name, or by a part of names that no way has as its whole."""
+    whole = {way.name for way in known}
+    return any(name == part or (part not in whole and part in name) for part in only.split(","))
 
 
 def _material(setting: Setting, work: Path) -> tuple[str, int, Path]:

@@ -90,6 +90,7 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
     team = find_team(cpu=_on_cpu(options))
     if team.rank:
         _follow(model, options, team)
+        team.leave()
         return
     errands: list[Errand | None] = []
 
@@ -103,6 +104,7 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
         if not errands:  # the others need not wait for what will not come
             with suppress(MeasurementError):
                 send(None)
+    team.leave()
 
 
 def _on_cpu(options: Options) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -157,8 +157,10 @@ class Measurer:
         return sum(self._away[block] for block in visits) + bytes_offloaded(*self.stack.around)
 
     def forecast(self, sequences: int, length: int) -> Forecast:
-        """What a batch of `sequences` of `length` tokens will take."""
-        return self._needs.forecast(self.schedule, sequences, length)
+        """What a batch of `sequences` of `length` tokens will take; of weights kept elsewhere, those at hand together and the next ones."""
+        found = self._needs.forecast(self.schedule, sequences, length)
+        passing = max(self._away) * ((self.schedule.at_home or 0) + 1)
+        return replace(found, weights=found.weights - max(0, sum(self._away) - passing))
 
     def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None, tick: Tick | None = None) -> Measured:
         """Measure one batch, in halves and halves of halves where memory does not suffice for all of it at once.

@@ -51,10 +51,11 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A batch that one process has measured, or why it has not."""
+    """A batch that one process has measured, or why it has not; and how many sequences its memory held at once, where that was asked."""
 
     batch: int
     record: Record | None
+    at_once: int | None = None
     rows: TokenRows | None = None
     fault: str = ""
 
@@ -148,7 +149,7 @@ def _measured(
     except MeasurementError as error:
         return _Done(batch, None, fault=f"batch {batch}: {error}")
     record = Record(first, measured.counts, measured.values, time.perf_counter() - begun)
-    return _Done(batch, record, rows if any(measured.counts) else None)
+    return _Done(batch, record, measurer.at_once, rows if any(measured.counts) else None)
 
 
 class _Work:
@@ -167,6 +168,7 @@ class _Work:
             run.note(batch_size=self.size)
         self.batches = -(-len(text.ids) // self.size)
         self.done: set[int] = set()
+        self.at_once = self.size
         self.parts = run.directory / PARTS
         if per_token:
             try:
@@ -205,6 +207,7 @@ class _Work:
             return
         if done.rows is not None:
             done.rows.write(self.part(done.batch))
+        self.at_once = min(self.at_once, done.at_once or self.size)
         self.journal.append(done.batch, done.record)
         self.done.add(done.batch)
         self.tell(self.measured(), table=True)
@@ -243,7 +246,7 @@ class _Work:
                 "block_calls_apart": measurer.schedule.calls_apart,
                 "bytes_read_a_batch": measurer.bytes_to_read,
             },
-            "sequences_at_once": measurer.at_once or self.size,
+            "sequences_at_once": self.at_once,
             "readout": measurer.readout.about,
             "compiled": _compiled(measurer),
             "left_out": measurer.left_out,

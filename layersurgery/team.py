@@ -40,6 +40,9 @@ class Team(Protocol):
     def gather(self, value: T) -> list[T]:
         """What each process gave, in their order; for the leader, nothing for the others."""
 
+    def leave(self) -> None:
+        """Say goodbye, at the end."""
+
 
 class Alone:
     """One process by itself."""
@@ -53,6 +56,9 @@ class Alone:
     def gather(self, value: T) -> list[T]:
         """The value itself."""
         return [value]
+
+    def leave(self) -> None:
+        """There is nobody."""
 
 
 class Processes:
@@ -89,6 +95,10 @@ class Processes:
         with _together():
             self._dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
+
+    def leave(self) -> None:
+        """Close the connections."""
+        self._dist.destroy_process_group()
 
 
 class LostError(MeasurementError):

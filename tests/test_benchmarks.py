@@ -39,6 +39,17 @@ def test_a_wrong_metric_makes_the_gate_red(metric: str) -> None:
         assert rows[1]["tokens_per_second"] == 32
 
 
+def test_only_some_ways() -> None:
+    known = sweep.ways(["float32"], peers=True, whole=1, alone=1)
+    for only, names in {
+        "limit,layersurgery": ["limit", "layersurgery"],
+        "surgery": ["layersurgery", "layersurgery --compile"],
+        "Trans,nnsight": ["TransformerLens 3", "nnsight 0.8"],
+        "": [way.name for way in known],
+    }.items():
+        assert [way.name for way in known if sweep._asked(way.name, only, known)] == names
+
+
 def test_a_wrong_readout_makes_the_gate_red() -> None:
     x, w, target = torch.randn(5, 8), torch.randn(70, 8), torch.arange(5)
     assert readout._wrong("layersurgery, in tiles", readout._dense(x, w, target), x, w, target) == ""

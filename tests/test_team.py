@@ -69,12 +69,16 @@ def started(command: list[str], place: Path, **env: str) -> subprocess.Popen[str
     )
 
 
-def by_hand(place: Path, out: str, size: int) -> list[subprocess.Popen[str]]:
-    """Without a launcher that would end the others when one has gone."""
+def by_hand(place: Path, out: str, size: int, **changed: Path) -> list[subprocess.Popen[str]]:
+    """Without a launcher that would end the others when one has gone; `rank1=DIR` runs that one elsewhere, as if on another machine."""
     common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         started(
-            [sys.executable, "-m", "layersurgery_cli", *words(place, out)], place, RANK=str(rank), LOCAL_RANK=str(rank), **common
+            [sys.executable, "-m", "layersurgery_cli", *words(place, out)],
+            changed.get(f"rank{rank}", place),
+            RANK=str(rank),
+            LOCAL_RANK="0" if f"rank{rank}" in changed else str(rank),
+            **common,
         )
         for rank in range(size)
     ]
@@ -178,6 +182,16 @@ def test_what_is_wrong_is_said_once_and_nobody_waits(place: Path) -> None:
     assert process.returncode != 0
     assert err.count("error:") == 1
     assert time.monotonic() - begun < 100
+
+
+def test_another_checkpoint_on_another_machine(place: Path, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny", rms_norm_eps=1e-3)
+    team = by_hand(place, "elsewhere", 2, rank1=tmp_path)
+    said = [process.communicate(timeout=120)[1] for process in team]
+    assert [process.returncode for process in team] == [1, 1]
+    assert "process 1: tiny in tiny is another checkpoint than that of the process that leads" in " ".join(said[1].split())
+    assert "error: another process of this run has gone" in said[0]
+    assert not (place / "elsewhere" / "results.parquet").exists()
 
 
 def test_work_is_shared_out() -> None:

@@ -1,0 +1,135 @@
+"""What the paper's protocol would take on GPUs, on paper: from configs alone, at a rate that is assumed.
+
+Swap and drop of every layer, on a million tokens, in bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig
+
+from layersurgery.estimating import Estimate, estimate
+from layersurgery.families import variants
+
+# NVIDIA's data sheet of the H100 SXM: dense bfloat16, without sparsity. The share of it is an assumption.
+PEAK_FLOPS, SHARE, MEMORY = 989e12, 0.4, 76e9
+TOKENS = 1_000_000
+GPUS = (1, 8, 64)
+
+
+def _pythia(width: int, depth: int, heads: int, vocabulary: int) -> Any:
+    return GPTNeoXConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width, vocab_size=vocabulary
+    )
+
+
+def _gpt2(width: int, depth: int, heads: int) -> Any:
+    return GPT2Config(n_embd=width, n_layer=depth, n_head=heads)
+
+
+def _phi(width: int, depth: int) -> Any:
+    return PhiConfig(hidden_size=width, num_hidden_layers=depth, intermediate_size=4 * width, num_attention_heads=32)
+
+
+def _llama(width: int, depth: int, heads: int, inside: int) -> Any:
+    return LlamaConfig(
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=8, intermediate_size=inside,
+        vocab_size=128256,
+    )  # fmt: skip
+
+
+MODELS = {
+    "pythia-410m": (_pythia(1024, 24, 16, 50304), 2048),
+    "pythia-1.4b": (_pythia(2048, 24, 16, 50304), 2048),
+    "pythia-2.8b": (_pythia(2560, 32, 32, 50304), 2048),
+    "pythia-6.9b": (_pythia(4096, 32, 32, 50432), 2048),
+    "gpt2": (_gpt2(768, 12, 12), 1024),
+    "gpt2-medium": (_gpt2(1024, 24, 16), 1024),
+    "gpt2-large": (_gpt2(1280, 36, 20), 1024),
+    "gpt2-xl": (_gpt2(1600, 48, 25), 1024),
+    "phi-1": (_phi(2048, 24), 2048),
+    "phi-1_5": (_phi(2048, 24), 2048),
+    "phi-2": (_phi(2560, 32), 2048),
+    "Llama-3.1-70B": (_llama(8192, 80, 64, 28672), 2048),
+    "Llama-3.1-405B": (_llama(16384, 126, 128, 53248), 2048),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one model."""
+
+    name: str
+    found: Estimate
+    whole: bool
+
+    def hours(self, gpus: int) -> float:
+        """At the assumed rate, the text shared out."""
+        return self.found.flops / (gpus * SHARE * PEAK_FLOPS) / 3600
+
+
+def cost(name: str) -> Cost:
+    """With all weights on the GPU if they leave it room, else with the blocks in main memory; the largest batch that fits."""
+    config, context = MODELS[name]
+    edits = variants("swap,drop", config.num_hidden_layers)
+    found = None
+    for whole in (True, False):
+        inside = (
+            "gpt_neox.layers"
+            if config.model_type == "gpt_neox"
+            else "transformer.h"
+            if config.model_type == "gpt2"
+            else "model.layers"
+        )
+        for batch in (16, 8, 4, 2, 1):
+            found = estimate(
+                config, edits, tokens=TOKENS, context=context, dtype="bfloat16", batch_size=batch,
+                device_map={"": 0} if whole else {"": 0, inside: "cpu"},
+            )  # fmt: skip
+            if found.peak["0"] <= MEMORY:
+                return Cost(name, found, whole)
+    assert found is not None
+    raise SystemExit(f"{name} does not fit: {found.peak}")
+
+
+COLUMNS = (
+    "model",
+    "parameters",
+    "PFLOP",
+    "weights, GB",
+    "batch",
+    "streams, GB",
+    "read a batch, GB",
+    *(f"{n} GPU{'s'[: n != 1]}" for n in GPUS),
+)
+
+
+def rows() -> list[list[str]]:
+    """Work all of them out: a row for each model, and one for the paper's eleven together."""
+    costs = [cost(name) for name in MODELS]
+    papers, others = costs[:11], costs[11:]
+    total = ["the paper's eleven", "", f"{sum(one.found.flops for one in papers) / 1e15:,.0f}", "", "", "", ""]
+    total += [_time(sum(one.hours(gpus) for one in papers)) for gpus in GPUS]
+    return [*map(_row, papers), total, *map(_row, others)]
+
+
+def _row(one: Cost) -> list[str]:
+    found = one.found
+    return [
+        one.name, f"{found.parameters / 1e9:.3g} B", f"{found.flops / 1e15:,.0f}", f"{sum(found.weights.values()) / 1e9:.3g}",
+        str(found.sequences), f"{found.forecast.streams / 1e9:.2g}", "" if one.whole else f"{found.read_a_batch / 1e9:.3g}",
+        *(_time(one.hours(gpus)) for gpus in GPUS),
+    ]  # fmt: skip
+
+
+def measure() -> None:
+    """Print them as a Markdown table."""
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for row in rows():
+        print(f"| {' | '.join(row)} |")
+
+
+def _time(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours * 60 >= 1 else f"{3600 * hours:.0f} s"

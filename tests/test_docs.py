@@ -1,0 +1,64 @@
+"""What the pages claim: tests that they name exist, commands that they show are understood, tables are what the commands print."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import costs
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_are_there(page: Path) -> None:
+    known = set(re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))))
+    named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+    assert named <= known, named - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_costs() -> None:
+    page = (ROOT / "docs" / "scale.md").read_text()
+    for row in costs.rows():
+        assert f"| {' | '.join(row)} |" in page, row
+
+
+def test_the_script_for_slurm_is_one() -> None:
+    script = ROOT / "examples" / "sweep.slurm"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    assert script.read_text().startswith("#!/bin/bash\n")
+
+
+def test_the_options_that_the_pages_show_are_there() -> None:
+    from layersurgery_cli.app import app
+    from typer.main import get_command
+
+    known = {
+        option
+        for parameter in get_command(app).commands["sweep"].params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }  # type: ignore[attr-defined]
+    texts = [*(page.read_text() for page in PAGES), (ROOT / "examples" / "sweep.slurm").read_text()]
+    shown = [
+        line.partition("layersurgery_cli")[2] or line.partition("layersurgery ")[2]
+        for text in texts
+        for line in text.splitlines()
+    ]
+    words = [
+        word
+        for line in shown
+        if line.lstrip().startswith("sweep ")
+        for word in re.findall(r"(?<=\s)--?[a-z][\w-]*", line.partition("#")[0])
+    ]
+    assert words
+    assert set(words) <= known
