@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layersurgery.errors import PlanError, SourceError
-from layersurgery.placing import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory
+from layersurgery.placing import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory, renumbered
 
 if TYPE_CHECKING:
     from layersurgery.sources import Source
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .sweep import Options
     from .talk import Talk
 
+_SHARE = 0.9
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
@@ -42,8 +43,8 @@ class Place:
     offload_folder: Path | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What the digits may depend on: kinds of devices, not which of several equal ones."""
-        where = {"device": self.device if self.device_map is None else None, "dtype": self.dtype}
+        """What the digits may depend on: the kind of device, not which of several equal ones; and how a model is spread over kinds."""
+        where = {"device": self.device.partition(":")[0], "dtype": self.dtype}
         return where if self.device_map is None else where | {"device_map": self.device_map, "max_memory": self.max_memory}
 
 
@@ -92,39 +93,56 @@ def _dtype(asked: str, device: str, source: Source, talk: Talk) -> str:
 
 @contextmanager
 def loaded(source: Source, place: Place, team: Team) -> Iterator[Any]:
-    """The model where it is to be."""
-    import torch
+    """The model where it is to be; of several processes, each counts its own share of the GPUs from 0.
 
+    Raises:
+        PlanError: a GPU that this process does not have.
+    """
     from layersurgery.loading import load
 
     if place.device_map is None:
-        device = place.device
-        if device == "cuda" and team.size > 1:
-            device = f"cuda:{team.local_rank % max(1, torch.cuda.device_count())}"
-        yield load(source.directory, dtype=place.dtype).model.to(device)
+        yield load(source.directory, dtype=place.dtype).model.to(_own(place.device, team))
         return
-    with tempfile.TemporaryDirectory(prefix="layersurgery-offload-") as folder:
+    if place.offload_folder is not None:
+        place.offload_folder.mkdir(parents=True, exist_ok=True)
+    # One's own, for what is written there is named after weights only.
+    with tempfile.TemporaryDirectory(prefix="layersurgery-offload-", dir=place.offload_folder) as folder:
+        given = place.device_map
+        spread: Any = (
+            {name: _own(device, team) for name, device in given.items()} if isinstance(given, dict) else _own(given, team)
+        )
         yield load(
             source.directory,
             dtype=place.dtype,
-            device_map=place.device_map,
+            device_map=spread,
             max_memory=_memory(place.max_memory, team),
-            offload_folder=str(place.offload_folder or folder),
+            offload_folder=folder,
         ).model
 
 
-def _memory(asked: MaxMemory | None, team: Team) -> MaxMemory | None:
-    """What each device may give to this process: of a machine's GPUs, its share."""
+def _own(device: int | str, team: Team) -> int | str:
+    """One of this process's own devices."""
     import torch
 
     from layersurgery.team import own_devices
 
-    if team.size == 1 or not torch.cuda.is_available():
-        return asked
-    from accelerate.utils import get_max_memory
+    return device if team.size == 1 else renumbered(device, own_devices(team, torch.cuda.device_count()))
 
+
+def _memory(asked: MaxMemory | None, team: Team) -> MaxMemory | None:
+    """What each device may give to this process; where nothing is asked, most of what is free of its share."""
+    import psutil
+    import torch
+
+    from layersurgery.team import own_devices
+
+    if team.size == 1:
+        return asked
+    if asked is not None:
+        return {_own(device, team): size for device, size in asked.items()}
     mine = own_devices(team, torch.cuda.device_count())
-    return {device: size for device, size in get_max_memory(asked).items() if not isinstance(device, int) or device in mine}
+    found: MaxMemory = {device: int(_SHARE * torch.cuda.mem_get_info(device)[0]) for device in mine}
+    return found | {"cpu": int(_SHARE * psutil.virtual_memory().available / team.local_size)}
 
 
 def where(model: Any, place: Place, blocks: str) -> str:

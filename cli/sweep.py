@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,8 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
     if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
         raise PlanError(f"--schedule {options.schedule!r} is none; write {DEPTH_FIRST} or {LAYER_MAJOR}")
     if options.estimate:
+        if os.environ.get("RANK", "0") != "0":  # of several processes, one says it
+            return
         from .estimate import show_estimate
 
         show_estimate(model, options, talk)
@@ -282,10 +285,9 @@ def _measure(
 
     with _calm(), loaded_aloud(source, place, talk, team) as model:
         measurer = Measurer(model, chosen, blocks=options.blocks, compiled=options.compile, order=options.schedule)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         on = where(model, place, measurer.stack.path)
         talk.say(
-            f"{source.label}: {number(parameters)} parameters in {place.dtype} on {on}; read out by {measurer.readout.about}"
+            f"{source.label}: {number(measurer.parameters)} parameters in {place.dtype} on {on}; read out by {measurer.readout.about}"
         )
         _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk, team)
         if run.begun:
@@ -319,13 +321,10 @@ def _measure(
 @contextmanager
 def loaded_aloud(source: Source, place: Place, talk: Talk, team: Team) -> Iterator[Any]:
     """The model where it is to be, with a word while it is loaded."""
-    going = loaded(source, place, team)
-    with talk.step(f"Loading {source.label}"):
-        model = going.__enter__()
-    try:
+    with ExitStack() as stack:
+        with talk.step(f"Loading {source.label}"):
+            model = stack.enter_context(loaded(source, place, team))
         yield model
-    finally:
-        going.__exit__(None, None, None)
 
 
 @contextmanager

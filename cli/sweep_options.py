@@ -93,7 +93,13 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int | None,
     typer.Option(
-        "--batch-size", "-b", min=1, help="Sequences at once.", show_default="found by trying", metavar="N", rich_help_panel=_HOW
+        "--batch-size",
+        "-b",
+        min=1,
+        help="Sequences at once.",
+        show_default="by the free memory",
+        metavar="N",
+        rich_help_panel=_HOW,
     ),
 ]
 Dtype = Annotated[
@@ -124,7 +130,7 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         "--max-memory",
-        help="What each device may give to --device-map, as in 0=70GiB,cpu=100GiB.",
+        help="What each device may give (to each process) for --device-map, as in 0=70GiB,cpu=100GiB.",
         metavar="SIZES",
         rich_help_panel=_HOW,
     ),

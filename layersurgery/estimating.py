@@ -108,41 +108,41 @@ def estimate(
     found = locate(model, blocks)
     path, stack = found.path, list(found.blocks)
     placed = {"": device} if device_map is None else _mapped(model, device_map, max_memory, dtype)
-    weights = _by_place(model, placed)
     main = next((str(place) for place in placed.values() if str(place) not in (CPU, DISK)), CPU)
+    weights = _by_place(model, placed, main)
     elsewhere = (DISK,) if main == CPU else (CPU, DISK)
-    away = [
-        sum(_by_place(block, placed, f"{path}.{number}").get(place, 0) for place in elsewhere)
-        for number, block in enumerate(stack)
-    ]
+    blocks_at = [_by_place(block, placed, main, f"{path}.{number}") for number, block in enumerate(stack)]
+    away = [sum(at.get(place, 0) for place in elsewhere) for at in blocks_at]
+    context = min(context, max(2, tokens))
     routes = list(dict.fromkeys(variant.route for variant in variants))
     lazily = any(away) if order is None else order == LAYER_MAJOR
     plan = layer_major(routes, len(stack)) if lazily else schedule(routes, len(stack))
     width = _width(model)
-    needs = Needs.of(model, stack, width=width)
+    output = model.get_output_embeddings()
+    vocabulary = int(text_config(model).vocab_size if output is None else output.weight.shape[0])
+    needs = Needs.of(model, stack, width=width, vocabulary=vocabulary)
     sequences = math.ceil(tokens / context)
-    here = torch.device(main if main == CPU or torch.cuda.is_available() else CPU)
+    here = torch.device((int(main) if main.isdecimal() else main) if torch.cuda.is_available() else CPU)
     at_once = min(sequences, batch_size or sequences_at_once(needs, plan, context, here))
     outside = sum(weights.get(place, 0) for place in elsewhere) - sum(away)
-    visits = plan.brought if lazily else tuple(range(len(stack))) * (1 + (plan.calls - plan.depth) // max(1, plan.depth))
     readouts = len(routes) + 1
     return Estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         device=main,
         devices=describe(placed, path) if device_map is not None else device,
         weights=weights,
-        passing=max(away) * ((plan.at_home or 0) + 1) + outside,
+        passing=plan.bytes_passing(away) + outside,
         forecast=needs.forecast(plan, at_once, context),
         text=2 * 8 * sequences * context,
         program=int(psutil.Process().memory_info().rss),
         order=plan.name,
         at_home=plan.at_home,
-        read_a_batch=sum(away[block] for block in visits) + outside,
+        read_a_batch=plan.bytes_read(away, outside),
         sequences=at_once,
         batches=math.ceil(sequences / at_once),
         block_calls=plan.calls,
         readouts=readouts,
-        flops=sequences * context * (plan.calls * _block_flops(config, stack[0], width, context) + readouts * 2.0 * width * needs.vocabulary),
+        flops=sequences * context * (plan.calls * _block_flops(config, stack, width, context) + readouts * 2.0 * width * needs.vocabulary),
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _unfilled(config: Any, dtype: str) -> Any:
 
 def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dtype: str) -> dict[str, Any]:
     from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
+    from accelerate.utils import get_balanced_memory, get_max_memory
 
     if isinstance(device_map, dict):
         names = [name for name, _ in model.named_parameters()]
@@ -171,19 +171,21 @@ def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dty
     if device_map not in AUTO:
         return {"": device_map}
     options = {"no_split_module_classes": list(getattr(model, "_no_split_modules", None) or ()), "dtype": getattr(torch, dtype)}
+    if max_memory is None:  # as transformers does, some is left free
+        max_memory = {device: int(0.9 * size) for device, size in get_max_memory().items()}
     if device_map != "sequential":
         max_memory = get_balanced_memory(model, max_memory, low_zero=device_map == "balanced_low_0", **options)
     return dict(infer_auto_device_map(model, max_memory=max_memory, **options))
 
 
-def _by_place(module: nn.Module, placed: dict[str, Any], prefix: str = "") -> dict[str, int]:
-    """Bytes of parameters and buffers by where a map puts them; buffers that no checkpoint holds are never on a disk."""
+def _by_place(module: nn.Module, placed: dict[str, Any], main: str, prefix: str = "") -> dict[str, int]:
+    """Bytes of parameters by where a map puts them, and of buffers, which stay where they are worked with."""
     found: dict[str, int] = {}
-    kept = set(module.state_dict())
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    parameters = dict(module.named_parameters())
+    for name, tensor in (*parameters.items(), *module.named_buffers()):
         path = f"{prefix}.{name}" if prefix else name
         keys = [key for key in placed if not key or path == key or path.startswith(f"{key}.")]
-        place = str(placed[max(keys, key=len)]) if keys and name in kept else CPU
+        place = str(placed[max(keys, key=len)]) if keys and name in parameters else main
         found[place] = found.get(place, 0) + tensor.nbytes
     return found
 
@@ -193,15 +195,16 @@ def _width(model: Any) -> int:
     return int(getattr(text_config(model), "hidden_size", 0) or model.get_input_embeddings().weight.shape[1])
 
 
-def _block_flops(config: Any, block: nn.Module, width: int, context: int) -> float:
-    """Of one token through one block: its matrices, of a mixture's only the chosen experts, and attention to half of the context."""
+def _block_flops(config: Any, blocks: Sequence[nn.Module], width: int, context: int) -> float:
+    """Of one token through the mean block: its matrices, of a mixture's only the chosen experts, and attention to half of the context."""
     text = config.get_text_config(decoder=True)
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     experts = next((value for name in names if isinstance(value := getattr(text, name, None), int) and value), 1)
     share = min(1.0, (getattr(text, "num_experts_per_tok", None) or experts) / experts)
     matrices = sum(
         parameter.numel() * (share if "experts" in name and "shared" not in name else 1)
+        for block in blocks
         for name, parameter in block.named_parameters()
         if parameter.dim() > 1
     )
-    return 2.0 * matrices + 2.0 * context * width
+    return 2.0 * matrices / len(blocks) + 2.0 * context * width

@@ -9,8 +9,9 @@ import psutil
 import torch
 from torch import nn
 
-from .blocks import text_config, transformers_part
+from .blocks import text_config
 from .kernels import chunked
+from .residence import distinct
 from .trie import Schedule
 
 _TOKENS_AT_ONCE = 2048
@@ -69,17 +70,18 @@ class Needs:
     own_rows: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, own_rows: int | None = None) -> Needs:
+    def of(
+        cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, vocabulary: int, own_rows: int | None = None
+    ) -> Needs:
         """Of a model, which may be without memory for its weights (on the device meta)."""
         config = text_config(model)
         eager = getattr(config, "_attn_implementation", "") == "eager"
-        output = transformers_part(model).get_output_embeddings()
-        vocabulary = getattr(config, "vocab_size", 0) if output is None else output.weight.shape[0]
+        chosen = getattr(config, "num_experts_per_tok", None) or 1
         return cls(
             weights=_bytes(model),
             blocks=tuple(map(_bytes, blocks)),
             width=width,
-            widest=max(map(_widest, blocks)),
+            widest=max(_widest(block, chosen) for block in blocks),
             vocabulary=vocabulary,
             heads=getattr(config, "num_attention_heads", 0) if eager else 0,
             itemsize=next(model.parameters()).element_size(),
@@ -117,10 +119,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in distinct(module))
 
 
-def _widest(block: nn.Module) -> int:
-    """Numbers a token that the matrices of a block give, the largest three together: what is alive in a gated MLP."""
-    widths = sorted((parameter.shape[0] for parameter in block.parameters() if parameter.dim() == 2), reverse=True)
+def _widest(block: nn.Module, experts: int) -> int:
+    """Numbers a token that the matrices of a block are given or give, the largest three together: what is alive in a gated MLP.
+
+    Matrices of experts that are kept as one tensor, (experts, outputs, inputs), work for `experts` of them for each token.
+    """
+    matrices = [parameter for parameter in block.parameters() if parameter.dim() in (2, 3)]
+    widths = sorted((max(matrix.shape[-2:]) * (experts if matrix.dim() == 3 else 1) for matrix in matrices), reverse=True)
     return sum(widths[:3])

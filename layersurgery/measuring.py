@@ -26,7 +26,7 @@ from .kernels.reference import METRICS
 from .metrics import Array
 from .readout import find_readout
 from .refusals import facts_of, refuse_architecture, refuse_route
-from .residence import bytes_offloaded, device_of
+from .residence import bytes_of, device_of, distinct, offloaded, own
 from .stack import Stack, Tape
 from .trie import DEPTH_FIRST, LAYER_MAJOR, Bring, Read, Run, Schedule, Step, layer_major, schedule
 
@@ -108,10 +108,12 @@ class Measurer:
         self._device = device_of(model)
         self._unproven = True
         self.routes = list(dict.fromkeys(variant.route for variant in kept))
-        self._away = [bytes_offloaded(block) for block in self.stack.blocks]
+        self._away = [bytes_of(offloaded(block)) for block in self.stack.blocks]
         self.schedule = self._scheduled(order)
         self.readout = find_readout(self.stack, own=own_tail)
-        self._needs = Needs.of(model, self.stack.blocks, width=self.stack.width, own_rows=self.readout.rows)
+        self._needs = Needs.of(
+            model, self.stack.blocks, width=self.stack.width, vocabulary=self.readout.vocabulary, own_rows=self.readout.rows
+        )
         # Rows of the result that each route fills.
         self._rows = [
             [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
@@ -148,19 +150,17 @@ class Measurer:
     @property
     def bytes_to_read(self) -> int:
         """Weights that a batch brings in from elsewhere, in bytes; 0 where all are at hand."""
-        visits = self.schedule.brought
-        if not self.schedule.during:
-            visits = (
-                *range(self.stack.depth),
-                *(step.do.visit.block for step in self.schedule.steps if isinstance(step.do, Run)),
-            )
-        return sum(self._away[block] for block in visits) + bytes_offloaded(*self.stack.around)
+        return self.schedule.bytes_read(self._away, bytes_of(part for module in self.stack.around for part in own(module)))
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the model has, tied ones counted once."""
+        return sum(tensor.numel() for tensor in distinct(self.model) if isinstance(tensor, nn.Parameter))
 
     def forecast(self, sequences: int, length: int) -> Forecast:
         """What a batch of `sequences` of `length` tokens will take; of weights kept elsewhere, those at hand together and the next ones."""
         found = self._needs.forecast(self.schedule, sequences, length)
-        passing = max(self._away) * ((self.schedule.at_home or 0) + 1)
-        return replace(found, weights=found.weights - max(0, sum(self._away) - passing))
+        return replace(found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_passing(self._away)))
 
     def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None, tick: Tick | None = None) -> Measured:
         """Measure one batch, in halves and halves of halves where memory does not suffice for all of it at once.
@@ -215,8 +215,9 @@ class Measurer:
     def _halve(self, sequences: int, length: int) -> None:
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
+            fewer = ", --schedule depth-first, which holds fewer streams" if self.schedule.during else ""
             raise MeasurementError(
-                f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once, or "
+                f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once{fewer}, or "
                 "half precision (--dtype bfloat16)"
             )
         self.at_once = sequences // 2

@@ -233,7 +233,7 @@ class _Work:
             "model": {
                 "class": type(measurer.model).__name__,
                 "blocks": measurer.stack.depth,
-                "parameters": sum(parameter.numel() for parameter in parameters),
+                "parameters": measurer.parameters,
                 "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from .errors import PlanError
 
 AUTO = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap = str | dict[str, int | str]
-MaxMemory = dict[int | str, str]
-_SIZE = re.compile(r"\d+(?:\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
+MaxMemory = dict[int | str, int]
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", re.IGNORECASE)
 
 
 def read_device_map(text: str) -> DeviceMap:
@@ -48,10 +49,10 @@ def read_device_map(text: str) -> DeviceMap:
 
 
 def read_max_memory(text: str) -> MaxMemory:
-    """How much each device may give, from text.
+    """How much each device may give, in bytes, from text.
 
-    >>> read_max_memory("0=70GiB, cpu=100GiB")
-    {0: '70GiB', 'cpu': '100GiB'}
+    >>> read_max_memory("0=70GiB, cpu=1.5TB")
+    {0: 75161927680, 'cpu': 1500000000000}
 
     Raises:
         PlanError: it cannot be read.
@@ -59,12 +60,34 @@ def read_max_memory(text: str) -> MaxMemory:
     found: MaxMemory = {}
     for part in filter(None, map(str.strip, text.split(","))):
         device, _, size = map(str.strip, part.partition("="))
-        if not re.fullmatch(r"\d+|cpu|mps", device) or not _SIZE.fullmatch(size):
+        match = _SIZE.fullmatch(size)
+        if not re.fullmatch(r"\d+|cpu|mps", device) or match is None:
             raise PlanError(f"--max-memory {part!r} is no DEVICE=SIZE: write 0=70GiB,cpu=100GiB")
-        found[int(device) if device.isdecimal() else device] = size.replace(" ", "")
+        unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
+        found[int(device) if device.isdecimal() else device] = int(float(match[1]) * unit)
     if not found:
         raise PlanError("--max-memory is empty: write 0=70GiB,cpu=100GiB")
     return found
+
+
+def renumbered(device: int | str, own: Sequence[int]) -> int | str:
+    """A device as one of several processes means it: its own first GPU is its 0, and so on; what is no GPU is left.
+
+    >>> renumbered(1, range(4, 6)), renumbered("cuda:0", range(4, 6)), renumbered("cuda", range(4, 6)), renumbered("disk", range(4, 6))
+    (5, 'cuda:4', 'cuda:4', 'disk')
+
+    Raises:
+        PlanError: the process has no such GPU.
+    """
+    match = re.fullmatch(r"(cuda:?)?(\d*)", str(device))
+    if match is None or not (match[1] or match[2]):
+        return device
+    number = int(match[2] or 0)
+    if number >= len(own):
+        raise PlanError(
+            f"GPU {number} is asked for, and each process has {len(own)} of this machine's (its own are numbered from 0): start fewer processes"
+        )
+    return f"cuda:{own[number]}" if match[1] else own[number]
 
 
 def describe(devices: dict[str, Any], blocks: str) -> str:

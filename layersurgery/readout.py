@@ -313,7 +313,7 @@ def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Une
     # The same operation on the same numbers: equal to the last bit, or there is an adapter or something else in it.
     if not torch.equal(module(x), functional.linear(x, matrix, bias)):
         return None
-    shape = _afterwards(stack, matrix.shape[0], tolerance)
+    shape = _afterwards(stack, probe, matrix.shape[0], tolerance)
     if shape is None:
         return None
     norm = stack.model.get_submodule(stack.anatomy.final_norm) if stack.anatomy.final_norm else None
@@ -325,12 +325,12 @@ def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Une
     return found if _close(found.tile(found.final(probe, everything), 0, found.vocabulary), logits[0], tolerance) else None
 
 
-def _afterwards(stack: Stack, vocabulary: int, tolerance: float) -> tuple[float, float | None] | None:
+def _afterwards(stack: Stack, probe: torch.Tensor, vocabulary: int, tolerance: float) -> tuple[float, float | None] | None:
     """Scale and soft-cap that the model applies behind its unembedding, tried on numbers of all sizes; None if it is another function."""
     sizes = 10.0 ** torch.arange(-3, TOKENS - 3)
     given = (torch.linspace(-1, 1, vocabulary)[None] * sizes[:, None])[None]
     with _aside(stack, given) as stand_in:
-        after = own_logits(stack, torch.zeros_like(_probe(stack)))
+        after = own_logits(stack, torch.zeros_like(probe))
     if stand_in.given is None or after.shape != given.shape:
         return None
     given = given.to(stand_in.given.dtype).double()  # as the model got it

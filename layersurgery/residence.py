@@ -7,7 +7,7 @@ brought in by the very same hooks, once, and stay until they are let go. Meanwhi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -46,8 +46,16 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def own(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
+    """The module itself, if its own weights are elsewhere; not those inside it."""
+    return [(module, hook) for hook in hooks_of(module) if hook.offload]
+
+
 def surroundings(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
-    """Modules of a model that are in none of its blocks and have offloaded weights: embedding, final norm, unembedding."""
+    """Modules of a model that are in none of its blocks and have offloaded weights: embedding, final norm, unembedding.
+
+    Some hold the blocks and have a tensor of their own beside them, so these are to be brought in by themselves (`at_home`).
+    """
     inside = {id(module) for module in blocks.modules()}
     return [
         module
@@ -70,15 +78,18 @@ class Residence:
         self._coming: dict[int, Future[Fetched]] = {}
 
     def bring(self, *modules: nn.Module) -> None:
-        """Have the weights of modules at hand, of those that are not already."""
+        """Have the weights of modules, and of all in them, at hand; of those that are not already."""
+        self._bring_all({module: offloaded(module) for module in modules})
+
+    def _bring_all(self, wanted: dict[nn.Module, list[tuple[nn.Module, AlignDevicesHook]]]) -> None:
         seen: dict[object, torch.Tensor] = {}
-        for module in modules:
+        for module, parts in wanted.items():
             if id(module) in self._home:
                 continue
             coming = self._coming.pop(id(module), None)
             fetched = coming.result() if coming is not None else {}
             self._home[id(module)] = []
-            for part, hook in offloaded(module):
+            for part, hook in parts:
                 self._bring(part, hook, fetched, seen)
                 self._home[id(module)].append((part, hook))
 
@@ -95,6 +106,9 @@ class Residence:
         hook.weights_map = _Over(values, source)
         try:
             hook.pre_forward(part)
+        except BaseException:  # memory has run out, say: what has come leaves again
+            hook.post_forward(part, ())
+            raise
         finally:
             hook.weights_map = source
         hook.offload = False
@@ -127,10 +141,10 @@ class Residence:
 
     @contextmanager
     def at_home(self, *modules: nn.Module) -> Iterator[None]:
-        """Inside, modules have their weights at hand."""
+        """Inside, modules have their own weights at hand, not those of other modules in them."""
         mine = [module for module in modules if id(module) not in self._home]
         try:
-            self.bring(*modules)
+            self._bring_all({module: own(module) for module in modules})
             yield
         finally:
             self.let_go(*mine)
@@ -180,16 +194,23 @@ def _read(parts: Sequence[tuple[nn.Module, AlignDevicesHook]]) -> Fetched:
         cuda = torch.device(hook.execution_device).type == "cuda" if hook.execution_device is not None else False
         for name, _ in _tensors(part, hook):
             value = hook.weights_map[name]
-            found[id(hook), name] = value.pin_memory() if cuda and value.device.type == "cpu" else value.clone()
+            if value.device.type == "cpu":
+                value = value.pin_memory() if cuda else value.clone()
+            found[id(hook), name] = value
     return found
 
 
-def bytes_offloaded(*modules: nn.Module) -> int:
-    """Bytes that bringing modules in together reads."""
-    found = {
-        _origin(hook, name): tensor.nbytes
-        for module in modules
-        for part, hook in offloaded(module)
-        for name, tensor in _tensors(part, hook)
-    }
+def bytes_of(parts: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> int:
+    """Bytes that bringing modules in together reads; a tied weight counts once."""
+    found = {_origin(hook, name): tensor.nbytes for part, hook in parts for name, tensor in _tensors(part, hook)}
     return sum(found.values())
+
+
+def distinct(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers, tied ones once: also where each of the modules that share one has a stand-in of its own for it."""
+    found: dict[object, torch.Tensor] = {}
+    for part in module.modules():
+        away = {name: hook for hook in hooks_of(part) if hook.offload for name, _ in _tensors(part, hook)}
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            found.setdefault(_origin(away[name], name) if name in away else id(tensor), tensor)
+    return list(found.values())

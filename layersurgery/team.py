@@ -1,7 +1,7 @@
 """Several processes that measure one text together: who they are, and how they tell each other what they found.
 
-Processes are started by `accelerate launch` or torchrun, and found by accelerate. What they say to each other is small, a few kilobytes
-a batch, and goes over gloo whatever devices they compute on.
+Processes are started by `accelerate launch` or torchrun, and found by accelerate. What they say to each other is small (sums of a batch, and
+with `--per-token` its rows), and goes over gloo whatever devices they compute on.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def find_team(cpu: bool) -> Team:
     from accelerate import PartialState
 
     with _reached():
-        return Processes(PartialState(cpu=cpu, timeout=_PATIENCE))
+        return Processes(PartialState(cpu=cpu))
 
 
 @contextmanager
@@ -154,13 +154,15 @@ def rounds(items: list[T], size: int) -> Iterator[list[T]]:
 
 
 def own_devices(team: Team, devices: int) -> range:
-    """The GPUs of this process, where each machine's are shared out among the processes on it.
+    """The GPUs of this process, where each machine's are shared out among the processes on it; some share one if there are too few.
 
     >>> class Third(Alone):
     ...     local_rank, local_size = 2, 4
-    >>> own_devices(Third(), 8)
-    range(4, 6)
+    >>> own_devices(Third(), 8), own_devices(Third(), 2)
+    (range(4, 6), range(0, 1))
     """
+    if not devices:
+        return range(0)
     each = max(1, devices // team.local_size)
-    first = team.local_rank * each
+    first = team.local_rank * each % devices
     return range(first, min(devices, first + each))

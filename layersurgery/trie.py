@@ -101,6 +101,20 @@ class Schedule:
         """Block calls in all, the trunk's included."""
         return self.depth + sum(isinstance(step.do, Run) for step in self.all_steps)
 
+    def bytes_read(self, blocks: Sequence[int], around: int) -> int:
+        """Bytes that a batch brings in: for offloaded bytes of each block, and of what is around them.
+
+        Depth first, a block is brought in for each call.
+        """
+        visits = self.brought
+        if not self.during:
+            visits = (*range(self.depth), *(step.do.visit.block for step in self.steps if isinstance(step.do, Run)))
+        return sum(blocks[block] for block in visits) + around
+
+    def bytes_passing(self, blocks: Sequence[int]) -> int:
+        """Bytes of offloaded blocks that are at hand together, with the one that is read ahead."""
+        return max(blocks) * ((self.at_home or 0) + 1)
+
     @property
     def brought(self) -> tuple[int, ...]:
         """Layer by layer, the blocks that are brought in, in their order."""
@@ -139,8 +153,13 @@ def layer_major(routes: Sequence[Route], depth: int, most: int = _FEW) -> Schedu
 
     No more are kept at hand than help: one for drops, two for swaps of neighbours, which go back one block.
     """
-    found = [_by_layer(routes, depth, at_home) for at_home in range(1, max(1, min(most, depth)) + 1)]
-    return min(found, key=lambda plan: len(plan.brought))
+    best = _by_layer(routes, depth, 1)
+    for at_home in range(2, min(most, depth) + 1):
+        if len(best.brought) == depth:
+            break
+        plan = _by_layer(routes, depth, at_home)
+        best = plan if len(plan.brought) < len(best.brought) else best
+    return best
 
 
 def _grown(routes: Sequence[Route], depth: int) -> tuple[list[_Node], list[_Node]]:

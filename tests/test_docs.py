@@ -27,6 +27,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
+    assert not re.findall(r"[A-Z]+_[A-Z_]+S?\n|TODO|FIXME", page.read_text())
+
+
 def test_the_table_of_costs() -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     for row in costs.rows():

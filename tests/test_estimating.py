@@ -109,7 +109,7 @@ def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
         "--edits",
         "drop",
         "--layers",
-        "12:15",
+        "27:30",
         "-b",
         "2",
         "--device",

@@ -16,7 +16,7 @@ import layersurgery as ls
 from layersurgery.families import variants
 from layersurgery.measuring import Measurer
 from layersurgery.readout import Unembedding
-from layersurgery.residence import Residence, bytes_offloaded, device_of, hooks_of
+from layersurgery.residence import Residence, device_of, hooks_of, offloaded
 from layersurgery.stack import Stack
 from tests.reference import logits_of
 from tests.test_cli import result_of, run
@@ -59,7 +59,9 @@ class Reads:
 
 
 @pytest.mark.parametrize("order", ["layer-major", "depth-first"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "gemma2", "mixtral", "phi", "opt"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gpt_neox", "falcon", "bloom", "gemma2", "mixtral", "phi", "opt", "gpt_bigcode", "ctrl"]
+)
 def test_on_disk_the_digits_are_those_of_the_model_in_memory(tmp_path: Path, name: str, order: str) -> None:
     plain, away = dispatched(tmp_path, name, {"": "disk"})
     assert on_disk(away)
@@ -144,19 +146,20 @@ def test_whatever_goes_wrong_weights_go_away_again(tmp_path: Path, monkeypatch: 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("layersurgery-weights")]
 
 
-def test_no_more_blocks_are_at_hand_than_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, away = dispatched(tmp_path, "llama", {"": "disk"})
+@pytest.mark.parametrize("name", ["llama", "gpt_bigcode"])  # of which the second has a tensor of its own above the blocks
+def test_no_more_blocks_are_at_hand_than_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    _, away = dispatched(tmp_path, name, {"": "disk"})
     measurer = Measurer(away, variants("swap,drop", DEPTH))
     assert measurer.schedule.at_home == 2
     most = 0
-    bring = Residence.bring
+    bring = Residence._bring_all
 
-    def watched(self: Residence, *modules: Any) -> None:
+    def watched(self: Residence, wanted: Any) -> None:
         nonlocal most
-        bring(self, *modules)
-        most = max(most, sum(not bytes_offloaded(block) for block in measurer.stack.blocks))
+        bring(self, wanted)
+        most = max(most, sum(not offloaded(block) for block in measurer.stack.blocks))
 
-    monkeypatch.setattr(Residence, "bring", watched)
+    monkeypatch.setattr(Residence, "_bring_all", watched)
     measurer.measure(tokens(), torch.ones_like(tokens()))
     assert most == 2
 
@@ -200,8 +203,9 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
     assert "Weights are brought in layer by layer, 2 blocks at hand at a time: 2" in found.stderr
     assert frame.attrs["run"]["schedule"]["order"] == "layer-major"
     assert frame.attrs["run"]["schedule"]["bytes_read_a_batch"] > 200_000
+    assert frame.attrs["run"]["model"]["parameters"] == whole.attrs["run"]["model"]["parameters"]
     again = run(*small[:-1], tmp_path / "out", "--device-map", tmp_path / "map.json")
-    assert (again.exit_code, "device cpu there, nothing now; device_map nothing there" in again.stderr) == (1, True)
+    assert (again.exit_code, "device_map nothing there, {" in again.stderr) == (1, True)
     # The way through the models is not among the arguments: it changes no digit.
     assert result_of(*small, "--device", "cpu", "--schedule", "layer-major")["results"] == meant["results"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layersurgery.errors import PlanError
-from layersurgery.placing import describe, read_device_map, read_max_memory
+from layersurgery.placing import describe, read_device_map, read_max_memory, renumbered
 
 
 def test_device_maps(tmp_path: Path) -> None:
@@ -31,10 +31,21 @@ def test_device_maps(tmp_path: Path) -> None:
 
 
 def test_max_memory() -> None:
-    assert read_max_memory("0=70GiB,1=8.5GB, cpu = 100 GiB") == {0: "70GiB", 1: "8.5GB", "cpu": "100GiB"}
+    assert read_max_memory("0=70GiB,1=8.5gb, cpu = 2 TiB") == {0: 70 * 2**30, 1: 8_500_000_000, "cpu": 2**41}
     for wrong in ("", "0", "0=lots", "gpu=1GB", "0=70"):
         with pytest.raises(PlanError, match=r"--max-memory .*write 0=70GiB,cpu=100GiB"):
             read_max_memory(wrong)
+
+
+def test_each_process_counts_its_own_devices() -> None:
+    assert [renumbered(device, range(2, 4)) for device in (0, 1, "cuda", "cuda:1", "cpu", "disk", "auto")] == [
+        2, 3, "cuda:2", "cuda:3", "cpu", "disk", "auto"
+    ]  # fmt: skip
+    for device in (2, "cuda:2"):
+        with pytest.raises(
+            PlanError, match=r"GPU 2 is asked for, and each process has 2 of this machine's .*start fewer processes"
+        ):
+            renumbered(device, range(2, 4))
 
 
 def test_a_map_in_words() -> None:

@@ -204,3 +204,7 @@ def test_work_is_shared_out() -> None:
     assert [list(own_devices(Some(rank, 2), 8)) for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [list(own_devices(Some(rank, 8), 8)) for rank in range(8)] == [[rank] for rank in range(8)]
     assert list(own_devices(Alone(), 0)) == []
+    # Too few: they share.
+    assert [list(own_devices(Some(rank, 4), 2)) for rank in range(4)] == [[0], [1], [0], [1]]
+    # One that each process sees, as some clusters do it.
+    assert [list(own_devices(Some(rank, 8), 1)) for rank in range(8)] == [[0]] * 8
