@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,31 +57,65 @@ def words(place: Path, out: str, *more: Any) -> list[str]:
     return [str(word) for word in (*given, "-o", place / out, *more)]
 
 
-def launch(place: Path, out: str, size: int, *more: Any) -> subprocess.Popen[str]:
-    """By torchrun, as on a cluster."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", str(free_port())]
-    return started([*run, "-m", "layersurgery_cli", *words(place, out, *more)], place)
-
-
-def started(command: list[str], place: Path, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command, cwd=place, env=ENV | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def by_hand(place: Path, out: str, size: int, **changed: Path) -> list[subprocess.Popen[str]]:
-    """Without a launcher that would end the others when one has gone; `rank1=DIR` runs that one elsewhere, as if on another machine."""
-    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        started(
-            [sys.executable, "-m", "layersurgery_cli", *words(place, out)],
-            changed.get(f"rank{rank}", place),
-            RANK=str(rank),
-            LOCAL_RANK="0" if f"rank{rank}" in changed else str(rank),
-            **common,
+# Whatever starts processes on a cluster: each has its rank and the leader's address. One imports torch, and all others are its forks.
+_START = """
+import json, os, sys, time
+asked = json.loads(sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import layersurgery_cli.sweep, layersurgery.figures, layersurgery.performing, transformers.models.llama.modeling_llama
+from layersurgery_cli.__main__ import main
+children = []
+for rank in range(asked["size"]):
+    child = os.fork()
+    if child == 0:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(asked["size"]), LOCAL_WORLD_SIZE=str(asked["size"]),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(asked["port"]),
         )
-        for rank in range(size)
-    ]
+        if rank in asked["elsewhere"]:  # as if on another machine
+            os.environ["LOCAL_RANK"] = "0"
+            os.chdir(asked["there"])
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{asked['said']}/{rank}.{name}", os.O_CREAT | os.O_WRONLY), number)
+        sys.argv = ["layersurgery", *asked["words"]]
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+    children.append(child)
+if asked["kill"] is not None:
+    while not (os.path.exists(asked["journal"]) and os.path.getsize(asked["journal"]) > 3000):
+        time.sleep(0.005)
+    os.kill(children[asked["kill"]], 9)
+print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+
+
+def start(
+    place: Path, said: Path, size: int, given: list[str], *, kill: int | None = None, elsewhere: Path | None = None
+) -> Ended:
+    """Run a team to its end; `kill` a rank once some batches are measured, or run rank 1 `elsewhere`."""
+    journal = Path(given[given.index("-o") + 1]) / "progress.journal"
+    asked = {
+        "size": size, "port": free_port(), "words": given, "kill": kill, "journal": str(journal), "said": str(said),
+        "elsewhere": [1] if elsewhere else [], "there": str(elsewhere),
+    }  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-c", _START, json.dumps(asked)], cwd=place, env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+    texts = [[(said / f"{rank}.{name}").read_text() for rank in range(size)] for name in ("out", "err")]
+    return Ended(json.loads(found.stdout.splitlines()[-1]), *texts)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -89,36 +123,58 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def alone(place: Path) -> dict[str, bytes]:
-    found = subprocess.run(
-        [sys.executable, "-m", "layersurgery_cli", *words(place, "alone")], cwd=place, env=ENV, capture_output=True
-    )
-    assert found.returncode == 0, found.stderr
+def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    ended = start(place, tmp_path_factory.mktemp("said"), 1, words(place, "alone"))
+    assert ended.codes == [0], ended.err
     return files(place / "alone")
 
 
-def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes]) -> None:
-    process = launch(place, "three", 3, "--json")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    ended = start(place, tmp_path, 3, words(place, "three", "--json"))
+    assert ended.codes == [0, 0, 0], ended.err
     assert files(place / "three") == alone
-    assert json.loads(out)["batch_size"] == 2, "one process speaks"
-    assert err.count("edited models;") == 1
-    assert "block calls a batch, 66 without sharing by 3 processes" in err
+    assert json.loads(ended.out[0])["batch_size"] == 2
+    assert "block calls a batch, 66 without sharing by 3 processes" in ended.err[0]
+    assert ended.out[1:] == ["", ""], "one process speaks"
+    assert not [said for said in ended.err[1:] if "edited models" in said or "sequences" in said]
 
 
-def accelerate(place: Path, out: str, size: int) -> subprocess.Popen[str]:
-    """By accelerate's way for several GPUs, which without any computes on the CPU."""
-    options = {
-        "num_processes": size,
-        "num_machines": 1,
-        "mixed_precision": "no",
-        "dynamo_backend": "no",
-        "main_process_port": free_port(),
-    }
-    run = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    run += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    return started([*run, "-m", "layersurgery_cli", *words(place, out)], place)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_those_who_are_left_say_so_and_end(place: Path, alone: dict[str, bytes], tmp_path: Path, lost: int) -> None:
+    out = f"lost-{lost}"
+    ended = start(place, tmp_path, 3, words(place, out), kill=lost)
+    for rank in range(3):
+        assert ended.codes[rank] == (-9 if rank == lost else 1), ended.err[rank]
+        if rank != lost:
+            assert "error: another process of this run has gone" in ended.err[rank]
+            assert "Traceback" not in ended.err[rank]
+    (tmp_path / "rest").mkdir()
+    rest = start(place, tmp_path / "rest", 2, words(place, out))
+    assert rest.codes == [0, 0], rest.err
+    assert "Going on with what is measured already" in rest.err[0]
+    assert files(place / out) == alone
+
+
+def test_what_is_wrong_is_said_once_and_nobody_waits(place: Path, tmp_path: Path) -> None:
+    ended = start(place, tmp_path, 2, words(place, "wrong", "--data", "nowhere.txt"))
+    assert ended.codes == [1, 0]
+    assert "error: nowhere.txt does not exist on this machine" in " ".join(ended.err[0].split())
+    assert "error" not in ended.err[1]
+
+
+def test_another_checkpoint_on_another_machine(place: Path, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "tiny", rms_norm_eps=1e-3)
+    ended = start(place, tmp_path, 2, words(place, "elsewhere"), elsewhere=tmp_path)
+    assert ended.codes == [1, 1]
+    assert "process 1: tiny in tiny is another checkpoint than that of the process that leads" in " ".join(ended.err[1].split())
+    assert "error: another process of this run has gone" in ended.err[0]
+    assert not (place / "elsewhere" / "results.parquet").exists()
+
+
+def launched(place: Path, out: str, launcher: list[Any]) -> subprocess.Popen[str]:
+    """By the launchers that people use."""
+    command = [sys.executable, "-m", *map(str, launcher), "-m", "layersurgery_cli", *words(place, out)]
+    return subprocess.Popen(command, cwd=place, env=ENV, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def underway(directory: Path) -> None:
@@ -137,7 +193,8 @@ def ranks(launcher: subprocess.Popen[str]) -> Iterator[tuple[int, psutil.Process
 
 
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, alone: dict[str, bytes]) -> None:
-    process = launch(place, "killed", 2)
+    """First by torchrun; then by accelerate's way for several GPUs, which without any computes on the CPU."""
+    process = launched(place, "killed", ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()])
     underway(place / "killed")
     dict(ranks(process))[1].kill()
     _, err = process.communicate(timeout=120)
@@ -145,53 +202,20 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, a
     assert "Signal 9" in err
     assert "the same command goes on with it" in err
     assert not (place / "killed" / "results.parquet").exists()
-    process = accelerate(place, "killed", 3)
+    options = {
+        "num_processes": 3,
+        "num_machines": 1,
+        "mixed_precision": "no",
+        "dynamo_backend": "no",
+        "main_process_port": free_port(),
+    }
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    process = launched(place, "killed", ["accelerate.commands.launch", "--multi_gpu", *given])
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "by 3 processes" in err
     assert "Going on with what is measured already" in err
     assert files(place / "killed") == alone
-
-
-@pytest.mark.parametrize("lost", [0, 1])
-def test_those_who_are_left_say_so_and_end(place: Path, alone: dict[str, bytes], lost: int) -> None:
-    out = f"lost-{lost}"
-    team = by_hand(place, out, 2)
-    underway(place / out)
-    team[lost].send_signal(signal.SIGKILL)
-    said = [process.communicate(timeout=120)[1] for process in team]
-    for rank, process in enumerate(team):
-        assert process.returncode == (-signal.SIGKILL if rank == lost else 1), said[rank]
-        if rank != lost:
-            assert "error: another process of this run has gone" in said[rank]
-            assert "Traceback" not in said[rank]
-    if lost:
-        return  # one way of going on is enough
-    rest = subprocess.run(
-        [sys.executable, "-m", "layersurgery_cli", *words(place, out)], cwd=place, env=ENV, capture_output=True, text=True
-    )
-    assert rest.returncode == 0, rest.stderr
-    assert "Going on with what is measured already" in rest.stderr
-    assert files(place / out) == alone
-
-
-def test_what_is_wrong_is_said_once_and_nobody_waits(place: Path) -> None:
-    begun = time.monotonic()
-    process = launch(place, "wrong", 2, "--data", "nowhere.txt")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert err.count("error:") == 1
-    assert time.monotonic() - begun < 100
-
-
-def test_another_checkpoint_on_another_machine(place: Path, tmp_path: Path) -> None:
-    checkpoint(tmp_path / "tiny", rms_norm_eps=1e-3)
-    team = by_hand(place, "elsewhere", 2, rank1=tmp_path)
-    said = [process.communicate(timeout=120)[1] for process in team]
-    assert [process.returncode for process in team] == [1, 1]
-    assert "process 1: tiny in tiny is another checkpoint than that of the process that leads" in " ".join(said[1].split())
-    assert "error: another process of this run has gone" in said[0]
-    assert not (place / "elsewhere" / "results.parquet").exists()
 
 
 def test_work_is_shared_out() -> None:
