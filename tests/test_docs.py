@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -48,11 +49,8 @@ def test_the_options_that_the_pages_show_are_there() -> None:
     from layersurgery_cli.app import app
     from typer.main import get_command
 
-    known = {
-        option
-        for parameter in get_command(app).commands["sweep"].params
-        for option in (*parameter.opts, *parameter.secondary_opts)
-    }  # type: ignore[attr-defined]
+    sweep = cast(Any, get_command(app)).commands["sweep"]
+    known = {option for parameter in sweep.params for option in (*parameter.opts, *parameter.secondary_opts)}
     texts = [*(page.read_text() for page in PAGES), (ROOT / "examples" / "sweep.slurm").read_text()]
     shown = [
         line.partition("layersurgery_cli")[2] or line.partition("layersurgery ")[2]
