@@ -42,7 +42,7 @@ def bars(rows: Sequence[Row]) -> Figure:
     for place, row in enumerate(shown):
         times = float(row["tokens_per_second"]) / yard
         axes.barh(place, times, color=_COLOURS[row["dtype"]], height=0.7)
-        axes.annotate(f"{times:.1f}x", (times, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(f"{times:.2f}x", (times, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     for row in rows:
         if row["way"] == LIMIT:
             places = [place for place, other in enumerate(shown) if other["dtype"] == row["dtype"]]

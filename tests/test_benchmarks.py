@@ -93,7 +93,7 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     figure = picture.bars(newest)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["loop by hand, float32", "layersurgery, float32"]
-    assert "2.5x" in [text.get_text() for text in figure.axes[0].texts]
+    assert "2.50x" in [text.get_text() for text in figure.axes[0].texts]
     plt.close(figure)
     with pytest.raises(SystemExit, match="has no speed for another"):
         picture.newest(path, "another")
