@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,7 +272,7 @@ def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> T
             f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
         )
     sequences, length = text.ids.shape
-    talk.say(f"{text.tokens:,} tokens in {sequences} sequences of {'' if asked.pack else 'up to '}{length}")
+    talk.say(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}")
     for note in text.notes:
         talk.say(f"Note: {note}")
     return text
@@ -334,6 +335,7 @@ def _calm() -> Iterator[None]:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("accelerate").setLevel("ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
