@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import torch
 from transformers import GPTNeoXConfig
 
 import layersurgery as ls
+from benchmarks.timing import timed
 from layersurgery.estimating import estimate
 from layersurgery.families import variants
 from layersurgery.measuring import Measurer
-from tests.test_cli import result_of, run
+from tests.test_cli import COMMAND, result_of, run
 from tests.zoo import DEPTH, tiny_config, tiny_model, tokens
 
 
@@ -88,16 +88,6 @@ def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
 
 
-_PEAK = """
-import resource, runpy, sys
-sys.argv = ["layersurgery", *sys.argv[1:]]
-try:
-    runpy.run_module("layersurgery_cli", run_name="__main__")
-finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
-"""
-
-
 def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
     words = [
         "sweep",
@@ -115,14 +105,8 @@ def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
         "--device",
         "cpu",
     ]
-    said = {
-        name: subprocess.run(
-            [sys.executable, "-c", _PEAK, *words, "-o", str(tmp_path / "out"), "--json", *more],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        for name, more in (("estimate", ["--estimate"]), ("sweep", []))
-    }
-    peak = int(said["sweep"].stderr.split()[-1])
-    assert json.loads(said["estimate"].stdout)["peak"]["cpu"] == pytest.approx(peak, rel=0.2)
+    command = [*COMMAND, *words, "-o", str(tmp_path / "out")]
+    said = subprocess.run([*command, "--estimate", "--json"], capture_output=True, text=True, check=True)
+    ran = timed(command)
+    assert ran.code == 0, ran.said
+    assert json.loads(said.stdout)["peak"]["cpu"] == pytest.approx(ran.bytes_peak, rel=0.2)
