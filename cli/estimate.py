@@ -9,8 +9,8 @@ from rich.table import Table
 
 from layersurgery.families import variants
 
+from .asking import asked_text, edits_of, layers_of, looked_at
 from .placement import place_of
-from .sweep import asked_text, edits_of, layers_of, looked_at
 from .talk import Talk, number, size
 
 if TYPE_CHECKING:

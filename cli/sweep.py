@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.families import Variant, read_plans, variants
-from layersurgery.plan import Plan
-from layersurgery.route import Span, parse_items, resolve
-from layersurgery.sources import EMBEDDED, Source, find_source, needs_conversion
+from layersurgery.families import Variant, variants
+from layersurgery.sources import Source, find_source
 from layersurgery.trie import DEPTH_FIRST, LAYER_MAJOR
 from layersurgery.weights import fingerprint
 
+from .asking import asked_text, edits_of, layers_of, looked_at
 from .placement import Place, loaded, place_of, where
 from .progress import bar
 from .results import draw_one, show
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from layersurgery.runs import Run
     from layersurgery.team import Team
     from layersurgery.text import Asked, Text
-
-_TOKENS, _CONTEXT = "1M", 2048
-_EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,69 +167,6 @@ def _follow(model: str, options: Options, team: Team) -> None:
         raise SystemExit(130) from None
     if not whole:
         raise SystemExit(1)
-
-
-def looked_at(model: str, options: Options, talk: Talk) -> tuple[Source, int, int | None, int | None]:
-    """The source, without weights; and its depth, positions and vocabulary."""
-    with talk.step(f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"):
-        source = find_source(model, revision=options.revision, weights=False)
-        return source, *_config(source)
-
-
-def edits_of(options: Options) -> list[Any]:
-    """What is to be measured, as `variants` takes it."""
-    if options.plans is None:
-        return ["swap,drop" if options.edits is None else options.edits]
-    try:
-        text = options.plans.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read the plans in {options.plans}: {error}") from error
-    plans: dict[str, Plan] = read_plans(text, str(options.plans))
-    return [options.edits, plans] if options.edits else [plans]
-
-
-def layers_of(text: str | None, depth: int) -> range | None:
-    """The blocks that families may touch; None for all."""
-    if text is None:
-        return None
-    items = parse_items(text)
-    if len(items) != 1 or not isinstance(items[0].ref, Span) or not (items[0].attention and items[0].mlp):
-        raise PlanError(f"--layers takes one half-open range, as in 4:20, not {text!r}")
-    blocks = resolve(items[0].ref, depth)
-    return range(blocks[0], blocks[-1] + 1)
-
-
-def _config(source: Source) -> tuple[int, int | None, int | None]:
-    """Depth, positions and vocabulary, from config.json."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.directory).get_text_config(decoder=True)
-        depth = int(config.num_hidden_layers)
-    except Exception as error:  # a config class may raise anything
-        raise SourceError(f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}") from error
-    positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
-    return depth, positions if isinstance(positions, int) else None, vocabulary if isinstance(vocabulary, int) else None
-
-
-def asked_text(model: str, options: Options, positions: int | None) -> Asked:
-    """The text that is asked for, with what is usual where nothing is said."""
-    from layersurgery.text import PILE, PYDOC, Asked, number
-
-    if options.data == "":
-        raise PlanError("--data is empty: name a file, a directory, a hub dataset or pydoc")
-    data = options.data or (PYDOC if model == EMBEDDED else PILE)
-    small = data == PYDOC
-    context = options.context
-    if context is None:
-        context = min(_EMBEDDED_CONTEXT if small else _CONTEXT, positions or _CONTEXT)
-    elif positions is not None and context > positions:
-        raise PlanError(
-            f"--context {context} is more than the {positions} positions that the model knows; give at most {positions}"
-        )
-    tokens = number(options.tokens or (_EMBEDDED_TOKENS if small else _TOKENS))
-    given = {name: getattr(options, name) for name in ("split", "column", "pack", "bos", "shuffle", "seed")}
-    return Asked(data, tokens, context, **given)
 
 
 def _tokenizer(source: Source, other: str | None) -> Any:
