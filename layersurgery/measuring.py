@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,11 +27,11 @@ from .metrics import Array
 from .readout import find_readout
 from .refusals import facts_of, refuse_architecture, refuse_route
 from .residence import bytes_of, device_of, distinct, offloaded, own
-from .stack import Stack, Tape
-from .trie import DEPTH_FIRST, LAYER_MAJOR, Bring, Read, Run, Schedule, Step, layer_major, schedule
+from .stack import Stack
+from .trie import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
+from .walking import Tick, Walk
 
 EachToken = Callable[[Sequence[int], torch.Tensor], None]
-Tick = Callable[[float], None]
 _SHARE_FOR_BLOCKS = 0.25
 _SHORTEST = 64
 
@@ -245,7 +245,7 @@ class Measurer:
 
         already = self.stack.residence.bytes_read
         with self.stack.at_rest(), settled() if self._device.type == "cpu" else nullcontext():
-            walk = _Walk(self.stack, self.schedule, tick)
+            walk = Walk(self.stack, self.schedule, tick)
             with walk.whole():
                 tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
                 states = tape.states
@@ -280,71 +280,6 @@ class Measurer:
     def suggest(self, length: int) -> int:
         """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
         return sequences_at_once(self._needs, self.schedule, length, self._device)
-
-
-class _Walk:
-    """Goes through a schedule: block calls, readouts, and weights that come and go.
-
-    Attributes:
-        calls: of blocks.
-        peak: streams that were alive together.
-    """
-
-    def __init__(self, stack: Stack, plan: Schedule, tick: Tick | None) -> None:
-        self.stack, self.plan, self.tick = stack, plan, tick
-        self.calls, self.peak = stack.depth, 0
-        self._done, self._steps = 0, sum(1 for _ in plan.all_steps)
-        self._brought = iter(plan.brought)
-        next(self._brought, None)
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Inside, blocks come and go; at the end all of them are away that were."""
-        try:
-            yield
-        finally:
-            self.stack.residence.expect_nobody()
-            self.stack.residence.let_go(*self.stack.blocks)
-
-    def see(self, states: dict[int, torch.Tensor]) -> None:
-        """Count the streams that are alive."""
-        self.peak = max(self.peak, len(states))
-
-    @contextmanager
-    def beside(self, block: int, tape: Tape) -> Iterator[None]:
-        """While the trunk goes through a block: what has it brought in before, and the routes that go through it afterwards."""
-        steps = self.plan.during[block] if self.plan.during else ()
-        self.through(steps[:1], tape)
-        yield
-        self.through(steps[1:], tape)
-
-    def through(self, steps: Sequence[Step], tape: Tape, read: Callable[[int, Sequence[int]], None] | None = None) -> None:
-        """Do some steps."""
-        states = tape.states
-        self.see(states)
-        for step in steps:
-            match step.do:
-                case Bring(block, instead_of):
-                    self._bring(block, instead_of)
-                case Run(visit, state, result):
-                    states[result] = self.stack.run(tape, visit, states[state])
-                    self.calls += 1
-                    self.see(states)
-                case Read(state, routes):
-                    assert read is not None
-                    read(state, routes)
-            for state in step.free:
-                del states[state]
-            self._done += 1
-            if self.tick is not None and not isinstance(step.do, Bring):
-                self.tick(self._done / self._steps)
-
-    def _bring(self, block: int, instead_of: Sequence[int]) -> None:
-        home, blocks = self.stack.residence, self.stack.blocks
-        home.let_go(*(blocks[number] for number in instead_of))
-        home.bring(blocks[block])
-        if (following := next(self._brought, None)) is not None:
-            home.expect(blocks[following])
 
 
 def _refuse_nonsense(model: nn.Module, unedited: torch.Tensor) -> None:

@@ -14,13 +14,14 @@ import torch
 
 from .errors import MeasurementError, OutputError
 from .journal import Journal, Record
-from .measuring import Measurer, Tick
+from .measuring import Measurer
 from .pertoken import PARTS, TOKENS, TokenRows, join, whole
 from .residence import device_of
 from .runs import JOURNAL, Run, clear_progress
 from .table import by_sequence, results, write
 from .team import Alone, Team, rounds
 from .text import Text
+from .walking import Tick
 
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]
 OnProgress = Callable[["Progress"], None]

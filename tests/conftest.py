@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,3 +46,23 @@ def sharded(tmp_path: Path) -> Path:
 
     tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     return tmp_path / "sharded"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[Any]:
+    """Words of a sweep of a tiny checkpoint, on two contexts of text, into "out"."""
+    from tests.tiny_text import checkpoint
+
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 20)
+    return [
+        "sweep",
+        checkpoint(tmp_path / "tiny"),
+        "--data",
+        tmp_path / "text.txt",
+        "-n",
+        60,
+        "--context",
+        30,
+        "-o",
+        tmp_path / "out",
+    ]

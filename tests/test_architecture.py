@@ -17,7 +17,7 @@ LEVELS = [
     "errors version route edits plan families trie placing",
     "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack readout",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming metrics",
-    "comparison forecasting estimating measuring table sweeping text journal pertoken runs team performing",
+    "comparison forecasting estimating walking measuring table sweeping text journal pertoken runs team performing",
     "figures",
 ]
 NO_TORCH = [

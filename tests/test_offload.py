@@ -20,7 +20,6 @@ from layersurgery.residence import Residence, device_of, hooks_of, offloaded
 from layersurgery.stack import Stack
 from tests.reference import logits_of
 from tests.test_cli import result_of, run
-from tests.tiny_text import checkpoint
 from tests.zoo import DEPTH, tiny_model, tokens
 
 EDITS = "swap,drop,skip-attention,skip-mlp"
@@ -173,23 +172,6 @@ def test_weights_in_main_memory_while_computing_elsewhere() -> None:
     found = ls.sweep(model, EDITS, tokens())
     pd.testing.assert_frame_equal(found, meant, check_exact=True)
     assert torch.equal(logits_of(model, tokens()), logits)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> list[Any]:
-    (tmp_path / "text.txt").write_text("Once upon a time. " * 20)
-    return [
-        "sweep",
-        checkpoint(tmp_path / "tiny"),
-        "--data",
-        tmp_path / "text.txt",
-        "-n",
-        60,
-        "--context",
-        30,
-        "-o",
-        tmp_path / "out",
-    ]
 
 
 def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:

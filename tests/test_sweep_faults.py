@@ -19,7 +19,7 @@ from layersurgery.stack import Stack
 from layersurgery.weights import fingerprint
 from tests.test_cli import run
 from tests.test_kernels import Plain, drawn
-from tests.tiny_text import checkpoint, tiny_tokenizer
+from tests.tiny_text import tiny_tokenizer
 from tests.zoo import tiny_model, tokens
 
 
@@ -121,23 +121,6 @@ def test_spans_of_several_lengths_are_several_lines() -> None:
     lines = robustness([Sweep.of(frame, "text")]).axes[0].get_lines()
     assert [line.get_label() for line in lines] == ["LlamaForCausalLM, 2 blocks", "LlamaForCausalLM, 3 blocks"]
     assert [np.size(line.get_xdata()) for line in lines] == [5, 4]
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> list[Any]:
-    (tmp_path / "text.txt").write_text("Once upon a time. " * 20)
-    return [
-        "sweep",
-        checkpoint(tmp_path / "tiny"),
-        "--data",
-        tmp_path / "text.txt",
-        "-n",
-        60,
-        "--context",
-        30,
-        "-o",
-        tmp_path / "out",
-    ]
 
 
 def test_a_failing_overwrite_keeps_the_results(small: list[Any], tmp_path: Path) -> None:
