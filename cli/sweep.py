@@ -215,7 +215,7 @@ def _measure(
     run: Run, source: Source, chosen: Sequence[Variant], text: Text, tokenizer: Any, options: Options, place: Place, talk: Talk, team: Team
 ) -> None:  # fmt: skip
     from layersurgery.measuring import Measurer
-    from layersurgery.performing import perform
+    from layersurgery.performing import OfSweep, perform
 
     with _calm(), loaded_aloud(source, place, talk, team) as model:
         measurer = Measurer(model, chosen, blocks=options.blocks, compiled=options.compile, order=options.schedule)
@@ -232,7 +232,7 @@ def _measure(
                     run,
                     measurer,
                     text,
-                    name=source.label,
+                    OfSweep(measurer.variants, source.label),
                     batch_size=options.batch_size,
                     per_token=options.per_token,
                     tokenizer=tokenizer,

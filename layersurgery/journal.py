@@ -19,7 +19,7 @@ import numpy as np
 
 from .errors import OutputError
 from .kernels.reference import METRICS
-from .metrics import Array, Sums
+from .metrics import Array, Sample, Sums
 
 _MAGIC = b"lsj1"
 _HEAD = struct.Struct("<4sIIId")  # magic, batch, first sequence, sequences, seconds
@@ -28,11 +28,20 @@ _CHECK = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One batch: the number of its first sequence, positions measured in each, their sums (sequences, rows, metrics), and seconds."""
+    """One batch.
+
+    Attributes:
+        first: number of its first sequence.
+        counts: positions measured in each sequence.
+        values: sums over them, (sequences, rows, metrics).
+        observed: what was read off the blocks, (sequences, numbers).
+        seconds: that it took.
+    """
 
     first: int
     counts: list[int]
     values: Array
+    observed: Array
     seconds: float
 
 
@@ -57,13 +66,14 @@ class Journal:
     Args:
         path: the file; made if it is not there. What is unreadable at its end is cut off.
         rows: how many models are measured.
+        observed: numbers read off the blocks of each sequence.
 
     Raises:
         OutputError: it cannot be written; also `append`.
     """
 
-    def __init__(self, path: Path, rows: int) -> None:
-        self.path, self.rows = path, rows
+    def __init__(self, path: Path, rows: int, observed: int = 0) -> None:
+        self.path, self.rows, self.observed = path, rows, observed
         self.records: dict[int, Record] = {}
         with _durable(path, "a+b") as file:
             file.seek(0)
@@ -74,24 +84,27 @@ class Journal:
         end = 0
         while end + _HEAD.size <= len(data):
             magic, batch, first, sequences, seconds = _HEAD.unpack_from(data, end)
-            body = 8 * sequences * (1 + self.rows * len(METRICS))
-            stop = end + _HEAD.size + body + _CHECK.size
+            each = self.rows * len(METRICS) + self.observed
+            stop = end + _HEAD.size + 8 * sequences * (1 + each) + _CHECK.size
             if magic != _MAGIC or stop > len(data):
                 break
             (check,) = _CHECK.unpack_from(data, stop - _CHECK.size)
             if check == zlib.crc32(data[end : stop - _CHECK.size]):
                 start = end + _HEAD.size
                 counts = np.frombuffer(data, "<i8", sequences, start).tolist()
-                values = np.frombuffer(data, "<f8", sequences * self.rows * len(METRICS), start + 8 * sequences)
-                self.records[batch] = Record(first, counts, values.reshape(sequences, self.rows, -1).astype(float), seconds)
+                found = np.frombuffer(data, "<f8", sequences * each, start + 8 * sequences).reshape(sequences, each).astype(float)
+                values, observed = np.split(found, [each - self.observed], axis=1)
+                self.records[batch] = Record(first, counts, values.reshape(sequences, self.rows, -1), observed, seconds)
             end = stop
         return end
 
     def append(self, batch: int, record: Record) -> None:
         """Note a batch; it is on the disk when this returns."""
         assert record.values.shape == (len(record.counts), self.rows, len(METRICS))
+        assert record.observed.shape == (len(record.counts), self.observed)
         head = _HEAD.pack(_MAGIC, batch, record.first, len(record.counts), record.seconds)
-        data = head + np.array(record.counts, "<i8").tobytes() + record.values.astype("<f8").tobytes()
+        numbers = np.concatenate([record.values.reshape(len(record.counts), -1), record.observed], 1)
+        data = head + np.array(record.counts, "<i8").tobytes() + numbers.astype("<f8").tobytes()
         with _durable(self.path, "ab") as file:
             file.write(data + _CHECK.pack(zlib.crc32(data)))
         self.records[batch] = record
@@ -109,6 +122,10 @@ class Journal:
                 if count:
                     sums.add(record.first + offset, count, record.values[offset])
         return sums
+
+    def sample(self) -> Sample:
+        """All sequences so far, in their order."""
+        return Sample.of([(record.first, record.counts, record.values, record.observed) for record in self.records.values()])
 
     def broken(self) -> dict[int, list[int]]:
         """Rows with values that are no numbers, and the batches in which they came up."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
-from torch.nn import functional
 
 from .blocks import text_config
 from .cpu import settled
@@ -21,12 +20,13 @@ from .errors import InexpressibleError, MeasurementError, PlanError
 from .families import Variant, unedited
 from .forecasting import Forecast, Needs, free_memory, sequences_at_once
 from .inputs import followed, model_inputs
-from .kernels import streaming
 from .kernels.reference import METRICS
-from .metrics import Array
+from .observing import Observer
+from .reading import Measured, Reading, prove_end
 from .readout import find_readout
 from .refusals import facts_of, refuse_architecture, refuse_route
 from .residence import bytes_of, device_of, distinct, offloaded, own
+from .route import Route, Visit
 from .stack import Stack
 from .trie import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 from .walking import Tick, Walk
@@ -34,36 +34,6 @@ from .walking import Tick, Walk
 EachToken = Callable[[Sequence[int], torch.Tensor], None]
 _SHARE_FOR_BLOCKS = 0.25
 _SHORTEST = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """What one batch gave.
-
-    Attributes:
-        counts: positions measured in each sequence.
-        values: sums over them, (sequences, rows, len(METRICS)); row 0 is the unedited model, the others are the variants.
-        calls: block calls made.
-        states_at_peak: residual streams that were alive together.
-        bytes_read: weights that were brought in from elsewhere.
-    """
-
-    counts: list[int]
-    values: Array
-    calls: int = 0
-    states_at_peak: int = 0
-    bytes_read: int = 0
-
-    @classmethod
-    def of(cls, parts: Sequence[Measured]) -> Measured:
-        """Several parts of a batch as one."""
-        return cls(
-            [count for part in parts for count in part.counts],
-            np.concatenate([part.values for part in parts]),
-            sum(part.calls for part in parts),
-            max(part.states_at_peak for part in parts),
-            sum(part.bytes_read for part in parts),
-        )
 
 
 class Measurer:
@@ -76,10 +46,14 @@ class Measurer:
         anatomy: the model's; found by running it on seven tokens if not given.
         own_tail: read with the model's own tail, and not with the fast readout.
         compiled: have torch compile the blocks, and the loop over logits on a CPU.
-        order: "depth-first" or "layer-major" (see `trie`); by default layer by layer where weights of blocks are kept elsewhere.
+        order: "depth-first" or "layer-major" (see `trie`); by default layer by layer where weights of blocks are kept elsewhere, and
+            where swapped blocks are observed.
+        observe: signals to read off the blocks while they run (see `observing`); then there need be no variants.
+        prove: show first, on some of the text, that what is read off the last block is what the model itself returns.
 
     Attributes:
         variants: the unedited model, then those measured.
+        observer: reads them; None where there are none.
         left_out: plans of families that this architecture cannot run, and why.
         at_once: sequences that memory holds, once it has run out; batches are measured in parts of so many.
 
@@ -98,16 +72,22 @@ class Measurer:
         own_tail: bool = False,
         compiled: bool = False,
         order: str | None = None,
+        observe: Collection[str] = (),
+        prove: bool = False,
     ) -> None:
         refuse_architecture(facts_of(text_config(model)))
         self.model = model
         self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
+        self.observer = Observer(self.stack, observe) if observe else None
         kept, self.left_out = self._possible(variants)
         self.variants = (unedited(self.stack.depth), *kept)
         self.at_once: int | None = None
         self._device = device_of(model)
-        self._unproven = True
+        self._unproven, self._prove = True, prove
         self.routes = list(dict.fromkeys(variant.route for variant in kept))
+        assert self.observer is None or all(visit.whole for route in self.routes for visit in route), "a skip is run by a view"
+        # Run as well, and not read.
+        self._walked = [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
         self._away = [bytes_of(offloaded(block)) for block in self.stack.blocks]
         self.schedule = self._scheduled(order)
         self.readout = find_readout(self.stack, own=own_tail)
@@ -116,17 +96,22 @@ class Measurer:
         )
         # Rows of the result that each route fills.
         self._rows = [
-            [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
+            [row for row, variant in enumerate(self.variants) if row and variant.route == route]
+            for route in (*self.routes, *self._walked)
         ]
 
     def _possible(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
         """Those that can be run, and for the others of a family, why not. A plan of the caller's own is never left out."""
         facts, depth = facts_of(text_config(self.model)), self.stack.depth
+        trunk = Route(tuple(map(Visit, range(depth))))
         kept: list[Variant] = []
         left_out: dict[str, str] = {}
         for variant in variants:
             if any(visit.block >= depth for visit in variant.route):
                 raise PlanError(f"{variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}")
+            if variant.route == trunk[: len(variant.route)]:  # it is on the way
+                kept.append(variant)
+                continue
             try:
                 refuse_route(facts, variant.route, live=True)
                 for visit in variant.route:
@@ -137,15 +122,16 @@ class Measurer:
                 left_out[variant.plan] = str(error)
             else:
                 kept.append(variant)
-        if not kept:
+        if not kept and (variants or self.observer is None):
             raise InexpressibleError(next(iter(left_out.values()), "there is no edit to measure"))
         return kept, left_out
 
     def _scheduled(self, order: str | None) -> Schedule:
-        if (order or (LAYER_MAJOR if any(self._away) else DEPTH_FIRST)) == DEPTH_FIRST:
-            return schedule(self.routes, self.stack.depth)
+        routes = [*self.routes, *self._walked]
+        if (order or (LAYER_MAJOR if any(self._away) or self._walked else DEPTH_FIRST)) == DEPTH_FIRST:
+            return schedule(routes, self.stack.depth)
         room = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._away)
-        return layer_major(self.routes, self.stack.depth, max(1, min(room, self.stack.depth)))
+        return layer_major(routes, self.stack.depth, max(1, min(room, self.stack.depth)))
 
     @property
     def bytes_to_read(self) -> int:
@@ -228,47 +214,53 @@ class Measurer:
     ) -> Measured:
         follow = followed(mask)
         if not bool(follow.any()):
-            return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))))
+            size = 0 if self.observer is None else self.observer.size
+            return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size)))
         longest = self._length(mask)
         ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
-        counts = follow.sum(-1).tolist()
-        target = ids[:, 1:][follow]
-        chosen = functional.pad(follow, (0, 1)).flatten().nonzero()[:, 0]
-        sums: dict[int, torch.Tensor] = {}
-
-        def note(rows: Sequence[int], metrics: torch.Tensor) -> None:
-            if kept is not None:
-                kept[tuple(rows)] = metrics.cpu()
-            # One sequence at a time, so that its digits do not depend on the others in the batch.
-            parts = torch.stack([part.contiguous().sum(-1) for part in torch.split(metrics, counts, -1)])
-            sums.update(dict.fromkeys(rows, parts))
-
         already = self.stack.residence.bytes_read
+        observed = np.zeros((len(ids), 0))
         with self.stack.at_rest(), settled() if self._device.type == "cpu" else nullcontext():
-            walk = Walk(self.stack, self.schedule, tick)
-            with walk.whole():
-                tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
-                states = tape.states
-                walk.see(states)
-                x = self.readout.final(states[self.stack.depth], chosen)
-                chosen, target = chosen.to(x.device), target.to(x.device)
-                base = streaming.baseline(self.readout, x, target, compiled=self.stack.compiler is not None)
-                note([0], streaming.measure_unedited(base))
-                if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
-                    _refuse_nonsense(self.model, sums[0])
-                    self._unproven = False
-                if not self.schedule.goes_on:
-                    del states[self.stack.depth]
+            if self._prove:
+                prove_end(self.stack, self.readout, ids[follow.any(-1)][:1], mask[follow.any(-1)][:1])
+                self._prove = False
+            with nullcontext() if self.observer is None else self.observer.watching(mask):
+                walk = Walk(self.stack, self.schedule, tick, self.observer)
+                with walk.whole():
+                    tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
+                    walk.see(tape.states)
+                    reading = self._reading(ids, follow, tape.states, kept) if len(self.variants) > 1 else None
+                    if not self.schedule.goes_on:
+                        del tape.states[self.stack.depth]
+                    walk.through(self.schedule.steps, tape, _ignored if reading is None else reading.read)
+                    assert not tape.states
+                if self.observer is not None:
+                    observed = self.observer.sums()
+        counts = follow.sum(-1).tolist()
+        values = np.zeros((len(ids), 1, len(METRICS)))
+        if reading is not None:
+            _refuse_nonsense(self.model, reading.sums[0])
+            values = torch.stack([reading.sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
+        return Measured(counts, values, observed, walk.calls, walk.peak, self.stack.residence.bytes_read - already)
 
-                def read(state: int, routes: Sequence[int]) -> None:
-                    metrics = streaming.measure(self.readout, self.readout.final(states[state], chosen), base)
-                    note([row for route in routes for row in self._rows[route]], metrics)
+    def _reading(
+        self,
+        ids: torch.Tensor,
+        follow: torch.Tensor,
+        states: dict[int, torch.Tensor],
+        kept: dict[tuple[int, ...], torch.Tensor] | None,
+    ) -> Reading:
+        """The unedited model's predictions, read, and what is to be done with the edited ones'."""
+        compiled = self.stack.compiler is not None
+        reading = Reading(self.readout, self.rows, ids, follow, states, states[self.stack.depth], kept, compiled=compiled)
+        if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
+            _refuse_nonsense(self.model, reading.sums[0])
+            self._unproven = False
+        return reading
 
-                walk.through(self.schedule.steps, tape, read)
-                assert not states
-        _refuse_nonsense(self.model, sums[0])
-        values = torch.stack([sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
-        return Measured(counts, values, walk.calls, walk.peak, self.stack.residence.bytes_read - already)
+    def rows(self, route: int) -> list[int]:
+        """Rows of the result that the route of this number fills."""
+        return self._rows[route]
 
     def _length(self, mask: torch.Tensor) -> int:
         """Where padding begins in every sequence; rounded up for compiled blocks, which take a while to make for each length."""
@@ -280,6 +272,10 @@ class Measurer:
     def suggest(self, length: int) -> int:
         """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
         return sequences_at_once(self._needs, self.schedule, length, self._device)
+
+
+def _ignored(_state: int, _routes: Sequence[int]) -> None:
+    """Nobody reads."""
 
 
 def _refuse_nonsense(model: nn.Module, unedited: torch.Tensor) -> None:

@@ -7,7 +7,8 @@ They are added up exactly (`math.fsum`), so that sums merged in any order, howev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,45 @@ class Sums:
         stacked = np.stack([values for _, _, values in self])
         flat = stacked.reshape(len(self), -1).T.tolist()
         return np.array([of(column) for column in flat]).reshape(self.routes, len(METRICS))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Sums by sequence, of all sequences that have a prediction.
+
+    Attributes:
+        counts: predictions in each, (sequences,).
+        values: sums of metrics over them, (sequences, rows, len(METRICS)).
+        observed: sums read off the blocks, (sequences, numbers).
+    """
+
+    counts: Array
+    values: Array
+    observed: Array
+
+    @classmethod
+    def of(cls, batches: Iterable[tuple[int, Sequence[int], Array, Array]]) -> Sample:
+        """From batches: number of the first sequence, counts, values and observed."""
+        ordered = sorted(batches, key=lambda batch: batch[0])
+        counts = np.array([count for batch in ordered for count in batch[1]], float)
+        values, observed = (np.concatenate([batch[place] for batch in ordered]) for place in (2, 3))
+        return cls(counts[counts > 0], values[counts > 0], observed[counts > 0])
+
+
+def ratio(sums: Array, counts: Array) -> tuple[float, float]:
+    """A mean over positions, of sums and counts by sequence, both (sequences,); and its standard error over sequences.
+
+    What is counted may itself be measured: then it is a ratio of means. NaN where nothing was counted; a single sequence has no error.
+    See `Sums.errors` for the formula.
+    """
+    total, n = _fsum(counts), len(counts)
+    if not total or not math.isfinite(total):
+        return math.nan, math.nan
+    mean = _fsum(sums) / total
+    if n < 2:
+        return mean, math.nan
+    spread = _fsum((value - mean * count) ** 2 for value, count in zip(sums.tolist(), counts.tolist(), strict=True))
+    return mean, math.sqrt(n / (n - 1) * spread) / total
 
 
 def _fsum(values: Iterable[float]) -> float:

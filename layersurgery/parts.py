@@ -70,7 +70,7 @@ def examine(block: nn.Module, call: Call) -> Parts:
     where = call.stream()
     if where is None:
         return Parts((), (), fault="it is not given a residual stream of (1, tokens, width)")
-    trial = _Trial(block, call, noise(call[where], 1))
+    trial = Trial(block, call, noise(call[where], 1))
     try:
         mixers, rest, calls = _sort(trial)
         found = Parts(tuple(c.name for c in mixers), tuple(c.name for c in rest))
@@ -85,7 +85,7 @@ def examine(block: nn.Module, call: Call) -> Parts:
         return Parts((), (), fault=str(error))
 
 
-class _Trial:
+class Trial:
     """A block, what it was given, and a stream of random numbers to give it instead."""
 
     def __init__(self, block: nn.Module, call: Call, stream: torch.Tensor) -> None:
@@ -117,7 +117,7 @@ class _Trial:
         return log.calls
 
 
-def _sort(trial: _Trial) -> tuple[list[Call], list[Call], list[Call]]:
+def _sort(trial: Trial) -> tuple[list[Call], list[Call], list[Call]]:
     """Modules that mix tokens, other modules with weight matrices, and all calls; in the order in which they run."""
     paths = list(_runnable(trial.block, ""))
     for _ in range(3):
@@ -179,7 +179,7 @@ def _last_follows(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return bool(change[-1] > _MIXES * change[:-1].mean())
 
 
-def _in_a_row(trial: _Trial, mixers: list[Call]) -> str:
+def _in_a_row(trial: Trial, mixers: list[Call]) -> str:
     """What to say of a block in which one module that mixes tokens reads another's output."""
     for first, second in pairwise(mixers):
         (stub,) = _stubs(trial, [first], [])
@@ -193,7 +193,7 @@ def _in_a_row(trial: _Trial, mixers: list[Call]) -> str:
     return ""
 
 
-def _stubs(trial: _Trial, units: list[Call], calls: list[Call]) -> list[Stub]:
+def _stubs(trial: Trial, units: list[Call], calls: list[Call]) -> list[Stub]:
     stubs = []
     width = trial.stream.shape[-1]
     for call in units:
@@ -229,7 +229,7 @@ def _written_by(block: nn.Module, path: str, width: int) -> tuple[str, ...] | No
         return None
 
 
-def _residual(trial: _Trial, call: Call, where: int | str, output: torch.Tensor) -> int | str | None:
+def _residual(trial: Trial, call: Call, where: int | str, output: torch.Tensor) -> int | str | None:
     """The argument that the module adds to its output, if there is one."""
     module = trial.block.get_submodule(call.name)
     for other, value in call.tensors():
@@ -242,7 +242,7 @@ def _residual(trial: _Trial, call: Call, where: int | str, output: torch.Tensor)
     return None
 
 
-def _is_norm(trial: _Trial, call: Call) -> bool:
+def _is_norm(trial: Trial, call: Call) -> bool:
     module = trial.block.get_submodule(call.name)
     return not _has_matrix(module) and (any(True for _ in module.parameters()) or "norm" in type(module).__name__.lower())
 
@@ -252,7 +252,7 @@ def _reads(call: Call, value: torch.Tensor) -> bool:
     return where is not None and call[where].shape == value.shape and torch.equal(call[where], value)
 
 
-def _after(trial: _Trial, norm: Call) -> Stub:
+def _after(trial: Trial, norm: Call) -> Stub:
     where = norm.stream()
     assert where is not None
     module = trial.block.get_submodule(norm.name)
@@ -260,7 +260,7 @@ def _after(trial: _Trial, norm: Call) -> Stub:
     return Stub(norm.name, where, norm[where].shape[-1], outputs=bias)
 
 
-def _norms(trial: _Trial, calls: list[Call], units: list[Call]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _norms(trial: Trial, calls: list[Call], units: list[Call]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Norms whose output a branch reads, and norms that read a branch's output."""
     inputs = [call[where] for call in units if (where := call.stream()) is not None]
     outputs = [output for call in units if (output := first_tensor(call.output)) is not None]
@@ -281,7 +281,7 @@ def _norms(trial: _Trial, calls: list[Call], units: list[Call]) -> tuple[tuple[s
     return tuple(before), tuple(after)
 
 
-def _confirm(trial: _Trial, found: Parts, stubs: list[list[Stub]]) -> Parts:
+def _confirm(trial: Trial, found: Parts, stubs: list[list[Stub]]) -> Parts:
     """Try the stand-ins; those that only save the cost of preparing input are given up where they do not fit."""
     fault = ""
     for attempt in (stubs, [[stub for stub in part if not stub.hands_on] for part in stubs]):
@@ -295,7 +295,7 @@ def _confirm(trial: _Trial, found: Parts, stubs: list[list[Stub]]) -> Parts:
     return replace(found, fault=fault)
 
 
-def _with_outputs(trial: _Trial, parts: Parts) -> Parts:
+def _with_outputs(trial: Trial, parts: Parts) -> Parts:
     """Keep the output parameters only where zeroing them does what leaving the branch out does."""
 
     def kept(part: Part) -> tuple[Stub, ...]:
@@ -316,7 +316,7 @@ def _with_outputs(trial: _Trial, parts: Parts) -> Parts:
     return replace(parts, attention_stubs=kept("attention"), mlp_stubs=kept("mlp"))
 
 
-def _laws(trial: _Trial, parts: Parts) -> tuple[bool | None, str]:
+def _laws(trial: Trial, parts: Parts) -> tuple[bool | None, str]:
     """Whether its branches are parallel, and what speaks against the block being stream + attention + MLP."""
     stream = trial.stream
     whole = trial.run(trial.block)

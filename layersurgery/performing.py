@@ -7,18 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
 
 from .errors import MeasurementError, OutputError
+from .families import Variant
 from .journal import Journal, Record
 from .measuring import Measurer
 from .pertoken import PARTS, TOKENS, TokenRows, join, whole
 from .residence import device_of
 from .runs import JOURNAL, Run, clear_progress
-from .table import by_sequence, results, write
+from .table import CSV, RESULTS, SEQUENCES, by_sequence, results, write
 from .team import Alone, Team, rounds
 from .text import Text
 from .walking import Tick
@@ -40,6 +41,39 @@ class Progress:
     sequences: float
     of: int
     table: Callable[[], pd.DataFrame] | None = None
+
+
+class Outcome(Protocol):
+    """What becomes of the sums."""
+
+    def table(self, journal: Journal) -> pd.DataFrame:
+        """Results so far, as far as a bar shows them."""
+
+    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+        """Write all results; returns the first table, and the files' names."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfSweep:
+    """The results of a sweep.
+
+    Attributes:
+        variants: the models, the unedited one first.
+        name: of the model.
+    """
+
+    variants: Sequence[Variant]
+    name: str
+
+    def table(self, journal: Journal) -> pd.DataFrame:
+        """A row for each model."""
+        return results(self.variants, journal.sums(), self.name)
+
+    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+        """The table, and the sums of each sequence."""
+        frame = self.table(journal)
+        write(directory, frame, by_sequence(self.variants, journal.sums()))
+        return frame, [RESULTS, CSV, SEQUENCES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +99,8 @@ def perform(
     run: Run,
     measurer: Measurer,
     text: Text,
+    outcome: Outcome,
     *,
-    name: str,
     batch_size: int | None = None,
     per_token: bool = False,
     tokenizer: Any = None,
@@ -80,7 +114,7 @@ def perform(
         run: the directory.
         measurer: the model and its variants.
         text: the tokens.
-        name: the model's name, for the table.
+        outcome: makes results of what is measured.
         batch_size: sequences at once; by the free memory if not given.
         per_token: write `tokens.parquet` as well, a row for each token and model.
         tokenizer: to write its tokens as text.
@@ -96,7 +130,7 @@ def perform(
         OutputError: the directory cannot be written; what was measured stays.
     """
     team = team or Alone()
-    work = _Work(run, measurer, text, name, batch_size, per_token, on_progress)
+    work = _Work(run, measurer, text, outcome, batch_size, per_token, on_progress)
     missing = work.missing()
     team.share(Job(work.size, missing))
     work.tell(work.measured())
@@ -149,7 +183,7 @@ def _measured(
         measured = measurer.measure(ids, mask, rows, tick)
     except MeasurementError as error:
         return _Done(batch, None, fault=f"batch {batch}: {error}")
-    record = Record(first, measured.counts, measured.values, time.perf_counter() - begun)
+    record = Record(first, measured.counts, measured.values, measured.observed, time.perf_counter() - begun)
     return _Done(batch, record, measurer.at_once, rows if any(measured.counts) else None)
 
 
@@ -157,12 +191,13 @@ class _Work:
     """A run on the disk, as its leader sees it."""
 
     def __init__(
-        self, run: Run, measurer: Measurer, text: Text, name: str, batch_size: int | None, per_token: bool, on_progress: OnProgress | None
+        self, run: Run, measurer: Measurer, text: Text, outcome: Outcome, batch_size: int | None, per_token: bool, on_progress: OnProgress | None
     ) -> None:  # fmt: skip
-        self.run, self.measurer, self.text, self.name = run, measurer, text, name
+        self.run, self.measurer, self.text, self.outcome = run, measurer, text, outcome
         self.per_token, self.on_progress = per_token, on_progress
+        observer = measurer.observer
         run.begin()
-        self.journal = Journal(run.directory / JOURNAL, len(measurer.variants))
+        self.journal = Journal(run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size)
         known: int | None = run.facts.get("batch_size")
         self.size = known or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
         if known is None:
@@ -178,7 +213,7 @@ class _Work:
                 raise OutputError(f"cannot make {self.parts}: {error.strerror or error}") from error
 
     def table(self) -> pd.DataFrame:
-        return results(self.measurer.variants, self.journal.sums(), self.name)
+        return self.outcome.table(self.journal)
 
     def tell(self, sequences: float, *, table: bool = False) -> None:
         if self.on_progress is not None:
@@ -215,13 +250,13 @@ class _Work:
 
     def finish(self, draw: Draw | None) -> pd.DataFrame:
         """Write the results, then say that they are there, then clear up; in this order, so that a kill loses nothing."""
-        frame = self.table()
-        write(self.run.directory, frame, by_sequence(self.measurer.variants, self.journal.sums()))
+        frame, files = self.outcome.write(self.run.directory, self.journal)
         if self.per_token:
             parts = [self.part(batch) for batch in range(self.batches)]
             join([part for part in parts if part.exists()], self.run.directory / TOKENS)
+            files.append(TOKENS)
         drawn, fault = _drawn(draw, frame, self.run.directory)
-        self.run.note(state="finished", figures=drawn, figures_fault=fault, **self._facts())
+        self.run.note(state="finished", files=files, figures=drawn, figures_fault=fault, **self._facts())
         clear_progress(self.run.directory)
         return frame
 
@@ -250,7 +285,8 @@ class _Work:
             "sequences_at_once": self.at_once,
             "readout": measurer.readout.about,
             "compiled": _compiled(measurer),
-            "left_out": measurer.left_out,
+            "left_out": measurer.left_out | ({} if measurer.observer is None else measurer.observer.left_out),
+            "centred": None if measurer.observer is None else measurer.observer.centred,
             "not_numbers": {measurer.variants[row].plan: batches for row, batches in self.journal.broken().items()},
             "seconds": round(seconds, 3),
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),

@@ -22,7 +22,7 @@ from .stack import Stack
 from .witness import TOKENS, StandIn, noise, replaced
 
 _OWN_ROWS = 64
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 class Readout(Protocol):
@@ -251,7 +251,7 @@ def _checked(stack: Stack, probe: torch.Tensor) -> torch.Tensor:
         )
     # Weights may be no numbers; that is found where the model itself is measured.
     some, same = (values.nan_to_num(0, 0, 0) for values in (own_logits(stack, probe[:, ::2]), logits[:, ::2]))
-    if not _close(some, same, _TOLERANCE.get(probe.dtype, 3e-2)):
+    if not _close(some, same, TOLERANCE.get(probe.dtype, 3e-2)):
         raise InexpressibleError(
             f"{name}: behind its blocks, what it predicts at one position depends on others, so it cannot be read token by token"
         )
@@ -301,7 +301,7 @@ def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Une
         return None
     if not matrix.is_floating_point() or not (bias is None or isinstance(bias, torch.Tensor)):
         return None
-    tolerance = _TOLERANCE.get(matrix.dtype, 3e-2)
+    tolerance = TOLERANCE.get(matrix.dtype, 3e-2)
     with _aside(stack) as stand_in:
         try:
             own_logits(stack, probe)

@@ -21,20 +21,23 @@ from .table import CSV, RESULTS, RUN, SEQUENCES, read_run
 from .version import __version__
 
 JOURNAL = "progress.journal"
-KIND = "layersurgery sweep"
+SWEEP, ANALYSIS = "layersurgery sweep", "layersurgery analysis"
+KINDS = {SWEEP: "a sweep", ANALYSIS: "an analysis"}
 
 
 @dataclass(slots=True)
 class Run:
-    """A directory that a sweep writes into, held by this process.
+    """A directory that a sweep or an analysis writes into, held by this process.
 
     Attributes:
         directory: where.
+        kind: one of `KINDS`.
         arguments: everything that the digits depend on.
         facts: what `run.json` says.
     """
 
     directory: Path
+    kind: str
     arguments: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -52,7 +55,7 @@ class Run:
         """Make room for a new run, unless there is one to go on with. An earlier one is removed only now, when all is ready."""
         if not self.begun:
             _clear(self.directory)
-            self.note(kind=KIND, state="begun", arguments=self.arguments)
+            self.note(kind=self.kind, state="begun", arguments=self.arguments)
 
     def note(self, **facts: Any) -> None:
         """Write facts to `run.json`."""
@@ -62,11 +65,11 @@ class Run:
 
 
 @contextmanager
-def open_run(directory: Path, arguments: dict[str, Any], *, overwrite: bool = False) -> Iterator[Run]:
-    """Hold a directory for a sweep with these arguments: a new one, or one that such a sweep has begun or finished.
+def open_run(directory: Path, arguments: dict[str, Any], *, kind: str = SWEEP, overwrite: bool = False) -> Iterator[Run]:
+    """Hold a directory for a run of a kind with these arguments: a new one, or one that such a run has begun or finished.
 
     Raises:
-        OutputError: it holds something else, or a sweep with other arguments (says which), or another process writes to it.
+        OutputError: it holds something else, or a run with other arguments (says which), or another process writes to it.
     """
     arguments = json.loads(json.dumps(arguments))
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
@@ -77,7 +80,7 @@ def open_run(directory: Path, arguments: dict[str, Any], *, overwrite: bool = Fa
     except OSError as error:
         raise OutputError(f"cannot make {directory}: {error.strerror or error}") from error
     with locked(directory):
-        run = _run_in(directory, arguments, overwrite)
+        run = _run_in(directory, kind, arguments, overwrite)
         try:
             yield run
         except BaseException:
@@ -87,25 +90,25 @@ def open_run(directory: Path, arguments: dict[str, Any], *, overwrite: bool = Fa
             raise
 
 
-def _run_in(directory: Path, arguments: dict[str, Any], overwrite: bool) -> Run:
+def _run_in(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool) -> Run:
     before = read_run(directory)
-    if any(directory.iterdir()) and not _ours(before):
-        raise OutputError(f"{directory} holds something else than a sweep; choose another output with -o")
-    run = Run(directory, arguments, before or {})
+    if any(directory.iterdir()) and not _ours(before, kind):
+        raise OutputError(f"{directory} holds something else than {KINDS[kind]}; choose another output with -o")
+    run = Run(directory, kind, arguments, before or {})
     if before is None or overwrite or not (run.finished or run.begun):
-        return Run(directory, arguments)
+        return Run(directory, kind, arguments)
     if changed := _changed(before.get("arguments", {}), arguments):
         raise OutputError(
-            f"{directory} holds a sweep with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
+            f"{directory} holds {KINDS[kind]} with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
         )
     if run.finished:  # and was killed before it had cleared up
         clear_progress(directory)
     return run
 
 
-def _ours(run: dict[str, Any] | None) -> bool:
-    """Whether a run.json is one of a sweep; other programs call files so, too."""
-    return run is not None and run.get("kind") == KIND and isinstance(run.get("arguments"), dict)
+def _ours(run: dict[str, Any] | None, kind: str) -> bool:
+    """Whether a run.json is one of this kind; other programs call files so, too."""
+    return run is not None and run.get("kind") == kind and isinstance(run.get("arguments"), dict)
 
 
 def clear_progress(directory: Path) -> None:
@@ -115,8 +118,8 @@ def clear_progress(directory: Path) -> None:
 
 
 def _clear(directory: Path) -> None:
-    drawn = (read_run(directory) or {}).get("figures", [])
-    for name in (*drawn, RESULTS, CSV, SEQUENCES, TOKENS, RUN):
+    before = read_run(directory) or {}
+    for name in (*before.get("figures", []), *before.get("files", []), RESULTS, CSV, SEQUENCES, TOKENS, RUN):
         (directory / Path(str(name)).name).unlink(missing_ok=True)
     clear_progress(directory)
 

@@ -47,10 +47,12 @@ class Tape:
     Attributes:
         given: for each block, its arguments but for the stream.
         states: residual streams that were asked for, by number: k is what block k is given, `depth` what the last returned.
+        passed: the residual stream before and after the block that has just been run, while its context (`Beside`) ends.
     """
 
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     states: dict[int, torch.Tensor] = field(default_factory=dict)
+    passed: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 Beside = Callable[[int, Tape], AbstractContextManager[None]]
@@ -228,7 +230,11 @@ class _Recorder(StandIn):
         else:
             tape.given.append((args, {name: value for name, value in kwargs.items() if name != where}))
         with nullcontext() if self._beside is None else self._beside(place, tape):
+            before = stream.clone() if habit.overwrites and self._beside is not None else stream
             output = self.module(*args, **kwargs)
+            if (after := first_tensor(output)) is not None:
+                tape.passed = before, after
+        tape.passed = None
         if place < self._stack.depth - 1:
             return output
         tape.states[place + 1] = first_tensor(output)

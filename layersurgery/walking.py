@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -11,6 +13,16 @@ from .stack import Stack, Tape
 from .trie import Bring, Read, Run, Schedule, Step
 
 Tick = Callable[[float], None]
+
+
+class Watch(Protocol):
+    """Somebody who looks on."""
+
+    def trunk(self, block: int, tape: Tape) -> AbstractContextManager[None]:
+        """While a block of the unedited model runs."""
+
+    def run(self, step: Run, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run a block of an edited model, by `call`."""
 
 
 class Walk:
@@ -21,8 +33,8 @@ class Walk:
         peak: streams that were alive together.
     """
 
-    def __init__(self, stack: Stack, plan: Schedule, tick: Tick | None) -> None:
-        self.stack, self.plan, self.tick = stack, plan, tick
+    def __init__(self, stack: Stack, plan: Schedule, tick: Tick | None, watch: Watch | None = None) -> None:
+        self.stack, self.plan, self.tick, self.watch = stack, plan, tick, watch
         self.calls, self.peak = stack.depth, 0
         self._done, self._steps = 0, sum(1 for _ in plan.all_steps)
         self._brought = iter(plan.brought)
@@ -46,7 +58,8 @@ class Walk:
         """While the trunk goes through a block: what has it brought in before, and the routes that go through it afterwards."""
         steps = self.plan.during[block] if self.plan.during else ()
         self.through(steps[:1], tape)
-        yield
+        with nullcontext() if self.watch is None else self.watch.trunk(block, tape):
+            yield
         self.through(steps[1:], tape)
 
     def through(self, steps: Sequence[Step], tape: Tape, read: Callable[[int, Sequence[int]], None] | None = None) -> None:
@@ -58,7 +71,8 @@ class Walk:
                 case Bring(block, instead_of):
                     self._bring(block, instead_of)
                 case Run(visit, state, result):
-                    states[result] = self.stack.run(tape, visit, states[state])
+                    call = partial(self.stack.run, tape, visit, states[state])
+                    states[result] = call() if self.watch is None else self.watch.run(step.do, states[state], call)
                     self.calls += 1
                     self.see(states)
                 case Read(state, routes):

@@ -15,9 +15,10 @@ ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
     "errors version route edits plan families trie placing",
-    "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack readout",
+    "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack readout attending gains contributions",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming metrics",
-    "comparison forecasting estimating walking measuring table sweeping text journal pertoken runs team performing",
+    "comparison forecasting estimating walking observing reading measuring table sweeping text journal pertoken runs team performing",
+    "analyses/signals",
     "figures",
 ]
 NO_TORCH = [
@@ -48,11 +49,11 @@ NO_TORCH = [
 
 def imports_of(path: Path) -> set[str]:
     found = set()
-    inside = path.parent.name == "kernels"
+    inside = path.parent.name if path.parent.name in ("kernels", "analyses") else ""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
-            module = f"kernels/{node.module}" if inside and node.level == 1 else node.module.replace(".", "/")
-            found |= {f"kernels/{alias.name}" for alias in node.names} if module == "kernels" else {module}
+            module = f"{inside}/{node.module}" if inside and node.level == 1 else node.module.replace(".", "/")
+            found |= {f"{module}/{alias.name}" for alias in node.names} if module in ("kernels", "analyses") else {module}
     return found
 
 

@@ -13,17 +13,23 @@ from layersurgery.errors import OutputError
 from layersurgery.journal import Journal, Record
 from layersurgery.kernels.reference import METRICS
 
-ROWS = 3
+ROWS, OBSERVED = 3, 5
 
 
 def record(batch: int, sequences: int = 2) -> Record:
     rng = np.random.default_rng(batch)
-    return Record(2 * batch, [5 + batch] * sequences, rng.normal(size=(sequences, ROWS, len(METRICS))), 0.5)
+    return Record(
+        2 * batch,
+        [5 + batch] * sequences,
+        rng.normal(size=(sequences, ROWS, len(METRICS))),
+        rng.normal(size=(sequences, OBSERVED)),
+        0.5,
+    )
 
 
 def written(path: Path, batches: int = 3) -> bytes:
     path.unlink(missing_ok=True)
-    journal = Journal(path, ROWS)
+    journal = Journal(path, ROWS, OBSERVED)
     for batch in range(batches):
         journal.append(batch, record(batch))
     return path.read_bytes()
@@ -31,13 +37,13 @@ def written(path: Path, batches: int = 3) -> bytes:
 
 def same(one: Record, other: Record) -> bool:
     return (one.first, one.counts, one.seconds) == (other.first, other.counts, other.seconds) and (
-        one.values.tobytes() == other.values.tobytes()
+        one.values.tobytes() == other.values.tobytes() and one.observed.tobytes() == other.observed.tobytes()
     )
 
 
 def test_what_is_appended_is_read_back_with_its_digits(tmp_path: Path) -> None:
     written(tmp_path / "j")
-    journal = Journal(tmp_path / "j", ROWS)
+    journal = Journal(tmp_path / "j", ROWS, OBSERVED)
     assert sorted(journal.records) == [0, 1, 2]
     assert all(same(journal.records[batch], record(batch)) for batch in range(3))
     assert journal.seconds == 1.5
@@ -52,10 +58,10 @@ def test_cut_off_anywhere_it_keeps_the_whole_records_before(tmp_path: Path, data
     size = len(whole) // 3
     cut = data.draw(st.integers(0, len(whole)))
     (tmp_path / "j").write_bytes(whole[:cut])
-    journal = Journal(tmp_path / "j", ROWS)
+    journal = Journal(tmp_path / "j", ROWS, OBSERVED)
     assert sorted(journal.records) == list(range(cut // size))
     journal.append(9, record(9))
-    again = Journal(tmp_path / "j", ROWS)
+    again = Journal(tmp_path / "j", ROWS, OBSERVED)
     assert sorted(again.records) == [*range(cut // size), 9]
     assert same(again.records[9], record(9))
 
@@ -67,7 +73,7 @@ def test_a_damaged_byte_costs_its_batch_and_is_never_taken_for_a_number(tmp_path
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place] ^= data.draw(st.integers(1, 255))
     (tmp_path / "j").write_bytes(whole)
-    journal = Journal(tmp_path / "j", ROWS)
+    journal = Journal(tmp_path / "j", ROWS, OBSERVED)
     hit = place // (len(whole) // 3)
     assert hit not in journal.records
     assert set(range(hit)) <= set(journal.records)
@@ -75,7 +81,7 @@ def test_a_damaged_byte_costs_its_batch_and_is_never_taken_for_a_number(tmp_path
 
 
 def test_rows_that_are_no_numbers_are_named_with_their_batches(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", ROWS)
+    journal = Journal(tmp_path / "j", ROWS, OBSERVED)
     for batch in range(3):
         bad = record(batch)
         if batch != 1:
@@ -88,4 +94,4 @@ def test_rows_that_are_no_numbers_are_named_with_their_batches(tmp_path: Path) -
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*gone/j: No such file.*the same command goes on"):
-        Journal(tmp_path / "gone" / "j", ROWS)
+        Journal(tmp_path / "gone" / "j", ROWS, OBSERVED)

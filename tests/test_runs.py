@@ -20,7 +20,7 @@ from layersurgery.figures import Sweep, draw
 from layersurgery.journal import Journal
 from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
-from layersurgery.performing import perform
+from layersurgery.performing import OfSweep, perform
 from layersurgery.runs import JOURNAL, open_run
 from layersurgery.stack import Stack
 from layersurgery.text import Text
@@ -45,7 +45,7 @@ def do(directory: Path, *, per_token: bool = True, batch_size: int | None = 2, *
     measurer = Measurer(tiny_model("llama"), variants("swap,drop", DEPTH))
     with open_run(directory, ARGUMENTS) as run:
         return perform(
-            run, measurer, text(), name="tiny", per_token=per_token, batch_size=batch_size, tokenizer=tiny_tokenizer(), draw=figures, **options
+            run, measurer, text(), OfSweep(measurer.variants, "tiny"), per_token=per_token, batch_size=batch_size, tokenizer=tiny_tokenizer(), draw=figures, **options
         )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def test_a_figure_that_fails_does_not_cost_the_numbers(tmp_path: Path) -> None:
 
     measurer = Measurer(tiny_model("llama"), variants("drop", DEPTH))
     with open_run(tmp_path / "run", {}) as run:
-        perform(run, measurer, text(), name="tiny", batch_size=2, draw=fail)
+        perform(run, measurer, text(), OfSweep(measurer.variants, "tiny"), batch_size=2, draw=fail)
     assert ls.read_results(tmp_path / "run").attrs["run"]["figures_fault"] == "ValueError: no ink"
 
 

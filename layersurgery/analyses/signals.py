@@ -1,0 +1,238 @@
+"""All signals that text tells, in one pass over it, and tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from ..blocks import locate
+from ..dissection import Anatomy
+from ..errors import PlanError
+from ..families import Variant, family
+from ..inputs import as_tokens
+from ..kernels.reference import METRICS
+from ..measuring import Measurer
+from ..metrics import Array, Sample, Sums, ratio
+from ..observing import ATTENTION, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
+from ..route import Route
+from ..table import results
+
+LENS, DROP = "lens", "drop"
+FROM_TEXT = (LENS, *SIGNALS, DROP)
+_LENS_METRICS = {"lens_kl_nats": "kl_nats", "lens_entropy_bits": "entropy_bits", "lens_agreement": "agreement"}
+
+
+def lenses(depth: int) -> list[Variant]:
+    """The model cut off behind each of its blocks but the last, and read: the logit lens. They are on the unedited model's way."""
+    return [Variant(LENS, f"drop {layer + 1}:", Route.identity(layer + 1), layer, f"lens {layer}") for layer in range(depth - 1)]
+
+
+def variants_of(signals: Collection[str], depth: int) -> list[Variant]:
+    """The edited models that signals need."""
+    found = lenses(depth) if LENS in signals else []
+    return found + (family(DROP, depth) if DROP in signals else [])
+
+
+def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **options: Any) -> Measurer:
+    """What measures signals.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one.
+        signals: of `FROM_TEXT`.
+        depth: blocks of the model.
+        options: of `Measurer`.
+    """
+    if unknown := set(signals) - set(FROM_TEXT):
+        raise PlanError(f"{', '.join(sorted(unknown))} is no signal read off text; they are {', '.join(FROM_TEXT)}")
+    observe = [signal for signal in SIGNALS if signal in signals]
+    return Measurer(model, variants_of(signals, depth), observe=observe, prove=LENS in signals, **options)
+
+
+def sampled(
+    measurer: Measurer, ids: torch.Tensor, mask: torch.Tensor, batch_size: int | None, progress: Callable[[int, int], None] | None
+) -> Sample:
+    """Go once over all tokens."""
+    size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
+    batches = []
+    for first in range(0, len(ids), size):
+        measured = measurer.measure(ids[first : first + size], mask[first : first + size])
+        batches.append((first, measured.counts, measured.values, measured.observed))
+        if progress is not None:
+            progress(min(first + size, len(ids)), len(ids))
+    return Sample.of(batches)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Tables of what a measurer has summed up.
+
+    Attributes:
+        measurer: what was measured.
+        sample: the sums.
+        model: its name.
+    """
+
+    measurer: Measurer
+    sample: Sample
+    model: str
+
+    def of(self, signal: str) -> pd.DataFrame:
+        """The table of one signal."""
+        return {
+            LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
+        }[signal]()  # fmt: skip
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the model."""
+        return self.measurer.stack.depth
+
+    def lens(self) -> pd.DataFrame:
+        """A row for each block: what the model would say behind it."""
+        rows = []
+        for layer in range(self.depth):
+            place = next(
+                (n for n, v in enumerate(self.measurer.variants) if v.edit == LENS and v.layer == layer), 0
+            )  # the last is all of it
+            row = self._begun(layer, self.sample.counts)
+            for name, metric in _LENS_METRICS.items():
+                sums = self.sample.values[:, place, METRICS.index(metric)]
+                row |= _mean(name, sums, self.sample.counts)
+            rows.append(row)
+        return _typed(rows)
+
+    def attention(self) -> pd.DataFrame:
+        """A row for each block: attention to the five tokens before."""
+        rows = []
+        for layer, member in enumerate(self.measurer.observer.members):  # type: ignore[union-attr]
+            row = self._begun(layer, self._counts("late")) | {"mixer": member.names}
+            for name in ("attention_prev5", "attention_prev5_mean"):
+                row |= self._quantity(layer, "attention", name)
+            rows.append(row)
+        return _typed(rows)
+
+    def norms(self) -> pd.DataFrame:
+        """A row for each block: the size of what its attention and its MLP add."""
+        rows = []
+        for layer, member in enumerate(self.measurer.observer.members):  # type: ignore[union-attr]
+            row = self._begun(layer, self._counts("tokens")) | {"mixer": member.names}
+            for part in ("attention", "mlp"):
+                row |= self._quantity(layer, part, f"{part}_norm")
+            both = [self.sums(layer, part, f"{part}_norm") for part in ("attention", "mlp")]
+            row |= _mean("attention_to_mlp_ratio", both[0][0], both[1][0])
+            rows.append(row)
+        return _typed(rows)
+
+    def similarity(self) -> pd.DataFrame:
+        """Three rows for each swap of a block with the next: cosines of what attention, MLP and the whole block add."""
+        rows = []
+        for layer in range(self.depth - 1):
+            for part in PARTS:
+                row = self._begun(layer, self._counts("tokens")) | {"part": part}
+                for kind in KINDS:
+                    row |= self._quantity(layer, part, kind)
+                rows.append(row)
+        return _typed(rows)
+
+    def drop(self) -> pd.DataFrame:
+        """The sweep's table of dropped blocks."""
+        chosen = [place for place, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
+        sums = Sums(len(chosen))
+        for sequence, (count, values) in enumerate(zip(self.sample.counts, self.sample.values, strict=True)):
+            sums.add(sequence, int(count), values[chosen])
+        return results([self.measurer.variants[place] for place in chosen], sums, self.model)
+
+    def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
+        """Sums and counts of one quantity by sequence; NaN and zeros where it is not measured."""
+        observer = self.measurer.observer
+        assert observer is not None
+        if not observer.known(layer, part, name):
+            nothing = np.full(len(self.sample.counts), np.nan)
+            return nothing, nothing
+        place = observer.place(layer, part, name)
+        count = counts_of(observer.quantities)[place - first_quantity()]
+        return self.sample.observed[:, place], self.sample.observed[:, count]
+
+    def _quantity(self, layer: int, part: str, name: str) -> dict[str, float]:
+        return _mean(name, *self.sums(layer, part, name))
+
+    def _counts(self, name: str) -> Array:
+        return self.sample.observed[:, ("tokens", "late", "pairs").index(name)]
+
+    def _begun(self, layer: int, counts: Array) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "layer": layer,
+            "relative_depth": layer / max(1, self.depth - 1),
+            "tokens": int(counts.sum()),
+            "sequences": len(self.sample.counts),
+        }
+
+
+def _mean(name: str, sums: Array, counts: Array) -> dict[str, float]:
+    mean, error = ratio(sums, counts)
+    return {name: mean, f"{name}_sem": error}
+
+
+def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows).astype({"layer": "Int64", "relative_depth": "float64"})
+
+
+def measure(
+    model: nn.Module,
+    tokens: torch.Tensor | Sequence[Sequence[int]],
+    signals: Collection[str] = (LENS, *SIGNALS),
+    *,
+    attention_mask: torch.Tensor | None = None,
+    batch_size: int | None = None,
+    blocks: str | None = None,
+    anatomy: Anatomy | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Several signals in one pass over the data.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one; it is not changed.
+        tokens: token ids, (sequences, length).
+        signals: of "lens", "attention", "norms", "similarity" and "drop" (the sweep's table of dropped blocks).
+        attention_mask: 1 for a token and 0 for padding, of the same shape.
+        batch_size: sequences at once; by the free memory if not given.
+        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
+        anatomy: the model's, found if not given.
+        progress: is called after each batch with the number of sequences done and of all.
+
+    Returns:
+        A table for each signal, by its name; see the functions of these names.
+
+    Raises:
+        PlanError: an unknown signal, or tokens that cannot be measured.
+        InexpressibleError: the model's blocks cannot be told apart.
+        MeasurementError: predictions that are no numbers, or too little memory.
+
+    Example:
+        >>> tables = measure(model, tokens, ["lens", "norms"])  # doctest: +SKIP
+        >>> tables["lens"].plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
+    """
+    ids, mask = as_tokens(tokens, attention_mask)
+    tables = _measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
+    return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}
+
+
+def _measured(
+    model: nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    signals: Collection[str],
+    batch_size: int | None,
+    blocks: str | None,
+    anatomy: Anatomy | None,
+    progress: Callable[[int, int], None] | None,
+) -> Tables:
+    measurer = measurer_of(model, signals, len(locate(model, blocks).blocks), blocks=blocks, anatomy=anatomy)
+    return Tables(measurer, sampled(measurer, ids, mask, batch_size, progress), type(model).__name__)

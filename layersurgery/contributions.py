@@ -1,0 +1,252 @@
+"""What each branch of a block adds to the residual stream, caught while the block runs.
+
+A branch's module may return something else than what is added: a norm or a multiplier comes behind it, or it adds the residual itself.
+So every block is run once on random numbers, and what it adds is explained as a weighted sum of what its parts return; a block where
+that leaves a remainder is left out by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .attending import Looking
+from .dissection import run_small
+from .edits import Part
+from .gains import gain_of
+from .parts import Parts
+from .silent import Stub
+from .stack import Stack
+from .witness import Call, StandIn, first_tensor, noise, replaced
+
+BRANCHES: tuple[Part, Part] = ("attention", "mlp")
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+_HALF = 0.03
+_ONE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_SMALL = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """A place in a block where something that is added to the stream can be caught.
+
+    Attributes:
+        part: the branch.
+        path: the module that returns it, within the block.
+        residual: the argument that it adds to its output itself.
+        times: what the block multiplies it by.
+    """
+
+    part: Part
+    path: str
+    residual: int | str | None
+    times: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A block, as far as its branches can be told apart.
+
+    Attributes:
+        taps: of the branches that can be caught; a branch without any adds nothing.
+        mixers: modules that mix tokens.
+        names: their classes.
+        attends: whether a kernel tells what its tokens attend to.
+        fault: why contributions cannot be caught; empty where they can.
+        blind: why attention cannot be read; empty where it can.
+    """
+
+    taps: tuple[Tap, ...]
+    mixers: tuple[str, ...]
+    names: str
+    attends: bool
+    fault: str = ""
+    blind: str = ""
+
+    def has(self, part: Part) -> bool:
+        """Whether there is such a branch, to be caught."""
+        return any(tap.part == part for tap in self.taps)
+
+
+def members(stack: Stack) -> list[Member]:
+    """All blocks of a model, found by running it once on seven tokens, with each block running twice."""
+    trials = [_Trial(block, stack, number) for number, block in enumerate(stack.blocks)]
+    places = [(stack.model.get_submodule(stack.path), str(number)) for number in range(stack.depth)]
+    with stack.at_rest(), replaced(places, trials):
+        run_small(stack.model)
+    return [trial.found for trial in trials]
+
+
+def centred(stack: Stack) -> bool:
+    """Whether all that reads the stream takes its mean over channels away first, so that the mean of what is written means nothing."""
+    model = stack.model
+    like = next((parameter for parameter in model.parameters() if not parameter.is_meta), torch.zeros(1)).detach()
+    kind_of = stack.anatomy.kind_of
+    names = [
+        f"{stack.path}.{kind_of.index(kind)}.{path}"
+        for kind, (_, parts) in enumerate(stack.anatomy.kinds)
+        for path in parts.norms_before or ("",)
+    ]
+    final = stack.anatomy.final_norm
+    if final is None or any(name.endswith(".") for name in names):
+        return False
+    with stack.at_rest():
+        for name in (final, *names):
+            norm = model.get_submodule(name)
+            held = next(iter(norm.parameters()), like)
+            gain = gain_of(norm, stack.width, like if held.is_meta else held.detach())
+            if gain is None or not gain.centres:
+                return False
+    return True
+
+
+class _Trial(StandIn):
+    """Stands for a block in one small forward, and finds its taps on random numbers beside it."""
+
+    found: Member
+
+    def __init__(self, block: nn.Module, stack: Stack, number: int) -> None:
+        super().__init__(block)
+        # Past nn.Module's own bookkeeping: the stack is no part of this module.
+        vars(self).update(_stack=stack, _number=number)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stack: Stack = self._stack
+        parts = stack.anatomy.parts(self._number)
+        habit = stack.habits[self._number]
+        call = Call("", args, kwargs)
+        stream = noise(call[habit.stream], 7)
+        # Small beside what the block adds, so that little of that is lost in rounding.
+        stream = (stream * (_SMALL / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
+        given_args, given_kwargs = call.given(habit.stream, stream)
+        self.found = _member(self.module, parts, stream, lambda: first_tensor(self.module(*given_args, **given_kwargs)))
+        return self.module(*args, **kwargs)
+
+
+def _member(block: nn.Module, parts: Parts, stream: torch.Tensor, run: Callable[[], torch.Tensor | None]) -> Member:
+    taps = [] if parts.fault else [*_taps(parts, "attention"), *_taps(parts, "mlp")]
+    mixers = parts.attention
+    returned: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Callable[[torch.Tensor], None]:
+        return lambda value: returned.__setitem__(number, value.clone())
+
+    looking: list[Looking] = []
+    with tapped(block, [(tap, keep(number)) for number, tap in enumerate(taps)], mixers, looking.append, stream.shape[:-1]):
+        after = run()
+    names = ", ".join(dict.fromkeys(type(block.get_submodule(path)).__name__ for path in mixers))
+    blind = ", ".join(sorted(set().union(*(look.unknown for look in looking)))) if looking else ""
+    attends = not blind and any(look.weights_BTK is not None for look in looking)
+    blind = f"its attention runs by {blind}, which tells no sums; load the model with attn_implementation='sdpa'" if blind else ""
+    fault = parts.fault
+    if not fault and after is not None and taps:
+        times = _explained(after - stream, [returned.get(number) for number in range(len(taps))])
+        if times is None:
+            fault = "what it adds to the stream is not a weighted sum of what its parts return"
+        else:
+            taps = [Tap(tap.part, tap.path, tap.residual, value) for tap, value in zip(taps, times, strict=True)]
+    return Member(() if fault else tuple(taps), mixers, names, attends, fault, blind)
+
+
+def _taps(parts: Parts, part: Part) -> Iterator[Tap]:
+    """The last modules of a branch: those that write, or the norms behind them."""
+    stubs = list(parts.stubs(part))
+    for number, stub in enumerate(stubs):
+        if stub.hands_on or stub.path in parts.norms_after or (stub.residual is None and _normed(stubs[number + 1 :], parts)):
+            continue
+        yield Tap(part, stub.path, stub.residual)
+    for stub in stubs:
+        if stub.path in parts.norms_after:
+            yield Tap(part, stub.path, None)
+
+
+def _normed(following: Sequence[Stub], parts: Parts) -> bool:
+    """Whether the stub before these is followed by a norm of its own."""
+    return bool(following) and following[0].path in parts.norms_after
+
+
+def _explained(added: torch.Tensor, values: Sequence[torch.Tensor | None]) -> list[float] | None:
+    """Factors with which `values` add up to what a block has added, by least squares; None if they do not."""
+    if any(value is None or value.shape != added.shape for value in values):
+        return None
+    given = torch.stack([value.flatten() for value in values if value is not None], 1).double().cpu()
+    wanted = added.flatten().double().cpu()
+    if not bool(given.isfinite().all()) or not bool(wanted.isfinite().all()):
+        return None
+    times = torch.linalg.lstsq(given, wanted[:, None], driver="gelsd").solution[:, 0]
+    near = (times - 1).abs() <= _ONE.get(added.dtype, _HALF)
+    times = torch.where(near, 1.0, times)
+    tolerance = _TOLERANCE.get(added.dtype, _HALF)
+    return times.tolist() if bool((given @ times - wanted).norm() <= tolerance * wanted.norm()) else None
+
+
+class _Tapped(StandIn):
+    """Runs a module, tells what it adds to the stream, and looks at its attention."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tap: Tap | None,
+        tell: Callable[[torch.Tensor], None] | None,
+        looks: Callable[[Looking], None] | None,
+        shape: Callable[[], torch.Size | None],
+    ) -> None:
+        super().__init__(module)
+        vars(self).update(_tap=tap, _tell=tell, _looks=looks, _shape=shape)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        shape = self._shape()
+        if shape is None:  # not now
+            return self.module(*args, **kwargs)
+        tap: Tap | None = self._tap
+        residual = None
+        if tap is not None and tap.residual is not None:
+            residual = (args[tap.residual] if isinstance(tap.residual, int) else kwargs[tap.residual]).clone()
+        if self._looks is None:
+            output = self.module(*args, **kwargs)
+        else:
+            with Looking(shape[-1]) as look:
+                output = self.module(*args, **kwargs)
+            self._looks(look)
+        if tap is not None:
+            value = first_tensor(output)
+            assert value is not None
+            value = value.view(*shape, -1)
+            self._tell(value if residual is None else value - residual.view(value.shape))
+        return output
+
+
+@contextmanager
+def tapped(
+    block: nn.Module,
+    taps: Sequence[tuple[Tap, Callable[[torch.Tensor], None]]],
+    mixers: Sequence[str],
+    looks: Callable[[Looking], None] | None,
+    shape: torch.Size | Callable[[], torch.Size | None],
+) -> Iterator[None]:
+    """Inside, a block's taps tell what passes, as long as it is (batch, tokens, width) and before anybody adds to it in place.
+
+    Args:
+        block: the block.
+        taps: places, and whom to tell; a module that adds the residual itself tells what it adds beside that.
+        mixers: modules whose attention to look at.
+        looks: is given what was seen of a mixer's attention; None not to look.
+        shape: (batch, tokens) of the stream, or a function that gives it, or None while nobody wants to know.
+    """
+    told = {tap.path: (tap, tell) for tap, tell in taps}
+    paths = list(dict.fromkeys([*told, *(mixers if looks is not None else ())]))
+    places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
+    asked = shape if callable(shape) else lambda: shape
+    stand_ins = []
+    for (parent, key), path in zip(places, paths, strict=True):
+        module = parent._modules[key]
+        assert module is not None
+        tap, tell = told.get(path, (None, None))
+        stand_ins.append(_Tapped(module, tap, tell, looks if path in mixers else None, asked))
+    with replaced(places, stand_ins):
+        yield

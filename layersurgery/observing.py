@@ -1,0 +1,277 @@
+"""What is read off a model's blocks while they run: attention to the tokens right before, sizes of contributions, their similarity.
+
+Everything is summed up by sequence as it passes; no activation outlives the batch, and none but those of two neighbouring blocks is kept
+where blocks are swapped. The swaps are the first steps of the sweep's own routes: block l + 1 upon the stream before l, then l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from .attending import REACH, Looking
+from .contributions import BRANCHES, centred, members, tapped
+from .errors import MeasurementError
+from .inputs import followed
+from .metrics import Array
+from .route import Route, Visit
+from .stack import Stack, Tape
+from .trie import Run
+
+ATTENTION, NORMS, SIMILARITY = "attention", "norms", "similarity"
+SIGNALS = (ATTENTION, NORMS, SIMILARITY)
+PARTS = (*BRANCHES, "block")
+KINDS = ("self", "index", "adjacent")
+_COUNTS = ("tokens", "late", "pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """A mean that is measured: one column of sums, and the column that counts what was summed.
+
+    Attributes:
+        signal: which analysis it belongs to.
+        layer: the block; of a swap, the first of the two.
+        part: "attention", "mlp" or "block".
+        name: the column of the table.
+        count: what is counted: real tokens ("tokens"), those with five before them ("late"), or pairs of a token and one of the five
+            before it ("pairs").
+    """
+
+    signal: str
+    layer: int
+    part: str
+    name: str
+    count: str
+
+
+class Observer:
+    """Watches a model's blocks.
+
+    Args:
+        stack: the blocks.
+        signals: what to observe, of `SIGNALS`.
+
+    Attributes:
+        members: the blocks, as far as their parts can be told apart.
+        centred: whether contributions are taken without their mean over channels, because all that reads them takes it away (LayerNorm).
+        quantities: what is measured, in the order of the sums; what a block does not have is not among them.
+        left_out: what cannot be observed, and why.
+    """
+
+    def __init__(self, stack: Stack, signals: Collection[str]) -> None:
+        self.stack, self.signals = stack, frozenset(signals)
+        self.members = members(stack)
+        self.centred = centred(stack)
+        self.left_out: dict[str, str] = {}
+        self.quantities = tuple(self._quantities())
+        self._place = {(q.layer, q.part, q.name): number for number, q in enumerate(self.quantities, len(_COUNTS))}
+        self._context: _Context | None = None
+
+    @property
+    def size(self) -> int:
+        """Numbers kept of each sequence: counts, and a sum for each quantity."""
+        return len(_COUNTS) + len(self.quantities)
+
+    @property
+    def routes(self) -> list[Route]:
+        """What is to be run beside the unedited model: each swap of neighbours, as far as the second of the two."""
+        if SIMILARITY not in self.signals:
+            return []
+        return [Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.stack.depth - 1)]
+
+    def _quantities(self) -> Iterator[Quantity]:
+        for layer, member in enumerate(self.members):
+            if ATTENTION in self.signals:
+                if member.attends:
+                    yield Quantity(ATTENTION, layer, "attention", "attention_prev5", "late")
+                    yield Quantity(ATTENTION, layer, "attention", "attention_prev5_mean", "pairs")
+                else:
+                    why = member.blind or f"{member.names or 'the block'} attends to no tokens by softmax"
+                    self.left_out[f"attention of block {layer}"] = why
+            if NORMS in self.signals:
+                for part in BRANCHES:
+                    if member.has(part):
+                        yield Quantity(NORMS, layer, part, f"{part}_norm", "tokens")
+                    else:
+                        self.left_out[f"{part} norm of block {layer}"] = member.fault or f"the block has no {part}"
+        if SIMILARITY in self.signals:
+            for layer in range(self.stack.depth - 1):
+                for name in PARTS:
+                    why = self._unlike(layer, name)
+                    if why:
+                        self.left_out[f"{name} similarity of blocks {layer} and {layer + 1}"] = why
+                    else:
+                        yield from (Quantity(SIMILARITY, layer, name, kind, "tokens") for kind in KINDS)
+
+    def _unlike(self, layer: int, part: str) -> str:
+        """Why a part of two neighbours cannot be compared."""
+        for number in (layer, layer + 1):
+            member = self.members[number]
+            if part in BRANCHES and not member.has(part):
+                return member.fault or f"block {number} has no {part}"
+        return ""
+
+    @contextmanager
+    def watching(self, mask: torch.Tensor) -> Iterator[None]:
+        """Inside, a batch with this mask, (sequences, length), is observed."""
+        self._context = _Context(self, mask)
+        try:
+            with ExitStack() as stack:
+                for number, block in enumerate(self.stack.blocks):
+                    member = self.members[number]
+                    looks = partial(self._context.look, number) if ATTENTION in self.signals and member.attends else None
+                    taps = [(tap, partial(self._context.caught, tap.part, tap.times)) for tap in member.taps]
+                    wanted = taps if self.signals & {NORMS, SIMILARITY} else []
+                    stack.enter_context(tapped(block, wanted, member.mixers, looks, self._context.shape))
+                yield
+        finally:
+            self._context = None
+
+    @contextmanager
+    def trunk(self, block: int, tape: Tape) -> Iterator[None]:
+        """While a block of the unedited model runs."""
+        context = self._now()
+        with context.catching(looks=True):
+            yield
+        assert tape.passed is not None
+        context.trunk(block, *tape.passed)
+
+    def run(self, step: Run, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run a block of an edited model; `call` does it."""
+        context = self._now()
+        first, second = step.state == step.visit.block - 1, context.moved.get(step.state) == step.visit.block
+        if SIMILARITY not in self.signals or not step.visit.whole or not (first or second):
+            return call()
+        with context.catching():
+            after = call()
+        context.swapped(step, stream, after)
+        return after
+
+    def sums(self) -> Array:
+        """Of the batch that is being watched: (sequences, size), float64."""
+        found = self._now().sums
+        return torch.stack([found[number].cpu() for number in range(self.size)], 1).numpy()
+
+    def _now(self) -> _Context:
+        assert self._context is not None, "no batch is being watched"
+        return self._context
+
+    def place(self, layer: int, part: str, name: str) -> int:
+        """Where among the numbers of a sequence a quantity's sum is."""
+        return self._place[layer, part, name]
+
+    def known(self, layer: int, part: str, name: str) -> bool:
+        """Whether a quantity is measured."""
+        return (layer, part, name) in self._place
+
+
+class _Context:
+    """One batch."""
+
+    def __init__(self, observer: Observer, mask: torch.Tensor) -> None:
+        self.observer = observer
+        self.sequences, self.length = mask.shape
+        # A sequence of a single token has no prediction, and is in none of the means.
+        self.real = mask.bool() & followed(mask).any(-1, keepdim=True)
+        # Padding in front does not count as text before a token.
+        place = (mask.cumsum(-1) - 1).masked_fill(~self.real, -1)
+        back = torch.arange(1, REACH + 1)
+        self.late = place >= REACH
+        self.pairs = place[..., None] >= back
+        self.sums = {
+            number: counted.flatten(1).sum(-1).double() for number, counted in enumerate((self.real, self.late, self.pairs))
+        }
+        self.own: dict[int, dict[str, torch.Tensor]] = {}
+        self.moved: dict[int, int] = {}
+        self._caught: dict[str, torch.Tensor] = {}
+        self._open = self._looking = False
+
+    def shape(self) -> torch.Size | None:
+        return self.real.shape if self._open else None
+
+    @contextmanager
+    def catching(self, *, looks: bool = False) -> Iterator[None]:
+        self._open, self._looking = True, looks
+        try:
+            yield
+        finally:
+            self._open = self._looking = False
+
+    def caught(self, part: str, times: float, value: torch.Tensor) -> None:
+        value = value.float().mul(times)  # a copy of its own: others may add to it in place
+        held = self._caught.get(part)
+        self._caught[part] = value if held is None else held.add_(value.to(held.device))
+
+    def look(self, block: int, seen: Looking) -> None:
+        if not self._looking or seen.weights_BTK is None:
+            return
+        if seen.unknown:
+            raise MeasurementError(f"block {block}: attention was run by {', '.join(sorted(seen.unknown))}, which tells no sums")
+        heads = seen.heads * len(seen.weights_BTK) // self.sequences
+        weights = seen.weights_BTK.view(self.sequences, -1, self.length, REACH).sum(1).double() / heads
+        late, pairs = self.late.to(weights.device), self.pairs.to(weights.device)
+        self._add(block, "attention", "attention_prev5", torch.where(late[..., None], weights, 0).flatten(1))
+        self._add(block, "attention", "attention_prev5_mean", torch.where(pairs, weights, 0).flatten(1))
+
+    def trunk(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        observer, parts = self.observer, self._parts(before, after)
+        if NORMS in observer.signals:
+            for part in BRANCHES:
+                if part in parts:
+                    self._add_tokens(block, part, f"{part}_norm", parts[part].norm(dim=-1))
+        if SIMILARITY in observer.signals:
+            self.own[block] = parts
+            self._compare(block - 1, "adjacent", parts)
+
+    def swapped(self, step: Run, before: torch.Tensor, after: torch.Tensor) -> None:
+        block = step.visit.block
+        parts = self._parts(before, after)
+        if self.moved.get(step.state) == block:
+            self._compare(block, "self", parts)
+            self.own.pop(block)
+        else:  # the block that has come forward
+            self.moved[step.result] = block - 1
+            self._compare(block - 1, "index", parts)
+
+    def _parts(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a block has added to the stream, by part, float32; the whole as the sum of its parts where they are known."""
+        parts, self._caught = self._caught, {}
+        if SIMILARITY in self.observer.signals:
+            known = list(parts.values())
+            parts["block"] = (
+                sum((part.to(known[0].device) for part in known[1:]), known[0])
+                if known
+                else after.float() - before.to(after.device).float()
+            )
+        if self.observer.centred:
+            parts = {name: value - value.mean(-1, keepdim=True) for name, value in parts.items()}
+        return parts
+
+    def _compare(self, layer: int, kind: str, parts: dict[str, torch.Tensor]) -> None:
+        for part, own in self.own.get(layer, {}).items():
+            if self.observer.known(layer, part, kind):
+                cosine = functional.cosine_similarity(own, parts[part].to(own.device), dim=-1, eps=1e-30)
+                self._add_tokens(layer, part, kind, cosine)
+
+    def _add_tokens(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
+        self._add(layer, part, name, torch.where(self.real.to(values.device), values.double(), 0))
+
+    def _add(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
+        # One sequence at a time, so that its digits do not depend on the others in the batch.
+        self.sums[self.observer.place(layer, part, name)] = torch.stack([row.sum() for row in values])
+
+
+def counts_of(quantities: Sequence[Quantity]) -> list[int]:
+    """For each quantity, which number of a sequence counts what was summed."""
+    return [_COUNTS.index(quantity.count) for quantity in quantities]
+
+
+def first_quantity() -> int:
+    """Where the sums of quantities begin, behind the counts."""
+    return len(_COUNTS)
