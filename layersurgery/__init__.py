@@ -14,9 +14,11 @@ from .route import Route, Visit
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import analyses
     from .checkpoint import Edited, edit_checkpoint
     from .comparison import Comparison, compare
     from .dissection import Anatomy, anatomy
+    from .folding import Folded, fold
     from .loading import load
     from .saving import save
     from .surgery import operate, operate_
@@ -27,6 +29,7 @@ __all__ = [
     "Anatomy",
     "Comparison",
     "Edited",
+    "Folded",
     "InexpressibleError",
     "LayerSurgeryError",
     "MeasurementError",
@@ -38,10 +41,12 @@ __all__ = [
     "UndoError",
     "Visit",
     "__version__",
+    "analyses",
     "anatomy",
     "compare",
     "drop",
     "edit_checkpoint",
+    "fold",
     "headline",
     "load",
     "move",
@@ -63,9 +68,11 @@ _LATER = {
     "Anatomy": "dissection",
     "Comparison": "comparison",
     "Edited": "checkpoint",
+    "Folded": "folding",
     "anatomy": "dissection",
     "compare": "comparison",
     "edit_checkpoint": "checkpoint",
+    "fold": "folding",
     "headline": "table",
     "load": "loading",
     "operate": "surgery",
@@ -77,10 +84,12 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "analyses":
+        return import_module(".analyses", __name__)
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_LATER[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -1,1 +1,13 @@
-"""Questions to a model, one in each file: each returns a table, and none draws."""
+"""Questions to a model: each function returns a table, and none draws.
+
+>>> import layersurgery as ls
+>>> ls.analyses.lens(model, tokens).plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
+>>> ls.analyses.in_words(ls.analyses.stages(model, tokens))  # doctest: +SKIP
+"""
+
+from .questions import attention, lens, norms, similarity
+from .signals import measure
+from .together import in_words, stages
+from .vocabulary import neuron_scores, neurons
+
+__all__ = ["attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "similarity", "stages"]

@@ -220,11 +220,11 @@ def measure(
         >>> tables["lens"].plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    tables = _measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
+    tables = measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
     return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}
 
 
-def _measured(
+def measured(
     model: nn.Module,
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -234,5 +234,6 @@ def _measured(
     anatomy: Anatomy | None,
     progress: Callable[[int, int], None] | None,
 ) -> Tables:
+    """What `measure` makes its tables of; arguments as there."""
     measurer = measurer_of(model, signals, len(locate(model, blocks).blocks), blocks=blocks, anatomy=anatomy)
     return Tables(measurer, sampled(measurer, ids, mask, batch_size, progress), type(model).__name__)

@@ -1,0 +1,207 @@
+"""Prediction and suppression neurons: what an MLP's output weights say to the vocabulary. Read off weights alone, no text is needed.
+
+A neuron whose weights push a few words far up has cosines with the unembedding of high kurtosis and positive skew: it predicts. One that
+pushes a few far down suppresses. After Gurnee et al., Universal Neurons in GPT2 Language Models (arXiv 2401.12181).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+import torch
+from torch import nn
+
+from ..blocks import transformers_part
+from ..contributions import centred
+from ..dissection import Anatomy
+from ..dissection import anatomy as find_anatomy
+from ..errors import InexpressibleError
+from ..gains import Gain, gain_of
+from ..kernels.moments import moments, unit_rows
+from ..projections import written_rows
+from ..stack import Stack
+
+KURTOSIS, VARIANCE = 10.0, 0.005
+PREDICTION, SUPPRESSION = "prediction", "suppression"
+_ROWS = 4096
+OnLayer = Callable[[int, int], None]
+
+
+def neuron_scores(
+    model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, progress: OnLayer | None = None
+) -> pd.DataFrame:
+    """How the output weights of every neuron lie to the unembedding.
+
+    The final norm's scale is folded into the unembedding, whose mean over the vocabulary is taken away; where every norm takes the mean
+    over channels away (LayerNorm), so are the means over the width of unembedding and output weights. A norm behind the MLP scales what its
+    neurons write. The model is not changed; each block's weights are looked at once, also where they are kept on disk.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one.
+        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
+        anatomy: the model's, found if not given.
+        progress: is called after each block with the number of blocks done and of all.
+
+    Returns:
+        One row for each neuron: layer, weight (the parameter, within the block), expert (of weights that stack several), neuron, and of its
+        cosines with the whole vocabulary mean, variance, skew and kurtosis (population moments; Pearson's kurtosis, 3 for a Gaussian);
+        kind ("prediction": kurtosis > 10 and skew > 0; "suppression": kurtosis > 10 and skew < 0; else empty) and partition (variance >
+        0.005). `frame.attrs["left_out"]` says which blocks have no such neurons, and why.
+
+    Raises:
+        InexpressibleError: no neuron's output weights, or no unembedding of the stream's width.
+    """
+    stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
+    left_out: dict[str, str] = {}
+    frames = []
+    centre = centred(stack)
+    with stack.at_rest():
+        u_VD = unembedding(stack)
+        for layer, block in enumerate(stack.blocks):
+            stack.residence.bring(block)
+            try:
+                for name, rows_ND in _written(stack, layer, left_out):
+                    w_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND
+                    frames.append(_frame(layer, name, block, moments(w_ND, u_VD)))
+            finally:
+                stack.residence.let_go(block)
+            if progress is not None:
+                progress(layer + 1, stack.depth)
+    if not frames:
+        raise InexpressibleError(
+            f"{type(model).__name__} has no neurons to look at: {next(iter(left_out.values()), 'it has no blocks')}"
+        )
+    found = pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "expert": "Int64", "neuron": "Int64"})
+    found.attrs["left_out"] = left_out
+    found.attrs["depth"] = stack.depth
+    return found
+
+
+def neurons(
+    model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, progress: OnLayer | None = None
+) -> pd.DataFrame:
+    """Prediction, suppression and partition neurons of each block, as in figures 1 and 6 of the paper.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one; it is not changed.
+        blocks: path of the list of blocks, where it cannot be found.
+        anatomy: the model's, found if not given.
+        progress: is called after each block with the number of blocks done and of all.
+
+    Returns:
+        One row for each block: layer, relative_depth, neurons, prediction, suppression, partition (numbers of neurons; of a mixture, all
+        experts'), prediction_percent and suppression_percent of all neurons of the block. Blocks without an MLP have no numbers.
+
+    Raises:
+        InexpressibleError: no neuron's output weights, or no unembedding of the stream's width.
+
+    Example:
+        >>> neurons(model).plot("relative_depth", ["prediction_percent", "suppression_percent"])  # doctest: +SKIP
+    """
+    return counted(neuron_scores(model, blocks=blocks, anatomy=anatomy, progress=progress), type(model).__name__)
+
+
+def counted(scores: pd.DataFrame, model: str) -> pd.DataFrame:
+    """The table of `neurons`, from that of `neuron_scores`."""
+    depth = scores.attrs["depth"]
+    rows = []
+    for layer in range(depth):
+        mine = scores[scores.layer == layer]
+        some = len(mine) > 0
+        row = {"model": model, "layer": layer, "relative_depth": layer / max(1, depth - 1), "neurons": len(mine)}
+        for kind in (PREDICTION, SUPPRESSION):
+            row[kind] = int((mine.kind == kind).sum()) if some else None
+        row["partition"] = int(mine.partition.sum()) if some else None
+        for kind in (PREDICTION, SUPPRESSION):
+            row[f"{kind}_percent"] = 100 * float((mine.kind == kind).mean()) if some else None
+        rows.append(row)
+    whole = dict.fromkeys(("layer", "neurons", PREDICTION, SUPPRESSION, "partition"), "Int64")
+    frame = pd.DataFrame(rows).astype(whole | {f"{kind}_percent": "float64" for kind in (PREDICTION, SUPPRESSION)})
+    frame.attrs["left_out"] = scores.attrs["left_out"]
+    return frame
+
+
+def unembedding(stack: Stack) -> torch.Tensor:
+    """The directions of the stream that words are read along: the final norm's scale folded in, centred, rows of length 1, float32, (V, D).
+
+    Raises:
+        InexpressibleError: there is no matrix of the stream's width, or the norm before it is none that can be folded.
+    """
+    model, anatomy = stack.model, stack.anatomy
+    name = type(transformers_part(model)).__name__
+    matrix = None if anatomy.unembedding is None else getattr(model.get_submodule(anatomy.unembedding), "weight", None)
+    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2 or matrix.shape[1] != stack.width:
+        found = "none" if not isinstance(matrix, torch.Tensor) else f"of shape {tuple(matrix.shape)}"
+        raise InexpressibleError(
+            f"{name}: neurons write a stream of width {stack.width}, and the unembedding is {found}, so they cannot be laid beside each other"
+        )
+    gain = _gain(stack, anatomy.final_norm, matrix)
+    u_VD = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
+    sums = torch.zeros(stack.width, dtype=torch.float64, device=matrix.device)
+    for start in range(0, len(matrix), _ROWS):
+        rows = matrix[start : start + _ROWS].detach().double() * gain.scale_D.to(matrix.device)
+        rows = rows - rows.mean(-1, keepdim=True) if gain.centres else rows
+        u_VD[start : start + _ROWS] = rows
+        sums += rows.sum(0)
+    for start in range(0, len(matrix), _ROWS):
+        u_VD[start : start + _ROWS] = unit_rows(u_VD[start : start + _ROWS].double() - sums / len(matrix))
+    return u_VD
+
+
+def _gain(stack: Stack, path: str | None, like: torch.Tensor) -> Gain:
+    if path is None:
+        return Gain(torch.ones(stack.width, dtype=torch.float64), torch.zeros(stack.width, dtype=torch.float64), centres=False)
+    norm = stack.model.get_submodule(path)
+    held = next((parameter for parameter in norm.parameters() if not parameter.is_meta), like)
+    gain = gain_of(norm, stack.width, held.detach())
+    if gain is None:
+        raise InexpressibleError(
+            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm, so it cannot be folded into what reads it"
+        )
+    return gain
+
+
+def _written(stack: Stack, layer: int, left_out: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights with which neurons of a block write the stream, (neurons, width), float32, by their names."""
+    block, parts = stack.blocks[layer], stack.anatomy.parts(layer)
+    behind = [stub.path for stub in parts.mlp_stubs if stub.path in parts.norms_after]
+    names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
+    if not names:
+        left_out[f"neurons of block {layer}"] = parts.fault or (
+            "the weights with which its MLP writes cannot be told" if parts.mlp else "the block has no mlp"
+        )
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        rows_ND = written_rows(block.get_submodule(owner), key, stack.width).float()
+        for path in behind:
+            gain = _gain(stack, f"{stack.path}.{layer}.{path}", rows_ND)
+            rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if gain.centres else rows_ND
+            rows_ND = rows_ND * gain.scale_D.to(rows_ND.device, rows_ND.dtype)
+        yield name, rows_ND
+
+
+def _frame(layer: int, name: str, block: nn.Module, found: torch.Tensor) -> pd.DataFrame:
+    mean, variance, skew, kurtosis = found.cpu().numpy()
+    weight = block.get_parameter(name)
+    experts = weight.shape[0] if weight.dim() == 3 else None
+    each = found.shape[1] // (experts or 1)
+    places = pd.RangeIndex(found.shape[1])
+    frame = pd.DataFrame(
+        {
+            "layer": layer,
+            "weight": name,
+            "expert": None if experts is None else places // each,
+            "neuron": places % each,
+            "mean": mean,
+            "variance": variance,
+            "skew": skew,
+            "kurtosis": kurtosis,
+        }
+    )
+    sharp = frame["kurtosis"] > KURTOSIS
+    frame["kind"] = ""
+    frame.loc[sharp & (frame["skew"] > 0), "kind"] = PREDICTION
+    frame.loc[sharp & (frame["skew"] < 0), "kind"] = SUPPRESSION
+    frame["partition"] = frame.variance > VARIANCE
+    return frame
