@@ -1,9 +1,9 @@
-"""Progress of a sweep."""
+"""Progress of a run."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,8 @@ _SECONDS_BETWEEN_LINES = 30
 
 
 @contextmanager
-def bar(text: Text, talk: Talk) -> Iterator[Any]:
-    """One bar: sequences, tokens a second, time left, and what hurts most and least so far. Elsewhere, a line now and then."""
+def bar(text: Text, talk: Talk, in_words: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
+    """One bar: sequences, tokens a second, time left, and results so far in words. Elsewhere, a line now and then."""
     columns = (
         BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
         TextColumn("{task.fields[extremes]}"),
@@ -39,7 +39,7 @@ def bar(text: Text, talk: Talk) -> Iterator[Any]:
             begin = now.sequences if begin is None else begin  # those of an earlier start cost no time now
             seconds = max(1e-9, time.monotonic() - started)
             rate = (now.sequences - begin) * tokens / seconds
-            extremes = _extremes(now.table()) if now.table is not None else extremes
+            extremes = in_words(now.table()) if now.table is not None else extremes
             done = f"{now.sequences:.1f}/{now.of} sequences, {rate:,.3g} tokens/s"
             progress.update(task, completed=now.sequences, done=done, extremes=extremes)
             if not on and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
@@ -48,11 +48,3 @@ def bar(text: Text, talk: Talk) -> Iterator[Any]:
                 talk.say("; ".join(filter(None, [done, left, extremes])))
 
         yield on_progress
-
-
-def _extremes(frame: pd.DataFrame) -> str:
-    edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
-    if edited.empty:
-        return ""
-    worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
-    return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"

@@ -158,16 +158,25 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
-    """Draw the results of several sweeps together."""
+    """Draw the results of several sweeps, or of analyses of several models, together."""
     from layersurgery.errors import OutputError
     from layersurgery.figures import Sweep, draw
+    from layersurgery.runs import ANALYSIS
     from layersurgery.table import read_results
 
-    frames = [read_results(directory) for directory in directories]
-    sweeps = [Sweep.of(frame, frame.attrs["run"]["arguments"]["text"]["data"]) for frame in frames]
+    from .analyses import draw_together
+
+    frames = {directory: read_results(directory) for directory in directories}
+    runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
+    analyses = [(directory, run) for directory, run in runs.items() if run["kind"] == ANALYSIS]
+    sweeps = [
+        Sweep.of(frame, runs[directory]["arguments"]["text"]["data"])
+        for directory, frame in frames.items()
+        if runs[directory]["kind"] != ANALYSIS
+    ]
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another directory with -o") from error
-    written = draw(sweeps, output)
+    written = (draw(sweeps, output) if sweeps else []) + (draw_together(analyses, output) if analyses else [])
     talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])

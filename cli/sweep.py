@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layersurgery.errors import MeasurementError, PlanError, SourceError
 from layersurgery.families import Variant, variants
-from layersurgery.sources import Source, find_source
-from layersurgery.trie import DEPTH_FIRST, LAYER_MAJOR
-from layersurgery.weights import fingerprint
 
-from .asking import asked_text, edits_of, layers_of, looked_at
-from .placement import Place, loaded, place_of, where
-from .progress import bar
+from .asking import edits_of, layers_of
+from .measuring import run_task
 from .results import draw_one, show
-from .talk import Talk, complain, number, size
+from .talk import Talk
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from layersurgery.measuring import Measurer
+    from layersurgery.performing import Outcome
     from layersurgery.runs import Run
-    from layersurgery.team import Team
-    from layersurgery.text import Asked, Text
+    from layersurgery.sources import Source
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `sweep` takes beside the model."""
+    """What `sweep` takes beside the model; `analyze` and `stages` take some of it."""
 
     edits: str | None
     plans: Path | None
@@ -63,21 +55,65 @@ class Options:
     blocks: str | None
     estimate: bool
 
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Those given, and what the others are where nobody says anything."""
+        usual: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__) | {
+            "split": "train", "column": "text", "seed": 0, "pack": True, "bos": False, "dtype": "auto", "compile": False,
+            "overwrite": False, "per_token": False, "estimate": False,
+        }  # fmt: skip
+        return cls(**usual | given)
+
 
 @dataclass(frozen=True, slots=True)
-class Errand:
-    """What the leading process tells the others to do."""
+class Sweeping:
+    """Edited models to measure."""
 
     variants: list[Variant]
-    text: Text
-    weights: str
-    place: Place
+    word: str = "sweep"
+
+    @property
+    def kind(self) -> str:
+        """A sweep."""
+        from layersurgery.runs import SWEEP
+
+        return SWEEP
+
+    def arguments(self) -> dict[str, Any]:
+        """The edits."""
+        return {"edits": [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]}
+
+    def measurer(self, model: Any, options: Options) -> Measurer:
+        """Measures them."""
+        from layersurgery.measuring import Measurer
+
+        return Measurer(model, self.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
+
+    def outcome(self, measurer: Measurer, source: Source, _talk: Talk) -> Outcome:
+        """A row for each."""
+        from layersurgery.performing import OfSweep
+
+        return OfSweep(measurer.variants, source.label)
+
+    def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
+        """Their figures."""
+        return draw_one(frame, directory, run.arguments["text"]["data"])
+
+    def extremes(self, frame: pd.DataFrame) -> str:
+        """What hurts most and least so far."""
+        edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
+        if edited.empty:
+            return ""
+        worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
+        return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
+
+    def show(self, run: Run, talk: Talk) -> None:
+        """The table."""
+        show(run, talk)
 
 
 def run_sweep(model: str, options: Options, talk: Talk) -> None:
-    """Measure, showing what happens, and end with the table."""
-    if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
-        raise PlanError(f"--schedule {options.schedule!r} is none; write {DEPTH_FIRST} or {LAYER_MAJOR}")
+    """Measure, or say what it would take."""
     if options.estimate:
         if os.environ.get("RANK", "0") != "0":  # of several processes, one says it
             return
@@ -85,212 +121,5 @@ def run_sweep(model: str, options: Options, talk: Talk) -> None:
 
         show_estimate(model, options, talk)
         return
-    from layersurgery.team import find_team
-
-    team = find_team(cpu=_on_cpu(options))
-    if team.rank:
-        _follow(model, options, team)
-        team.leave()
-        return
-    errands: list[Errand | None] = []
-
-    def send(errand: Errand | None) -> None:
-        errands.append(errand)
-        team.share(errand)
-
-    try:
-        _lead(model, options, talk, team, send)
-    finally:
-        if not errands:  # the others need not wait for what will not come
-            with suppress(MeasurementError):
-                send(None)
-    team.leave()
-
-
-def _on_cpu(options: Options) -> bool:
-    import torch
-
-    return options.device == "cpu" or not torch.cuda.is_available()
-
-
-def _lead(model: str, options: Options, talk: Talk, team: Team, send: Any) -> None:
-    """Text is read before the weights are fetched or loaded."""
-    asked_edits = edits_of(options)
-    source, depth, positions, vocabulary = looked_at(model, options, talk)
-    chosen = variants(asked_edits, depth, layers_of(options.layers, depth))
-    asked = asked_text(model, options, positions)
-    place = place_of(options, source, talk)
-    from layersurgery.runs import open_run
-    from layersurgery.table import read_run
-    from layersurgery.text import check_data
-
-    check_data(asked)
-    tokenizer = _tokenizer(source, options.tokenizer)
-    directory = options.output or Path(f"{source.name}-sweep")
-    before = read_run(directory) or {}
-    # A finished run need not reach the hub again to say so.
-    done = before.get("state") == "finished" and asked.from_hub and not options.overwrite
-    text = None if done else _text(asked, tokenizer, vocabulary, talk)
-    source = find_source(model, revision=options.revision)
-    arguments = _arguments(source, options, asked, chosen, place)
-    arguments["text"]["fingerprint"] = (
-        text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
-    )
-    with open_run(directory, arguments, overwrite=options.overwrite) as run:
-        if run.finished or text is None:
-            talk.say(f"The sweep in {run.directory} has finished; nothing to do. --overwrite measures it anew")
-        else:
-            send(Errand(chosen, text, arguments["model"]["weights"], place))
-            _measure(run, source, chosen, text, tokenizer, options, place, talk, team)
-        show(run, talk)
-
-
-def _follow(model: str, options: Options, team: Team) -> None:
-    """The part of a process that does not lead: it measures, and says nothing but what is wrong with itself."""
-    from layersurgery.measuring import Measurer
-    from layersurgery.performing import help_along
-
-    errand: Errand | None = team.share(None)
-    if errand is None:
-        return
-    source = find_source(model, revision=options.revision)
-    if team.local_rank == 0 and fingerprint(source.directory) != errand.weights:
-        raise SourceError(
-            f"process {team.rank}: {source.label} in {source.directory} is another checkpoint than that of the process that leads"
-        )
-    tokenizer = _tokenizer(source, options.tokenizer) if options.per_token else None
-    try:
-        with _calm(), loaded(source, errand.place, team) as there:
-            measurer = Measurer(there, errand.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
-            whole = help_along(measurer, errand.text, per_token=options.per_token, tokenizer=tokenizer, team=team)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if not whole:
-        raise SystemExit(1)
-
-
-def _tokenizer(source: Source, other: str | None) -> Any:
-    from layersurgery.loading import tokenizer_of
-
-    tokenizer = tokenizer_of(find_source(other, weights=False) if other else source)
-    if tokenizer is None:
-        raise SourceError(f"{other or source.label} brings no tokenizer; say whose to take: --tokenizer MODEL")
-    return tokenizer
-
-
-def _arguments(source: Source, options: Options, asked: Asked, chosen: Sequence[Variant], place: Place) -> dict[str, Any]:
-    from layersurgery.runs import versions
-
-    return {
-        "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
-        "edits": [[variant.edit, variant.name, str(variant.route)] for variant in chosen],
-        "text": {**dataclasses.asdict(asked), "shuffle": asked.shuffled, "tokenizer": options.tokenizer},
-        **place.arguments(),
-        "compiled": options.compile,
-        "batch_size": options.batch_size,
-        "per_token": options.per_token,
-        "blocks": options.blocks,
-        "versions": versions(),
-    }
-
-
-def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> Text:
-    from layersurgery.text import read_text
-
-    with talk.step(f"Reading text: {asked.data}"):
-        text = read_text(asked, tokenizer)
-    most = int(text.ids[text.mask.bool()].max())
-    if vocabulary is not None and most >= vocabulary:
-        raise SourceError(
-            f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
-        )
-    sequences, length = text.ids.shape
-    talk.say(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}")
-    for note in text.notes:
-        talk.say(f"Note: {note}")
-    return text
-
-
-def _measure(
-    run: Run, source: Source, chosen: Sequence[Variant], text: Text, tokenizer: Any, options: Options, place: Place, talk: Talk, team: Team
-) -> None:  # fmt: skip
-    from layersurgery.measuring import Measurer
-    from layersurgery.performing import OfSweep, perform
-
-    with _calm(), loaded_aloud(source, place, talk, team) as model:
-        measurer = Measurer(model, chosen, blocks=options.blocks, compiled=options.compile, order=options.schedule)
-        on = where(model, place, measurer.stack.path)
-        talk.say(
-            f"{source.label}: {number(measurer.parameters)} parameters in {place.dtype} on {on}; read out by {measurer.readout.about}"
-        )
-        _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk, team)
-        if run.begun:
-            talk.say("Going on with what is measured already")
-        try:
-            with bar(text, talk) as on_progress:
-                perform(
-                    run,
-                    measurer,
-                    text,
-                    OfSweep(measurer.variants, source.label),
-                    batch_size=options.batch_size,
-                    per_token=options.per_token,
-                    tokenizer=tokenizer,
-                    draw=lambda frame, directory: draw_one(frame, directory, run.arguments["text"]["data"]),
-                    on_progress=on_progress,
-                    team=team,
-                )
-        except (KeyboardInterrupt, SystemExit) as stop:
-            also = "; if another process has gone, its own message says why" if team.size > 1 else ""
-            complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it{also}")
-            raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
-    if measurer.stack.compiler is not None and (why := measurer.stack.compiler.refused):
-        talk.say(f"Note: {why}; blocks were run as they are")
-    if measurer.at_once is not None:
-        talk.say(
-            f"Note: memory ran out, so batches were measured in parts of {measurer.at_once} sequence{'s'[: measurer.at_once != 1]}"
-        )
-
-
-@contextmanager
-def loaded_aloud(source: Source, place: Place, talk: Talk, team: Team) -> Iterator[Any]:
-    """The model where it is to be, with a word while it is loaded."""
-    with ExitStack() as stack:
-        with talk.step(f"Loading {source.label}"):
-            model = stack.enter_context(loaded(source, place, team))
-        yield model
-
-
-@contextmanager
-def _calm() -> Iterator[None]:
-    """Without other libraries' advice and bars between our lines."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    getLogger("accelerate").setLevel("ERROR")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk, team: Team) -> None:
-    length = text.ids.shape[1]
-    batch = min(batch_size or measurer.suggest(length), len(text.ids))
-    forecast, plan = measurer.forecast(batch, length), measurer.schedule
-    saved = f"{plan.calls_apart:,} without sharing"
-    by = f" by {team.size} processes" if team.size > 1 else ""
-    talk.say(f"{len(measurer.routes)} edited models; {plan.calls:,} block calls a batch, {saved}{by}")
-    if measurer.bytes_to_read:
-        way = (
-            f"layer by layer, {plan.at_home} block{'s'[: plan.at_home != 1]} at hand at a time"
-            if plan.during
-            else "route by route"
-        )
-        talk.say(f"Weights are brought in {way}: {size(measurer.bytes_to_read)} a batch")
-    talk.say(
-        f"Expecting {size(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {size(forecast.weights)}, streams "
-        f"{size(forecast.streams)}, a block {size(forecast.block)} or a readout {size(forecast.readout)}"
-    )
-    for plan_text, reason in measurer.left_out.items():
-        talk.say(f"Left out: {plan_text}: {reason}")
+    asked = edits_of(options)
+    run_task(model, options, talk, lambda depth: Sweeping(variants(asked, depth, layers_of(options.layers, depth))))

@@ -1,4 +1,4 @@
-"""The options of `sweep`."""
+"""The options of `sweep`, `analyze` and `stages`."""
 
 from __future__ import annotations
 
@@ -176,5 +176,8 @@ Blocks = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-sweep", metavar="DIR")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew where a sweep is at the output.")]
+AnalysisOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-<analysis>", metavar="DIR")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew where another run is at the output.")]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Write tokens.parquet: every metric of every token.")]

@@ -146,6 +146,35 @@ def estimate(
     )  # fmt: skip
 
 
+def blocks_on_disk(config: Any, blocks: str | None = None) -> DeviceMap:
+    """A device map with all blocks on disk, and the rest in main memory: for weights that are looked at once each.
+
+    Args:
+        config: a transformers config.
+        blocks: path of the list of blocks, where it cannot be found.
+
+    Raises:
+        SourceError: transformers cannot build the model.
+    """
+    model = _unfilled(config, "float32")
+    found = locate(model, blocks)
+    above = {".".join(found.path.split(".")[:end]) for end in range(found.path.count(".") + 2)} | {""}
+    spread: dict[str, int | str] = {f"{found.path}.{number}": DISK for number in range(len(found.blocks))}
+    for owner in sorted(above - {found.path}):
+        module = model.get_submodule(owner)
+        beside = [
+            name
+            for name, _ in (
+                *module.named_children(),
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            )
+        ]
+        names = [f"{owner}.{name}" if owner else name for name in beside]
+        spread |= {name: CPU for name in names if name not in above}
+    return spread
+
+
 def _unfilled(config: Any, dtype: str) -> Any:
     """The model without memory for its weights."""
     from transformers import AutoModelForCausalLM

@@ -1,49 +1,26 @@
-"""Figures of sweeps: a table in, a matplotlib Figure out.
-
-Colours are those of Okabe and Ito, which the colour-blind tell apart; lines differ in their markers as well. Bands are one standard
-error over sequences to each side.
-"""
+"""Figures of sweeps: a table in, a matplotlib Figure out. Bands are one standard error over sequences to each side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from .atomic import whole_file
+from .drawing import COLOURS, MARKERS, plainly, save, styled
 from .route import Route
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
 _PANELS = (
     ("kl_nats", "KL from the unedited model (nats)", "log"),
     ("agreement", "predictions kept (%)", "linear"),
     ("entropy_change_bits", "change of entropy (bits)", "linear"),
 )
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "svg.hashsalt": "layersurgery",  # the same figure, the same bytes
-    "svg.fonttype": "none",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +57,7 @@ def draw(sweeps: Sequence[Sweep], directory: Path) -> list[Path]:
             figures[f"swap-pairs{suffix}"] = swap_pairs(sweep)
         if (sweep.frame.edit == "plan").any():
             figures[f"plans{suffix}"] = plans(sweep)
-    written = []
-    for name, figure in figures.items():
-        for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
-            path = directory / f"{name}.{kind}"
-            with whole_file(path) as partial, matplotlib.rc_context(_STYLE):
-                figure.savefig(partial, format=kind, bbox_inches="tight", **options)
-            written.append(path)
-    return written
-
-
-@contextmanager
-def _styled(width: float, height: float) -> Iterator[Figure]:
-    with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
+    return save(figures, directory)
 
 
 def robustness(sweeps: Sequence[Sweep]) -> Figure:
@@ -102,7 +66,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
     KL, predictions kept and the change of entropy, as in figure 3 of the paper (swap above drop) and its figures 13 to 15.
     """
     kinds = [edit for edit in _BY_LAYER if any((sweep.frame.edit == edit).any() for sweep in sweeps)]
-    with _styled(11, 0.7 + 2.4 * len(kinds)) as figure:
+    with styled(11, 0.7 + 2.4 * len(kinds)) as figure:
         grid = figure.subplots(len(kinds), len(_PANELS), sharex=True, sharey="col", squeeze=False)
         for axes, kind in zip(grid, kinds, strict=True):
             for place, sweep in enumerate(sweeps):
@@ -127,7 +91,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
             axis.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         if len(sweeps) > 1:
             legend = figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps)))
-            _plainly(legend.get_texts())
+            plainly(legend.get_texts())
         _entitle(figure, sweeps)
     return figure
 
@@ -135,7 +99,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
 def _label_spans(axis: Axes) -> None:
     """Several lengths of spans in one panel need a legend of their own."""
     if axis.get_legend_handles_labels()[1] and any(label.endswith(" blocks") for label in axis.get_legend_handles_labels()[1]):
-        _plainly(axis.legend(fontsize=7).get_texts())
+        plainly(axis.legend(fontsize=7).get_texts())
 
 
 def _has_positive(sweeps: Sequence[Sweep], kind: str) -> bool:
@@ -177,7 +141,7 @@ def swap_pairs(sweep: Sweep) -> Figure:
     for plan, value in zip(rows.plan, rows.kl_nats, strict=True):
         one, other = map(int, plan.split()[1:])
         square[one, other] = square[other, one] = value
-    with _styled(6.4, 5.4) as figure:
+    with styled(6.4, 5.4) as figure:
         axis = figure.subplots()
         axis.grid(visible=False)
         found = square[np.isfinite(square) & (square > 0)]
@@ -193,13 +157,13 @@ def swap_pairs(sweep: Sweep) -> Figure:
 def plans(sweep: Sweep) -> Figure:
     """KL and predictions kept of plans of one's own: a bar for each, the mildest on top."""
     rows = sweep.frame[sweep.frame.edit == "plan"].sort_values("kl_nats", ascending=False)
-    with _styled(9, 1.4 + 0.28 * len(rows)) as figure:
+    with styled(9, 1.4 + 0.28 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         names = [name if len(name) < 44 else f"{name[:40]} ..." for name in rows.name]
         places = np.arange(len(rows))
         left.barh(places, rows.kl_nats, xerr=rows.kl_nats_sem, color=COLOURS[0], ecolor="#444444")
         left.set_yticks(places, names)
-        _plainly(left.get_yticklabels())
+        plainly(left.get_yticklabels())
         left.set_xlabel("KL from the unedited model (nats)")
         right.barh(places, 100 * rows.agreement, xerr=100 * rows.agreement_sem, color=COLOURS[1], ecolor="#444444")
         right.set_xlabel("predictions kept (%)")
@@ -208,12 +172,6 @@ def plans(sweep: Sweep) -> Figure:
             axis.grid(visible=False, axis="y")
         _entitle(figure, [sweep])
     return figure
-
-
-def _plainly(texts: Sequence[Text]) -> None:
-    """Names of models, files and plans may hold a dollar, and mean no formula."""
-    for text in texts:
-        text.set_parse_math(False)
 
 
 def _entitle(figure: Figure, sweeps: Sequence[Sweep]) -> None:

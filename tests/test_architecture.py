@@ -18,8 +18,8 @@ LEVELS = [
     "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack readout attending gains projections contributions",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery folding reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming kernels/moments metrics",
     "comparison forecasting estimating walking observing reading measuring table sweeping text journal pertoken runs team performing",
-    "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/together",
-    "figures",
+    "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/together analyses/keeping",
+    "drawing figures signal_figures",
 ]
 NO_TORCH = [
     "errors",

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import layersurgery as ls
-from layersurgery.figures import COLOURS, Sweep, draw, plans, robustness, swap_pairs
+from layersurgery.drawing import COLOURS
+from layersurgery.figures import Sweep, draw, plans, robustness, swap_pairs
 from tests.zoo import tiny_model, tokens
 
 

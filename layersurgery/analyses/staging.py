@@ -16,13 +16,14 @@ from ..metrics import Array
 
 STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 RULES = (
-    "both drop KL (in logarithms) and attention to the previous five stay, from here to half depth, below halfway between their highest "
-    "value in the first quarter and their median in the middle half; KL begins at least twice, attention 1.1 times that median",
+    "drop KL (in logarithms) and attention to the previous five, each a median of three layers, both fall below halfway between their highest "
+    "value in the first quarter and their median in the middle half, and stay there up to half depth; KL begins at least twice, attention 1.1 "
+    "times as high as that median",
     "of two straight lines that meet, fitted to the lens KL by least squares, the second begins here; it falls, at least twice as steeply as "
-    "the first, leaves at most half of one line's squared error, and no later layer is above where it begins",
-    "from here on suppression neurons outnumber prediction neurons in every layer and by more than chance in all (1.96 standard deviations "
-    "of a Poisson count), after layers of the second half where they did not; or else the lens entropy, at an extreme inside the second half, "
-    "turns and goes back by a tenth of its range or more",
+    "the first, they leave at most half of one line's squared error, and no later layer is above where it begins",
+    "from here on suppression neurons outnumber prediction neurons in every layer, and in all of them by more than chance (1.96 standard "
+    "deviations of a Poisson count), after layers of the second half where they did not; or else the lens entropy has a highest point inside "
+    "the second half, and falls from it by at least a tenth of its range",
 )
 RESAMPLES, SHARE, _LEVEL = 1000, 0.9, 95
 Signals = Mapping[str, Array]
@@ -129,20 +130,24 @@ def _detokenization(signals: Signals) -> _Found:
 
 
 def _leaves(values: Array, name: str, least: float, say: Callable[[float], str]) -> _Found:
-    """Where a signal leaves the level that it begins with."""
+    """Where a signal leaves the level that it begins with, for good."""
     depth = len(values)
     if not np.isfinite(values).all():
         return _Found(None, name, f"{name} is not known for every layer")
-    early, middle = float(values[: max(1, depth // 4)].max()), float(np.median(_middle(values)))
+    smooth = np.median(np.stack([values, np.append(values[0], values[:-1]), np.append(values[1:], values[-1])]), 0)
+    start = int(smooth[: max(1, depth // 4)].argmax())
+    early, middle = float(smooth[start]), float(np.median(_middle(values)))
     if early - middle < least:
         return _Found(None, name, f"{name} begins no higher ({say(early)}) than it goes on ({say(middle)})")
-    below = values < (early + middle) / 2
-    half = max(1, depth // 2)
-    above = [layer for layer in range(half) if not below[layer]]
-    layer = above[-1] + 1 if above else 0
-    if layer >= half:
+    half = max(start + 2, depth // 2)
+    low = smooth < (early + middle) / 2
+    layer = next((layer for layer in range(start + 1, half) if low[layer]), None)
+    if layer is None:
         return _Found(None, name, f"{name} does not leave its early level before half depth")
-    return _Found(layer, name, f"{name} falls from {say(early)} towards {say(middle)} by layer {layer}")
+    fall = f"{name} falls from {say(early)} towards {say(middle)} by layer {layer}"
+    if back := [number for number in range(layer, half) if not low[number]]:
+        return _Found(None, name, f"{fall}, but is high again at layer{'s'[: len(back) > 1]} {', '.join(map(str, back))}")
+    return _Found(layer, name, fall)
 
 
 def _middle(values: Array) -> Array:
@@ -210,18 +215,16 @@ def _overtaken(prediction: Array, suppression: Array) -> _Found:
 
 def _turned(entropy: Array) -> _Found:
     name, depth = "lens_entropy_bits", len(entropy)
-    half = depth // 2
-    late = entropy[half:]
     if not np.isfinite(entropy).all() or depth < 4:
         return _Found(None, name, "lens entropy is not known everywhere")
-    turns = [half + int(place) for place in (late.argmax(), late.argmin()) if 0 < place < len(late) - 1]
-    # The later one that goes back far enough.
-    for place in sorted(turns, reverse=True):
-        back = abs(float(entropy[-1] - entropy[place]))
-        if back >= 0.1 * float(np.ptp(entropy)):
-            way = "falls" if entropy[-1] < entropy[place] else "rises"
-            return _Found(place + 1, name, f"lens entropy turns behind layer {place} and {way} by {back:.2g} bits")
-    return _Found(None, name, "lens entropy does not turn in the second half")
+    half = depth // 2
+    place = half + int(entropy[half:].argmax())
+    fall = float(entropy[place] - entropy[-1])
+    if place == depth - 1:
+        return _Found(None, name, "lens entropy rises to the end")
+    if place == half or fall < 0.1 * float(np.ptp(entropy)):
+        return _Found(None, name, "lens entropy does not turn to fall inside the second half")
+    return _Found(place + 1, name, f"lens entropy turns behind layer {place} and falls by {fall:.2g} bits")
 
 
 def stage_of(found: list[Boundary], depth: int) -> list[str]:

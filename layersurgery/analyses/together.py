@@ -157,7 +157,7 @@ def in_words(frame: pd.DataFrame) -> str:
     number = {0: "None of the three limits", 1: "One of the three limits", 2: "Two of the three limits", 3: "All three limits"}[
         told
     ]
-    head = f"{number} between the four stages {'was' if told == 1 else 'were'} found"
+    head = f"{number} between the four stages {'was' if told < 2 else 'were'} found"
     tail = f"Layers {first} to {depth - 1} are {names[-1]}." if told else ""
     return " ".join(filter(None, [f"{head}.", *parts, tail]))
 

@@ -1,0 +1,193 @@
+"""Results of analyses on a terminal: a table with curves, and for the stages what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .results import bar, curve
+from .talk import Talk
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layersurgery.runs import Run
+    from layersurgery.signal_figures import Analysed
+
+# What is shown of each table: column, heading, factor, digits, whether with a bar and a curve.
+_SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
+    "lens": (
+        ("lens_kl_nats", "KL to the end", 1, 3, True),
+        ("lens_entropy_bits", "entropy, bits", 1, 2, True),
+        ("lens_agreement", "top token, %", 100, 1, True),
+    ),
+    "attention": (("attention_prev5", "on previous 5", 1, 3, True), ("attention_prev5_mean", "mean of each", 1, 4, False)),
+    "norms": (
+        ("attention_norm", "attention", 1, 2, True),
+        ("mlp_norm", "MLP", 1, 2, True),
+        ("attention_to_mlp_ratio", "ratio", 1, 3, True),
+    ),
+    "neurons": (
+        ("prediction", "prediction", 1, 0, False),
+        ("prediction_percent", "%", 1, 2, True),
+        ("suppression", "suppression", 1, 0, False),
+        ("suppression_percent", "%", 1, 2, True),
+        ("partition", "partition", 1, 0, False),
+    ),
+    "stages": (
+        ("drop_kl_nats", "drop KL", 1, 3, True),
+        ("attention_prev5", "prev. 5", 1, 3, True),
+        ("lens_kl_nats", "lens KL", 1, 2, True),
+        ("lens_entropy_bits", "entropy", 1, 2, True),
+        ("attention_to_mlp_ratio", "attn/MLP", 1, 2, True),
+        ("prediction_percent", "pred. %", 1, 2, True),
+        ("suppression_percent", "suppr. %", 1, 2, True),
+    ),
+}
+_BARS_UP_TO = 3
+_WRAP = 110
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """A table so far, in a line."""
+    for columns in _SHOWN.values():
+        name, heading, times, _, _ = columns[0]
+        if name in frame:
+            return f"{heading} {curve((times * frame[name]).tolist())}"
+    return f"self {curve(frame[frame.part == 'block'].self.tolist())}" if "part" in frame else ""
+
+
+def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
+    """One table and its curves over depth."""
+    yield ""
+    if name == "similarity":
+        yield from _similarity(frame)
+        return
+    columns = [column for column in _SHOWN[name] if column[0] in frame]
+    barred = [column for column in columns if column[4]]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column[1], justify="right", no_wrap=True)
+        if column in barred and len(barred) <= _BARS_UP_TO:
+            table.add_column("", width=8, no_wrap=True)
+    for row in frame.to_dict("records"):
+        cells = [str(row["layer"])]
+        for column in columns:
+            key, _, times, digits, _ = column
+            value = _float(row[key])
+            cells.append("-" if math.isnan(value) else f"{times * value:.{digits}f}")
+            if column in barred and len(barred) <= _BARS_UP_TO:
+                cells.append(bar(value, frame[key].astype(float).max()))
+        table.add_row(*cells)
+    yield table
+    yield ""
+    for key, heading, *_ in barred:
+        label = {"%": key.partition("_")[0]}.get(heading, heading)
+        yield Text(f"{label:>16} {curve([_float(value) for value in frame[key]], log=key == 'drop_kl_nats')}", no_wrap=True)
+
+
+def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("\nlayers", justify="right", no_wrap=True)
+    parts = ("attention", "mlp", "block")
+    for part in parts:
+        for kind in ("self", "index", "adjacent"):
+            table.add_column(f"{part if kind == 'self' else ''}\n{kind}", justify="right", no_wrap=True)
+    by = frame.set_index(["layer", "part"])
+    for layer in dict.fromkeys(frame.layer):
+        values = [_float(by.loc[(layer, part), kind]) for part in parts for kind in ("self", "index", "adjacent")]
+        table.add_row(f"{layer} {layer + 1}", *["-" if math.isnan(value) else f"{value:.2f}" for value in values])
+    yield table
+    yield ""
+    for part in parts:
+        yield Text(f"{part:>10}, self {curve(frame[frame.part == part].self.tolist())}", no_wrap=True)
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):  # pandas' NA
+        return math.nan
+
+
+def show_analysis(run: Run, talk: Talk) -> None:
+    """The results of a finished run."""
+    from layersurgery.table import read_results, tables_in
+
+    facts = run.facts
+    names = [name for name in tables_in(facts) if name not in ("neuron_scores", "drop")]
+    frames = {name: read_results(run.directory, name) for name in names}
+    value: dict[str, Any] = {
+        "path": str(run.directory),
+        "finished": True,
+        **{
+            name: facts[name]
+            for name in ("model", "text", "seconds", "tokens_per_second", "left_out", "not_numbers")
+            if name in facts
+        },
+        "tables": {name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in frames.items()},
+    }
+    first = names[0]
+    shown: list[Any] = [*lines(first, frames[first])]
+    if first == "stages":
+        from layersurgery.analyses import in_words
+
+        words = in_words(frames[first])
+        value |= {"boundaries": frames[first].attrs["boundaries"], "in_words": words}
+        shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
+    shown += ["", *_notes(facts)]
+    files = [*facts["files"], *facts["figures"]]
+    shown.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
+    talk.result(value, *shown)
+
+
+def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
+    reasons: dict[str, list[str]] = {}
+    for what, why in facts["left_out"].items():
+        reasons.setdefault(why, []).append(what)
+    for why, whats in reasons.items():
+        more = f" and {len(whats) - 1} more" if len(whats) > 1 else ""
+        yield escape(f"Left out: {whats[0]}{more}: {why}")
+    if facts.get("figures_fault"):
+        yield escape(f"No figure could be drawn: {facts['figures_fault']}")
+    if "text" in facts:
+        yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s)"
+
+
+def analysed(directory: Path, arguments: Mapping[str, Any]) -> Analysed:
+    """A directory's tables, to draw."""
+    from layersurgery.signal_figures import Analysed
+    from layersurgery.table import read_table
+
+    names = ["stages", "lens", "attention", "norms", "neurons", "similarity"]
+    tables = {name: read_table(directory, name) for name in names if (directory / f"{name}.parquet").exists()}
+    label = str(arguments["model"]["name"]).rpartition("/")[2]
+    counted = next((table for name, table in tables.items() if "tokens" in table), None)
+    caption = "from weights alone"
+    if counted is not None:
+        tokens, sequences = int(counted.tokens.iloc[0]), int(counted.sequences.iloc[0])
+        caption = f"{tokens:,} tokens of {arguments['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
+    return Analysed(tables, label, caption)
+
+
+def draw_analysis(directory: Path, arguments: Mapping[str, Any]) -> list[Path]:
+    """Draw one directory's tables into it."""
+    from layersurgery.signal_figures import draw_signals
+
+    return draw_signals([analysed(directory, arguments)], directory)
+
+
+def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
+    """Draw several directories' tables together."""
+    from layersurgery.signal_figures import draw_signals
+
+    return draw_signals([analysed(path, run["arguments"]) for path, run in directories], output)

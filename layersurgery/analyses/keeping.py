@@ -1,0 +1,147 @@
+"""Results of analyses in a directory: tables as parquet and csv, and the sums of each sequence that they are made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..atomic import whole_file
+from ..errors import InexpressibleError
+from ..journal import Journal
+from ..kernels.reference import METRICS
+from ..measuring import Measurer
+from ..metrics import Sample
+from ..pertoken import PARTS
+from ..table import SEQUENCES, write_table
+from .signals import DROP, FROM_TEXT, LENS, Tables
+from .together import combined
+from .vocabulary import counted, neuron_scores
+
+NEURONS, SCORES, STAGES, BOUNDARIES = "neurons", "neuron_scores", "stages", "boundaries"
+ANALYSES = (*(signal for signal in FROM_TEXT if signal != DROP), NEURONS)
+WORDS = {
+    "attention": "attention to the five tokens before",
+    "norms": "sizes of what attention and MLP add",
+    LENS: "what each block would say (logit lens)",
+    NEURONS: "prediction and suppression neurons",
+    "similarity": "what swapped blocks add",
+    STAGES: "all signals, and the four stages",
+}
+OnNeurons = Callable[[int, int], None]
+
+
+def signals_of(analysis: str) -> tuple[str, ...]:
+    """The signals to read off text for an analysis."""
+    return FROM_TEXT if analysis == STAGES else (analysis,)
+
+
+@dataclass(frozen=True, slots=True)
+class OfAnalysis:
+    """The results of one analysis, or of all of them for the stages.
+
+    Attributes:
+        analysis: of `ANALYSES`, or "stages".
+        measurer: what was measured.
+        name: of the model.
+        on_neurons: is called after each block's neurons with the number of blocks done and of all.
+    """
+
+    analysis: str
+    measurer: Measurer
+    name: str
+    on_neurons: OnNeurons | None = None
+
+    def table(self, journal: Journal) -> pd.DataFrame:
+        """The table so far."""
+        return self._tables(journal.sample()).of(LENS if self.analysis == STAGES else self.analysis)
+
+    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+        """All tables; returns the first, and the files' names."""
+        tables = self._tables(journal.sample())
+        frames = {signal: tables.of(signal) for signal in signals_of(self.analysis)}
+        if self.analysis == STAGES:
+            found = self._neurons(directory)
+            frames |= {} if found is None else {SCORES: found, NEURONS: counted(found, self.name)}
+            together = combined(tables, frames.get(NEURONS))
+            frames = {STAGES: together, BOUNDARIES: pd.DataFrame(together.attrs["boundaries"]), **frames}
+        files = write_tables(directory, frames)
+        with whole_file(directory / SEQUENCES) as partial:
+            pq.write_table(by_sequence(tables), partial, compression="zstd")
+        return next(iter(frames.values())), [*files, SEQUENCES]
+
+    def _tables(self, sample: Sample) -> Tables:
+        return Tables(self.measurer, sample, self.name)
+
+    def _neurons(self, directory: Path) -> pd.DataFrame | None:
+        """Scores of neurons, kept for a start after this one; None where the model has none."""
+        kept = directory / PARTS / f"{SCORES}.parquet"
+        if kept.exists():
+            try:
+                return _read_scores(kept)
+            except (OSError, pa.ArrowInvalid, KeyError):
+                kept.unlink()
+        stack = self.measurer.stack
+        try:
+            found = neuron_scores(self.measurer.model, anatomy=stack.anatomy, progress=self.on_neurons)
+        except InexpressibleError as error:
+            self.measurer.left_out["neurons"] = str(error)
+            return None
+        self.measurer.left_out.update(found.attrs["left_out"])
+        kept.parent.mkdir(exist_ok=True)
+        with whole_file(kept) as partial:
+            table = pa.Table.from_pandas(found, preserve_index=False)
+            pq.write_table(
+                table.replace_schema_metadata({**(table.schema.metadata or {}), b"attrs": json.dumps(found.attrs).encode()}),
+                partial,
+            )
+        return found
+
+
+def _read_scores(path: Path) -> pd.DataFrame:
+    table = pq.read_table(path)
+    found = table.to_pandas()
+    found.attrs.update(json.loads(table.schema.metadata[b"attrs"]))
+    return found
+
+
+def write_tables(directory: Path, frames: dict[str, pd.DataFrame]) -> list[str]:
+    """Write tables as parquet and csv, each file whole or not at all; returns their names. The scores of single neurons are parquet only."""
+    files = []
+    for name, frame in frames.items():
+        plain = frame.copy()
+        plain.attrs.clear()
+        files += write_table(directory, name, plain, csv=name != SCORES)
+    return files
+
+
+def by_sequence(tables: Tables) -> pa.Table:
+    """Sums and counts of each sequence: a row for each sequence and quantity, from which all means and errors can be had again."""
+    sample, measurer = tables.sample, tables.measurer
+    sequences = len(sample.counts)
+    columns: list[tuple[str, int | None, str, str, np.ndarray, np.ndarray]] = []
+    for row, variant in enumerate(measurer.variants):
+        if len(measurer.variants) > 1:
+            for place, metric in enumerate(METRICS):
+                columns.append((variant.edit, variant.layer, "", metric, sample.values[:, row, place], sample.counts))
+    for quantity in measurer.observer.quantities if measurer.observer is not None else ():
+        sums, counts = tables.sums(quantity.layer, quantity.part, quantity.name)
+        columns.append((quantity.signal, quantity.layer, quantity.part, quantity.name, sums, counts))
+    each = [[column[place] for column in columns for _ in range(sequences)] for place in range(4)]
+    return pa.table(
+        {
+            "sequence": pa.array(np.tile(np.arange(sequences), len(columns)), pa.int32()),
+            "signal": pa.array(each[0]).dictionary_encode(),
+            "layer": pa.array(each[1], pa.int32()),
+            "part": pa.array(each[2]).dictionary_encode(),
+            "name": pa.array(each[3]).dictionary_encode(),
+            "sum": pa.array(np.concatenate([column[4] for column in columns]), pa.float64()),
+            "count": pa.array(np.concatenate([column[5] for column in columns]).astype("int64"), pa.int64()),
+        }
+    )
