@@ -96,8 +96,7 @@ class Measurer:
         )
         # Rows of the result that each route fills.
         self._rows = [
-            [row for row, variant in enumerate(self.variants) if row and variant.route == route]
-            for route in (*self.routes, *self._walked)
+            [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
         ]
 
     def _possible(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
@@ -127,11 +126,10 @@ class Measurer:
         return kept, left_out
 
     def _scheduled(self, order: str | None) -> Schedule:
-        routes = [*self.routes, *self._walked]
         if (order or (LAYER_MAJOR if any(self._away) or self._walked else DEPTH_FIRST)) == DEPTH_FIRST:
-            return schedule(routes, self.stack.depth)
+            return schedule(self.routes, self.stack.depth, self._walked)
         room = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._away)
-        return layer_major(routes, self.stack.depth, max(1, min(room, self.stack.depth)))
+        return layer_major(self.routes, self.stack.depth, max(1, min(room, self.stack.depth)), self._walked)
 
     @property
     def bytes_to_read(self) -> int:

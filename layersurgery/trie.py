@@ -134,46 +134,48 @@ class _Node:
         return sorted(self.children.items(), key=lambda item: item[1].width)
 
 
-def schedule(routes: Sequence[Route], depth: int) -> Schedule:
+def schedule(routes: Sequence[Route], depth: int, walked: Sequence[Route] = ()) -> Schedule:
     """Plan how to run `routes` through a model of `depth` blocks, depth first, with as few block calls as sharing prefixes allows.
 
-    Routes are numbered as given; one that occurs twice is run once.
+    Routes are numbered as given; one that occurs twice is run once. Those of `walked` are run as well, and their ends are not measured.
     """
-    trunk, order = _grown(routes, depth)
+    trunk, order = _grown(routes, depth, walked)
     for node in reversed(order):
         widths = [child.width for _, child in node.ordered()]
         node.width = max([1, *(width + 1 for width in widths[:-1]), *(max(2, width) for width in widths[-1:])])
     steps = tuple(_steps(trunk, depth))
     kept, alive = _kept(trunk, depth)
-    return Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), max(len(kept), _peak(steps, alive)))
+    apart = depth + sum(map(len, {*routes, *walked}))
+    return Schedule(depth, steps, kept, apart, max(len(kept), _peak(steps, alive)))
 
 
-def layer_major(routes: Sequence[Route], depth: int, most: int = _FEW) -> Schedule:
+def layer_major(routes: Sequence[Route], depth: int, most: int = _FEW, walked: Sequence[Route] = ()) -> Schedule:
     """Plan the same, layer by layer: so that blocks are brought in as seldom as possible, with `most` of them at hand together.
 
     No more are kept at hand than help: one for drops, two for swaps of neighbours, which go back one block.
     """
-    best = _by_layer(routes, depth, 1)
+    best = _by_layer(routes, depth, 1, walked)
     for at_home in range(2, min(most, depth) + 1):
         if len(best.brought) == depth:
             break
-        plan = _by_layer(routes, depth, at_home)
+        plan = _by_layer(routes, depth, at_home, walked)
         best = plan if len(plan.brought) < len(best.brought) else best
     return best
 
 
-def _grown(routes: Sequence[Route], depth: int) -> tuple[list[_Node], list[_Node]]:
+def _grown(routes: Sequence[Route], depth: int, walked: Sequence[Route]) -> tuple[list[_Node], list[_Node]]:
     """The trunk's nodes, whose children are the branches off it, and all nodes, parents first."""
     root = _Node()
     order = [root]
-    for number, route in enumerate(routes):
+    for number, route in enumerate((*routes, *walked)):
         node = root
         for visit in route:
             if visit not in node.children:
                 node.children[visit] = _Node()
                 order.append(node.children[visit])
             node = node.children[visit]
-        node.ends.append(number)
+        if number < len(routes):
+            node.ends.append(number)
     trunk: list[_Node] = [root]
     for block in range(depth):
         trunk.append(trunk[-1].children.pop(Visit(block), _Node()))
@@ -197,7 +199,8 @@ def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
             if visit is not None:
                 fresh += 1
                 own = fresh
-                yield Step(Run(visit, parent, own), (parent,) if last else ())
+                unread = () if node.children or node.ends else (own,)
+                yield Step(Run(visit, parent, own), ((parent,) if last else ()) + unread)
             children = node.ordered()
             if node.ends:
                 yield Step(Read(own, tuple(node.ends)), () if children else (own,))
@@ -214,8 +217,8 @@ def _peak(steps: Sequence[Step], alive: int) -> int:
     return peak
 
 
-def _by_layer(routes: Sequence[Route], depth: int, at_home: int) -> Schedule:
-    trunk, _ = _grown(routes, depth)
+def _by_layer(routes: Sequence[Route], depth: int, at_home: int, walked: Sequence[Route]) -> Schedule:
+    trunk, _ = _grown(routes, depth, walked)
     walk = _ByLayer(at_home, depth)
     during = []
     for block in range(depth):
@@ -224,7 +227,7 @@ def _by_layer(routes: Sequence[Route], depth: int, at_home: int) -> Schedule:
     walk.reach(depth, trunk[depth])
     kept, _ = _kept(trunk, depth)
     steps = tuple(walk.rest())
-    plan = Schedule(depth, steps, kept, depth + sum(map(len, set(routes))), 0, tuple(during), at_home)
+    plan = Schedule(depth, steps, kept, depth + sum(map(len, {*routes, *walked})), 0, tuple(during), at_home)
     return replace(plan, states_at_peak=_peak_by_layer(plan))
 
 
@@ -261,7 +264,8 @@ class _ByLayer:
     def _through(self, block: int) -> Iterator[Step]:
         for visit, state, node in self.waiting.pop(block):
             self.fresh += 1
-            yield Step(Run(visit, state, self.fresh), self._used(state))
+            unread = () if node.children or node.ends else (self.fresh,)
+            yield Step(Run(visit, state, self.fresh), self._used(state) + unread)
             self.reach(self.fresh, node)
 
     def _used(self, state: int) -> tuple[int, ...]:

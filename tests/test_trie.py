@@ -60,19 +60,20 @@ def played(plan: Schedule) -> tuple[dict[int, Route], int, int]:
     return found, calls, most
 
 
-@given(_some, st.integers(0, 3))
-@example([Route([*range(DEPTH), DEPTH - 1])], 0)
-@example([Route([*range(DEPTH), 2]), Route.identity(DEPTH)], 1)
-def test_every_route_is_computed_with_every_prefix_once(routes: list[Route], at_home: int) -> None:
-    """Depth first for 0, else layer by layer with so many blocks at hand."""
-    plan = layer_major(routes, DEPTH, at_home) if at_home else schedule(routes, DEPTH)
+@given(_some, st.lists(_routes, max_size=4), st.integers(0, 3))
+@example([Route([*range(DEPTH), DEPTH - 1])], [], 0)
+@example([Route([*range(DEPTH), 2]), Route.identity(DEPTH)], [], 1)
+@example([Route.identity(DEPTH)], [Route([0, 2, 1]), Route([0, 1])], 2)
+def test_every_route_is_computed_with_every_prefix_once(routes: list[Route], walked: list[Route], at_home: int) -> None:
+    """Depth first for 0, else layer by layer with so many blocks at hand; also where some are run and not read."""
+    plan = layer_major(routes, DEPTH, at_home, walked) if at_home else schedule(routes, DEPTH, walked)
     found, calls, most = played(plan)
     assert [found[number] for number in range(len(routes))] == routes
     trunk = Route.identity(DEPTH)
-    prefixes = {route[:length] for route in routes for length in range(1, len(route) + 1)}
+    prefixes = {route[:length] for route in (*routes, *walked) for length in range(1, len(route) + 1)}
     trunk_prefixes = {trunk[:length] for length in range(1, DEPTH + 1)}
     assert calls == plan.calls == len(prefixes | trunk_prefixes)
-    assert plan.calls_apart == DEPTH + sum(map(len, set(routes)))
+    assert plan.calls_apart == DEPTH + sum(map(len, {*routes, *walked}))
     assert most == plan.states_at_peak
 
 
