@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: checkpoint, operate, readout, sweep, offload, all of them, those of a GPU, costs, a picture."""
+"""`python -m benchmarks COMMAND`: checkpoint, operate, readout, sweep, offload, signals, neurons, all of them, those of a GPU, costs, a picture."""
 
 from __future__ import annotations
 
@@ -134,6 +134,41 @@ def offload(
 
     setting = Setting("smollm2-135m", sequences, context, sequences, device, runs)
     rows = measure(setting, ["float32"], known=ways_of_offloading(sequences), as_json=as_json, name="offload")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def signals(
+    context: Annotated[int, typer.Option("--context", min=8, help="Tokens of the sequence.")] = 2048,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 5,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Little text, for trying the benchmark itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Read signals off a pass over text, beside a plain forward."""
+    from .signals import measure
+
+    rows = measure(
+        64 if quick else context,
+        1 if quick else runs,
+        device=device,
+        as_json=as_json,
+        name="signals-quick" if quick else "signals",
+    )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
+def neurons(
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Of the 32.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Look at the neurons of a checkpoint of Pythia-6.9b's geometry."""
+    from .signals import neurons as measure
+
+    rows = measure(layers, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
 

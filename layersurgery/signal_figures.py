@@ -176,7 +176,8 @@ def _figure_1(axis: Axes, model: Analysed) -> None:
     axis.set_ylim(0, 1.12)
     axis.set_ylabel("share of the greatest value")
     axis.set_xlabel(_DEPTH)
-    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2 if len(model.label) < 60 else 1)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def _one(axis: Axes, table: pd.DataFrame, name: str, label: str, scale: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..dissection import anatomy as find_anatomy
+from ..errors import InexpressibleError
 from ..inputs import as_tokens
 from ..kernels.reference import METRICS
 from ..metrics import Array
@@ -60,7 +62,12 @@ def stages(
     ids, mask = as_tokens(tokens, attention_mask)
     known = find_anatomy(model, blocks=blocks)
     tables = measured(model, ids, mask, [*SIGNALS, LENS, DROP], batch_size, blocks, known, progress)
-    return combined(tables, neurons(model, blocks=blocks, anatomy=known, progress=on_layer))
+    try:
+        found = neurons(model, blocks=blocks, anatomy=known, progress=on_layer)
+    except InexpressibleError as error:
+        warnings.warn(f"neurons are left out: {error}", stacklevel=2)
+        found = None
+    return combined(tables, found)
 
 
 def combined(tables: Tables, found: pd.DataFrame | None) -> pd.DataFrame:

@@ -1,0 +1,138 @@
+"""The limits between stages: found where they were planted, and not found where nothing is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import layersurgery as ls
+from layersurgery.analyses.staging import RESAMPLES, STAGES, boundaries, stage_of
+from tests.zoo import DEPTH, tiny_model, tokens
+
+L = 24
+DETOKENIZED, BENT, OVERTAKEN = 3, 12, 20
+
+
+def planted(**changed: Any) -> dict[str, Any]:
+    """Signals of a model with four stages, as the paper draws them."""
+    layers = np.arange(L, dtype=float)
+    signals = {
+        "drop_kl_nats": np.where(layers < DETOKENIZED, 6.0, 0.1),
+        "attention_prev5": np.where(layers < DETOKENIZED, 0.8, 0.3),
+        "lens_kl_nats": np.where(layers < BENT, 10 - 0.05 * layers, 9.45 - 0.8 * (layers - BENT + 1)),
+        "lens_entropy_bits": np.where(layers < BENT, 4.0, 4 - 0.1 * (layers - BENT)),
+        "prediction": np.where(layers < BENT, 2.0, np.where(layers < OVERTAKEN, 60.0, 30.0)),
+        "suppression": np.where(layers < OVERTAKEN, 1.0, 150.0),
+        "neurons": np.full(L, 1000.0),
+    }
+    return signals | changed
+
+
+def noisy(size: float) -> Any:
+    return lambda rng: {name: values * (1 + size * rng.normal(size=L)) if name.endswith(("nats", "bits", "prev5")) else values for name, values in planted().items()}  # fmt: skip
+
+
+def test_planted_stages_are_found_with_their_intervals() -> None:
+    found = boundaries(planted(), noisy(0.01))
+    assert [limit.layer for limit in found] == [DETOKENIZED, BENT, OVERTAKEN]
+    for limit in found:
+        assert limit.low is not None
+        assert limit.low <= limit.layer <= limit.high  # type: ignore[operator]
+        assert limit.high - limit.low <= 2  # type: ignore[operator]
+        assert limit.share == 1
+    assert stage_of(found, L) == [STAGES[0]] * 3 + [STAGES[1]] * 9 + [STAGES[2]] * 8 + [STAGES[3]] * 4
+    assert boundaries(planted(), noisy(0.01)) == found
+
+
+def test_noise_widens_intervals_and_in_the_end_nothing_is_found() -> None:
+    assert boundaries(planted(), noisy(0.6))[1].layer is None
+    worst = boundaries(planted(), noisy(0.6))[1]
+    assert worst.share is not None
+    assert worst.share < 0.9
+    assert "but only in" in worst.why
+    assert worst.why.endswith("% of resamples")
+
+
+@pytest.mark.parametrize(
+    ("changed", "place", "why"),
+    [
+        ({"attention_prev5": np.full(L, 0.3)}, 0, "attention to the previous five begins no higher"),
+        ({"drop_kl_nats": np.full(L, 0.1)}, 0, "drop KL begins no higher"),
+        ({"attention_prev5": np.full(L, np.nan)}, 0, "is not known for every layer"),
+        (
+            {"attention_prev5": np.where((np.arange(L) < 3) | (np.arange(L) // 3 == 2), 0.8, 0.3)},
+            0,
+            "but is high again at layers 6, 7, 8",
+        ),
+        ({"lens_kl_nats": np.linspace(10, 0, L)}, 1, "lens KL begins no lasting fall"),
+        ({"lens_kl_nats": np.linspace(0, 10, L)}, 1, "lens KL begins no lasting fall"),
+        ({"suppression": np.zeros(L)}, 2, "suppression neurons do not outnumber prediction neurons at the end"),
+        ({"suppression": planted()["prediction"] + (np.arange(L) >= OVERTAKEN)}, 2, "which may be chance"),
+        ({"prediction": np.full(L, np.nan)}, 2, "neurons are not known"),
+    ],
+)
+def test_what_signals_do_not_support_is_not_found(changed: dict[str, Any], place: int, why: str) -> None:
+    found = boundaries(planted(**changed))
+    assert found[place].layer is None
+    assert why in found[place].why
+    assert found[place].low is found[place].share is None
+    others = [DETOKENIZED, BENT, OVERTAKEN]
+    assert [limit.layer for number, limit in enumerate(found) if number != place] == [
+        layer for number, layer in enumerate(others) if number != place
+    ]
+
+
+def test_one_spike_does_not_count_as_a_level() -> None:
+    values = planted()["drop_kl_nats"]
+    values[8] = 5
+    assert boundaries(planted(drop_kl_nats=values))[0].layer == DETOKENIZED
+
+
+def test_entropy_may_tell_the_last_limit_where_neurons_do_not() -> None:
+    layers = np.arange(L)
+    found = boundaries(
+        planted(suppression=np.zeros(L), lens_entropy_bits=np.where(layers <= 18, layers / 4, 4.5 - (layers - 18) / 2))
+    )
+    assert (found[2].layer, found[2].by) == (19, "lens_entropy_bits")
+    rising = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=layers / 4))
+    assert rising[2].layer is None
+    assert "lens entropy rises to the end" in rising[2].why
+
+
+def test_stages_come_in_their_order() -> None:
+    late = np.where(np.arange(L) < 11, 6.0, 0.1)
+    found = boundaries(planted(drop_kl_nats=late, attention_prev5=late / 6, lens_kl_nats=np.maximum(0, np.where(np.arange(L) < 6, 10, 10 - 0.5 * (np.arange(L) - 5.0)))))  # fmt: skip
+    assert found[0].layer == 11
+    assert found[1].layer is None
+    assert "no later than where the stage before ends" in found[1].why
+    assert stage_of(found, L)[12] == "feature engineering or prediction ensembling"
+
+
+def test_the_table_of_a_model() -> None:
+    model, ids = tiny_model("gpt2"), tokens(4, 14)
+    frame = ls.analyses.stages(model, ids)
+    parts = ls.analyses.measure(model, ids, ["lens", "attention", "norms", "drop"])
+    assert list(frame.lens_kl_nats) == list(parts["lens"].lens_kl_nats)
+    assert list(frame.attention_prev5_sem) == list(parts["attention"].attention_prev5_sem)
+    assert list(frame.attention_to_mlp_ratio) == list(parts["norms"].attention_to_mlp_ratio)
+    assert list(frame.drop_kl_nats) == list(parts["drop"].kl_nats[1:])
+    assert list(frame.prediction_percent) == list(ls.analyses.neurons(model).prediction_percent)
+    limits = frame.attrs["boundaries"]
+    assert [limit["ends"] for limit in limits] == list(STAGES[:3])
+    assert len(frame.stage) == DEPTH
+    words = ls.analyses.in_words(frame)
+    for limit in limits:
+        assert limit["why"] in words
+    assert all(limit["share"] is not None for limit in limits)
+    alone = ls.analyses.stages(model, ids[:1])
+    assert all(limit["share"] is None for limit in alone.attrs["boundaries"])
+
+
+def test_a_model_without_neurons_has_stages_all_the_same() -> None:
+    with pytest.warns(UserWarning, match="neurons are left out: MambaForCausalLM"):
+        frame = ls.analyses.stages(tiny_model("mamba"), tokens(3, 12))
+    assert frame.prediction_percent.isna().all()
+    assert "neurons are not known for every layer" in ls.analyses.in_words(frame)
+    assert RESAMPLES >= 1000
