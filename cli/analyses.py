@@ -171,10 +171,10 @@ def analysed(directory: Path, arguments: Mapping[str, Any]) -> Analysed:
     names = ["stages", "lens", "attention", "norms", "neurons", "similarity"]
     tables = {name: read_table(directory, name) for name in names if (directory / f"{name}.parquet").exists()}
     label = str(arguments["model"]["name"]).rpartition("/")[2]
-    counted = next((table for name, table in tables.items() if "tokens" in table), None)
+    counted = [table for table in tables.values() if "tokens" in table]
     caption = "from weights alone"
-    if counted is not None:
-        tokens, sequences = int(counted.tokens.iloc[0]), int(counted.sequences.iloc[0])
+    if counted:
+        tokens, sequences = max(int(table.tokens.max()) for table in counted), int(counted[0].sequences.iloc[0])
         caption = f"{tokens:,} tokens of {arguments['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
     return Analysed(tables, label, caption)
 

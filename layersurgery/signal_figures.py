@@ -19,10 +19,10 @@ _DEPTH = "relative depth of the block"
 _SHADES = ("#DCE9F5", "#E3F1E6", "#FBF3D9", "#F8E3DC")
 _STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 _FIGURE_1 = (
-    ("drop_kl_nats", "KL when dropped"),
-    ("attention_prev5", "attention to previous 5"),
-    ("prediction_percent", "prediction neurons"),
-    ("suppression_percent", "suppression neurons"),
+    ("drop_kl_nats", "KL when dropped", "1 = {:.3g} nats"),
+    ("attention_prev5", "attention to previous 5", "1 = {:.3g} of all"),
+    ("prediction_percent", "prediction neurons", "1 = {:.3g} %"),
+    ("suppression_percent", "suppression neurons", "1 = {:.3g} %"),
 )
 _EACH = (
     ("drop_kl_nats", "KL when the block is dropped (nats)", "log"),
@@ -167,12 +167,15 @@ def stages(models: Sequence[Analysed]) -> Figure:
 def _figure_1(axis: Axes, model: Analysed) -> None:
     table = model.tables["stages"]
     _shade(axis, table, words=True)
-    for place, (name, label) in enumerate(_FIGURE_1):
+    # Of neurons of both kinds, the same share: which outnumbers which is what counts.
+    neurons = [table[name].to_numpy(float) for name, *_ in _FIGURE_1[2:]]
+    for place, (name, label, unit) in enumerate(_FIGURE_1):
         values = table[name].to_numpy(float)
-        most = np.nanmax(values) if np.isfinite(values).any() else 0
+        compared = np.concatenate(neurons) if place > 1 else values
+        most = np.nanmax(compared) if np.isfinite(compared).any() else 0
         if most > 0:
             error = table[f"{name}_sem"].to_numpy(float) if f"{name}_sem" in table else 0 * values
-            line(axis, table.relative_depth, values / most, error / most, (0, 3, 2, 1)[place], f"{label} (greatest {most:.3g})")
+            line(axis, table.relative_depth, values / most, error / most, (0, 3, 2, 1)[place], f"{label} ({unit.format(most)})")
     axis.set_ylim(0, 1.12)
     axis.set_ylabel("share of the greatest value")
     axis.set_xlabel(_DEPTH)

@@ -96,9 +96,14 @@ def test_entropy_may_tell_the_last_limit_where_neurons_do_not() -> None:
         planted(suppression=np.zeros(L), lens_entropy_bits=np.where(layers <= 18, layers / 4, 4.5 - (layers - 18) / 2))
     )
     assert (found[2].layer, found[2].by) == (19, "lens_entropy_bits")
-    rising = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=layers / 4))
-    assert rising[2].layer is None
-    assert "lens entropy rises to the end" in rising[2].why
+    rising = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=np.abs(layers - 17) / 4))
+    assert (rising[2].layer, rising[2].why.rpartition("; ")[2]) == (
+        18,
+        "lens entropy turns behind layer 17 and rises by 1.5 bits",
+    )
+    steady = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=layers / 4))
+    assert steady[2].layer is None
+    assert "lens entropy does not turn inside the second half" in steady[2].why
 
 
 def test_stages_come_in_their_order() -> None:

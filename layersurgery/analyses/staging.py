@@ -22,8 +22,8 @@ RULES = (
     "of two straight lines that meet, fitted to the lens KL by least squares, the second begins here; it falls, at least twice as steeply as "
     "the first, they leave at most half of one line's squared error, and no later layer is above where it begins",
     "from here on suppression neurons outnumber prediction neurons in every layer, and in all of them by more than chance (1.96 standard "
-    "deviations of a Poisson count), after layers of the second half where they did not; or else the lens entropy has a highest point inside "
-    "the second half, and falls from it by at least a tenth of its range",
+    "deviations of a Poisson count), after layers of the second half where they did not; or else the lens entropy has its highest or lowest "
+    "point of the second half inside it, and from there falls or rises by at least a tenth of its range",
 )
 RESAMPLES, SHARE, _LEVEL = 1000, 0.9, 95
 Signals = Mapping[str, Array]
@@ -214,17 +214,18 @@ def _overtaken(prediction: Array, suppression: Array) -> _Found:
 
 
 def _turned(entropy: Array) -> _Found:
+    """Either way: the paper sees it fall at the end in some models (sharpening), and rise in others (confidence that is blunted)."""
     name, depth = "lens_entropy_bits", len(entropy)
     if not np.isfinite(entropy).all() or depth < 4:
         return _Found(None, name, "lens entropy is not known everywhere")
     half = depth // 2
-    place = half + int(entropy[half:].argmax())
-    fall = float(entropy[place] - entropy[-1])
-    if place == depth - 1:
-        return _Found(None, name, "lens entropy rises to the end")
-    if place == half or fall < 0.1 * float(np.ptp(entropy)):
-        return _Found(None, name, "lens entropy does not turn to fall inside the second half")
-    return _Found(place + 1, name, f"lens entropy turns behind layer {place} and falls by {fall:.2g} bits")
+    late = entropy[half:]
+    for place in sorted((half + int(late.argmax()), half + int(late.argmin())), reverse=True):
+        back = float(entropy[-1] - entropy[place])
+        if half < place < depth - 1 and abs(back) >= 0.1 * float(np.ptp(entropy)):
+            way = "rises" if back > 0 else "falls"
+            return _Found(place + 1, name, f"lens entropy turns behind layer {place} and {way} by {abs(back):.2g} bits")
+    return _Found(None, name, "lens entropy does not turn inside the second half")
 
 
 def stage_of(found: list[Boundary], depth: int) -> list[str]:
