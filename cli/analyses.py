@@ -157,37 +157,39 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     for why, whats in reasons.items():
         more = f" and {len(whats) - 1} more" if len(whats) > 1 else ""
         yield escape(f"Left out: {whats[0]}{more}: {why}")
+    for what, batches in list(facts.get("not_numbers", {}).items())[:8]:
+        yield f"[bold red]Not numbers:[/] {escape(what)} gave NaN or infinity in batch {', '.join(map(str, batches[:8]))}"
     if facts.get("figures_fault"):
         yield escape(f"No figure could be drawn: {facts['figures_fault']}")
     if "text" in facts:
         yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s)"
 
 
-def analysed(directory: Path, arguments: Mapping[str, Any]) -> Analysed:
+def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     """A directory's tables, to draw."""
     from layersurgery.signal_figures import Analysed
     from layersurgery.table import read_table
 
-    names = ["stages", "lens", "attention", "norms", "neurons", "similarity"]
-    tables = {name: read_table(directory, name) for name in names if (directory / f"{name}.parquet").exists()}
-    label = str(arguments["model"]["name"]).rpartition("/")[2]
+    wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity")
+    tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
+    label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
     counted = [table for table in tables.values() if "tokens" in table]
     caption = "from weights alone"
     if counted:
         tokens, sequences = max(int(table.tokens.max()) for table in counted), int(counted[0].sequences.iloc[0])
-        caption = f"{tokens:,} tokens of {arguments['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
+        caption = f"{tokens:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
     return Analysed(tables, label, caption)
 
 
-def draw_analysis(directory: Path, arguments: Mapping[str, Any]) -> list[Path]:
+def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
     """Draw one directory's tables into it."""
     from layersurgery.signal_figures import draw_signals
 
-    return draw_signals([analysed(directory, arguments)], directory)
+    return draw_signals([analysed(directory, facts)], directory)
 
 
 def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
     """Draw several directories' tables together."""
     from layersurgery.signal_figures import draw_signals
 
-    return draw_signals([analysed(path, run["arguments"]) for path, run in directories], output)
+    return draw_signals([analysed(path, run) for path, run in directories], output)

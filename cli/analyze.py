@@ -53,7 +53,7 @@ class Analysing:
         from layersurgery.analyses.keeping import signals_of
         from layersurgery.analyses.signals import measurer_of
 
-        return measurer_of(model, signals_of(self.word), self.depth, blocks=options.blocks, order=options.schedule)
+        return measurer_of(model, signals_of(self.word), self.depth, blocks=options.blocks)
 
     def outcome(self, measurer: Measurer, source: Source, talk: Talk) -> Outcome:
         """Its tables."""
@@ -63,7 +63,7 @@ class Analysing:
 
     def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Its figures."""
-        return draw_analysis(directory, run.arguments)
+        return draw_analysis(directory, run.facts)
 
     def extremes(self, frame: pd.DataFrame) -> str:
         """Results so far."""
@@ -85,6 +85,7 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
         return
     from layersurgery.analyses.keeping import NEURONS, SCORES, write_tables
     from layersurgery.analyses.vocabulary import counted, neuron_scores
+    from layersurgery.performing import drawn_by
     from layersurgery.runs import ANALYSIS, open_run, versions
     from layersurgery.team import Alone
 
@@ -104,14 +105,14 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
         if run.finished:
             talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
         else:
-            run.begin()
             with calm(), loaded_aloud(source, place, talk, Alone()) as there, _bar(talk) as on_layer:
                 scores = neuron_scores(there, blocks=options.blocks, progress=on_layer)
             talk.say(f"{source.label}: {number(len(scores))} neurons")
-            files = write_tables(run.directory, {NEURONS: counted(scores, source.label), SCORES: scores})
-            run.note(files=files)
-            figures = [path.name for path in draw_analysis(run.directory, arguments)]
-            run.note(state="finished", figures=figures, figures_fault="", left_out=scores.attrs["left_out"])
+            run.begin()
+            table = counted(scores, source.label)
+            run.note(files=write_tables(run.directory, {NEURONS: table, SCORES: scores}))
+            figures, fault = drawn_by(lambda _, directory: draw_analysis(directory, run.facts), table, run.directory)
+            run.note(state="finished", figures=figures, figures_fault=fault, left_out=scores.attrs["left_out"])
         show_analysis(run, talk)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .readout import float32_products
+
 REACH = 5
 _CHUNK = 32
 _aten = torch.ops.aten
@@ -53,12 +55,17 @@ class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
         kwargs = kwargs or {}
         if func in _KERNELS:
             return self._kernel(func, args, kwargs)
-        output = func(*args, **kwargs)
         if func in _SOFTMAX:
+            output = func(*args, **kwargs)
             self._matrix(output)
-        elif "attention" in func.__name__ and "backward" not in func.__name__:
+            return output
+        with self:  # in inference mode, functions come here before they are taken apart
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
+        if any(word in func.__name__ for word in ("attention", "attn")):
             self.unknown.add(func.__name__.partition(".")[0])
-        return output
+        return func(*args, **kwargs)
 
     def _kernel(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask_at, wish_at = _KERNELS[func]
@@ -113,15 +120,11 @@ def previous(
         scale: of scores.
         reach: how many keys.
     """
-    batch, heads, tokens, channels = query_BHTC.shape
+    batch, heads, tokens, _ = query_BHTC.shape
     if key_BHTC.shape[1] != heads:
         key_BHTC = key_BHTC.repeat_interleave(heads // key_BHTC.shape[1], 1)
-    chunks = -(-tokens // _CHUNK)
-    behind = chunks * _CHUNK - tokens
-    # Chunks of queries against the keys from `reach` before their first to their last: a narrow band as a few small products.
-    query = functional.pad(query_BHTC.float(), (0, 0, 0, behind)).view(batch, heads, chunks, _CHUNK, channels)
-    keys = functional.pad(key_BHTC.float(), (0, 0, reach, behind)).unfold(2, _CHUNK + reach, _CHUNK)
-    scores = torch.matmul(query, keys)
+    with float32_products("highest"), torch.autocast(query_BHTC.device.type, enabled=False):
+        scores = _near(query_BHTC, key_BHTC, reach)
     band = []
     for back in range(1, reach + 1):
         score = scores.diagonal(reach - back, -2, -1).reshape(batch, heads, -1)[..., :tokens] * scale
@@ -132,3 +135,14 @@ def previous(
         weight[..., : min(back, tokens)] = 0
         band.append(weight)
     return torch.stack(band, -1)
+
+
+def _near(query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, reach: int) -> torch.Tensor:
+    """Scores of queries on keys near them: (batch, heads, chunks, queries of a chunk, keys from `reach` before its first)."""
+    batch, heads, tokens, channels = query_BHTC.shape
+    chunks = -(-tokens // _CHUNK)
+    behind = chunks * _CHUNK - tokens
+    # Chunks of queries against the keys from `reach` before their first to their last: a narrow band as a few small products.
+    query = functional.pad(query_BHTC.float(), (0, 0, 0, behind)).view(batch, heads, chunks, _CHUNK, channels)
+    keys = functional.pad(key_BHTC.float(), (0, 0, reach, behind)).unfold(2, _CHUNK + reach, _CHUNK)
+    return torch.matmul(query, keys)

@@ -73,9 +73,14 @@ class Member:
         return any(tap.part == part for tap in self.taps)
 
 
-def members(stack: Stack) -> list[Member]:
-    """All blocks of a model, found by running it once on seven tokens, with each block running twice."""
-    trials = [_Trial(block, stack, number) for number, block in enumerate(stack.blocks)]
+def members(stack: Stack, *, look: bool = True) -> list[Member]:
+    """All blocks of a model, found by running it once on seven tokens, with each block running twice.
+
+    Args:
+        stack: the blocks.
+        look: see whether attention tells what it attends to.
+    """
+    trials = [_Trial(block, stack, number, look=look) for number, block in enumerate(stack.blocks)]
     places = [(stack.model.get_submodule(stack.path), str(number)) for number in range(stack.depth)]
     with stack.at_rest(), replaced(places, trials):
         run_small(stack.model)
@@ -110,10 +115,10 @@ class _Trial(StandIn):
 
     found: Member
 
-    def __init__(self, block: nn.Module, stack: Stack, number: int) -> None:
+    def __init__(self, block: nn.Module, stack: Stack, number: int, *, look: bool) -> None:
         super().__init__(block)
         # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_stack=stack, _number=number)
+        vars(self).update(_stack=stack, _number=number, _look=look)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stack: Stack = self._stack
@@ -124,11 +129,17 @@ class _Trial(StandIn):
         # Small beside what the block adds, so that little of that is lost in rounding.
         stream = (stream * (_SMALL / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
         given_args, given_kwargs = call.given(habit.stream, stream)
-        self.found = _member(self.module, parts, stream, lambda: first_tensor(self.module(*given_args, **given_kwargs)))
+
+        def run() -> torch.Tensor | None:
+            return first_tensor(self.module(*given_args, **given_kwargs))
+
+        self.found = _member(self.module, parts, stream, run, look=self._look)
         return self.module(*args, **kwargs)
 
 
-def _member(block: nn.Module, parts: Parts, stream: torch.Tensor, run: Callable[[], torch.Tensor | None]) -> Member:
+def _member(
+    block: nn.Module, parts: Parts, stream: torch.Tensor, run: Callable[[], torch.Tensor | None], *, look: bool
+) -> Member:
     taps = [] if parts.fault else [*_taps(parts, "attention"), *_taps(parts, "mlp")]
     mixers = parts.attention
     returned: dict[int, torch.Tensor] = {}
@@ -137,12 +148,25 @@ def _member(block: nn.Module, parts: Parts, stream: torch.Tensor, run: Callable[
         return lambda value: returned.__setitem__(number, value.clone())
 
     looking: list[Looking] = []
-    with tapped(block, [(tap, keep(number)) for number, tap in enumerate(taps)], mixers, looking.append, stream.shape[:-1]):
-        after = run()
+    places = [(tap, keep(number)) for number, tap in enumerate(taps)]
+    unseen = ""
+    try:
+        with tapped(block, places, mixers, looking.append if look else None, stream.shape[:-1]):
+            after = run()
+    except NotImplementedError as error:  # a kernel that cannot be watched at all
+        if not look:
+            raise
+        looking, unseen = [], str(error).partition(":")[0].partition(chr(10))[0]
+        with tapped(block, places, mixers, None, stream.shape[:-1]):
+            after = run()
     names = ", ".join(dict.fromkeys(type(block.get_submodule(path)).__name__ for path in mixers))
-    blind = ", ".join(sorted(set().union(*(look.unknown for look in looking)))) if looking else ""
-    attends = not blind and any(look.weights_BTK is not None for look in looking)
-    blind = f"its attention runs by {blind}, which tells no sums; load the model with attn_implementation='sdpa'" if blind else ""
+    blind = ", ".join(sorted(set().union(*(seen.unknown for seen in looking)))) or unseen
+    attends = not blind and any(seen.weights_BTK is not None for seen in looking)
+    blind = (
+        f"its attention kernel ({blind}) does not tell; attn_implementation='sdpa' on cpu or cuda does, and 'eager'"
+        if blind
+        else ""
+    )
     fault = parts.fault
     if not fault and after is not None and taps:
         times = _explained(after - stream, [returned.get(number) for number in range(len(taps))])

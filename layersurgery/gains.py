@@ -43,22 +43,25 @@ def gain_of(norm: nn.Module, width: int, like: torch.Tensor) -> Gain | None:
             raise ValueError
         return output[0].double().cpu()
 
-    # Away from zero, so that nothing is divided by next to nothing; large, so that no epsilon counts. Exact in half precision.
+    # Away from zero and from their mean, so that nothing is divided by next to nothing; large, so that no epsilon counts; with a mean that
+    # is much larger still, so that taking it away or not cannot be confused in half precision, however wide the model is.
     drawn = torch.randn(2, width, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    x, third = (drawn.sign() * (drawn.abs() + 0.5) * 64).to(like.dtype).double()
+    x, other = (1024 + drawn.sign() * (drawn.abs() + 0.5) * 64).to(like.dtype).double()
     tolerance = _TOLERANCE.get(like.dtype, 4e-2)
     with torch.no_grad():
         try:
             shift = run(torch.zeros(1, width, dtype=torch.float64))[0]
-            found, checked = run(x[None])[0], run(third[None])[0]
-            for centres in (False, True):
-                scale = (found - shift) / _normed(x, centres)
-                wanted = scale * _normed(third, centres) + shift
-                if bool((checked - wanted).abs().max() <= tolerance * wanted.abs().max()):
-                    return Gain(scale, shift, centres)
+            found, checked = run(x[None])[0], run(other[None])[0]
         except Exception:  # a module may raise anything on what it does not expect
             return None
-    return None
+    best: tuple[float, Gain] | None = None
+    for centres in (False, True):
+        scale = (found - shift) / _normed(x, centres)
+        wanted = scale * _normed(other, centres) + shift
+        off = float((checked - wanted).abs().max() / wanted.abs().max())
+        if off <= tolerance and (best is None or off < best[0]):
+            best = off, Gain(scale, shift, centres)
+    return None if best is None else best[1]
 
 
 def _normed(x: torch.Tensor, centres: bool) -> torch.Tensor:

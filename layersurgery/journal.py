@@ -134,3 +134,11 @@ class Journal:
             for row in np.flatnonzero(~np.isfinite(record.values).all((0, 2))).tolist():
                 found.setdefault(row, []).append(batch)
         return found
+
+    def broken_observed(self) -> dict[int, list[int]]:
+        """The same for numbers read off the blocks."""
+        found: dict[int, list[int]] = {}
+        for batch, record in sorted(self.records.items()):
+            for number in np.flatnonzero(~np.isfinite(record.observed).all(0)).tolist():
+                found.setdefault(number, []).append(batch)
+        return found

@@ -79,6 +79,7 @@ class Measurer:
         self.model = model
         self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
         self.observer = Observer(self.stack, observe) if observe else None
+        self._reads = bool(variants) or prove
         kept, self.left_out = self._possible(variants)
         self.variants = (unedited(self.stack.depth), *kept)
         self.at_once: int | None = None
@@ -121,7 +122,7 @@ class Measurer:
                 left_out[variant.plan] = str(error)
             else:
                 kept.append(variant)
-        if not kept and (variants or self.observer is None):
+        if not kept and (variants or (self.observer is None and not self._reads)):
             raise InexpressibleError(next(iter(left_out.values()), "there is no edit to measure"))
         return kept, left_out
 
@@ -129,7 +130,9 @@ class Measurer:
         if (order or (LAYER_MAJOR if any(self._away) or self._walked else DEPTH_FIRST)) == DEPTH_FIRST:
             return schedule(self.routes, self.stack.depth, self._walked)
         room = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._away)
-        return layer_major(self.routes, self.stack.depth, max(1, min(room, self.stack.depth)), self._walked)
+        return layer_major(
+            self.routes, self.stack.depth, max(2 if self._walked else 1, min(room, self.stack.depth)), self._walked
+        )
 
     @property
     def bytes_to_read(self) -> int:
@@ -144,6 +147,8 @@ class Measurer:
     def forecast(self, sequences: int, length: int) -> Forecast:
         """What a batch of `sequences` of `length` tokens will take; of weights kept elsewhere, those at hand together and the next ones."""
         found = self._needs.forecast(self.schedule, sequences, length)
+        if self.observer is not None:
+            found = replace(found, streams=found.streams + self.observer.streams * sequences * length * self.stack.width * 4)
         return replace(found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_passing(self._away)))
 
     def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None, tick: Tick | None = None) -> Measured:
@@ -199,7 +204,7 @@ class Measurer:
     def _halve(self, sequences: int, length: int) -> None:
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
-            fewer = ", --schedule depth-first, which holds fewer streams" if self.schedule.during else ""
+            fewer = ", --schedule depth-first, which holds fewer streams" if self.schedule.during and not self._walked else ""
             raise MeasurementError(
                 f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once{fewer}, or "
                 "half precision (--dtype bfloat16)"
@@ -227,7 +232,7 @@ class Measurer:
                 with walk.whole():
                     tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
                     walk.see(tape.states)
-                    reading = self._reading(ids, follow, tape.states, kept) if len(self.variants) > 1 else None
+                    reading = self._reading(ids, follow, tape.states, kept) if self._reads else None
                     if not self.schedule.goes_on:
                         del tape.states[self.stack.depth]
                     walk.through(self.schedule.steps, tape, _ignored if reading is None else reading.read)

@@ -99,11 +99,13 @@ class Sample:
     """Sums by sequence, of all sequences that have a prediction.
 
     Attributes:
+        numbers: of the sequences in the text.
         counts: predictions in each, (sequences,).
         values: sums of metrics over them, (sequences, rows, len(METRICS)).
         observed: sums read off the blocks, (sequences, numbers).
     """
 
+    numbers: list[int]
     counts: Array
     values: Array
     observed: Array
@@ -114,7 +116,8 @@ class Sample:
         ordered = sorted(batches, key=lambda batch: batch[0])
         counts = np.array([count for batch in ordered for count in batch[1]], float)
         values, observed = (np.concatenate([batch[place] for batch in ordered]) for place in (2, 3))
-        return cls(counts[counts > 0], values[counts > 0], observed[counts > 0])
+        numbers = [first + offset for first, of_batch, _, _ in ordered for offset, count in enumerate(of_batch) if count]
+        return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
 
 
 def ratio(sums: Array, counts: Array) -> tuple[float, float]:

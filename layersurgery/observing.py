@@ -66,7 +66,7 @@ class Observer:
 
     def __init__(self, stack: Stack, signals: Collection[str]) -> None:
         self.stack, self.signals = stack, frozenset(signals)
-        self.members = members(stack)
+        self.members = members(stack, look=ATTENTION in self.signals)
         self.centred = centred(stack)
         self.left_out: dict[str, str] = {}
         self.quantities = tuple(self._quantities())
@@ -154,13 +154,33 @@ class Observer:
         return after
 
     def sums(self) -> Array:
-        """Of the batch that is being watched: (sequences, size), float64."""
+        """Of the batch that is being watched: (sequences, size), float64.
+
+        Raises:
+            MeasurementError: something was to be seen, and was not.
+        """
         found = self._now().sums
+        for number, quantity in enumerate(self.quantities, len(_COUNTS)):
+            if number not in found:
+                raise MeasurementError(
+                    f"block {quantity.layer}: its {quantity.part} ran otherwise than on seven tokens, so {quantity.name} was not seen; with "
+                    "attn_implementation='eager' it may be"
+                )
         return torch.stack([found[number].cpu() for number in range(self.size)], 1).numpy()
 
     def _now(self) -> _Context:
         assert self._context is not None, "no batch is being watched"
         return self._context
+
+    @property
+    def names(self) -> list[str]:
+        """What each number of a sequence is, in words."""
+        return [*_COUNTS, *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self.quantities)]
+
+    @property
+    def streams(self) -> int:
+        """How many tensors as large as the stream, in float32, are alive at once beside it."""
+        return 9 if SIMILARITY in self.signals else 3 if NORMS in self.signals else 0
 
     def place(self, layer: int, part: str, name: str) -> int:
         """Where among the numbers of a sequence a quantity's sum is."""
@@ -190,6 +210,7 @@ class _Context:
         self.own: dict[int, dict[str, torch.Tensor]] = {}
         self.moved: dict[int, int] = {}
         self._caught: dict[str, torch.Tensor] = {}
+        self._heads: dict[int, tuple[torch.Tensor, int]] = {}
         self._open = self._looking = False
 
     def shape(self) -> torch.Size | None:
@@ -209,18 +230,30 @@ class _Context:
         self._caught[part] = value if held is None else held.add_(value.to(held.device))
 
     def look(self, block: int, seen: Looking) -> None:
-        if not self._looking or seen.weights_BTK is None:
+        if not self._looking:
             return
         if seen.unknown:
-            raise MeasurementError(f"block {block}: attention was run by {', '.join(sorted(seen.unknown))}, which tells no sums")
+            raise MeasurementError(
+                f"block {block}: this text's attention ran by a kernel ({', '.join(sorted(seen.unknown))}) that does not tell; "
+                "attn_implementation='eager' does"
+            )
+        if seen.weights_BTK is None:
+            return
         heads = seen.heads * len(seen.weights_BTK) // self.sequences
-        weights = seen.weights_BTK.view(self.sequences, -1, self.length, REACH).sum(1).double() / heads
+        weights = seen.weights_BTK.view(self.sequences, -1, self.length, REACH).sum(1).double()
+        # Of several modules that attend, the mean over all heads.
+        before = self._heads.pop(block, None)
+        if before is not None:
+            weights, heads = weights + before[0].to(weights.device), heads + before[1]
+        self._heads[block] = weights, heads
+        weights = weights / heads
         late, pairs = self.late.to(weights.device), self.pairs.to(weights.device)
         self._add(block, "attention", "attention_prev5", torch.where(late[..., None], weights, 0).flatten(1))
         self._add(block, "attention", "attention_prev5_mean", torch.where(pairs, weights, 0).flatten(1))
 
     def trunk(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
         observer, parts = self.observer, self._parts(before, after)
+        self._heads.clear()
         if NORMS in observer.signals:
             for part in BRANCHES:
                 if part in parts:

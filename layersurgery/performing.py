@@ -255,10 +255,19 @@ class _Work:
             parts = [self.part(batch) for batch in range(self.batches)]
             join([part for part in parts if part.exists()], self.run.directory / TOKENS)
             files.append(TOKENS)
-        drawn, fault = _drawn(draw, frame, self.run.directory)
-        self.run.note(state="finished", files=files, figures=drawn, figures_fault=fault, **self._facts())
+        self.run.note(files=files)
+        drawn, fault = drawn_by(draw, frame, self.run.directory)
+        self.run.note(state="finished", figures=drawn, figures_fault=fault, **self._facts())
         clear_progress(self.run.directory)
         return frame
+
+    def _broken(self) -> dict[str, list[int]]:
+        """What gave values that are no numbers, and in which batches."""
+        found = {self.measurer.variants[row].plan: batches for row, batches in self.journal.broken().items()}
+        if self.measurer.observer is not None:
+            names = self.measurer.observer.names
+            found |= {names[number]: batches for number, batches in self.journal.broken_observed().items()}
+        return found
 
     def _facts(self) -> dict[str, Any]:
         text, measurer, seconds = self.text, self.measurer, self.journal.seconds
@@ -287,7 +296,7 @@ class _Work:
             "compiled": _compiled(measurer),
             "left_out": measurer.left_out | ({} if measurer.observer is None else measurer.observer.left_out),
             "centred": None if measurer.observer is None else measurer.observer.centred,
-            "not_numbers": {measurer.variants[row].plan: batches for row, batches in self.journal.broken().items()},
+            "not_numbers": self._broken(),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),
             "machine": {
@@ -302,7 +311,7 @@ def _compiled(measurer: Measurer) -> bool | str:
     return False if compiler is None else compiler.refused or True
 
 
-def _drawn(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:
+def drawn_by(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:
     """Names of the figures, or why there are none: a picture that fails must not cost the numbers."""
     try:
         return ([] if draw is None else [path.name for path in draw(frame, directory)]), ""

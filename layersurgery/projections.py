@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -52,12 +54,13 @@ def _dim(module: nn.Module, name: str, width: int, linear: int) -> int:
     raise InexpressibleError(f"{name} of {kind}, of shape {shape}, may lie either way round")
 
 
-def written_rows(module: nn.Module, name: str, width: int) -> torch.Tensor:
-    """A view of a projection's weight with a row for each neuron, (neurons, width); experts one after another.
+def written_rows(module: nn.Module, name: str, width: int, most: int) -> Iterator[torch.Tensor]:
+    """A projection's weight with a row for each neuron, up to `most` neurons at a time, (neurons, width); experts one after another.
 
     Raises:
         InexpressibleError: it cannot be told which way round it lies.
     """
     weight: torch.Tensor = getattr(module, name).detach()
-    dim = writing_dim(module, name, width)
-    return weight.movedim(dim, -1).reshape(-1, width)
+    wide = weight.movedim(writing_dim(module, name, width), -1)
+    for expert in wide if wide.dim() == 3 else (wide,):
+        yield from torch.split(expert, most)

@@ -23,7 +23,7 @@ Fetched = dict[Key, torch.Tensor]
 
 def hooks_of(module: nn.Module) -> Iterator[AlignDevicesHook]:
     """accelerate's hooks on a module itself that look after its weights and devices."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")  # its own: what stands in for a module has none
     for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
         if isinstance(one, AlignDevicesHook):
             yield one

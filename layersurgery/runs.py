@@ -17,7 +17,7 @@ from typing import Any
 from .atomic import locked, whole_file
 from .errors import OutputError
 from .pertoken import PARTS, TOKENS
-from .table import CSV, RESULTS, RUN, SEQUENCES, read_run
+from .table import CSV, RESULTS, RUN, SEQUENCES, TABLES, read_run
 from .version import __version__
 
 JOURNAL = "progress.journal"
@@ -119,7 +119,12 @@ def clear_progress(directory: Path) -> None:
 
 def _clear(directory: Path) -> None:
     before = read_run(directory) or {}
-    for name in (*before.get("figures", []), *before.get("files", []), RESULTS, CSV, SEQUENCES, TOKENS, RUN):
+    tables = (
+        [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv", "png", "svg")]
+        if before.get("kind") == ANALYSIS
+        else []
+    )
+    for name in (*tables, *before.get("figures", []), *before.get("files", []), RESULTS, CSV, SEQUENCES, TOKENS, RUN):
         (directory / Path(str(name)).name).unlink(missing_ok=True)
     clear_progress(directory)
 

@@ -204,7 +204,7 @@ def _plain(value: float, _place: float) -> str:
 
 
 def _shade(axis: Axes, table: pd.DataFrame, *, words: bool = False) -> None:
-    """The stages, and between them where 95 % of resamples put the limit."""
+    """The stages; above a panel with words, a bar where 95 % of resamples put each limit."""
     depth = len(table)
 
     def at(layer: float) -> float:
@@ -219,8 +219,9 @@ def _shade(axis: Axes, table: pd.DataFrame, *, words: bool = False) -> None:
         edges.append(limit["layer"])
         names.append([limit["begins"]])
         axis.axvline(at(limit["layer"]), color="#555555", linewidth=1, linestyle="--", zorder=1)
-        if limit["low"] is not None and limit["low"] < limit["high"]:
-            axis.axvspan(at(limit["low"]), at(limit["high"]), color="#888888", alpha=0.25, linewidth=0, zorder=0.6)
+        if words and limit["low"] is not None:
+            reach = [at(limit["low"]), at(limit["high"])]
+            axis.plot(reach, [1, 1], "|-", color="#555555", linewidth=2.5, transform=axis.get_xaxis_transform(), clip_on=False)
     edges.append(depth)
     for first, last, stage in zip(edges, edges[1:], names, strict=False):
         axis.axvspan(at(first), at(last), color=_SHADES[_STAGES.index(stage[0])], linewidth=0, zorder=0.5)

@@ -23,6 +23,8 @@ RESULTS = "results.parquet"
 CSV = "results.csv"
 SEQUENCES = "sequences.parquet"
 RUN = "run.json"
+TABLES = ("stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons")
+"""Of analyses; also their figures are called so."""
 
 
 def results(variants: Sequence[Variant], sums: Sums, model: str) -> pd.DataFrame:

@@ -26,7 +26,7 @@ LEFT = {
     "opt-postnorm": 6,
     "mamba": 0,
 }
-SOME = [*LAYER_NORM, "llama", "llama-tied", "qwen2", "gemma2", "gemma3_text", "mixtral", "gpt_oss", "olmo2", "granite", "jamba", "deepseek_v3", "nemotron", "olmo", "phimoe", "jetmoe", "minimax", "llama4_text", "opt-postnorm", "mamba", "nanochat", "dbrx"]  # fmt: skip
+SOME = [*sorted(LAYER_NORM), "llama", "llama-tied", "qwen2", "gemma2", "gemma3_text", "mixtral", "gpt_oss", "olmo2", "granite", "jamba", "deepseek_v3", "nemotron", "olmo", "phimoe", "jetmoe", "minimax", "llama4_text", "opt-postnorm", "mamba", "nanochat", "dbrx"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(SOME))
@@ -34,10 +34,10 @@ def test_the_function_stays(name: str) -> None:
     model, ids = tiny_model(name), tokens(2, 12)
     before = logits_of(model, ids)
     done = ls.fold(model, unembedding=False)
-    torch.testing.assert_close(logits_of(model, ids), before, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(model, ids), before, rtol=0, atol=5e-5)
     other = tiny_model(name)
     ls.fold(other)
-    torch.testing.assert_close(logits_of(other, ids).log_softmax(-1), before.log_softmax(-1), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(other, ids).log_softmax(-1), before.log_softmax(-1), rtol=0, atol=5e-5)
     norms = [what for what in done.left if "norm" in what.rpartition(".")[2] or ".ln" in what]
     assert len(norms) == LEFT.get(name, 0), done.left
     assert name in ("nanochat", "olmo", "opt-postnorm") or done.folded
@@ -116,14 +116,14 @@ def test_weights_that_are_elsewhere_are_not_folded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [16, 33])
+@pytest.mark.parametrize("width", [16, 33, 2560, 4096, 5120])
 def test_gains_are_found_by_running(dtype: torch.dtype, width: int) -> None:
     norm = nn.LayerNorm(width).to(dtype)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     rms = nn.RMSNorm(width, eps=1e-5).to(dtype)
     nn.init.normal_(rms.weight)
-    near = 2e-2 if dtype.itemsize == 2 else 1e-5
+    near = 4e-2 if dtype.itemsize == 2 else 1e-5
     for module, centres in ((norm, True), (rms, False)):
         gain = gain_of(module, width, torch.zeros(1, dtype=dtype))
         assert gain is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layersurgery as ls
+from layersurgery import attending
 from layersurgery.analyses.signals import Tables, measurer_of, sampled
 from layersurgery.contributions import members, tapped
 from layersurgery.kernels.reference import METRICS, measure
@@ -22,6 +25,7 @@ from layersurgery.stack import Stack
 from tests.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
 from tests.reference import logits_along, logits_of
 from tests.test_live_zoo import state
+from tests.test_offload import dispatched, on_disk
 from tests.zoo import DEPTH, ZOO, tiny_model, tokens
 
 SIGNALS = ["lens", "attention", "norms", "similarity"]
@@ -302,3 +306,85 @@ def test_what_cannot_be_asked() -> None:
     with pytest.raises(ls.MeasurementError, match="no numbers"):
         ls.analyses.lens(model, ids)
     assert ls.analyses.norms(model, ids).mlp_norm.isna().all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt", "gpt_oss", "jamba"])
+def test_weights_may_be_kept_on_disk(name: str, tmp_path: Path) -> None:
+    plain, away = dispatched(tmp_path, name, {"": "disk"})
+    ids, signals = tokens(2, 10), [*SIGNALS, "drop"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        meant, found = (ls.analyses.measure(model, ids, signals) for model in (plain, away))
+    for signal in signals:
+        pd.testing.assert_frame_equal(found[signal], meant[signal])
+    assert on_disk(away)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "deepseek_v3"])
+def test_inference_mode_sees_the_same(name: str) -> None:
+    model, ids = tiny_model(name), tokens(2, 10)
+    meant = ls.analyses.measure(model, ids, SIGNALS)
+    with torch.inference_mode():
+        found = ls.analyses.measure(model, ids, SIGNALS)
+    for signal in SIGNALS:
+        pd.testing.assert_frame_equal(found[signal], meant[signal], atol=1e-9)
+
+
+def test_half_precision_with_logits_in_full() -> None:
+    """Mamba returns float32 logits of bfloat16 products."""
+    model = tiny_model("mamba", tie_word_embeddings=False).to(torch.bfloat16)
+    table = ls.analyses.lens(model, tokens(2, 10))
+    assert table.lens_kl_nats.iloc[-1] == 0
+    assert table.lens_kl_nats.iloc[0] > 0
+
+
+def test_a_model_of_one_block() -> None:
+    model, ids = tiny_model("llama", num_hidden_layers=1), tokens(2, 10)
+    table = ls.analyses.lens(model, ids)
+    assert table.lens_agreement.tolist() == [1]
+    assert table.lens_entropy_bits[0] > 1
+    both = ls.analyses.measure(model, ids, ["lens", "norms"])
+    pd.testing.assert_frame_equal(both["lens"], table)
+
+
+def test_what_is_left_out_is_said() -> None:
+    with pytest.warns(UserWarning, match="attention of block 0 is left out: JambaMambaMixer attends to no tokens by softmax"):
+        table = ls.analyses.attention(tiny_model("jamba"), tokens(2, 8))
+    assert len(table.attrs["left_out"]) == 4
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attending, "_SOFTMAX", set())
+        observer = measurer_of(model, ["attention"], DEPTH).observer
+        assert observer is not None
+        assert "attends to no tokens by softmax" in observer.left_out["attention of block 3"]
+        model.set_attn_implementation("sdpa")
+        patch.setattr(attending, "_KERNELS", {})
+        blind = measurer_of(model, ["attention"], DEPTH).observer
+        assert blind is not None
+        assert (
+            "its attention kernel (_scaled_dot_product_flash_attention_for_cpu) does not tell"
+            in blind.left_out["attention of block 3"]
+        )
+
+
+def test_a_kernel_that_is_chosen_for_this_text_only_is_named() -> None:
+    model, ids = tiny_model("llama"), tokens(2, 10)
+    measurer = measurer_of(model, ["attention"], DEPTH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attending, "_KERNELS", {})
+        with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
+            measurer.measure(ids, torch.ones_like(ids))
+    assert not any("Tapped" in type(module).__name__ for module in model.modules())
+
+
+def test_single_precision_of_products_is_kept() -> None:
+    model, ids = tiny_model("llama"), tokens(2, 10)
+    meant = ls.analyses.attention(model, ids)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = ls.analyses.attention(model, ids)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_allclose(found.attention_prev5, meant.attention_prev5, atol=1e-5)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import layersurgery as ls
-from layersurgery.analyses.staging import RESAMPLES, STAGES, boundaries, stage_of
+from layersurgery.analyses import staging
+from layersurgery.analyses.staging import STAGES, boundaries, stage_of
 from tests.zoo import DEPTH, tiny_model, tokens
 
 L = 24
@@ -28,6 +29,11 @@ def planted(**changed: Any) -> dict[str, Any]:
         "neurons": np.full(L, 1000.0),
     }
     return signals | changed
+
+
+@pytest.fixture(autouse=True)
+def _fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "RESAMPLES", 200)
 
 
 def noisy(size: float) -> Any:
@@ -140,4 +146,3 @@ def test_a_model_without_neurons_has_stages_all_the_same() -> None:
         frame = ls.analyses.stages(tiny_model("mamba"), tokens(3, 12))
     assert frame.prediction_percent.isna().all()
     assert "neurons are not known for every layer" in ls.analyses.in_words(frame)
-    assert RESAMPLES >= 1000

@@ -70,7 +70,7 @@ class OfAnalysis:
             found = self._neurons(directory)
             frames |= {} if found is None else {SCORES: found, NEURONS: counted(found, self.name)}
             together = combined(tables, frames.get(NEURONS))
-            frames = {STAGES: together, BOUNDARIES: pd.DataFrame(together.attrs["boundaries"]), **frames}
+            frames = {STAGES: together, BOUNDARIES: limits(together), **frames}
         files = write_tables(directory, frames)
         with whole_file(directory / SEQUENCES) as partial:
             pq.write_table(by_sequence(tables), partial, compression="zstd")
@@ -102,6 +102,11 @@ class OfAnalysis:
                 partial,
             )
         return found
+
+
+def limits(stages: pd.DataFrame) -> pd.DataFrame:
+    """The limits between stages as a table."""
+    return pd.DataFrame(stages.attrs["boundaries"]).astype(dict.fromkeys(("layer", "low", "high"), "Int64"))
 
 
 def _read_scores(path: Path) -> pd.DataFrame:
@@ -136,7 +141,7 @@ def by_sequence(tables: Tables) -> pa.Table:
     each = [[column[place] for column in columns for _ in range(sequences)] for place in range(4)]
     return pa.table(
         {
-            "sequence": pa.array(np.tile(np.arange(sequences), len(columns)), pa.int32()),
+            "sequence": pa.array(np.tile(sample.numbers, len(columns)), pa.int32()),
             "signal": pa.array(each[0]).dictionary_encode(),
             "layer": pa.array(each[1], pa.int32()),
             "part": pa.array(each[2]).dictionary_encode(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,18 @@ class Tables:
     model: str
 
     def of(self, signal: str) -> pd.DataFrame:
-        """The table of one signal."""
-        return {
+        """The table of one signal; `frame.attrs["left_out"]` says what is not in it, and why."""
+        frame = {
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
         }[signal]()  # fmt: skip
+        frame.attrs["left_out"] = self.left_out
+        return frame
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What could not be measured, and why."""
+        observer = self.measurer.observer
+        return self.measurer.left_out | ({} if observer is None else observer.left_out)
 
     @property
     def depth(self) -> int:
@@ -236,4 +245,8 @@ def measured(
 ) -> Tables:
     """What `measure` makes its tables of; arguments as there."""
     measurer = measurer_of(model, signals, len(locate(model, blocks).blocks), blocks=blocks, anatomy=anatomy)
-    return Tables(measurer, sampled(measurer, ids, mask, batch_size, progress), type(model).__name__)
+    tables = Tables(measurer, sampled(measurer, ids, mask, batch_size, progress), type(model).__name__)
+    if tables.left_out:
+        what, why = next(iter(tables.left_out.items()))
+        warnings.warn(f"{what} is left out: {why} ({len(tables.left_out)} such in frame.attrs['left_out'])", stacklevel=3)
+    return tables

@@ -83,10 +83,12 @@ def boundaries(
         for _ in range(RESAMPLES):
             for layers, one in zip(drawn, _all(resample(rng)), strict=True):
                 layers.append(one.layer)
-    return [
-        _judged(Boundary(STAGES[n], STAGES[n + 1], one.layer, None, None, None, one.by, one.why, RULES[n]), drawn[n])
-        for n, one in enumerate(found)
-    ]
+    return _ordered(
+        [
+            _judged(Boundary(STAGES[n], STAGES[n + 1], one.layer, None, None, None, one.by, one.why, RULES[n]), drawn[n])
+            for n, one in enumerate(found)
+        ]
+    )
 
 
 def _judged(boundary: Boundary, drawn: list[int | None]) -> Boundary:
@@ -106,17 +108,18 @@ def _judged(boundary: Boundary, drawn: list[int | None]) -> Boundary:
 
 
 def _all(signals: Signals) -> list[_Found]:
-    """All three, each behind the one before."""
-    found = [_detokenization(signals), _engineering(signals), _ensembling(signals)]
-    latest = 0
-    for number, one in enumerate(found):
-        if one.layer is None:
-            continue
-        if one.layer <= latest:
-            found[number] = _Found(None, one.by, f"{one.why}, which is no later than where the stage before ends")
-        else:
-            latest = one.layer
-    return found
+    return [_detokenization(signals), _engineering(signals), _ensembling(signals)]
+
+
+def _ordered(found: list[Boundary]) -> list[Boundary]:
+    """Limits that do not lie behind the one before are not believed."""
+    latest, kept = 0, []
+    for limit in found:
+        if limit.layer is not None and limit.layer <= latest:
+            limit = replace(limit, layer=None, why=f"{limit.why}, which is no later than where the stage before ends")
+        latest = limit.layer if limit.layer is not None else latest
+        kept.append(limit)
+    return kept
 
 
 def _detokenization(signals: Signals) -> _Found:

@@ -116,8 +116,12 @@ def _resampling(tables: Tables, counts: dict[str, Array]) -> Callable[[np.random
     rows = {(variant.edit, variant.layer): row for row, variant in enumerate(tables.measurer.variants)}
 
     def values(edit: str, metric: str) -> Array:
-        places = [rows.get((edit, layer), 0) for layer in range(depth)]
-        found: Array = sample.values[:, places, METRICS.index(metric)]
+        found = np.full((n, depth), np.nan)
+        for layer in range(depth):
+            # The lens behind the last block is the unedited model; a block that cannot be dropped has no value.
+            row = rows.get((edit, layer), 0 if edit == LENS else None)
+            if row is not None:
+                found[:, layer] = sample.values[:, row, METRICS.index(metric)]
         return found
 
     of_predictions = np.repeat(sample.counts[:, None], depth, 1)

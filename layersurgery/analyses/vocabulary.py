@@ -17,14 +17,15 @@ from ..contributions import centred
 from ..dissection import Anatomy
 from ..dissection import anatomy as find_anatomy
 from ..errors import InexpressibleError
+from ..forecasting import free_memory
 from ..gains import Gain, gain_of
-from ..kernels.moments import moments, unit_rows
+from ..kernels.moments import NEURONS, moments, unit_rows
 from ..projections import written_rows
 from ..stack import Stack
 
 KURTOSIS, VARIANCE = 10.0, 0.005
 PREDICTION, SUPPRESSION = "prediction", "suppression"
-_ROWS = 4096
+_ROWS, _SPARE = 4096, 1.5
 OnLayer = Callable[[int, int], None]
 
 
@@ -61,9 +62,9 @@ def neuron_scores(
         for layer, block in enumerate(stack.blocks):
             stack.residence.bring(block)
             try:
-                for name, rows_ND in _written(stack, layer, left_out):
-                    w_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND
-                    frames.append(_frame(layer, name, block, moments(w_ND, u_VD)))
+                for name, parts in _written(stack, layer, left_out):
+                    found = [moments(rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND, u_VD) for rows_ND in parts]
+                    frames.append(_frame(layer, name, block, torch.cat(found, 1)))
             finally:
                 stack.residence.let_go(block)
             if progress is not None:
@@ -137,10 +138,12 @@ def unembedding(stack: Stack) -> torch.Tensor:
             f"{name}: neurons write a stream of width {stack.width}, and the unembedding is {found}, so they cannot be laid beside each other"
         )
     gain = _gain(stack, anatomy.final_norm, matrix)
-    u_VD = torch.empty(matrix.shape, dtype=torch.float32, device=matrix.device)
-    sums = torch.zeros(stack.width, dtype=torch.float64, device=matrix.device)
+    # Where a device has no room for it beside the model, main memory has.
+    place = matrix.device if _SPARE * matrix.numel() * 4 < free_memory(matrix.device) else torch.device("cpu")
+    u_VD = torch.empty(matrix.shape, dtype=torch.float32, device=place)
+    sums = torch.zeros(stack.width, dtype=torch.float64, device=place)
     for start in range(0, len(matrix), _ROWS):
-        rows = matrix[start : start + _ROWS].detach().double() * gain.scale_D.to(matrix.device)
+        rows = matrix[start : start + _ROWS].detach().to(place).double() * gain.scale_D.to(place)
         rows = rows - rows.mean(-1, keepdim=True) if gain.centres else rows
         u_VD[start : start + _ROWS] = rows
         sums += rows.sum(0)
@@ -162,8 +165,8 @@ def _gain(stack: Stack, path: str | None, like: torch.Tensor) -> Gain:
     return gain
 
 
-def _written(stack: Stack, layer: int, left_out: dict[str, str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights with which neurons of a block write the stream, (neurons, width), float32, by their names."""
+def _written(stack: Stack, layer: int, left_out: dict[str, str]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    """Weights with which neurons of a block write the stream, by their names: some (neurons, width) after another, float32."""
     block, parts = stack.blocks[layer], stack.anatomy.parts(layer)
     behind = [stub.path for stub in parts.mlp_stubs if stub.path in parts.norms_after]
     names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
@@ -173,12 +176,18 @@ def _written(stack: Stack, layer: int, left_out: dict[str, str]) -> Iterator[tup
         )
     for name in names:
         owner, _, key = name.rpartition(".")
-        rows_ND = written_rows(block.get_submodule(owner), key, stack.width).float()
-        for path in behind:
-            gain = _gain(stack, f"{stack.path}.{layer}.{path}", rows_ND)
+        like = block.get_parameter(name)
+        gains = [_gain(stack, f"{stack.path}.{layer}.{path}", like) for path in behind]
+        yield name, _some(block.get_submodule(owner), key, stack.width, gains)
+
+
+def _some(module: nn.Module, key: str, width: int, gains: list[Gain]) -> Iterator[torch.Tensor]:
+    for rows_ND in written_rows(module, key, width, NEURONS):
+        rows_ND = rows_ND.float()
+        for gain in gains:
             rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if gain.centres else rows_ND
             rows_ND = rows_ND * gain.scale_D.to(rows_ND.device, rows_ND.dtype)
-        yield name, rows_ND
+        yield rows_ND
 
 
 def _frame(layer: int, name: str, block: nn.Module, found: torch.Tensor) -> pd.DataFrame:
