@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..readout import float32_products
+from ..products import float32_products
 
 NEURONS, WORDS = 512, 2048
 

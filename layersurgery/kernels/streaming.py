@@ -23,7 +23,8 @@ from types import ModuleType
 
 import torch
 
-from ..readout import Readout, Unembedding, float32_products
+from ..products import float32_products
+from ..readout import Readout, Unembedding
 from . import chunked
 from .chunked import Summary
 
