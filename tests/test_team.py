@@ -129,6 +129,32 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return files(place / "alone")
 
 
+def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+        given = [
+            "stages",
+            "tiny",
+            "--data",
+            "story.txt",
+            "-n",
+            200,
+            "--context",
+            20,
+            "-b",
+            2,
+            "--device",
+            "cpu",
+            "-o",
+            place / f"stages-{size}",
+        ]
+        ended = start(place, tmp_path / str(size), size, [str(word) for word in given])
+        assert ended.codes == [0] * size, ended.err
+        found.append(files(place / f"stages-{size}"))
+    assert found[0] == found[1]
+
+
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     ended = start(place, tmp_path, 3, words(place, "three", "--json"))
     assert ended.codes == [0, 0, 0], ended.err

@@ -80,7 +80,17 @@ class OfAnalysis:
         return Tables(self.measurer, sample, self.name)
 
     def _neurons(self, directory: Path) -> pd.DataFrame | None:
-        """Scores of neurons, kept for a start after this one; None where the model has none."""
+        """Scores of all neurons; None where the model has none."""
+        try:
+            found = self._looked_at(directory)
+        except InexpressibleError as error:
+            self.measurer.left_out["neurons"] = str(error)
+            return None
+        self.measurer.left_out.update(found.attrs["left_out"])
+        return found
+
+    def _looked_at(self, directory: Path) -> pd.DataFrame:
+        """The same, kept for a start after this one."""
         kept = directory / PARTS / f"{SCORES}.parquet"
         if kept.exists():
             try:
@@ -88,12 +98,7 @@ class OfAnalysis:
             except (OSError, pa.ArrowInvalid, KeyError):
                 kept.unlink()
         stack = self.measurer.stack
-        try:
-            found = neuron_scores(self.measurer.model, anatomy=stack.anatomy, progress=self.on_neurons)
-        except InexpressibleError as error:
-            self.measurer.left_out["neurons"] = str(error)
-            return None
-        self.measurer.left_out.update(found.attrs["left_out"])
+        found = neuron_scores(self.measurer.model, anatomy=stack.anatomy, progress=self.on_neurons)
         kept.parent.mkdir(exist_ok=True)
         with whole_file(kept) as partial:
             table = pa.Table.from_pandas(found, preserve_index=False)
