@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import textwrap
@@ -100,7 +101,7 @@ def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     table.add_column("\nlayers", justify="right", no_wrap=True)
     parts = ("attention", "mlp", "block")
     for part in parts:
-        for kind in ("self", "index", "adjacent"):
+        for kind in ("self", "index", "adj."):
             table.add_column(f"{part if kind == 'self' else ''}\n{kind}", justify="right", no_wrap=True)
     by = frame.set_index(["layer", "part"])
     for layer in dict.fromkeys(frame.layer):
@@ -124,7 +125,7 @@ def show_analysis(run: Run, talk: Talk) -> None:
     from layersurgery.table import read_results, tables_in
 
     facts = run.facts
-    names = [name for name in tables_in(facts) if name not in ("neuron_scores", "drop")]
+    names = [name for name in tables_in(facts) if name != "neuron_scores"]
     frames = {name: read_results(run.directory, name) for name in names}
     value: dict[str, Any] = {
         "path": str(run.directory),
@@ -146,7 +147,7 @@ def show_analysis(run: Run, talk: Talk) -> None:
         shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
     shown += ["", *_notes(facts)]
     files = [*facts["files"], *facts["figures"]]
-    shown.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
+    shown.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
     talk.result(value, *shown)
 
 
@@ -173,11 +174,10 @@ def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity")
     tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
-    counted = [table for table in tables.values() if "tokens" in table]
     caption = "from weights alone"
-    if counted:
-        tokens, sequences = max(int(table.tokens.max()) for table in counted), int(counted[0].sequences.iloc[0])
-        caption = f"{tokens:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
+    if "text" in facts:
+        sequences = facts["text"]["sequences"]
+        caption = f"{facts['text']['tokens']:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
     return Analysed(tables, label, caption)
 
 
@@ -192,4 +192,9 @@ def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output:
     """Draw several directories' tables together."""
     from layersurgery.signal_figures import draw_signals
 
-    return draw_signals([analysed(path, run) for path, run in directories], output)
+    models = [analysed(path, run) for path, run in directories]
+    labels = [model.label for model in models]
+    for number, (path, _) in enumerate(directories):
+        if labels.count(labels[number]) > 1:
+            models[number] = dataclasses.replace(models[number], label=f"{labels[number]} ({path.name})")
+    return draw_signals(models, output)

@@ -166,7 +166,7 @@ def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
 
     from .analyses import draw_together
 
-    frames = {directory: read_results(directory) for directory in directories}
+    frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
     runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
     analyses = [(directory, run) for directory, run in runs.items() if run["kind"] == ANALYSIS]
     sweeps = [

@@ -256,6 +256,10 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
             )
     for number, (before, after) in enumerate(pairwise(calls)):
         output, where = first_tensor(before.output), after.stream()
+        if output is not None and bool(output.isnan().any()):
+            raise InexpressibleError(
+                f"{type(model).__name__}: block {number} returns NaN on seven tokens; look at its weights, or in half precision try another dtype"
+            )
         if output is None or where is None or not torch.equal(output, after[where].to(output.device)):
             raise InexpressibleError(
                 f"{type(model).__name__}: what block {number + 1} is given is not what block {number} returned, so the blocks are not one stream"

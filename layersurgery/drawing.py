@@ -64,6 +64,8 @@ def plainly(texts: Sequence[Text]) -> None:
 def line(axis: Axes, x: Any, y: Any, error: Any, place: int, label: str, **style: Any) -> None:
     """A line with its band of one error to each side."""
     x, y, error = (np.asarray(values, float) for values in (x, y, error))
+    if not np.isfinite(y).any():  # no line, no legend
+        return
     colour = COLOURS[place % len(COLOURS)]
     axis.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
     axis.plot(x, y, **{"color": colour, "marker": MARKERS[place % len(MARKERS)], "label": label} | style)

@@ -101,6 +101,8 @@ class Observer:
                     else:
                         self.left_out[f"{part} norm of block {layer}"] = member.fault or f"the block has no {part}"
         if SIMILARITY in self.signals:
+            if self.stack.depth < 2:
+                self.left_out["similarity"] = "the model has one block, and none to swap it with"
             for layer in range(self.stack.depth - 1):
                 for name in PARTS:
                     why = self._unlike(layer, name)
@@ -114,7 +116,7 @@ class Observer:
         for number in (layer, layer + 1):
             member = self.members[number]
             if part in BRANCHES and not member.has(part):
-                return member.fault or f"block {number} has no {part}"
+                return member.fault or f"one of the blocks has no {part}"
         return ""
 
     @contextmanager

@@ -255,9 +255,9 @@ class _Work:
             parts = [self.part(batch) for batch in range(self.batches)]
             join([part for part in parts if part.exists()], self.run.directory / TOKENS)
             files.append(TOKENS)
-        self.run.note(files=files)
+        self.run.note(files=files, **self._facts())
         drawn, fault = drawn_by(draw, frame, self.run.directory)
-        self.run.note(state="finished", figures=drawn, figures_fault=fault, **self._facts())
+        self.run.note(state="finished", figures=drawn, figures_fault=fault)
         clear_progress(self.run.directory)
         return frame
 

@@ -97,7 +97,10 @@ def _run_in(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bo
     run = Run(directory, kind, arguments, before or {})
     if before is None or overwrite or not (run.finished or run.begun):
         return Run(directory, kind, arguments)
-    if changed := _changed(before.get("arguments", {}), arguments):
+    there = before.get("arguments", {})
+    if there.get("analysis") != arguments.get("analysis"):  # then nothing else is worth comparing
+        there, arguments = ({"analysis": given.get("analysis")} for given in (there, arguments))
+    if changed := _changed(there, arguments):
         raise OutputError(
             f"{directory} holds {KINDS[kind]} with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
         )

@@ -16,6 +16,7 @@ from matplotlib.ticker import NullFormatter
 from .drawing import COLOURS, MARKERS, line, plainly, save, styled
 
 _DEPTH = "relative depth of the block"
+_UNTOLD = "#EFEFEF"
 _SHADES = ("#DCE9F5", "#E3F1E6", "#FBF3D9", "#F8E3DC")
 _STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 _FIGURE_1 = (
@@ -53,7 +54,7 @@ def draw_signals(models: Sequence[Analysed], directory: Path) -> list[Path]:
     """Draw all that the tables hold, as PNG and SVG; returns the files."""
     figures: dict[str, Figure] = {}
     for name, make in _MAKERS.items():
-        some = [model for model in models if name in model.tables]
+        some = [model for model in models if name in model.tables and len(model.tables[name])]
         if some:
             figures[name] = make(some)
     return save(figures, directory)
@@ -189,18 +190,30 @@ def _one(axis: Axes, table: pd.DataFrame, name: str, label: str, scale: str) -> 
     line(axis, table.relative_depth, values, table[f"{name}_sem"], 0, "")
     if scale == "log" and np.isfinite(values).any() and np.nanmin(values) > 0:
         axis.set_yscale("log")
-        near = np.nanmax(values) < 30 * np.nanmin(values)
+        near = np.nanmax(values) < 8 * np.nanmin(values)
         axis.yaxis.set_major_formatter(_plain)
         axis.yaxis.set_minor_formatter(_plain if near else NullFormatter())
         axis.tick_params(which="minor", labelsize=6)
     elif np.isfinite(values).any():
-        axis.set_ylim(bottom=0)
+        _from_zero(axis)
+    else:
+        axis.set_yticks([])
+        axis.text(0.5, 0.5, "not measured", ha="center", va="center", color="#666666", transform=axis.transAxes)
     axis.set_ylabel(label, fontsize=8)
     axis.set_xlabel(_DEPTH, fontsize=8)
 
 
 def _plain(value: float, _place: float) -> str:
     return f"{value:g}"
+
+
+def _from_zero(axis: Axes) -> None:
+    """From nothing to a little above what is drawn, however flat it is."""
+    most = max(
+        (np.nanmax(y) for y in (np.asarray(line.get_ydata(), float) for line in axis.get_lines()) if np.isfinite(y).any()),
+        default=0,
+    )
+    axis.set_ylim(0, 1.08 * most if most > 0 else 1)
 
 
 def _shade(axis: Axes, table: pd.DataFrame, *, words: bool = False) -> None:
@@ -224,7 +237,8 @@ def _shade(axis: Axes, table: pd.DataFrame, *, words: bool = False) -> None:
             axis.plot(reach, [1, 1], "|-", color="#555555", linewidth=2.5, transform=axis.get_xaxis_transform(), clip_on=False)
     edges.append(depth)
     for first, last, stage in zip(edges, edges[1:], names, strict=False):
-        axis.axvspan(at(first), at(last), color=_SHADES[_STAGES.index(stage[0])], linewidth=0, zorder=0.5)
+        shade = _SHADES[_STAGES.index(stage[0])] if len(stage) == 1 else _UNTOLD
+        axis.axvspan(at(first), at(last), color=shade, linewidth=0, zorder=0.5)
         if words:
             middle = (max(0.0, at(first)) + min(1.0, at(last))) / 2
             axis.text(
@@ -250,7 +264,7 @@ def _panels(models: Sequence[Analysed], name: str, panels: Sequence[tuple[str, s
             axis.set_ylabel(label)
             axis.set_xlabel(_DEPTH)
             axis.set_xlim(-0.02, 1.02)
-            axis.set_ylim(bottom=0)
+            _from_zero(axis)
         _finish(figure, models, grid[0])
     return figure
 
@@ -263,7 +277,7 @@ def _finish(figure: Figure, models: Sequence[Analysed], axis: Axes) -> None:
     if len(models) == 1:
         text = f"{models[0].label}: {captions[0]}"
     else:
-        text = captions[0] if len(captions) == 1 else "; ".join(f"{model.label} {model.caption}" for model in models)
+        text = captions[0] if len(captions) == 1 else "; ".join(f"{model.label}: {model.caption}" for model in models)
     figure.suptitle(text, fontsize=10 if len(text) < 120 else 7, parse_math=False)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from layersurgery_cli.analyses import analysed
 from PIL import Image
 
 import layersurgery as ls
@@ -99,11 +101,19 @@ def test_what_a_person_sees(place: Path) -> None:
     again = run("stages", place / "tiny", *words(place), "-o", place / "stages")
     assert again.exit_code == 0
     assert "has finished; nothing to do" in again.stderr
-    for said in ("drop KL", "attn/MLP", "suppr. %", "limits between the four stages", "Wrote", "stages.parquet", "tokens/s"):
+    for said in (
+        "drop KL",
+        "attn/MLP",
+        "suppr. %",
+        "limits between the four stages",
+        "Results are in",
+        "stages.parquet",
+        "tokens/s",
+    ):
         assert said in again.stdout, said
     rows = [line.split() for line in again.stdout.splitlines() if line[:5].strip().isdecimal()]
     assert [row[0] for row in rows] == [str(layer) for layer in range(DEPTH)]
-    assert all(len(line) <= 110 for line in again.stdout.splitlines() if not line.startswith("Wrote"))
+    assert all(len(line) <= 110 for line in again.stdout.splitlines() if not line.startswith("Results are in"))
 
 
 def test_what_is_missing_is_said_once(place: Path, tmp_path: Path) -> None:
@@ -196,3 +206,33 @@ def test_several_models_are_drawn_together(place: Path, tmp_path: Path) -> None:
     picture = (tmp_path / "figures" / "lens.svg").read_text()
     assert "tiny" in picture
     assert "llama" in picture
+
+
+def test_a_model_of_one_block(tmp_path: Path, place: Path) -> None:
+    checkpoint(tmp_path / "one", "gpt2", n_layer=1)
+    value = result_of("stages", tmp_path / "one", *words(place), "-o", tmp_path / "stages")
+    assert value["tables"]["similarity"] == []
+    assert value["left_out"]["similarity"] == "the model has one block, and none to swap it with"
+    assert len(value["tables"]["lens"]) == 1
+
+
+def test_captions_and_labels_say_which_run_it_was(place: Path, tmp_path: Path) -> None:
+    facts = ls.read_results(place / "stages").attrs["run"]
+    one = analysed(place / "stages", facts)
+    assert one.caption == f"120 tokens of {place / 'story.txt'} in 4 sequences"
+    shutil.copytree(place / "stages", tmp_path / "again")
+    result_of("plot", place / "stages", tmp_path / "again", place / "stages", "-o", tmp_path / "figures")
+    picture = (tmp_path / "figures" / "lens.svg").read_text()
+    assert "tiny (stages)" in picture
+    assert "tiny (again)" in picture
+    (tmp_path / "again" / "run.json").write_text('{"kind": "other", "state": "finished"}')
+    found = run("plot", tmp_path / "again", "-o", tmp_path / "figures")
+    assert found.exit_code == 1
+    assert "holds no results" in found.stderr
+
+
+def test_too_short_for_five_tokens_before(place: Path, tmp_path: Path) -> None:
+    value = result_of(
+        "analyze", "attention", place / "tiny", "--data", place / "story.txt", "-n", 40, "--context", 4, "-o", tmp_path / "out"
+    )
+    assert value["left_out"] == {"attention_prev5": "no token has five before it; sequences need at least six tokens"}

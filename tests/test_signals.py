@@ -189,6 +189,16 @@ def test_swapped_blocks_are_compared_in_either_order(order: str) -> None:
     pd.testing.assert_frame_equal(found, meant, atol=1e-9)
 
 
+def test_the_cosine_of_a_thing_with_itself_is_one() -> None:
+    """Two blocks of the same weights: swapped, the model is the same, and each stands where the other would do the same."""
+    model, ids = tiny_model("llama"), tokens(2, 10)
+    model.model.layers[3].load_state_dict(model.model.layers[2].state_dict())
+    table = ls.analyses.similarity(model, ids).set_index(["layer", "part"]).loc[2]
+    np.testing.assert_allclose(table["index"], 1, atol=1e-6)
+    np.testing.assert_allclose(table["self"], table["adjacent"], atol=1e-6)
+    assert (table["self"] < 0.999).all()
+
+
 def test_what_it_costs() -> None:
     """Lenses cost no block calls; a swap costs two; nothing of the swaps stays."""
     model, ids = tiny_model("llama"), tokens(2, 10)

@@ -71,6 +71,7 @@ class OfAnalysis:
             frames |= {} if found is None else {SCORES: found, NEURONS: counted(found, self.name)}
             together = combined(tables, frames.get(NEURONS))
             frames = {STAGES: together, BOUNDARIES: limits(together), **frames}
+        self.measurer.left_out.update(tables.left_out)
         files = write_tables(directory, frames)
         with whole_file(directory / SEQUENCES) as partial:
             pq.write_table(by_sequence(tables), partial, compression="zstd")

@@ -49,6 +49,9 @@ def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **option
         depth: blocks of the model.
         options: of `Measurer`.
     """
+    signals = [signals] if isinstance(signals, str) else signals
+    if not signals:
+        raise PlanError(f"no signal is asked for; there are {', '.join(FROM_TEXT)}")
     if unknown := set(signals) - set(FROM_TEXT):
         raise PlanError(f"{', '.join(sorted(unknown))} is no signal read off text; they are {', '.join(FROM_TEXT)}")
     observe = [signal for signal in SIGNALS if signal in signals]
@@ -95,7 +98,12 @@ class Tables:
     def left_out(self) -> dict[str, str]:
         """What could not be measured, and why."""
         observer = self.measurer.observer
-        return self.measurer.left_out | ({} if observer is None else observer.left_out)
+        found = dict(self.measurer.left_out)
+        if observer is not None:
+            found |= observer.left_out
+            if ATTENTION in observer.signals and not self._counts("late").any():
+                found["attention_prev5"] = "no token has five before it; sequences need at least six tokens"
+        return found
 
     @property
     def depth(self) -> int:
@@ -147,7 +155,16 @@ class Tables:
                 for kind in KINDS:
                     row |= self._quantity(layer, part, kind)
                 rows.append(row)
-        return _typed(rows)
+        empty = [
+            "model",
+            "layer",
+            "relative_depth",
+            "tokens",
+            "sequences",
+            "part",
+            *(n for kind in KINDS for n in (kind, f"{kind}_sem")),
+        ]
+        return _typed(rows) if rows else pd.DataFrame(columns=empty).astype({"layer": "Int64"})  # a single block
 
     def drop(self) -> pd.DataFrame:
         """The sweep's table of dropped blocks."""
@@ -228,6 +245,7 @@ def measure(
         >>> tables = measure(model, tokens, ["lens", "norms"])  # doctest: +SKIP
         >>> tables["lens"].plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
     """
+    signals = [signals] if isinstance(signals, str) else signals
     ids, mask = as_tokens(tokens, attention_mask)
     tables = measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
     return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}

@@ -169,7 +169,8 @@ def in_words(frame: pd.DataFrame) -> str:
         told
     ]
     head = f"{number} between the four stages {'was' if told < 2 else 'were'} found"
-    tail = f"Layers {first} to {depth - 1} are {names[-1]}." if told else ""
+    last = f"Layers {first} to {depth - 1} are" if first < depth - 1 else f"Layer {first} is"
+    tail = f"{last} {names[-1]}." if told else ""
     return " ".join(filter(None, [f"{head}.", *parts, tail]))
 
 
