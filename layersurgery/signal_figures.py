@@ -195,7 +195,7 @@ def _one(axis: Axes, table: pd.DataFrame, name: str, label: str, scale: str) -> 
         axis.yaxis.set_minor_formatter(_plain if near else NullFormatter())
         axis.tick_params(which="minor", labelsize=6)
     elif np.isfinite(values).any():
-        _from_zero(axis)
+        _from_zero(axis, values)
     else:
         axis.set_yticks([])
         axis.text(0.5, 0.5, "not measured", ha="center", va="center", color="#666666", transform=axis.transAxes)
@@ -207,12 +207,10 @@ def _plain(value: float, _place: float) -> str:
     return f"{value:g}"
 
 
-def _from_zero(axis: Axes) -> None:
+def _from_zero(axis: Axes, *drawn: Any) -> None:
     """From nothing to a little above what is drawn, however flat it is."""
-    most = max(
-        (np.nanmax(y) for y in (np.asarray(line.get_ydata(), float) for line in axis.get_lines()) if np.isfinite(y).any()),
-        default=0,
-    )
+    values = np.concatenate([np.asarray(one, float) for one in drawn])
+    most = np.nanmax(values) if np.isfinite(values).any() else 0
     axis.set_ylim(0, 1.08 * most if most > 0 else 1)
 
 
@@ -264,7 +262,7 @@ def _panels(models: Sequence[Analysed], name: str, panels: Sequence[tuple[str, s
             axis.set_ylabel(label)
             axis.set_xlabel(_DEPTH)
             axis.set_xlim(-0.02, 1.02)
-            _from_zero(axis)
+            _from_zero(axis, *(times * model.tables[name][column] for model in models))
         _finish(figure, models, grid[0])
     return figure
 
