@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from layersurgery.team import Alone, own_devices, rounds
+from tests.test_cli import run
 from tests.tiny_text import checkpoint
 
 SEQUENCES = 41
@@ -129,11 +130,9 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return files(place / "alone")
 
 
-def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path) -> None:
-    found = []
-    for size in (1, 2):
-        (tmp_path / str(size)).mkdir()
-        given = [
+def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(out: str) -> list[str]:
+        asked = [
             "stages",
             "tiny",
             "--data",
@@ -147,12 +146,15 @@ def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path) -> No
             "--device",
             "cpu",
             "-o",
-            place / f"stages-{size}",
+            place / out,
         ]
-        ended = start(place, tmp_path / str(size), size, [str(word) for word in given])
-        assert ended.codes == [0] * size, ended.err
-        found.append(files(place / f"stages-{size}"))
-    assert found[0] == found[1]
+        return [str(word) for word in asked]
+
+    ended = start(place, tmp_path, 2, given("stages-2"))
+    assert ended.codes == [0, 0], ended.err
+    monkeypatch.chdir(place)
+    assert run(*given("stages-1")).exit_code == 0
+    assert files(place / "stages-1") == files(place / "stages-2")
 
 
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
