@@ -15,6 +15,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import analyses
+    from .analyses.pruning import Pruning, prune
+    from .analyses.ranking import rank
     from .checkpoint import Edited, edit_checkpoint
     from .comparison import Comparison, compare
     from .dissection import Anatomy, anatomy
@@ -36,6 +38,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "PlanError",
+    "Pruning",
     "Route",
     "SourceError",
     "UndoError",
@@ -52,6 +55,8 @@ __all__ = [
     "move",
     "operate",
     "operate_",
+    "prune",
+    "rank",
     "read_results",
     "reorder",
     "repeat",
@@ -69,6 +74,7 @@ _LATER = {
     "Comparison": "comparison",
     "Edited": "checkpoint",
     "Folded": "folding",
+    "Pruning": "analyses.pruning",
     "anatomy": "dissection",
     "compare": "comparison",
     "edit_checkpoint": "checkpoint",
@@ -77,6 +83,8 @@ _LATER = {
     "load": "loading",
     "operate": "surgery",
     "operate_": "surgery",
+    "prune": "analyses.pruning",
+    "rank": "analyses.ranking",
     "read_results": "table",
     "save": "saving",
     "sweep": "sweeping",

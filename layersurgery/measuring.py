@@ -49,6 +49,8 @@ class Measurer:
         order: "depth-first" or "layer-major" (see `trie`); by default layer by layer where weights of blocks are kept elsewhere, and
             where swapped blocks are observed.
         observe: signals to read off the blocks while they run (see `observing`); then there need be no variants.
+        spans: of changes that are observed, up to how many blocks together.
+        along: the route on which changes are observed; the unedited model if not given.
         prove: show first, on some of the text, that what is read off the last block is what the model itself returns.
 
     Attributes:
@@ -73,12 +75,16 @@ class Measurer:
         compiled: bool = False,
         order: str | None = None,
         observe: Collection[str] = (),
+        spans: int = 1,
+        along: Route | None = None,
         prove: bool = False,
     ) -> None:
         refuse_architecture(facts_of(text_config(model)))
         self.model = model
         self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
-        self.observer = Observer(self.stack, observe) if observe else None
+        if along is not None:
+            refuse_route(facts_of(text_config(model)), along, live=True)
+        self.observer = Observer(self.stack, observe, spans=spans, along=along) if observe else None
         self._reads = bool(variants) or prove
         kept, self.left_out = self._possible(variants)
         self.variants = (unedited(self.stack.depth), *kept)

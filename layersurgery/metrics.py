@@ -119,6 +119,14 @@ class Sample:
         numbers = [first + offset for first, of_batch, _, _ in ordered for offset, count in enumerate(of_batch) if count]
         return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
 
+    def sums(self, rows: Sequence[int] | None = None) -> Sums:
+        """Those of metrics; of some rows only, if given."""
+        chosen = range(self.values.shape[1]) if rows is None else rows
+        sums = Sums(len(chosen))
+        for number, count, values in zip(self.numbers, self.counts, self.values, strict=True):
+            sums.add(number, int(count), values[list(chosen)])
+        return sums
+
 
 def ratio(sums: Array, counts: Array) -> tuple[float, float]:
     """A mean over positions, of sums and counts by sequence, both (sequences,); and its standard error over sequences.

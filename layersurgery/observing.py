@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 
 from .attending import REACH, Looking
-from .contributions import BRANCHES, centred, members, tapped
+from .changes import Changes, angular_distance, influence
+from .contributions import BRANCHES, Member, centred, members, tapped
 from .errors import MeasurementError
 from .inputs import followed
 from .metrics import Array
@@ -23,11 +24,11 @@ from .route import Route, Visit
 from .stack import Stack, Tape
 from .trie import Run
 
-ATTENTION, NORMS, SIMILARITY = "attention", "norms", "similarity"
+ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)
 PARTS = (*BRANCHES, "block")
 KINDS = ("self", "index", "adjacent")
-_COUNTS = ("tokens", "late", "pairs")
+COUNTS = ("tokens", "late", "pairs", "ends")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ class Quantity:
     Attributes:
         signal: which analysis it belongs to.
         layer: the block; of a swap, the first of the two.
-        part: "attention", "mlp" or "block".
+        part: "attention", "mlp" or "block"; of a change, the number of blocks that make it.
         name: the column of the table.
-        count: what is counted: real tokens ("tokens"), those with five before them ("late"), or pairs of a token and one of the five
-            before it ("pairs").
+        count: what is counted: real tokens ("tokens"), those with five before them ("late"), pairs of a token and one of the five before
+            it ("pairs"), or last tokens of sequences ("ends").
     """
 
     signal: str
@@ -55,7 +56,9 @@ class Observer:
 
     Args:
         stack: the blocks.
-        signals: what to observe, of `SIGNALS`.
+        signals: what to observe, of `SIGNALS`, or "change".
+        spans: of changes, up to how many blocks together.
+        along: of changes, the route that is observed, which visits no block twice; the unedited model if not given.
 
     Attributes:
         members: the blocks, as far as their parts can be told apart.
@@ -64,23 +67,28 @@ class Observer:
         left_out: what cannot be observed, and why.
     """
 
-    def __init__(self, stack: Stack, signals: Collection[str]) -> None:
+    def __init__(self, stack: Stack, signals: Collection[str], *, spans: int = 1, along: Route | None = None) -> None:
         self.stack, self.signals = stack, frozenset(signals)
-        self.members = members(stack, look=ATTENTION in self.signals)
-        self.centred = centred(stack)
+        self.spans, self.along = spans, Route.identity(stack.depth) if along is None else along
+        assert along is None or (self.signals == {CHANGE} and spans == 1)
+        whole = self.signals <= {CHANGE}  # of blocks as wholes, parts need not be known
+        self.members = [Member((), (), "", False)] * stack.depth if whole else members(stack, look=ATTENTION in self.signals)
+        self.centred = not whole and centred(stack)
         self.left_out: dict[str, str] = {}
         self.quantities = tuple(self._quantities())
-        self._place = {(q.layer, q.part, q.name): number for number, q in enumerate(self.quantities, len(_COUNTS))}
+        self._place = {(q.layer, q.part, q.name): number for number, q in enumerate(self.quantities, len(COUNTS))}
         self._context: _Context | None = None
 
     @property
     def size(self) -> int:
         """Numbers kept of each sequence: counts, and a sum for each quantity."""
-        return len(_COUNTS) + len(self.quantities)
+        return len(COUNTS) + len(self.quantities)
 
     @property
     def routes(self) -> list[Route]:
-        """What is to be run beside the unedited model: each swap of neighbours, as far as the second of the two."""
+        """What is to be run beside the unedited model: each swap of neighbours, as far as the second of the two; or the route observed."""
+        if self.along != Route.identity(self.stack.depth):
+            return [self.along]
         if SIMILARITY not in self.signals:
             return []
         return [Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.stack.depth - 1)]
@@ -110,6 +118,14 @@ class Observer:
                         self.left_out[f"{name} similarity of blocks {layer} and {layer + 1}"] = why
                     else:
                         yield from (Quantity(SIMILARITY, layer, name, kind, "tokens") for kind in KINDS)
+
+        if CHANGE in self.signals:
+            visited = self.along.blocks
+            for place, layer in enumerate(visited):
+                yield Quantity(CHANGE, layer, "1", "block_influence", "tokens")
+                for span in range(1, min(self.spans, len(visited) - place) + 1):
+                    yield Quantity(CHANGE, layer, str(span), "angular_distance", "tokens")
+                    yield Quantity(CHANGE, layer, str(span), "angular_distance_last", "ends")
 
     def _unlike(self, layer: int, part: str) -> str:
         """Why a part of two neighbours cannot be compared."""
@@ -147,6 +163,10 @@ class Observer:
     def run(self, step: Run, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a block of an edited model; `call` does it."""
         context = self._now()
+        if CHANGE in self.signals and not self.along.is_identity(self.stack.depth):
+            after = call()
+            context.changed(step.visit.block, stream, after)
+            return after
         first, second = step.state == step.visit.block - 1, context.moved.get(step.state) == step.visit.block
         if SIMILARITY not in self.signals or not step.visit.whole or not (first or second):
             return call()
@@ -162,7 +182,7 @@ class Observer:
             MeasurementError: something was to be seen, and was not.
         """
         found = self._now().sums
-        for number, quantity in enumerate(self.quantities, len(_COUNTS)):
+        for number, quantity in enumerate(self.quantities, len(COUNTS)):
             if number not in found:
                 raise MeasurementError(
                     f"block {quantity.layer}: its {quantity.part} ran otherwise than on seven tokens, so {quantity.name} was not seen; with "
@@ -177,12 +197,13 @@ class Observer:
     @property
     def names(self) -> list[str]:
         """What each number of a sequence is, in words."""
-        return [*_COUNTS, *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self.quantities)]
+        return [*COUNTS, *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self.quantities)]
 
     @property
     def streams(self) -> int:
         """How many tensors as large as the stream, in float32, are alive at once beside it."""
-        return 9 if SIMILARITY in self.signals else 3 if NORMS in self.signals else 0
+        changes = self.spans + 2 if CHANGE in self.signals else 0
+        return changes + (9 if SIMILARITY in self.signals else 3 if NORMS in self.signals else 0)
 
     def place(self, layer: int, part: str, name: str) -> int:
         """Where among the numbers of a sequence a quantity's sum is."""
@@ -206,14 +227,16 @@ class _Context:
         back = torch.arange(1, REACH + 1)
         self.late = place >= REACH
         self.pairs = place[..., None] >= back
-        self.sums = {
-            number: counted.flatten(1).sum(-1).double() for number, counted in enumerate((self.real, self.late, self.pairs))
-        }
+        last = place == place.amax(-1, keepdim=True)
+        self.ends = last & self.real
+        counted = (self.real, self.late, self.pairs, self.ends)
+        self.sums = {number: some.flatten(1).sum(-1).double() for number, some in enumerate(counted)}
         self.own: dict[int, dict[str, torch.Tensor]] = {}
         self.moved: dict[int, int] = {}
         self._caught: dict[str, torch.Tensor] = {}
         self._heads: dict[int, tuple[torch.Tensor, int]] = {}
         self._open = self._looking = False
+        self.changes = Changes(observer.spans)
 
     def shape(self) -> torch.Size | None:
         return self.real.shape if self._open else None
@@ -256,6 +279,8 @@ class _Context:
     def trunk(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
         observer, parts = self.observer, self._parts(before, after)
         self._heads.clear()
+        if CHANGE in observer.signals and observer.along[: block + 1] == Route.identity(block + 1):
+            self.changed(block, before, after)
         if NORMS in observer.signals:
             for part in BRANCHES:
                 if part in parts:
@@ -263,6 +288,15 @@ class _Context:
         if SIMILARITY in observer.signals:
             self.own[block] = parts
             self._compare(block - 1, "adjacent", parts)
+
+    def changed(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """A block of the route that is observed has run."""
+        self._add_tokens(block, "1", "block_influence", influence(before.to(after.device), after))
+        for first, span, stream in self.changes.passed(block, before, after):
+            distance = angular_distance(stream, after)
+            self._add_tokens(first, str(span), "angular_distance", distance)
+            at_end = torch.where(self.ends.to(distance.device), distance.double(), 0)
+            self._add(first, str(span), "angular_distance_last", at_end)
 
     def swapped(self, step: Run, before: torch.Tensor, after: torch.Tensor) -> None:
         block = step.visit.block
@@ -304,9 +338,9 @@ class _Context:
 
 def counts_of(quantities: Sequence[Quantity]) -> list[int]:
     """For each quantity, which number of a sequence counts what was summed."""
-    return [_COUNTS.index(quantity.count) for quantity in quantities]
+    return [COUNTS.index(quantity.count) for quantity in quantities]
 
 
 def first_quantity() -> int:
     """Where the sums of quantities begin, behind the counts."""
-    return len(_COUNTS)
+    return len(COUNTS)

@@ -5,9 +5,13 @@
 >>> ls.analyses.in_words(ls.analyses.stages(model, tokens))  # doctest: +SKIP
 """
 
+from .pruning import Pruning, prune
 from .questions import attention, lens, norms, similarity
+from .ranking import rank
 from .signals import measure
 from .together import in_words, stages
 from .vocabulary import neuron_scores, neurons
 
-__all__ = ["attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "similarity", "stages"]
+__all__ = [
+    "Pruning", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "prune", "rank", "similarity", "stages",
+]  # fmt: skip

@@ -19,8 +19,8 @@ from ..families import Variant, family
 from ..inputs import as_tokens
 from ..kernels.reference import METRICS
 from ..measuring import Measurer
-from ..metrics import Array, Sample, Sums, ratio
-from ..observing import ATTENTION, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
+from ..metrics import Array, Sample, ratio
+from ..observing import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
 from ..route import Route
 from ..table import results
 
@@ -45,16 +45,16 @@ def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **option
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        signals: of `FROM_TEXT`.
+        signals: of `FROM_TEXT`, or "change".
         depth: blocks of the model.
         options: of `Measurer`.
     """
     signals = [signals] if isinstance(signals, str) else signals
     if not signals:
         raise PlanError(f"no signal is asked for; there are {', '.join(FROM_TEXT)}")
-    if unknown := set(signals) - set(FROM_TEXT):
+    if unknown := set(signals) - {*FROM_TEXT, CHANGE}:
         raise PlanError(f"{', '.join(sorted(unknown))} is no signal read off text; they are {', '.join(FROM_TEXT)}")
-    observe = [signal for signal in SIGNALS if signal in signals]
+    observe = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
     return Measurer(model, variants_of(signals, depth), observe=observe, prove=LENS in signals, **options)
 
 
@@ -90,6 +90,7 @@ class Tables:
         """The table of one signal; `frame.attrs["left_out"]` says what is not in it, and why."""
         frame = {
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
+            CHANGE: self.change,
         }[signal]()  # fmt: skip
         frame.attrs["left_out"] = self.left_out
         return frame
@@ -166,13 +167,25 @@ class Tables:
         ]
         return _typed(rows) if rows else pd.DataFrame(columns=empty).astype({"layer": "Int64"})  # a single block
 
+    def change(self) -> pd.DataFrame:
+        """A row for each span of blocks on the way that is observed, named by its first block: how far the stream turns in it."""
+        observer = self.measurer.observer
+        assert observer is not None
+        visited = observer.along.blocks
+        rows = []
+        for span in range(1, min(observer.spans, len(visited)) + 1):
+            for first in visited[: len(visited) - span + 1]:
+                row = self._begun(first, self._counts("tokens")) | {"span": span}
+                for name in ("angular_distance", "angular_distance_last"):
+                    row |= self._quantity(first, str(span), name)
+                influence = self._quantity(first, "1", "block_influence")
+                rows.append(row | (influence if span == 1 else dict.fromkeys(influence, np.nan)))
+        return _typed(rows)
+
     def drop(self) -> pd.DataFrame:
         """The sweep's table of dropped blocks."""
         chosen = [place for place, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
-        sums = Sums(len(chosen))
-        for sequence, (count, values) in enumerate(zip(self.sample.counts, self.sample.values, strict=True)):
-            sums.add(sequence, int(count), values[chosen])
-        return results([self.measurer.variants[place] for place in chosen], sums, self.model)
+        return results([self.measurer.variants[place] for place in chosen], self.sample.sums(chosen), self.model)
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
         """Sums and counts of one quantity by sequence; NaN and zeros where it is not measured."""
@@ -189,7 +202,7 @@ class Tables:
         return _mean(name, *self.sums(layer, part, name))
 
     def _counts(self, name: str) -> Array:
-        return self.sample.observed[:, ("tokens", "late", "pairs").index(name)]
+        return self.sample.observed[:, COUNTS.index(name)]
 
     def _begun(self, layer: int, counts: Array) -> dict[str, Any]:
         return {

@@ -1,0 +1,157 @@
+"""Ranking layers and choosing some to remove: scores against their definitions, choices against a loop by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import layersurgery as ls
+from layersurgery.analyses.pruning import plan_of
+from layersurgery.changes import angular_distance, influence
+from tests.zoo import tiny_model
+
+NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom")
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(4, 60, (3, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def streams(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Before each block and behind the last, the plain way."""
+    path = ls.anatomy(model).blocks
+    caught: list[torch.Tensor] = []
+    handles = []
+    for block in model.get_submodule(path):  # type: ignore[union-attr]
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs: caught.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+            )
+        )
+    last = model.get_submodule(path)[-1]  # type: ignore[index]
+    handles.append(
+        last.register_forward_hook(lambda _m, _a, out: caught.append((out[0] if isinstance(out, tuple) else out).clone()))
+    )
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return caught
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_what_their_sources_say(name: str) -> None:
+    model, ids = tiny_model(name).eval(), tokens()
+    found = ls.rank(model, ids)
+    states = [state.double() for state in streams(model, ids)]
+    depth = len(states) - 1
+    for layer in range(depth):
+        cosine = nn.functional.cosine_similarity(states[layer], states[layer + 1], dim=-1)
+        assert found.block_influence[layer] == pytest.approx(float((1 - cosine).mean()), rel=1e-4, abs=1e-7)
+    spans = found.attrs["spans"]
+    assert sorted(set(spans.span)) == list(range(1, depth // 2 + 1))
+    for row in spans.itertuples():
+        cosine = nn.functional.cosine_similarity(states[row.layer], states[row.layer + row.span], dim=-1).clamp(-1, 1)
+        angle = cosine.arccos() / math.pi
+        assert row.angular_distance == pytest.approx(float(angle.mean()), rel=1e-4, abs=1e-6)
+        assert row.angular_distance_last == pytest.approx(float(angle[:, -1].mean()), rel=1e-4, abs=1e-6)
+
+
+def test_padding_is_in_no_score() -> None:
+    model, ids = tiny_model("llama"), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    padded = ls.rank(model, ids, attention_mask=mask)
+    alone = [ls.rank(model, ids[:1]), ls.rank(model, ids[1:2, :12]), ls.rank(model, ids[2:])]
+    weights = np.array([20, 12, 20])
+    both = sum(weight * one.block_influence.to_numpy() for weight, one in zip(weights, alone, strict=True)) / weights.sum()
+    np.testing.assert_allclose(padded.block_influence, both, rtol=1e-4)
+    ends = np.mean([one.angular_distance_last.to_numpy() for one in alone], axis=0)
+    np.testing.assert_allclose(padded.angular_distance_last, ends, rtol=1e-4)
+
+
+def test_angles_keep_their_digits_however_small() -> None:
+    x = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))
+    aside = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(2))
+    aside -= (aside * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True) * x
+    for angle in (1e-3, 0.5, 3.0):
+        turned = math.cos(angle) * x + math.sin(angle) * aside * (x.norm(dim=-1) / aside.norm(dim=-1))[..., None]
+        torch.testing.assert_close(angular_distance(x, 7 * turned), torch.full((1, 4), angle / math.pi), rtol=1e-3, atol=0)
+        torch.testing.assert_close(influence(x, turned), torch.full((1, 4), 1 - math.cos(angle)), rtol=2e-3, atol=0)
+    assert float(influence(x, x).max()) == 0
+    large = (x * 1e4).half()  # whose squares half precision does not hold
+    assert bool(angular_distance(large, -large).isfinite().all())
+
+
+def test_the_measured_score_is_that_of_a_sweep() -> None:
+    model, ids = tiny_model("llama"), tokens()
+    found, sweep = ls.rank(model, ids), ls.sweep(model, "drop", ids)
+    np.testing.assert_allclose(found.kl_nats, sweep[sweep.edit == "drop"].kl_nats)
+    assert list(found.sort_values("kl_rank").layer) == list(found.sort_values("kl_nats").layer)
+
+
+def by_hand(model: nn.Module, ids: torch.Tensor, remove: int, by: str) -> list[int]:
+    """Greedy choice by operating, measuring and undoing."""
+    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
+    gone: list[int] = []
+    while len(gone) < remove:
+        left = [block for block in range(depth) if block not in gone]
+        if by == "kl":
+            scores = [ls.compare(model, plan_of([*gone, block]), ids).kl_nats for block in left]
+        else:
+            with ls.operate(model, plan_of(gone)) if gone else torch.no_grad():
+                scores = ls.rank(model, ids)["block_influence" if by == "influence" else "angular_distance"].tolist()
+        gone.append(left[int(np.argmin(scores))])
+    return gone
+
+
+@pytest.mark.parametrize("by", ["kl", "influence", "angular"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_greedy_is_measuring_anew_after_each_removal(name: str, by: str) -> None:
+    model, ids = tiny_model(name), tokens(3)
+    found = ls.prune(model, ids, remove=3, by=by, greedy=True)
+    assert list(found.layers) == by_hand(model, ids, 3, by)
+    assert found.greedy
+    assert set(found.route.blocks).isdisjoint(found.layers)
+
+
+@pytest.mark.parametrize("by", ["kl", "influence", "angular"])
+def test_costs_are_those_of_the_models_that_are_left(by: str) -> None:
+    model, ids = tiny_model("llama"), tokens(5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = ls.prune(model, ids, remove=2, by=by)
+    costs = found.costs[found.costs.way == by].set_index("removed")
+    for removed, plan in costs.plan.items():
+        hand = ls.compare(model, plan, ids)
+        assert costs.kl_nats[removed] == pytest.approx(hand.kl_nats, abs=1e-5)
+        assert costs.perplexity[removed] == pytest.approx(hand.perplexity, rel=1e-4)
+    assert str(found.plan) == costs.plan[2]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if by == "angular":
+        assert found.layers[1] == found.layers[0] + 1
+    ls.operate_(model, found.plan)
+    assert model.config.num_hidden_layers == 4
+
+
+def test_the_first_layer_is_the_same_greedily_or_not() -> None:
+    model, ids = tiny_model("llama"), tokens(7)
+    costs = ls.prune(model, ids, remove=1, greedy=True).costs.set_index("way")
+    assert costs.plan["greedy"] == costs.plan["kl"]
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ls.PlanError, match="cannot be chosen by 'size'; write kl, influence, angular"):
+        ls.prune(model, tokens(), remove=1, by="size")
+    for remove in (0, 6):
+        with pytest.raises(ls.PlanError, match=f"cannot remove {remove} of 6 layers; give 1 to 5"):
+            ls.prune(model, tokens(), remove=remove)
+
+
+def test_a_plan_names_runs_as_ranges() -> None:
+    assert str(plan_of([7, 3, 4, 5])) == "drop 3:6 7"
+    assert str(plan_of([2])) == "drop 2"
