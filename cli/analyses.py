@@ -20,8 +20,8 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
+    from layersurgery.drawing import Analysed
     from layersurgery.runs import Run
-    from layersurgery.signal_figures import Analysed
 
 # What is shown of each table: column, heading, factor, digits, whether with a bar and a curve.
 _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
@@ -43,6 +43,15 @@ _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
         ("suppression_percent", "%", 1, 2, True),
         ("partition", "partition", 1, 0, False),
     ),
+    "rank": (
+        ("kl_nats", "drop KL", 1, 3, True),
+        ("agreement", "kept, %", 100, 1, False),
+        ("block_influence", "influence", 1, 4, True),
+        ("angular_distance", "angular", 1, 4, True),
+        ("kl_rank", "rank: KL", 1, 0, False),
+        ("influence_rank", "infl.", 1, 0, False),
+        ("angular_rank", "ang.", 1, 0, False),
+    ),
     "stages": (
         ("drop_kl_nats", "drop KL", 1, 3, True),
         ("attention_prev5", "prev. 5", 1, 3, True),
@@ -53,6 +62,8 @@ _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
         ("suppression_percent", "suppr. %", 1, 2, True),
     ),
 }
+_LOG = ("drop_kl_nats", "kl_nats", "block_influence")
+_GUESSES = {"block influence (ShortGPT)": "block_influence", "angular distance (Gromov et al.)": "angular_distance"}
 _BARS_UP_TO = 3
 _WRAP = 110
 
@@ -71,6 +82,8 @@ def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     yield ""
     if name == "similarity":
         yield from _similarity(frame)
+        return
+    if name not in _SHOWN:
         return
     columns = [column for column in _SHOWN[name] if column[0] in frame]
     barred = [column for column in columns if column[4]]
@@ -93,7 +106,7 @@ def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     yield ""
     for key, heading, *_ in barred:
         label = {"%": key.partition("_")[0]}.get(heading, heading)
-        yield Text(f"{label:>16} {curve([_float(value) for value in frame[key]], log=key == 'drop_kl_nats')}", no_wrap=True)
+        yield Text(f"{label:>16} {curve([_float(value) for value in frame[key]], log=key in _LOG)}", no_wrap=True)
 
 
 def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
@@ -145,10 +158,26 @@ def show_analysis(run: Run, talk: Talk) -> None:
         words = in_words(frames[first])
         value |= {"boundaries": frames[first].attrs["boundaries"], "in_words": words}
         shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
+    if first == "rank":
+        shown += ["", *_of_ranks(frames["rank"], frames["spans"])]
     shown += ["", *_notes(facts)]
     files = [*facts["files"], *facts["figures"]]
     shown.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
     talk.result(value, *shown)
+
+
+def _of_ranks(frame: pd.DataFrame, spans: pd.DataFrame) -> Iterator[str]:
+    least = frame.dropna(subset=["kl_nats"]).sort_values("kl_nats").layer[:6]
+    yield f"[bold]Missed least, measured: {', '.join(map(str, least))}[/] (each dropped by itself)"
+    guessed = {name: frame.sort_values(column).layer[:6] for name, column in _GUESSES.items()}
+    for name, layers in guessed.items():
+        found = len(set(layers) & set(least))
+        yield f"By {name}: {', '.join(map(str, layers))} ({found} of {len(least)} the same)"
+    rows = spans.dropna(subset=["angular_distance"])
+    if len(rows):
+        best = rows.loc[rows.groupby("span").angular_distance.idxmin()].head(8)
+        words = (f"{row.layer}:{row.layer + row.span}" for row in best.itertuples())
+        yield f"Spans over which the stream turns least: {', '.join(words)}"
 
 
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -168,10 +197,10 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     """A directory's tables, to draw."""
-    from layersurgery.signal_figures import Analysed
+    from layersurgery.drawing import Analysed
     from layersurgery.table import read_table
 
-    wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity")
+    wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs")
     tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
     caption = "from weights alone"

@@ -15,7 +15,8 @@ from layersurgery.weights import fingerprint
 
 from .analyses import draw_analysis, show_analysis, summary
 from .asking import looked_at
-from .measuring import calm, loaded_aloud, run_task
+from .bench import calm, loaded_aloud
+from .measuring import run_task
 from .placement import Place, place_of
 from .talk import Talk, number
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from layersurgery.atomic import check_output
 from layersurgery.checkpoint import Draft, Edited, default_output, draft, read_checkpoint, write
 from layersurgery.plan import Plan
-from layersurgery.sources import find_source, needs_conversion
+from layersurgery.sources import Source, find_source, needs_conversion
 
 from .talk import Talk, size
 
@@ -30,6 +30,14 @@ class Options:
 
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: Talk) -> None:
+    """Write an edited checkpoint for each plan, and say so."""
+    results, source = edited(plans, model, options, talk)
+    values = [as_json(result, source.label, source.revision) for result in results]
+    shown = [escape(line) for result in results for line in lines(result)]
+    talk.result(values[0] if list(plans) == [None] else values, *shown)
+
+
+def edited(plans: Mapping[str | None, Plan], model: str, options: Options, talk: Talk) -> tuple[list[Edited], Source]:
     """Write an edited checkpoint for each plan; every one of them is checked before the first is written."""
     if needs_conversion(model):
         with talk.step(f"Converting {model} to safetensors (once)"):
@@ -57,9 +65,7 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: Options, talk: T
             results.append(write(sketch, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress))
     if options.link and not any(result.bytes_linked for result in results):
         talk.say("No file could be linked: each one changes, or the output is on another file system. All was copied")
-    values = [as_json(result, source.label, source.revision) for result in results]
-    shown = [escape(line) for result in results for line in _lines(result)]
-    talk.result(values[0] if list(plans) == [None] else values, *shown)
+    return results, source
 
 
 def _output(name: str | None, options: Options) -> Path | None:
@@ -68,7 +74,8 @@ def _output(name: str | None, options: Options) -> Path | None:
     return (options.output or Path()) / name
 
 
-def _lines(result: Edited) -> list[str]:
+def lines(result: Edited) -> list[str]:
+    """What was written, and how to load it."""
     linked = f", {size(result.bytes_linked)} of it hard-linked to the source" if result.bytes_linked else ""
     total = size(result.bytes_written + result.bytes_linked)
     return [

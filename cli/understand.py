@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -77,6 +79,103 @@ def neurons(
     run_neurons(model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
 
 
+_PRUNE = "Prune"
+
+
+def rank(
+    model: o.Model,
+    spans: Annotated[
+        int | None,
+        typer.Option(
+            "--spans", min=1, help="Angular distances over up to so many blocks.", show_default="half of the model's", metavar="N"
+        ),
+    ] = None,
+    data: s.Data = None,
+    split: s.Split = "train",
+    column: s.Column = "text",
+    tokens: s.Tokens = None,
+    context: s.Context = None,
+    pack: s.Pack = True,
+    bos: s.Bos = False,
+    shuffle: s.Shuffle = None,
+    seed: s.Seed = 0,
+    tokenizer: s.Tokenizer = None,
+    batch_size: s.BatchSize = None,
+    dtype: s.Dtype = "auto",
+    device: s.Device = None,
+    device_map: s.DeviceMap = None,
+    max_memory: s.MaxMemory = None,
+    offload_folder: s.OffloadFolder = None,
+    revision: o.Revision = None,
+    blocks: s.Blocks = None,
+    output: s.AnalysisOutput = None,
+    overwrite: s.Overwrite = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Order layers by what their removal costs: measured, beside block influence and angular distance."""
+    from .prune import run_rank
+    from .sweep import Options
+
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    run_rank(model, spans, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+
+
+def prune(
+    model: o.Model,
+    remove: Annotated[int, typer.Option("--remove", min=1, help="How many layers.", show_default=False)],
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            help="kl: whose removal changes predictions least; influence: least block influence (ShortGPT); angular: the span over which the "
+            "stream turns least (Gromov et al.).",
+            metavar="WAY",
+        ),
+    ] = "kl",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Measure what is left anew after each removal.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Checkpoint to write.", show_default="./<name>-prune-<remove>-<by>", metavar="DIR"),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--results", help="Directory of what is measured.", show_default="./<output>-results", metavar="DIR"),
+    ] = None,
+    data: s.Data = None,
+    split: s.Split = "train",
+    column: s.Column = "text",
+    tokens: s.Tokens = None,
+    context: s.Context = None,
+    pack: s.Pack = True,
+    bos: s.Bos = False,
+    shuffle: s.Shuffle = None,
+    seed: s.Seed = 0,
+    tokenizer: s.Tokenizer = None,
+    batch_size: s.BatchSize = None,
+    dtype: s.Dtype = "auto",
+    device: s.Device = None,
+    device_map: s.DeviceMap = None,
+    max_memory: s.MaxMemory = None,
+    offload_folder: s.OffloadFolder = None,
+    link: o.Link = False,
+    verify: o.Verify = True,
+    revision: o.Revision = None,
+    blocks: s.Blocks = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, and what was measured with other arguments.")
+    ] = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Write a checkpoint without the layers that are missed least, and say what that costs. Stopped, it goes on where it was."""
+    from .prune import Asked, run_prune
+    from .sweep import Options
+
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    run_prune(model, Asked(remove, by, greedy, results, link, verify), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+
+
 def add_analyses(app: typer.Typer) -> None:
     """Add them to a program."""
     app.add_typer(analyze, name="analyze", rich_help_panel=_PANEL)
@@ -90,3 +189,5 @@ def add_analyses(app: typer.Typer) -> None:
             "All signals of a model side by side over its depth, and the four stages that they show. Stopped, it goes on where it was.",
         )
     )
+    app.command("rank", rich_help_panel=_PRUNE)(rank)
+    app.command("prune", rich_help_panel=_PRUNE)(prune)

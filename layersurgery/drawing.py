@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -34,6 +36,21 @@ _STYLE: Any = {
     "svg.hashsalt": "layersurgery",  # the same figure, the same bytes
     "svg.fonttype": "none",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Analysed:
+    """A model's tables to draw.
+
+    Attributes:
+        tables: by the names of analyses.
+        label: the model's name.
+        caption: what it was measured on.
+    """
+
+    tables: Mapping[str, pd.DataFrame]
+    label: str
+    caption: str
 
 
 @contextmanager
@@ -69,3 +86,16 @@ def line(axis: Axes, x: Any, y: Any, error: Any, place: int, label: str, **style
     colour = COLOURS[place % len(COLOURS)]
     axis.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
     axis.plot(x, y, **{"color": colour, "marker": MARKERS[place % len(MARKERS)], "label": label} | style)
+
+
+def finish(figure: Figure, models: Sequence[Analysed], axis: Axes, *, legend: bool = True) -> None:
+    """Say whose figure it is, and on what it was measured."""
+    if len(models) > 1 and legend:
+        names = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
+        plainly(names.get_texts())
+    captions = list(dict.fromkeys(model.caption for model in models))
+    if len(models) == 1:
+        text = f"{models[0].label}: {captions[0]}"
+    else:
+        text = captions[0] if len(captions) == 1 else "; ".join(f"{model.label}: {model.caption}" for model in models)
+    figure.suptitle(text, fontsize=10 if len(text) < 120 else 7, parse_math=False)

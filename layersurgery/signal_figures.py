@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from .drawing import COLOURS, MARKERS, line, plainly, save, styled
+from . import pruning_figures
+from .drawing import COLOURS, MARKERS, Analysed, finish, line, save, styled
 
 _DEPTH = "relative depth of the block"
 _UNTOLD = "#EFEFEF"
@@ -35,25 +35,10 @@ _EACH = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Analysed:
-    """A model's tables to draw.
-
-    Attributes:
-        tables: by the names of analyses.
-        label: the model's name.
-        caption: what it was measured on.
-    """
-
-    tables: Mapping[str, pd.DataFrame]
-    label: str
-    caption: str
-
-
 def draw_signals(models: Sequence[Analysed], directory: Path) -> list[Path]:
     """Draw all that the tables hold, as PNG and SVG; returns the files."""
     figures: dict[str, Figure] = {}
-    for name, make in _MAKERS.items():
+    for name, make in (_MAKERS | pruning_figures.MAKERS).items():
         some = [model for model in models if name in model.tables and len(model.tables[name])]
         if some:
             figures[name] = make(some)
@@ -138,7 +123,7 @@ def similarity(models: Sequence[Analysed]) -> Figure:
                 if part == parts[-1]:
                     axis.set_xlabel("relative depth of the first of the two")
             axes[0].set_ylabel(f"cosine, {'MLP' if part == 'mlp' else part}")
-        _finish(figure, models, grid[0][0])
+        finish(figure, models, grid[0][0])
     return figure
 
 
@@ -263,20 +248,8 @@ def _panels(models: Sequence[Analysed], name: str, panels: Sequence[tuple[str, s
             axis.set_xlabel(_DEPTH)
             axis.set_xlim(-0.02, 1.02)
             _from_zero(axis, *(times * model.tables[name][column] for model in models))
-        _finish(figure, models, grid[0])
+        finish(figure, models, grid[0])
     return figure
-
-
-def _finish(figure: Figure, models: Sequence[Analysed], axis: Axes) -> None:
-    if len(models) > 1:
-        legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
-        plainly(legend.get_texts())
-    captions = list(dict.fromkeys(model.caption for model in models))
-    if len(models) == 1:
-        text = f"{models[0].label}: {captions[0]}"
-    else:
-        text = captions[0] if len(captions) == 1 else "; ".join(f"{model.label}: {model.caption}" for model in models)
-    figure.suptitle(text, fontsize=10 if len(text) < 120 else 7, parse_math=False)
 
 
 def _hide(axes: Any) -> None:

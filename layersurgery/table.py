@@ -23,7 +23,11 @@ RESULTS = "results.parquet"
 CSV = "results.csv"
 SEQUENCES = "sequences.parquet"
 RUN = "run.json"
-TABLES = ("stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons")
+TABLES = (
+    "stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons",
+    "rank", "spans", "step", "costs", "subjoiners", "attention_to_words", "examples",
+    "probe", "top_neurons", "singles", "together", "effects",
+)  # fmt: skip
 """Of analyses; also their figures are called so."""
 
 
@@ -144,7 +148,8 @@ def read_table(place: Path, name: str) -> pd.DataFrame:
     Raises:
         SourceError: it cannot be read.
     """
-    frame = _read(place, name).astype({"layer": "Int64"})
+    frame = _read(place, name)
+    frame = frame.astype({"layer": "Int64"}) if "layer" in frame else frame
     if name == "stages":
         limits = _read(place, "boundaries")
         frame.attrs["boundaries"] = [

@@ -19,7 +19,7 @@ LEVELS = [
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery folding reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming kernels/moments metrics",
     "comparison forecasting estimating walking observing reading measuring table sweeping text journal pertoken runs team performing",
     "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/ranking analyses/pruning analyses/together analyses/keeping",
-    "drawing figures signal_figures",
+    "drawing pruning_figures figures signal_figures",
 ]
 NO_TORCH = [
     "errors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,15 +27,15 @@ def streams(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
     path = ls.anatomy(model).blocks
     caught: list[torch.Tensor] = []
     handles = []
-    for block in model.get_submodule(path):  # type: ignore[union-attr]
+    blocks = cast(nn.ModuleList, model.get_submodule(path))
+    for block in blocks:
         handles.append(
             block.register_forward_pre_hook(
                 lambda _, args, kwargs: caught.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
             )
         )
-    last = model.get_submodule(path)[-1]  # type: ignore[index]
     handles.append(
-        last.register_forward_hook(lambda _m, _a, out: caught.append((out[0] if isinstance(out, tuple) else out).clone()))
+        blocks[-1].register_forward_hook(lambda _m, _a, out: caught.append((out[0] if isinstance(out, tuple) else out).clone()))
     )
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
@@ -94,9 +95,9 @@ def test_the_measured_score_is_that_of_a_sweep() -> None:
     assert list(found.sort_values("kl_rank").layer) == list(found.sort_values("kl_nats").layer)
 
 
-def by_hand(model: nn.Module, ids: torch.Tensor, remove: int, by: str) -> list[int]:
+def by_hand(model: Any, ids: torch.Tensor, remove: int, by: str) -> list[int]:
     """Greedy choice by operating, measuring and undoing."""
-    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
+    depth = model.config.num_hidden_layers
     gone: list[int] = []
     while len(gone) < remove:
         left = [block for block in range(depth) if block not in gone]

@@ -11,7 +11,8 @@ import pytest
 import layersurgery as ls
 from layersurgery import signal_figures as figures
 from layersurgery.analyses.staging import as_records, boundaries, stage_of
-from layersurgery.signal_figures import Analysed, draw_signals
+from layersurgery.drawing import Analysed
+from layersurgery.signal_figures import draw_signals
 from tests.test_staging import L, planted
 from tests.zoo import tiny_model, tokens
 

@@ -20,6 +20,7 @@ from ..measuring import Measurer
 from ..metrics import Sample
 from ..pertoken import PARTS
 from ..table import SEQUENCES, write_table
+from ..table import by_sequence as by_model
 from .signals import DROP, FROM_TEXT, LENS, Tables
 from .together import combined
 from .vocabulary import counted, neuron_scores
@@ -40,6 +41,36 @@ OnNeurons = Callable[[int, int], None]
 def signals_of(analysis: str) -> tuple[str, ...]:
     """The signals to read off text for an analysis."""
     return FROM_TEXT if analysis == STAGES else (analysis,)
+
+
+@dataclass(frozen=True, slots=True)
+class OfTables:
+    """The results of a run that ends in tables of its own.
+
+    Attributes:
+        measurer: what was measured.
+        name: of the model.
+        make: the tables, by their names, the first one first.
+    """
+
+    measurer: Measurer
+    name: str
+    make: Callable[[Tables], dict[str, pd.DataFrame]]
+
+    def table(self, journal: Journal) -> pd.DataFrame:
+        """The first table so far."""
+        return next(iter(self.make(Tables(self.measurer, journal.sample(), self.name)).values()))
+
+    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+        """All tables; returns the first, and the files' names."""
+        tables = Tables(self.measurer, journal.sample(), self.name)
+        frames = self.make(tables)
+        files = write_tables(directory, frames)
+        self.measurer.left_out.update(tables.left_out)
+        rows = by_sequence(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sample.sums())
+        with whole_file(directory / SEQUENCES) as partial:
+            pq.write_table(rows, partial, compression="zstd")
+        return next(iter(frames.values())), [*files, SEQUENCES]
 
 
 @dataclass(frozen=True, slots=True)

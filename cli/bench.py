@@ -1,0 +1,286 @@
+"""What all runs have in common: a text, a model, a directory, and measuring that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from layersurgery.errors import SourceError
+from layersurgery.sources import Source, find_source
+from layersurgery.weights import fingerprint
+
+from .asking import asked_text, looked_at
+from .placement import Place, loaded, place_of, where
+from .progress import bar
+from .talk import Talk, complain, number, size
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layersurgery.measuring import Measurer
+    from layersurgery.performing import Outcome
+    from layersurgery.runs import Run
+    from layersurgery.team import Team
+    from layersurgery.text import Asked, Text
+
+    from .sweep import Options
+
+
+class Task(Protocol):
+    """What is to be measured; all processes get it from the one that leads."""
+
+    @property
+    def word(self) -> str:
+        """What it is called, also in the output's name."""
+
+    @property
+    def kind(self) -> str:
+        """Of the directory, one of `runs.KINDS`."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What its digits depend on, beside model and text."""
+
+    def measurer(self, model: Any, options: Options) -> Measurer:
+        """What measures it."""
+
+    def outcome(self, measurer: Measurer, source: Source, talk: Talk) -> Outcome:
+        """What becomes of it."""
+
+    def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
+        """Draws its figures."""
+
+    def extremes(self, frame: pd.DataFrame) -> str:
+        """Results so far, in a few words."""
+
+    def show(self, run: Run, talk: Talk) -> None:
+        """Shows its results."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What the leading process tells the others to do."""
+
+    task: Task
+    text: Text
+    weights: str
+    place: Place
+
+
+class Bench:
+    """One model and one text, for one run after another; the model is loaded when the first run needs it, and once.
+
+    Attributes:
+        model: as it was named.
+        options: of the command.
+        talk: how it speaks.
+        source: the model's files; weights are among them once one has been asked for a run.
+        depth: blocks of the model.
+    """
+
+    def __init__(self, model: str, options: Options, talk: Talk, team: Team, hold: ExitStack) -> None:
+        self.model, self.options, self.talk, self.team = model, options, talk, team
+        self._hold = hold
+        self.source, self.depth, positions, self._vocabulary = looked_at(model, options, talk)
+        self.asked = asked_text(model, options, positions)
+        self.place = place_of(options, self.source, talk)
+        self.waited_for = True
+        self._text: Text | None = None
+        self._loaded: Any = None
+        self._whole = False
+
+    def carry_out(self, task: Task, directory: Path, *, anew: bool | None = None) -> Run:
+        """Measure, or go on with what is measured, showing what happens; returns the finished run.
+
+        Args:
+            task: what.
+            directory: where to.
+            anew: replace what another run has left there; as the command's options have it, if not given.
+
+        Raises:
+            OutputError: the directory holds something else, or another run.
+            MeasurementError: what cannot be measured.
+        """
+        from layersurgery.runs import open_run
+        from layersurgery.table import read_run
+        from layersurgery.text import check_data
+
+        check_data(self.asked)
+        anew = self.options.overwrite if anew is None else anew
+        before = read_run(directory) or {}
+        # A finished run need not reach the hub again to say so.
+        done = before.get("state") == "finished" and self.asked.from_hub and not anew
+        text = None if done and self._text is None else self.text
+        arguments = _arguments(self._with_weights(), self.options, self.asked, task, self.place)
+        arguments["text"]["fingerprint"] = (
+            text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
+        )
+        with open_run(directory, arguments, kind=task.kind, overwrite=anew) as run:
+            if run.finished or text is None:
+                self.talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
+            else:
+                self.team.share(Errand(task, text, arguments["model"]["weights"], self.place))
+                self.waited_for = False
+                _measure(run, self, task, text)
+                self.waited_for = True
+        return run
+
+    @property
+    def text(self) -> Text:
+        """The tokens, read when first asked for."""
+        if self._text is None:
+            self._text = _text(self.asked, self.tokenizer, self._vocabulary, self.talk)
+        return self._text
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, or the one that is to be taken."""
+        return tokenizer_of_run(self.source, self.options.tokenizer)
+
+    def _with_weights(self) -> Source:
+        if not self._whole:
+            self.source, self._whole = find_source(self.model, revision=self.options.revision), True
+        return self.source
+
+    def load(self) -> Any:
+        """The model where it is to be."""
+        if self._loaded is None:
+            self._loaded = self._hold.enter_context(loaded_aloud(self._with_weights(), self.place, self.talk, self.team))
+        return self._loaded
+
+
+def tokenizer_of_run(source: Source, other: str | None) -> Any:
+    """The tokenizer that text is read with.
+
+    Raises:
+        SourceError: there is none.
+    """
+    from layersurgery.loading import tokenizer_of
+
+    tokenizer = tokenizer_of(find_source(other, weights=False) if other else source)
+    if tokenizer is None:
+        raise SourceError(f"{other or source.label} brings no tokenizer; say whose to take: --tokenizer MODEL")
+    return tokenizer
+
+
+def _arguments(source: Source, options: Options, asked: Asked, task: Task, place: Place) -> dict[str, Any]:
+    from layersurgery.runs import versions
+
+    return {
+        "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
+        **task.arguments(),
+        "text": {**dataclasses.asdict(asked), "shuffle": asked.shuffled, "tokenizer": options.tokenizer},
+        **place.arguments(),
+        "compiled": options.compile,
+        "batch_size": options.batch_size,
+        "per_token": options.per_token,
+        "blocks": options.blocks,
+        "versions": versions(),
+    }
+
+
+def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> Text:
+    from layersurgery.text import read_text
+
+    with talk.step(f"Reading text: {asked.data}"):
+        text = read_text(asked, tokenizer)
+    most = int(text.ids[text.mask.bool()].max())
+    if vocabulary is not None and most >= vocabulary:
+        raise SourceError(
+            f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
+        )
+    sequences, length = text.ids.shape
+    talk.say(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}")
+    for note in text.notes:
+        talk.say(f"Note: {note}")
+    return text
+
+
+def _measure(run: Run, bench: Bench, task: Task, text: Text) -> None:
+    from layersurgery.performing import perform
+
+    options, talk, team, source = bench.options, bench.talk, bench.team, bench.source
+    model = bench.load()
+    measurer = task.measurer(model, options)
+    on = where(model, bench.place, measurer.stack.path)
+    talk.say(
+        f"{source.label}: {number(measurer.parameters)} parameters in {bench.place.dtype} on {on}; read out by {measurer.readout.about}"
+    )
+    _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk, team)
+    if run.begun:
+        talk.say("Going on with what is measured already")
+    try:
+        with bar(text, talk, task.extremes) as on_progress:
+            perform(
+                run,
+                measurer,
+                text,
+                task.outcome(measurer, source, talk),
+                batch_size=options.batch_size,
+                per_token=options.per_token,
+                tokenizer=bench.tokenizer if options.per_token else None,
+                draw=lambda frame, directory: task.draw(frame, directory, run),
+                on_progress=on_progress,
+                team=team,
+            )
+    except (KeyboardInterrupt, SystemExit) as stop:
+        also = "; if another process has gone, its own message says why" if team.size > 1 else ""
+        complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it{also}")
+        raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+    if measurer.stack.compiler is not None and (why := measurer.stack.compiler.refused):
+        talk.say(f"Note: {why}; blocks were run as they are")
+    if measurer.at_once is not None:
+        talk.say(
+            f"Note: memory ran out, so batches were measured in parts of {measurer.at_once} sequence{'s'[: measurer.at_once != 1]}"
+        )
+
+
+@contextmanager
+def loaded_aloud(source: Source, place: Place, talk: Talk, team: Team) -> Iterator[Any]:
+    """The model where it is to be, with a word while it is loaded."""
+    with ExitStack() as stack:
+        with talk.step(f"Loading {source.label}"):
+            model = stack.enter_context(loaded(source, place, team))
+        yield model
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Without other libraries' advice and bars between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("accelerate").setLevel("ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk, team: Team) -> None:
+    length = text.ids.shape[1]
+    batch = min(batch_size or measurer.suggest(length), len(text.ids))
+    forecast, plan = measurer.forecast(batch, length), measurer.schedule
+    saved = f"{plan.calls_apart:,} without sharing"
+    by = f" by {team.size} processes" if team.size > 1 else ""
+    edited = f"{len(measurer.routes)} edited models; " if measurer.routes else ""
+    shared = f", {saved}" if plan.calls_apart > plan.calls else ""
+    talk.say(f"{edited}{plan.calls:,} block calls a batch{shared}{by}")
+    if measurer.bytes_to_read:
+        way = (
+            f"layer by layer, {plan.at_home} block{'s'[: plan.at_home != 1]} at hand at a time"
+            if plan.during
+            else "route by route"
+        )
+        talk.say(f"Weights are brought in {way}: {size(measurer.bytes_to_read)} a batch")
+    talk.say(
+        f"Expecting {size(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {size(forecast.weights)}, streams "
+        f"{size(forecast.streams)}, a block {size(forecast.block)} or a readout {size(forecast.readout)}"
+    )
+    for plan_text, reason in measurer.left_out.items():
+        talk.say(f"Left out: {plan_text}: {reason}")

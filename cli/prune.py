@@ -1,0 +1,289 @@
+"""`layersurgery rank` and `layersurgery prune`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from layersurgery.atomic import check_output
+from layersurgery.errors import OutputError
+
+from .analyses import draw_analysis, show_analysis, summary
+from .measuring import run_task, run_tasks
+from .run import Options as Writing
+from .run import as_json, edited, lines
+from .talk import Talk
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layersurgery.analyses.signals import Tables
+    from layersurgery.measuring import Measurer
+    from layersurgery.performing import Outcome
+    from layersurgery.runs import Run
+    from layersurgery.sources import Source
+
+    from .bench import Bench
+    from .sweep import Options
+
+
+@dataclass(frozen=True, slots=True)
+class _Tabled:
+    """A run that ends in tables of its own."""
+
+    depth: int
+
+    @property
+    def word(self) -> str:
+        """What it is called."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """An analysis."""
+        from layersurgery.runs import ANALYSIS
+
+        return ANALYSIS
+
+    def outcome(self, measurer: Measurer, source: Source, _talk: Talk) -> Outcome:
+        """Its tables."""
+        from layersurgery.analyses.keeping import OfTables
+
+        return OfTables(measurer, source.label, self.tables)
+
+    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+        """What becomes of the sums."""
+        raise NotImplementedError
+
+    def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
+        """Its figures."""
+        return draw_analysis(directory, run.facts)
+
+    def extremes(self, frame: pd.DataFrame) -> str:
+        """Results so far."""
+        return summary(frame)
+
+    def show(self, run: Run, talk: Talk) -> None:
+        """Its tables."""
+        show_analysis(run, talk)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking(_Tabled):
+    """What removing each layer costs, and two scores that guess it."""
+
+    spans: int
+
+    @property
+    def word(self) -> str:
+        """What it is called."""
+        return "rank"
+
+    def arguments(self) -> dict[str, Any]:
+        """Which."""
+        return {"analysis": self.word, "spans": self.spans}
+
+    def measurer(self, model: Any, options: Options) -> Measurer:
+        """Drops every layer, and sees how far the stream turns."""
+        from layersurgery.analyses.ranking import SIGNALS
+        from layersurgery.analyses.signals import measurer_of
+
+        return measurer_of(model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans)
+
+    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+        """Layers, and spans of them."""
+        from layersurgery.analyses.ranking import ranked, turned
+
+        return {"rank": ranked(tables), "spans": turned(tables)}
+
+
+@dataclass(frozen=True, slots=True)
+class Stepping(_Tabled):
+    """The layers that are left, measured anew once some are removed."""
+
+    by: str
+    removed: tuple[int, ...]
+
+    @property
+    def word(self) -> str:
+        """What it is called."""
+        return "step"
+
+    def arguments(self) -> dict[str, Any]:
+        """Which."""
+        return {"analysis": self.word, "by": self.by, "removed": list(self.removed)}
+
+    def measurer(self, model: Any, options: Options) -> Measurer:
+        """Measures each layer that is left."""
+        from layersurgery.analyses.pruning import step_measurer
+
+        return step_measurer(model, self.by, self.removed, self.depth, blocks=options.blocks)
+
+    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+        """A row for each layer that is left."""
+        from layersurgery.analyses.pruning import step_table
+
+        return {"step": step_table(tables, self.by, self.removed)}
+
+
+@dataclass(frozen=True, slots=True)
+class Costing(_Tabled):
+    """What each way of choosing costs, for each number of layers."""
+
+    orders: Mapping[str, Sequence[tuple[int, ...]]]
+
+    @property
+    def word(self) -> str:
+        """What it is called."""
+        return "costs"
+
+    def arguments(self) -> dict[str, Any]:
+        """Which."""
+        return {"analysis": self.word, "orders": {way: [list(one) for one in order] for way, order in self.orders.items()}}
+
+    def measurer(self, model: Any, options: Options) -> Measurer:
+        """Measures what is left each time."""
+        from layersurgery.analyses.pruning import variants_of
+        from layersurgery.measuring import Measurer
+
+        return Measurer(model, variants_of(self.orders, self.depth), blocks=options.blocks)
+
+    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+        """A row for each way and number of layers."""
+        from layersurgery.analyses.pruning import costs
+
+        return {"costs": costs(tables.measurer, tables.sample.sums(), tables.model)}
+
+
+def run_rank(model: str, spans: int | None, options: Options, talk: Talk) -> None:
+    """Measure, showing what happens, and end with the results."""
+    from layersurgery.analyses.ranking import longest
+
+    run_task(model, options, talk, lambda depth: Ranking(depth, longest(depth, spans)))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `prune` is asked for beside the model and the text."""
+
+    remove: int
+    by: str
+    greedy: bool
+    results: Path | None
+    link: bool
+    verify: bool
+
+
+def run_prune(model: str, asked: Asked, options: Options, talk: Talk) -> None:
+    """Choose layers, measure what that costs, and write what is left."""
+    run_tasks(model, options, talk, lambda bench: _prune(bench, asked, talk))
+
+
+def _prune(bench: Bench, asked: Asked, talk: Talk) -> None:
+    from layersurgery.analyses.pruning import GREEDY, check, in_order, least, plan_of
+    from layersurgery.analyses.ranking import WAYS
+    from layersurgery.table import read_results
+
+    options = bench.options
+    check(bench.depth, asked.remove, asked.by)
+    way = f"{asked.by}{'-greedy' if asked.greedy else ''}"
+    out = options.output or Path(f"{bench.source.name}-prune-{asked.remove}-{way}")
+    check_output(out, bench.source.directory, overwrite=options.overwrite)  # now, and not after hours of measuring
+    place = asked.results or out.with_name(f"{out.name}-results")
+    talk.say(f"Ranking {bench.depth} layers")
+    ranks = _carried(bench, Ranking(bench.depth, asked.remove), place / "rank").directory
+    ranked, spans = read_results(ranks), read_results(ranks, "spans")
+    ranked.attrs["left_out"] = ranked.attrs["run"]["left_out"]
+    orders = {by: in_order(ranked, spans, asked.remove, by) for by in WAYS}
+    if asked.greedy:
+        gone: list[int] = []
+        while len(gone) < asked.remove:
+            talk.say(f"Choosing layer {len(gone) + 1} of {asked.remove}")
+            step = Stepping(bench.depth, asked.by, tuple(gone))
+            frame = read_results(_carried(bench, step, place / f"step-{len(gone) + 1:02}").directory)
+            gone.append(least(frame, asked.by, gone))
+            score = float(frame.set_index("layer")[WAYS[asked.by]][gone[-1]])
+            talk.say(f"Layer {gone[-1]} goes ({WAYS[asked.by]} {score:.3g})")
+        orders[GREEDY] = [tuple(gone[:count]) for count in range(1, asked.remove + 1)]
+    talk.say("Measuring what each way of choosing costs")
+    run = _carried(bench, Costing(bench.depth, orders), place / "costs")
+    frame = read_results(run.directory)
+    layers = orders[GREEDY if asked.greedy else asked.by][-1]
+    plan = plan_of(layers)
+    writing = Writing(out, options.overwrite, asked.link, asked.verify, options.revision, options.blocks)
+    [result], source = edited({None: plan}, bench.model, writing, talk)
+    before, after = frame.iloc[0], _row(frame, GREEDY if asked.greedy else asked.by, asked.remove)
+    value = {
+        **as_json(result, source.label, source.revision),
+        "by": asked.by,
+        "greedy": asked.greedy,
+        "layers": list(layers),
+        "before": _numbers(before),
+        "after": _numbers(after),
+        "results": str(place),
+        "costs": json.loads(frame.drop(columns=["model"]).to_json(orient="records", double_precision=15)),
+    }
+    shown: list[Any] = [_table(frame, orders), *_words(layers, before, after, asked)]
+    figures = [str(name) for name in run.facts["figures"]]
+    shown += [escape(line) for line in (*lines(result), f"What was measured is in {place}: {', '.join(figures)}")]
+    talk.result(value, *shown)
+
+
+def _carried(bench: Bench, task: Any, directory: Path) -> Run:
+    """Measured already, or now; what was measured otherwise is replaced if outputs may be."""
+    try:
+        return bench.carry_out(task, directory, anew=False)
+    except OutputError:
+        if not bench.options.overwrite:
+            raise
+        return bench.carry_out(task, directory, anew=True)
+
+
+def _row(frame: pd.DataFrame, way: str, removed: int) -> pd.Series | None:
+    rows = frame[(frame.way == way) & (frame.removed == removed)]
+    return None if rows.empty else rows.iloc[0]
+
+
+def _numbers(row: pd.Series | None) -> dict[str, float] | None:
+    names = ("perplexity", "loss_nats", "kl_nats", "agreement", "accuracy", "entropy_bits")
+    return None if row is None else {name: float(row[name]) for name in names}
+
+
+def _table(frame: pd.DataFrame, orders: Mapping[str, Sequence[tuple[int, ...]]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("\nlayers removed", justify="right")
+    for way in orders:
+        table.add_column(f"{way}\nKL", justify="right", no_wrap=True)
+        table.add_column("\nkept", justify="right", no_wrap=True)
+        table.add_column("\nperplexity", justify="right", no_wrap=True)
+    base = frame.iloc[0]
+    cells = [cell for _ in orders for cell in _cells(base)]
+    table.add_row("0", *cells)
+    for removed in range(1, max(map(len, orders.values())) + 1):
+        table.add_row(str(removed), *[cell for way in orders for cell in _cells(_row(frame, way, removed))])
+    return table
+
+
+def _cells(row: pd.Series | None) -> list[str]:
+    if row is None:
+        return ["-", "-", "-"]
+    return [f"{row.kl_nats:.3f}", f"{100 * row.agreement:.1f} %", f"{row.perplexity:.4g}"]
+
+
+def _words(layers: Sequence[int], before: pd.Series, after: pd.Series | None, asked: Asked) -> Iterator[str]:
+    order = ", ".join(map(str, layers))
+    how = "measured anew after each removal" if asked.greedy else "as one span" if asked.by == "angular" else "each by itself"
+    yield f"\nLayers {order} go, chosen by {asked.by}, {how}"
+    if after is None:
+        yield "Without them the model could not be measured in memory"
+        return
+    yield (
+        f"[bold]Perplexity {before.perplexity:.4g} before, {after.perplexity:.4g} after[/]; KL {after.kl_nats:.3g} nats, "
+        f"{100 * after.agreement:.1f} % of predictions kept ({int(after.tokens):,} tokens)"
+    )

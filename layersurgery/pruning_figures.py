@@ -1,0 +1,90 @@
+"""Figures of layers ranked and removed: tables in, matplotlib Figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .drawing import COLOURS, MARKERS, Analysed, finish, line, styled
+
+_SCORES = (
+    ("kl_nats", "KL when dropped (nats)"),
+    ("block_influence", "block influence (1 - cosine)"),
+    ("angular_distance", "angular distance (share of half a turn)"),
+)
+_WAYS = {
+    "kl": "least KL, each by itself",
+    "influence": "least block influence",
+    "angular": "span of least angular distance",
+    "greedy": "one after another, measured anew",
+}
+
+
+def rank(models: Sequence[Analysed]) -> Figure:
+    """What dropping each block costs, and the two scores that guess it; of a single model, the angular distance of every span as well."""
+    alone = len(models) == 1 and "spans" in models[0].tables
+    panels = len(_SCORES) + alone
+    with styled(3.7 * panels, 3.3 + 0.2 * (len(models) > 1)) as figure:
+        grid = figure.subplots(1, panels, squeeze=False)[0]
+        for axis, (column, label) in zip(grid, _SCORES, strict=False):
+            for place, model in enumerate(models):
+                table = model.tables["rank"]
+                values = table[column].to_numpy(float)
+                line(axis, table.relative_depth, np.where(values > 0, values, np.nan), table[f"{column}_sem"], place, model.label)
+                if values.size and np.nanmax(values, initial=0) > 0:
+                    axis.set_yscale("log")
+            axis.set_ylabel(label)
+            axis.set_xlabel("relative depth of the block")
+            axis.set_xlim(-0.02, 1.02)
+        if alone:
+            spans = models[0].tables["spans"]
+            square = spans.pivot_table(index="span", columns="layer", values="angular_distance", dropna=False).astype(float)
+            axis = grid[-1]
+            axis.grid(visible=False)
+            extent = (-0.5, len(square.columns) - 0.5, 0.5, len(square) + 0.5)
+            image = axis.imshow(square, cmap="cividis", origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+            least = square.idxmin(axis=1)
+            axis.plot(least.to_numpy(float), least.index, "o", color=COLOURS[1], markersize=3)
+            axis.set_xlabel("first block of the span")
+            axis.set_ylabel("blocks in the span")
+            figure.colorbar(image, label="angular distance; dots: least")
+        finish(figure, models, grid[0])
+    return figure
+
+
+def costs(models: Sequence[Analysed]) -> Figure:
+    """What removing layers costs, over their number: a line for each way of choosing; a row of panels for each model."""
+    panels = (
+        ("kl_nats", "KL from the unedited model (nats)", 1),
+        ("perplexity", "perplexity", 1),
+        ("agreement", "predictions kept (%)", 100),
+    )
+    with styled(11, 3.4 * len(models)) as figure:
+        grid = figure.subplots(len(models), len(panels), squeeze=False)
+        for axes, model in zip(grid, models, strict=True):
+            table = model.tables["costs"]
+            base = table[table.way == "unedited"].iloc[0]
+            for axis, (column, label, times) in zip(axes, panels, strict=True):
+                for place, (way, words) in enumerate(_WAYS.items()):
+                    rows = table[table.way == way].sort_values("removed")
+                    if len(rows):
+                        axis.plot(
+                            [0, *rows.removed.astype(int)], [times * base[column], *(times * rows[column])], label=words,
+                            color=COLOURS[place], marker=MARKERS[place], linestyle="--" if way == "greedy" else "-",
+                        )  # fmt: skip
+                axis.set_xlabel("layers removed")
+                axis.xaxis.get_major_locator().set_params(integer=True)
+                axis.set_ylabel(label)
+            axes[1].set_yscale("log")
+            axes[2].set_ylim(0, 102)
+            if len(models) > 1:
+                axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
+        handles = {text: handle for axis in grid[:, 0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        finish(figure, models[:1] if len(models) == 1 else models, grid[0][0], legend=False)
+    return figure
+
+
+MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {"rank": rank, "costs": costs}
