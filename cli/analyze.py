@@ -16,6 +16,7 @@ from layersurgery.weights import fingerprint
 from .analyses import draw_analysis, show_analysis, summary
 from .asking import looked_at
 from .bench import calm, loaded_aloud
+from .command import given
 from .measuring import run_task
 from .placement import Place, place_of
 from .talk import Talk, number
@@ -100,9 +101,8 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
         "blocks": options.blocks,
         "versions": versions(),
     }
-    with open_run(
-        options.output or Path(f"{source.name}-{NEURONS}"), arguments, kind=ANALYSIS, overwrite=options.overwrite
-    ) as run:
+    directory = options.output or Path(f"{source.name}-{NEURONS}")
+    with open_run(directory, arguments, kind=ANALYSIS, overwrite=options.overwrite, command=given()) as run:
         if run.finished:
             talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
         else:

@@ -16,6 +16,7 @@ from layersurgery.sources import Source, find_source
 from layersurgery.weights import fingerprint
 
 from .asking import asked_text, looked_at
+from .command import given
 from .placement import Place, loaded, place_of, where
 from .progress import bar
 from .talk import Talk, complain, number, size
@@ -120,7 +121,7 @@ class Bench:
         arguments["text"]["fingerprint"] = (
             text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
         )
-        with open_run(directory, arguments, kind=task.kind, overwrite=anew) as run:
+        with open_run(directory, arguments, kind=task.kind, overwrite=anew, command=given()) as run:
             if run.finished or text is None:
                 self.talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
             else:

@@ -12,12 +12,19 @@ from typer.core import TyperGroup
 
 from layersurgery.errors import LayerSurgeryError, PlanError
 
+from .command import remember
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
 class Commands(TyperGroup):
     """The command group; turns the package's errors into a line and an exit code: 2 for usage, 1 for failure."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse them, and keep them as they were given."""
+        remember(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

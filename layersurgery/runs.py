@@ -34,12 +34,14 @@ class Run:
         kind: one of `KINDS`.
         arguments: everything that the digits depend on.
         facts: what `run.json` says.
+        command: the command line that a new run notes, to be repeated; empty where there was none.
     """
 
     directory: Path
     kind: str
     arguments: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def finished(self) -> bool:
@@ -55,7 +57,9 @@ class Run:
         """Make room for a new run, unless there is one to go on with. An earlier one is removed only now, when all is ready."""
         if not self.begun:
             _clear(self.directory)
-            self.note(kind=self.kind, state="begun", arguments=self.arguments)
+            self.note(
+                kind=self.kind, state="begun", arguments=self.arguments, **({"command": self.command} if self.command else {})
+            )
 
     def note(self, **facts: Any) -> None:
         """Write facts to `run.json`."""
@@ -65,7 +69,9 @@ class Run:
 
 
 @contextmanager
-def open_run(directory: Path, arguments: dict[str, Any], *, kind: str = SWEEP, overwrite: bool = False) -> Iterator[Run]:
+def open_run(
+    directory: Path, arguments: dict[str, Any], *, kind: str = SWEEP, overwrite: bool = False, command: str = ""
+) -> Iterator[Run]:
     """Hold a directory for a run of a kind with these arguments: a new one, or one that such a run has begun or finished.
 
     Raises:
@@ -81,6 +87,7 @@ def open_run(directory: Path, arguments: dict[str, Any], *, kind: str = SWEEP, o
         raise OutputError(f"cannot make {directory}: {error.strerror or error}") from error
     with locked(directory):
         run = _run_in(directory, kind, arguments, overwrite)
+        run.command = command
         try:
             yield run
         except BaseException:
