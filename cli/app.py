@@ -253,6 +253,34 @@ def plot(
     run_plot(results, output, Talk(quiet=quiet, as_json=as_json))
 
 
+@app.command(rich_help_panel=_MEASURE)
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Directories of results, or of such directories, three levels down.", show_default=False
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write, or directory to write report.html into.",
+            show_default="./report.html",
+            metavar="FILE",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page that exists at the output.")] = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Make one self-contained page of results: in words, curves with values on hover, figures, tables, and how to repeat it."""
+    from .report import run_report
+
+    run_report(results, output, overwrite, Talk(quiet=quiet, as_json=as_json))
+
+
 @app.command(rich_help_panel=_LOOK)
 def plan(
     plan: Annotated[str, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False)],

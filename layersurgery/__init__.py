@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .dissection import Anatomy, anatomy
     from .folding import Folded, fold
     from .loading import load
+    from .page.writing import Report, report
     from .saving import save
     from .surgery import operate, operate_
     from .sweeping import sweep
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Pruning",
+    "Report",
     "Route",
     "SourceError",
     "UndoError",
@@ -60,6 +62,7 @@ __all__ = [
     "read_results",
     "reorder",
     "repeat",
+    "report",
     "reverse",
     "save",
     "skip_attention",
@@ -75,6 +78,7 @@ _LATER = {
     "Edited": "checkpoint",
     "Folded": "folding",
     "Pruning": "analyses.pruning",
+    "Report": "page.writing",
     "anatomy": "dissection",
     "compare": "comparison",
     "edit_checkpoint": "checkpoint",
@@ -86,6 +90,7 @@ _LATER = {
     "prune": "analyses.pruning",
     "rank": "analyses.ranking",
     "read_results": "table",
+    "report": "page.writing",
     "save": "saving",
     "sweep": "sweeping",
 }

@@ -19,7 +19,7 @@ LEVELS = [
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery folding reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming kernels/moments metrics",
     "comparison forecasting estimating walking observing reading measuring table sweeping text journal pertoken runs team performing",
     "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/ranking analyses/pruning analyses/together analyses/keeping",
-    "drawing pruning_figures figures signal_figures",
+    "drawing pruning_figures figures signal_figures page/visible page/collecting page/curves page/tabular page/pictures page/repeating page/markup page/composing page/writing",
 ]
 NO_TORCH = [
     "errors",
@@ -49,7 +49,7 @@ NO_TORCH = [
 
 def imports_of(path: Path) -> set[str]:
     found = set()
-    inside = path.parent.name if path.parent.name in ("kernels", "analyses") else ""
+    inside = path.parent.name if path.parent.name in ("kernels", "analyses", "page") else ""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level and node.module:
             module = f"{inside}/{node.module}" if inside and node.level == 1 else node.module.replace(".", "/")

@@ -1,0 +1,189 @@
+"""The page's sections, in the order in which somebody who was sent it will ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..version import __version__
+from .collecting import Found, Kept, labels
+from .curves import Chart, charts
+from .markup import Html, data, joined, tag
+from .pictures import Picture
+from .repeating import account
+from .tabular import Cell, Column, Table, of_frame, of_routes
+
+_CELLS_A_ROUTE = 12
+_LONG = 40
+_BANDS = "Bands are one standard error over sequences to each side. Point at a curve for its values, or focus the chart and use the arrow keys."
+_NO_SCRIPT = (
+    "Drawing these curves takes the page's own script, which does not run here; the figures and tables hold the same numbers."
+)
+_COLUMNS = (
+    "KL is that of the edited model's predictions from the unedited one's; changes are edited minus unedited; ± is one standard error over "
+    "sequences. Headings sort by the exact values."
+)
+
+
+def compose(found: Found, most_rows: int, pictures: Sequence[Picture]) -> tuple[str, Html, list[str]]:
+    """A page's title and body, and what is not in it for its size.
+
+    Args:
+        found: the runs.
+        most_rows: of routes; other tables together have as many cells as these.
+        pictures: to show.
+    """
+    models = list(dict.fromkeys(run.model for run in found.runs))
+    names = list(dict.fromkeys(run.short for run in found.runs))
+    title = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+    tables, left = _tables(found.runs, _CELLS_A_ROUTE * most_rows)
+    sections = [section for section in _sections(found, most_rows, pictures, tables, left) if section[2]]
+    links = [tag("li", tag("a", heading, href=f"#{key}")) for key, heading, _ in sections]
+    body = joined(
+        [
+            tag("a", "To the contents", class_="skip", href="#main"),
+            tag("header", tag("p", "layersurgery report", class_="kicker"), tag("h1", title), *_lead(found, models)),
+            tag("nav", tag("ul", links), aria_label="Sections"),
+            tag("main", [_section(*one) for one in sections], id="main"),
+            tag("footer", tag("p", f"Made by layersurgery {__version__}. This page is whole: it loads nothing.", class_="note")),
+        ]
+    )
+    return f"{title} \N{EM DASH} layersurgery", body, left
+
+
+def _section(key: str, heading: str, content: Sequence[Html]) -> Html:
+    return tag("section", tag("h2", heading, id=f"{key}-heading"), content, id=key, aria_labelledby=f"{key}-heading")
+
+
+def _sections(
+    found: Found, most_rows: int, pictures: Sequence[Picture], tables: Sequence[Table], left: list[str]
+) -> Iterator[tuple[str, str, list[Html]]]:
+    runs = found.runs
+    drawn = {chart.key: chart for chart in charts(runs)}
+    sweeps = [run for run in runs if run.is_sweep]
+    stages = [picture for picture in pictures if picture.name == "stages"]
+    others = [picture for picture in pictures if picture.name != "stages"]
+    yield "words", "In words", [*_words(runs)]
+    if "edits" in drawn:
+        yield "edits", drawn["edits"].title, _chart(drawn["edits"])
+    yield "stages", "The stages of inference", [_figure(picture) for picture in stages]
+    if "signals" in drawn:
+        yield "signals", drawn["signals"].title, _chart(drawn["signals"])
+    yield (
+        "figures",
+        "All other figures",
+        [tag("div", [_figure(picture) for picture in others], class_="figures")] if others else [],
+    )
+    if sweeps:
+        routes = of_routes(sweeps, most_rows)
+        left += routes.notes
+        yield "routes", "Every route", [tag("p", _COLUMNS, class_="note"), *_notes(routes.notes), *_table(routes, "table-routes")]
+    yield "tables", "All other tables", [*_folded(tables)]
+    yield "how", "How it was run, and how to repeat it", [*_accounts(runs)]
+    yield "missing", "What is not in this page", [*_missing(found, left)]
+
+
+def _lead(found: Found, models: Sequence[str]) -> Iterator[Html]:
+    texts: dict[str, None] = {}
+    for run in found.runs:
+        tokens, where = run.fact("text", "tokens"), run.fact("arguments", "text", "data")
+        if isinstance(tokens, int) and where:
+            texts[f"{tokens:,} tokens of {where}"] = None
+    count = len(found.runs)
+    parts = [f"{count} run{'s'[: count != 1]}", ", ".join(models), *texts]
+    yield tag("p", " \N{MIDDLE DOT} ".join(parts), class_="about")
+    if found.others:
+        number = len(found.others)
+        what = f"{number} director{'ies are' if number > 1 else 'y is'} not shown: "
+        yield tag("p", what, tag("a", "which, and why", href="#missing"), class_="warn")
+
+
+def _words(runs: Sequence[Kept]) -> Iterator[Html]:
+    """What sweeps found in large letters, then the longer sentences."""
+    for run, label in sorted(zip(runs, labels(runs), strict=True), key=lambda one: not one[0].is_sweep):
+        if run.words:
+            words = f"{run.words[0].upper()}{run.words[1:].removesuffix('.')}."
+            yield tag("p", tag("b", label), words, class_="lede" if run.is_sweep else "told")
+
+
+def _chart(chart: Chart) -> list[Html]:
+    return [
+        tag("p", chart.about) if chart.about else Html(),
+        tag("div", id=f"chart-{chart.key}", class_="chart", data_of=f"data-{chart.key}"),
+        tag("p", _BANDS, class_="note"),
+        tag("noscript", tag("p", _NO_SCRIPT)),
+        data(f"data-{chart.key}", chart.data),
+    ]
+
+
+def _figure(picture: Picture) -> Html:
+    caption = tag("figcaption", tag("b", f"{picture.label}: "), f"{picture.about}.")
+    if picture.why:
+        return tag("p", tag("b", f"{picture.label}, {picture.name}: "), f"left out, as {picture.why}.", class_="warn")
+    return tag("figure", tag("img", src=picture.source, alt=picture.alt, loading="eager"), caption)
+
+
+def _tables(runs: Sequence[Kept], most_cells: int) -> tuple[list[Table], list[str]]:
+    """All tables but those of routes, as far as they have room; and those that have none."""
+    shown, left = [], []
+    for run, label in zip(runs, labels(runs), strict=True):
+        for name, frame in run.tables.items():
+            if name == "results":
+                continue
+            if frame.size > most_cells:
+                left.append(f"{label}: table {name}, {len(frame)} rows; it is {run.path / f'{name}.parquet'}")
+                continue
+            most_cells -= frame.size
+            shown.append(of_frame(f"{label}: {name}", frame))
+        left += [f"{label}: table {name}, {rows} rows; it is {run.path / f'{name}.parquet'}" for name, rows in run.large.items()]
+    return shown, left
+
+
+def _folded(tables: Sequence[Table]) -> Iterator[Html]:
+    for number, table in enumerate(tables):
+        rows = tag("span", f" {len(table.rows)} row{'s'[: len(table.rows) != 1]}")
+        yield tag("details", tag("summary", table.name, rows), *_table(table, f"table-{number}"))
+
+
+def _notes(notes: Iterable[str]) -> Iterator[Html]:
+    for note in notes:
+        yield tag("p", f"{note}.", class_="warn")
+
+
+def _table(table: Table, key: str) -> Iterator[Html]:
+    heads = [tag("th", column.title, *_unit(column), scope="col", data_n=column.numeric) for column in table.columns]
+    long = [any(len(row[place].text) > _LONG for row in table.rows) for place in range(len(table.columns))]
+    rows = [tag("tr", [_cell(cell, is_long) for cell, is_long in zip(row, long, strict=True)]) for row in table.rows]
+    whole = tag("table", tag("thead", tag("tr", heads)), tag("tbody", rows), id=key, aria_label=table.name)
+    yield tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=f"Table: {table.name}")
+
+
+def _unit(column: Column) -> list[object]:
+    return [", ", tag("i", column.unit)] if column.unit else []
+
+
+def _cell(cell: Cell, is_long: bool) -> Html:
+    error = tag("small", f" ±\N{NO-BREAK SPACE}{cell.error}") if cell.error else None
+    return tag("td", cell.text, error, data_v=cell.value or None, class_="long" if is_long else None)
+
+
+def _accounts(runs: Sequence[Kept]) -> Iterator[Html]:
+    for run, label in zip(runs, labels(runs), strict=True):
+        told = account(run)
+        yield tag("h3", f"{label}: {run.word}")
+        if told.command:
+            yield tag("pre", tag("code", told.command), class_="command")
+        if told.note:
+            yield tag("p", told.note, class_="note")
+        facts = [*told.facts]
+        facts += [
+            ("Left out", f"{', '.join(whats[:6])}{f' and {len(whats) - 6} more' if len(whats) > 6 else ''}: {why}")
+            for why, whats in told.left_out
+        ]
+        facts += [("Not numbers", f"{what}: NaN or infinity in batch {batches}") for what, batches in told.not_numbers]
+        yield tag("dl", [(tag("dt", name), tag("dd", value)) for name, value in facts])
+
+
+def _missing(found: Found, left: Sequence[str]) -> Iterator[Html]:
+    items = [f"{path}: {why}" for path, why in found.others] + list(left)
+    if items:
+        yield tag("ul", [tag("li", item) for item in items])

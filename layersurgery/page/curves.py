@@ -1,0 +1,198 @@
+"""What a page draws by itself: values over depth, line by line, exactly as the tables hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ..route import Route
+from .collecting import Kept, labels
+from .visible import plain, visible
+
+_EDITS = {
+    "swap": "swap",
+    "drop": "drop",
+    "skip-attention": "skip attention",
+    "skip-mlp": "skip MLP",
+    "drop-span": "drop a span",
+}
+_OF_EDITS = ("kl_nats", "agreement", "entropy_change_bits", "loss_change_nats", "accuracy")
+# Label, unit, factor, whether the axis is logarithmic.
+_KNOWN: dict[str, tuple[str, str, float, bool]] = {
+    "kl_nats": ("KL from the unedited model", "nats", 1, True),
+    "agreement": ("predictions kept", "%", 100, False),
+    "entropy_bits": ("entropy", "bits", 1, False),
+    "entropy_change_bits": ("change of entropy", "bits", 1, False),
+    "loss_nats": ("loss", "nats", 1, False),
+    "loss_change_nats": ("change of loss", "nats", 1, False),
+    "accuracy": ("accuracy", "%", 100, False),
+    "drop_kl_nats": ("KL when dropped", "nats", 1, True),
+    "lens_kl_nats": ("logit lens: KL to the end", "nats", 1, False),
+    "lens_entropy_bits": ("logit lens: entropy", "bits", 1, False),
+    "lens_agreement": ("logit lens: model's own top token", "%", 100, False),
+    "attention_prev5": ("share of attention on the previous five", "", 1, False),
+    "attention_prev5_mean": ("mean attention to each of the previous five", "", 1, False),
+    "attention_norm": ("norm of what attention adds", "", 1, False),
+    "mlp_norm": ("norm of what the MLP adds", "", 1, False),
+    "attention_to_mlp_ratio": ("norm of attention / MLP", "", 1, False),
+    "prediction_percent": ("prediction neurons", "%", 1, False),
+    "suppression_percent": ("suppression neurons", "%", 1, False),
+    "self": ("cosine with itself, not swapped", "", 1, False),
+    "index": ("cosine with what was at its place", "", 1, False),
+    "adjacent": ("cosine of two neighbours", "", 1, False),
+}
+_UNITS = {"nats": "nats", "bits": "bits", "percent": "%", "seconds": "s", "bytes": "bytes"}
+_NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row")
+_MOST_GROUPS = 8
+_OF_WHAT = (
+    "Each point is one edited model, compared with the unedited one over every position that has a next token. KL: how far the predicted "
+    "distribution moves. Predictions kept: how often the most likely next token stays what it was."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Views to choose from, each with metrics to choose from.
+
+    Attributes:
+        key: its name within a page.
+        title: what it answers.
+        about: how to read it.
+        choice: what a view is.
+        axis: what stands at a depth.
+        views: as a page's script takes them.
+    """
+
+    key: str
+    title: str
+    about: str
+    choice: str
+    axis: str
+    views: list[dict[str, Any]]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """All of it, as a page's script takes it."""
+        metrics = dict.fromkeys(name for view in self.views for name in view["metrics"])
+        return {
+            "choice": self.choice,
+            "axis": self.axis,
+            "deepest": self._deepest(),
+            "metrics": {name: metric(name) for name in metrics},
+            "views": self.views,
+        }
+
+    def _deepest(self) -> int | None:
+        """The last layer's number, where all models have the same."""
+        lines = [line for view in self.views for line in view["lines"]]
+        found = {round(layer / x) for line in lines for layer, x in zip(line["layer"], line["x"], strict=True) if layer and x}
+        return found.pop() if len(found) == 1 else None
+
+
+def metric(name: str) -> dict[str, Any]:
+    """What a column is called, its unit, what it is multiplied by when shown, and whether its axis is logarithmic."""
+    if name in _KNOWN:
+        label, unit, times, log = _KNOWN[name]
+    else:
+        words = name.split("_")
+        unit = _UNITS.get(words[-1], "") if len(words) > 1 else ""
+        label, times, log = visible(" ".join(words[:-1] if unit else words)), 1, False
+    return {"label": label, "unit": unit, "times": times, "log": log}
+
+
+def charts(runs: Sequence[Kept]) -> list[Chart]:
+    """One of edits and one of signals, as far as there are any."""
+    edits = _of_edits([run for run in runs if run.is_sweep])
+    signals = _of_signals([run for run in runs if not run.is_sweep])
+    found = [
+        Chart("edits", "What every edit does", _OF_WHAT, "Edit", "(first) block edited", edits),
+        Chart("signals", "What each layer does", "", "Table", "layer", signals),
+    ]
+    return [chart for chart in found if chart.views]
+
+
+def _of_edits(runs: Sequence[Kept]) -> list[dict[str, Any]]:
+    views = []
+    for edit, words in _EDITS.items():
+        lines = []
+        for run, label in zip(runs, labels(runs), strict=True):
+            rows = run.tables["results"]
+            rows = rows[(rows.edit == edit) & rows.layer.notna()].sort_values("layer")
+            if rows.empty:
+                continue
+            lengths = rows.depth - rows.route.map(lambda route: len(Route.parse(str(route))))
+            for length, part in rows.groupby(lengths):
+                several = edit == "drop-span" and lengths.nunique() > 1
+                lines.append(_line(part, f"{label}, {length} blocks" if several else label, _OF_EDITS))
+        if lines:
+            views.append(_view(edit, words, lines))
+    if len(runs) == 1 and len(views) > 1:
+        lines = [line | {"label": view["label"]} for view in views if len(view["lines"]) == 1 for line in view["lines"]]
+        if len(lines) > 1:
+            views.insert(0, _view("all", "all edits", lines))
+    return views
+
+
+def _of_signals(runs: Sequence[Kept]) -> list[dict[str, Any]]:
+    views: dict[str, list[dict[str, Any]]] = {}
+    for run, label in zip(runs, labels(runs), strict=True):
+        for name, frame in run.tables.items():
+            for group, part in _groups(frame):
+                columns = [column for column in part.columns if _drawn(part, str(column))]
+                if columns:
+                    key = f"{visible(name)}: {visible(group)}" if group else visible(name)
+                    views.setdefault(key, []).append(_line(part.sort_values("layer"), label, columns))
+    return [_view(key, key.replace("_", " "), lines) for key, lines in views.items()]
+
+
+def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Parts of a table in which each layer has one row; none where it cannot be so divided."""
+    if not all(name in frame and pd.api.types.is_numeric_dtype(frame[name]) for name in ("layer", "relative_depth")):
+        return
+    rows = frame[frame.layer.notna()]
+    if rows.layer.is_unique:
+        yield "", rows
+        return
+    keys = [
+        column
+        for column in rows.columns
+        if not pd.api.types.is_numeric_dtype(rows[column]) and 1 < rows[column].nunique() <= _MOST_GROUPS
+    ]
+    if not keys or rows.duplicated([*keys, "layer"]).any():
+        return
+    for values, part in rows.groupby(keys, sort=False):
+        yield ", ".join(map(str, values)), part
+
+
+def _drawn(frame: pd.DataFrame, column: str) -> bool:
+    if column in _NO_CURVES or column.endswith("_sem") or not pd.api.types.is_numeric_dtype(frame[column]):
+        return False
+    return not pd.api.types.is_bool_dtype(frame[column]) and bool(frame[column].notna().any())
+
+
+def _line(frame: pd.DataFrame, label: str, columns: Sequence[str]) -> dict[str, Any]:
+    columns = [str(column) for column in columns if column in frame]
+    layers = frame.layer.tolist()
+    return {
+        "label": visible(label),
+        "layer": _numbers(layers),
+        "x": _numbers(frame.relative_depth.tolist()),
+        "name": [visible(str(name)) for name in frame["name"]] if "name" in frame else None,
+        "values": {column: _numbers(frame[column].tolist()) for column in columns},
+        "errors": {column: _numbers(frame[f"{column}_sem"].tolist()) for column in columns if f"{column}_sem" in frame},
+    }
+
+
+def _numbers(values: Sequence[Any]) -> list[float | int | None]:
+    """As JSON has them: none where it is no number."""
+    found = [plain(value) for value in values]
+    return [value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None for value in found]
+
+
+def _view(key: str, label: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for line in lines for name in line["values"]))
+    return {"key": key, "label": label, "metrics": names, "lines": [line | {"place": place} for place, line in enumerate(lines)]}

@@ -1,0 +1,84 @@
+"""HTML as values: text becomes markup in one place only, and is escaped there."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from .visible import visible
+
+_EMPTY = ("link", "meta", "img", "input")
+
+
+class Html(str):
+    """Markup, put into a page as it is; every other text is made visible and escaped."""
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Html:
+    """An element.
+
+    Args:
+        name: of it.
+        children: markup, text, or iterables of these; None is nothing.
+        attributes: underscores stand for hyphens, one at the end is dropped; True stands alone, None and False are left out.
+
+    Example:
+        >>> tag("a", "1 < 2", class_="x", hidden=True)
+        '<a class="x" hidden>1 &lt; 2</a>'
+    """
+    given = "".join(_attribute(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    return Html(f"<{name}{given}>" if name in _EMPTY else f"<{name}{given}>{joined(children)}</{name}>")
+
+
+def joined(children: Iterable[object]) -> Html:
+    """Children of an element, one behind the other."""
+    return Html("".join(map(_child, children)))
+
+
+def _child(child: object) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Html):
+        return child
+    if isinstance(child, str):
+        return escape(visible(child))
+    return joined(child) if isinstance(child, Iterable) else escape(str(child))
+
+
+def _attribute(name: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    return f" {name}" if value is True else f' {name}="{escape(visible(str(value)))}"'
+
+
+def data(key: str, value: Any) -> Html:
+    """Data for the page's script, in which no text can end the element or begin another."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+    return tag("script", Html(text), type="application/json", id=key)
+
+
+def document(title: str, body: Html) -> str:
+    """A page that may load nothing, and run nothing but its own script."""
+    style, script = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", name="referrer", content="no-referrer"),
+        tag("link", rel="icon", href="data:,"),
+        tag("title", title),
+        tag("style", Html(style)),
+    )
+    return f"<!DOCTYPE html>\n{tag('html', head, tag('body', body, tag('script', Html(script))), lang='en')}\n"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

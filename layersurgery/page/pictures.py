@@ -1,0 +1,110 @@
+"""Figures that runs drew, to be put into a page."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .collecting import Kept, labels
+
+_KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
+_MAGIC = {".svg": (b"<?xml", b"<svg"), ".png": (b"\x89PNG\r\n\x1a\n",)}
+_ABOUT = {
+    "robustness": "KL from the unedited model, predictions kept and change of entropy over relative depth, a row of panels for each kind of edit",
+    "swap-pairs": "KL from the unedited model when two blocks are swapped, a cell for each pair",
+    "plans": "KL from the unedited model and predictions kept, a bar for each plan",
+    "stages": "the signals of the stages of inference over relative depth, the stages shaded",
+    "lens": "what the logit lens says behind each block: KL to the end, entropy, share of the model's own top token",
+    "attention": "attention to the previous five tokens over relative depth",
+    "norms": "norms of what attention and MLP add, and their ratio, over relative depth",
+    "neurons": "shares of prediction and suppression neurons over relative depth",
+    "similarity": "cosines of what blocks add when swapped and when not, over relative depth",
+}
+_FIRST = ("stages", "robustness")
+_AROUND = 2000  # bytes: markup, caption, alternative text
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure.
+
+    Attributes:
+        label: of the run that drew it.
+        name: without its ending.
+        about: what it shows.
+        path: of the file that is smaller, or the one that is missing.
+        source: a data URI; empty where it is left out.
+        why: it is left out; empty where it is not.
+    """
+
+    label: str
+    name: str
+    about: str
+    path: Path
+    source: str = ""
+    why: str = ""
+
+    @property
+    def alt(self) -> str:
+        """What to read instead of it."""
+        return f"{self.label}: {self.about}. The numbers are in the tables below."
+
+
+def pictures(runs: Sequence[Kept], room: int) -> list[Picture]:
+    """All figures of all runs in their order, the stages first; the largest are left out where room is short.
+
+    Args:
+        runs: that drew them.
+        room: bytes that they may take in the page.
+    """
+    found = [(*one, _smaller(*one)) for one in _named(runs)]
+    read = {place: _read(paths) for place, (*_, paths) in enumerate(found)}
+    costs = sorted((4 * len(data) // 3 + _AROUND, place) for place, (data, _) in read.items() if data)
+    fits = set()
+    for cost, place in costs:
+        room -= cost
+        if room < 0:
+            break
+        fits.add(place)
+    shown = []
+    for place, (run, label, name, paths) in enumerate(found):
+        about = _ABOUT.get(name.rstrip("-0123456789"), f"figure “{name}”")
+        path = paths[0] if paths else run.path / f"{name}.svg"
+        data, why = read[place]
+        if data and place not in fits:
+            why = f"it would have made this page too large; it is {path}"
+        uri = f"data:{_KINDS[path.suffix]};base64,{base64.b64encode(data).decode()}" if place in fits else ""
+        shown.append(Picture(label, name, about, path, uri, "" if uri else why))
+    return shown
+
+
+def _named(runs: Sequence[Kept]) -> list[tuple[Kept, str, str]]:
+    found = []
+    for run, label in zip(runs, labels(runs), strict=True):
+        files = [str(file) for file in run.fact("figures", default=[])]
+        names = [file.rpartition(".")[0] for file in files if Path(file).suffix in _KINDS and Path(file).name == file]
+        found += [(run, label, name) for name in dict.fromkeys(names)]
+    return sorted(found, key=lambda one: _FIRST.index(one[2]) if one[2] in _FIRST else len(_FIRST))
+
+
+def _smaller(run: Kept, _label: str, name: str) -> list[Path]:
+    """The files that it is in, the smallest first."""
+    paths = [path for path in (run.path / f"{name}{kind}" for kind in _KINDS) if path.is_file()]
+    return sorted(paths, key=lambda path: path.stat().st_size)
+
+
+def _read(paths: Sequence[Path]) -> tuple[bytes, str]:
+    """The smallest that is what its name says; or why there is none."""
+    why = "its file is not there any more"
+    for path in paths:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            why = f"{path} cannot be read: {error.strerror or error}"
+            continue
+        if data.lstrip().startswith(_MAGIC[path.suffix]):
+            return data, ""
+        why = f"{path} is no {path.suffix[1:].upper()} file"
+    return b"", why

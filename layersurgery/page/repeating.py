@@ -1,0 +1,201 @@
+"""How a run came about, and the command that does it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..route import Route
+from .collecting import Kept
+from .visible import hidden
+
+_PROGRAM = "layersurgery"
+_BEGIN = {
+    **{name: ["analyze", name] for name in ("attention", "lens", "neurons", "norms", "similarity")},
+    "stages": ["stages"],
+    "rank": ["rank"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """How one run came about.
+
+    Attributes:
+        command: that does it again, as a shell takes it; empty where it is not known.
+        note: what the command does not say; empty where it says all.
+        facts: names and values.
+        left_out: reasons, and what each kept out.
+        not_numbers: what gave values that are none, and in which batches.
+    """
+
+    command: str
+    note: str
+    facts: list[tuple[str, str]]
+    left_out: list[tuple[str, list[str]]]
+    not_numbers: list[tuple[str, str]]
+
+
+def account(run: Kept) -> Account:
+    """How a run came about."""
+    words, note = _command(run)
+    reasons: dict[str, list[str]] = {}
+    for what, why in _pairs(run.fact("left_out", default={})):
+        reasons.setdefault(str(why), []).append(what)
+    broken = [(what, _batches(batches)) for what, batches in _pairs(run.fact("not_numbers", default={}))]
+    facts = [(name, text) for name, text in _facts(run) if text]
+    return Account(" ".join(map(_quoted, words)), note, facts, [*reasons.items()], broken)
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    return [(str(key), one) for key, one in value.items()] if isinstance(value, Mapping) else []
+
+
+def _batches(value: Any) -> str:
+    batches = list(map(str, value)) if isinstance(value, list) else [str(value)]
+    return ", ".join(batches[:8]) + (" ..." if len(batches) > 8 else "")
+
+
+def _command(run: Kept) -> tuple[list[str], str]:
+    """Its words, and a remark; no words where they cannot be told."""
+    revision = run.fact("arguments", "model", "revision", default=None)
+    try:
+        words = shlex.split(str(run.fact("command", default="")))
+    except ValueError:  # somebody has cut it
+        words = []
+    if words[:1] == [_PROGRAM]:
+        untold = revision and not any(word.partition("=")[0] == "--revision" for word in words)
+        return words, f"The model's revision was {revision}; --revision {revision} makes sure of it." if untold else ""
+    begin = ["sweep"] if run.is_sweep else _BEGIN.get(run.word)
+    if begin is None:
+        return [], "This run did not note its command, and what it noted does not tell it."
+    edits, note = _edits(run) if run.is_sweep else ([], "")
+    words = [_PROGRAM, *begin, run.model, *edits, *_options(run)]
+    words += ["--revision", str(revision)] if revision else []
+    return words, f"This run did not note its command: it was put together from the arguments noted. {note}".strip()
+
+
+def _options(run: Kept) -> Iterator[str]:
+    text = run.fact("arguments", "text", default={})
+    text = text if isinstance(text, Mapping) else {}
+    usual = {"split": "train", "column": "text", "seed": 0}
+    for name in ("data", "tokens", "context", "split", "column", "seed", "tokenizer"):
+        value = text.get(name)
+        if value is not None and value != usual.get(name):
+            yield from (f"--{name}", str(value))
+    yield from (word for word, on in (("--no-pack", text.get("pack") is False), ("--bos", text.get("bos") is True)) if on)
+    if isinstance(text.get("shuffle"), bool):
+        yield "--shuffle" if text["shuffle"] else "--no-shuffle"
+    for name in ("spans", "dtype", "device", "batch_size", "blocks"):
+        value = run.fact("arguments", name, default=None)
+        if value is not None:
+            yield from (f"--{name.replace('_', '-')}", str(value))
+    for name, word in (("per_token", "--per-token"), ("compiled", "--compile")):
+        if run.fact("arguments", name, default=False) is True:
+            yield word
+
+
+def _quoted(word: str) -> str:
+    """A word as bash takes it, with all that is in it to be seen."""
+    if not any(map(hidden, word)):
+        return shlex.quote(word)
+    text = "".join(f"\\U{ord(letter):08x}" if hidden(letter) else f"\\{letter}" if letter in "\\'" else letter for letter in word)
+    return f"$'{text}'"
+
+
+def _edits(run: Kept) -> tuple[list[str], str]:
+    frame = run.tables["results"]
+    families = [str(edit) for edit in frame.edit.drop_duplicates() if edit not in ("none", "plan", "drop-span")]
+    spans = frame[frame.edit == "drop-span"]
+    lengths = sorted({int(depth) - len(Route.parse(str(route))) for depth, route in zip(spans.depth, spans.route, strict=True)})
+    families += [f"drop-span:{length}" for length in lengths]
+    words = ["--edits", ",".join(families)] if families else []
+    note = "If only some layers were edited, add --layers."
+    if (frame.edit == "plan").any():
+        words += ["--plans", "plans.txt"]
+        note += " plans.txt stands for a file of the plans in the table, one a line, as in “name: drop 20:24”."
+    return words, note
+
+
+def _facts(run: Kept) -> Iterator[tuple[str, str]]:
+    def fact(*names: str) -> Any:
+        return run.fact(*names)
+
+    yield "Model", run.model
+    yield "Revision", str(fact("arguments", "model", "revision"))
+    yield "Weights", _if(fact("arguments", "model", "weights"), "fingerprint {}")
+    blocks, parameters = fact("model", "blocks"), fact("model", "parameters")
+    yield (
+        "Kind",
+        ", ".join(
+            filter(None, [str(fact("model", "class")), _if(blocks, "{} blocks"), _if(_grouped(parameters), "{} parameters")])
+        ),
+    )
+    text = fact("arguments", "text", "data")
+    yield "Text", ", ".join(filter(None, [str(text), *_text(run)]))
+    yield "Tokens", _tokens(run)
+    notes = fact("text", "notes")
+    yield "Notes on the text", "; ".join(map(str, notes)) if isinstance(notes, list) else str(notes)
+    dtype = fact("model", "dtype") or fact("arguments", "dtype")
+    yield "Ran", " on ".join(filter(None, [str(dtype), str(fact("model", "device") or fact("arguments", "device"))]))
+    yield (
+        "At once",
+        ", ".join(filter(None, [_if(fact("batch_size"), "batches of {}"), _if(fact("sequences_at_once"), "{} in memory")])),
+    )
+    yield "Read out by", str(fact("readout"))
+    calls, apart = fact("schedule", "block_calls"), fact("schedule", "block_calls_apart")
+    yield (
+        "Schedule",
+        _if(fact("schedule", "order"), "{}")
+        + (f", {calls} block calls a batch, {apart} without sharing" if calls and apart else ""),
+    )
+    compiled = fact("compiled")
+    yield "Compiled", "yes" if compiled is True else f"no: {compiled}" if compiled else ""
+    seconds = fact("seconds")
+    rate = fact("tokens_per_second")
+    yield (
+        "Took",
+        (f"{_grouped(seconds)} s" if seconds else "") + (f", {_grouped(rate)} tokens a second" if seconds and rate else ""),
+    )
+    yield "Versions", ", ".join(f"{name} {number}" for name, number in _pairs(fact("arguments", "versions")))
+    machine = ", ".join(f"{name} {value}" for name, value in _pairs(fact("machine")))
+    yield "Machine", machine
+    yield "No figure", str(fact("figures_fault"))
+    files = fact("files")
+    yield "Files", f"{run.path}: {', '.join(map(str, files))}" if isinstance(files, list) else str(run.path)
+
+
+def _text(run: Kept) -> Iterator[str]:
+    for name, words in (("split", "split {}"), ("column", "column {}"), ("seed", "seed {}"), ("tokenizer", "tokenizer of {}")):
+        value = run.fact("arguments", "text", name, default=None)
+        if value is not None and (name != "seed" or run.fact("arguments", "text", "shuffle", default=False)):
+            yield words.format(value)
+    for name, yes, no in (
+        ("pack", "packed", "a document a sequence"),
+        ("bos", "with a first token", ""),
+        ("shuffle", "shuffled", ""),
+    ):
+        value = run.fact("arguments", "text", name, default=None)
+        if isinstance(value, bool):
+            yield yes if value else no
+
+
+def _tokens(run: Kept) -> str:
+    tokens, sequences, length = (run.fact("text", name) for name in ("tokens", "sequences", "length"))
+    words = [
+        _if(_grouped(tokens), "{}"), _if(_grouped(sequences), "in {} sequences"), _if(length, "of up to {}"),
+        _if(run.fact("text", "fingerprint"), "(fingerprint {})"),
+    ]  # fmt: skip
+    return " ".join(filter(None, words))
+
+
+def _grouped(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _if(value: Any, words: str) -> str:
+    return words.format(value) if value not in ("", None) else ""
