@@ -1,0 +1,93 @@
+"""Each example runs and says something, on a small model under the real one's name; the notebook, too."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stand_in import stand_in
+
+HERE = Path(__file__).parent.parent / "examples"
+EXAMPLES = sorted(HERE.glob("*.py"))
+NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def _undisturbed() -> Iterator[None]:
+    """An example may train, silence the log, and choose a seed."""
+    import torch
+
+    before = logging.root.manager.disable
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+    logging.disable(before)
+
+
+@pytest.fixture
+def small(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, tmp_path_factory.getbasetemp() / "stand-in")
+    monkeypatch.chdir(tmp_path)
+
+
+def perform(example: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    print(said)
+    return said
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_it_runs(example: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(perform(example, capsys).splitlines()) > 5
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_it_runs_on_the_real_model(
+    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(perform(example, capsys).splitlines()) > 5
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_it_is_one_page(example: Path) -> None:
+    lines = example.read_text("utf-8").splitlines()
+    assert 30 <= len(lines) <= 65
+    assert f"python examples/{example.name}" in example.read_text("utf-8")
+
+
+def cells(notebook: Path) -> list[str]:
+    import nbformat
+
+    found: Any = nbformat.read(notebook, as_version=4)
+    nbformat.validate(found)
+    return [cell.source for cell in found.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebooks_cells_run(notebook: Path, small: None) -> None:
+    """In this process: a kernel would import torch once more."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    shell = InteractiveShell()
+    for number, source in enumerate(cells(notebook)):
+        with capture_output():
+            result = shell.run_cell(source)
+        assert result.success, (notebook.name, number, result.error_in_exec or result.error_before_exec)
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_in_a_kernel_with_the_real_model(notebook: Path, tmp_path: Path) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    NotebookClient(nbformat.read(notebook, as_version=4), timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
