@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks import costs
+from tests import made_pages
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -31,6 +32,20 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
     assert not re.findall(r"[A-Z]+_[A-Z_]+S?\n|TODO|FIXME", page.read_text())
+
+
+@pytest.mark.parametrize("page", made_pages.PAGES)
+def test_what_is_made_is_fresh(page: str) -> None:
+    """Made of docstrings and of the commands' help: who changes one of these makes the page anew."""
+    assert (ROOT / "docs" / page).read_text("utf-8") == made_pages.PAGES[page](), (
+        f"docs/{page} is not what docstrings and help say now; run: uv run python -m tests.made_pages"
+    )
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text("utf-8")
+    for page in PAGES:
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
 
 
 def test_the_table_of_costs() -> None:

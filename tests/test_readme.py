@@ -1,94 +1,107 @@
-"""The README's code blocks run as written."""
+"""The pages' commands and Python run as written, in the order in which they stand, on small models under the real ones' names.
+
+A command that says in its comment that it takes minutes, hours or a GPU is run all the same, with `--tokens 128 --context 64` behind what is
+written. Blocks marked `sh` and `python` are run; `text` is output, `console`, `py` and `yaml` are not run.
+"""
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 import shlex
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from layersurgery_cli.app import app
+from typer.main import get_command
 
-from benchmarks.pythia import make
-from layersurgery.sources import cache_directory
+from tests.stand_in import stand_in
 from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+README = ROOT / "README.md"
+PAGES = [README, *(ROOT / "docs" / name for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md"))]
+# What sets the project up has been done where this runs.
+DONE = {"git clone", "cd", "source", "uv run pytest", "uv sync"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty directory, with the models that the README names in an offline hub cache, small."""
-    directory = tmp_path_factory.mktemp("readme")
-    make(directory / "hf" / "hub", width=256, depth=32, shard_bytes=20_000_000)
-    return directory
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[str]:
-    shell = "\n".join(text for language, text in BLOCKS if language == "sh").replace("\\\n", " ")
-    return [line.split("  #")[0].strip() for line in shell.splitlines() if line.strip() and not line.startswith("#")]
-
-
-def test_the_two_set_up_commands() -> None:
-    assert commands()[:2] == ["pip install uv && uv run layersurgery demo", "uv run pytest"]
-    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
-
-
-def environment(place: Path) -> dict[str, str]:
-    tools = Path(sys.executable).parent
-    cache = str(cache_directory())
-    hub = {"HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1", "LAYERSURGERY_CACHE": cache}
-    return {**os.environ, **hub, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-
-
-def test_every_command(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that need the hub's cache, or start with something else, in a shell; the others here, which spares ten imports of torch."""
-    ours = [line for line in commands() if line.startswith(("layersurgery", "pip install uv &&"))]
-    assert len(ours) > 8
-    in_shell = [line for line in ours if "EleutherAI" in line or not line.startswith("layersurgery")]
-    assert len(in_shell) == 3
-    for line in in_shell:
-        found = subprocess.run(
-            ["bash", "-c", line.replace("pip install uv && uv run ", "")],
-            cwd=place,
-            env=environment(place),
-            capture_output=True,
-            text=True,
-        )
-        assert found.returncode == 0, f"{line}\n{found.stdout}\n{found.stderr}"
-    monkeypatch.chdir(place)
-    for name, value in environment(place).items():
-        monkeypatch.setenv(name, value)
-    for line in ours:
-        if line in in_shell:
+def commands(text: str) -> Iterator[tuple[list[str], bool]]:
+    """The words of each command, and whether it is too long to be run whole."""
+    for line in text.replace("\\\n", " ").splitlines():
+        command, _, comment = line.partition("  #")
+        if not command.strip() or command.startswith("#"):
             continue
-        program, *words = shlex.split(line)
-        assert program == "layersurgery"
-        result = run(*words)
-        assert result.exit_code == 0, f"{line}\n{result.output}\n{result.stderr}"
+        command = command.strip().replace("pip install uv && ", "")
+        if not command.startswith("uv run layersurgery") and any(command.startswith(words) for words in DONE):
+            continue
+        yield shlex.split(command.removeprefix("uv run ")), bool(re.search(r"minutes|hours?\b|GPU", comment))
 
 
-def test_every_python_block(place: Path) -> None:
-    code = [text for language, text in BLOCKS if language == "python"]
-    assert code
-    found = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)], cwd=place, env=environment(place), capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
+def shortened(words: list[str]) -> list[str]:
+    command = get_command(app)
+    for word in words[1:3]:
+        command = getattr(command, "commands", {}).get(word, command)
+    known = {option for parameter in command.params for option in parameter.opts}
+    return [*words, "--tokens", "128", "--context", "64"] if "--tokens" in known else words
 
 
-def test_every_python_example(place: Path) -> None:
-    examples = sorted((ROOT / "examples").glob("*.py"))
-    assert examples
-    for example in examples:
-        found = subprocess.run([sys.executable, example], cwd=place, env=environment(place), capture_output=True, text=True)
-        assert found.returncode == 0, f"{example.name}\n{found.stderr}"
-        assert found.stdout
+def perform(page: Path, *, long: bool = False) -> None:
+    """Do what a page says, in the current directory."""
+    names: dict[str, object] = {"__name__": "page"}
+    for number, (language, text) in enumerate(blocks(page)):
+        if language == "python":
+            exec(compile(text, f"{page.name}, block {number}", "exec"), names)
+        if language != "sh":
+            continue
+        for words, takes_long in commands(text):
+            assert words[0] == "layersurgery", words
+            given = shortened(words) if takes_long and not long else words
+            result = run(*given[1:])
+            assert result.exit_code == 0, f"{page.name}: {shlex.join(given)}\n{result.output}\n{result.stderr}"
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_does_what_it_says(
+    page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    stand_in(monkeypatch, tmp_path_factory.getbasetemp() / "stand-in")
+    monkeypatch.chdir(tmp_path)
+    perform(page)
+
+
+@pytest.mark.weekly
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_does_what_it_says_on_the_real_model(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: None
+) -> None:
+    stand_in(monkeypatch, tmp_path / "stand-in", real=True)
+    monkeypatch.chdir(tmp_path)
+    perform(page, long=page != README)
+
+
+def test_the_first_thing_a_new_user_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's first command, on the real model, says what the README shows."""
+    setup = next(text for language, text in blocks(README) if language == "sh").splitlines()
+    assert [line.split("  #")[0].strip() for line in setup] == ["pip install uv && uv run layersurgery demo", "uv run pytest"]
+    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
+    monkeypatch.chdir(tmp_path)
+    result = run("demo")
+    assert result.exit_code == 0
+    for line in [line for line in result.stdout.splitlines() if line.strip()][:3]:
+        assert line.strip() in README.read_text("utf-8")
 
 
 def test_it_stays_short() -> None:
-    assert len(README.splitlines()) < 200
+    assert len(README.read_text("utf-8").splitlines()) < 200
