@@ -65,6 +65,7 @@ _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
 _LOG = ("drop_kl_nats", "kl_nats", "block_influence")
 _GUESSES = {"block influence (ShortGPT)": "block_influence", "angular distance (Gromov et al.)": "angular_distance"}
 _BARS_UP_TO = 3
+_HEADS = 10
 _WRAP = 110
 
 
@@ -82,6 +83,9 @@ def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     yield ""
     if name == "similarity":
         yield from _similarity(frame)
+        return
+    if name == "subjoiners":
+        yield from _heads(frame)
         return
     if name not in _SHOWN:
         return
@@ -126,6 +130,24 @@ def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
         yield Text(f"{part:>10}, self {curve(frame[frame.part == part].self.tolist())}", no_wrap=True)
 
 
+def _heads(frame: pd.DataFrame) -> Iterator[Table]:
+    """The heads with the highest scores."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("rank", "layer", "head", "score", "", "in the word", "elsewhere", "effect size", "held out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in frame.sort_values("rank").head(_HEADS).to_dict("records"):
+        table.add_row(
+            *[str(row[name]) for name in ("rank", "layer", "head")],
+            f"{row['score']:.3f}",
+            f"± {row['score_sem']:.3f}",
+            f"{row['in_word']:.3f}",
+            f"{row['elsewhere']:.3f}",
+            f"{row['effect_size']:.2f}",
+            f"{row['effect_size_held_out']:.2f}",
+        )
+    yield table
+
+
 def _float(value: Any) -> float:
     try:
         return float(value)
@@ -145,7 +167,7 @@ def show_analysis(run: Run, talk: Talk) -> None:
         "finished": True,
         **{
             name: facts[name]
-            for name in ("model", "text", "seconds", "tokens_per_second", "left_out", "not_numbers")
+            for name in ("model", "text", "windows", "seconds", "tokens_per_second", "left_out", "not_numbers")
             if name in facts
         },
         "tables": {name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in frames.items()},
@@ -158,6 +180,9 @@ def show_analysis(run: Run, talk: Talk) -> None:
         words = in_words(frames[first])
         value |= {"boundaries": frames[first].attrs["boundaries"], "in_words": words}
         shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
+    elif "in_words" in facts:
+        value["in_words"] = facts["in_words"]
+        shown += ["", *(escape(line) for line in textwrap.wrap(facts["in_words"], _WRAP))]
     if first == "rank":
         shown += ["", *_of_ranks(frames["rank"], frames["spans"])]
     shown += ["", *_notes(facts)]
@@ -200,10 +225,10 @@ def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     from layersurgery.drawing import Analysed
     from layersurgery.table import read_table
 
-    wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs")
+    wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples")
     tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
-    caption = "from weights alone"
+    caption = str(facts.get("caption", "from weights alone"))
     if "text" in facts:
         sequences = facts["text"]["sequences"]
         caption = f"{facts['text']['tokens']:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from layersurgery.weights import fingerprint
 from .analyses import draw_analysis, show_analysis, summary
 from .asking import looked_at
 from .bench import calm, loaded_aloud
-from .command import given
+from .look import Made, counting, look
 from .measuring import run_task
 from .placement import Place, place_of
 from .talk import Talk, number
@@ -85,36 +83,28 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
     """Look at all neurons' weights; on a CPU, blocks stay on disk but for the one that is looked at."""
     if os.environ.get("RANK", "0") != "0":
         return
-    from layersurgery.analyses.keeping import NEURONS, SCORES, write_tables
+    from layersurgery.analyses.keeping import NEURONS, SCORES
     from layersurgery.analyses.vocabulary import counted, neuron_scores
-    from layersurgery.performing import drawn_by
-    from layersurgery.runs import ANALYSIS, open_run, versions
     from layersurgery.team import Alone
 
     looked_at(model, options, talk)
     source = find_source(model, revision=options.revision)
     place = _for_a_look(source, options, talk)
+
+    def make() -> Made:
+        with calm(), loaded_aloud(source, place, talk, Alone()) as there, counting(talk, "blocks") as on_layer:
+            scores = neuron_scores(there, blocks=options.blocks, progress=on_layer)
+        talk.say(f"{source.label}: {number(len(scores))} neurons")
+        return {NEURONS: counted(scores, source.label), SCORES: scores}, {"left_out": scores.attrs["left_out"]}
+
     arguments = {
         "analysis": NEURONS,
         "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
         **place.arguments(),
         "blocks": options.blocks,
-        "versions": versions(),
     }
     directory = options.output or Path(f"{source.name}-{NEURONS}")
-    with open_run(directory, arguments, kind=ANALYSIS, overwrite=options.overwrite, command=given()) as run:
-        if run.finished:
-            talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
-        else:
-            with calm(), loaded_aloud(source, place, talk, Alone()) as there, _bar(talk) as on_layer:
-                scores = neuron_scores(there, blocks=options.blocks, progress=on_layer)
-            talk.say(f"{source.label}: {number(len(scores))} neurons")
-            run.begin()
-            table = counted(scores, source.label)
-            run.note(files=write_tables(run.directory, {NEURONS: table, SCORES: scores}))
-            figures, fault = drawn_by(lambda _, directory: draw_analysis(directory, run.facts), table, run.directory)
-            run.note(state="finished", figures=figures, figures_fault=fault, left_out=scores.attrs["left_out"])
-        show_analysis(run, talk)
+    show_analysis(look(directory, arguments, talk, make, anew=options.overwrite), talk)
 
 
 def _for_a_look(source: Source, options: Options, talk: Talk) -> Place:
@@ -141,19 +131,3 @@ def _on_neurons(talk: Talk) -> Any:
             talk.say(f"Looking at the neurons of {of} blocks")
 
     return on_layer
-
-
-@contextmanager
-def _bar(talk: Talk) -> Iterator[Any]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total} blocks"),
-        TextColumn("<"),
-        TimeRemainingColumn(),
-    )
-    on = talk.err.is_terminal and not talk.err.quiet
-    with Progress(*columns, console=talk.err, disable=not on, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -147,6 +147,12 @@ class Bench:
         if not self._whole:
             self.source, self._whole = find_source(self.model, revision=self.options.revision), True
         return self.source
+
+    def arguments(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What digits depend on that one process finds in one go: its own arguments, the model and where it runs."""
+        source = self._with_weights()
+        model = {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
+        return {"model": model, **own, **self.place.arguments(), "blocks": self.options.blocks}
 
     def load(self) -> Any:
         """The model where it is to be."""

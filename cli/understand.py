@@ -79,6 +79,41 @@ def neurons(
     run_neurons(model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
 
 
+@analyze.command("subjoiners")
+def subjoiners(
+    model: o.Model,
+    samples: Annotated[int, typer.Option("--samples", min=8, help="Windows of each class, at most.", metavar="N")] = 200,
+    data: s.Data = None,
+    split: s.Split = "train",
+    column: s.Column = "text",
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-n", help="How many to look through for words, at most.", metavar="N")
+    ] = "1M",
+    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-text token before every window.")] = False,
+    shuffle: s.Shuffle = None,
+    seed: s.Seed = 0,
+    tokenizer: s.Tokenizer = None,
+    batch_size: s.BatchSize = None,
+    dtype: s.Dtype = "auto",
+    device: s.Device = None,
+    device_map: s.DeviceMap = None,
+    max_memory: s.MaxMemory = None,
+    offload_folder: s.OffloadFolder = None,
+    revision: o.Revision = None,
+    blocks: s.Blocks = None,
+    output: s.AnalysisOutput = None,
+    overwrite: s.Overwrite = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Heads by which the last token of a four-token word looks at the others: ranked, with effect sizes, and shown on words."""
+    from .subjoiners import run_subjoiners
+    from .sweep import Options
+
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    run_subjoiners(model, samples, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+
+
 _PRUNE = "Prune"
 
 

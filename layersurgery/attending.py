@@ -1,4 +1,4 @@
-"""How much of its attention a token pays to those right before it, read off the attention kernel while the model runs.
+"""How much of its attention a token pays to those before it, read off the attention kernel while the model runs.
 
 The kernel that scaled_dot_product_attention chooses is given queries, keys and a mask, and tells the logarithm of each query's sum over all
 keys. So the few weights that are wanted are worked out from queries and keys alone: tokens x tokens is never in memory, and what the
@@ -77,15 +77,21 @@ class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
             mask = kwargs.get("attn_mask") if mask_at is None else args[mask_at]
             lse_BHT = output[1].flatten(2)[..., : self.tokens]
             scale = kwargs.get("scale")
-            weights = previous(query, key, lse_BHT, mask, query.shape[-1] ** -0.5 if scale is None else scale, self.reach)
-            self._add(weights.sum(1), query.shape[1])
+            self._of_kernel(query, key, lse_BHT, mask, query.shape[-1] ** -0.5 if scale is None else scale)
         return output
 
     def _matrix(self, weights: torch.Tensor) -> None:
         """A softmax over (batch, heads, queries, keys); some have a column more, which takes up what no token gets."""
         if weights.dim() < 3 or weights.shape[-2] != self.tokens or weights.shape[-1] not in (self.tokens, self.tokens + 1):
             return
-        weights = weights if weights.dim() > 3 else weights[:, None]
+        self._of_matrix(weights if weights.dim() > 3 else weights[:, None])
+
+    def _of_kernel(
+        self, query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, lse_BHT: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> None:
+        self._add(previous(query_BHTC, key_BHTC, lse_BHT, mask, scale, self.reach).sum(1), query_BHTC.shape[1])
+
+    def _of_matrix(self, weights: torch.Tensor) -> None:
         band = [
             functional.pad(weights.diagonal(-back, -2, -1)[..., : max(0, self.tokens - back)], (min(back, self.tokens), 0))
             for back in range(1, self.reach + 1)
@@ -100,6 +106,38 @@ class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
             return
         self.weights_BTK = weights_BTK if held is None else held + weights_BTK
         self.heads += heads
+
+
+class LookingBack(Looking):  # type: ignore[no-untyped-call] # torch's own
+    """The same, and it keeps what each head's last query gives to every key.
+
+    Attributes:
+        last_BHT: one after another, (batch, heads, tokens) or, where a kernel has them so, (batch * heads, 1, tokens); float32.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.last_BHT: list[torch.Tensor] = []
+
+    def _of_kernel(
+        self, query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, lse_BHT: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> None:
+        key_BHTC = _repeated(key_BHTC, query_BHTC)
+        with float32_products("highest"), torch.autocast(query_BHTC.device.type, enabled=False):
+            score = torch.matmul(query_BHTC[:, :, -1:].float(), key_BHTC.float().mT)[:, :, 0] * scale
+        if mask is not None:
+            given = mask[..., -1, :]
+            score = score.masked_fill(~given, -torch.inf) if mask.dtype == torch.bool else score + given
+        self.last_BHT.append((score - lse_BHT[..., -1:]).exp())
+
+    def _of_matrix(self, weights: torch.Tensor) -> None:
+        self.last_BHT.append(weights[:, :, -1, : self.tokens].float())
+
+
+def _repeated(key_BHTC: torch.Tensor, query_BHTC: torch.Tensor) -> torch.Tensor:
+    """Keys, one for each head of queries."""
+    heads = query_BHTC.shape[1]
+    return key_BHTC if key_BHTC.shape[1] == heads else key_BHTC.repeat_interleave(heads // key_BHTC.shape[1], 1)
 
 
 def previous(
@@ -121,8 +159,7 @@ def previous(
         reach: how many keys.
     """
     batch, heads, tokens, _ = query_BHTC.shape
-    if key_BHTC.shape[1] != heads:
-        key_BHTC = key_BHTC.repeat_interleave(heads // key_BHTC.shape[1], 1)
+    key_BHTC = _repeated(key_BHTC, query_BHTC)
     with float32_products("highest"), torch.autocast(query_BHTC.device.type, enabled=False):
         scores = _near(query_BHTC, key_BHTC, reach)
     band = []

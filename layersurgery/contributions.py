@@ -219,9 +219,10 @@ class _Tapped(StandIn):
         tell: Callable[[torch.Tensor], None] | None,
         looks: Callable[[Looking], None] | None,
         shape: Callable[[], torch.Size | None],
+        looking: type[Looking],
     ) -> None:
         super().__init__(module)
-        vars(self).update(_tap=tap, _tell=tell, _looks=looks, _shape=shape)
+        vars(self).update(_tap=tap, _tell=tell, _looks=looks, _shape=shape, _looking=looking)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shape = self._shape()
@@ -234,7 +235,7 @@ class _Tapped(StandIn):
         if self._looks is None:
             output = self.module(*args, **kwargs)
         else:
-            with Looking(shape[-1]) as look:
+            with self._looking(shape[-1]) as look:
                 output = self.module(*args, **kwargs)
             self._looks(look)
         if tap is not None:
@@ -252,6 +253,7 @@ def tapped(
     mixers: Sequence[str],
     looks: Callable[[Looking], None] | None,
     shape: torch.Size | Callable[[], torch.Size | None],
+    looking: type[Looking] = Looking,
 ) -> Iterator[None]:
     """Inside, a block's taps tell what passes, as long as it is (batch, tokens, width) and before anybody adds to it in place.
 
@@ -261,6 +263,7 @@ def tapped(
         mixers: modules whose attention to look at.
         looks: is given what was seen of a mixer's attention; None not to look.
         shape: (batch, tokens) of the stream, or a function that gives it, or None while nobody wants to know.
+        looking: how to look at them.
     """
     told = {tap.path: (tap, tell) for tap, tell in taps}
     paths = list(dict.fromkeys([*told, *(mixers if looks is not None else ())]))
@@ -271,6 +274,6 @@ def tapped(
         module = parent._modules[key]
         assert module is not None
         tap, tell = told.get(path, (None, None))
-        stand_ins.append(_Tapped(module, tap, tell, looks if path in mixers else None, asked))
+        stand_ins.append(_Tapped(module, tap, tell, looks if path in mixers else None, asked, looking))
     with replaced(places, stand_ins):
         yield

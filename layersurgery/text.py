@@ -158,12 +158,12 @@ def _fingerprint(ids: torch.Tensor, mask: torch.Tensor) -> str:
 
 def _contexts(asked: Asked, length: int, tokenizer: Any) -> Iterator[list[int]]:
     """Documents joined by the end-of-text token and cut; what is left at the end is shorter."""
-    head = _bos(tokenizer) if asked.bos else []
+    head = [bos_of(tokenizer)] if asked.bos else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     step = length - len(head)
     rest: list[int] = []
     for document in documents(asked):
-        for piece in _pieces(document):
+        for piece in pieces(document):
             rest += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             whole = len(rest) // step * step
             yield from ([*head, *rest[start : start + step]] for start in range(0, whole, step))
@@ -173,22 +173,27 @@ def _contexts(asked: Asked, length: int, tokenizer: Any) -> Iterator[list[int]]:
         yield [*head, *rest[:step]]
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_of(tokenizer: Any) -> int:
+    """The beginning-of-text token.
+
+    Raises:
+        PlanError: there is none.
+    """
     if tokenizer.bos_token_id is None:
         raise PlanError("--bos: this tokenizer has no beginning-of-text token; leave it out")
-    return [tokenizer.bos_token_id]
+    return int(tokenizer.bos_token_id)
 
 
 def _documents_alone(asked: Asked, length: int, tokenizer: Any) -> Iterator[list[int]]:
     """Each document as its tokenizer would begin and end it, cut off at `length`."""
     for document in documents(asked):
         ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
-        if asked.bos and ids[:1] != _bos(tokenizer):
-            ids = [*_bos(tokenizer), *ids]
+        if asked.bos and ids[:1] != [bos_of(tokenizer)]:
+            ids = [bos_of(tokenizer), *ids]
         yield ids[:length]
 
 
-def _pieces(document: str) -> Iterator[str]:
+def pieces(document: str) -> Iterator[str]:
     """A long document in parts that end with a line, so that no more is tokenised than is needed."""
     start = 0
     while start < len(document):

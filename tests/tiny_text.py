@@ -13,7 +13,7 @@ from tests.zoo import VOCAB, tiny_model
 LETTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"()-_\n"
 
 
-def tiny_tokenizer(**special: str) -> Any:
+def tiny_tokenizer(**special: str | None) -> Any:
     """Characters are tokens; 0 is padding, 1 begins and 2 ends a text, 3 is any other character."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {letter: number for number, letter in enumerate(LETTERS, 4)}
     assert len(words) <= VOCAB

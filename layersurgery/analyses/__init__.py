@@ -5,6 +5,7 @@
 >>> ls.analyses.in_words(ls.analyses.stages(model, tokens))  # doctest: +SKIP
 """
 
+from .joining import Subjoiners, subjoiners
 from .pruning import Pruning, prune
 from .questions import attention, lens, norms, similarity
 from .ranking import rank
@@ -13,5 +14,6 @@ from .together import in_words, stages
 from .vocabulary import neuron_scores, neurons
 
 __all__ = [
-    "Pruning", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "prune", "rank", "similarity", "stages",
+    "Pruning", "Subjoiners", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "prune", "rank", "similarity",
+    "stages", "subjoiners",
 ]  # fmt: skip

@@ -1,0 +1,64 @@
+"""Analyses that one process does in one go: of weights, or of windows cut from text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .analyses import draw_analysis
+from .command import given
+from .talk import Talk
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layersurgery.runs import Run
+
+Made = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
+
+
+def look(directory: Path, arguments: Mapping[str, Any], talk: Talk, make: Callable[[], Made], *, anew: bool) -> Run:
+    """A directory of tables and figures, made now or found finished.
+
+    Args:
+        directory: where to.
+        arguments: all that the digits depend on, but for versions.
+        talk: how it speaks.
+        make: the tables, the first one first, and facts for `run.json`.
+        anew: replace what another run has left there.
+    """
+    from layersurgery.analyses.keeping import write_tables
+    from layersurgery.performing import drawn_by
+    from layersurgery.runs import ANALYSIS, open_run, versions
+
+    arguments = {**arguments, "versions": versions()}
+    with open_run(directory, arguments, kind=ANALYSIS, overwrite=anew, command=given()) as run:
+        if run.finished:
+            talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
+            return run
+        frames, facts = make()
+        run.begin()
+        run.note(files=write_tables(run.directory, frames), **facts)
+        first = next(iter(frames.values()))
+        figures, fault = drawn_by(lambda _, place: draw_analysis(place, run.facts), first, run.directory)
+        run.note(state="finished", figures=figures, figures_fault=fault)
+        return run
+
+
+@contextmanager
+def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; call it with how many are done, and of how many."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn(f"{{task.completed}}/{{task.total}} {what}"),
+        TextColumn("<"),
+        TimeRemainingColumn(),
+    )
+    on = talk.err.is_terminal and not talk.err.quiet
+    with Progress(*columns, console=talk.err, disable=not on, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
