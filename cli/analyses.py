@@ -46,8 +46,8 @@ _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
     "rank": (
         ("kl_nats", "drop KL", 1, 3, True),
         ("agreement", "kept, %", 100, 1, False),
-        ("block_influence", "influence", 1, 4, True),
-        ("angular_distance", "angular", 1, 4, True),
+        ("block_influence", "influence", 1, 4, False),
+        ("angular_distance", "angular", 1, 4, False),
         ("kl_rank", "rank: KL", 1, 0, False),
         ("influence_rank", "infl.", 1, 0, False),
         ("angular_rank", "ang.", 1, 0, False),
@@ -86,6 +86,9 @@ def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
         return
     if name == "subjoiners":
         yield from _heads(frame)
+        return
+    if name == "probe":
+        yield from _probes(frame)
         return
     if name not in _SHOWN:
         return
@@ -148,6 +151,30 @@ def _heads(frame: pd.DataFrame) -> Iterator[Table]:
     yield table
 
 
+def _probes(frame: pd.DataFrame) -> Iterator[Table]:
+    """What tells the class, and how well."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("told by")
+    for heading in ("neurons", "held out, %", "95 %", "", "of the class, %", "of the rest, %", "training, %", "windows"):
+        table.add_column(heading, width=8 if not heading else None, justify="right", no_wrap=True)
+    for row in frame.to_dict("records"):
+        percent = {
+            name: f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high", "on_class", "on_rest", "train_accuracy")
+        }
+        table.add_row(
+            str(row["probe"]),
+            "-" if math.isnan(_float(row["k"])) else str(row["k"]),
+            percent["accuracy"],
+            f"{percent['low']}-{percent['high']}",
+            bar(row["accuracy"], 1),
+            percent["on_class"],
+            percent["on_rest"],
+            percent["train_accuracy"],
+            f"{row['held_out']:,}",
+        )
+    yield table
+
+
 def _float(value: Any) -> float:
     try:
         return float(value)
@@ -167,7 +194,7 @@ def show_analysis(run: Run, talk: Talk) -> None:
         "finished": True,
         **{
             name: facts[name]
-            for name in ("model", "text", "windows", "seconds", "tokens_per_second", "left_out", "not_numbers")
+            for name in ("model", "text", "windows", "class", "seconds", "tokens_per_second", "left_out", "not_numbers")
             if name in facts
         },
         "tables": {name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in frames.items()},
@@ -225,7 +252,10 @@ def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     from layersurgery.drawing import Analysed
     from layersurgery.table import read_table
 
-    wanted = ("stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples")
+    wanted = (
+        "stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples",
+        "probe", "singles", "together", "effects",
+    )  # fmt: skip
     tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
     caption = str(facts.get("caption", "from weights alone"))

@@ -143,6 +143,14 @@ class Bench:
         """The model's, or the one that is to be taken."""
         return tokenizer_of_run(self.source, self.options.tokenizer)
 
+    def check_vocabulary(self, most: int) -> None:
+        """Refuse a token that the model does not have.
+
+        Raises:
+            SourceError: it does not.
+        """
+        _check_vocabulary(most, self._vocabulary)
+
     def _with_weights(self) -> Source:
         if not self._whole:
             self.source, self._whole = find_source(self.model, revision=self.options.revision), True
@@ -196,16 +204,19 @@ def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> T
 
     with talk.step(f"Reading text: {asked.data}"):
         text = read_text(asked, tokenizer)
-    most = int(text.ids[text.mask.bool()].max())
-    if vocabulary is not None and most >= vocabulary:
-        raise SourceError(
-            f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
-        )
+    _check_vocabulary(int(text.ids[text.mask.bool()].max()), vocabulary)
     sequences, length = text.ids.shape
     talk.say(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}")
     for note in text.notes:
         talk.say(f"Note: {note}")
     return text
+
+
+def _check_vocabulary(most: int, vocabulary: int | None) -> None:
+    if vocabulary is not None and most >= vocabulary:
+        raise SourceError(
+            f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
+        )
 
 
 def _measure(run: Run, bench: Bench, task: Task, text: Text) -> None:

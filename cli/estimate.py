@@ -73,11 +73,12 @@ def _lines(label: str, dtype: str, found: Estimate) -> list[str | Table]:
         table,
         f"{found.batches:,} batch{plural} of {found.sequences} sequence{'s'[: found.sequences != 1]}, {found.block_calls:,} block calls and "
         f"{found.readouts} readouts each{traffic}",
-        f"Multiplications: {_flops(found.flops)}",
+        f"Multiplications: {flops(found.flops)}",
     ]
 
 
-def _flops(count: float) -> str:
+def flops(count: float) -> str:
+    """Multiplications and additions for people."""
     unit = ""
     for unit in ("k", "M", "G", "T", "P", "E"):
         count /= 1000

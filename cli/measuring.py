@@ -41,14 +41,28 @@ def run_task(model: str, options: Options, talk: Talk, prepare: Callable[[int], 
 
 def run_tasks(model: str, options: Options, talk: Talk, lead: Callable[[Bench], None]) -> None:
     """Carry out several runs upon one model and text; of several processes, one leads and the others help."""
+    team = team_for(options)
+    upon(model, options, talk, team, lead)
+    team.leave()
+
+
+def team_for(options: Options) -> Team:
+    """The processes that this one was started with, once the options are known to fit each other.
+
+    Raises:
+        PlanError: they do not.
+    """
     if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
         raise PlanError(f"--schedule {options.schedule!r} is none; write {DEPTH_FIRST} or {LAYER_MAJOR}")
     from layersurgery.team import find_team
 
-    team = find_team(cpu=_on_cpu(options))
+    return find_team(cpu=_on_cpu(options))
+
+
+def upon(model: str, options: Options, talk: Talk, team: Team, lead: Callable[[Bench], None]) -> None:
+    """The part of this process in runs upon one model and text: to lead them, or to follow."""
     if team.rank:
         _follow(model, options, team)
-        team.leave()
         return
     bench: Bench | None = None
     try:
@@ -59,7 +73,6 @@ def run_tasks(model: str, options: Options, talk: Talk, lead: Callable[[Bench], 
         if bench is None or bench.waited_for:  # the others need not wait for what will not come
             with suppress(MeasurementError):
                 team.share(None)
-    team.leave()
 
 
 def _on_cpu(options: Options) -> bool:

@@ -159,6 +159,12 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
     """Draw the results of several sweeps, or of analyses of several models, together."""
+    written = draw_all(directories, output)
+    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
+
+
+def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
+    """Draw all that directories hold together; returns the files."""
     from layersurgery.errors import OutputError
     from layersurgery.figures import Sweep, draw
     from layersurgery.runs import ANALYSIS
@@ -178,5 +184,4 @@ def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another directory with -o") from error
-    written = (draw(sweeps, output) if sweeps else []) + (draw_together(analyses, output) if analyses else [])
-    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
+    return (draw(sweeps, output) if sweeps else []) + (draw_together(analyses, output) if analyses else [])

@@ -14,6 +14,7 @@ from .talk import Talk
 
 if TYPE_CHECKING:
     from layersurgery.runs import Run
+    from layersurgery.text import Asked as TextAsked
 
     from .sweep import Options
 
@@ -32,12 +33,12 @@ def run_subjoiners(model: str, samples: int, options: Options, talk: Talk) -> No
     run_tasks(model, options, talk, lead)
 
 
-def subjoiners_in(bench: Bench, directory: Path, samples: int, *, anew: bool) -> Run:
+def subjoiners_in(bench: Bench, directory: Path, samples: int = SAMPLES, *, asked: TextAsked | None = None, anew: bool) -> Run:
     """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
     from layersurgery.analyses.words import WINDOW, windows_of
     from layersurgery.text import bos_of, check_data, documents
 
-    asked, options, talk = bench.asked, bench.options, bench.talk
+    asked, options, talk = asked or bench.asked, bench.options, bench.talk
     check_data(asked)
     tokenizer = bench.tokenizer
     first = bos_of(tokenizer) if asked.bos else None

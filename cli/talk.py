@@ -74,6 +74,11 @@ class Talk:
         """A line of talk, printed as it is: paths and plans may hold brackets."""
         self.err.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def aside(self, *shown: RenderableType) -> None:
+        """Talk with markup and tables."""
+        for item in shown:
+            self.err.print(item, highlight=False, soft_wrap=isinstance(item, str))
+
     def result(self, value: dict[str, Any] | list[Any], *shown: RenderableType) -> None:
         """The result: JSON for a program, or `shown` for a person."""
         if self.as_json:

@@ -114,6 +114,58 @@ def subjoiners(
     run_subjoiners(model, samples, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
 
 
+@analyze.command("probe")
+def probe(
+    model: o.Model,
+    suffix: Annotated[
+        str | None,
+        typer.Option(
+            "--suffix", help="The next token ends with it, white space and capitals aside.", show_default="ing", metavar="TEXT"
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(
+            "--regex",
+            help="Or a regular expression is found in the next token, as in '^ [A-Z]'.",
+            show_default=False,
+            metavar="RE",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=32, help="Windows of each class, at most: half to train on.", metavar="N")
+    ] = 1000,
+    data: s.Data = None,
+    split: s.Split = "train",
+    column: s.Column = "text",
+    tokens: Annotated[
+        str, typer.Option("--tokens", "-n", help="How many to look through for windows, at most.", metavar="N")
+    ] = "1M",
+    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-text token before every window.")] = False,
+    shuffle: s.Shuffle = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is random.", metavar="N")] = 0,
+    tokenizer: s.Tokenizer = None,
+    batch_size: s.BatchSize = None,
+    dtype: s.Dtype = "auto",
+    device: s.Device = None,
+    device_map: s.DeviceMap = None,
+    max_memory: s.MaxMemory = None,
+    offload_folder: s.OffloadFolder = None,
+    revision: o.Revision = None,
+    blocks: s.Blocks = None,
+    output: s.AnalysisOutput = None,
+    overwrite: s.Overwrite = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Linear probes on prediction and suppression neurons: will the next token end with -ing? One neuron, several, and the model itself."""
+    from .probe import Asked, run_probe
+    from .sweep import Options
+
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    run_probe(model, Asked(suffix, regex, samples), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+
+
 _PRUNE = "Prune"
 
 
@@ -211,6 +263,50 @@ def prune(
     run_prune(model, Asked(remove, by, greedy, results, link, verify), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
 
 
+def reproduce(
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--models",
+            help="Whose; several separated by commas, or given several times.",
+            show_default="the paper's eleven",
+            metavar="NAMES",
+        ),
+    ] = None,
+    data: s.Data = None,
+    split: s.Split = "train",
+    column: s.Column = "text",
+    tokens: s.Tokens = None,
+    context: s.Context = None,
+    pack: s.Pack = True,
+    bos: s.Bos = False,
+    shuffle: s.Shuffle = None,
+    seed: s.Seed = 0,
+    batch_size: s.BatchSize = None,
+    dtype: s.Dtype = "auto",
+    device: s.Device = None,
+    device_map: s.DeviceMap = None,
+    max_memory: s.MaxMemory = None,
+    offload_folder: s.OffloadFolder = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what is left to do and what it costs, and stop.")] = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Directory of a directory for each model, of figures and of the report.", metavar="DIR"
+        ),
+    ] = Path("reproduction"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what is there already.")] = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """All experiments of the paper on one model after another, and a report. Stopped, it goes on where it was."""
+    from .reproduce import PAPER, run_reproduce
+    from .sweep import Options
+
+    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
+    run_reproduce(models or PAPER, output, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+
+
 def add_analyses(app: typer.Typer) -> None:
     """Add them to a program."""
     app.add_typer(analyze, name="analyze", rich_help_panel=_PANEL)
@@ -224,5 +320,6 @@ def add_analyses(app: typer.Typer) -> None:
             "All signals of a model side by side over its depth, and the four stages that they show. Stopped, it goes on where it was.",
         )
     )
+    app.command("reproduce", rich_help_panel=_PANEL)(reproduce)
     app.command("rank", rich_help_panel=_PRUNE)(rank)
     app.command("prune", rich_help_panel=_PRUNE)(prune)

@@ -26,7 +26,7 @@ RUN = "run.json"
 TABLES = (
     "stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons",
     "rank", "spans", "step", "costs", "subjoiners", "attention_to_words", "examples",
-    "probe", "top_neurons", "singles", "together", "effects",
+    "probe", "singles", "together", "effects",
 )  # fmt: skip
 """Of analyses; also their figures are called so."""
 

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 # A file may import from its own level and from those before it.
 LEVELS = [
     "errors version route edits plan families trie placing",
-    "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack products readout attending gains projections contributions changes",
+    "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack products readout attending gains projections activations contributions changes",
     "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery folding reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming kernels/moments metrics",
     "comparison forecasting estimating walking observing reading measuring table sweeping text journal pertoken runs team performing",
-    "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/ranking analyses/pruning analyses/words analyses/joining analyses/together analyses/keeping",
-    "drawing pruning_figures joining_figures figures signal_figures page/visible page/collecting page/curves page/tabular page/pictures page/repeating page/markup page/composing page/writing",
+    "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/ranking analyses/pruning analyses/words analyses/joining analyses/endings analyses/effects analyses/fitting analyses/probing analyses/together analyses/keeping",
+    "drawing pruning_figures joining_figures probe_figures figures signal_figures page/visible page/collecting page/curves page/tabular page/pictures page/repeating page/markup page/composing page/writing",
 ]
 NO_TORCH = [
     "errors",

@@ -6,6 +6,7 @@
 """
 
 from .joining import Subjoiners, subjoiners
+from .probing import Probe, probe
 from .pruning import Pruning, prune
 from .questions import attention, lens, norms, similarity
 from .ranking import rank
@@ -14,6 +15,6 @@ from .together import in_words, stages
 from .vocabulary import neuron_scores, neurons
 
 __all__ = [
-    "Pruning", "Subjoiners", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "prune", "rank", "similarity",
-    "stages", "subjoiners",
+    "Probe", "Pruning", "Subjoiners", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "probe", "prune", "rank",
+    "similarity", "stages", "subjoiners",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ pushes a few far down suppresses. After Gurnee et al., Universal Neurons in GPT2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import pandas as pd
 import torch
@@ -56,19 +56,11 @@ def neuron_scores(
     stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
     left_out: dict[str, str] = {}
     frames = []
-    centre = centred(stack)
     with stack.at_rest():
         u_VD = unembedding(stack)
-        for layer, block in enumerate(stack.blocks):
-            stack.residence.bring(block)
-            try:
-                for name, parts in _written(stack, layer, left_out):
-                    found = [moments(rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND, u_VD) for rows_ND in parts]
-                    frames.append(_frame(layer, name, block, torch.cat(found, 1)))
-            finally:
-                stack.residence.let_go(block)
-            if progress is not None:
-                progress(layer + 1, stack.depth)
+        for layer, name, parts in output_rows(stack, left_out, progress=progress):
+            found = torch.cat([moments(rows_ND, u_VD) for rows_ND in parts], 1)
+            frames.append(_frame(layer, name, stack.blocks[layer], found))
     if not frames:
         raise InexpressibleError(
             f"{type(model).__name__} has no neurons to look at: {next(iter(left_out.values()), 'it has no blocks')}"
@@ -123,8 +115,12 @@ def counted(scores: pd.DataFrame, model: str) -> pd.DataFrame:
     return frame
 
 
-def unembedding(stack: Stack) -> torch.Tensor:
+def unembedding(stack: Stack, *, unit: bool = True) -> torch.Tensor:
     """The directions of the stream that words are read along: the final norm's scale folded in, centred, rows of length 1, float32, (V, D).
+
+    Args:
+        stack: the model's blocks.
+        unit: scale rows to length 1; otherwise they keep their own.
 
     Raises:
         InexpressibleError: there is no matrix of the stream's width, or the norm before it is none that can be folded.
@@ -148,8 +144,36 @@ def unembedding(stack: Stack) -> torch.Tensor:
         u_VD[start : start + _ROWS] = rows
         sums += rows.sum(0)
     for start in range(0, len(matrix), _ROWS):
-        u_VD[start : start + _ROWS] = unit_rows(u_VD[start : start + _ROWS].double() - sums / len(matrix))
+        rows = u_VD[start : start + _ROWS].double() - sums / len(matrix)
+        u_VD[start : start + _ROWS] = unit_rows(rows) if unit else rows
     return u_VD
+
+
+def output_rows(
+    stack: Stack, left_out: dict[str, str], *, layers: Collection[int] | None = None, progress: OnLayer | None = None
+) -> Iterator[tuple[int, str, Iterator[torch.Tensor]]]:
+    """With which neurons write the stream: layer, weight (within the block), and some (neurons, width) after another, float32.
+
+    Behind norms of the MLP's output, and centred where all that reads the stream centres it. A block's weights are there while it is its turn.
+
+    Args:
+        stack: the model's blocks, at rest.
+        left_out: is told which blocks have none, and why.
+        layers: the blocks to look at; all if not given.
+        progress: is called after each block with the number of blocks done and of all.
+    """
+    centre = centred(stack)
+    wanted = range(stack.depth) if layers is None else sorted(layers)
+    for done, layer in enumerate(wanted, 1):
+        block = stack.blocks[layer]
+        stack.residence.bring(block)
+        try:
+            for name, parts in _written(stack, layer, left_out):
+                yield layer, name, (rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND for rows_ND in parts)
+        finally:
+            stack.residence.let_go(block)
+        if progress is not None:
+            progress(done, len(wanted))
 
 
 def _gain(stack: Stack, path: str | None, like: torch.Tensor) -> Gain:

@@ -161,11 +161,11 @@ def _refuse_few(places: dict[bool, dict[str, list[Place]]], read: int, name: str
         if not found:
             raise MeasurementError(f"{some}. Give more text, or text with rarer words: --data, --tokens")
         raise MeasurementError(
-            f"{some}. At this rate it takes about {_round(_SPARE * read * FEWEST / found):,} tokens of text: --data, --tokens"
+            f"{some}. At this rate it takes about {rounded(_SPARE * read * FEWEST / found):,} tokens of text: --data, --tokens"
         )
 
 
-def _round(tokens: float) -> int:
+def rounded(tokens: float) -> int:
     """Two digits, upwards."""
     step: int = 10 ** max(0, len(str(int(tokens))) - 2)
     return math.ceil(tokens / step) * step

@@ -1,0 +1,142 @@
+"""Figures of probes on neurons: tables in, matplotlib Figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .drawing import COLOURS, MARKERS, Analysed, finish, styled
+
+_KINDS = {
+    "prediction": (2, "prediction neurons"),
+    "suppression": (1, "suppression neurons"),
+    "both": (0, "both"),
+    "random": (3, "random neurons"),
+}
+_LINES = {
+    "model, top token": ("the model's top token", "#000000", "--"),
+    "model, probability": ("its probability of the class", "#000000", ":"),
+    "shuffled labels": ("shuffled labels", "#888888", "-"),
+}
+_COLUMNS = 6
+_CLASS, _REST = COLOURS[1], "#B8B8B8"
+
+
+def probe(models: Sequence[Analysed]) -> Figure:
+    """Neurons one by one and the best of them together, with the model's own accuracy, and what two of them write (figure 10); a row for each model."""
+    with styled(12, 3.9 * len(models)) as figure:
+        grid = figure.subplots(len(models), 3, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 0.8]})
+        for axes, model in zip(grid, models, strict=True):
+            _singles(axes[0], model)
+            _together(axes[1], model)
+            axes[1].sharey(axes[0])
+            axes[2].set_axis_off()
+            _two(axes[2], model)
+            if len(models) > 1:
+                axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
+        handles = {
+            text: handle for axis in grid[:, :2].flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+        finish(figure, models, grid[0][0], legend=False)
+    return figure
+
+
+def _singles(axis: Axes, model: Analysed) -> None:
+    table = model.tables["singles"]
+    for kind, (place, label) in _KINDS.items():
+        rows = table[table.kind == kind]
+        if len(rows):
+            _with_intervals(axis, rows["rank"], rows, place, label, linestyle="none", alpha=0.9)
+    _lines(axis, model)
+    axis.set_xlabel("neuron, by accuracy on the training half")
+    axis.set_ylabel("held-out accuracy (%)")
+    axis.text(0.02, 0.98, "a  one neuron", transform=axis.transAxes, va="top", fontweight="bold")
+
+
+def _together(axis: Axes, model: Analysed) -> None:
+    table = model.tables["together"]
+    for kind, (place, label) in _KINDS.items():
+        rows = table[table.kind == kind]
+        if len(rows):
+            k = rows.k.to_numpy(float)
+            axis.fill_between(k, 100 * rows.low, 100 * rows.high, color=COLOURS[place], alpha=0.15, linewidth=0)
+            axis.plot(k, 100 * rows.accuracy, color=COLOURS[place], label=label if kind == "both" else None)
+    _lines(axis, model)
+    axis.set_xlabel("k best neurons together")
+    axis.text(0.02, 0.98, "b  k neurons", transform=axis.transAxes, va="top", fontweight="bold")
+
+
+def _with_intervals(axis: Axes, x: pd.Series, rows: pd.DataFrame, place: int, label: str, **style: object) -> None:
+    y = 100 * rows.accuracy.to_numpy(float)
+    error = [y - 100 * rows.low.to_numpy(float), 100 * rows.high.to_numpy(float) - y]
+    axis.errorbar(x.to_numpy(float), y, error, color=COLOURS[place], marker=MARKERS[place], label=label, elinewidth=0.7, **style)  # type: ignore[arg-type]
+
+
+def _lines(axis: Axes, model: Analysed) -> None:
+    table = model.tables["probe"]
+    for name, (label, colour, style) in _LINES.items():
+        for row in table[table.probe == name].itertuples():
+            axis.axhspan(100 * row.low, 100 * row.high, color=colour, alpha=0.07, linewidth=0, zorder=0.5)
+            axis.axhline(100 * row.accuracy, color=colour, linestyle=style, linewidth=1.1, label=label, zorder=1)
+
+
+def _two(axis: Axes, model: Analysed) -> None:
+    """Of either kind, the neuron with the greatest effect."""
+    table = model.tables["effects"]
+    kinds = [kind for kind in ("suppression", "prediction") if (table.kind == kind).any()]
+    for place, kind in enumerate(kinds):
+        inset = axis.inset_axes((0.06, 0.54 - 0.54 * place, 0.94, 0.42))
+        mine = table[table.kind == kind]
+        rows = mine[mine["rank"] == mine["rank"].min()]
+        _histogram(inset, rows)
+        first = rows.iloc[0]
+        inset.set_title(
+            f"{'c  ' if place == 0 else ''}{kind}: layer {first.layer}, neuron {first.neuron}", loc="left", fontsize=9
+        )
+        inset.set_ylabel("tokens")
+        if place == len(kinds) - 1:
+            inset.set_xlabel(r"$W_U \cdot w_{out}$")
+        if place == 0:
+            inset.legend(fontsize=7, loc="upper right")
+
+
+def _histogram(axis: Axes, rows: pd.DataFrame) -> None:
+    edges = np.append(rows.low.to_numpy(float), float(rows.high.iloc[-1]))
+    for name, label, colour, alpha in (("rest_tokens", "the rest", _REST, 1.0), ("class_tokens", "the class", _CLASS, 0.75)):
+        axis.stairs(rows[name].to_numpy(float), edges, fill=True, color=colour, alpha=alpha, label=label, linewidth=0)
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=0.7)
+
+
+def effects(models: Sequence[Analysed]) -> Figure:
+    """What the neurons with the greatest effects add to the logits of the class and of the rest (figure 16); one grid of panels for each model."""
+    each = [list(model.tables["effects"].groupby("rank")) for model in models]
+    deep = [-(-len(some) // _COLUMNS) for some in each]
+    with styled(11, 1.35 * sum(deep) + 0.9) as figure:
+        grid = figure.subplots(sum(deep), _COLUMNS, squeeze=False)
+        row = 0
+        for model, some, rows in zip(models, each, deep, strict=True):
+            axes = grid[row : row + rows].ravel()
+            row += rows
+            for axis, (_, panel) in zip(axes, some, strict=False):
+                _histogram(axis, panel)
+                first = panel.iloc[0]
+                whose = f"{model.label}\n" if len(models) > 1 and first["rank"] == 1 else ""
+                axis.set_title(f"{whose}{first.layer}.{first.neuron} {first.kind}", fontsize=7.5, pad=2, parse_math=False)
+                axis.tick_params(labelsize=6, pad=1.5)
+            for axis in axes[len(some) :]:
+                axis.set_visible(False)
+        handles, labels = grid[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8)
+        figure.supxlabel(r"$W_U \cdot w_{out}$ (layer.neuron and kind above each panel)", fontsize=9)
+        figure.supylabel("tokens", fontsize=9)
+        finish(figure, models, grid[0][0], legend=False)
+    return figure
+
+
+MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {"probe": probe, "effects": effects}
