@@ -257,29 +257,24 @@ def _numbers(row: pd.Series | None) -> dict[str, float] | None:
 
 def _table(frame: pd.DataFrame, orders: Mapping[str, Sequence[tuple[int, ...]]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("\nlayers removed", justify="right")
+    table.add_column("layers\nremoved", justify="right")
     for way in orders:
         table.add_column(f"{way}\nKL", justify="right", no_wrap=True)
-        table.add_column("\nkept", justify="right", no_wrap=True)
-        table.add_column("\nperplexity", justify="right", no_wrap=True)
-    base = frame.iloc[0]
-    cells = [cell for _ in orders for cell in _cells(base)]
-    table.add_row("0", *cells)
-    for removed in range(1, max(map(len, orders.values())) + 1):
-        table.add_row(str(removed), *[cell for way in orders for cell in _cells(_row(frame, way, removed))])
+        table.add_column("\nppl.", justify="right", no_wrap=True)
+    for removed in range(max(map(len, orders.values())) + 1):
+        rows = [_row(frame, way, removed) if removed else frame.iloc[0] for way in orders]
+        table.add_row(str(removed), *[cell for row in rows for cell in _cells(row)])
     return table
 
 
 def _cells(row: pd.Series | None) -> list[str]:
-    if row is None:
-        return ["-", "-", "-"]
-    return [f"{row.kl_nats:.3f}", f"{100 * row.agreement:.1f} %", f"{row.perplexity:.4g}"]
+    return ["-", "-"] if row is None else [f"{row.kl_nats:.3f}", f"{row.perplexity:.4g}"]
 
 
 def _words(layers: Sequence[int], before: pd.Series, after: pd.Series | None, asked: Asked) -> Iterator[str]:
-    order = ", ".join(map(str, layers))
+    order = f"Layer {layers[0]} goes" if len(layers) == 1 else f"Layers {', '.join(map(str, layers))} go"
     how = "measured anew after each removal" if asked.greedy else "as one span" if asked.by == "angular" else "each by itself"
-    yield f"\nLayers {order} go, chosen by {asked.by}, {how}"
+    yield f"\n{order}, chosen by {asked.by}, {how}"
     if after is None:
         yield "Without them the model could not be measured in memory"
         return

@@ -1,0 +1,184 @@
+"""`layersurgery rank` and `prune`, as a person at a terminal uses them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+import layersurgery as ls
+from tests.test_cli import result_of, run
+from tests.test_cli_analyze import words
+from tests.tiny_text import checkpoint, tiny_tokenizer
+from tests.zoo import DEPTH
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose second block does next to nothing and whose fifth does much, and a text."""
+    path = tmp_path_factory.mktemp("prune")
+    checkpoint(path / "tiny", "llama")
+    model = AutoModelForCausalLM.from_pretrained(path / "tiny")
+    with torch.no_grad():
+        for block, factor in ((1, 0.01), (3, 0.1), (4, 20.0)):
+            for projection in (model.model.layers[block].self_attn.o_proj, model.model.layers[block].mlp.down_proj):
+                projection.weight.mul_(factor)
+    model.save_pretrained(path / "tiny")
+    (path / "story.txt").write_text("".join(f"Once upon a time there were {number} layers.\n" for number in range(60)))
+    return path
+
+
+def tokens_of(place: Path) -> list[list[int]]:
+    ids = tiny_tokenizer()((place / "story.txt").read_text(), add_special_tokens=False)["input_ids"][:120]
+    return [ids[start : start + 30] for start in range(0, 120, 30)]
+
+
+def test_ranks_and_spans_are_those_of_python(place: Path, tmp_path: Path) -> None:
+    value = result_of("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 3)
+    meant = ls.rank(ls.load(place / "tiny").model, tokens_of(place), spans=3)
+    found = ls.read_results(tmp_path / "out")
+    numbers = meant.select_dtypes("number").columns
+    pd.testing.assert_frame_equal(found[numbers], meant[numbers], check_exact=False, atol=1e-6)
+    assert [row["layer"] for row in value["tables"]["rank"]] == found.layer.tolist()
+    assert found.set_index("layer").kl_rank[1] == 1
+    assert found.set_index("layer").kl_rank[4] == DEPTH
+    spans = ls.read_results(tmp_path / "out", "spans")
+    assert spans.span.max() == 3
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert {"rank.png", "rank.svg"} <= set(facts["figures"])
+    assert Image.open(tmp_path / "out" / "rank.png").width > 1500
+    seen = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 3)
+    assert "has finished; nothing to do" in seen.stderr
+    assert "Missed least, measured: 1, " in seen.stdout
+    assert "By block influence (ShortGPT): " in seen.stdout
+    assert "…" not in seen.stdout
+    other = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 2)
+    assert other.exit_code == 1
+    assert "spans 3 there, 2 now" in other.stderr
+
+
+@pytest.mark.parametrize(("by", "greedy"), [("kl", False), ("kl", True), ("influence", True), ("angular", False)])
+def test_the_checkpoint_is_the_model_without_those_layers(place: Path, tmp_path: Path, by: str, greedy: bool) -> None:
+    asked = [*words(place), "--remove", 2, "--by", by, *(["--greedy"] if greedy else []), "-o", tmp_path / "out"]
+    value = result_of("prune", place / "tiny", *asked)
+    whole, tokens = ls.load(place / "tiny").model, tokens_of(place)
+    meant = ls.prune(whole, tokens, remove=2, by=by, greedy=greedy)
+    assert value["layers"] == list(meant.layers)
+    if by != "angular":
+        assert 1 in value["layers"]
+        assert 4 not in value["layers"]
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert pruned.config.num_hidden_layers == DEPTH - 2
+    found = ls.compare(whole, pruned, tokens)
+    assert value["after"]["kl_nats"] == pytest.approx(found.kl_nats, abs=1e-6)
+    assert value["after"]["agreement"] == pytest.approx(found.agreement)
+    for model, numbers in ((whole, value["before"]), (pruned, value["after"])):
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens)).logits[:, :-1].double()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(tokens)[:, 1:].flatten())
+        assert numbers["perplexity"] == pytest.approx(math.exp(float(loss)), rel=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "layersurgery" in card
+    results = tmp_path / "out-results"
+    assert {file.name for file in results.iterdir()} == {"rank", "costs", *(["step-01", "step-02"] if greedy else [])}
+    costs = ls.read_results(results / "costs")
+    assert set(costs.way) == {"unedited", "kl", "influence", "angular", *(["greedy"] if greedy else [])}
+    pd.testing.assert_frame_equal(
+        costs.drop(columns="model"), meant.costs.drop(columns="model")[costs.columns.drop("model")], check_exact=False, atol=1e-6
+    )
+    assert (results / "costs" / "costs.png").exists()
+
+
+def test_what_a_person_sees(place: Path, tmp_path: Path) -> None:
+    found = run("prune", place / "tiny", *words(place), "--remove", 1, "-o", tmp_path / "out")
+    assert found.exit_code == 0, found.stderr
+    assert "Layer 1 goes, chosen by kl, each by itself" in found.stdout
+    assert "Perplexity" in found.stdout
+    assert f"What was measured is in {tmp_path / 'out-results'}" in found.stdout
+    assert "of predictions kept (116 tokens)" in found.stdout
+    table = found.stdout.splitlines()[:5]
+    assert table[0].split() == ["layers", "kl", "influence", "angular"]
+    assert table[1].split() == ["removed", *["KL", "ppl."] * 3]
+    assert [line.split()[0] for line in table[2:4]] == ["0", "1"]
+    assert "…" not in found.stdout
+
+
+def test_what_was_measured_is_used_again_and_nothing_is_lost(place: Path, tmp_path: Path) -> None:
+    asked = ["prune", place / "tiny", *words(place), "--remove", 1, "--greedy", "-o", tmp_path / "out"]
+    first = result_of(*asked)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out-results").rglob("*.parquet")}
+    there = run(*asked)
+    assert there.exit_code == 1
+    assert "exists" in there.stderr
+    again = result_of(*asked, "--overwrite")
+    assert (again["layers"], again["after"]) == (first["layers"], first["after"])
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    # One more layer: what was measured for one is used, and only what is new is measured.
+    more = result_of("prune", place / "tiny", *words(place), "--remove", 2, "--greedy", "-o", tmp_path / "out", "--overwrite")
+    assert more["layers"][:1] == first["layers"]
+    assert (tmp_path / "out-results" / "step-01" / "step.parquet").stat().st_mtime_ns == files[
+        tmp_path / "out-results" / "step-01" / "step.parquet"
+    ]
+
+
+def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["prune", place / "tiny", *words(place), "--remove", 2, "--greedy", "-o", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        from layersurgery_cli import prune
+
+        def stop(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        patch.setattr(prune, "Costing", stop)
+        assert run(*asked).exit_code == 130
+    assert not (tmp_path / "out").exists()
+    steps = [tmp_path / "out-results" / f"step-0{number}" / "step.parquet" for number in (1, 2)]
+    written = [file.stat().st_mtime_ns for file in steps]
+    assert result_of(*asked)["layers"]
+    assert [file.stat().st_mtime_ns for file in steps] == written
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        (["--remove", 0], 2, "should be greater than or equal to 1"),
+        (["--remove", DEPTH], 2, f"cannot remove {DEPTH} of {DEPTH} layers; give 1 to {DEPTH - 1}"),
+        (["--remove", 1, "--by", "size"], 2, "kl, influence"),
+        ([], 2, "Missing option '--remove'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
+    place: Path, tmp_path: Path, asked: list[Any], code: int, said: str
+) -> None:
+    found = run("prune", place / "tiny", *words(place), *asked, "-o", tmp_path / "out")
+    assert found.exit_code == code, found.stderr
+    assert said in " ".join(found.stderr.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_choose_the_same(place: Path, tmp_path: Path) -> None:
+    asked = ["prune", place / "tiny", *words(place), "--remove", 1, "--greedy", "--device", "cpu"]
+    alone = result_of(*asked, "-o", tmp_path / "alone")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "layersurgery_cli"]
+    both = subprocess.run(
+        [*launch, *map(str, asked), "-o", str(tmp_path / "both"), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert both.returncode == 0, both.stderr
+    found = json.loads(both.stdout[both.stdout.index("{") :])
+    assert found["layers"] == alone["layers"]
+    np.testing.assert_allclose(found["after"]["kl_nats"], alone["after"]["kl_nats"], rtol=1e-6)
+    assert (tmp_path / "both" / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
