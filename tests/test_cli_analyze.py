@@ -217,13 +217,14 @@ def test_a_model_of_one_block(tmp_path: Path, place: Path) -> None:
 
 
 def test_captions_and_labels_say_which_run_it_was(place: Path, tmp_path: Path) -> None:
-    facts = ls.read_results(place / "stages").attrs["run"]
-    one = analysed(place / "stages", facts)
+    result_of("analyze", "lens", place / "tiny", *words(place), "-o", tmp_path / "lens")
+    facts = ls.read_results(tmp_path / "lens").attrs["run"]
+    one = analysed(tmp_path / "lens", facts)
     assert one.caption == f"120 tokens of {place / 'story.txt'} in 4 sequences"
-    shutil.copytree(place / "stages", tmp_path / "again")
-    result_of("plot", place / "stages", tmp_path / "again", place / "stages", "-o", tmp_path / "figures")
+    shutil.copytree(tmp_path / "lens", tmp_path / "again")
+    result_of("plot", tmp_path / "lens", tmp_path / "again", tmp_path / "lens", "-o", tmp_path / "figures")
     picture = (tmp_path / "figures" / "lens.svg").read_text()
-    assert "tiny (stages)" in picture
+    assert "tiny (lens)" in picture
     assert "tiny (again)" in picture
     (tmp_path / "again" / "run.json").write_text('{"kind": "other", "state": "finished"}')
     found = run("plot", tmp_path / "again", "-o", tmp_path / "figures")

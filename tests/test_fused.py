@@ -183,7 +183,15 @@ def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, 
     assert streaming.measure(readout, given.x.clone(), base)[METRICS.index("kl_nats")].eq(0).all()
 
 
-@pytest.mark.parametrize(("capability", "choices"), [(80, "HALF"), (90, "HALF"), (80, "FULL"), (90, "FULL")])
+@pytest.mark.parametrize(
+    ("capability", "choices"),
+    [
+        pytest.param(80, "HALF", marks=pytest.mark.weekly),
+        (90, "HALF"),
+        (80, "FULL"),
+        pytest.param(90, "FULL", marks=pytest.mark.weekly),
+    ],
+)
 def test_it_compiles_for_real_devices(capability: int, choices: str) -> None:
     """Down to PTX, which needs no GPU: in an interpreter of its own, since this one may only play the kernel."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
