@@ -154,22 +154,18 @@ def _heads(frame: pd.DataFrame) -> Iterator[Table]:
 def _probes(frame: pd.DataFrame) -> Iterator[Table]:
     """What tells the class, and how well."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("told by")
-    for heading in ("neurons", "held out, %", "95 %", "", "of the class, %", "of the rest, %", "training, %", "windows"):
-        table.add_column(heading, width=8 if not heading else None, justify="right", no_wrap=True)
+    table.add_column("told by", no_wrap=True)
+    for heading in ("neurons", "held out, %", "95 %", "class, %", "rest, %", "windows"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
-        percent = {
-            name: f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high", "on_class", "on_rest", "train_accuracy")
-        }
+        percent = {name: f"{100 * row[name]:.1f}" for name in ("accuracy", "low", "high", "on_class", "on_rest")}
         table.add_row(
             str(row["probe"]),
             "-" if math.isnan(_float(row["k"])) else str(row["k"]),
             percent["accuracy"],
             f"{percent['low']}-{percent['high']}",
-            bar(row["accuracy"], 1),
             percent["on_class"],
             percent["on_rest"],
-            percent["train_accuracy"],
             f"{row['held_out']:,}",
         )
     yield table

@@ -90,7 +90,7 @@ def _two(axis: Axes, model: Analysed) -> None:
     table = model.tables["effects"]
     kinds = [kind for kind in ("suppression", "prediction") if (table.kind == kind).any()]
     for place, kind in enumerate(kinds):
-        inset = axis.inset_axes((0.06, 0.54 - 0.54 * place, 0.94, 0.42))
+        inset = axis.inset_axes((0.06, 0.6 - 0.6 * place, 0.94, 0.38))
         mine = table[table.kind == kind]
         rows = mine[mine["rank"] == mine["rank"].min()]
         _histogram(inset, rows)
