@@ -64,6 +64,9 @@ def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
     """Write figures as PNG and SVG; returns the files."""
     written = []
     for name, figure in figures.items():
+        with matplotlib.rc_context(_STYLE):  # find places for all once, and not for each format again
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
             path = directory / f"{name}.{kind}"
             with whole_file(path) as partial, matplotlib.rc_context(_STYLE):

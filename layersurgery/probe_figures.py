@@ -110,6 +110,8 @@ def _histogram(axis: Axes, rows: pd.DataFrame) -> None:
     for name, label, colour, alpha in (("rest_tokens", "the rest", _REST, 1.0), ("class_tokens", "the class", _CLASS, 0.75)):
         axis.stairs(rows[name].to_numpy(float), edges, fill=True, color=colour, alpha=alpha, label=label, linewidth=0)
     axis.set_yscale("log")
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set_ylim(bottom=0.7)
 
 
@@ -118,6 +120,10 @@ def effects(models: Sequence[Analysed]) -> Figure:
     each = [list(model.tables["effects"].groupby("rank")) for model in models]
     deep = [-(-len(some) // _COLUMNS) for some in each]
     with styled(11, 1.35 * sum(deep) + 0.9) as figure:
+        # Fitting so many panels to their labels takes half a minute; these have all the same.
+        figure.set_layout_engine(None)
+        margin = 0.45 / figure.get_figheight()
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=1.3 * margin, top=1 - 1.3 * margin, wspace=0.3, hspace=0.5)
         grid = figure.subplots(sum(deep), _COLUMNS, squeeze=False)
         row = 0
         for model, some, rows in zip(models, each, deep, strict=True):
@@ -132,7 +138,7 @@ def effects(models: Sequence[Analysed]) -> Figure:
             for axis in axes[len(some) :]:
                 axis.set_visible(False)
         handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower right", ncols=2, fontsize=8)
+        figure.legend(handles, labels, loc="lower right", ncols=2, fontsize=8)
         figure.supxlabel(r"$W_U \cdot w_{out}$ (layer.neuron and kind above each panel)", fontsize=9)
         figure.supylabel("tokens", fontsize=9)
         finish(figure, models, grid[0][0], legend=False)
