@@ -49,7 +49,7 @@ def look(directory: Path, arguments: Mapping[str, Any], talk: Talk, make: Callab
 
 @contextmanager
 def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; call it with how many are done, and of how many."""
+    """A bar on a terminal, from the first count to the last; call it with how many are done, and of how many."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -58,7 +58,18 @@ def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("<"),
         TimeRemainingColumn(),
     )
-    on = talk.err.is_terminal and not talk.err.quiet
-    with Progress(*columns, console=talk.err, disable=not on, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
+    progress = Progress(*columns, console=talk.err, transient=True)
+    task = progress.add_task("", total=None)
+
+    # On screen only while it counts: older versions of rich refuse two bars, or a bar and a spinner, at once.
+    def count(done: int, of: int) -> None:
+        if not talk.err.is_terminal or talk.err.quiet:
+            return
+        progress.update(task, completed=done, total=of)
+        (progress.stop if done >= of else progress.start)()
+
+    try:
+        yield count
+    finally:
+        if progress.live.is_started:
+            progress.stop()

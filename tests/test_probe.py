@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from layersurgery_cli.look import counting
+from layersurgery_cli.talk import Talk
+from rich.console import Console
 
 import layersurgery as ls
 from layersurgery import activations
@@ -308,3 +312,18 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path, given:
     assert found.exit_code == code, found.stderr
     assert said in " ".join(found.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_one_bar_at_a_time() -> None:
+    """rich before 14.1 refuses a second bar, and a spinner beside a bar."""
+    talk = Talk()
+    shown = io.StringIO()
+    talk.err = Console(file=shown, force_terminal=True)
+    with counting(talk, "blocks") as on_layer, counting(talk, "windows") as on_window:
+        assert shown.getvalue() == ""
+        on_layer(1, 2)
+        assert "blocks" in shown.getvalue()
+        on_layer(2, 2)
+        on_window(1, 2)
+        assert "windows" in shown.getvalue()
+    assert "\x1b[?25h" in shown.getvalue().rpartition("windows")[2]  # the cursor is back
