@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def perform(page: Path, *, long: bool = False) -> None:
         for words, takes_long in commands(text):
             assert words[0] == "layersurgery", words
             given = shortened(words) if takes_long and not long else words
+            started = time.process_time()
             result = run(*given[1:])
+            print(f"{time.process_time() - started:5.1f} s of the processor: {shlex.join(given)}")
             assert result.exit_code == 0, f"{page.name}: {shlex.join(given)}\n{result.output}\n{result.stderr}"
 
 
