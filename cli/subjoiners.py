@@ -44,6 +44,7 @@ def subjoiners_in(bench: Bench, directory: Path, samples: int = SAMPLES, *, aske
     first = bos_of(tokenizer) if asked.bos else None
     with talk.step(f"Looking for words of four tokens in {asked.data}"):
         windows = windows_of(documents(asked), tokenizer, tokens=asked.tokens, samples=samples, seed=asked.seed, name=asked.data)
+    bench.check_vocabulary(int(windows.ids.max()))
     about = windows.about
     each = about["four_token_windows"]
     caption = f"{each} + {each} windows of {WINDOW} tokens, from {about['tokens']:,} tokens of {asked.data}"

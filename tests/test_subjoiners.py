@@ -333,6 +333,9 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path) -> Non
     assert "it takes about" in " ".join(found.stderr.split())
     assert not (tmp_path / "out").exists()
     assert run("analyze", "subjoiners", place / "tiny", "--samples", 3).exit_code == 2
+    other = run("analyze", "subjoiners", place / "tiny", "--tokenizer", "smollm2-135m", "--data", "pydoc", "-o", tmp_path / "out")
+    assert other.exit_code == 1
+    assert "the model has a vocabulary of 128: it is another model's tokenizer" in other.stderr
     missing = run("analyze", "subjoiners", place / "tiny", "--data", tmp_path / "nothing.txt")
     assert missing.exit_code == 1
     assert "does not exist" in missing.stderr
