@@ -64,9 +64,8 @@ def test_it_is_one_page(example: Path) -> None:
 
 
 def cells(notebook: Path) -> list[str]:
-    import nbformat
-
-    found: Any = nbformat.read(notebook, as_version=4)
+    nbformat: Any = pytest.importorskip("nbformat")
+    found = nbformat.read(notebook, as_version=4)
     nbformat.validate(found)
     return [cell.source for cell in found.cells if cell.cell_type == "code"]
 
@@ -74,12 +73,10 @@ def cells(notebook: Path) -> list[str]:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebooks_cells_run(notebook: Path, small: None) -> None:
     """In this process: a kernel would import torch once more."""
-    from IPython.core.interactiveshell import InteractiveShell
-    from IPython.utils.capture import capture_output
-
-    shell = InteractiveShell()
+    shell: Any = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    capture: Any = pytest.importorskip("IPython.utils.capture").capture_output
     for number, source in enumerate(cells(notebook)):
-        with capture_output():
+        with capture():
             result = shell.run_cell(source)
         assert result.success, (notebook.name, number, result.error_in_exec or result.error_before_exec)
 
@@ -87,7 +84,8 @@ def test_a_notebooks_cells_run(notebook: Path, small: None) -> None:
 @pytest.mark.weekly
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_in_a_kernel_with_the_real_model(notebook: Path, tmp_path: Path) -> None:
-    import nbformat
-    from nbclient import NotebookClient
-
-    NotebookClient(nbformat.read(notebook, as_version=4), timeout=1800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbformat: Any = pytest.importorskip("nbformat")
+    nbclient: Any = pytest.importorskip("nbclient")
+    nbclient.NotebookClient(
+        nbformat.read(notebook, as_version=4), timeout=1800, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
