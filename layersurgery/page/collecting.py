@@ -192,8 +192,10 @@ def _words(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> str:
 
 
 def labels(runs: Sequence[Kept]) -> list[str]:
-    """A short name for each, no two alike: the model's, with the directory where models have several runs."""
+    """A short name for each, no two alike: the model's, with the directory where models have several runs, or that one alone."""
     names = [run.short for run in runs]
+    if len({run.model for run in runs}) == 1 and len(runs) > 1 and len({run.path.name for run in runs}) == len(runs):
+        return [run.path.name for run in runs]
     for tell in (lambda run: run.path.name, lambda run: str(run.path)):
         if len(set(names)) == len(names):
             break

@@ -169,9 +169,10 @@ def _cell(cell: Cell, is_long: bool) -> Html:
 def _accounts(runs: Sequence[Kept]) -> Iterator[Html]:
     for run, label in zip(runs, labels(runs), strict=True):
         told = account(run)
-        yield tag("h3", f"{label}: {run.word}")
+        yield tag("h3", label if label == run.word else f"{label}: {run.word}")
         if told.command:
-            yield tag("pre", tag("code", told.command), class_="command")
+            words = [part for word in told.command for part in (tag("span", word), " ")]
+            yield tag("pre", tag("code", words[:-1]), class_="command")
         if told.note:
             yield tag("p", told.note, class_="note")
         facts = [*told.facts]

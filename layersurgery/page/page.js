@@ -44,7 +44,7 @@
     return ticks;
   };
   const logTicks = (low, high) => {
-    const steps = high / low > 300 ? [1] : [1, 2, 5];
+    const steps = high / low > 1e5 ? [1] : high / low > 1e3 ? [1, 3] : [1, 2, 5];
     const ticks = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
       for (const step of steps) if (step * 10 ** power >= low * 0.999 && step * 10 ** power <= high * 1.001) ticks.push(step * 10 ** power);
@@ -307,11 +307,13 @@
       if (cell) cell.title = cell.dataset.v;
     });
     if (rows.length < 10) return;
-    const texts = rows.map((row) => row.textContent.toLowerCase());
+    const texts = rows.map((row) => [...row.cells].map((cell) => cell.textContent).join("\n").toLowerCase());
     const count = el("output", {}, `${rows.length} rows`);
     const input = el("input", { type: "search", autocomplete: "off", spellcheck: "false", "aria-controls": table.id });
     input.addEventListener("input", () => {
-      const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+      // "drop 2" is a name, not every drop with a 2 in a number; "gpt2 drop" stands in no cell, but both words do in rows.
+      const phrase = input.value.toLowerCase().trim().replace(/\s+/g, " ");
+      const words = texts.some((text) => text.includes(phrase)) ? [phrase] : phrase.split(" ");
       let shown = 0;
       rows.forEach((row, place) => {
         row.hidden = !words.every((word) => texts[place].includes(word));

@@ -20,6 +20,8 @@ _ABOUT = {
     "attention": "attention to the previous five tokens over relative depth",
     "norms": "norms of what attention and MLP add, and their ratio, over relative depth",
     "neurons": "shares of prediction and suppression neurons over relative depth",
+    "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell for each head",
+    "examples": "what the best head attends to, a window of text a row",
     "similarity": "cosines of what blocks add when swapped and when not, over relative depth",
 }
 _FIRST = ("stages", "robustness")
@@ -53,7 +55,7 @@ class Picture:
 
 
 def pictures(runs: Sequence[Kept], room: int) -> list[Picture]:
-    """All figures of all runs in their order, the stages first; the largest are left out where room is short.
+    """All figures of all runs in their order, the stages first; where room is short, the largest of the others are left out before them.
 
     Args:
         runs: that drew them.
@@ -61,13 +63,14 @@ def pictures(runs: Sequence[Kept], room: int) -> list[Picture]:
     """
     found = [(*one, _smaller(*one)) for one in _named(runs)]
     read = {place: _read(paths) for place, (*_, paths) in enumerate(found)}
-    costs = sorted((4 * len(data) // 3 + _AROUND, place) for place, (data, _) in read.items() if data)
+    costs = sorted(
+        (found[place][2] not in _FIRST, 4 * len(data) // 3 + _AROUND, place) for place, (data, _) in read.items() if data
+    )
     fits = set()
-    for cost, place in costs:
-        room -= cost
-        if room < 0:
-            break
-        fits.add(place)
+    for _, cost, place in costs:
+        if cost <= room:
+            room -= cost
+            fits.add(place)
     shown = []
     for place, (run, label, name, paths) in enumerate(found):
         about = _ABOUT.get(name.rstrip("-0123456789"), f"figure “{name}”")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..route import Route
 from .collecting import Kept
-from .visible import hidden
+from .visible import hidden, rounded
 
 _PROGRAM = "layersurgery"
 _BEGIN = {
@@ -24,14 +24,14 @@ class Account:
     """How one run came about.
 
     Attributes:
-        command: that does it again, as a shell takes it; empty where it is not known.
+        command: the words that do it again, as a shell takes them; none where they are not known.
         note: what the command does not say; empty where it says all.
         facts: names and values.
         left_out: reasons, and what each kept out.
         not_numbers: what gave values that are none, and in which batches.
     """
 
-    command: str
+    command: list[str]
     note: str
     facts: list[tuple[str, str]]
     left_out: list[tuple[str, list[str]]]
@@ -46,7 +46,7 @@ def account(run: Kept) -> Account:
         reasons.setdefault(str(why), []).append(what)
     broken = [(what, _batches(batches)) for what, batches in _pairs(run.fact("not_numbers", default={}))]
     facts = [(name, text) for name, text in _facts(run) if text]
-    return Account(" ".join(map(_quoted, words)), note, facts, [*reasons.items()], broken)
+    return Account([*map(_quoted, words)], note, facts, [*reasons.items()], broken)
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]]:
@@ -140,10 +140,8 @@ def _facts(run: Kept) -> Iterator[tuple[str, str]]:
     yield "Notes on the text", "; ".join(map(str, notes)) if isinstance(notes, list) else str(notes)
     dtype = fact("model", "dtype") or fact("arguments", "dtype")
     yield "Ran", " on ".join(filter(None, [str(dtype), str(fact("model", "device") or fact("arguments", "device"))]))
-    yield (
-        "At once",
-        ", ".join(filter(None, [_if(fact("batch_size"), "batches of {}"), _if(fact("sequences_at_once"), "{} in memory")])),
-    )
+    batch, at_once = fact("batch_size"), fact("sequences_at_once")
+    yield "At once", _if(batch, "batches of {}") + (_if(at_once, ", {} in memory") if at_once != batch else "")
     yield "Read out by", str(fact("readout"))
     calls, apart = fact("schedule", "block_calls"), fact("schedule", "block_calls_apart")
     yield (
@@ -193,7 +191,7 @@ def _tokens(run: Kept) -> str:
 
 def _grouped(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:,}"
+        return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else rounded(value, 3)
     return str(value)
 
 
