@@ -214,7 +214,7 @@ def test_version_and_help() -> None:
 def test_shell_completion() -> None:
     env = {**os.environ, "_LAYERSURGERY_COMPLETE": "complete_bash", "COMP_WORDS": "layersurgery re", "COMP_CWORD": "1"}
     found = subprocess.run(COMMAND, env=env, capture_output=True, text=True, check=True)
-    assert set(found.stdout.split()) == {"repeat", "reverse", "reorder"}
+    assert set(found.stdout.split()) == {"repeat", "report", "reproduce", "reverse", "reorder"}
 
 
 def test_help_is_as_quick_as_a_bare_program(tmp_path: Path) -> None:
