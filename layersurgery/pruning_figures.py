@@ -14,6 +14,7 @@ _SCORES = (
     ("block_influence", "block influence (1 - cosine)"),
     ("angular_distance", "angular distance (share of half a turn)"),
 )
+_FAR = 4
 _WAYS = {
     "kl": "least KL, each by itself",
     "influence": "least block influence",
@@ -49,6 +50,7 @@ def rank(models: Sequence[Analysed]) -> Figure:
             axis.plot(least.to_numpy(float), least.index, "o", color=COLOURS[1], markersize=3)
             axis.set_xlabel("first block of the span")
             axis.set_ylabel("blocks in the span")
+            axis.yaxis.get_major_locator().set_params(integer=True)
             figure.colorbar(image, label="angular distance; dots: least")
         finish(figure, models, grid[0])
     return figure
@@ -77,7 +79,8 @@ def costs(models: Sequence[Analysed]) -> Figure:
                 axis.set_xlabel("layers removed")
                 axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.set_ylabel(label)
-            axes[1].set_yscale("log")
+            if table.perplexity.max() > _FAR * base.perplexity:
+                axes[1].set_yscale("log")
             axes[2].set_ylim(0, 102)
             if len(models) > 1:
                 axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
