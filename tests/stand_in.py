@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.pythia import make as make_pythia
 from layersurgery import sources
+from layersurgery.analyses import probing
 
 DEPTH, WIDTH, WORDS = 30, 32, 600
 
@@ -54,10 +55,24 @@ def make(cache: Path) -> None:
         initializer_range=0.3,
     )
     target = cache / sources._conversion_of(sources.embedded_file()).name
-    LlamaForCausalLM(config).save_pretrained(target)
-    tokenizer().save_pretrained(target)
+    words = tokenizer()
+    model = LlamaForCausalLM(config)
+    plant(model, [number for word, number in words.get_vocab().items() if word.endswith("ing")])
+    model.save_pretrained(target)
+    words.save_pretrained(target)
     origin = sources._EMBEDDED_ORIGIN
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\nbase_model: {origin}\n---\n", "utf-8")
+
+
+@torch.no_grad()
+def plant(model: LlamaForCausalLM, tokens: list[int]) -> None:
+    """Neurons that promote and that suppress some tokens: random weights in a width of 32 have none that would be called so."""
+    words = model.model.embed_tokens.weight
+    words[:, -1] = 0
+    words[tokens] = torch.eye(WIDTH)[-1]
+    for block in model.model.layers[-4:]:
+        for neuron in range(12):
+            block.mlp.down_proj.weight[:, neuron] = torch.eye(WIDTH)[-1] * (-1) ** neuron
 
 
 def stand_in(patch: pytest.MonkeyPatch, place: Path, *, real: bool = False) -> None:
@@ -72,6 +87,8 @@ def stand_in(patch: pytest.MonkeyPatch, place: Path, *, real: bool = False) -> N
         if not (place / "cache").exists():
             make(place / "cache")
         patch.setenv("LAYERSURGERY_CACHE", str(place / "cache"))
+        patch.setattr(probing, "NEURONS", 4)  # fits of regressions are what a probe takes its time for
+        patch.setattr(probing, "SHUFFLES", 2)
     with redirect_stdout(io.StringIO()):
         make_pythia(place / "hub", width=128, depth=32, shard_bytes=10_000_000)
     patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
