@@ -17,7 +17,7 @@ from .talk import Commands, Talk
 from .understand import add_analyses
 
 if TYPE_CHECKING:
-    from layersurgery.plan import Plan
+    from layersurgery.plans.plan import Plan
 
 app = typer.Typer(
     cls=Commands,
@@ -97,7 +97,7 @@ def swap(
     with_: Annotated[int | None, typer.Option("--with", help="The other block.", show_default="the next one")] = None,
 ) -> Plan:
     """Exchange two blocks."""
-    from layersurgery import plan
+    from layersurgery.plans import plan
 
     return plan.swap(layer, with_)
 
@@ -115,7 +115,7 @@ def move(
     before: Annotated[int | None, typer.Option("--before", help="Put it right in front of this block.")] = None,
 ) -> Plan:
     """Put a block elsewhere."""
-    from layersurgery import plan
+    from layersurgery.plans import plan
 
     return plan.move(layer, after=after, before=before)
 
@@ -176,7 +176,7 @@ def edit(
     as_json: o.Json = False,
 ) -> None:
     """Make any edits, from a plan's text or a recipe."""
-    from layersurgery.plan import Plan
+    from layersurgery.plans.plan import Plan
 
     from .run import Options
     from .run import edit as run_edit
@@ -331,7 +331,7 @@ def _named(layer: list[str] | None, layers: str | None) -> str:
 
 
 def _parsed(verb: str, rest: str) -> Plan:
-    from layersurgery.plan import Plan
+    from layersurgery.plans.plan import Plan
 
     if set(rest) & set(";#\n"):
         raise typer.BadParameter(f"{rest!r} names no blocks; a plan of several edits goes to: layersurgery edit --plan")

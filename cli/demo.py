@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from layersurgery.atomic import check_output
 from layersurgery.checkpoint import draft, read_checkpoint, write
-from layersurgery.plan import swap
+from layersurgery.plans.plan import swap
 from layersurgery.sources import EMBEDDED, find_source, needs_conversion
 
 from .talk import Talk, size

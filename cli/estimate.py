@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from layersurgery.families import variants
+from layersurgery.plans.variants import variants
 
 from .asking import asked_text, edits_of, layers_of, looked_at
 from .placement import place_of

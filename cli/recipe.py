@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from layersurgery.errors import PlanError
-from layersurgery.plan import Plan
+from layersurgery.plans.plan import Plan
 
 
 def read_recipe(path: Path) -> tuple[str | None, dict[str | None, Plan]]:

@@ -168,7 +168,7 @@ def _cost(part: Part, source: Source, positions: int | None, options: Options) -
 
     from layersurgery.analyses.signals import FROM_TEXT, variants_of
     from layersurgery.estimating import estimate
-    from layersurgery.families import variants
+    from layersurgery.plans.variants import variants
 
     asked = asked_text(part.model, options, positions)
     place = place_of(options, source, Talk(quiet=True))
@@ -254,7 +254,7 @@ def _leader(place: Path, talk: Talk, outcome: _Outcome) -> Callable[[Bench], Non
 
 
 def _experiments(bench: Bench) -> dict[str, Callable[[Path], Run]]:
-    from layersurgery.families import variants
+    from layersurgery.plans.variants import variants
 
     from .probe import Asked, probe_in
     from .subjoiners import subjoiners_in

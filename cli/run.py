@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from layersurgery.atomic import check_output
 from layersurgery.checkpoint import Draft, Edited, default_output, draft, read_checkpoint, write
-from layersurgery.plan import Plan
+from layersurgery.plans.plan import Plan
 from layersurgery.sources import Source, find_source, needs_conversion
 
 from .talk import Talk, size

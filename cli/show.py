@@ -11,8 +11,8 @@ from rich.table import Table
 
 from layersurgery.checkpoint import Checkpoint
 from layersurgery.inspection import Inspection, TensorGroup, cost, inspect, look_at
-from layersurgery.plan import Plan
-from layersurgery.route import Route
+from layersurgery.plans.plan import Plan
+from layersurgery.plans.route import Route
 
 from .talk import Talk, number, size
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layersurgery.families import Variant, variants
+from layersurgery.plans.variants import Variant, variants
 
 from .asking import edits_of, layers_of
 from .measuring import run_task

@@ -9,8 +9,8 @@
 from typing import TYPE_CHECKING, Any
 
 from .errors import InexpressibleError, LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError
-from .plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
-from .route import Route, Visit
+from .plans.plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
+from .plans.route import Route, Visit
 from .version import __version__
 
 if TYPE_CHECKING:

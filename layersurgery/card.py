@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from .plan import Plan
-from .route import Route
+from .plans.plan import Plan
+from .plans.route import Route
 from .sources import Source
 from .version import __version__
 

@@ -19,10 +19,10 @@ from .card import model_card
 from .errors import InexpressibleError, PlanError, SourceError
 from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
 from .layout import Layout, lay_out
-from .plan import Plan
+from .plans.plan import Plan
+from .plans.route import Route
 from .quantisation import rename_layers
 from .refusals import refuse_architecture, refuse_route
-from .route import Route
 from .shards import link_shard, write_shards
 from .sources import CARRIED, Source, find_source
 from .transfer import Progress

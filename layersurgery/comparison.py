@@ -17,8 +17,8 @@ from .dissection import anatomy
 from .errors import PlanError
 from .inputs import as_tokens, followed, model_inputs
 from .kernels.reference import METRICS, measure
-from .plan import Plan
-from .route import Route
+from .plans.plan import Plan
+from .plans.route import Route
 from .surgery import as_route, operate
 from .witness import resting
 

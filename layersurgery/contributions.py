@@ -17,9 +17,9 @@ from torch import nn
 
 from .attending import Looking
 from .dissection import run_small
-from .edits import Part
 from .gains import gain_of
 from .parts import Parts
+from .plans.edits import Part
 from .silent import Stub
 from .stack import Stack
 from .witness import Call, StandIn, first_tensor, noise, replaced

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from .blocks import BlockList, locate, transformers_part
-from .edits import Part
 from .errors import InexpressibleError
 from .parts import Parts, examine
-from .route import Visit
+from .plans.edits import Part
+from .plans.route import Visit
 from .silent import Stub
 from .witness import TOKENS, Call, first_tensor, resting, watched
 

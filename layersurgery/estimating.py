@@ -13,9 +13,9 @@ from torch import nn
 
 from .blocks import locate, text_config
 from .errors import PlanError, SourceError
-from .families import Variant
 from .forecasting import Forecast, Needs, sequences_at_once
 from .placing import AUTO, DeviceMap, MaxMemory, describe
+from .plans.variants import Variant
 from .trie import LAYER_MAJOR, layer_major, schedule
 
 CPU, DISK = "cpu", "disk"

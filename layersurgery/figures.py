@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .drawing import COLOURS, MARKERS, plainly, save, styled
-from .route import Route
+from .plans.route import Route
 
 _BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
 _PANELS = (

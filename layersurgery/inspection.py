@@ -13,7 +13,7 @@ from .errors import SourceError
 from .header import Entry
 from .layerwise import is_layerwise, places
 from .layout import lay_out
-from .route import Route, Span
+from .plans.route import Route, Span
 from .sources import find_source, remote_headers
 from .weights import Weights, read_weights
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InexpressibleError, SourceError
-from .route import Route
+from .plans.route import Route
 
 Json = dict[str, Any]
 

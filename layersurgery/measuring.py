@@ -17,16 +17,16 @@ from .cpu import settled
 from .dissection import Anatomy
 from .dissection import anatomy as find_anatomy
 from .errors import InexpressibleError, MeasurementError, PlanError
-from .families import Variant, unedited
 from .forecasting import Forecast, Needs, free_memory, sequences_at_once
 from .inputs import followed, model_inputs
 from .kernels.reference import METRICS
 from .observing import Observer
+from .plans.route import Route, Visit
+from .plans.variants import Variant, unedited
 from .reading import Measured, Reading, prove_end
 from .readout import find_readout
 from .refusals import facts_of, refuse_architecture, refuse_route
 from .residence import bytes_of, device_of, distinct, offloaded, own
-from .route import Route, Visit
 from .stack import Stack
 from .trie import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 from .walking import Tick, Walk

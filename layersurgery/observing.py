@@ -20,7 +20,7 @@ from .contributions import BRANCHES, Member, centred, members, tapped
 from .errors import MeasurementError
 from .inputs import followed
 from .metrics import Array
-from .route import Route, Visit
+from .plans.route import Route, Visit
 from .stack import Stack, Tape
 from .trie import Run
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .branches import output_parameters
-from .edits import Part
 from .errors import InexpressibleError
+from .plans.edits import Part
 from .silent import Silent, Stub, silence
 from .views import view
 from .witness import Call, by_token, first_tensor, noise, watched

@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 
 from .errors import MeasurementError, OutputError
-from .families import Variant
 from .journal import Journal, Record
 from .measuring import Measurer
 from .pertoken import PARTS, TOKENS, TokenRows, join, whole
+from .plans.variants import Variant
 from .residence import device_of
 from .runs import JOURNAL, Run, clear_progress
 from .table import CSV, RESULTS, SEQUENCES, by_sequence, results, write

@@ -16,7 +16,7 @@ from torch import nn
 
 from .errors import InexpressibleError
 from .layerwise import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
-from .route import Route
+from .plans.route import Route
 
 _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 _BORDER = re.compile(r"(layer|block)_?(idx|index)$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import InexpressibleError
-from .route import Route
+from .plans.route import Route
 
 _ALWAYS = {
     "hrm_text": "runs its blocks in nested cycles and not as one stack",

@@ -10,7 +10,7 @@ from torch import nn
 from .blocks import locate
 from .errors import InexpressibleError
 from .layerwise import Json
-from .route import Route
+from .plans.route import Route
 from .silent import Silent
 from .twin import Twin, build_empty, section_of
 

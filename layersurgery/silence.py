@@ -15,12 +15,12 @@ from torch import nn
 
 from .blocks import find_blocks
 from .dissection import record_block
-from .edits import Part
 from .errors import InexpressibleError
 from .layerwise import Json, Section, find_section, rewrite
 from .naming import Naming, match_names
 from .parts import Parts, examine
-from .route import Route
+from .plans.edits import Part
+from .plans.route import Route
 from .twin import build_empty, class_config, quiet, settle
 from .weights import Stack
 

@@ -18,8 +18,8 @@ from .blocks import locate
 from .compiled import Compiler
 from .dissection import Anatomy, run_small
 from .errors import InexpressibleError
+from .plans.route import Visit
 from .residence import Residence, hooks_of, surroundings
-from .route import Visit
 from .silent import silence
 from .views import view
 from .witness import Call, StandIn, Where, first_tensor, replaced, resting

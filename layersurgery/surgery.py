@@ -18,12 +18,12 @@ from .blocks import BlockList, locate, text_config
 from .dissection import Anatomy, signature
 from .dissection import anatomy as find_anatomy
 from .errors import PlanError, UndoError
-from .plan import Plan
+from .plans.plan import Plan
+from .plans.route import Route
 from .position import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
 from .refusals import facts_of, refuse_architecture, refuse_route
 from .reload import check_adapters, check_edit, check_live, described, is_plain
 from .remains import forget_runs
-from .route import Route
 from .silent import Stub, silence
 from .views import own_tensors, view
 

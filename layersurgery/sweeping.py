@@ -12,10 +12,10 @@ from torch import nn
 
 from .blocks import locate
 from .dissection import Anatomy
-from .families import variants
 from .inputs import as_tokens
 from .measuring import Measurer
 from .metrics import Sums
+from .plans.variants import variants
 from .table import results
 
 
@@ -39,7 +39,7 @@ def sweep(
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        routes: what to measure: families of edits ("swap,drop"; see `layersurgery.families.FAMILIES`), a plan, its text, a route, a list
+        routes: what to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a plan, its text, a route, a list
             of these, or a dictionary of plans by name.
         tokens: token ids, (sequences, length).
         attention_mask: 1 for a token and 0 for padding, of the same shape.

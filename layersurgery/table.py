@@ -12,9 +12,9 @@ import pandas as pd
 
 from .atomic import whole_file
 from .errors import SourceError
-from .families import Variant
 from .kernels.reference import METRICS
 from .metrics import Sums
+from .plans.variants import Variant
 
 if TYPE_CHECKING:
     import pyarrow as pa

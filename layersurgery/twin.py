@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from .blocks import find_blocks
 from .errors import InexpressibleError, SourceError
 from .layerwise import DEPTH_FIELDS, LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
-from .route import Route
+from .plans.route import Route
 from .silent import Silent
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layersurgery.blocks import find_blocks
-from layersurgery.route import Route
+from layersurgery.plans.route import Route
 
 
 class _Recorder(nn.Module):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import layersurgery as ls
 from layersurgery.header import BLOCK, read_header
 from layersurgery.layerwise import find_section, rewrite
+from layersurgery.plans.route import Route
 from layersurgery.quantisation import rename_layers
-from layersurgery.route import Route
 from layersurgery.weights import find_stack
 from tests.reference import logits_along, logits_of
 from tests.zoo import DEPTH, tiny_model, tokens

@@ -18,7 +18,7 @@ from layersurgery_cli.app import app
 from typer.testing import CliRunner, Result
 
 from layersurgery import __version__
-from layersurgery.plan import Plan
+from layersurgery.plans.plan import Plan
 from tests.reference import logits_along, logits_of
 from tests.test_zoo import reload
 from tests.zoo import DEPTH, tiny_model, tokens

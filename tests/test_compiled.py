@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.families import variants
 from layersurgery.kernels import chunked
 from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
+from layersurgery.plans.variants import variants
 from tests.test_kernels import Plain, drawn
 from tests.zoo import DEPTH, tiny_model, tokens
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layersurgery.families import variants
 from layersurgery.kernels import streaming
 from layersurgery.measuring import Measurer
+from layersurgery.plans.variants import variants
 from layersurgery.readout import Unembedding
 from tests.test_kernels import drawn
 from tests.zoo import DEPTH, tiny_model, tokens

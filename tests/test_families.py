@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import layersurgery as ls
-from layersurgery.families import FAMILIES, family, is_family, read_plans, unedited, variants
+from layersurgery.plans.variants import FAMILIES, family, is_family, read_plans, unedited, variants
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import layersurgery as ls
-from layersurgery.plan import Plan
-from layersurgery.route import Route, Visit
+from layersurgery.plans.plan import Plan
+from layersurgery.plans.route import Route, Visit
 
 DEPTH = 12
 blocks = st.integers(0, DEPTH - 1)

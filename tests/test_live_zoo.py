@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import layersurgery as ls
-from layersurgery.plan import Plan
+from layersurgery.plans.plan import Plan
 from tests.reference import logits_along, logits_of
 from tests.refused import BEAMS_ARE_WRONG, CACHE_IS_WRONG, NEVER, REFUSED, SKIPS, WHOLE
 from tests.test_zoo import reload

@@ -13,8 +13,8 @@ from accelerate import cpu_offload
 from accelerate.utils import OffloadedWeightsLoader
 
 import layersurgery as ls
-from layersurgery.families import variants
 from layersurgery.measuring import Measurer
+from layersurgery.plans.variants import variants
 from layersurgery.readout import Unembedding
 from layersurgery.residence import Residence, device_of, hooks_of, offloaded
 from layersurgery.stack import Stack

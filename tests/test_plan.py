@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 import layersurgery as ls
-from layersurgery.plan import Plan
-from layersurgery.route import Route, Visit
+from layersurgery.plans.plan import Plan
+from layersurgery.plans.route import Route, Visit
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import layersurgery as ls
-from layersurgery.families import variants
 from layersurgery.figures import Sweep, draw
 from layersurgery.journal import Journal
 from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
 from layersurgery.performing import OfSweep, perform
+from layersurgery.plans.variants import variants
 from layersurgery.runs import JOURNAL, open_run
 from layersurgery.stack import Stack
 from layersurgery.text import Text

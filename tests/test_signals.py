@@ -19,8 +19,8 @@ from layersurgery import attending
 from layersurgery.analyses.signals import Tables, measurer_of, sampled
 from layersurgery.contributions import members, tapped
 from layersurgery.kernels.reference import METRICS, measure
+from layersurgery.plans.route import Route
 from layersurgery.reading import prove_end
-from layersurgery.route import Route
 from layersurgery.stack import Stack
 from tests.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
 from tests.reference import logits_along, logits_of

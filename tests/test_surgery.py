@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import layersurgery as ls
+from layersurgery.plans.route import Route, Visit
 from layersurgery.refusals import refuse_route
-from layersurgery.route import Route, Visit
 from layersurgery.silent import Silent
 from tests.reference import logits_along, logits_of
 from tests.zoo import DEPTH, tiny_model, tokens

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.families import variants
 from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
+from layersurgery.plans.variants import variants
 from layersurgery.stack import Stack
 from tests.test_live_zoo import state
 from tests.zoo import DEPTH, VOCAB, tiny_model, tokens

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from layersurgery.families import variants
-from layersurgery.route import Route, Visit
+from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.variants import variants
 from layersurgery.trie import Bring, Read, Run, Schedule, Step, layer_major, schedule
 
 DEPTH = 5

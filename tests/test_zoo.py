@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
-from layersurgery.plan import Plan
+from layersurgery.plans.plan import Plan
 from tests.reference import logits_along, logits_of
 from tests.refused import REFUSED, WHOLE
 from tests.zoo import DEPTH, ZOO, tiny_model, tokens

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from layersurgery.cpu import settled
-from layersurgery.families import variants
+from layersurgery.plans.variants import variants
 from layersurgery.trie import schedule
 
 from . import common

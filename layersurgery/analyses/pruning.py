@@ -14,13 +14,13 @@ from torch import nn
 from ..blocks import locate
 from ..dissection import anatomy as find_anatomy
 from ..errors import MeasurementError, PlanError
-from ..families import Variant
 from ..inputs import as_tokens
 from ..measuring import Measurer
 from ..metrics import Sums
 from ..observing import CHANGE
-from ..plan import Plan
-from ..route import Route
+from ..plans.plan import Plan
+from ..plans.route import Route
+from ..plans.variants import Variant
 from ..table import results
 from .ranking import WAYS, rank
 from .signals import Tables, sampled

@@ -15,13 +15,13 @@ from torch import nn
 from ..blocks import locate
 from ..dissection import Anatomy
 from ..errors import PlanError
-from ..families import Variant, family
 from ..inputs import as_tokens
 from ..kernels.reference import METRICS
 from ..measuring import Measurer
 from ..metrics import Array, Sample, ratio
 from ..observing import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
-from ..route import Route
+from ..plans.route import Route
+from ..plans.variants import Variant, family
 from ..table import results
 
 LENS, DROP = "lens", "drop"

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from ..errors import SourceError
-from ..route import Route
+from ..plans.route import Route
 from ..runs import SWEEP
 from ..table import RESULTS, RUN, headline, read_run, read_table
 

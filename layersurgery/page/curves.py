@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..route import Route
+from ..plans.route import Route
 from .collecting import Kept, labels
 from .visible import plain, visible
 

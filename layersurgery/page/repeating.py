@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..route import Route
+from ..plans.route import Route
 from .collecting import Kept
 from .visible import hidden, rounded
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from ..errors import PlanError
 from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap
-from .errors import PlanError
 from .plan import Plan, reorder
 from .route import Ref, Route, Span, resolve
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .errors import PlanError
+from ..errors import PlanError
 from .route import Ref, Route, RouteItem, Visit, resolve
 
 Part = Literal["attention", "mlp"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from .errors import PlanError
+from ..errors import PlanError
 
 _ITEM = re.compile(r"^(-?\d{1,9})?(:)?(-?\d{1,9})?((?:-(?:attn|attention|mlp))*)$")
 

@@ -17,8 +17,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ..errors import PlanError
 from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap
-from .errors import PlanError
 from .route import Ref, Route, RouteItem, Span, Visit, parse_items
 
 _SLUG_LIMIT = 80
