@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import layersurgery as ls
-from layersurgery.dissection import Anatomy
+from layersurgery.models.anatomy import Anatomy
 
 from .timing import quartiles, record, table_of, wide_console
 

@@ -72,7 +72,7 @@ def probe_in(bench: Bench, directory: Path, wanted: Asked, *, asked: TextAsked |
 
     def make() -> Made:
         from layersurgery.analyses.probing import probes_in_words, probes_on
-        from layersurgery.dissection import anatomy
+        from layersurgery.models.anatomy import anatomy
 
         model = bench.load()
         with counting(talk, "blocks' neurons") as on_layer, counting(talk, "windows") as on_windows:

@@ -55,7 +55,7 @@ def subjoiners_in(bench: Bench, directory: Path, samples: int = SAMPLES, *, aske
 
     def make() -> Made:
         from layersurgery.analyses.joining import heads_on, joining_in_words
-        from layersurgery.dissection import anatomy
+        from layersurgery.models.anatomy import anatomy
 
         with counting(talk, "windows") as on_windows:
             model = bench.load()

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from .analyses.ranking import rank
     from .checkpoint import Edited, edit_checkpoint
     from .comparison import Comparison, compare
-    from .dissection import Anatomy, anatomy
     from .folding import Folded, fold
     from .loading import load
+    from .models.anatomy import Anatomy, anatomy
     from .page.writing import Report, report
     from .saving import save
     from .surgery import operate, operate_
@@ -73,13 +73,13 @@ __all__ = [
 
 # Imported when first asked for, so that plans and `--help` wait for nothing.
 _LATER = {
-    "Anatomy": "dissection",
+    "Anatomy": "models.anatomy",
     "Comparison": "comparison",
     "Edited": "checkpoint",
     "Folded": "folding",
     "Pruning": "analyses.pruning",
     "Report": "page.writing",
-    "anatomy": "dissection",
+    "anatomy": "models.anatomy",
     "compare": "comparison",
     "edit_checkpoint": "checkpoint",
     "fold": "folding",

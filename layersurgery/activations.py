@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dissection import run_small
+from .models.anatomy import run_small
+from .models.call_tracing import StandIn, replaced
 from .projections import writing_dim
 from .stack import Stack
-from .witness import StandIn, replaced
 
 # So many that no expert of a mixture is given all of them by chance.
 _TOKENS = 25

@@ -17,12 +17,12 @@ from typing import Any
 from .atomic import check_output, whole_directory
 from .card import model_card
 from .errors import InexpressibleError, PlanError, SourceError
-from .layerwise import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
 from .layout import Layout, lay_out
+from .models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
+from .models.unsupported import refuse_architecture, refuse_route
 from .plans.plan import Plan
 from .plans.route import Route
 from .quantisation import rename_layers
-from .refusals import refuse_architecture, refuse_route
 from .shards import link_shard, write_shards
 from .sources import CARRIED, Source, find_source
 from .transfer import Progress
@@ -79,7 +79,7 @@ def _section(config: Json) -> Section:
     try:
         return find_section(config)
     except SourceError:
-        from .twin import section_of
+        from .models.reload_check import section_of
 
         return section_of(config)
 
@@ -151,9 +151,9 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
 
 
 def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
-    from .blocks import find_blocks
+    from .models.block_list import find_blocks
+    from .models.reload_check import Twin
     from .naming import match_names
-    from .twin import Twin
 
     splits = map(checkpoint.stack.split, checkpoint.weights.names())
     in_files = {split[1] for split in splits if split is not None}
@@ -168,7 +168,7 @@ def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Jso
     config = rewrite(checkpoint.config, section, route)
     uniform = checkpoint.config.get("model_type") in UNIFORM and not set_fields(checkpoint.fields, DERIVED)
     if verify or not uniform:
-        from .twin import knows, settle
+        from .models.reload_check import knows, settle
 
         if verify or knows(checkpoint.config):
             config = settle(checkpoint.config, config, section, route)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import locate
-from .dissection import anatomy
 from .errors import PlanError
 from .inputs import as_tokens, followed, model_inputs
 from .kernels.reference import METRICS, measure
+from .models.anatomy import anatomy
+from .models.block_list import locate
+from .models.call_tracing import resting
 from .plans.plan import Plan
 from .plans.route import Route
 from .surgery import as_route, operate
-from .witness import resting
 
 Edit = Plan | Route | str
 

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from .attending import Looking
-from .dissection import run_small
-from .gains import gain_of
-from .parts import Parts
+from .models.anatomy import run_small
+from .models.block_parts import Parts
+from .models.call_tracing import Call, StandIn, first_tensor, noise, replaced
+from .models.skipped_branch import Stub
+from .models.weight_conventions import gain_of
 from .plans.edits import Part
-from .silent import Stub
 from .stack import Stack
-from .witness import Call, StandIn, first_tensor, noise, replaced
 
 BRANCHES: tuple[Part, Part] = ("attention", "mlp")
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}

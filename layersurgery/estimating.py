@@ -11,9 +11,9 @@ import psutil
 import torch
 from torch import nn
 
-from .blocks import locate, text_config
 from .errors import PlanError, SourceError
 from .forecasting import Forecast, Needs, sequences_at_once
+from .models.block_list import locate, text_config
 from .placing import AUTO, DeviceMap, MaxMemory, describe
 from .plans.variants import Variant
 from .trie import LAYER_MAJOR, layer_major, schedule

@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import nn
 
-from .blocks import text_config
 from .kernels import chunked
+from .models.block_list import text_config
 from .residence import distinct
 from .trie import Schedule
 

@@ -11,8 +11,8 @@ from typing import Any
 from .checkpoint import Checkpoint, read_checkpoint
 from .errors import SourceError
 from .header import Entry
-from .layerwise import is_layerwise, places
 from .layout import lay_out
+from .models.config_fields import is_layerwise, places
 from .plans.route import Route, Span
 from .sources import find_source, remote_headers
 from .weights import Weights, read_weights

@@ -12,20 +12,20 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .blocks import text_config
 from .cpu import settled
-from .dissection import Anatomy
-from .dissection import anatomy as find_anatomy
 from .errors import InexpressibleError, MeasurementError, PlanError
 from .forecasting import Forecast, Needs, free_memory, sequences_at_once
 from .inputs import followed, model_inputs
 from .kernels.reference import METRICS
+from .models.anatomy import Anatomy
+from .models.anatomy import anatomy as find_anatomy
+from .models.block_list import text_config
+from .models.unsupported import facts_of, refuse_architecture, refuse_route
 from .observing import Observer
 from .plans.route import Route, Visit
 from .plans.variants import Variant, unedited
 from .reading import Measured, Reading, prove_end
 from .readout import find_readout
-from .refusals import facts_of, refuse_architecture, refuse_route
 from .residence import bytes_of, device_of, distinct, offloaded, own
 from .stack import Stack
 from .trie import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import InexpressibleError
-from .twin import quiet
+from .models.reload_check import quiet
 from .weights import Stack
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .errors import InexpressibleError
-from .layerwise import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
+from .models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
 from .plans.route import Route
 
 _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")

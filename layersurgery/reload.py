@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import locate
 from .errors import InexpressibleError
-from .layerwise import Json
+from .models.block_list import locate
+from .models.config_fields import Json
+from .models.reload_check import Twin, build_empty, section_of
+from .models.skipped_branch import Silent
 from .plans.route import Route
-from .silent import Silent
-from .twin import Twin, build_empty, section_of
 
 
 def transformers_model(model: nn.Module) -> Any:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import find_blocks
-from .dissection import record_block
 from .errors import InexpressibleError
-from .layerwise import Json, Section, find_section, rewrite
+from .models.anatomy import record_block
+from .models.block_list import find_blocks
+from .models.block_parts import Parts, examine
+from .models.config_fields import Json, Section, find_section, rewrite
+from .models.reload_check import build_empty, class_config, quiet, settle
 from .naming import Naming, match_names
-from .parts import Parts, examine
 from .plans.edits import Part
 from .plans.route import Route
-from .twin import build_empty, class_config, quiet, settle
 from .weights import Stack
 
 # A block above this many parameters is run in bfloat16, and above the second not at all.

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import locate
 from .compiled import Compiler
-from .dissection import Anatomy, run_small
 from .errors import InexpressibleError
+from .models.anatomy import Anatomy, run_small
+from .models.block_list import locate
+from .models.block_view import view
+from .models.call_tracing import Call, StandIn, Where, first_tensor, replaced, resting
+from .models.skipped_branch import silence
 from .plans.route import Visit
 from .residence import Residence, hooks_of, surroundings
-from .silent import silence
-from .views import view
-from .witness import Call, StandIn, Where, first_tensor, replaced, resting
 
 
 @dataclass(frozen=True, slots=True)

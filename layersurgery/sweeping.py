@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .blocks import locate
-from .dissection import Anatomy
 from .inputs import as_tokens
 from .measuring import Measurer
 from .metrics import Sums
+from .models.anatomy import Anatomy
+from .models.block_list import locate
 from .plans.variants import variants
 from .table import results
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import layersurgery as ls
-from layersurgery.dissection import Anatomy
+from layersurgery.models.anatomy import Anatomy
 from tests.refused import SKIPS, WHOLE
 from tests.zoo import ZOO, tiny_model
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layersurgery.blocks import find_blocks
+from layersurgery.models.block_list import find_blocks
 from tests.zoo import tiny_model
 
 Pick = Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor]

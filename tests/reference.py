@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersurgery.blocks import find_blocks
+from layersurgery.models.block_list import find_blocks
 from layersurgery.plans.route import Route
 
 

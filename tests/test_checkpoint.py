@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.header import BLOCK, read_header
-from layersurgery.layerwise import find_section, rewrite
+from layersurgery.models.config_fields import find_section, rewrite
 from layersurgery.plans.route import Route
 from layersurgery.quantisation import rename_layers
 from layersurgery.weights import find_stack

@@ -10,9 +10,9 @@ from rich.table import Table
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.parts import Parts
-from layersurgery.views import view
-from layersurgery.witness import Call, noise
+from layersurgery.models.block_parts import Parts
+from layersurgery.models.block_view import view
+from layersurgery.models.call_tracing import Call, noise
 from tests.reference import logits_of
 from tests.zoo import DEPTH, tiny_model, tokens
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
-from layersurgery.gains import gain_of
+from layersurgery.models.weight_conventions import gain_of
 from tests.dense import LAYER_NORM
 from tests.reference import logits_of
 from tests.zoo import ZOO, tiny_model, tokens

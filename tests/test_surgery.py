@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import layersurgery as ls
+from layersurgery.models.skipped_branch import Silent
+from layersurgery.models.unsupported import refuse_route
 from layersurgery.plans.route import Route, Visit
-from layersurgery.refusals import refuse_route
-from layersurgery.silent import Silent
 from tests.reference import logits_along, logits_of
 from tests.zoo import DEPTH, tiny_model, tokens
 

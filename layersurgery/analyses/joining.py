@@ -19,10 +19,10 @@ from torch import nn
 
 from ..attending import Looking, LookingBack
 from ..contributions import members, tapped
-from ..dissection import Anatomy
-from ..dissection import anatomy as find_anatomy
 from ..errors import InexpressibleError, MeasurementError
 from ..inputs import model_inputs
+from ..models.anatomy import Anatomy
+from ..models.anatomy import anatomy as find_anatomy
 from ..stack import Stack
 from ..text import bos_of
 from .words import PIECES, WINDOW, Windows, windows_of

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..activations import Projection, projections, reading
-from ..dissection import Anatomy
-from ..dissection import anatomy as find_anatomy
 from ..errors import MeasurementError
 from ..inputs import model_inputs
+from ..models.anatomy import Anatomy
+from ..models.anatomy import anatomy as find_anatomy
 from ..readout import Readout, find_readout
 from ..stack import Stack
 from ..text import bos_of

@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..blocks import locate
-from ..dissection import anatomy as find_anatomy
 from ..errors import MeasurementError, PlanError
 from ..inputs import as_tokens
 from ..measuring import Measurer
 from ..metrics import Sums
+from ..models.anatomy import anatomy as find_anatomy
+from ..models.block_list import locate
 from ..observing import CHANGE
 from ..plans.plan import Plan
 from ..plans.route import Route

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..blocks import locate
-from ..dissection import Anatomy
 from ..inputs import as_tokens
+from ..models.anatomy import Anatomy
+from ..models.block_list import locate
 from ..observing import CHANGE
 from .signals import DROP, Tables, measurer_of, sampled
 

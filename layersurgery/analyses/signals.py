@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..blocks import locate
-from ..dissection import Anatomy
 from ..errors import PlanError
 from ..inputs import as_tokens
 from ..kernels.reference import METRICS
 from ..measuring import Measurer
 from ..metrics import Array, Sample, ratio
+from ..models.anatomy import Anatomy
+from ..models.block_list import locate
 from ..observing import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
 from ..plans.route import Route
 from ..plans.variants import Variant, family

@@ -12,14 +12,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..blocks import transformers_part
 from ..contributions import centred
-from ..dissection import Anatomy
-from ..dissection import anatomy as find_anatomy
 from ..errors import InexpressibleError
 from ..forecasting import free_memory
-from ..gains import Gain, gain_of
 from ..kernels.moments import NEURONS, moments, unit_rows
+from ..models.anatomy import Anatomy
+from ..models.anatomy import anatomy as find_anatomy
+from ..models.block_list import transformers_part
+from ..models.weight_conventions import Gain, gain_of
 from ..projections import written_rows
 from ..stack import Stack
 

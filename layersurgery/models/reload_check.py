@@ -25,11 +25,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .blocks import find_blocks
-from .errors import InexpressibleError, SourceError
-from .layerwise import DEPTH_FIELDS, LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
-from .plans.route import Route
-from .silent import Silent
+from ..errors import InexpressibleError, SourceError
+from ..plans.route import Route
+from .block_list import find_blocks
+from .config_fields import DEPTH_FIELDS, LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
+from .skipped_branch import Silent
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
 # Values that a constructor works out in floating point may differ in the last digits.

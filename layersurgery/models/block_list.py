@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import InexpressibleError
+from ..errors import InexpressibleError
 
 _NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler", re.IGNORECASE)
 

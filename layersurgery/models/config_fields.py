@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InexpressibleError, SourceError
-from .plans.route import Route
+from ..errors import InexpressibleError, SourceError
+from ..plans.route import Route
 
 Json = dict[str, Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InexpressibleError
-from .position import position_name
-from .witness import Where
+from ..errors import InexpressibleError
+from ..position import position_name
+from .call_tracing import Where
 
 
 @dataclass(frozen=True, slots=True)

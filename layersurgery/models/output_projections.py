@@ -11,7 +11,7 @@ import re
 
 from torch import nn
 
-from .errors import InexpressibleError
+from ..errors import InexpressibleError
 
 _ROUTER = re.compile(r"gate$|router", re.IGNORECASE)
 _OUT = re.compile(

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .blocks import BlockList, locate, transformers_part
-from .errors import InexpressibleError
-from .parts import Parts, examine
-from .plans.edits import Part
-from .plans.route import Visit
-from .silent import Stub
-from .witness import TOKENS, Call, first_tensor, resting, watched
+from ..errors import InexpressibleError
+from ..plans.edits import Part
+from ..plans.route import Visit
+from .block_list import BlockList, locate, transformers_part
+from .block_parts import Parts, examine
+from .call_tracing import TOKENS, Call, first_tensor, resting, watched
+from .skipped_branch import Stub
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .branches import output_parameters
-from .errors import InexpressibleError
-from .plans.edits import Part
-from .silent import Silent, Stub, silence
-from .views import view
-from .witness import Call, by_token, first_tensor, noise, watched
+from ..errors import InexpressibleError
+from ..plans.edits import Part
+from .block_view import view
+from .call_tracing import Call, by_token, first_tensor, noise, watched
+from .output_projections import output_parameters
+from .skipped_branch import Silent, Stub, silence
 
 # Output that depends on other tokens by more than this share of how it depends on its own; a mixture of experts' rounding,
 # which depends on which tokens are computed together, stays far below.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import InexpressibleError
-from .plans.route import Route
+from ..errors import InexpressibleError
+from ..plans.route import Route
 
 _ALWAYS = {
     "hrm_text": "runs its blocks in nested cycles and not as one stack",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InexpressibleError
+from ..errors import InexpressibleError
 
 Copies = Mapping[int, nn.Module]
 
