@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from layersurgery.cpu import settled
 from layersurgery.kernels import chunked
 from layersurgery.kernels.chunked import Summary
-from layersurgery.readout import Unembedding
+from layersurgery.runtime.cpu_memory import settled
+from layersurgery.runtime.unembedding import Unembedding
 
 from .timing import quartiles, record, table_of, wide_console
 

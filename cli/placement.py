@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layersurgery.errors import PlanError, SourceError
-from layersurgery.placing import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory, renumbered
+from layersurgery.runtime.device_map import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory, renumbered
 
 if TYPE_CHECKING:
     from layersurgery.sources import Source

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from .errors import PlanError
-from .inputs import as_tokens, followed, model_inputs
 from .kernels.reference import METRICS, measure
 from .models.anatomy import anatomy
 from .models.block_list import locate
 from .models.call_tracing import resting
 from .plans.plan import Plan
 from .plans.route import Route
+from .runtime.inputs import as_tokens, followed, model_inputs
 from .surgery import as_route, operate
 
 Edit = Plan | Route | str

@@ -14,8 +14,8 @@ from torch import nn
 from .errors import PlanError, SourceError
 from .forecasting import Forecast, Needs, sequences_at_once
 from .models.block_list import locate, text_config
-from .placing import AUTO, DeviceMap, MaxMemory, describe
 from .plans.variants import Variant
+from .runtime.device_map import AUTO, DeviceMap, MaxMemory, describe
 from .trie import LAYER_MAJOR, layer_major, schedule
 
 CPU, DISK = "cpu", "disk"

@@ -11,7 +11,7 @@ from torch import nn
 
 from .kernels import chunked
 from .models.block_list import text_config
-from .residence import distinct
+from .runtime.offload import distinct
 from .trie import Schedule
 
 _TOKENS_AT_ONCE = 2048

@@ -12,10 +12,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .cpu import settled
 from .errors import InexpressibleError, MeasurementError, PlanError
 from .forecasting import Forecast, Needs, free_memory, sequences_at_once
-from .inputs import followed, model_inputs
 from .kernels.reference import METRICS
 from .models.anatomy import Anatomy
 from .models.anatomy import anatomy as find_anatomy
@@ -25,9 +23,11 @@ from .observing import Observer
 from .plans.route import Route, Visit
 from .plans.variants import Variant, unedited
 from .reading import Measured, Reading, prove_end
-from .readout import find_readout
-from .residence import bytes_of, device_of, distinct, offloaded, own
-from .stack import Stack
+from .runtime.block_runner import Stack
+from .runtime.cpu_memory import settled
+from .runtime.inputs import followed, model_inputs
+from .runtime.offload import bytes_of, device_of, distinct, offloaded, own
+from .runtime.unembedding import find_readout
 from .trie import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 from .walking import Tick, Walk
 

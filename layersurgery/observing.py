@@ -14,14 +14,14 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from .attending import REACH, Looking
-from .changes import Changes, angular_distance, influence
-from .contributions import BRANCHES, Member, centred, members, tapped
 from .errors import MeasurementError
-from .inputs import followed
 from .metrics import Array
 from .plans.route import Route, Visit
-from .stack import Stack, Tape
+from .runtime.attention_weights import REACH, Looking
+from .runtime.block_runner import Stack, Tape
+from .runtime.contributions import BRANCHES, Member, centred, members, tapped
+from .runtime.inputs import followed
+from .runtime.residual_change import Changes, angular_distance, influence
 from .trie import Run
 
 ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"

@@ -17,8 +17,8 @@ from .journal import Journal, Record
 from .measuring import Measurer
 from .pertoken import PARTS, TOKENS, TokenRows, join, whole
 from .plans.variants import Variant
-from .residence import device_of
 from .runs import JOURNAL, Run, clear_progress
+from .runtime.offload import device_of
 from .table import CSV, RESULTS, SEQUENCES, by_sequence, results, write
 from .team import Alone, Team, rounds
 from .text import Text

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import torch
 
 from .atomic import whole_file
-from .inputs import followed
 from .kernels.reference import METRICS
 from .plans.variants import Variant
+from .runtime.inputs import followed
 
 TOKENS = "tokens.parquet"
 PARTS = "tokens.parts"

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 
 from .errors import MeasurementError
-from .inputs import model_inputs
 from .kernels import chunked, streaming
 from .metrics import Array
-from .readout import TOLERANCE, Readout
-from .stack import Stack
+from .runtime.block_runner import Stack
+from .runtime.inputs import model_inputs
+from .runtime.unembedding import TOLERANCE, Readout
 
 _PROOF = 64  # tokens
 

@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .inputs import as_tokens
 from .measuring import Measurer
 from .metrics import Sums
 from .models.anatomy import Anatomy
 from .models.block_list import locate
 from .plans.variants import variants
+from .runtime.inputs import as_tokens
 from .table import results
 
 

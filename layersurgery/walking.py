@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .stack import Stack, Tape
+from .runtime.block_runner import Stack, Tape
 from .trie import Bring, Read, Run, Schedule, Step
 
 Tick = Callable[[float], None]

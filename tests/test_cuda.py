@@ -10,7 +10,7 @@ import torch
 from layersurgery.kernels import streaming
 from layersurgery.measuring import Measurer
 from layersurgery.plans.variants import variants
-from layersurgery.readout import Unembedding
+from layersurgery.runtime.unembedding import Unembedding
 from tests.test_kernels import drawn
 from tests.zoo import DEPTH, tiny_model, tokens
 

@@ -45,8 +45,8 @@ def test_the_function_stays(name: str) -> None:
 
 
 def _centres(model: Any) -> bool:
-    from layersurgery.contributions import centred
-    from layersurgery.stack import Stack
+    from layersurgery.runtime.block_runner import Stack
+    from layersurgery.runtime.contributions import centred
 
     return centred(Stack(model, ls.anatomy(model)))
 

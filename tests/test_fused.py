@@ -19,7 +19,7 @@ import torch
 
 from layersurgery.kernels import chunked, reference, streaming
 from layersurgery.kernels.reference import METRICS
-from layersurgery.readout import Unembedding
+from layersurgery.runtime.unembedding import Unembedding
 from tests.test_kernels import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -15,9 +15,9 @@ from accelerate.utils import OffloadedWeightsLoader
 import layersurgery as ls
 from layersurgery.measuring import Measurer
 from layersurgery.plans.variants import variants
-from layersurgery.readout import Unembedding
-from layersurgery.residence import Residence, device_of, hooks_of, offloaded
-from layersurgery.stack import Stack
+from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.offload import Residence, device_of, hooks_of, offloaded
+from layersurgery.runtime.unembedding import Unembedding
 from tests.reference import logits_of
 from tests.test_cli import result_of, run
 from tests.zoo import DEPTH, tiny_model, tokens

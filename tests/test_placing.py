@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layersurgery.errors import PlanError
-from layersurgery.placing import describe, read_device_map, read_max_memory, renumbered
+from layersurgery.runtime.device_map import describe, read_device_map, read_max_memory, renumbered
 
 
 def test_device_maps(tmp_path: Path) -> None:

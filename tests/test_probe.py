@@ -17,13 +17,13 @@ from layersurgery_cli.talk import Talk
 from rich.console import Console
 
 import layersurgery as ls
-from layersurgery import activations
 from layersurgery.analyses.endings import CONTEXT, FEWEST, SHARED, token_class, windows_on
 from layersurgery.analyses.fitting import Task
 from layersurgery.analyses.probing import KINDS, SHUFFLED, TOP_TOKEN, probes_in_words
 from layersurgery.loading import tokenizer_of
+from layersurgery.runtime import neuron_activations
+from layersurgery.runtime.block_runner import Stack
 from layersurgery.sources import find_source
-from layersurgery.stack import Stack
 from tests.test_cli import result_of, run
 from tests.test_offload import on_disk
 from tests.tiny_text import LETTERS, tiny_tokenizer
@@ -137,7 +137,7 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
     model, ids = tiny_model(name), tokens(3, 9)
     stack = Stack(model, ls.anatomy(model))
     before = [id(module) for module in model.modules()]
-    readable, left_out = activations.projections(stack)
+    readable, left_out = neuron_activations.projections(stack)
     assert (len(readable), left_out) == (stack.depth, {})
     caught: dict[int, torch.Tensor] = {}
 
@@ -145,7 +145,7 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
         return lambda value: caught.__setitem__(layer, value.clone())
 
     with stack.at_rest():
-        with activations.reading(stack, {one: keep(one.layer) for one in readable}):
+        with neuron_activations.reading(stack, {one: keep(one.layer) for one in readable}):
             model(ids)
         assert [id(module) for module in model.modules()] == before
         meant: dict[int, torch.Tensor] = {}
@@ -165,7 +165,7 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
 
 def test_experts_are_left_out_by_name_and_nothing_stays_behind() -> None:
     model = tiny_model("mixtral")
-    readable, left_out = activations.projections(Stack(model, ls.anatomy(model)))
+    readable, left_out = neuron_activations.projections(Stack(model, ls.anatomy(model)))
     assert readable == []
     assert len(left_out) == 6
     assert all("expert" in why for why in left_out.values())

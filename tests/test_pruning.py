@@ -12,7 +12,7 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.analyses.pruning import plan_of
-from layersurgery.changes import angular_distance, influence
+from layersurgery.runtime.residual_change import angular_distance, influence
 from tests.zoo import tiny_model
 
 NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom")

@@ -10,8 +10,8 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.kernels import reference, streaming
-from layersurgery.readout import OwnTail, Unembedding, find_readout, own_logits
-from layersurgery.stack import Stack
+from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout, own_logits
 from tests.reference import logits_of
 from tests.zoo import DEPTH, ZOO, tiny_config, tiny_model, tokens
 

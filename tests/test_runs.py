@@ -22,7 +22,7 @@ from layersurgery.measuring import Measurer
 from layersurgery.performing import OfSweep, perform
 from layersurgery.plans.variants import variants
 from layersurgery.runs import JOURNAL, open_run
-from layersurgery.stack import Stack
+from layersurgery.runtime.block_runner import Stack
 from layersurgery.text import Text
 from tests.tiny_text import tiny_tokenizer
 from tests.zoo import DEPTH, tiny_model, tokens

@@ -15,13 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layersurgery as ls
-from layersurgery import attending
 from layersurgery.analyses.signals import Tables, measurer_of, sampled
-from layersurgery.contributions import members, tapped
 from layersurgery.kernels.reference import METRICS, measure
 from layersurgery.plans.route import Route
 from layersurgery.reading import prove_end
-from layersurgery.stack import Stack
+from layersurgery.runtime import attention_weights
+from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.contributions import members, tapped
 from tests.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
 from tests.reference import logits_along, logits_of
 from tests.test_live_zoo import state
@@ -364,12 +364,12 @@ def test_what_is_left_out_is_said() -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attending, "_SOFTMAX", set())
+        patch.setattr(attention_weights, "_SOFTMAX", set())
         observer = measurer_of(model, ["attention"], DEPTH).observer
         assert observer is not None
         assert "attends to no tokens by softmax" in observer.left_out["attention of block 3"]
         model.set_attn_implementation("sdpa")
-        patch.setattr(attending, "_KERNELS", {})
+        patch.setattr(attention_weights, "_KERNELS", {})
         blind = measurer_of(model, ["attention"], DEPTH).observer
         assert blind is not None
         assert (
@@ -382,7 +382,7 @@ def test_a_kernel_that_is_chosen_for_this_text_only_is_named() -> None:
     model, ids = tiny_model("llama"), tokens(2, 10)
     measurer = measurer_of(model, ["attention"], DEPTH)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attending, "_KERNELS", {})
+        patch.setattr(attention_weights, "_KERNELS", {})
         with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
             measurer.measure(ids, torch.ones_like(ids))
     assert not any("Tapped" in type(module).__name__ for module in model.modules())

@@ -15,13 +15,13 @@ import torch
 from scipy.stats import ttest_ind
 
 import layersurgery as ls
-from layersurgery import attending
 from layersurgery.analyses.joining import BACK, heads_on, is_supported, joining_in_words
 from layersurgery.analyses.words import FEWEST, PIECES, WINDOW, Windows, windows_of
-from layersurgery.contributions import members
 from layersurgery.loading import tokenizer_of
+from layersurgery.runtime import attention_weights
+from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.contributions import members
 from layersurgery.sources import find_source
-from layersurgery.stack import Stack
 from tests.dense import HAND, matrices, model_of
 from tests.test_cli import result_of, run
 from tests.test_offload import dispatched
@@ -264,7 +264,7 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     anatomy, windows = ls.anatomy(model), windows_of([story()], tiny_tokenizer())
     found_members = members(Stack(model, anatomy))
     monkeypatch.setattr("layersurgery.analyses.joining.members", lambda _stack: found_members)
-    monkeypatch.setattr(attending, "_KERNELS", {})
+    monkeypatch.setattr(attention_weights, "_KERNELS", {})
     with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
         heads_on(model, windows, anatomy=anatomy)
     assert not any("Tapped" in type(module).__name__ for module in model.modules())

@@ -18,7 +18,7 @@ import layersurgery as ls
 from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
 from layersurgery.plans.variants import variants
-from layersurgery.stack import Stack
+from layersurgery.runtime.block_runner import Stack
 from tests.test_live_zoo import state
 from tests.zoo import DEPTH, VOCAB, tiny_model, tokens
 

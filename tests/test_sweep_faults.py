@@ -14,8 +14,8 @@ from torch import nn
 import layersurgery as ls
 from layersurgery.figures import Sweep, robustness
 from layersurgery.kernels import reference, streaming
-from layersurgery.readout import OwnTail, Unembedding, find_readout
-from layersurgery.stack import Stack
+from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout
 from layersurgery.weights import fingerprint
 from tests.test_cli import run
 from tests.test_kernels import Plain, drawn

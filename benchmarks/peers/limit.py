@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from layersurgery.cpu import settled
 from layersurgery.plans.variants import variants
+from layersurgery.runtime.cpu_memory import settled
 from layersurgery.trie import schedule
 
 from . import common

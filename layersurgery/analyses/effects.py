@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..activations import Projection
 from ..errors import InexpressibleError
-from ..stack import Stack
+from ..runtime.block_runner import Stack
+from ..runtime.neuron_activations import Projection
 from .endings import TokenClass
 from .vocabulary import PREDICTION, SUPPRESSION, output_rows, unembedding
 

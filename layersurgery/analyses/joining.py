@@ -17,13 +17,13 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from ..attending import Looking, LookingBack
-from ..contributions import members, tapped
 from ..errors import InexpressibleError, MeasurementError
-from ..inputs import model_inputs
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..stack import Stack
+from ..runtime.attention_weights import Looking, LookingBack
+from ..runtime.block_runner import Stack
+from ..runtime.contributions import members, tapped
+from ..runtime.inputs import model_inputs
 from ..text import bos_of
 from .words import PIECES, WINDOW, Windows, windows_of
 

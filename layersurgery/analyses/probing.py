@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..activations import Projection, projections, reading
 from ..errors import MeasurementError
-from ..inputs import model_inputs
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..readout import Readout, find_readout
-from ..stack import Stack
+from ..runtime.block_runner import Stack
+from ..runtime.inputs import model_inputs
+from ..runtime.neuron_activations import Projection, projections, reading
+from ..runtime.unembedding import Readout, find_readout
 from ..text import bos_of
 from .effects import RANDOM, choose, over
 from .endings import Balanced, TokenClass, token_class, windows_on

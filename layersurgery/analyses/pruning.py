@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..errors import MeasurementError, PlanError
-from ..inputs import as_tokens
 from ..measuring import Measurer
 from ..metrics import Sums
 from ..models.anatomy import anatomy as find_anatomy
@@ -21,6 +20,7 @@ from ..observing import CHANGE
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
+from ..runtime.inputs import as_tokens
 from ..table import results
 from .ranking import WAYS, rank
 from .signals import Tables, sampled

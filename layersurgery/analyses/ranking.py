@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..inputs import as_tokens
 from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..observing import CHANGE
+from ..runtime.inputs import as_tokens
 from .signals import DROP, Tables, measurer_of, sampled
 
 WAYS = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..inputs import as_tokens
 from ..kernels.reference import METRICS
 from ..measuring import Measurer
 from ..metrics import Array, Sample, ratio
@@ -22,6 +21,7 @@ from ..models.block_list import locate
 from ..observing import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
 from ..plans.route import Route
 from ..plans.variants import Variant, family
+from ..runtime.inputs import as_tokens
 from ..table import results
 
 LENS, DROP = "lens", "drop"

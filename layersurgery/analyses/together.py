@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ..errors import InexpressibleError
-from ..inputs import as_tokens
 from ..kernels.reference import METRICS
 from ..metrics import Array
 from ..models.anatomy import anatomy as find_anatomy
 from ..observing import ATTENTION, NORMS, SIGNALS
+from ..runtime.inputs import as_tokens
 from .signals import DROP, LENS, Tables, measured
 from .staging import Boundary, Signals, as_records, boundaries, stage_of
 from .vocabulary import OnLayer, neurons

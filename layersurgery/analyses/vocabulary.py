@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..contributions import centred
 from ..errors import InexpressibleError
 from ..forecasting import free_memory
 from ..kernels.moments import NEURONS, moments, unit_rows
@@ -21,7 +20,8 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import transformers_part
 from ..models.weight_conventions import Gain, gain_of
 from ..projections import written_rows
-from ..stack import Stack
+from ..runtime.block_runner import Stack
+from ..runtime.contributions import centred
 
 KURTOSIS, VARIANCE = 10.0, 0.005
 PREDICTION, SUPPRESSION = "prediction", "suppression"

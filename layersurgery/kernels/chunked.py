@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ..readout import Readout
+from ..runtime.unembedding import Readout
 
 # A tile and the weights it came from stay in a processor's caches while they are worked on.
 TILE_ELEMENTS = 1 << 22

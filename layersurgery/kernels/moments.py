@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ..products import float32_products
+from ..runtime.float32_matmul import float32_products
 
 NEURONS, WORDS = 512, 2048
 

@@ -23,8 +23,8 @@ from types import ModuleType
 
 import torch
 
-from ..products import float32_products
-from ..readout import Readout, Unembedding
+from ..runtime.float32_matmul import float32_products
+from ..runtime.unembedding import Readout, Unembedding
 from . import chunked
 from .chunked import Summary
 

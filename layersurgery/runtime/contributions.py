@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attending import Looking
-from .models.anatomy import run_small
-from .models.block_parts import Parts
-from .models.call_tracing import Call, StandIn, first_tensor, noise, replaced
-from .models.skipped_branch import Stub
-from .models.weight_conventions import gain_of
-from .plans.edits import Part
-from .stack import Stack
+from ..models.anatomy import run_small
+from ..models.block_parts import Parts
+from ..models.call_tracing import Call, StandIn, first_tensor, noise, replaced
+from ..models.skipped_branch import Stub
+from ..models.weight_conventions import gain_of
+from ..plans.edits import Part
+from .attention_weights import Looking
+from .block_runner import Stack
 
 BRANCHES: tuple[Part, Part] = ("attention", "mlp")
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .products import float32_products
+from .float32_matmul import float32_products
 
 REACH = 5
 _CHUNK = 32

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import PlanError
-from .models.block_list import text_config, transformers_part
+from ..errors import PlanError
+from ..models.block_list import text_config, transformers_part
 
 
 def as_tokens(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .models.call_tracing import first_tensor
+from ..models.call_tracing import first_tensor
 
 # What rounding in another order may change, as a share of what a block adds to the stream.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}

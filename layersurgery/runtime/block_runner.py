@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .compiled import Compiler
-from .errors import InexpressibleError
-from .models.anatomy import Anatomy, run_small
-from .models.block_list import locate
-from .models.block_view import view
-from .models.call_tracing import Call, StandIn, Where, first_tensor, replaced, resting
-from .models.skipped_branch import silence
-from .plans.route import Visit
-from .residence import Residence, hooks_of, surroundings
+from ..errors import InexpressibleError
+from ..models.anatomy import Anatomy, run_small
+from ..models.block_list import locate
+from ..models.block_view import view
+from ..models.call_tracing import Call, StandIn, Where, first_tensor, replaced, resting
+from ..models.skipped_branch import silence
+from ..plans.route import Visit
+from .compiled_blocks import Compiler
+from .offload import Residence, hooks_of, surroundings
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .errors import InexpressibleError
+from ..errors import InexpressibleError
+from ..models.block_list import text_config, transformers_part
+from ..models.call_tracing import TOKENS, StandIn, noise, replaced
+from .block_runner import Stack
+from .float32_matmul import product, weighted
 from .inputs import model_inputs
-from .models.block_list import text_config, transformers_part
-from .models.call_tracing import TOKENS, StandIn, noise, replaced
-from .products import product, weighted
-from .stack import Stack
 
 _OWN_ROWS = 64
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
