@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from layersurgery.kernels import chunked
-from layersurgery.kernels.chunked import Summary
+from layersurgery.metrics.aggregation import tiled
+from layersurgery.metrics.tiled import Summary
 from layersurgery.runtime.cpu_memory import settled
 from layersurgery.runtime.unembedding import Unembedding
 
@@ -66,17 +66,17 @@ def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Wa
 
     found: dict[str, Way | str] = {
         LIMIT: product,
-        "layersurgery, in tiles": lambda: chunked.summarise(readout, x, target),
+        "layersurgery, in tiles": lambda: tiled.summarise(readout, x, target),
         "layersurgery, fused": "it is for half precision on CUDA",
-        "layersurgery, in tiles, compiled": lambda: chunked.summarise(readout, x, target, compiled=True),
+        "layersurgery, in tiles, compiled": lambda: tiled.summarise(readout, x, target, compiled=True),
         "all logits at once": lambda: _dense(x, w, target),
         "cut-cross-entropy (loss only)": _cut_cross_entropy(x, w, target),
         "Liger (loss only)": _liger(x, w, target),
     }
     if x.is_cuda and x.element_size() == 2:
-        from layersurgery.kernels import streaming
+        from layersurgery.metrics.aggregation import dispatch
 
-        found["layersurgery, fused"] = lambda: streaming._summarise(readout, x, target, compiled=False)
+        found["layersurgery, fused"] = lambda: dispatch._summarise(readout, x, target, compiled=False)
     return found
 
 

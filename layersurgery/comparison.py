@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import PlanError
-from .kernels.reference import METRICS, measure
+from .metrics.reference import METRICS, measure
 from .models.anatomy import anatomy
 from .models.block_list import locate
 from .models.call_tracing import resting

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from .kernels import chunked
+from .metrics import tiled
 from .models.block_list import text_config
 from .runtime.offload import distinct
 from .trie import Schedule
@@ -91,10 +91,10 @@ class Needs:
     def forecast(self, plan: Schedule, sequences: int, length: int) -> Forecast:
         """What a batch of `sequences` of `length` tokens will take."""
         tokens = sequences * length
-        rows = self.own_rows or min(tokens, chunked.ROWS)
+        rows = self.own_rows or min(tokens, tiled.ROWS)
         tile = rows * self.vocabulary
         if self.own_rows is None:
-            tile = min(chunked.TILE_ELEMENTS, tile)
+            tile = min(tiled.TILE_ELEMENTS, tile)
         return Forecast(
             weights=self.weights,
             streams=plan.states_at_peak * tokens * self.width * self.itemsize,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from .errors import OutputError
-from .kernels.reference import METRICS
-from .metrics import Array, Sample, Sums
+from .metrics.aggregation import Array, Sample, Sums
+from .metrics.reference import METRICS
 
 _MAGIC = b"lsj1"
 _HEAD = struct.Struct("<4sIIId")  # magic, batch, first sequence, sequences, seconds

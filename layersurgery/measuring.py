@@ -14,7 +14,7 @@ from torch import nn
 
 from .errors import InexpressibleError, MeasurementError, PlanError
 from .forecasting import Forecast, Needs, free_memory, sequences_at_once
-from .kernels.reference import METRICS
+from .metrics.reference import METRICS
 from .models.anatomy import Anatomy
 from .models.anatomy import anatomy as find_anatomy
 from .models.block_list import text_config

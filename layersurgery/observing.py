@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from .errors import MeasurementError
-from .metrics import Array
+from .metrics.aggregation import Array
 from .plans.route import Route, Visit
 from .runtime.attention_weights import REACH, Looking
 from .runtime.block_runner import Stack, Tape

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from .atomic import whole_file
-from .kernels.reference import METRICS
+from .metrics.reference import METRICS
 from .plans.variants import Variant
 from .runtime.inputs import followed
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from .errors import MeasurementError
-from .kernels import chunked, streaming
-from .metrics import Array
+from .metrics import dispatch, tiled
+from .metrics.aggregation import Array
 from .runtime.block_runner import Stack
 from .runtime.inputs import model_inputs
 from .runtime.unembedding import TOLERANCE, Readout
@@ -88,14 +88,14 @@ class Reading:
         x = readout.final(end, chosen)
         self._chosen = chosen.to(x.device)
         target = ids[:, 1:][follow].to(x.device)
-        self._base = streaming.baseline(readout, x, target, compiled=compiled)
-        self._note([0], streaming.measure_unedited(self._base))
+        self._base = dispatch.baseline(readout, x, target, compiled=compiled)
+        self._note([0], dispatch.measure_unedited(self._base))
 
     def read(self, state: int, routes: Sequence[int]) -> None:
         """Measure a stream, which is the end of these routes."""
         rows = [row for route in routes for row in self.rows(route)]
         if rows:
-            self._note(rows, streaming.measure(self.readout, self.readout.final(self.states[state], self._chosen), self._base))
+            self._note(rows, dispatch.measure(self.readout, self.readout.final(self.states[state], self._chosen), self._base))
 
     def _note(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
         if self.kept is not None:
@@ -123,7 +123,7 @@ def prove_end(stack: Stack, readout: Readout, ids: torch.Tensor, mask: torch.Ten
     own = stack.model(**inputs).logits[0]
     end = stack.record(inputs, ()).states[stack.depth]
     x = readout.final(end, torch.arange(end.shape[1]))
-    read = torch.cat([readout.tile(x[rows], 0, readout.vocabulary) for rows in chunked.rows_of(readout, len(x))])
+    read = torch.cat([readout.tile(x[rows], 0, readout.vocabulary) for rows in tiled.rows_of(readout, len(x))])
     # Some return float32 logits of half-precision products, of a stream that is kept in float32.
     dtypes = {parameter.dtype for parameter in stack.model.parameters() if parameter.is_floating_point()} | {own.dtype}
     tolerance = max(TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .measuring import Measurer
-from .metrics import Sums
+from .metrics.aggregation import Sums
 from .models.anatomy import Anatomy
 from .models.block_list import locate
 from .plans.variants import variants

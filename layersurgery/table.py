@@ -12,8 +12,8 @@ import pandas as pd
 
 from .atomic import whole_file
 from .errors import SourceError
-from .kernels.reference import METRICS
-from .metrics import Sums
+from .metrics.aggregation import Sums
+from .metrics.reference import METRICS
 from .plans.variants import Variant
 
 if TYPE_CHECKING:

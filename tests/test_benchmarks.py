@@ -57,7 +57,7 @@ def test_a_wrong_readout_makes_the_gate_red() -> None:
 
 
 def test_the_dense_metrics_of_the_peers_are_the_definitions() -> None:
-    from layersurgery.kernels.reference import METRICS, measure
+    from layersurgery.metrics.reference import METRICS, measure
 
     p, q, tokens = torch.randn(2, 9, 30), torch.randn(2, 9, 30), torch.randint(0, 30, (2, 9))
     found = common.metrics(common.log_probabilities(p), common.log_probabilities(q), tokens)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.kernels import chunked
-from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
+from layersurgery.metrics.aggregation import tiled
+from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from tests.test_kernels import Plain, drawn
 from tests.zoo import DEPTH, tiny_model, tokens
@@ -48,7 +48,7 @@ def test_the_digits_do_not_depend_on_which_batch_came_first() -> None:
     found = []
     for order in ((0, 1, 2), (2, 1, 0)):
         torch._dynamo.reset()
-        chunked._compiled.cache_clear()
+        tiled._compiled.cache_clear()
         torch._dynamo.utils.counters.clear()
         measurer = Measurer(model, variants("swap,drop", DEPTH), compiled=True)
         values = {place: measurer.measure(*batches[place]).values for place in order}
@@ -64,7 +64,7 @@ def test_the_digits_do_not_depend_on_which_batch_came_first() -> None:
 def sweep_with(compile: Any, monkeypatch: pytest.MonkeyPatch, match: str) -> None:
     model, ids = tiny_model("llama"), tokens(2)
     plain = ls.sweep(model, "drop", ids)
-    monkeypatch.setattr(chunked, "_compiled", lambda: chunked._loop)
+    monkeypatch.setattr(tiled, "_compiled", lambda: tiled._loop)
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.warns(UserWarning, match=match) as said:
         frame = ls.sweep(model, "drop", ids, compiled=True)
@@ -95,10 +95,10 @@ def test_what_is_compiled_wrongly_is_not_believed(monkeypatch: pytest.MonkeyPatc
 @needs_compiler
 @pytest.mark.parametrize("vocabulary", [64 * 9, 1009])
 def test_the_compiled_loop_over_logits(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "TILE_ELEMENTS", 64 * 40)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 64 * 40)
     readout, x = Plain(drawn(vocabulary, 16)), drawn(20, 16, seed=1)
     target = torch.arange(20)
-    one, other = (chunked.summarise(readout, x, target, compiled=compiled) for compiled in (True, False))
+    one, other = (tiled.summarise(readout, x, target, compiled=compiled) for compiled in (True, False))
     assert torch.equal(one.top, other.top)
     for name in ("lse", "entropy", "loss"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6)

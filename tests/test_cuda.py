@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layersurgery.kernels import streaming
 from layersurgery.measuring import Measurer
+from layersurgery.metrics.aggregation import dispatch
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.unembedding import Unembedding
 from tests.test_kernels import drawn
@@ -50,8 +50,8 @@ def test_the_readout_makes_no_logits() -> None:
     w = drawn(vocabulary, width, scale=0.05).to("cuda", torch.bfloat16)
     x = drawn(tokens_at_once, width).to("cuda", torch.bfloat16)
     readout = Unembedding(None, None, SimpleNamespace(weight=w))  # type: ignore[arg-type] # it is not asked for its stack
-    base = streaming.baseline(readout, x, torch.zeros(tokens_at_once, dtype=torch.long))
+    base = dispatch.baseline(readout, x, torch.zeros(tokens_at_once, dtype=torch.long))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    streaming.measure(readout, x, base)
+    dispatch.measure(readout, x, base)
     assert torch.cuda.max_memory_allocated() - before < 64 << 20

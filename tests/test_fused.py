@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from layersurgery.kernels import chunked, reference, streaming
-from layersurgery.kernels.reference import METRICS
+from layersurgery.metrics.aggregation import dispatch, reference, tiled
+from layersurgery.metrics.reference import METRICS
 from layersurgery.runtime.unembedding import Unembedding
 from tests.test_kernels import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-fused: Any = pytest.importorskip("layersurgery.kernels.fused", reason="needs Triton")
+fused: Any = pytest.importorskip("layersurgery.metrics.fused", reason="needs Triton")
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = fused.Tiling(16, 32, 16, 4, 2)
@@ -173,14 +173,14 @@ def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, 
     given = case(30, 401, 24, dtype, bias=True, cap=cap, scale=0.5)
     stack: Any = None
     readout = Unembedding(stack, None, SimpleNamespace(weight=given.w, bias=given.bias), given.scale, given.cap)
-    monkeypatch.setattr(streaming, "fusible", lambda *_: True)
-    monkeypatch.setattr(chunked, "summarise", None)
+    monkeypatch.setattr(dispatch, "fusible", lambda *_: True)
+    monkeypatch.setattr(tiled, "summarise", None)
     other = drawn(30, 24, seed=8).to(DEVICE, dtype)
-    base = streaming.baseline(readout, given.x, given.target)
-    values = streaming.measure(readout, other, base)
+    base = dispatch.baseline(readout, given.x, given.target)
+    values = dispatch.measure(readout, other, base)
     meant = reference.measure(given.logits(torch.float64), given.logits(torch.float64, other), given.target)
     torch.testing.assert_close(values, meant, rtol=1e-5, atol=2e-5)
-    assert streaming.measure(readout, given.x.clone(), base)[METRICS.index("kl_nats")].eq(0).all()
+    assert dispatch.measure(readout, given.x.clone(), base)[METRICS.index("kl_nats")].eq(0).all()
 
 
 @pytest.mark.parametrize(

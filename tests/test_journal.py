@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from layersurgery.errors import OutputError
 from layersurgery.journal import Journal, Record
-from layersurgery.kernels.reference import METRICS
+from layersurgery.metrics.reference import METRICS
 
 ROWS, OBSERVED = 3, 5
 

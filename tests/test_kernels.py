@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from layersurgery.kernels import chunked, reference, streaming
-from layersurgery.kernels.reference import METRICS
+from layersurgery.metrics.aggregation import dispatch, reference, tiled
+from layersurgery.metrics.reference import METRICS
 
 
 @dataclass
@@ -48,8 +48,8 @@ def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 
 
 def both(readout: Plain, p: torch.Tensor, q: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    base = streaming.baseline(readout, p, target)
-    found = streaming.measure(readout, q, base)
+    base = dispatch.baseline(readout, p, target)
+    found = dispatch.measure(readout, q, base)
     p_logits, q_logits = (readout.tile(x, 0, readout.vocabulary) for x in (p, q))
     return found, reference.measure(p_logits, q_logits, target)
 
@@ -58,8 +58,8 @@ def both(readout: Plain, p: torch.Tensor, q: torch.Tensor, target: torch.Tensor)
 @pytest.mark.parametrize("vocabulary", [2, 31, 257, 1009])
 @pytest.mark.parametrize("kind", ["plain", "bias", "cap", "all at once"])
 def test_equals_the_definition(tokens: int, vocabulary: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "TILE_ELEMENTS", 100)
-    monkeypatch.setattr(chunked, "ROWS", 13)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 100)
+    monkeypatch.setattr(tiled, "ROWS", 13)
     readout = Plain(
         drawn(vocabulary, 19),
         bias=drawn(vocabulary, seed=1, scale=3) if kind == "bias" else None,
@@ -81,7 +81,7 @@ def test_small_divergences_in_single_precision() -> None:
     readout = Plain(drawn(5003, 64, scale=0.5))
     p = drawn(256, 64, seed=2)
     q = p + drawn(256, 64, seed=3, scale=0.03)
-    found = streaming.measure(readout, q, streaming.baseline(readout, p, torch.zeros(256, dtype=torch.long)))[0]
+    found = dispatch.measure(readout, q, dispatch.baseline(readout, p, torch.zeros(256, dtype=torch.long)))[0]
     matrix = readout.matrix.double()
     exact = reference.measure(p.double() @ matrix.T, q.double() @ matrix.T, torch.zeros(256, dtype=torch.long))[0]
     assert 0.001 < exact.mean() < 0.05
@@ -92,41 +92,41 @@ def test_small_divergences_in_single_precision() -> None:
 def test_the_same_model_has_no_divergence_at_all() -> None:
     for readout in (Plain(drawn(301, 8)), Plain(drawn(301, 8), cap=3.0)):
         x = drawn(50, 8, seed=1)
-        base = streaming.baseline(readout, x, torch.arange(50))
-        found = streaming.measure(readout, x.clone(), base)
+        base = dispatch.baseline(readout, x, torch.arange(50))
+        found = dispatch.measure(readout, x.clone(), base)
         assert found[METRICS.index("kl_nats")].eq(0).all()
         assert found[METRICS.index("agreement")].eq(1).all()
-        assert torch.equal(found, streaming.measure_unedited(base))
+        assert torch.equal(found, dispatch.measure_unedited(base))
 
 
 def test_laws_of_divergence_and_entropy() -> None:
     readout = Plain(drawn(211, 8, scale=2))
-    base = streaming.baseline(readout, drawn(100, 8, seed=1), torch.zeros(100, dtype=torch.long))
+    base = dispatch.baseline(readout, drawn(100, 8, seed=1), torch.zeros(100, dtype=torch.long))
     for seed in range(5):
-        found = dict(zip(METRICS, streaming.measure(readout, drawn(100, 8, seed=seed, scale=10.0**-seed), base), strict=True))
+        found = dict(zip(METRICS, dispatch.measure(readout, drawn(100, 8, seed=seed, scale=10.0**-seed), base), strict=True))
         assert found["kl_nats"].ge(0).all()
         assert found["entropy_bits"].ge(-1e-6).all()
         assert found["entropy_bits"].le(math.log2(211) + 1e-5).all()
 
 
 def test_the_first_of_equal_logits_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "TILE_ELEMENTS", 3)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 3)
     matrix = torch.tensor([[0.0], [2.0], [1.0], [2.0], [2.0]])
     readout = Plain(matrix)
-    base = streaming.baseline(readout, torch.ones(1, 1), torch.tensor([1]))
+    base = dispatch.baseline(readout, torch.ones(1, 1), torch.tensor([1]))
     assert base.summary.top.tolist() == [1]
-    assert streaming.measure_unedited(base)[METRICS.index("accuracy")].item() == 1
+    assert dispatch.measure_unedited(base)[METRICS.index("accuracy")].item() == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_nan_in_every_metric(bad: float) -> None:
     for readout in (Plain(drawn(50, 4)), Plain(drawn(50, 4), rows=8), Plain(drawn(50, 4), cap=2.0)):
-        base = streaming.baseline(readout, drawn(3, 4, seed=1), torch.tensor([0, 1, 2]))
+        base = dispatch.baseline(readout, drawn(3, 4, seed=1), torch.tensor([0, 1, 2]))
         q = drawn(3, 4, seed=2)
         q[1] = bad
         if readout.cap and math.isinf(bad):
             continue  # the cap makes a number of it
-        found = streaming.measure(readout, q, base)
+        found = dispatch.measure(readout, q, base)
         assert found[:, 1].isnan().all()
         assert found[:, [0, 2]].isfinite().all()
 

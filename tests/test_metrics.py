@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layersurgery.kernels.reference import METRICS
-from layersurgery.metrics import Sums
+from layersurgery.metrics.aggregation import Sums
+from layersurgery.metrics.reference import METRICS
 
 M = len(METRICS)
 _numbers = st.floats(-1e6, 1e6).map(lambda x: x + 0.1)

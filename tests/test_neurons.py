@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import layersurgery as ls
-from layersurgery.kernels import moments as kernel
-from layersurgery.kernels.moments import moments, unit_rows
+from layersurgery.metrics.aggregation import cosine_moments as kernel
+from layersurgery.metrics.cosine_moments import moments, unit_rows
 from layersurgery.projections import reading_dim, writing_dim
 from tests.dense import LAYER_NORM, blocks_of
 from tests.zoo import DEPTH, tiny_model

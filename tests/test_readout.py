@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.kernels import reference, streaming
+from layersurgery.metrics.aggregation import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout, own_logits
 from tests.reference import logits_of
@@ -111,8 +111,8 @@ def test_where_it_is_not_the_model_reads_itself(kind: str, monkeypatch: pytest.M
     with stack.at_rest():
         tape = stack.record({"input_ids": ids, "use_cache": False}, {2})
         chosen = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
-        base = streaming.baseline(readout, readout.final(tape.states[DEPTH], chosen), target)
-        found = streaming.measure(readout, readout.final(tape.states[2], chosen), base)
+        base = dispatch.baseline(readout, readout.final(tape.states[DEPTH], chosen), target)
+        found = dispatch.measure(readout, readout.final(tape.states[2], chosen), base)
         q = own_logits(stack, tape.states[2])[:, :-1].flatten(0, 1)
     # A token that does not exist is no next token, and its logit is minus infinity in both models.
     meant = reference.measure(p, q, target)

@@ -17,8 +17,8 @@ import torch
 import layersurgery as ls
 from layersurgery.figures import Sweep, draw
 from layersurgery.journal import Journal
-from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
+from layersurgery.metrics.reference import METRICS
 from layersurgery.performing import OfSweep, perform
 from layersurgery.plans.variants import variants
 from layersurgery.runs import JOURNAL, open_run

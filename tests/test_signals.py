@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layersurgery as ls
 from layersurgery.analyses.signals import Tables, measurer_of, sampled
-from layersurgery.kernels.reference import METRICS, measure
+from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.route import Route
 from layersurgery.reading import prove_end
 from layersurgery.runtime import attention_weights

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.kernels.reference import METRICS
 from layersurgery.measuring import Measurer
+from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.block_runner import Stack
 from tests.test_live_zoo import state

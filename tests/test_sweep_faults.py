@@ -13,7 +13,7 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.figures import Sweep, robustness
-from layersurgery.kernels import reference, streaming
+from layersurgery.metrics.aggregation import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout
 from layersurgery.weights import fingerprint
@@ -47,7 +47,7 @@ def test_a_lower_precision_around_it_does_not_reach_the_metrics(way: str) -> Non
         if way == "medium":
             torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-            found = streaming.measure(readout, q, streaming.baseline(readout, p, target))
+            found = dispatch.measure(readout, q, dispatch.baseline(readout, p, target))
         assert torch.get_float32_matmul_precision() == ("medium" if way == "medium" else before)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -97,7 +97,7 @@ def test_a_token_made_impossible_is_no_number_and_not_a_huge_one() -> None:
     readout = Barring(drawn(40, 4), rows=64)
     p, q = drawn(6, 4, seed=1), drawn(6, 4, seed=2)
     p[:, 0], q[:, 0] = -1, torch.tensor([-1.0, 1, -1, -1, 1, -1])
-    found = streaming.measure(readout, q, streaming.baseline(readout, p, torch.zeros(6, dtype=torch.long)))
+    found = dispatch.measure(readout, q, dispatch.baseline(readout, p, torch.zeros(6, dtype=torch.long)))
     barred = q[:, 0] > 0
     assert found[0, ~barred].isfinite().all()
     assert not found[0, barred].isfinite().any()

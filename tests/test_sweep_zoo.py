@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import layersurgery as ls
-from layersurgery.kernels.reference import METRICS, measure
 from layersurgery.measuring import Measurer
+from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.variants import Variant, family, variants
 from tests.reference import logits_along, logits_of
 from tests.test_live_zoo import state

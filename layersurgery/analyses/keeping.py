@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from ..atomic import whole_file
 from ..errors import InexpressibleError
 from ..journal import Journal
-from ..kernels.reference import METRICS
 from ..measuring import Measurer
-from ..metrics import Sample
+from ..metrics.aggregation import Sample
+from ..metrics.reference import METRICS
 from ..pertoken import PARTS
 from ..table import SEQUENCES, write_table
 from ..table import by_sequence as by_model

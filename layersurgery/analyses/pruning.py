@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import MeasurementError, PlanError
 from ..measuring import Measurer
-from ..metrics import Sums
+from ..metrics.aggregation import Sums
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import locate
 from ..observing import CHANGE

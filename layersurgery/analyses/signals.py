@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..kernels.reference import METRICS
 from ..measuring import Measurer
-from ..metrics import Array, Sample, ratio
+from ..metrics.aggregation import Array, Sample, ratio
+from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..observing import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity

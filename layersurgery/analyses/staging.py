@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from ..metrics import Array
+from ..metrics.aggregation import Array
 
 STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 RULES = (

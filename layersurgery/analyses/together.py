@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import InexpressibleError
-from ..kernels.reference import METRICS
-from ..metrics import Array
+from ..metrics.aggregation import Array
+from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
 from ..observing import ATTENTION, NORMS, SIGNALS
 from ..runtime.inputs import as_tokens

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import InexpressibleError
 from ..forecasting import free_memory
-from ..kernels.moments import NEURONS, moments, unit_rows
+from ..metrics.cosine_moments import NEURONS, moments, unit_rows
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import transformers_part

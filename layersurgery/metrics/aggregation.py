@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .kernels.reference import METRICS
+from .reference import METRICS
 
 Array = npt.NDArray[np.float64]
 

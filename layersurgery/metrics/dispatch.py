@@ -25,8 +25,8 @@ import torch
 
 from ..runtime.float32_matmul import float32_products
 from ..runtime.unembedding import Readout, Unembedding
-from . import chunked
-from .chunked import Summary
+from . import tiled
+from .tiled import Summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
         mean_TD = None
         if readout.affine:
             mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-            for rows in chunked.rows_of(readout, len(x_TD)):
+            for rows in tiled.rows_of(readout, len(x_TD)):
                 lse = summary.lse[rows, None].to(x_TD.device)
-                for start, stop in chunked.slices(readout, rows.stop - rows.start):
+                for start, stop in tiled.slices(readout, rows.stop - rows.start):
                     p_TC = readout.tile(x_TD[rows], start, stop).sub_(lse).exp_()
                     mean_TD[rows] += readout.expected(p_TC, start, stop)
         return Baseline(x_TD, target_T, summary, mean_TD, compiled)
@@ -110,7 +110,7 @@ def fusible(readout: Readout, x_TD: torch.Tensor) -> bool:
 @lru_cache(1)
 def _fused() -> ModuleType | None:
     try:
-        from . import fused
+        from . import triton_kernel
     except ImportError:  # torch brings Triton on Linux only
         return None
     return fused
@@ -119,9 +119,9 @@ def _fused() -> ModuleType | None:
 def _summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool) -> Summary:
     fused = _fused() if fusible(readout, x_TD) else None
     if fused is None:
-        return chunked.summarise(readout, x_TD, target_T, compiled=compiled)
+        return tiled.summarise(readout, x_TD, target_T, compiled=compiled)
     assert isinstance(readout, Unembedding)
-    sums = fused.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+    sums = triton_kernel.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
     return Summary.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
 
 
@@ -129,17 +129,19 @@ def _divergence(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summary
     """KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, where the readout is not affine."""
     p, fused = base.summary, _fused() if fusible(readout, x_TD) else None
     if fused is None:
-        moved = chunked.moved(readout, x_TD, p, base.x_TD)
+        moved = tiled.moved(readout, x_TD, p, base.x_TD)
     else:
         assert isinstance(readout, Unembedding)
-        moved = fused.diverged(base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+        moved = triton_kernel.diverged(
+            base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap
+        )
     return moved - p.lse + q.lse
 
 
 def _moved(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
     """(x_q - x_p) . mu, float64."""
     parts = [
-        (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1) for rows in chunked.rows_of(readout, len(x_TD))
+        (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1) for rows in tiled.rows_of(readout, len(x_TD))
     ]
     return torch.cat(parts)
 
