@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from .analyses.ranking import rank
     from .checkpoint import Edited, edit_checkpoint
     from .comparison import Comparison, compare
-    from .folding import Folded, fold
     from .loading import load
     from .models.anatomy import Anatomy, anatomy
     from .page.writing import Report, report
-    from .saving import save
-    from .surgery import operate, operate_
+    from .surgery.fold_norms import Folded, fold
+    from .surgery.operate import operate, operate_
+    from .surgery.save import save
     from .sweeping import sweep
     from .table import headline, read_results
 
@@ -76,22 +76,22 @@ _LATER = {
     "Anatomy": "models.anatomy",
     "Comparison": "comparison",
     "Edited": "checkpoint",
-    "Folded": "folding",
+    "Folded": "surgery.fold_norms",
     "Pruning": "analyses.pruning",
     "Report": "page.writing",
     "anatomy": "models.anatomy",
     "compare": "comparison",
     "edit_checkpoint": "checkpoint",
-    "fold": "folding",
+    "fold": "surgery.fold_norms",
     "headline": "table",
     "load": "loading",
-    "operate": "surgery",
-    "operate_": "surgery",
+    "operate": "surgery.operate",
+    "operate_": "surgery.operate",
     "prune": "analyses.pruning",
     "rank": "analyses.ranking",
     "read_results": "table",
     "report": "page.writing",
-    "save": "saving",
+    "save": "surgery.save",
     "sweep": "sweeping",
 }
 

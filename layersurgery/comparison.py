@@ -20,7 +20,7 @@ from .models.call_tracing import resting
 from .plans.plan import Plan
 from .plans.route import Route
 from .runtime.inputs import as_tokens, followed, model_inputs
-from .surgery import as_route, operate
+from .surgery.operate import as_route, operate
 
 Edit = Plan | Route | str
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .errors import InexpressibleError
-from .models.block_list import locate
-from .models.config_fields import Json
-from .models.reload_check import Twin, build_empty, section_of
-from .models.skipped_branch import Silent
-from .plans.route import Route
+from ..errors import InexpressibleError
+from ..models.block_list import locate
+from ..models.config_fields import Json
+from ..models.reload_check import Twin, build_empty, section_of
+from ..models.skipped_branch import Silent
+from ..plans.route import Route
 
 
 def transformers_model(model: nn.Module) -> Any:

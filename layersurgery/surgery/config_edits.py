@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from .errors import InexpressibleError
-from .models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
-from .plans.route import Route
+from ..errors import InexpressibleError
+from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
+from ..plans.route import Route
 
 _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 _BORDER = re.compile(r"(layer|block)_?(idx|index)$")

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InexpressibleError
-from .models.anatomy import Anatomy, run_small
-from .models.anatomy import anatomy as find_anatomy
-from .models.block_list import text_config, transformers_part
-from .models.call_tracing import TOKENS, Call, StandIn, first_tensor, noise, replaced, watched
-from .models.weight_conventions import gain_of
-from .projections import reading_dim, writing_dim
-from .runtime.block_runner import Stack
-from .runtime.contributions import centred
-from .runtime.inputs import model_inputs
-from .runtime.unembedding import Unembedding, find_readout
+from ..errors import InexpressibleError
+from ..models.anatomy import Anatomy, run_small
+from ..models.anatomy import anatomy as find_anatomy
+from ..models.block_list import text_config, transformers_part
+from ..models.call_tracing import TOKENS, Call, StandIn, first_tensor, noise, replaced, watched
+from ..models.weight_conventions import gain_of
+from ..projections import reading_dim, writing_dim
+from ..runtime.block_runner import Stack
+from ..runtime.contributions import centred
+from ..runtime.inputs import model_inputs
+from ..runtime.unembedding import Unembedding, find_readout
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 

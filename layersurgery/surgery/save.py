@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from .atomic import check_output, whole_directory
-from .errors import InexpressibleError
-from .reload import adapters, check_live, transformers_model
+from ..atomic import check_output, whole_directory
+from ..errors import InexpressibleError
+from .live_check import adapters, check_live, transformers_model
 
 
 def save(
