@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from layersurgery.sources import EMBEDDED, find_source
+from layersurgery.checkpoints.sources import EMBEDDED, find_source
 
 NAME = "EleutherAI/pythia-6.9b-deduped"
 REVISION = "0" * 40

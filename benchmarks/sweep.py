@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from layersurgery.sources import find_source
+from layersurgery.checkpoints.sources import find_source
 
 from .peers.common import GEOMETRIES, METRICS
 from .timing import quartiles, record, table_of, timed, wide_console
@@ -164,7 +164,7 @@ def _material(setting: Setting, work: Path) -> tuple[str, int, Path]:
         _, depth, _, vocabulary = GEOMETRIES[setting.model]
         np.save(path, np.random.default_rng(0).integers(0, vocabulary, (setting.sequences, setting.context)))
         return setting.model, depth, path
-    from layersurgery.loading import tokenizer_of
+    from layersurgery.checkpoints.loading import tokenizer_of
     from layersurgery.text import PYDOC, Asked, read_text
 
     source = find_source(setting.model)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layersurgery.sources import find_source
-from layersurgery.weights import fingerprint
+from layersurgery.checkpoints.sources import find_source
+from layersurgery.checkpoints.tensor_index import fingerprint
 
 from .analyses import draw_analysis, show_analysis, summary
 from .asking import looked_at
@@ -22,10 +22,10 @@ from .talk import Talk, number
 if TYPE_CHECKING:
     import pandas as pd
 
+    from layersurgery.checkpoints.sources import Source
     from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
-    from layersurgery.sources import Source
 
     from .sweep import Options
 

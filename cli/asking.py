@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from layersurgery.checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
 from layersurgery.errors import PlanError, SourceError
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Span, parse_items, resolve
 from layersurgery.plans.variants import read_plans
-from layersurgery.sources import EMBEDDED, Source, find_source, needs_conversion
 
 if TYPE_CHECKING:
     from layersurgery.text import Asked

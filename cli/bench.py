@@ -11,9 +11,9 @@ from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from layersurgery.checkpoints.sources import Source, find_source
+from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import SourceError
-from layersurgery.sources import Source, find_source
-from layersurgery.weights import fingerprint
 
 from .asking import asked_text, looked_at
 from .command import given
@@ -175,7 +175,7 @@ def tokenizer_of_run(source: Source, other: str | None) -> Any:
     Raises:
         SourceError: there is none.
     """
-    from layersurgery.loading import tokenizer_of
+    from layersurgery.checkpoints.loading import tokenizer_of
 
     tokenizer = tokenizer_of(find_source(other, weights=False) if other else source)
     if tokenizer is None:

@@ -7,10 +7,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layersurgery.checkpoints.sources import find_source
+from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.sources import find_source
 from layersurgery.trie import DEPTH_FIRST, LAYER_MAJOR
-from layersurgery.weights import fingerprint
 
 from .bench import Bench, Errand, Task, calm, tokenizer_of_run
 from .placement import loaded

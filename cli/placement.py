@@ -14,7 +14,7 @@ from layersurgery.errors import PlanError, SourceError
 from layersurgery.runtime.device_map import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory, renumbered
 
 if TYPE_CHECKING:
-    from layersurgery.sources import Source
+    from layersurgery.checkpoints.sources import Source
     from layersurgery.team import Team
 
     from .sweep import Options
@@ -98,7 +98,7 @@ def loaded(source: Source, place: Place, team: Team) -> Iterator[Any]:
     Raises:
         PlanError: a GPU that this process does not have.
     """
-    from layersurgery.loading import load
+    from layersurgery.checkpoints.loading import load
 
     if place.device_map is None:
         yield load(source.directory, dtype=place.dtype).model.to(_own(place.device, team))

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.analyses.signals import Tables
+    from layersurgery.checkpoints.sources import Source
     from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
-    from layersurgery.sources import Source
 
     from .bench import Bench
     from .sweep import Options

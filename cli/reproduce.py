@@ -24,8 +24,8 @@ from .placement import place_of
 from .talk import Talk, number, size
 
 if TYPE_CHECKING:
+    from layersurgery.checkpoints.sources import Source
     from layersurgery.runs import Run
-    from layersurgery.sources import Source
 
     from .sweep import Options
 

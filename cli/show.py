@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from layersurgery.checkpoint import Checkpoint
-from layersurgery.inspection import Inspection, TensorGroup, cost, inspect, look_at
+from layersurgery.checkpoints.edit_checkpoint import Checkpoint
+from layersurgery.checkpoints.inspection import Inspection, TensorGroup, cost, inspect, look_at
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Route
 

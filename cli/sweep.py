@@ -17,10 +17,10 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
+    from layersurgery.checkpoints.sources import Source
     from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
-    from layersurgery.sources import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from . import analyses
     from .analyses.pruning import Pruning, prune
     from .analyses.ranking import rank
-    from .checkpoint import Edited, edit_checkpoint
+    from .checkpoints.edit_checkpoint import Edited, edit_checkpoint
+    from .checkpoints.loading import load
     from .comparison import Comparison, compare
-    from .loading import load
     from .models.anatomy import Anatomy, anatomy
     from .page.writing import Report, report
     from .surgery.fold_norms import Folded, fold
@@ -75,16 +75,16 @@ __all__ = [
 _LATER = {
     "Anatomy": "models.anatomy",
     "Comparison": "comparison",
-    "Edited": "checkpoint",
+    "Edited": "checkpoints.edit_checkpoint",
     "Folded": "surgery.fold_norms",
     "Pruning": "analyses.pruning",
     "Report": "page.writing",
     "anatomy": "models.anatomy",
     "compare": "comparison",
-    "edit_checkpoint": "checkpoint",
+    "edit_checkpoint": "checkpoints.edit_checkpoint",
     "fold": "surgery.fold_norms",
     "headline": "table",
-    "load": "loading",
+    "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
     "prune": "analyses.pruning",

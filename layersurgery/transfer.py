@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
-from .header import BLOCK
+from .checkpoints.safetensors_header import BLOCK
 
 Progress = Callable[[int], None]
 """Called with the number of bytes moved since the last call."""

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.pythia import make as make_pythia
-from layersurgery import sources
 from layersurgery.analyses import probing
+from layersurgery.checkpoints import sources
 
 DEPTH, WIDTH, WORDS = 30, 32, 600
 

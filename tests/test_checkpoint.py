@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
-from layersurgery.header import BLOCK, read_header
+from layersurgery.checkpoints.quantization import rename_layers
+from layersurgery.checkpoints.safetensors_header import BLOCK, read_header
+from layersurgery.checkpoints.tensor_index import find_stack
 from layersurgery.models.config_fields import find_section, rewrite
 from layersurgery.plans.route import Route
-from layersurgery.quantisation import rename_layers
-from layersurgery.weights import find_stack
 from tests.reference import logits_along, logits_of
 from tests.zoo import DEPTH, tiny_model, tokens
 

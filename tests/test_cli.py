@@ -186,7 +186,7 @@ def test_inspect_fetches_headers_and_no_weights(llama: Path, monkeypatch: pytest
     import huggingface_hub
     from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 
-    from layersurgery.header import read_header
+    from layersurgery.checkpoints.safetensors_header import read_header
 
     header = read_header(llama / "model.safetensors")
     tensors = {

@@ -157,7 +157,7 @@ def test_what_cannot_be_done_is_said_before_the_model_is_loaded(
     small: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], code: int, words: str
 ) -> None:
     if "--blocks" not in more:
-        monkeypatch.setattr("layersurgery.loading.load", lambda *_, **__: pytest.fail("loaded"))
+        monkeypatch.setattr("layersurgery.checkpoints.loading.load", lambda *_, **__: pytest.fail("loaded"))
     found = run(*small, *more)
     assert found.exit_code == code
     assert words in " ".join(found.stderr.split())

@@ -207,8 +207,8 @@ def test_a_run_killed_between_its_two_renames_is_mended_by_the_next(llama: Path,
 
 
 def test_a_source_saved_anew_while_it_is_read(llama: Path, tmp_path: Path) -> None:
-    from layersurgery.checkpoint import draft, read_checkpoint, write
-    from layersurgery.sources import find_source
+    from layersurgery.checkpoints.edit_checkpoint import draft, read_checkpoint, write
+    from layersurgery.checkpoints.sources import find_source
 
     sketch = draft(read_checkpoint(find_source(llama)), ls.swap(1))
     resave(llama, lambda tensors: {name: value + 1 for name, value in tensors.items()})
@@ -240,7 +240,7 @@ def test_a_disk_that_fails_midway(
     def fail(*args: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("layersurgery.shards.copy_bytes", fail)
+    monkeypatch.setattr("layersurgery.checkpoints.shard_writer.copy_bytes", fail)
     with pytest.raises(ls.OutputError, match=message):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "llama")

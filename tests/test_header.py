@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from layersurgery.checkpoints.safetensors_header import BLOCK, DTYPE_BITS, encode_header, read_header
 from layersurgery.errors import SourceError
-from layersurgery.header import BLOCK, DTYPE_BITS, encode_header, read_header
 
 _TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(4, dtype=torch.int64), "empty": torch.zeros(0, 5)}
 

@@ -20,10 +20,10 @@ import layersurgery as ls
 from layersurgery.analyses.endings import CONTEXT, FEWEST, SHARED, token_class, windows_on
 from layersurgery.analyses.fitting import Task
 from layersurgery.analyses.probing import KINDS, SHUFFLED, TOP_TOKEN, probes_in_words
-from layersurgery.loading import tokenizer_of
+from layersurgery.checkpoints.loading import tokenizer_of
+from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import neuron_activations
 from layersurgery.runtime.block_runner import Stack
-from layersurgery.sources import find_source
 from tests.test_cli import result_of, run
 from tests.test_offload import on_disk
 from tests.tiny_text import LETTERS, tiny_tokenizer

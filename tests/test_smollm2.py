@@ -13,7 +13,7 @@ from layersurgery_cli.demo import _compare
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import layersurgery as ls
-from layersurgery.sources import EMBEDDED, embedded_file, find_source, needs_conversion
+from layersurgery.checkpoints.sources import EMBEDDED, embedded_file, find_source, needs_conversion
 from tests.reference import logits_along
 
 

@@ -17,11 +17,11 @@ from scipy.stats import ttest_ind
 import layersurgery as ls
 from layersurgery.analyses.joining import BACK, heads_on, is_supported, joining_in_words
 from layersurgery.analyses.words import FEWEST, PIECES, WINDOW, Windows, windows_of
-from layersurgery.loading import tokenizer_of
+from layersurgery.checkpoints.loading import tokenizer_of
+from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import attention_weights
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.contributions import members
-from layersurgery.sources import find_source
 from tests.dense import HAND, matrices, model_of
 from tests.test_cli import result_of, run
 from tests.test_offload import dispatched

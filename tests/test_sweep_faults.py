@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import layersurgery as ls
+from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.figures import Sweep, robustness
 from layersurgery.metrics.aggregation import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout
-from layersurgery.weights import fingerprint
 from tests.test_cli import run
 from tests.test_kernels import Plain, drawn
 from tests.tiny_text import tiny_tokenizer

@@ -164,8 +164,8 @@ def test_a_text_that_ends_early_is_said(jsonl: Path) -> None:
 
 def test_the_tokens_of_the_real_tokenizer_are_known() -> None:
     """The digits of a sweep depend on these; pydoc's text is that of this version of Python, so a text of our own is taken."""
-    from layersurgery.loading import tokenizer_of
-    from layersurgery.sources import EMBEDDED, find_source
+    from layersurgery.checkpoints.loading import tokenizer_of
+    from layersurgery.checkpoints.sources import EMBEDDED, find_source
 
     tokenizer = tokenizer_of(find_source(EMBEDDED))
     ids = tokenizer("The capital of France is Paris.", add_special_tokens=False)["input_ids"]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import InexpressibleError
-from .models.reload_check import quiet
-from .weights import Stack
+from ..errors import InexpressibleError
+from ..models.reload_check import quiet
+from .tensor_index import Stack
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import InexpressibleError
-from .models.anatomy import record_block
-from .models.block_list import find_blocks
-from .models.block_parts import Parts, examine
-from .models.config_fields import Json, Section, find_section, rewrite
-from .models.reload_check import build_empty, class_config, quiet, settle
-from .naming import Naming, match_names
-from .plans.edits import Part
-from .plans.route import Route
-from .weights import Stack
+from ..errors import InexpressibleError
+from ..models.anatomy import record_block
+from ..models.block_list import find_blocks
+from ..models.block_parts import Parts, examine
+from ..models.config_fields import Json, Section, find_section, rewrite
+from ..models.reload_check import build_empty, class_config, quiet, settle
+from ..plans.edits import Part
+from ..plans.route import Route
+from .tensor_index import Stack
+from .tensor_names import Naming, match_names
 
 # A block above this many parameters is run in bfloat16, and above the second not at all.
 _FLOAT32_LIMIT = 500_000_000

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from .plans.plan import Plan
-from .plans.route import Route
+from ..plans.plan import Plan
+from ..plans.route import Route
+from ..version import __version__
 from .sources import Source
-from .version import __version__
 
 # Facts about the source that stay true of the edited model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")

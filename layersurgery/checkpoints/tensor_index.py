@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InexpressibleError, SourceError
-from .header import Entry, Header, read_header
+from ..errors import InexpressibleError, SourceError
+from .safetensors_header import Entry, Header, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

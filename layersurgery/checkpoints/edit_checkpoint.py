@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic import check_output, whole_directory
-from .card import model_card
-from .errors import InexpressibleError, PlanError, SourceError
-from .layout import Layout, lay_out
-from .models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
-from .models.unsupported import refuse_architecture, refuse_route
-from .plans.plan import Plan
-from .plans.route import Route
-from .quantisation import rename_layers
-from .shards import link_shard, write_shards
+from ..atomic import check_output, whole_directory
+from ..errors import InexpressibleError, PlanError, SourceError
+from ..models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
+from ..models.unsupported import refuse_architecture, refuse_route
+from ..plans.plan import Plan
+from ..plans.route import Route
+from ..transfer import Progress
+from .model_card import model_card
+from .output_layout import Layout, lay_out
+from .quantization import rename_layers
+from .shard_writer import link_shard, write_shards
 from .sources import CARRIED, Source, find_source
-from .transfer import Progress
-from .weights import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
+from .tensor_index import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
 
 # Files that name layers in their quantisation settings, beside config.json.
 _QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
@@ -79,7 +79,7 @@ def _section(config: Json) -> Section:
     try:
         return find_section(config)
     except SourceError:
-        from .models.reload_check import section_of
+        from ..models.reload_check import section_of
 
         return section_of(config)
 
@@ -151,9 +151,9 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
 
 
 def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
-    from .models.block_list import find_blocks
-    from .models.reload_check import Twin
-    from .naming import match_names
+    from ..models.block_list import find_blocks
+    from ..models.reload_check import Twin
+    from .tensor_names import match_names
 
     splits = map(checkpoint.stack.split, checkpoint.weights.names())
     in_files = {split[1] for split in splits if split is not None}
@@ -168,7 +168,7 @@ def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Jso
     config = rewrite(checkpoint.config, section, route)
     uniform = checkpoint.config.get("model_type") in UNIFORM and not set_fields(checkpoint.fields, DERIVED)
     if verify or not uniform:
-        from .models.reload_check import knows, settle
+        from ..models.reload_check import knows, settle
 
         if verify or knows(checkpoint.config):
             config = settle(checkpoint.config, config, section, route)
@@ -202,7 +202,7 @@ def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozen
             f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
             "silenced in it; skip on the unquantised checkpoint"
         )
-    from .silence import silent_tensors
+    from .zeroed_branches import silent_tensors
 
     return silent_tensors(checkpoint.config, checkpoint.section, checkpoint.stack, checkpoint.weights.names(), route)
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import SourceError
-from .header import stamp
-from .layout import Shard
-from .transfer import Progress, copy_bytes, synced, write_zeros
+from ..errors import SourceError
+from ..transfer import Progress, copy_bytes, synced, write_zeros
+from .output_layout import Shard
+from .safetensors_header import stamp
 
 _THREADS = 4
 

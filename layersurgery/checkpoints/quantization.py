@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import InexpressibleError
+from ..errors import InexpressibleError
 
 # How quantisers mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
 _PATTERN_MARKS = ("re:", "+:", "-:")
