@@ -51,7 +51,7 @@ def main(capability: int, choices: str) -> None:
     from layersurgery.metrics.aggregation import triton_kernel
 
     dtype = {"HALF": "bf16", "FULL": "fp32"}[choices]
-    for tiling in getattr(fused, choices):
+    for tiling in getattr(triton_kernel, choices):
         for kernel in (triton_kernel._summing, triton_kernel._diverging):
             text = instructions(kernel, tiling, capability, dtype)
             print(next(kind for kind in ("wgmma", "mma.sync", "fma") if kind in text), tiling)

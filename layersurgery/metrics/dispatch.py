@@ -103,36 +103,36 @@ def fusible(readout: Readout, x_TD: torch.Tensor) -> bool:
         and x_TD.is_cuda
         and x_TD.dtype == readout.matrix.dtype
         and x_TD.dtype in (torch.bfloat16, torch.float16)
-        and _fused() is not None
+        and _triton_kernel() is not None
     )
 
 
 @lru_cache(1)
-def _fused() -> ModuleType | None:
+def _triton_kernel() -> ModuleType | None:
     try:
         from . import triton_kernel
     except ImportError:  # torch brings Triton on Linux only
         return None
-    return fused
+    return triton_kernel
 
 
 def _summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool) -> Summary:
-    fused = _fused() if fusible(readout, x_TD) else None
-    if fused is None:
+    kernel = _triton_kernel() if fusible(readout, x_TD) else None
+    if kernel is None:
         return tiled.summarise(readout, x_TD, target_T, compiled=compiled)
     assert isinstance(readout, Unembedding)
-    sums = triton_kernel.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+    sums = kernel.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
     return Summary.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
 
 
 def _divergence(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summary) -> torch.Tensor:
     """KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, where the readout is not affine."""
-    p, fused = base.summary, _fused() if fusible(readout, x_TD) else None
-    if fused is None:
+    p, kernel = base.summary, _triton_kernel() if fusible(readout, x_TD) else None
+    if kernel is None:
         moved = tiled.moved(readout, x_TD, p, base.x_TD)
     else:
         assert isinstance(readout, Unembedding)
-        moved = triton_kernel.diverged(
+        moved = kernel.diverged(
             base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap
         )
     return moved - p.lse + q.lse
