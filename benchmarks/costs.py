@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig
 
-from layersurgery.estimating import Estimate, estimate
 from layersurgery.plans.variants import variants
+from layersurgery.sweeps.estimate import Estimate, estimate
 
 # NVIDIA's data sheet of the H100 SXM: dense bfloat16, without sparsity. The share of it is an assumption.
 PEAK_FLOPS, SHARE, MEMORY = 989e12, 0.4, 76e9

@@ -79,7 +79,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 logging.disable_progress_bar()
 import layersurgery as ls
-from layersurgery.estimating import blocks_on_disk
+from layersurgery.sweeps.estimate import blocks_on_disk
 spread = blocks_on_disk(AutoConfig.from_pretrained(sys.argv[1]))
 model = ls.load(sys.argv[1], dtype="auto", device_map=spread, offload_folder=sys.argv[2]).model
 print(int(ls.analyses.neurons(model).neurons.sum()))

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
+    from layersurgery.sweeps.measurer import Measurer
 
     from .sweep import Options
 
@@ -116,7 +116,7 @@ def _for_a_look(source: Source, options: Options, talk: Talk) -> Place:
         return place
     from transformers import AutoConfig
 
-    from layersurgery.estimating import blocks_on_disk
+    from layersurgery.sweeps.estimate import blocks_on_disk
 
     return dataclasses.replace(place, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks))
 

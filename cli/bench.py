@@ -24,9 +24,9 @@ from .talk import Talk, complain, number, size
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
+    from layersurgery.sweeps.measurer import Measurer
     from layersurgery.team import Team
     from layersurgery.text import Asked, Text
 

@@ -14,7 +14,7 @@ from .placement import place_of
 from .talk import Talk, number, size
 
 if TYPE_CHECKING:
-    from layersurgery.estimating import Estimate
+    from layersurgery.sweeps.estimate import Estimate
 
     from .sweep import Options
 
@@ -29,9 +29,10 @@ def show_estimate(model: str, options: Options, talk: Talk) -> None:
     asked = asked_text(model, options, positions)
     place = place_of(options, source, talk)
     # What a run brings into this process is counted with it.
-    from layersurgery import estimating, figures, performing  # noqa: F401
+    from layersurgery import figures, performing  # noqa: F401
+    from layersurgery.sweeps import estimate
 
-    found = estimating.estimate(
+    found = estimate.estimate(
         AutoConfig.from_pretrained(source.directory),
         chosen,
         tokens=asked.tokens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.trie import DEPTH_FIRST, LAYER_MAJOR
+from layersurgery.sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 
 from .bench import Bench, Errand, Task, calm, tokenizer_of_run
 from .placement import loaded

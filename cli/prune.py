@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from layersurgery.analyses.signals import Tables
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
+    from layersurgery.sweeps.measurer import Measurer
 
     from .bench import Bench
     from .sweep import Options
@@ -150,7 +150,7 @@ class Costing(_Tabled):
     def measurer(self, model: Any, options: Options) -> Measurer:
         """Measures what is left each time."""
         from layersurgery.analyses.pruning import variants_of
-        from layersurgery.measuring import Measurer
+        from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, variants_of(self.orders, self.depth), blocks=options.blocks)
 

@@ -167,8 +167,8 @@ def _cost(part: Part, source: Source, positions: int | None, options: Options) -
     from transformers import AutoConfig
 
     from layersurgery.analyses.signals import FROM_TEXT, variants_of
-    from layersurgery.estimating import estimate
     from layersurgery.plans.variants import variants
+    from layersurgery.sweeps.estimate import estimate
 
     asked = asked_text(part.model, options, positions)
     place = place_of(options, source, Talk(quiet=True))

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.measuring import Measurer
     from layersurgery.performing import Outcome
     from layersurgery.runs import Run
+    from layersurgery.sweeps.measurer import Measurer
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Sweeping:
 
     def measurer(self, model: Any, options: Options) -> Measurer:
         """Measures them."""
-        from layersurgery.measuring import Measurer
+        from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, self.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
 

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from .analyses.ranking import rank
     from .checkpoints.edit_checkpoint import Edited, edit_checkpoint
     from .checkpoints.loading import load
-    from .comparison import Comparison, compare
     from .models.anatomy import Anatomy, anatomy
     from .page.writing import Report, report
     from .surgery.fold_norms import Folded, fold
     from .surgery.operate import operate, operate_
     from .surgery.save import save
-    from .sweeping import sweep
+    from .sweeps.compare import Comparison, compare
+    from .sweeps.sweep import sweep
     from .table import headline, read_results
 
 __all__ = [
@@ -74,13 +74,13 @@ __all__ = [
 # Imported when first asked for, so that plans and `--help` wait for nothing.
 _LATER = {
     "Anatomy": "models.anatomy",
-    "Comparison": "comparison",
+    "Comparison": "sweeps.compare",
     "Edited": "checkpoints.edit_checkpoint",
     "Folded": "surgery.fold_norms",
     "Pruning": "analyses.pruning",
     "Report": "page.writing",
     "anatomy": "models.anatomy",
-    "compare": "comparison",
+    "compare": "sweeps.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "fold": "surgery.fold_norms",
     "headline": "table",
@@ -92,7 +92,7 @@ _LATER = {
     "read_results": "table",
     "report": "page.writing",
     "save": "surgery.save",
-    "sweep": "sweeping",
+    "sweep": "sweeps.sweep",
 }
 
 

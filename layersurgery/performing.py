@@ -14,15 +14,15 @@ import torch
 
 from .errors import MeasurementError, OutputError
 from .journal import Journal, Record
-from .measuring import Measurer
 from .pertoken import PARTS, TOKENS, TokenRows, join, whole
 from .plans.variants import Variant
 from .runs import JOURNAL, Run, clear_progress
 from .runtime.offload import device_of
+from .sweeps.executor import Tick
+from .sweeps.measurer import Measurer
 from .table import CSV, RESULTS, SEQUENCES, by_sequence, results, write
 from .team import Alone, Team, rounds
 from .text import Text
-from .walking import Tick
 
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]
 OnProgress = Callable[["Progress"], None]

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.measuring import Measurer
 from layersurgery.metrics.aggregation import tiled
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
+from layersurgery.sweeps.measurer import Measurer
 from tests.test_kernels import Plain, drawn
 from tests.zoo import DEPTH, tiny_model, tokens
 

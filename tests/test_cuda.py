@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layersurgery.measuring import Measurer
 from layersurgery.metrics.aggregation import dispatch
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.unembedding import Unembedding
+from layersurgery.sweeps.measurer import Measurer
 from tests.test_kernels import drawn
 from tests.zoo import DEPTH, tiny_model, tokens
 

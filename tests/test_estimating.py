@@ -13,9 +13,9 @@ from transformers import GPTNeoXConfig
 
 import layersurgery as ls
 from benchmarks.timing import timed
-from layersurgery.estimating import estimate
-from layersurgery.measuring import Measurer
 from layersurgery.plans.variants import variants
+from layersurgery.sweeps.estimate import estimate
+from layersurgery.sweeps.measurer import Measurer
 from tests.test_cli import COMMAND, result_of, run
 from tests.zoo import DEPTH, tiny_config, tiny_model, tokens
 

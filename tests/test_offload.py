@@ -13,11 +13,11 @@ from accelerate import cpu_offload
 from accelerate.utils import OffloadedWeightsLoader
 
 import layersurgery as ls
-from layersurgery.measuring import Measurer
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.offload import Residence, device_of, hooks_of, offloaded
 from layersurgery.runtime.unembedding import Unembedding
+from layersurgery.sweeps.measurer import Measurer
 from tests.reference import logits_of
 from tests.test_cli import result_of, run
 from tests.zoo import DEPTH, tiny_model, tokens

@@ -17,12 +17,12 @@ import torch
 import layersurgery as ls
 from layersurgery.figures import Sweep, draw
 from layersurgery.journal import Journal
-from layersurgery.measuring import Measurer
 from layersurgery.metrics.reference import METRICS
 from layersurgery.performing import OfSweep, perform
 from layersurgery.plans.variants import variants
 from layersurgery.runs import JOURNAL, open_run
 from layersurgery.runtime.block_runner import Stack
+from layersurgery.sweeps.measurer import Measurer
 from layersurgery.text import Text
 from tests.tiny_text import tiny_tokenizer
 from tests.zoo import DEPTH, tiny_model, tokens

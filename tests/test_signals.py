@@ -18,10 +18,10 @@ import layersurgery as ls
 from layersurgery.analyses.signals import Tables, measurer_of, sampled
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.route import Route
-from layersurgery.reading import prove_end
 from layersurgery.runtime import attention_weights
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.contributions import members, tapped
+from layersurgery.sweeps.batch_metrics import prove_end
 from tests.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
 from tests.reference import logits_along, logits_of
 from tests.test_live_zoo import state

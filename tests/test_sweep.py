@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.measuring import Measurer
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.block_runner import Stack
+from layersurgery.sweeps.measurer import Measurer
 from tests.test_live_zoo import state
 from tests.zoo import DEPTH, VOCAB, tiny_model, tokens
 

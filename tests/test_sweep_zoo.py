@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import layersurgery as ls
-from layersurgery.measuring import Measurer
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.variants import Variant, family, variants
+from layersurgery.sweeps.measurer import Measurer
 from tests.reference import logits_along, logits_of
 from tests.test_live_zoo import state
 from tests.zoo import DEPTH, ZOO, tiny_model, tokens

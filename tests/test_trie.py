@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from layersurgery.plans.route import Route, Visit
 from layersurgery.plans.variants import variants
-from layersurgery.trie import Bring, Read, Run, Schedule, Step, layer_major, schedule
+from layersurgery.sweeps.schedule import Bring, Read, Run, Schedule, Step, layer_major, schedule
 
 DEPTH = 5
 _visits = st.builds(Visit, st.integers(0, DEPTH - 1), st.booleans(), st.booleans())

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.cpu_memory import settled
-from layersurgery.trie import schedule
+from layersurgery.sweeps.schedule import schedule
 
 from . import common
 

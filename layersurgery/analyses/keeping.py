@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from ..atomic import whole_file
 from ..errors import InexpressibleError
 from ..journal import Journal
-from ..measuring import Measurer
 from ..metrics.aggregation import Sample
 from ..metrics.reference import METRICS
 from ..pertoken import PARTS
+from ..sweeps.measurer import Measurer
 from ..table import SEQUENCES, write_table
 from ..table import by_sequence as by_model
 from .signals import DROP, FROM_TEXT, LENS, Tables

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from ..errors import MeasurementError, PlanError
-from ..measuring import Measurer
 from ..metrics.aggregation import Sums
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import locate
-from ..observing import CHANGE
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
 from ..runtime.inputs import as_tokens
+from ..sweeps.measurer import Measurer
+from ..sweeps.observer import CHANGE
 from ..table import results
 from .ranking import WAYS, rank
 from .signals import Tables, sampled

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..observing import ATTENTION, NORMS, SIMILARITY
+from ..sweeps.observer import ATTENTION, NORMS, SIMILARITY
 from .signals import LENS, measure
 
 Tokens = torch.Tensor | Sequence[Sequence[int]]

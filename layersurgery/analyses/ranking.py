@@ -11,8 +11,8 @@ from torch import nn
 
 from ..models.anatomy import Anatomy
 from ..models.block_list import locate
-from ..observing import CHANGE
 from ..runtime.inputs import as_tokens
+from ..sweeps.observer import CHANGE
 from .signals import DROP, Tables, measurer_of, sampled
 
 WAYS = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}

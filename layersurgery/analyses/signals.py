@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..measuring import Measurer
 from ..metrics.aggregation import Array, Sample, ratio
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.block_list import locate
-from ..observing import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
 from ..plans.route import Route
 from ..plans.variants import Variant, family
 from ..runtime.inputs import as_tokens
+from ..sweeps.measurer import Measurer
+from ..sweeps.observer import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
 from ..table import results
 
 LENS, DROP = "lens", "drop"

@@ -14,8 +14,8 @@ from ..errors import InexpressibleError
 from ..metrics.aggregation import Array
 from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
-from ..observing import ATTENTION, NORMS, SIGNALS
 from ..runtime.inputs import as_tokens
+from ..sweeps.observer import ATTENTION, NORMS, SIGNALS
 from .signals import DROP, LENS, Tables, measured
 from .staging import Boundary, Signals, as_records, boundaries, stage_of
 from .vocabulary import OnLayer, neurons

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from ..errors import InexpressibleError
-from ..forecasting import free_memory
 from ..metrics.cosine_moments import NEURONS, moments, unit_rows
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
@@ -22,6 +21,7 @@ from ..models.weight_conventions import Gain, gain_of
 from ..projections import written_rows
 from ..runtime.block_runner import Stack
 from ..runtime.contributions import centred
+from ..sweeps.memory import free_memory
 
 KURTOSIS, VARIANCE = 10.0, 0.005
 PREDICTION, SUPPRESSION = "prediction", "suppression"

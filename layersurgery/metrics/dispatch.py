@@ -132,9 +132,7 @@ def _divergence(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summary
         moved = tiled.moved(readout, x_TD, p, base.x_TD)
     else:
         assert isinstance(readout, Unembedding)
-        moved = kernel.diverged(
-            base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap
-        )
+        moved = kernel.diverged(base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
     return moved - p.lse + q.lse
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import PlanError
-from .metrics.reference import METRICS, measure
-from .models.anatomy import anatomy
-from .models.block_list import locate
-from .models.call_tracing import resting
-from .plans.plan import Plan
-from .plans.route import Route
-from .runtime.inputs import as_tokens, followed, model_inputs
-from .surgery.operate import as_route, operate
+from ..errors import PlanError
+from ..metrics.reference import METRICS, measure
+from ..models.anatomy import anatomy
+from ..models.block_list import locate
+from ..models.call_tracing import resting
+from ..plans.plan import Plan
+from ..plans.route import Route
+from ..runtime.inputs import as_tokens, followed, model_inputs
+from ..surgery.operate import as_route, operate
 
 Edit = Plan | Route | str
 

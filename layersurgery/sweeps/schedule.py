@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from .plans.route import Route, Visit
+from ..plans.route import Route, Visit
 
 DEPTH_FIRST, LAYER_MAJOR = "depth-first", "layer-major"
 _FEW = 8

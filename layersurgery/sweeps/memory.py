@@ -9,10 +9,10 @@ import psutil
 import torch
 from torch import nn
 
-from .metrics import tiled
-from .models.block_list import text_config
-from .runtime.offload import distinct
-from .trie import Schedule
+from ..metrics import tiled
+from ..models.block_list import text_config
+from ..runtime.offload import distinct
+from .schedule import Schedule
 
 _TOKENS_AT_ONCE = 2048
 _SHARE_OF_MEMORY = 0.5

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from .errors import MeasurementError
-from .metrics import dispatch, tiled
-from .metrics.aggregation import Array
-from .runtime.block_runner import Stack
-from .runtime.inputs import model_inputs
-from .runtime.unembedding import TOLERANCE, Readout
+from ..errors import MeasurementError
+from ..metrics import dispatch, tiled
+from ..metrics.aggregation import Array
+from ..runtime.block_runner import Stack
+from ..runtime.inputs import model_inputs
+from ..runtime.unembedding import TOLERANCE, Readout
 
 _PROOF = 64  # tokens
 

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from .runtime.block_runner import Stack, Tape
-from .trie import Bring, Read, Run, Schedule, Step
+from ..runtime.block_runner import Stack, Tape
+from .schedule import Bring, Read, Run, Schedule, Step
 
 Tick = Callable[[float], None]
 

@@ -14,15 +14,15 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from .errors import MeasurementError
-from .metrics.aggregation import Array
-from .plans.route import Route, Visit
-from .runtime.attention_weights import REACH, Looking
-from .runtime.block_runner import Stack, Tape
-from .runtime.contributions import BRANCHES, Member, centred, members, tapped
-from .runtime.inputs import followed
-from .runtime.residual_change import Changes, angular_distance, influence
-from .trie import Run
+from ..errors import MeasurementError
+from ..metrics.aggregation import Array
+from ..plans.route import Route, Visit
+from ..runtime.attention_weights import REACH, Looking
+from ..runtime.block_runner import Stack, Tape
+from ..runtime.contributions import BRANCHES, Member, centred, members, tapped
+from ..runtime.inputs import followed
+from ..runtime.residual_change import Changes, angular_distance, influence
+from .schedule import Run
 
 ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)

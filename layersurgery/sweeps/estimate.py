@@ -11,12 +11,12 @@ import psutil
 import torch
 from torch import nn
 
-from .errors import PlanError, SourceError
-from .forecasting import Forecast, Needs, sequences_at_once
-from .models.block_list import locate, text_config
-from .plans.variants import Variant
-from .runtime.device_map import AUTO, DeviceMap, MaxMemory, describe
-from .trie import LAYER_MAJOR, layer_major, schedule
+from ..errors import PlanError, SourceError
+from ..models.block_list import locate, text_config
+from ..plans.variants import Variant
+from ..runtime.device_map import AUTO, DeviceMap, MaxMemory, describe
+from .memory import Forecast, Needs, sequences_at_once
+from .schedule import LAYER_MAJOR, layer_major, schedule
 
 CPU, DISK = "cpu", "disk"
 

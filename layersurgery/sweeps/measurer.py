@@ -12,24 +12,24 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .errors import InexpressibleError, MeasurementError, PlanError
-from .forecasting import Forecast, Needs, free_memory, sequences_at_once
-from .metrics.reference import METRICS
-from .models.anatomy import Anatomy
-from .models.anatomy import anatomy as find_anatomy
-from .models.block_list import text_config
-from .models.unsupported import facts_of, refuse_architecture, refuse_route
-from .observing import Observer
-from .plans.route import Route, Visit
-from .plans.variants import Variant, unedited
-from .reading import Measured, Reading, prove_end
-from .runtime.block_runner import Stack
-from .runtime.cpu_memory import settled
-from .runtime.inputs import followed, model_inputs
-from .runtime.offload import bytes_of, device_of, distinct, offloaded, own
-from .runtime.unembedding import find_readout
-from .trie import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
-from .walking import Tick, Walk
+from ..errors import InexpressibleError, MeasurementError, PlanError
+from ..metrics.reference import METRICS
+from ..models.anatomy import Anatomy
+from ..models.anatomy import anatomy as find_anatomy
+from ..models.block_list import text_config
+from ..models.unsupported import facts_of, refuse_architecture, refuse_route
+from ..plans.route import Route, Visit
+from ..plans.variants import Variant, unedited
+from ..runtime.block_runner import Stack
+from ..runtime.cpu_memory import settled
+from ..runtime.inputs import followed, model_inputs
+from ..runtime.offload import bytes_of, device_of, distinct, offloaded, own
+from ..runtime.unembedding import find_readout
+from .batch_metrics import Measured, Reading, prove_end
+from .executor import Tick, Walk
+from .memory import Forecast, Needs, free_memory, sequences_at_once
+from .observer import Observer
+from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 
 EachToken = Callable[[Sequence[int], torch.Tensor], None]
 _SHARE_FOR_BLOCKS = 0.25

@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .measuring import Measurer
-from .metrics.aggregation import Sums
-from .models.anatomy import Anatomy
-from .models.block_list import locate
-from .plans.variants import variants
-from .runtime.inputs import as_tokens
-from .table import results
+from ..metrics.aggregation import Sums
+from ..models.anatomy import Anatomy
+from ..models.block_list import locate
+from ..plans.variants import variants
+from ..runtime.inputs import as_tokens
+from ..table import results
+from .measurer import Measurer
 
 
 def sweep(
