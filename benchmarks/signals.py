@@ -13,8 +13,8 @@ import torch
 
 import layersurgery as ls
 from layersurgery.analyses.signals import measurer_of
+from layersurgery.runs.text import Asked, read_text
 from layersurgery.runtime.inputs import model_inputs
-from layersurgery.text import Asked, read_text
 
 from .timing import quartiles, record, table_of, timed, wide_console
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.drawing import Analysed
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
 
 # What is shown of each table: column, heading, factor, digits, whether with a bar and a curve.
 _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
@@ -180,7 +180,7 @@ def _float(value: Any) -> float:
 
 def show_analysis(run: Run, talk: Talk) -> None:
     """The results of a finished run."""
-    from layersurgery.table import read_results, tables_in
+    from layersurgery.runs.tables import read_results, tables_in
 
     facts = run.facts
     names = [name for name in tables_in(facts) if name != "neuron_scores"]
@@ -246,7 +246,7 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
 def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     """A directory's tables, to draw."""
     from layersurgery.drawing import Analysed
-    from layersurgery.table import read_table
+    from layersurgery.runs.tables import read_table
 
     wanted = (
         "stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples",

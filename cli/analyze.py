@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.performing import Outcome
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
 
     from .sweep import Options
@@ -40,7 +40,7 @@ class Analysing:
     @property
     def kind(self) -> str:
         """An analysis."""
-        from layersurgery.runs import ANALYSIS
+        from layersurgery.runs.run_directory import ANALYSIS
 
         return ANALYSIS
 
@@ -85,7 +85,7 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
         return
     from layersurgery.analyses.keeping import NEURONS, SCORES
     from layersurgery.analyses.vocabulary import counted, neuron_scores
-    from layersurgery.team import Alone
+    from layersurgery.runs.distributed import Alone
 
     looked_at(model, options, talk)
     source = find_source(model, revision=options.revision)

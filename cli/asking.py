@@ -11,7 +11,7 @@ from layersurgery.plans.route import Span, parse_items, resolve
 from layersurgery.plans.variants import read_plans
 
 if TYPE_CHECKING:
-    from layersurgery.text import Asked
+    from layersurgery.runs.text import Asked
 
     from .sweep import Options
     from .talk import Talk
@@ -65,7 +65,7 @@ def _config(source: Source) -> tuple[int, int | None, int | None]:
 
 def asked_text(model: str, options: Options, positions: int | None) -> Asked:
     """The text that is asked for, with what is usual where nothing is said."""
-    from layersurgery.text import PILE, PYDOC, Asked, number
+    from layersurgery.runs.text import PILE, PYDOC, Asked, number
 
     if options.data == "":
         raise PlanError("--data is empty: name a file, a directory, a hub dataset or pydoc")

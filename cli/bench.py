@@ -24,11 +24,11 @@ from .talk import Talk, complain, number, size
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.performing import Outcome
-    from layersurgery.runs import Run
+    from layersurgery.runs.distributed import Team
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.runner import Outcome
+    from layersurgery.runs.text import Asked, Text
     from layersurgery.sweeps.measurer import Measurer
-    from layersurgery.team import Team
-    from layersurgery.text import Asked, Text
 
     from .sweep import Options
 
@@ -107,9 +107,9 @@ class Bench:
             OutputError: the directory holds something else, or another run.
             MeasurementError: what cannot be measured.
         """
-        from layersurgery.runs import open_run
-        from layersurgery.table import read_run
-        from layersurgery.text import check_data
+        from layersurgery.runs.run_directory import open_run
+        from layersurgery.runs.tables import read_run
+        from layersurgery.runs.text import check_data
 
         check_data(self.asked)
         anew = self.options.overwrite if anew is None else anew
@@ -184,7 +184,7 @@ def tokenizer_of_run(source: Source, other: str | None) -> Any:
 
 
 def _arguments(source: Source, options: Options, asked: Asked, task: Task, place: Place) -> dict[str, Any]:
-    from layersurgery.runs import versions
+    from layersurgery.runs.run_directory import versions
 
     return {
         "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
@@ -200,7 +200,7 @@ def _arguments(source: Source, options: Options, asked: Asked, task: Task, place
 
 
 def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> Text:
-    from layersurgery.text import read_text
+    from layersurgery.runs.text import read_text
 
     with talk.step(f"Reading text: {asked.data}"):
         text = read_text(asked, tokenizer)
@@ -220,7 +220,7 @@ def _check_vocabulary(most: int, vocabulary: int | None) -> None:
 
 
 def _measure(run: Run, bench: Bench, task: Task, text: Text) -> None:
-    from layersurgery.performing import perform
+    from layersurgery.runs.runner import perform
 
     options, talk, team, source = bench.options, bench.talk, bench.team, bench.source
     model = bench.load()

@@ -14,7 +14,7 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
 
 Made = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
 
@@ -30,8 +30,8 @@ def look(directory: Path, arguments: Mapping[str, Any], talk: Talk, make: Callab
         anew: replace what another run has left there.
     """
     from layersurgery.analyses.keeping import write_tables
-    from layersurgery.performing import drawn_by
-    from layersurgery.runs import ANALYSIS, open_run, versions
+    from layersurgery.runs.run_directory import ANALYSIS, open_run, versions
+    from layersurgery.runs.runner import drawn_by
 
     arguments = {**arguments, "versions": versions()}
     with open_run(directory, arguments, kind=ANALYSIS, overwrite=anew, command=given()) as run:

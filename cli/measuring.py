@@ -17,7 +17,7 @@ from .placement import loaded
 from .talk import Talk
 
 if TYPE_CHECKING:
-    from layersurgery.team import Team
+    from layersurgery.runs.distributed import Team
 
     from .sweep import Options
 
@@ -54,7 +54,7 @@ def team_for(options: Options) -> Team:
     """
     if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
         raise PlanError(f"--schedule {options.schedule!r} is none; write {DEPTH_FIRST} or {LAYER_MAJOR}")
-    from layersurgery.team import find_team
+    from layersurgery.runs.distributed import find_team
 
     return find_team(cpu=_on_cpu(options))
 
@@ -83,7 +83,7 @@ def _on_cpu(options: Options) -> bool:
 
 def _follow(model: str, options: Options, team: Team) -> None:
     """The part of a process that does not lead: it measures, and says nothing but what is wrong with itself."""
-    from layersurgery.performing import help_along
+    from layersurgery.runs.runner import help_along
 
     with calm(), ExitStack() as hold:
         there: Any = None

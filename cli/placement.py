@@ -15,7 +15,7 @@ from layersurgery.runtime.device_map import DeviceMap, MaxMemory, describe, read
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.team import Team
+    from layersurgery.runs.distributed import Team
 
     from .sweep import Options
     from .talk import Talk
@@ -124,7 +124,7 @@ def _own(device: int | str, team: Team) -> int | str:
     """One of this process's own devices."""
     import torch
 
-    from layersurgery.team import own_devices
+    from layersurgery.runs.distributed import own_devices
 
     return device if team.size == 1 else renumbered(device, own_devices(team, torch.cuda.device_count()))
 
@@ -134,7 +134,7 @@ def _memory(asked: MaxMemory | None, team: Team) -> MaxMemory | None:
     import psutil
     import torch
 
-    from layersurgery.team import own_devices
+    from layersurgery.runs.distributed import own_devices
 
     if team.size == 1:
         return asked

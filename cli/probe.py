@@ -13,8 +13,8 @@ from .measuring import run_tasks
 from .talk import Talk
 
 if TYPE_CHECKING:
-    from layersurgery.runs import Run
-    from layersurgery.text import Asked as TextAsked
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.text import Asked as TextAsked
 
     from .sweep import Options
 
@@ -48,7 +48,7 @@ def run_probe(model: str, asked: Asked, options: Options, talk: Talk) -> None:
 def probe_in(bench: Bench, directory: Path, wanted: Asked, *, asked: TextAsked | None = None, anew: bool) -> Run:
     """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
     from layersurgery.analyses.endings import CONTEXT, token_class, windows_on
-    from layersurgery.text import bos_of, check_data, documents
+    from layersurgery.runs.text import bos_of, check_data, documents
 
     asked, options, talk = asked or bench.asked, bench.options, bench.talk
     check_data(asked)

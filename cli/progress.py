@@ -14,7 +14,7 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.text import Text
+    from layersurgery.runs.text import Text
 
 _SECONDS_BETWEEN_LINES = 30
 

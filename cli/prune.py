@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from layersurgery.analyses.signals import Tables
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.performing import Outcome
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
 
     from .bench import Bench
@@ -47,7 +47,7 @@ class _Tabled:
     @property
     def kind(self) -> str:
         """An analysis."""
-        from layersurgery.runs import ANALYSIS
+        from layersurgery.runs.run_directory import ANALYSIS
 
         return ANALYSIS
 
@@ -188,7 +188,7 @@ def run_prune(model: str, asked: Asked, options: Options, talk: Talk) -> None:
 def _prune(bench: Bench, asked: Asked, talk: Talk) -> None:
     from layersurgery.analyses.pruning import GREEDY, check, in_order, least, plan_of
     from layersurgery.analyses.ranking import WAYS
-    from layersurgery.table import read_results
+    from layersurgery.runs.tables import read_results
 
     options = bench.options
     check(bench.depth, asked.remove, asked.by)

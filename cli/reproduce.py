@@ -25,7 +25,7 @@ from .talk import Talk, number, size
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
 
     from .sweep import Options
 
@@ -148,7 +148,7 @@ def _plan(places: dict[str, Path], options: Options, value: dict[str, Any], talk
 
 def _planned(model: str, place: Path, options: Options) -> Part:
     """What is there, and what the rest takes, from the config alone."""
-    from layersurgery.table import read_run
+    from layersurgery.runs.tables import read_run
 
     part = Part(model, place, {name: str((read_run(place / name) or {}).get("state", "")) for name in EXPERIMENTS})
     try:

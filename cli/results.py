@@ -17,7 +17,7 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -120,7 +120,7 @@ def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
 
 def show(run: Run, talk: Talk) -> None:
     """The results of a finished run."""
-    from layersurgery.table import headline, read_results
+    from layersurgery.runs.tables import headline, read_results
 
     frame = read_results(run.directory)
     facts = run.facts
@@ -167,8 +167,8 @@ def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
     """Draw all that directories hold together; returns the files."""
     from layersurgery.errors import OutputError
     from layersurgery.figures import Sweep, draw
-    from layersurgery.runs import ANALYSIS
-    from layersurgery.table import read_results
+    from layersurgery.runs.run_directory import ANALYSIS
+    from layersurgery.runs.tables import read_results
 
     from .analyses import draw_together
 

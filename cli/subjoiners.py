@@ -13,8 +13,8 @@ from .measuring import run_tasks
 from .talk import Talk
 
 if TYPE_CHECKING:
-    from layersurgery.runs import Run
-    from layersurgery.text import Asked as TextAsked
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.text import Asked as TextAsked
 
     from .sweep import Options
 
@@ -36,7 +36,7 @@ def run_subjoiners(model: str, samples: int, options: Options, talk: Talk) -> No
 def subjoiners_in(bench: Bench, directory: Path, samples: int = SAMPLES, *, asked: TextAsked | None = None, anew: bool) -> Run:
     """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
     from layersurgery.analyses.words import WINDOW, windows_of
-    from layersurgery.text import bos_of, check_data, documents
+    from layersurgery.runs.text import bos_of, check_data, documents
 
     asked, options, talk = asked or bench.asked, bench.options, bench.talk
     check_data(asked)

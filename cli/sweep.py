@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.performing import Outcome
-    from layersurgery.runs import Run
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
 
 
@@ -75,7 +75,7 @@ class Sweeping:
     @property
     def kind(self) -> str:
         """A sweep."""
-        from layersurgery.runs import SWEEP
+        from layersurgery.runs.run_directory import SWEEP
 
         return SWEEP
 
@@ -91,7 +91,7 @@ class Sweeping:
 
     def outcome(self, measurer: Measurer, source: Source, _talk: Talk) -> Outcome:
         """A row for each."""
-        from layersurgery.performing import OfSweep
+        from layersurgery.runs.runner import OfSweep
 
         return OfSweep(measurer.variants, source.label)
 

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
     from .page.writing import Report, report
+    from .runs.tables import headline, read_results
     from .surgery.fold_norms import Folded, fold
     from .surgery.operate import operate, operate_
     from .surgery.save import save
     from .sweeps.compare import Comparison, compare
     from .sweeps.sweep import sweep
-    from .table import headline, read_results
 
 __all__ = [
     "Anatomy",
@@ -83,13 +83,13 @@ _LATER = {
     "compare": "sweeps.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "fold": "surgery.fold_norms",
-    "headline": "table",
+    "headline": "runs.tables",
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
     "prune": "analyses.pruning",
     "rank": "analyses.ranking",
-    "read_results": "table",
+    "read_results": "runs.tables",
     "report": "page.writing",
     "save": "surgery.save",
     "sweep": "sweeps.sweep",

@@ -16,8 +16,8 @@ from PIL import Image
 import layersurgery as ls
 from layersurgery.analyses.keeping import OfAnalysis, signals_of
 from layersurgery.analyses.signals import measurer_of
-from layersurgery.performing import perform
-from layersurgery.runs import ANALYSIS, open_run
+from layersurgery.runs.run_directory import ANALYSIS, open_run
+from layersurgery.runs.runner import perform
 from tests.test_cli import result_of, run
 from tests.test_runs import StopError, text
 from tests.tiny_text import checkpoint, tiny_tokenizer

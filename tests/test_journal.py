@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layersurgery.errors import OutputError
-from layersurgery.journal import Journal, Record
 from layersurgery.metrics.reference import METRICS
+from layersurgery.runs.journal import Journal, Record
 
 ROWS, OBSERVED = 3, 5
 

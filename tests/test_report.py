@@ -27,7 +27,7 @@ import layersurgery as ls
 from layersurgery.drawing import COLOURS
 from layersurgery.page.markup import Html, data, tag
 from layersurgery.page.visible import hidden, measured, visible
-from layersurgery.table import write_table
+from layersurgery.runs.tables import write_table
 from tests.test_cli import result_of, run
 from tests.tiny_text import checkpoint
 

@@ -16,14 +16,14 @@ import torch
 
 import layersurgery as ls
 from layersurgery.figures import Sweep, draw
-from layersurgery.journal import Journal
 from layersurgery.metrics.reference import METRICS
-from layersurgery.performing import OfSweep, perform
 from layersurgery.plans.variants import variants
-from layersurgery.runs import JOURNAL, open_run
+from layersurgery.runs.journal import Journal
+from layersurgery.runs.run_directory import JOURNAL, open_run
+from layersurgery.runs.runner import OfSweep, perform
+from layersurgery.runs.text import Text
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.sweeps.measurer import Measurer
-from layersurgery.text import Text
 from tests.tiny_text import tiny_tokenizer
 from tests.zoo import DEPTH, tiny_model, tokens
 
@@ -295,7 +295,7 @@ def test_a_figure_that_fails_does_not_cost_the_numbers(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from layersurgery.runs import open_run\nwith open_run(pathlib.Path(sys.argv[1]), {}): pass"
+    code = "import sys, pathlib; from layersurgery.runs.run_directory import open_run\nwith open_run(pathlib.Path(sys.argv[1]), {}): pass"
     with open_run(tmp_path / "run", {}):
         other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
         assert other.returncode

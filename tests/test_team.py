@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from layersurgery.team import Alone, own_devices, rounds
+from layersurgery.runs.distributed import Alone, own_devices, rounds
 from tests.test_cli import run
 from tests.tiny_text import checkpoint
 
@@ -64,7 +64,7 @@ import json, os, sys, time
 asked = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import layersurgery_cli.sweep, layersurgery.figures, layersurgery.performing, transformers.models.llama.modeling_llama
+import layersurgery_cli.sweep, layersurgery.figures, layersurgery.runs.runner, transformers.models.llama.modeling_llama
 from layersurgery_cli.__main__ import main
 children = []
 for rank in range(asked["size"]):

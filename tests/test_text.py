@@ -15,7 +15,7 @@ import torch
 import zstandard
 
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.text import Asked, Text, check_data, number, read_text
+from layersurgery.runs.text import Asked, Text, check_data, number, read_text
 from tests.tiny_text import LETTERS, tiny_tokenizer
 
 END = 2
@@ -79,7 +79,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 
 
 def test_a_long_document_is_tokenised_as_far_as_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layersurgery.text._PIECE", 50)
+    monkeypatch.setattr("layersurgery.runs.text._PIECE", 50)
     lines = "".join(f"line {number}\n" for number in range(1000))
     (tmp_path / "a.txt").write_text(lines)
     tokenizer = tiny_tokenizer()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import MeasurementError, PlanError
-from ..text import pieces
+from ..runs.text import pieces
 from .words import rounded
 
 SUFFIX, CONTEXT, SHARED, FEWEST = "ing", 24, 12, 16

@@ -20,11 +20,11 @@ from torch import nn
 from ..errors import InexpressibleError, MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
+from ..runs.text import bos_of
 from ..runtime.attention_weights import Looking, LookingBack
 from ..runtime.block_runner import Stack
 from ..runtime.contributions import members, tapped
 from ..runtime.inputs import model_inputs
-from ..text import bos_of
 from .words import PIECES, WINDOW, Windows, windows_of
 
 SHOWN, LARGE = 10, 0.8

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 
 from ..atomic import whole_file
 from ..errors import InexpressibleError
-from ..journal import Journal
 from ..metrics.aggregation import Sample
 from ..metrics.reference import METRICS
-from ..pertoken import PARTS
+from ..runs.journal import Journal
+from ..runs.per_token import PARTS
+from ..runs.tables import SEQUENCES, write_table
+from ..runs.tables import by_sequence as by_model
 from ..sweeps.measurer import Measurer
-from ..table import SEQUENCES, write_table
-from ..table import by_sequence as by_model
 from .signals import DROP, FROM_TEXT, LENS, Tables
 from .together import combined
 from .vocabulary import counted, neuron_scores

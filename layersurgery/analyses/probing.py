@@ -15,11 +15,11 @@ from torch import nn
 from ..errors import MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
+from ..runs.text import bos_of
 from ..runtime.block_runner import Stack
 from ..runtime.inputs import model_inputs
 from ..runtime.neuron_activations import Projection, projections, reading
 from ..runtime.unembedding import Readout, find_readout
-from ..text import bos_of
 from .effects import RANDOM, choose, over
 from .endings import Balanced, TokenClass, token_class, windows_on
 from .fitting import Task, by_chance, interval

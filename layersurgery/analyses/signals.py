@@ -19,10 +19,10 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..plans.route import Route
 from ..plans.variants import Variant, family
+from ..runs.tables import results
 from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
-from ..table import results
 
 LENS, DROP = "lens", "drop"
 FROM_TEXT = (LENS, *SIGNALS, DROP)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import MeasurementError, SourceError
-from ..text import pieces
+from ..runs.text import pieces
 
 WINDOW, PIECES, FEWEST = 16, 4, 8
 _SPARE = 1.2

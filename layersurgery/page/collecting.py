@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from ..errors import SourceError
 from ..plans.route import Route
-from ..runs import SWEEP
-from ..table import RESULTS, RUN, headline, read_run, read_table
+from ..runs.run_directory import SWEEP
+from ..runs.tables import RESULTS, RUN, headline, read_run, read_table
 
 _DEPTH = 3
 _CELLS = 6000

@@ -14,8 +14,8 @@ from ..metrics.aggregation import Sums
 from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..plans.variants import variants
+from ..runs.tables import results
 from ..runtime.inputs import as_tokens
-from ..table import results
 from .measurer import Measurer
 
 

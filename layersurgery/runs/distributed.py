@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
-from .errors import MeasurementError
+from ..errors import MeasurementError
 
 T = TypeVar("T")
 # A process may wait for another one's longest batch.

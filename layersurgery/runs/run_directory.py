@@ -14,11 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .atomic import locked, whole_file
-from .errors import OutputError
-from .pertoken import PARTS, TOKENS
-from .table import CSV, RESULTS, RUN, SEQUENCES, TABLES, read_run
-from .version import __version__
+from ..atomic import locked, whole_file
+from ..errors import OutputError
+from ..version import __version__
+from .per_token import PARTS, TOKENS
+from .tables import CSV, RESULTS, RUN, SEQUENCES, TABLES, read_run
 
 JOURNAL = "progress.journal"
 SWEEP, ANALYSIS = "layersurgery sweep", "layersurgery analysis"

@@ -12,16 +12,16 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from .errors import MeasurementError, OutputError
+from ..errors import MeasurementError, OutputError
+from ..plans.variants import Variant
+from ..runtime.offload import device_of
+from ..sweeps.executor import Tick
+from ..sweeps.measurer import Measurer
+from .distributed import Alone, Team, rounds
 from .journal import Journal, Record
-from .pertoken import PARTS, TOKENS, TokenRows, join, whole
-from .plans.variants import Variant
-from .runs import JOURNAL, Run, clear_progress
-from .runtime.offload import device_of
-from .sweeps.executor import Tick
-from .sweeps.measurer import Measurer
-from .table import CSV, RESULTS, SEQUENCES, by_sequence, results, write
-from .team import Alone, Team, rounds
+from .per_token import PARTS, TOKENS, TokenRows, join, whole
+from .run_directory import JOURNAL, Run, clear_progress
+from .tables import CSV, RESULTS, SEQUENCES, by_sequence, results, write
 from .text import Text
 
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]

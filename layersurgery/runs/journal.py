@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OutputError
-from .metrics.aggregation import Array, Sample, Sums
-from .metrics.reference import METRICS
+from ..errors import OutputError
+from ..metrics.aggregation import Array, Sample, Sums
+from ..metrics.reference import METRICS
 
 _MAGIC = b"lsj1"
 _HEAD = struct.Struct("<4sIIId")  # magic, batch, first sequence, sequences, seconds

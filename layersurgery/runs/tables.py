@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .atomic import whole_file
-from .errors import SourceError
-from .metrics.aggregation import Sums
-from .metrics.reference import METRICS
-from .plans.variants import Variant
+from ..atomic import whole_file
+from ..errors import SourceError
+from ..metrics.aggregation import Sums
+from ..metrics.reference import METRICS
+from ..plans.variants import Variant
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from .atomic import whole_file
-from .metrics.reference import METRICS
-from .plans.variants import Variant
-from .runtime.inputs import followed
+from ..atomic import whole_file
+from ..metrics.reference import METRICS
+from ..plans.variants import Variant
+from ..runtime.inputs import followed
 
 TOKENS = "tokens.parquet"
 PARTS = "tokens.parts"

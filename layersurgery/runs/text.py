@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import MeasurementError, PlanError, SourceError
+from ..errors import MeasurementError, PlanError, SourceError
 
 PYDOC = "pydoc"
 PILE = "EleutherAI/the_pile_deduplicated"
