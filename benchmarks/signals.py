@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import layersurgery as ls
-from layersurgery.analyses.signals import measurer_of
+from layersurgery.analyses.signal_tables import measurer_of
 from layersurgery.runs.text import Asked, read_text
 from layersurgery.runtime.inputs import model_inputs
 

@@ -50,14 +50,14 @@ class Analysing:
 
     def measurer(self, model: Any, options: Options) -> Measurer:
         """Measures its signals."""
-        from layersurgery.analyses.keeping import signals_of
-        from layersurgery.analyses.signals import measurer_of
+        from layersurgery.analyses.outcomes import signals_of
+        from layersurgery.analyses.signal_tables import measurer_of
 
         return measurer_of(model, signals_of(self.word), self.depth, blocks=options.blocks)
 
     def outcome(self, measurer: Measurer, source: Source, talk: Talk) -> Outcome:
         """Its tables."""
-        from layersurgery.analyses.keeping import OfAnalysis
+        from layersurgery.analyses.outcomes import OfAnalysis
 
         return OfAnalysis(self.word, measurer, source.label, _on_neurons(talk))
 
@@ -83,8 +83,8 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
     """Look at all neurons' weights; on a CPU, blocks stay on disk but for the one that is looked at."""
     if os.environ.get("RANK", "0") != "0":
         return
-    from layersurgery.analyses.keeping import NEURONS, SCORES
-    from layersurgery.analyses.vocabulary import counted, neuron_scores
+    from layersurgery.analyses.outcomes import NEURONS, SCORES
+    from layersurgery.analyses.prediction_neurons import counted, neuron_scores
     from layersurgery.runs.distributed import Alone
 
     looked_at(model, options, talk)

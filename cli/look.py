@@ -29,7 +29,7 @@ def look(directory: Path, arguments: Mapping[str, Any], talk: Talk, make: Callab
         make: the tables, the first one first, and facts for `run.json`.
         anew: replace what another run has left there.
     """
-    from layersurgery.analyses.keeping import write_tables
+    from layersurgery.analyses.outcomes import write_tables
     from layersurgery.runs.run_directory import ANALYSIS, open_run, versions
     from layersurgery.runs.runner import drawn_by
 

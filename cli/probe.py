@@ -33,7 +33,7 @@ class Asked:
 
 def run_probe(model: str, asked: Asked, options: Options, talk: Talk) -> None:
     """Probe neurons for a class of next tokens, and end with the results."""
-    from layersurgery.analyses.endings import check_class
+    from layersurgery.analyses.token_classes import check_class
 
     check_class(asked.suffix, asked.regex)
     options = dataclasses.replace(options, tokens=options.tokens or "1M")
@@ -47,7 +47,7 @@ def run_probe(model: str, asked: Asked, options: Options, talk: Talk) -> None:
 
 def probe_in(bench: Bench, directory: Path, wanted: Asked, *, asked: TextAsked | None = None, anew: bool) -> Run:
     """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
-    from layersurgery.analyses.endings import CONTEXT, token_class, windows_on
+    from layersurgery.analyses.token_classes import CONTEXT, token_class, windows_on
     from layersurgery.runs.text import bos_of, check_data, documents
 
     asked, options, talk = asked or bench.asked, bench.options, bench.talk
@@ -71,7 +71,7 @@ def probe_in(bench: Bench, directory: Path, wanted: Asked, *, asked: TextAsked |
     )
 
     def make() -> Made:
-        from layersurgery.analyses.probing import probes_in_words, probes_on
+        from layersurgery.analyses.neuron_probes import probes_in_words, probes_on
         from layersurgery.models.anatomy import anatomy
 
         model = bench.load()

@@ -23,7 +23,7 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.analyses.signals import Tables
+    from layersurgery.analyses.signal_tables import Tables
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.runner import Outcome
@@ -53,7 +53,7 @@ class _Tabled:
 
     def outcome(self, measurer: Measurer, source: Source, _talk: Talk) -> Outcome:
         """Its tables."""
-        from layersurgery.analyses.keeping import OfTables
+        from layersurgery.analyses.outcomes import OfTables
 
         return OfTables(measurer, source.label, self.tables)
 
@@ -91,14 +91,14 @@ class Ranking(_Tabled):
 
     def measurer(self, model: Any, options: Options) -> Measurer:
         """Drops every layer, and sees how far the stream turns."""
-        from layersurgery.analyses.ranking import SIGNALS
-        from layersurgery.analyses.signals import measurer_of
+        from layersurgery.analyses.layer_ranking import SIGNALS
+        from layersurgery.analyses.signal_tables import measurer_of
 
         return measurer_of(model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans)
 
     def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
         """Layers, and spans of them."""
-        from layersurgery.analyses.ranking import ranked, turned
+        from layersurgery.analyses.layer_ranking import ranked, turned
 
         return {"rank": ranked(tables), "spans": turned(tables)}
 
@@ -121,13 +121,13 @@ class Stepping(_Tabled):
 
     def measurer(self, model: Any, options: Options) -> Measurer:
         """Measures each layer that is left."""
-        from layersurgery.analyses.pruning import step_measurer
+        from layersurgery.analyses.layer_pruning import step_measurer
 
         return step_measurer(model, self.by, self.removed, self.depth, blocks=options.blocks)
 
     def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
         """A row for each layer that is left."""
-        from layersurgery.analyses.pruning import step_table
+        from layersurgery.analyses.layer_pruning import step_table
 
         return {"step": step_table(tables, self.by, self.removed)}
 
@@ -149,21 +149,21 @@ class Costing(_Tabled):
 
     def measurer(self, model: Any, options: Options) -> Measurer:
         """Measures what is left each time."""
-        from layersurgery.analyses.pruning import variants_of
+        from layersurgery.analyses.layer_pruning import variants_of
         from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, variants_of(self.orders, self.depth), blocks=options.blocks)
 
     def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
         """A row for each way and number of layers."""
-        from layersurgery.analyses.pruning import costs
+        from layersurgery.analyses.layer_pruning import costs
 
         return {"costs": costs(tables.measurer, tables.sample.sums(), tables.model)}
 
 
 def run_rank(model: str, spans: int | None, options: Options, talk: Talk) -> None:
     """Measure, showing what happens, and end with the results."""
-    from layersurgery.analyses.ranking import longest
+    from layersurgery.analyses.layer_ranking import longest
 
     run_task(model, options, talk, lambda depth: Ranking(depth, longest(depth, spans)))
 
@@ -186,8 +186,8 @@ def run_prune(model: str, asked: Asked, options: Options, talk: Talk) -> None:
 
 
 def _prune(bench: Bench, asked: Asked, talk: Talk) -> None:
-    from layersurgery.analyses.pruning import GREEDY, check, in_order, least, plan_of
-    from layersurgery.analyses.ranking import WAYS
+    from layersurgery.analyses.layer_pruning import GREEDY, check, in_order, least, plan_of
+    from layersurgery.analyses.layer_ranking import WAYS
     from layersurgery.runs.tables import read_results
 
     options = bench.options

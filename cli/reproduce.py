@@ -166,7 +166,7 @@ def _planned(model: str, place: Path, options: Options) -> Part:
 def _cost(part: Part, source: Source, positions: int | None, options: Options) -> None:
     from transformers import AutoConfig
 
-    from layersurgery.analyses.signals import FROM_TEXT, variants_of
+    from layersurgery.analyses.signal_tables import FROM_TEXT, variants_of
     from layersurgery.plans.variants import variants
     from layersurgery.sweeps.estimate import estimate
 

@@ -35,7 +35,7 @@ def run_subjoiners(model: str, samples: int, options: Options, talk: Talk) -> No
 
 def subjoiners_in(bench: Bench, directory: Path, samples: int = SAMPLES, *, asked: TextAsked | None = None, anew: bool) -> Run:
     """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
-    from layersurgery.analyses.words import WINDOW, windows_of
+    from layersurgery.analyses.word_windows import WINDOW, windows_of
     from layersurgery.runs.text import bos_of, check_data, documents
 
     asked, options, talk = asked or bench.asked, bench.options, bench.talk
@@ -54,7 +54,7 @@ def subjoiners_in(bench: Bench, directory: Path, samples: int = SAMPLES, *, aske
     )
 
     def make() -> Made:
-        from layersurgery.analyses.joining import heads_on, joining_in_words
+        from layersurgery.analyses.subjoiner_heads import heads_on, joining_in_words
         from layersurgery.models.anatomy import anatomy
 
         with counting(talk, "windows") as on_windows:

@@ -15,8 +15,8 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import analyses
-    from .analyses.pruning import Pruning, prune
-    from .analyses.ranking import rank
+    from .analyses.layer_pruning import Pruning, prune
+    from .analyses.layer_ranking import rank
     from .checkpoints.edit_checkpoint import Edited, edit_checkpoint
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
@@ -77,7 +77,7 @@ _LATER = {
     "Comparison": "sweeps.compare",
     "Edited": "checkpoints.edit_checkpoint",
     "Folded": "surgery.fold_norms",
-    "Pruning": "analyses.pruning",
+    "Pruning": "analyses.layer_pruning",
     "Report": "page.writing",
     "anatomy": "models.anatomy",
     "compare": "sweeps.compare",
@@ -87,8 +87,8 @@ _LATER = {
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
-    "prune": "analyses.pruning",
-    "rank": "analyses.ranking",
+    "prune": "analyses.layer_pruning",
+    "rank": "analyses.layer_ranking",
     "read_results": "runs.tables",
     "report": "page.writing",
     "save": "surgery.save",

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.pythia import make as make_pythia
-from layersurgery.analyses import probing
+from layersurgery.analyses import neuron_probes
 from layersurgery.checkpoints import sources
 
 DEPTH, WIDTH, WORDS = 30, 32, 600
@@ -87,8 +87,8 @@ def stand_in(patch: pytest.MonkeyPatch, place: Path, *, real: bool = False) -> N
         if not (place / "cache").exists():
             make(place / "cache")
         patch.setenv("LAYERSURGERY_CACHE", str(place / "cache"))
-        patch.setattr(probing, "NEURONS", 4)  # fits of regressions are what a probe takes its time for
-        patch.setattr(probing, "SHUFFLES", 2)
+        patch.setattr(neuron_probes, "NEURONS", 4)  # fits of regressions are what a probe takes its time for
+        patch.setattr(neuron_probes, "SHUFFLES", 2)
     with redirect_stdout(io.StringIO()):
         make_pythia(place / "hub", width=128, depth=32, shard_bytes=10_000_000)
     patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))

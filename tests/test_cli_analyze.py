@@ -14,8 +14,8 @@ from layersurgery_cli.analyses import analysed
 from PIL import Image
 
 import layersurgery as ls
-from layersurgery.analyses.keeping import OfAnalysis, signals_of
-from layersurgery.analyses.signals import measurer_of
+from layersurgery.analyses.outcomes import OfAnalysis, signals_of
+from layersurgery.analyses.signal_tables import measurer_of
 from layersurgery.runs.run_directory import ANALYSIS, open_run
 from layersurgery.runs.runner import perform
 from tests.test_cli import result_of, run
@@ -149,11 +149,11 @@ def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stopped
 
 
 def test_neurons_are_looked_at_once_where_the_end_was_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layersurgery.analyses import keeping
+    from layersurgery.analyses import outcomes
 
     calls = []
     look = ls.analyses.neuron_scores
-    monkeypatch.setattr(keeping, "neuron_scores", lambda *given, **named: (calls.append(1), look(*given, **named))[1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(outcomes, "neuron_scores", lambda *given, **named: (calls.append(1), look(*given, **named))[1])  # type: ignore[func-returns-value]
     measurer = measurer_of(tiny_model("llama"), signals_of("stages"), DEPTH)
 
     def do(**options: Any) -> None:
@@ -161,7 +161,7 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(tmp_path: Path
             perform(run, measurer, text(), OfAnalysis("stages", measurer, "tiny"), batch_size=4, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "by_sequence", lambda _tables: 1 / 0)
+        patch.setattr(outcomes, "by_sequence", lambda _tables: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             do()
     do()

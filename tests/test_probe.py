@@ -17,9 +17,9 @@ from layersurgery_cli.talk import Talk
 from rich.console import Console
 
 import layersurgery as ls
-from layersurgery.analyses.endings import CONTEXT, FEWEST, SHARED, token_class, windows_on
-from layersurgery.analyses.fitting import Task
-from layersurgery.analyses.probing import KINDS, SHUFFLED, TOP_TOKEN, probes_in_words
+from layersurgery.analyses.logistic_probe import Task
+from layersurgery.analyses.neuron_probes import KINDS, SHUFFLED, TOP_TOKEN, probes_in_words
+from layersurgery.analyses.token_classes import CONTEXT, FEWEST, SHARED, token_class, windows_on
 from layersurgery.checkpoints.loading import tokenizer_of
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import neuron_activations

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.analyses.pruning import plan_of
+from layersurgery.analyses.layer_pruning import plan_of
 from layersurgery.runtime.residual_change import angular_distance, influence
 from tests.zoo import tiny_model
 

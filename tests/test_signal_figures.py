@@ -10,7 +10,7 @@ import pytest
 
 import layersurgery as ls
 from layersurgery import signal_figures as figures
-from layersurgery.analyses.staging import as_records, boundaries, stage_of
+from layersurgery.analyses.stage_boundaries import as_records, boundaries, stage_of
 from layersurgery.drawing import Analysed
 from layersurgery.signal_figures import draw_signals
 from tests.test_staging import L, planted

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layersurgery as ls
-from layersurgery.analyses.signals import Tables, measurer_of, sampled
+from layersurgery.analyses.signal_tables import Tables, measurer_of, sampled
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.route import Route
 from layersurgery.runtime import attention_weights

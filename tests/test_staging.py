@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import layersurgery as ls
-from layersurgery.analyses import staging
-from layersurgery.analyses.staging import STAGES, boundaries, stage_of
+from layersurgery.analyses import stage_boundaries
+from layersurgery.analyses.stage_boundaries import STAGES, boundaries, stage_of
 from tests.zoo import DEPTH, tiny_model, tokens
 
 L = 24
@@ -33,7 +33,7 @@ def planted(**changed: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "RESAMPLES", 200)
+    monkeypatch.setattr(stage_boundaries, "RESAMPLES", 200)
 
 
 def noisy(size: float) -> Any:

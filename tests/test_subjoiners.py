@@ -15,8 +15,8 @@ import torch
 from scipy.stats import ttest_ind
 
 import layersurgery as ls
-from layersurgery.analyses.joining import BACK, heads_on, is_supported, joining_in_words
-from layersurgery.analyses.words import FEWEST, PIECES, WINDOW, Windows, windows_of
+from layersurgery.analyses.subjoiner_heads import BACK, heads_on, is_supported, joining_in_words
+from layersurgery.analyses.word_windows import FEWEST, PIECES, WINDOW, Windows, windows_of
 from layersurgery.checkpoints.loading import tokenizer_of
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import attention_weights
@@ -263,7 +263,7 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     model = tiny_model("llama")
     anatomy, windows = ls.anatomy(model), windows_of([story()], tiny_tokenizer())
     found_members = members(Stack(model, anatomy))
-    monkeypatch.setattr("layersurgery.analyses.joining.members", lambda _stack: found_members)
+    monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.members", lambda _stack: found_members)
     monkeypatch.setattr(attention_weights, "_KERNELS", {})
     with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
         heads_on(model, windows, anatomy=anatomy)

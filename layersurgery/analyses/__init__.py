@@ -5,14 +5,14 @@
 >>> ls.analyses.in_words(ls.analyses.stages(model, tokens))  # doctest: +SKIP
 """
 
-from .joining import Subjoiners, subjoiners
-from .probing import Probe, probe
-from .pruning import Pruning, prune
-from .questions import attention, lens, norms, similarity
-from .ranking import rank
-from .signals import measure
-from .together import in_words, stages
-from .vocabulary import neuron_scores, neurons
+from .inference_stages import in_words, stages
+from .layer_pruning import Pruning, prune
+from .layer_ranking import rank
+from .layer_signals import attention, lens, norms, similarity
+from .neuron_probes import Probe, probe
+from .prediction_neurons import neuron_scores, neurons
+from .signal_tables import measure
+from .subjoiner_heads import Subjoiners, subjoiners
 
 __all__ = [
     "Probe", "Pruning", "Subjoiners", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "probe", "prune", "rank",

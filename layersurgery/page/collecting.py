@@ -184,7 +184,7 @@ def _words(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> str:
     if _CURVES in tables:
         return headline(tables[_CURVES])
     if "stages" in tables:
-        from ..analyses.together import in_words
+        from ..analyses.inference_stages import in_words
 
         return in_words(tables["stages"])
     said = facts.get("in_words") or facts.get("headline")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..sweeps.observer import ATTENTION, NORMS, SIMILARITY
-from .signals import LENS, measure
+from .signal_tables import LENS, measure
 
 Tokens = torch.Tensor | Sequence[Sequence[int]]
 

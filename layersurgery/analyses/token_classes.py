@@ -14,7 +14,7 @@ import torch
 
 from ..errors import MeasurementError, PlanError
 from ..runs.text import pieces
-from .words import rounded
+from .word_windows import rounded
 
 SUFFIX, CONTEXT, SHARED, FEWEST = "ing", 24, 12, 16
 _STRETCH, _STRETCHES, _SHOWN = 2048, 32, 24

@@ -22,8 +22,8 @@ from ..runs.tables import results
 from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE
-from .ranking import WAYS, rank
-from .signals import Tables, sampled
+from .layer_ranking import WAYS, rank
+from .signal_tables import Tables, sampled
 
 GREEDY = "greedy"
 

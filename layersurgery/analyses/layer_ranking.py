@@ -13,7 +13,7 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..runtime.inputs import as_tokens
 from ..sweeps.observer import CHANGE
-from .signals import DROP, Tables, measurer_of, sampled
+from .signal_tables import DROP, Tables, measurer_of, sampled
 
 WAYS = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}
 """Ways of choosing layers to remove, and the score that each goes by; the least is removed first."""

@@ -25,7 +25,7 @@ from ..runtime.attention_weights import Looking, LookingBack
 from ..runtime.block_runner import Stack
 from ..runtime.contributions import members, tapped
 from ..runtime.inputs import model_inputs
-from .words import PIECES, WINDOW, Windows, windows_of
+from .word_windows import PIECES, WINDOW, Windows, windows_of
 
 SHOWN, LARGE = 10, 0.8
 _EARLIER = slice(WINDOW - PIECES, WINDOW - 1)  # the word's first three tokens

@@ -20,10 +20,10 @@ from ..runtime.block_runner import Stack
 from ..runtime.inputs import model_inputs
 from ..runtime.neuron_activations import Projection, projections, reading
 from ..runtime.unembedding import Readout, find_readout
-from .effects import RANDOM, choose, over
-from .endings import Balanced, TokenClass, token_class, windows_on
-from .fitting import Task, by_chance, interval
-from .vocabulary import PREDICTION, SUPPRESSION, neuron_scores
+from .logistic_probe import Task, by_chance, interval
+from .logit_effects import RANDOM, choose, over
+from .prediction_neurons import PREDICTION, SUPPRESSION, neuron_scores
+from .token_classes import Balanced, TokenClass, token_class, windows_on
 
 NEURONS, SHUFFLES = 32, 20
 BOTH, TOP_TOKEN, PROBABILITY, MAJORITY, SHUFFLED = "both", "model, top token", "model, probability", "majority", "shuffled labels"

@@ -21,9 +21,9 @@ from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_table
 from ..runs.tables import by_sequence as by_model
 from ..sweeps.measurer import Measurer
-from .signals import DROP, FROM_TEXT, LENS, Tables
-from .together import combined
-from .vocabulary import counted, neuron_scores
+from .inference_stages import combined
+from .prediction_neurons import counted, neuron_scores
+from .signal_tables import DROP, FROM_TEXT, LENS, Tables
 
 NEURONS, SCORES, STAGES, BOUNDARIES = "neurons", "neuron_scores", "stages", "boundaries"
 ANALYSES = (*(signal for signal in FROM_TEXT if signal != DROP), NEURONS)

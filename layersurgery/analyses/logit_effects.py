@@ -12,8 +12,8 @@ import torch
 from ..errors import InexpressibleError
 from ..runtime.block_runner import Stack
 from ..runtime.neuron_activations import Projection
-from .endings import TokenClass
-from .vocabulary import PREDICTION, SUPPRESSION, output_rows, unembedding
+from .prediction_neurons import PREDICTION, SUPPRESSION, output_rows, unembedding
+from .token_classes import TokenClass
 
 RANDOM = "random"
 SHOWN, BINS = 36, 60

@@ -16,9 +16,9 @@ from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
 from ..runtime.inputs import as_tokens
 from ..sweeps.observer import ATTENTION, NORMS, SIGNALS
-from .signals import DROP, LENS, Tables, measured
-from .staging import Boundary, Signals, as_records, boundaries, stage_of
-from .vocabulary import OnLayer, neurons
+from .prediction_neurons import OnLayer, neurons
+from .signal_tables import DROP, LENS, Tables, measured
+from .stage_boundaries import Boundary, Signals, as_records, boundaries, stage_of
 
 _COLUMNS = {
     ATTENTION: ("attention_prev5",),
