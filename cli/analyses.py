@@ -20,7 +20,7 @@ from .talk import Talk
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.drawing import Analysed
+    from layersurgery.figures.style import Analysed
     from layersurgery.runs.run_directory import Run
 
 # What is shown of each table: column, heading, factor, digits, whether with a bar and a curve.
@@ -245,7 +245,7 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     """A directory's tables, to draw."""
-    from layersurgery.drawing import Analysed
+    from layersurgery.figures.style import Analysed
     from layersurgery.runs.tables import read_table
 
     wanted = (
@@ -263,14 +263,14 @@ def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
 
 def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
     """Draw one directory's tables into it."""
-    from layersurgery.signal_figures import draw_signals
+    from layersurgery.figures.signals import draw_signals
 
     return draw_signals([analysed(directory, facts)], directory)
 
 
 def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
     """Draw several directories' tables together."""
-    from layersurgery.signal_figures import draw_signals
+    from layersurgery.figures.signals import draw_signals
 
     models = [analysed(path, run) for path, run in directories]
     labels = [model.label for model in models]

@@ -29,7 +29,7 @@ def show_estimate(model: str, options: Options, talk: Talk) -> None:
     asked = asked_text(model, options, positions)
     place = place_of(options, source, talk)
     # What a run brings into this process is counted with it.
-    from layersurgery import figures
+    from layersurgery.figures.sweeps import sweeps
     from layersurgery.runs.run_directory import runner  # noqa: F401
     from layersurgery.sweeps import estimate
 

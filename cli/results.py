@@ -113,7 +113,7 @@ def curve(values: Sequence[float], *, log: bool = False) -> str:
 
 def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
     """Draw one sweep's results into its directory."""
-    from layersurgery.figures import Sweep, draw
+    from layersurgery.figures.sweeps import Sweep, draw
 
     return draw([Sweep.of(frame, data)], directory)
 
@@ -166,7 +166,7 @@ def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
 def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
     """Draw all that directories hold together; returns the files."""
     from layersurgery.errors import OutputError
-    from layersurgery.figures import Sweep, draw
+    from layersurgery.figures.sweeps import Sweep, draw
     from layersurgery.runs.run_directory import ANALYSIS
     from layersurgery.runs.tables import read_results
 

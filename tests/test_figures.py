@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import layersurgery as ls
-from layersurgery.drawing import COLOURS
-from layersurgery.figures import Sweep, draw, plans, robustness, swap_pairs
+from layersurgery.figures.style import COLOURS
+from layersurgery.figures.sweeps import Sweep, draw, plans, robustness, swap_pairs
 from tests.zoo import tiny_model, tokens
 
 

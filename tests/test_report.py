@@ -24,7 +24,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import layersurgery as ls
-from layersurgery.drawing import COLOURS
+from layersurgery.figures.style import COLOURS
 from layersurgery.page.markup import Html, data, tag
 from layersurgery.page.visible import hidden, measured, visible
 from layersurgery.runs.tables import write_table

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import layersurgery as ls
-from layersurgery.figures import Sweep, draw
+from layersurgery.figures.sweeps import Sweep, draw
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.runs.journal import Journal

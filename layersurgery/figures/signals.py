@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from . import joining_figures, probe_figures, pruning_figures
-from .drawing import COLOURS, MARKERS, Analysed, finish, line, save, styled
+from . import probes, pruning, subjoiners
+from .style import COLOURS, MARKERS, Analysed, finish, line, save, styled
 
 _DEPTH = "relative depth of the block"
 _UNTOLD = "#EFEFEF"
@@ -38,7 +38,7 @@ _EACH = (
 def draw_signals(models: Sequence[Analysed], directory: Path) -> list[Path]:
     """Draw all that the tables hold, as PNG and SVG; returns the files."""
     figures: dict[str, Figure] = {}
-    for name, make in (_MAKERS | pruning_figures.MAKERS | joining_figures.MAKERS | probe_figures.MAKERS).items():
+    for name, make in (_MAKERS | pruning.MAKERS | subjoiners.MAKERS | probes.MAKERS).items():
         some = [model for model in models if name in model.tables and len(model.tables[name])]
         if some:
             figures[name] = make(some)

@@ -12,8 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .drawing import COLOURS, MARKERS, plainly, save, styled
-from .plans.route import Route
+from ..plans.route import Route
+from .style import COLOURS, MARKERS, plainly, save, styled
 
 _BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
 _PANELS = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from .drawing import COLOURS, MARKERS, Analysed, finish, line, styled
+from .style import COLOURS, MARKERS, Analysed, finish, line, styled
 
 _SCORES = (
     ("kl_nats", "KL when dropped (nats)"),

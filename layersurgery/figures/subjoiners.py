@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .drawing import Analysed, finish, styled
+from .style import Analysed, finish, styled
 
 _CLASSES = {1: "a word of one token", 4: "a word of four tokens"}
 _LETTERS = 9

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .drawing import COLOURS, MARKERS, Analysed, finish, styled
+from .style import COLOURS, MARKERS, Analysed, finish, styled
 
 _KINDS = {
     "prediction": (2, "prediction neurons"),
