@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .checkpoints.edit_checkpoint import Edited, edit_checkpoint
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
-    from .page.writing import Report, report
+    from .reports.report import Report, report
     from .runs.tables import headline, read_results
     from .surgery.fold_norms import Folded, fold
     from .surgery.operate import operate, operate_
@@ -78,7 +78,7 @@ _LATER = {
     "Edited": "checkpoints.edit_checkpoint",
     "Folded": "surgery.fold_norms",
     "Pruning": "analyses.layer_pruning",
-    "Report": "page.writing",
+    "Report": "reports.report",
     "anatomy": "models.anatomy",
     "compare": "sweeps.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
@@ -90,7 +90,7 @@ _LATER = {
     "prune": "analyses.layer_pruning",
     "rank": "analyses.layer_ranking",
     "read_results": "runs.tables",
-    "report": "page.writing",
+    "report": "reports.report",
     "save": "surgery.save",
     "sweep": "sweeps.sweep",
 }

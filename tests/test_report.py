@@ -25,8 +25,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 import layersurgery as ls
 from layersurgery.figures.style import COLOURS
-from layersurgery.page.markup import Html, data, tag
-from layersurgery.page.visible import hidden, measured, visible
+from layersurgery.reports.html import Html, data, tag
+from layersurgery.reports.text_format import hidden, measured, visible
 from layersurgery.runs.tables import write_table
 from tests.test_cli import result_of, run
 from tests.tiny_text import checkpoint
@@ -495,7 +495,7 @@ def test_tables_of_any_analysis_are_shown(tmp_path: Path) -> None:
 
 
 def test_colours_are_those_of_the_figures() -> None:
-    style = files("layersurgery.page").joinpath("page.css").read_text()
+    style = files("layersurgery.reports").joinpath("page.css").read_text()
     for number, colour in enumerate(COLOURS):
         assert f"--c{number}: {colour.lower()};" in style
 

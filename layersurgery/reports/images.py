@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .collecting import Kept, labels
+from .collect import Kept, labels
 
 _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 _MAGIC = {".svg": (b"<?xml", b"<svg"), ".png": (b"\x89PNG\r\n\x1a\n",)}

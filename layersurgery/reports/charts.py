@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ..plans.route import Route
-from .collecting import Kept, labels
-from .visible import plain, visible
+from .collect import Kept, labels
+from .text_format import plain, visible
 
 _EDITS = {
     "swap": "swap",

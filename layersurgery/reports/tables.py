@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from .collecting import Kept, labels
-from .curves import metric
-from .visible import is_number, measured, plain, rounded
+from .charts import metric
+from .collect import Kept, labels
+from .text_format import is_number, measured, plain, rounded
 
 _OF_ROUTES = (
     "kl_nats", "agreement", "entropy_change_bits", "entropy_bits", "loss_change_nats", "loss_nats", "accuracy",

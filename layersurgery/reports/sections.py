@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..version import __version__
-from .collecting import Found, Kept, labels
-from .curves import Chart, charts
-from .markup import Html, data, joined, tag
-from .pictures import Picture
-from .repeating import account
-from .tabular import Cell, Column, Table, of_frame, of_routes
+from .charts import Chart, charts
+from .collect import Found, Kept, labels
+from .html import Html, data, joined, tag
+from .images import Picture
+from .provenance import account
+from .tables import Cell, Column, Table, of_frame, of_routes
 
 _CELLS_A_ROUTE = 12
 _LONG = 40

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from .visible import visible
+from .text_format import visible
 
 _EMPTY = ("link", "meta", "img", "input")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..plans.route import Route
-from .collecting import Kept
-from .visible import hidden, rounded
+from .collect import Kept
+from .text_format import hidden, rounded
 
 _PROGRAM = "layersurgery"
 _BEGIN = {

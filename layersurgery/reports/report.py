@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ..atomic import whole_file
 from ..errors import OutputError
-from .collecting import collect
-from .composing import compose
-from .markup import document
-from .pictures import pictures
+from .collect import collect
+from .html import document
+from .images import pictures
+from .sections import compose
 
 NAME = "report.html"
 _MOST_BYTES = 3_000_000
