@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from layersurgery.atomic import check_output
+from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.edit_checkpoint import draft, read_checkpoint, write
 from layersurgery.checkpoints.sources import EMBEDDED, find_source, needs_conversion
 from layersurgery.plans.plan import swap

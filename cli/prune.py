@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from layersurgery.atomic import check_output
+from layersurgery.atomic_io import check_output
 from layersurgery.errors import OutputError
 
 from .analyses import draw_analysis, show_analysis, summary

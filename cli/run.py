@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from layersurgery.atomic import check_output
+from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.edit_checkpoint import Draft, Edited, default_output, draft, read_checkpoint, write
 from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
 from layersurgery.plans.plan import Plan

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..atomic import whole_file
+from ..atomic_io import whole_file
 from ..errors import InexpressibleError
 from ..metrics.aggregation import Sample
 from ..metrics.reference import METRICS

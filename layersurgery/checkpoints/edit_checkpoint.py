@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic import check_output, whole_directory
+from ..atomic_io import check_output, whole_directory
 from ..errors import InexpressibleError, PlanError, SourceError
 from ..models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
 from ..models.unsupported import refuse_architecture, refuse_route

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import whole_file
+from ..atomic_io import whole_file
 from ..errors import OutputError
 from .collect import collect
 from .html import document

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..atomic import whole_file
+from ..atomic_io import whole_file
 from ..metrics.reference import METRICS
 from ..plans.variants import Variant
 from ..runtime.inputs import followed

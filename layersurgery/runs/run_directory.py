@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..atomic import locked, whole_file
+from ..atomic_io import locked, whole_file
 from ..errors import OutputError
 from ..version import __version__
 from .per_token import PARTS, TOKENS

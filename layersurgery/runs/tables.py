@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..atomic import whole_file
+from ..atomic_io import whole_file
 from ..errors import SourceError
 from ..metrics.aggregation import Sums
 from ..metrics.reference import METRICS

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..atomic import check_output, whole_directory
+from ..atomic_io import check_output, whole_directory
 from ..errors import InexpressibleError
 from .live_check import adapters, check_live, transformers_model
 
