@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from layersurgery.metrics.aggregation import tiled
+from layersurgery.metrics import tiled
 from layersurgery.metrics.tiled import Summary
 from layersurgery.runtime.cpu_memory import settled
 from layersurgery.runtime.unembedding import Unembedding
@@ -74,7 +74,7 @@ def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Wa
         "Liger (loss only)": _liger(x, w, target),
     }
     if x.is_cuda and x.element_size() == 2:
-        from layersurgery.metrics.aggregation import dispatch
+        from layersurgery.metrics import dispatch
 
         found["layersurgery, fused"] = lambda: dispatch._summarise(readout, x, target, compiled=False)
     return found

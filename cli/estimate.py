@@ -29,11 +29,11 @@ def show_estimate(model: str, options: Options, talk: Talk) -> None:
     asked = asked_text(model, options, positions)
     place = place_of(options, source, talk)
     # What a run brings into this process is counted with it.
-    from layersurgery.figures.sweeps import sweeps
-    from layersurgery.runs.run_directory import runner  # noqa: F401
-    from layersurgery.sweeps import estimate
+    from layersurgery.figures import sweeps  # noqa: F401
+    from layersurgery.runs import runner  # noqa: F401
+    from layersurgery.sweeps.estimate import estimate
 
-    found = estimate.estimate(
+    found = estimate(
         AutoConfig.from_pretrained(source.directory),
         chosen,
         tokens=asked.tokens,

@@ -48,7 +48,7 @@ def _kind(name: str, dtype: str) -> str:
 
 
 def main(capability: int, choices: str) -> None:
-    from layersurgery.metrics.aggregation import triton_kernel
+    from layersurgery.metrics import triton_kernel
 
     dtype = {"HALF": "bf16", "FULL": "fp32"}[choices]
     for tiling in getattr(triton_kernel, choices):

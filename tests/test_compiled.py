@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.metrics.aggregation import tiled
+from layersurgery.metrics import tiled
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.sweeps.measurer import Measurer

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from layersurgery.metrics.aggregation import dispatch
+from layersurgery.metrics import dispatch
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.unembedding import Unembedding
 from layersurgery.sweeps.measurer import Measurer

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from layersurgery.metrics.aggregation import dispatch, reference, tiled
+from layersurgery.metrics import dispatch, reference, tiled
 from layersurgery.metrics.reference import METRICS
 from layersurgery.runtime.unembedding import Unembedding
 from tests.test_kernels import drawn

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from layersurgery.metrics.aggregation import dispatch, reference, tiled
+from layersurgery.metrics import dispatch, reference, tiled
 from layersurgery.metrics.reference import METRICS
 
 

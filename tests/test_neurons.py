@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import layersurgery as ls
-from layersurgery.metrics.aggregation import cosine_moments as kernel
+from layersurgery.metrics import cosine_moments as kernel
 from layersurgery.metrics.cosine_moments import moments, unit_rows
 from layersurgery.projections import reading_dim, writing_dim
 from tests.dense import LAYER_NORM, blocks_of

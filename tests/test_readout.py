@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.metrics.aggregation import dispatch, reference
+from layersurgery.metrics import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout, own_logits
 from tests.reference import logits_of

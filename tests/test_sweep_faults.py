@@ -14,7 +14,7 @@ from torch import nn
 import layersurgery as ls
 from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.figures.sweeps import Sweep, robustness
-from layersurgery.metrics.aggregation import dispatch, reference
+from layersurgery.metrics import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout
 from tests.test_cli import run
