@@ -263,14 +263,14 @@ def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
 
 def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
     """Draw one directory's tables into it."""
-    from layersurgery.figures.signals import draw_signals
+    from layersurgery.figures.analyses import draw_signals
 
     return draw_signals([analysed(directory, facts)], directory)
 
 
 def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
     """Draw several directories' tables together."""
-    from layersurgery.figures.signals import draw_signals
+    from layersurgery.figures.analyses import draw_signals
 
     models = [analysed(path, run) for path, run in directories]
     labels = [model.label for model in models]

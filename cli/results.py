@@ -120,7 +120,8 @@ def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
 
 def show(run: Run, talk: Talk) -> None:
     """The results of a finished run."""
-    from layersurgery.runs.tables import headline, read_results
+    from layersurgery.runs.tables import read_results
+    from layersurgery.sweeps.results import headline
 
     frame = read_results(run.directory)
     facts = run.facts

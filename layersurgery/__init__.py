@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
     from .reports.report import Report, report
-    from .runs.tables import headline, read_results
+    from .runs.tables import read_results
     from .surgery.fold_norms import Folded, fold
     from .surgery.operate import operate, operate_
     from .surgery.save import save
     from .sweeps.compare import Comparison, compare
+    from .sweeps.results import headline
     from .sweeps.sweep import sweep
 
 __all__ = [
@@ -83,7 +84,7 @@ _LATER = {
     "compare": "sweeps.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "fold": "surgery.fold_norms",
-    "headline": "runs.tables",
+    "headline": "sweeps.results",
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import layersurgery as ls
-from layersurgery import transfer
+from layersurgery.checkpoints import shard_writer
 from tests.test_checkpoint import change_config, resave
 
 
@@ -317,7 +317,7 @@ def test_bytes_move_where_the_kernel_cannot_copy(
 
     ls.edit_checkpoint(llama, "drop 1; repeat 3", tmp_path / "by-kernel")
     monkeypatch.setattr(os, "copy_file_range", fail)
-    monkeypatch.setattr(transfer, "_USER_CHUNK", 1000)
+    monkeypatch.setattr(shard_writer, "_USER_CHUNK", 1000)
     ls.edit_checkpoint(llama, "drop 1; repeat 3", tmp_path / "by-hand")
     files = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("by-kernel", "by-hand")]
     assert files[0] == files[1]

@@ -17,7 +17,7 @@ from scipy import stats
 import layersurgery as ls
 from layersurgery.metrics import cosine_moments as kernel
 from layersurgery.metrics.cosine_moments import moments, unit_rows
-from layersurgery.projections import reading_dim, writing_dim
+from layersurgery.models.weight_conventions import reading_dim, writing_dim
 from tests.dense import LAYER_NORM, blocks_of
 from tests.zoo import DEPTH, tiny_model
 

@@ -11,7 +11,7 @@ import pytest
 import layersurgery as ls
 from layersurgery.analyses.stage_boundaries import as_records, boundaries, stage_of
 from layersurgery.figures import signals as figures
-from layersurgery.figures.signals import draw_signals
+from layersurgery.figures.analyses import draw_signals
 from layersurgery.figures.style import Analysed
 from tests.test_staging import L, planted
 from tests.zoo import tiny_model, tokens

@@ -8,10 +8,9 @@
 from .inference_stages import in_words, stages
 from .layer_pruning import Pruning, prune
 from .layer_ranking import rank
-from .layer_signals import attention, lens, norms, similarity
+from .layer_signals import attention, lens, measure, norms, similarity
 from .neuron_probes import Probe, probe
 from .prediction_neurons import neuron_scores, neurons
-from .signal_tables import measure
 from .subjoiner_heads import Subjoiners, subjoiners
 
 __all__ = [

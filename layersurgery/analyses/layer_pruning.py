@@ -18,10 +18,10 @@ from ..models.block_list import locate
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
-from ..runs.tables import results
 from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE
+from ..sweeps.results import results
 from .layer_ranking import WAYS, rank
 from .signal_tables import Tables, sampled
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from ..sweeps.observer import ATTENTION, NORMS, SIMILARITY
-from .signal_tables import LENS, measure
+from ..models.anatomy import Anatomy
+from ..runtime.inputs import as_tokens
+from ..sweeps.observer import ATTENTION, NORMS, SIGNALS, SIMILARITY
+from .signal_tables import FROM_TEXT, LENS, measured
 
 Tokens = torch.Tensor | Sequence[Sequence[int]]
 
@@ -84,3 +86,44 @@ def similarity(model: nn.Module, tokens: Tokens, **options: Any) -> pd.DataFrame
         swapped), each with its standard error over sequences.
     """
     return measure(model, tokens, [SIMILARITY], **options)[SIMILARITY]
+
+
+def measure(
+    model: nn.Module,
+    tokens: torch.Tensor | Sequence[Sequence[int]],
+    signals: Collection[str] = (LENS, *SIGNALS),
+    *,
+    attention_mask: torch.Tensor | None = None,
+    batch_size: int | None = None,
+    blocks: str | None = None,
+    anatomy: Anatomy | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Several signals in one pass over the data.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one; it is not changed.
+        tokens: token ids, (sequences, length).
+        signals: of "lens", "attention", "norms", "similarity" and "drop" (the sweep's table of dropped blocks).
+        attention_mask: 1 for a token and 0 for padding, of the same shape.
+        batch_size: sequences at once; by the free memory if not given.
+        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
+        anatomy: the model's, found if not given.
+        progress: is called after each batch with the number of sequences done and of all.
+
+    Returns:
+        A table for each signal, by its name; see the functions of these names.
+
+    Raises:
+        PlanError: an unknown signal, or tokens that cannot be measured.
+        InexpressibleError: the model's blocks cannot be told apart.
+        MeasurementError: predictions that are no numbers, or too little memory.
+
+    Example:
+        >>> tables = measure(model, tokens, ["lens", "norms"])  # doctest: +SKIP
+        >>> tables["lens"].plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
+    """
+    signals = [signals] if isinstance(signals, str) else signals
+    ids, mask = as_tokens(tokens, attention_mask)
+    tables = measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
+    return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}

@@ -19,8 +19,8 @@ from ..metrics.reference import METRICS
 from ..runs.journal import Journal
 from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_table
-from ..runs.tables import by_sequence as by_model
 from ..sweeps.measurer import Measurer
+from ..sweeps.results import by_sequence as by_model
 from .inference_stages import combined
 from .prediction_neurons import counted, neuron_scores
 from .signal_tables import DROP, FROM_TEXT, LENS, Tables

@@ -17,8 +17,7 @@ from ..metrics.cosine_moments import NEURONS, moments, unit_rows
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import transformers_part
-from ..models.weight_conventions import Gain, gain_of
-from ..projections import written_rows
+from ..models.weight_conventions import Gain, gain_of, written_rows
 from ..runtime.block_runner import Stack
 from ..runtime.contributions import centred
 from ..sweeps.memory import free_memory

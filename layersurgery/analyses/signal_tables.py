@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,9 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..plans.route import Route
 from ..plans.variants import Variant, family
-from ..runs.tables import results
-from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
+from ..sweeps.results import results
 
 LENS, DROP = "lens", "drop"
 FROM_TEXT = (LENS, *SIGNALS, DROP)
@@ -221,47 +220,6 @@ def _mean(name: str, sums: Array, counts: Array) -> dict[str, float]:
 
 def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64", "relative_depth": "float64"})
-
-
-def measure(
-    model: nn.Module,
-    tokens: torch.Tensor | Sequence[Sequence[int]],
-    signals: Collection[str] = (LENS, *SIGNALS),
-    *,
-    attention_mask: torch.Tensor | None = None,
-    batch_size: int | None = None,
-    blocks: str | None = None,
-    anatomy: Anatomy | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, pd.DataFrame]:
-    """Several signals in one pass over the data.
-
-    Args:
-        model: a transformers causal language model, or a wrapper around one; it is not changed.
-        tokens: token ids, (sequences, length).
-        signals: of "lens", "attention", "norms", "similarity" and "drop" (the sweep's table of dropped blocks).
-        attention_mask: 1 for a token and 0 for padding, of the same shape.
-        batch_size: sequences at once; by the free memory if not given.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        anatomy: the model's, found if not given.
-        progress: is called after each batch with the number of sequences done and of all.
-
-    Returns:
-        A table for each signal, by its name; see the functions of these names.
-
-    Raises:
-        PlanError: an unknown signal, or tokens that cannot be measured.
-        InexpressibleError: the model's blocks cannot be told apart.
-        MeasurementError: predictions that are no numbers, or too little memory.
-
-    Example:
-        >>> tables = measure(model, tokens, ["lens", "norms"])  # doctest: +SKIP
-        >>> tables["lens"].plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
-    """
-    signals = [signals] if isinstance(signals, str) else signals
-    ids, mask = as_tokens(tokens, attention_mask)
-    tables = measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
-    return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}
 
 
 def measured(

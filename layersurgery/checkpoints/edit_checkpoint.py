@@ -20,11 +20,10 @@ from ..models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_s
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
-from ..transfer import Progress
 from .model_card import model_card
 from .output_layout import Layout, lay_out
 from .quantization import rename_layers
-from .shard_writer import link_shard, write_shards
+from .shard_writer import Progress, link_shard, write_shards
 from .sources import CARRIED, Source, find_source
 from .tensor_index import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
 
@@ -79,7 +78,7 @@ def _section(config: Json) -> Section:
     try:
         return find_section(config)
     except SourceError:
-        from ..models.reload_check import section_of
+        from ..models.meta_model import section_of
 
         return section_of(config)
 
@@ -168,7 +167,7 @@ def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Jso
     config = rewrite(checkpoint.config, section, route)
     uniform = checkpoint.config.get("model_type") in UNIFORM and not set_fields(checkpoint.fields, DERIVED)
     if verify or not uniform:
-        from ..models.reload_check import knows, settle
+        from ..models.meta_model import knows, settle
 
         if verify or knows(checkpoint.config):
             config = settle(checkpoint.config, config, section, route)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import InexpressibleError
-from ..models.reload_check import quiet
+from ..models.meta_model import quiet
 from .tensor_index import Stack
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

@@ -18,7 +18,7 @@ from ..models.anatomy import record_block
 from ..models.block_list import find_blocks
 from ..models.block_parts import Parts, examine
 from ..models.config_fields import Json, Section, find_section, rewrite
-from ..models.reload_check import build_empty, class_config, quiet, settle
+from ..models.meta_model import build_empty, class_config, quiet, settle
 from ..plans.edits import Part
 from ..plans.route import Route
 from .tensor_index import Stack

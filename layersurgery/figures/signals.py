@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from . import probes, pruning, subjoiners
-from .style import COLOURS, MARKERS, Analysed, finish, line, save, styled
+from .style import COLOURS, MARKERS, Analysed, finish, line, styled
 
 _DEPTH = "relative depth of the block"
 _UNTOLD = "#EFEFEF"
@@ -33,16 +31,6 @@ _EACH = (
     ("lens_entropy_bits", "logit lens: entropy (bits)", "linear"),
     ("mlp_norm", "norm of the MLP's output", "log"),
 )
-
-
-def draw_signals(models: Sequence[Analysed], directory: Path) -> list[Path]:
-    """Draw all that the tables hold, as PNG and SVG; returns the files."""
-    figures: dict[str, Figure] = {}
-    for name, make in (_MAKERS | pruning.MAKERS | subjoiners.MAKERS | probes.MAKERS).items():
-        some = [model for model in models if name in model.tables and len(model.tables[name])]
-        if some:
-            figures[name] = make(some)
-    return save(figures, directory)
 
 
 def lens(models: Sequence[Analysed]) -> Figure:
@@ -255,8 +243,3 @@ def _panels(models: Sequence[Analysed], name: str, panels: Sequence[tuple[str, s
 def _hide(axes: Any) -> None:
     for axis in axes:
         axis.set_visible(False)
-
-
-_MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {
-    "stages": stages, "lens": lens, "attention": attention, "norms": norms, "neurons": neurons, "similarity": similarity,
-}  # fmt: skip

@@ -7,6 +7,7 @@ A block that the stream visits twice needs two modules: each writes its own row 
 from __future__ import annotations
 
 import functools
+import re
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from ..errors import InexpressibleError
+
+_NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 
 Copies = Mapping[int, nn.Module]
 
@@ -105,3 +108,38 @@ def _tensor_names(module: nn.Module) -> Iterator[str]:
         yield name
     for name, _ in module.named_buffers(remove_duplicate=False):
         yield name
+
+
+def position_name(module: nn.Module) -> str | None:
+    """The attribute in which a module itself keeps its position."""
+    return next((name for name, value in vars(module).items() if type(value) is int and _NUMBER.match(name)), None)
+
+
+def positions(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """Attributes in which a block's modules keep its position: their dictionary, name and value."""
+    for module in block.modules():
+        attributes = vars(module)
+        for name, value in attributes.items():
+            if type(value) is int and _NUMBER.match(name):
+                yield attributes, name, value
+
+
+def check_positions(block: nn.Module, place: int) -> None:
+    """Refuse a block that counts its position otherwise than from the list it stands in.
+
+    Raises:
+        InexpressibleError: with the attribute's name and value.
+    """
+    for module in block.modules():
+        # Versions of transformers that know the scale from construction keep it in `scaling`.
+        if vars(module).get("scale_attn_by_inverse_layer_idx") and not hasattr(module, "scaling"):
+            raise InexpressibleError(
+                "scale_attn_by_inverse_layer_idx: this version of transformers scales the attention of each layer by its position while it "
+                "runs, so a block that moves would compute something else"
+            )
+    for _, name, value in positions(block):
+        if value - place not in (0, 1):
+            raise InexpressibleError(
+                f"a module of block {place} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
+                "cannot be moved"
+            )

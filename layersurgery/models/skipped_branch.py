@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InexpressibleError
-from ..surgery.config_edits import position_name
+from .block_view import position_name
 from .call_tracing import Where
 
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from ..errors import SourceError
 from ..plans.route import Route
 from ..runs.run_directory import SWEEP
-from ..runs.tables import RESULTS, RUN, headline, read_run, read_table
+from ..runs.tables import RESULTS, RUN, read_run, read_table
+from ..sweeps.results import headline
 
 _DEPTH = 3
 _CELLS = 6000

@@ -17,11 +17,12 @@ from ..plans.variants import Variant
 from ..runtime.offload import device_of
 from ..sweeps.executor import Tick
 from ..sweeps.measurer import Measurer
+from ..sweeps.results import by_sequence, results
 from .distributed import Alone, Team, rounds
 from .journal import Journal, Record
 from .per_token import PARTS, TOKENS, TokenRows, join, whole
 from .run_directory import JOURNAL, Run, clear_progress
-from .tables import CSV, RESULTS, SEQUENCES, by_sequence, results, write
+from .tables import CSV, RESULTS, SEQUENCES, write
 from .text import Text
 
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]

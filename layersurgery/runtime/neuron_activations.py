@@ -12,7 +12,7 @@ from torch import nn
 
 from ..models.anatomy import run_small
 from ..models.call_tracing import StandIn, replaced
-from ..projections import writing_dim
+from ..models.weight_conventions import writing_dim
 from .block_runner import Stack
 
 # So many that no expert of a mixture is given all of them by chance.

@@ -15,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import InexpressibleError
+from ..models.block_view import positions
 from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
 from ..plans.route import Route
 
-_NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 _BORDER = re.compile(r"(layer|block)_?(idx|index)$")
 _MISSING = object()
 
@@ -51,41 +51,6 @@ class Log:
             else:
                 owner[name] = before
         self.changes.clear()
-
-
-def position_name(module: nn.Module) -> str | None:
-    """The attribute in which a module itself keeps its position."""
-    return next((name for name, value in vars(module).items() if type(value) is int and _NUMBER.match(name)), None)
-
-
-def positions(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """Attributes in which a block's modules keep its position: their dictionary, name and value."""
-    for module in block.modules():
-        attributes = vars(module)
-        for name, value in attributes.items():
-            if type(value) is int and _NUMBER.match(name):
-                yield attributes, name, value
-
-
-def check_positions(block: nn.Module, place: int) -> None:
-    """Refuse a block that counts its position otherwise than from the list it stands in.
-
-    Raises:
-        InexpressibleError: with the attribute's name and value.
-    """
-    for module in block.modules():
-        # Versions of transformers that know the scale from construction keep it in `scaling`.
-        if vars(module).get("scale_attn_by_inverse_layer_idx") and not hasattr(module, "scaling"):
-            raise InexpressibleError(
-                "scale_attn_by_inverse_layer_idx: this version of transformers scales the attention of each layer by its position while it "
-                "runs, so a block that moves would compute something else"
-            )
-    for _, name, value in positions(block):
-        if value - place not in (0, 1):
-            raise InexpressibleError(
-                f"a module of block {place} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
-                "cannot be moved"
-            )
 
 
 def renumber(block: nn.Module, was: int, now: int, log: Log | None = None) -> None:

@@ -17,8 +17,7 @@ from ..models.anatomy import Anatomy, run_small
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import text_config, transformers_part
 from ..models.call_tracing import TOKENS, Call, StandIn, first_tensor, noise, replaced, watched
-from ..models.weight_conventions import gain_of
-from ..projections import reading_dim, writing_dim
+from ..models.weight_conventions import gain_of, reading_dim, writing_dim
 from ..runtime.block_runner import Stack
 from ..runtime.contributions import centred
 from ..runtime.inputs import model_inputs

@@ -10,7 +10,8 @@ from torch import nn
 from ..errors import InexpressibleError
 from ..models.block_list import locate
 from ..models.config_fields import Json
-from ..models.reload_check import Twin, build_empty, section_of
+from ..models.meta_model import build_empty, section_of
+from ..models.reload_check import Twin
 from ..models.skipped_branch import Silent
 from ..plans.route import Route
 

@@ -18,13 +18,13 @@ from ..errors import PlanError, UndoError
 from ..models.anatomy import Anatomy, signature
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, locate, text_config
-from ..models.block_view import own_tensors, view
+from ..models.block_view import check_positions, own_tensors, view
 from ..models.skipped_branch import Stub, silence
 from ..models.unsupported import facts_of, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
 from .cached_state import forget_runs
-from .config_edits import Log, check_positions, edit_config, edit_depth, edit_surroundings, renumber
+from .config_edits import Log, edit_config, edit_depth, edit_surroundings, renumber
 from .live_check import check_adapters, check_edit, check_live, described, is_plain
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -14,9 +14,9 @@ from ..metrics.aggregation import Sums
 from ..models.anatomy import Anatomy
 from ..models.block_list import locate
 from ..plans.variants import variants
-from ..runs.tables import results
 from ..runtime.inputs import as_tokens
 from .measurer import Measurer
+from .results import results
 
 
 def sweep(
