@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .results import bar, curve
+from .charts import bar, curve
 from .talk import Talk
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.figures.style import Analysed
     from layersurgery.runs.run_directory import Run
 
 # What is shown of each table: column, heading, factor, digits, whether with a bar and a curve.
@@ -241,40 +238,3 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
         yield escape(f"No figure could be drawn: {facts['figures_fault']}")
     if "text" in facts:
         yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s)"
-
-
-def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
-    """A directory's tables, to draw."""
-    from layersurgery.figures.style import Analysed
-    from layersurgery.runs.tables import read_table
-
-    wanted = (
-        "stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples",
-        "probe", "singles", "together", "effects",
-    )  # fmt: skip
-    tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
-    label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
-    caption = str(facts.get("caption", "from weights alone"))
-    if "text" in facts:
-        sequences = facts["text"]["sequences"]
-        caption = f"{facts['text']['tokens']:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
-    return Analysed(tables, label, caption)
-
-
-def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Draw one directory's tables into it."""
-    from layersurgery.figures.analyses import draw_signals
-
-    return draw_signals([analysed(directory, facts)], directory)
-
-
-def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
-    """Draw several directories' tables together."""
-    from layersurgery.figures.analyses import draw_signals
-
-    models = [analysed(path, run) for path, run in directories]
-    labels = [model.label for model in models]
-    for number, (path, _) in enumerate(directories):
-        if labels.count(labels[number]) > 1:
-            models[number] = dataclasses.replace(models[number], label=f"{labels[number]} ({path.name})")
-    return draw_signals(models, output)

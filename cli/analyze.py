@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 
-from .analyses import draw_analysis, show_analysis, summary
+from .analyses import show_analysis, summary
 from .asking import looked_at
 from .bench import calm, loaded_aloud
-from .look import Made, counting, look
+from .look import Made, look
 from .measuring import run_task
 from .placement import Place, place_of
+from .progress import counting
+from .session_figures import draw_analysis
 from .talk import Talk, number
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
 
-    from .sweep import Options
+    from .run_options import Options
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
-from . import sweep_options as s
 from .talk import Commands, Talk
 from .understand import add_analyses
 
@@ -201,38 +200,39 @@ def edit(
 @app.command(rich_help_panel=_MEASURE)
 def sweep(
     model: o.Model,
-    edits: s.Edits = None,
-    plans: s.Plans = None,
-    layers: s.Layers = None,
-    data: s.Data = None,
-    split: s.Split = "train",
-    column: s.Column = "text",
-    tokens: s.Tokens = None,
-    context: s.Context = None,
-    pack: s.Pack = True,
-    bos: s.Bos = False,
-    shuffle: s.Shuffle = None,
-    seed: s.Seed = 0,
-    tokenizer: s.Tokenizer = None,
-    batch_size: s.BatchSize = None,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
-    schedule: s.Order = None,
-    estimate: s.Estimate = False,
-    compile: s.Compile = False,
+    edits: o.Edits = None,
+    plans: o.Plans = None,
+    layers: o.LayerRange = None,
+    data: o.Data = None,
+    split: o.Split = "train",
+    column: o.Column = "text",
+    tokens: o.Tokens = None,
+    context: o.Context = None,
+    pack: o.Pack = True,
+    bos: o.Bos = False,
+    shuffle: o.Shuffle = None,
+    seed: o.Seed = 0,
+    tokenizer: o.Tokenizer = None,
+    batch_size: o.BatchSize = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
+    schedule: o.Order = None,
+    estimate: o.Estimate = False,
+    compile: o.Compile = False,
     revision: o.Revision = None,
-    blocks: s.Blocks = None,
-    output: s.Output = None,
-    overwrite: s.Overwrite = False,
-    per_token: s.PerToken = False,
+    blocks: o.BlockList = None,
+    output: o.SweepOutput = None,
+    overwrite: o.OverwriteResults = False,
+    per_token: o.PerToken = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
     """Measure what every edit does to a model, in one pass over the data. Stopped, it goes on where it was."""
-    from .sweep import Options, run_sweep
+    from .run_options import Options
+    from .sweep import run_sweep
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_sweep(model, Options(**given), Talk(quiet=quiet, as_json=as_json))

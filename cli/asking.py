@@ -13,7 +13,7 @@ from layersurgery.plans.variants import read_plans
 if TYPE_CHECKING:
     from layersurgery.runs.text import Asked
 
-    from .sweep import Options
+    from .run_options import Options
     from .talk import Talk
 
 _TOKENS, _CONTEXT = "1M", 2048

@@ -16,10 +16,9 @@ from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import SourceError
 
 from .asking import asked_text, looked_at
-from .command import given
 from .placement import Place, loaded, place_of, where
 from .progress import bar
-from .talk import Talk, complain, number, size
+from .talk import Talk, complain, given, number, size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from layersurgery.runs.text import Asked, Text
     from layersurgery.sweeps.measurer import Measurer
 
-    from .sweep import Options
+    from .run_options import Options
 
 
 class Task(Protocol):

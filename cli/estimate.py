@@ -16,7 +16,7 @@ from .talk import Talk, number, size
 if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate
 
-    from .sweep import Options
+    from .run_options import Options
 
 
 def show_estimate(model: str, options: Options, talk: Talk) -> None:

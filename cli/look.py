@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .analyses import draw_analysis
-from .command import given
-from .talk import Talk
+from .session_figures import draw_analysis
+from .talk import Talk, given
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,31 +43,3 @@ def look(directory: Path, arguments: Mapping[str, Any], talk: Talk, make: Callab
         figures, fault = drawn_by(lambda _, place: draw_analysis(place, run.facts), first, run.directory)
         run.note(state="finished", figures=figures, figures_fault=fault)
         return run
-
-
-@contextmanager
-def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, from the first count to the last; call it with how many are done, and of how many."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        BarColumn(bar_width=24),
-        TextColumn(f"{{task.completed}}/{{task.total}} {what}"),
-        TextColumn("<"),
-        TimeRemainingColumn(),
-    )
-    progress = Progress(*columns, console=talk.err, transient=True)
-    task = progress.add_task("", total=None)
-
-    # On screen only while it counts: older versions of rich refuse two bars, or a bar and a spinner, at once.
-    def count(done: int, of: int) -> None:
-        if not talk.err.is_terminal or talk.err.quiet:
-            return
-        progress.update(task, completed=done, total=of)
-        (progress.stop if done >= of else progress.start)()
-
-    try:
-        yield count
-    finally:
-        if progress.live.is_started:
-            progress.stop()

@@ -19,7 +19,7 @@ from .talk import Talk
 if TYPE_CHECKING:
     from layersurgery.runs.distributed import Team
 
-    from .sweep import Options
+    from .run_options import Options
 
 
 def run_task(model: str, options: Options, talk: Talk, prepare: Callable[[int], Task]) -> None:

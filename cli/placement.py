@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.distributed import Team
 
-    from .sweep import Options
+    from .run_options import Options
     from .talk import Talk
 
 _SHARE = 0.9

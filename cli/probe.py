@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from .analyses import show_analysis
 from .bench import Bench
-from .look import Made, counting, look
+from .look import Made, look
 from .measuring import run_tasks
+from .progress import counting
 from .talk import Talk
 
 if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.text import Asked as TextAsked
 
-    from .sweep import Options
+    from .run_options import Options
 
 WORD, SAMPLES = "probe", 1000
 _BATCH = 128

@@ -48,3 +48,31 @@ def bar(text: Text, talk: Talk, in_words: Callable[[pd.DataFrame], str]) -> Iter
                 talk.say("; ".join(filter(None, [done, left, extremes])))
 
         yield on_progress
+
+
+@contextmanager
+def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, from the first count to the last; call it with how many are done, and of how many."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn(f"{{task.completed}}/{{task.total}} {what}"),
+        TextColumn("<"),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=talk.err, transient=True)
+    task = progress.add_task("", total=None)
+
+    # On screen only while it counts: older versions of rich refuse two bars, or a bar and a spinner, at once.
+    def count(done: int, of: int) -> None:
+        if not talk.err.is_terminal or talk.err.quiet:
+            return
+        progress.update(task, completed=done, total=of)
+        (progress.stop if done >= of else progress.start)()
+
+    try:
+        yield count
+    finally:
+        if progress.live.is_started:
+            progress.stop()

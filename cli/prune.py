@@ -14,10 +14,11 @@ from rich.table import Table
 from layersurgery.atomic_io import check_output
 from layersurgery.errors import OutputError
 
-from .analyses import draw_analysis, show_analysis, summary
+from .analyses import show_analysis, summary
 from .measuring import run_task, run_tasks
 from .run import Options as Writing
 from .run import as_json, edited, lines
+from .session_figures import draw_analysis
 from .talk import Talk
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from layersurgery.sweeps.measurer import Measurer
 
     from .bench import Bench
-    from .sweep import Options
+    from .run_options import Options
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
 
-    from .sweep import Options
+    from .run_options import Options
 
 PAPER = (
     "EleutherAI/pythia-410m-deduped", "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-2.8b-deduped", "EleutherAI/pythia-6.9b-deduped",
@@ -274,7 +274,7 @@ def _experiments(bench: Bench) -> dict[str, Callable[[Path], Run]]:
 def _finish(output: Path, value: dict[str, Any], outcome: _Outcome, talk: Talk) -> None:
     from layersurgery import report
 
-    from .results import draw_all
+    from .plot import draw_all
 
     if not outcome.done:
         raise MeasurementError("nothing could be measured, so there is nothing to report on")

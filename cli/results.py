@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from .charts import _WIDTH, bar, curve
 from .talk import Talk
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from layersurgery.runs.run_directory import Run
 
-_LEVELS = "▁▂▃▄▅▆▇█"
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
-_WIDTH = 8
 _BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
 _MOST_ROWS = 40
 
@@ -92,32 +89,6 @@ def _listed(rows: pd.DataFrame) -> Table:
     return table
 
 
-def bar(value: float, most: float) -> str:
-    """A bar of eighths of a character."""
-    if not (math.isfinite(value) and math.isfinite(most)) or most <= 0:
-        return ""
-    eighths = round(8 * _WIDTH * max(0.0, value) / most)
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-
-
-def curve(values: Sequence[float], *, log: bool = False) -> str:
-    """A line of one block character a value, from the least to the greatest; a dot for what is no number."""
-    scaled = [math.log(value) if log and value > 0 else math.nan if log else value for value in values]
-    known = [value for value in scaled if math.isfinite(value)]
-    if not known:
-        return "·" * len(values)
-    low, high = min(known), max(known)
-    step = (high - low) or 1
-    return "".join(_LEVELS[min(7, int(8 * (value - low) / step))] if math.isfinite(value) else "·" for value in scaled)
-
-
-def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
-    """Draw one sweep's results into its directory."""
-    from layersurgery.figures.sweeps import Sweep, draw
-
-    return draw([Sweep.of(frame, data)], directory)
-
-
 def show(run: Run, talk: Talk) -> None:
     """The results of a finished run."""
     from layersurgery.runs.tables import read_results
@@ -156,33 +127,3 @@ def show(run: Run, talk: Talk) -> None:
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = json.loads(frame.to_json(orient="records", double_precision=15))
     return records
-
-
-def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
-    """Draw the results of several sweeps, or of analyses of several models, together."""
-    written = draw_all(directories, output)
-    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
-
-
-def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
-    """Draw all that directories hold together; returns the files."""
-    from layersurgery.errors import OutputError
-    from layersurgery.figures.sweeps import Sweep, draw
-    from layersurgery.runs.run_directory import ANALYSIS
-    from layersurgery.runs.tables import read_results
-
-    from .analyses import draw_together
-
-    frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
-    runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
-    analyses = [(directory, run) for directory, run in runs.items() if run["kind"] == ANALYSIS]
-    sweeps = [
-        Sweep.of(frame, runs[directory]["arguments"]["text"]["data"])
-        for directory, frame in frames.items()
-        if runs[directory]["kind"] != ANALYSIS
-    ]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another directory with -o") from error
-    return (draw(sweeps, output) if sweeps else []) + (draw_together(analyses, output) if analyses else [])

@@ -11,7 +11,9 @@ from layersurgery.plans.variants import Variant, variants
 
 from .asking import edits_of, layers_of
 from .measuring import run_task
-from .results import draw_one, show
+from .results import show
+from .run_options import Options
+from .session_figures import draw_one
 from .talk import Talk
 
 if TYPE_CHECKING:
@@ -21,48 +23,6 @@ if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What `sweep` takes beside the model; `analyze` and `stages` take some of it."""
-
-    edits: str | None
-    plans: Path | None
-    layers: str | None
-    data: str | None
-    split: str
-    column: str
-    tokens: str | None
-    context: int | None
-    seed: int
-    shuffle: bool | None
-    pack: bool
-    bos: bool
-    tokenizer: str | None
-    batch_size: int | None
-    dtype: str
-    device: str | None
-    device_map: str | None
-    max_memory: str | None
-    offload_folder: Path | None
-    schedule: str | None
-    compile: bool
-    output: Path | None
-    overwrite: bool
-    per_token: bool
-    revision: str | None
-    blocks: str | None
-    estimate: bool
-
-    @classmethod
-    def of(cls, **given: Any) -> Options:
-        """Those given, and what the others are where nobody says anything."""
-        usual: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__) | {
-            "split": "train", "column": "text", "seed": 0, "pack": True, "bos": False, "dtype": "auto", "compile": False,
-            "overwrite": False, "per_token": False, "estimate": False,
-        }  # fmt: skip
-        return cls(**usual | given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperGroup
 
 from layersurgery.errors import LayerSurgeryError, PlanError
 
-from .command import remember
-
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+_GIVEN: ContextVar[str] = ContextVar("given", default="")
 
 
 class Commands(TyperGroup):
@@ -130,3 +132,13 @@ def number(count: int) -> str:
             return f"{value:.0f}" if not unit else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} T"
+
+
+def remember(words: Sequence[str]) -> None:
+    """Keep the words behind the program's name."""
+    _GIVEN.set(shlex.join(["layersurgery", *words]))
+
+
+def given() -> str:
+    """The whole command, as a shell takes it; empty where there was none."""
+    return _GIVEN.get()

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from . import options as o
-from . import sweep_options as s
 from .talk import Talk
 
 _PANEL = "Understand"
@@ -23,31 +22,31 @@ def _of_text(word: str, doc: str) -> Callable[..., None]:
 
     def command(
         model: o.Model,
-        data: s.Data = None,
-        split: s.Split = "train",
-        column: s.Column = "text",
-        tokens: s.Tokens = None,
-        context: s.Context = None,
-        pack: s.Pack = True,
-        bos: s.Bos = False,
-        shuffle: s.Shuffle = None,
-        seed: s.Seed = 0,
-        tokenizer: s.Tokenizer = None,
-        batch_size: s.BatchSize = None,
-        dtype: s.Dtype = "auto",
-        device: s.Device = None,
-        device_map: s.DeviceMap = None,
-        max_memory: s.MaxMemory = None,
-        offload_folder: s.OffloadFolder = None,
+        data: o.Data = None,
+        split: o.Split = "train",
+        column: o.Column = "text",
+        tokens: o.Tokens = None,
+        context: o.Context = None,
+        pack: o.Pack = True,
+        bos: o.Bos = False,
+        shuffle: o.Shuffle = None,
+        seed: o.Seed = 0,
+        tokenizer: o.Tokenizer = None,
+        batch_size: o.BatchSize = None,
+        dtype: o.Dtype = "auto",
+        device: o.Device = None,
+        device_map: o.DeviceMap = None,
+        max_memory: o.MaxMemory = None,
+        offload_folder: o.OffloadFolder = None,
         revision: o.Revision = None,
         blocks: o.Blocks = None,
-        output: s.AnalysisOutput = None,
-        overwrite: s.Overwrite = False,
+        output: o.AnalysisOutput = None,
+        overwrite: o.OverwriteResults = False,
         quiet: o.Quiet = False,
         as_json: o.Json = False,
     ) -> None:
         from .analyze import run_analysis
-        from .sweep import Options
+        from .run_options import Options
 
         given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
         run_analysis(word, model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -59,21 +58,21 @@ def _of_text(word: str, doc: str) -> Callable[..., None]:
 @analyze.command("neurons")
 def neurons(
     model: o.Model,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
     revision: o.Revision = None,
     blocks: o.Blocks = None,
-    output: s.AnalysisOutput = None,
-    overwrite: s.Overwrite = False,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
     """Prediction and suppression neurons, from the weights alone; on a CPU, a block at a time."""
     from .analyze import run_neurons
-    from .sweep import Options
+    from .run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_neurons(model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -83,32 +82,32 @@ def neurons(
 def subjoiners(
     model: o.Model,
     samples: Annotated[int, typer.Option("--samples", min=8, help="Windows of each class, at most.", metavar="N")] = 200,
-    data: s.Data = None,
-    split: s.Split = "train",
-    column: s.Column = "text",
+    data: o.Data = None,
+    split: o.Split = "train",
+    column: o.Column = "text",
     tokens: Annotated[
         str, typer.Option("--tokens", "-n", help="How many to look through for words, at most.", metavar="N")
     ] = "1M",
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-text token before every window.")] = False,
-    shuffle: s.Shuffle = None,
-    seed: s.Seed = 0,
-    tokenizer: s.Tokenizer = None,
-    batch_size: s.BatchSize = None,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
+    shuffle: o.Shuffle = None,
+    seed: o.Seed = 0,
+    tokenizer: o.Tokenizer = None,
+    batch_size: o.BatchSize = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
     revision: o.Revision = None,
-    blocks: s.Blocks = None,
-    output: s.AnalysisOutput = None,
-    overwrite: s.Overwrite = False,
+    blocks: o.BlockList = None,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
     """Heads by which the last token of a four-token word looks at the others: ranked, with effect sizes, and shown on words."""
+    from .run_options import Options
     from .subjoiners import run_subjoiners
-    from .sweep import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_subjoiners(model, samples, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -135,32 +134,32 @@ def probe(
     samples: Annotated[
         int, typer.Option("--samples", min=32, help="Windows of each class, at most: half to train on.", metavar="N")
     ] = 1000,
-    data: s.Data = None,
-    split: s.Split = "train",
-    column: s.Column = "text",
+    data: o.Data = None,
+    split: o.Split = "train",
+    column: o.Column = "text",
     tokens: Annotated[
         str, typer.Option("--tokens", "-n", help="How many to look through for windows, at most.", metavar="N")
     ] = "1M",
     bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-text token before every window.")] = False,
-    shuffle: s.Shuffle = None,
+    shuffle: o.Shuffle = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is random.", metavar="N")] = 0,
-    tokenizer: s.Tokenizer = None,
-    batch_size: s.BatchSize = None,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
+    tokenizer: o.Tokenizer = None,
+    batch_size: o.BatchSize = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
     revision: o.Revision = None,
-    blocks: s.Blocks = None,
-    output: s.AnalysisOutput = None,
-    overwrite: s.Overwrite = False,
+    blocks: o.BlockList = None,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
     """Linear probes on prediction and suppression neurons: will the next token end with -ing? One neuron, several, and the model itself."""
     from .probe import Asked, run_probe
-    from .sweep import Options
+    from .run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_probe(model, Asked(suffix, regex, samples), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -177,32 +176,32 @@ def rank(
             "--spans", min=1, help="Angular distances over up to so many blocks.", show_default="half of the model's", metavar="N"
         ),
     ] = None,
-    data: s.Data = None,
-    split: s.Split = "train",
-    column: s.Column = "text",
-    tokens: s.Tokens = None,
-    context: s.Context = None,
-    pack: s.Pack = True,
-    bos: s.Bos = False,
-    shuffle: s.Shuffle = None,
-    seed: s.Seed = 0,
-    tokenizer: s.Tokenizer = None,
-    batch_size: s.BatchSize = None,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
+    data: o.Data = None,
+    split: o.Split = "train",
+    column: o.Column = "text",
+    tokens: o.Tokens = None,
+    context: o.Context = None,
+    pack: o.Pack = True,
+    bos: o.Bos = False,
+    shuffle: o.Shuffle = None,
+    seed: o.Seed = 0,
+    tokenizer: o.Tokenizer = None,
+    batch_size: o.BatchSize = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
     revision: o.Revision = None,
-    blocks: s.Blocks = None,
-    output: s.AnalysisOutput = None,
-    overwrite: s.Overwrite = False,
+    blocks: o.BlockList = None,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
     """Order layers by what their removal costs: measured, beside block influence and angular distance."""
     from .prune import run_rank
-    from .sweep import Options
+    from .run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_rank(model, spans, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -229,26 +228,26 @@ def prune(
         Path | None,
         typer.Option("--results", help="Directory of what is measured.", show_default="./<output>-results", metavar="DIR"),
     ] = None,
-    data: s.Data = None,
-    split: s.Split = "train",
-    column: s.Column = "text",
-    tokens: s.Tokens = None,
-    context: s.Context = None,
-    pack: s.Pack = True,
-    bos: s.Bos = False,
-    shuffle: s.Shuffle = None,
-    seed: s.Seed = 0,
-    tokenizer: s.Tokenizer = None,
-    batch_size: s.BatchSize = None,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
+    data: o.Data = None,
+    split: o.Split = "train",
+    column: o.Column = "text",
+    tokens: o.Tokens = None,
+    context: o.Context = None,
+    pack: o.Pack = True,
+    bos: o.Bos = False,
+    shuffle: o.Shuffle = None,
+    seed: o.Seed = 0,
+    tokenizer: o.Tokenizer = None,
+    batch_size: o.BatchSize = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
     link: o.Link = False,
     verify: o.Verify = True,
     revision: o.Revision = None,
-    blocks: s.Blocks = None,
+    blocks: o.BlockList = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output, and what was measured with other arguments.")
     ] = False,
@@ -257,7 +256,7 @@ def prune(
 ) -> None:
     """Write a checkpoint without the layers that are missed least, and say what that costs. Stopped, it goes on where it was."""
     from .prune import Asked, run_prune
-    from .sweep import Options
+    from .run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_prune(model, Asked(remove, by, greedy, results, link, verify), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -273,21 +272,21 @@ def reproduce(
             metavar="NAMES",
         ),
     ] = None,
-    data: s.Data = None,
-    split: s.Split = "train",
-    column: s.Column = "text",
-    tokens: s.Tokens = None,
-    context: s.Context = None,
-    pack: s.Pack = True,
-    bos: s.Bos = False,
-    shuffle: s.Shuffle = None,
-    seed: s.Seed = 0,
-    batch_size: s.BatchSize = None,
-    dtype: s.Dtype = "auto",
-    device: s.Device = None,
-    device_map: s.DeviceMap = None,
-    max_memory: s.MaxMemory = None,
-    offload_folder: s.OffloadFolder = None,
+    data: o.Data = None,
+    split: o.Split = "train",
+    column: o.Column = "text",
+    tokens: o.Tokens = None,
+    context: o.Context = None,
+    pack: o.Pack = True,
+    bos: o.Bos = False,
+    shuffle: o.Shuffle = None,
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = None,
+    dtype: o.Dtype = "auto",
+    device: o.Device = None,
+    device_map: o.DeviceMap = None,
+    max_memory: o.MaxMemory = None,
+    offload_folder: o.OffloadFolder = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Say what is left to do and what it costs, and stop.")] = False,
     output: Annotated[
         Path,
@@ -301,7 +300,7 @@ def reproduce(
 ) -> None:
     """All experiments of the paper on one model after another, and a report. Stopped, it goes on where it was."""
     from .reproduce import PAPER, run_reproduce
-    from .sweep import Options
+    from .run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_reproduce(models or PAPER, output, Options.of(**given), Talk(quiet=quiet, as_json=as_json))

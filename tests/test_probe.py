@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from layersurgery_cli.look import counting
+from layersurgery_cli.progress import counting
 from layersurgery_cli.talk import Talk
 from rich.console import Console
 

@@ -1,0 +1,44 @@
+"""`layersurgery plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from .talk import Talk
+
+if TYPE_CHECKING:
+    pass
+
+
+def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
+    """Draw the results of several sweeps, or of analyses of several models, together."""
+    written = draw_all(directories, output)
+    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
+
+
+def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
+    """Draw all that directories hold together; returns the files."""
+    from layersurgery.errors import OutputError
+    from layersurgery.figures.sweeps import Sweep, draw
+    from layersurgery.runs.run_directory import ANALYSIS
+    from layersurgery.runs.tables import read_results
+
+    from .session_figures import draw_together
+
+    frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
+    runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
+    analyses = [(directory, run) for directory, run in runs.items() if run["kind"] == ANALYSIS]
+    sweeps = [
+        Sweep.of(frame, runs[directory]["arguments"]["text"]["data"])
+        for directory, frame in frames.items()
+        if runs[directory]["kind"] != ANALYSIS
+    ]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another directory with -o") from error
+    return (draw(sweeps, output) if sweeps else []) + (draw_together(analyses, output) if analyses else [])

@@ -1,0 +1,57 @@
+"""Figures of finished runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layersurgery.figures.style import Analysed
+
+
+def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
+    """A directory's tables, to draw."""
+    from layersurgery.figures.style import Analysed
+    from layersurgery.runs.tables import read_table
+
+    wanted = (
+        "stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples",
+        "probe", "singles", "together", "effects",
+    )  # fmt: skip
+    tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
+    label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
+    caption = str(facts.get("caption", "from weights alone"))
+    if "text" in facts:
+        sequences = facts["text"]["sequences"]
+        caption = f"{facts['text']['tokens']:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
+    return Analysed(tables, label, caption)
+
+
+def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Draw one directory's tables into it."""
+    from layersurgery.figures.analyses import draw_signals
+
+    return draw_signals([analysed(directory, facts)], directory)
+
+
+def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
+    """Draw several directories' tables together."""
+    from layersurgery.figures.analyses import draw_signals
+
+    models = [analysed(path, run) for path, run in directories]
+    labels = [model.label for model in models]
+    for number, (path, _) in enumerate(directories):
+        if labels.count(labels[number]) > 1:
+            models[number] = dataclasses.replace(models[number], label=f"{labels[number]} ({path.name})")
+    return draw_signals(models, output)
+
+
+def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
+    """Draw one sweep's results into its directory."""
+    from layersurgery.figures.sweeps import Sweep, draw
+
+    return draw([Sweep.of(frame, data)], directory)
