@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 
-from .analyses import show_analysis, summary
 from .asking import looked_at
 from .bench import calm, loaded_aloud
 from .look import Made, look
 from .measuring import run_task
 from .placement import Place, place_of
-from .progress import counting
 from .session_figures import draw_analysis
-from .talk import Talk, number
+from .terminal.analysis_results import show_analysis, summary
+from .terminal.console import Talk, number
+from .terminal.progress import counting
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
-from .talk import Commands, Talk
+from .terminal.console import Commands, Talk
 from .understand import add_analyses
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def plot(
     as_json: o.Json = False,
 ) -> None:
     """Draw the results of several sweeps, or of several models' analyses, together."""
-    from .results import run_plot
+    from .terminal.sweep_results import run_plot
 
     run_plot(results, output, Talk(quiet=quiet, as_json=as_json))
 

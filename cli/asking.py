@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from layersurgery.runs.text import Asked
 
     from .run_options import Options
-    from .talk import Talk
+    from .terminal.console import Talk
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512

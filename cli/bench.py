@@ -17,8 +17,8 @@ from layersurgery.errors import SourceError
 
 from .asking import asked_text, looked_at
 from .placement import Place, loaded, place_of, where
-from .progress import bar
-from .talk import Talk, complain, given, number, size
+from .terminal.console import Talk, complain, given, number, size
+from .terminal.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from layersurgery.plans.variants import variants
 
 from .asking import asked_text, edits_of, layers_of, looked_at
 from .placement import place_of
-from .talk import Talk, number, size
+from .terminal.console import Talk, number, size
 
 if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .session_figures import draw_analysis
-from .talk import Talk, given
+from .terminal.console import Talk, given
 
 if TYPE_CHECKING:
     import pandas as pd

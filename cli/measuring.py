@@ -14,7 +14,7 @@ from layersurgery.sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 
 from .bench import Bench, Errand, Task, calm, tokenizer_of_run
 from .placement import loaded
-from .talk import Talk
+from .terminal.console import Talk
 
 if TYPE_CHECKING:
     from layersurgery.runs.distributed import Team

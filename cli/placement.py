@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layersurgery.runs.distributed import Team
 
     from .run_options import Options
-    from .talk import Talk
+    from .terminal.console import Talk
 
 _SHARE = 0.9
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")

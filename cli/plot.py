@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from .talk import Talk
+from .terminal.console import Talk
 
 if TYPE_CHECKING:
     pass

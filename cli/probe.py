@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .analyses import show_analysis
 from .bench import Bench
 from .look import Made, look
 from .measuring import run_tasks
-from .progress import counting
-from .talk import Talk
+from .terminal.analysis_results import show_analysis
+from .terminal.console import Talk
+from .terminal.progress import counting
 
 if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run

@@ -14,12 +14,12 @@ from rich.table import Table
 from layersurgery.atomic_io import check_output
 from layersurgery.errors import OutputError
 
-from .analyses import show_analysis, summary
 from .measuring import run_task, run_tasks
 from .run import Options as Writing
 from .run import as_json, edited, lines
 from .session_figures import draw_analysis
-from .talk import Talk
+from .terminal.analysis_results import show_analysis, summary
+from .terminal.console import Talk
 
 if TYPE_CHECKING:
     import pandas as pd

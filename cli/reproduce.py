@@ -21,7 +21,7 @@ from .bench import Bench, calm
 from .estimate import flops
 from .measuring import team_for, upon
 from .placement import place_of
-from .talk import Talk, number, size
+from .terminal.console import Talk, number, size
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source

@@ -11,10 +11,10 @@ from layersurgery.plans.variants import Variant, variants
 
 from .asking import edits_of, layers_of
 from .measuring import run_task
-from .results import show
 from .run_options import Options
 from .session_figures import draw_one
-from .talk import Talk
+from .terminal.console import Talk
+from .terminal.sweep_results import show
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options as o
-from .talk import Talk
+from .terminal.console import Talk
 
 _PANEL = "Understand"
 analyze = typer.Typer(

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from layersurgery_cli.progress import counting
-from layersurgery_cli.talk import Talk
+from layersurgery_cli.terminal.console import Talk
+from layersurgery_cli.terminal.progress import counting
 from rich.console import Console
 
 import layersurgery as ls

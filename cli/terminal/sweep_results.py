@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .charts import _WIDTH, bar, curve
-from .talk import Talk
+from .console import Talk
 
 if TYPE_CHECKING:
     import pandas as pd

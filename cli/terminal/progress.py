@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .talk import Talk
+from .console import Talk
 
 if TYPE_CHECKING:
     import pandas as pd
