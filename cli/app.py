@@ -231,7 +231,7 @@ def sweep(
     as_json: o.Json = False,
 ) -> None:
     """Measure what every edit does to a model, in one pass over the data. Stopped, it goes on where it was."""
-    from .run_options import Options
+    from .session.run_options import Options
     from .sweep import run_sweep
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}

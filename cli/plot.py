@@ -27,7 +27,7 @@ def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
     from layersurgery.runs.run_directory import ANALYSIS
     from layersurgery.runs.tables import read_results
 
-    from .session_figures import draw_together
+    from .session.figures import draw_together
 
     frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
     runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from layersurgery.plans.variants import Variant, variants
 
-from .asking import edits_of, layers_of
-from .measuring import run_task
-from .run_options import Options
-from .session_figures import draw_one
+from .session.figures import draw_one
+from .session.inputs import edits_of, layers_of
+from .session.processes import run_task
+from .session.run_options import Options
 from .terminal.console import Talk
 from .terminal.sweep_results import show
 

@@ -46,7 +46,7 @@ def _of_text(word: str, doc: str) -> Callable[..., None]:
         as_json: o.Json = False,
     ) -> None:
         from .analyze import run_analysis
-        from .run_options import Options
+        from .session.run_options import Options
 
         given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
         run_analysis(word, model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -72,7 +72,7 @@ def neurons(
 ) -> None:
     """Prediction and suppression neurons, from the weights alone; on a CPU, a block at a time."""
     from .analyze import run_neurons
-    from .run_options import Options
+    from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_neurons(model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -106,7 +106,7 @@ def subjoiners(
     as_json: o.Json = False,
 ) -> None:
     """Heads by which the last token of a four-token word looks at the others: ranked, with effect sizes, and shown on words."""
-    from .run_options import Options
+    from .session.run_options import Options
     from .subjoiners import run_subjoiners
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
@@ -159,7 +159,7 @@ def probe(
 ) -> None:
     """Linear probes on prediction and suppression neurons: will the next token end with -ing? One neuron, several, and the model itself."""
     from .probe import Asked, run_probe
-    from .run_options import Options
+    from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_probe(model, Asked(suffix, regex, samples), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -201,7 +201,7 @@ def rank(
 ) -> None:
     """Order layers by what their removal costs: measured, beside block influence and angular distance."""
     from .prune import run_rank
-    from .run_options import Options
+    from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_rank(model, spans, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -256,7 +256,7 @@ def prune(
 ) -> None:
     """Write a checkpoint without the layers that are missed least, and say what that costs. Stopped, it goes on where it was."""
     from .prune import Asked, run_prune
-    from .run_options import Options
+    from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_prune(model, Asked(remove, by, greedy, results, link, verify), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -300,7 +300,7 @@ def reproduce(
 ) -> None:
     """All experiments of the paper on one model after another, and a report. Stopped, it goes on where it was."""
     from .reproduce import PAPER, run_reproduce
-    from .run_options import Options
+    from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_reproduce(models or PAPER, output, Options.of(**given), Talk(quiet=quiet, as_json=as_json))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from layersurgery_cli.session_figures import analysed
+from layersurgery_cli.session.figures import analysed
 from PIL import Image
 
 import layersurgery as ls

@@ -12,9 +12,9 @@ from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import MeasurementError, PlanError, SourceError
 from layersurgery.sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 
-from .bench import Bench, Errand, Task, calm, tokenizer_of_run
+from ..terminal.console import Talk
+from .model_session import Bench, Errand, Task, calm, tokenizer_of_run
 from .placement import loaded
-from .terminal.console import Talk
 
 if TYPE_CHECKING:
     from layersurgery.runs.distributed import Team

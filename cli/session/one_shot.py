@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .session_figures import draw_analysis
-from .terminal.console import Talk, given
+from ..terminal.console import Talk, given
+from .figures import draw_analysis
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.distributed import Team
 
+    from ..terminal.console import Talk
     from .run_options import Options
-    from .terminal.console import Talk
 
 _SHARE = 0.9
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")

@@ -13,8 +13,8 @@ from layersurgery.plans.variants import read_plans
 if TYPE_CHECKING:
     from layersurgery.runs.text import Asked
 
+    from ..terminal.console import Talk
     from .run_options import Options
-    from .terminal.console import Talk
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512

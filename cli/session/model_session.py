@@ -15,10 +15,10 @@ from layersurgery.checkpoints.sources import Source, find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import SourceError
 
-from .asking import asked_text, looked_at
+from ..terminal.console import Talk, complain, given, number, size
+from ..terminal.progress import bar
+from .inputs import asked_text, looked_at
 from .placement import Place, loaded, place_of, where
-from .terminal.console import Talk, complain, given, number, size
-from .terminal.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
