@@ -85,7 +85,7 @@ def _edit(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    from .run import Options, edit
+    from .commands.edit import Options, edit
 
     edit({None: plan}, model, Options(output, overwrite, link, verify, revision, blocks), Talk(quiet=quiet, as_json=as_json))
 
@@ -177,15 +177,15 @@ def edit(
     """Make any edits, from a plan's text or a recipe."""
     from layersurgery.plans.plan import Plan
 
-    from .run import Options
-    from .run import edit as run_edit
+    from .commands.edit import Options
+    from .commands.edit import edit as run_edit
 
     talk = Talk(quiet=quiet, as_json=as_json)
     options = Options(output, overwrite, link, verify, revision, blocks)
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give either --plan or --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:
-        from .recipe import read_recipe
+        from .commands.recipe import read_recipe
 
         named, plans = read_recipe(recipe)
         if model is None and named is None:
@@ -231,8 +231,8 @@ def sweep(
     as_json: o.Json = False,
 ) -> None:
     """Measure what every edit does to a model, in one pass over the data. Stopped, it goes on where it was."""
+    from .commands.sweep import run_sweep
     from .session.run_options import Options
-    from .sweep import run_sweep
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_sweep(model, Options(**given), Talk(quiet=quiet, as_json=as_json))
@@ -276,7 +276,7 @@ def report(
     as_json: o.Json = False,
 ) -> None:
     """Make one self-contained page of results: in words, curves with values on hover, figures, tables, and how to repeat it."""
-    from .report import run_report
+    from .commands.report import run_report
 
     run_report(results, output, overwrite, Talk(quiet=quiet, as_json=as_json))
 
@@ -293,7 +293,7 @@ def plan(
     """Explain a plan, and touch nothing."""
     if (model is None) == (depth is None):
         raise typer.BadParameter("give either a MODEL or --depth", param_hint="'MODEL' / '--depth'")
-    from .show import show_plan
+    from .commands.inspect import show_plan
 
     show_plan(plan, model, depth, revision, blocks, Talk(as_json=as_json))
 
@@ -301,7 +301,7 @@ def plan(
 @app.command("inspect", rich_help_panel=_LOOK)
 def inspect_(model: o.Model, revision: o.Revision = None, blocks: o.Blocks = None, as_json: o.Json = False) -> None:
     """Show a model's anatomy, from its config and headers alone."""
-    from .show import show_anatomy
+    from .commands.inspect import show_anatomy
 
     show_anatomy(model, revision, blocks, Talk(as_json=as_json))
 
@@ -315,7 +315,7 @@ def demo(
     as_json: o.Json = False,
 ) -> None:
     """Swap two layers of the embedded model, and compare what both models say."""
-    from .demo import run_demo
+    from .commands.demo import run_demo
 
     run_demo(output, overwrite, Talk(as_json=as_json))
 

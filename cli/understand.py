@@ -45,7 +45,7 @@ def _of_text(word: str, doc: str) -> Callable[..., None]:
         quiet: o.Quiet = False,
         as_json: o.Json = False,
     ) -> None:
-        from .analyze import run_analysis
+        from .commands.analyze import run_analysis
         from .session.run_options import Options
 
         given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
@@ -71,7 +71,7 @@ def neurons(
     as_json: o.Json = False,
 ) -> None:
     """Prediction and suppression neurons, from the weights alone; on a CPU, a block at a time."""
-    from .analyze import run_neurons
+    from .commands.analyze import run_neurons
     from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
@@ -106,8 +106,8 @@ def subjoiners(
     as_json: o.Json = False,
 ) -> None:
     """Heads by which the last token of a four-token word looks at the others: ranked, with effect sizes, and shown on words."""
+    from .commands.subjoiners import run_subjoiners
     from .session.run_options import Options
-    from .subjoiners import run_subjoiners
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
     run_subjoiners(model, samples, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
@@ -158,7 +158,7 @@ def probe(
     as_json: o.Json = False,
 ) -> None:
     """Linear probes on prediction and suppression neurons: will the next token end with -ing? One neuron, several, and the model itself."""
-    from .probe import Asked, run_probe
+    from .commands.probe import Asked, run_probe
     from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
@@ -200,7 +200,7 @@ def rank(
     as_json: o.Json = False,
 ) -> None:
     """Order layers by what their removal costs: measured, beside block influence and angular distance."""
-    from .prune import run_rank
+    from .commands.prune import run_rank
     from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
@@ -255,7 +255,7 @@ def prune(
     as_json: o.Json = False,
 ) -> None:
     """Write a checkpoint without the layers that are missed least, and say what that costs. Stopped, it goes on where it was."""
-    from .prune import Asked, run_prune
+    from .commands.prune import Asked, run_prune
     from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
@@ -299,7 +299,7 @@ def reproduce(
     as_json: o.Json = False,
 ) -> None:
     """All experiments of the paper on one model after another, and a report. Stopped, it goes on where it was."""
-    from .reproduce import PAPER, run_reproduce
+    from .commands.reproduce import PAPER, run_reproduce
     from .session.run_options import Options
 
     given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}

@@ -135,7 +135,7 @@ def test_what_was_measured_is_used_again_and_nothing_is_lost(place: Path, tmp_pa
 def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["prune", place / "tiny", *words(place), "--remove", 2, "--greedy", "-o", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        from layersurgery_cli import prune
+        from layersurgery_cli.commands import prune
 
         def stop(*_: Any) -> Any:
             raise KeyboardInterrupt

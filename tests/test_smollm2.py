@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layersurgery_cli.demo import _compare
+from layersurgery_cli.commands.demo import _compare
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import layersurgery as ls

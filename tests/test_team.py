@@ -64,7 +64,7 @@ import json, os, sys, time
 asked = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import layersurgery_cli.sweep, layersurgery.figures.sweeps, layersurgery.runs.runner, transformers.models.llama.modeling_llama
+import layersurgery_cli.commands.sweep, layersurgery.figures.sweeps, layersurgery.runs.runner, transformers.models.llama.modeling_llama
 from layersurgery_cli.__main__ import main
 children = []
 for rank in range(asked["size"]):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from layersurgery.plans.variants import Variant, variants
 
-from .session.figures import draw_one
-from .session.inputs import edits_of, layers_of
-from .session.processes import run_task
-from .session.run_options import Options
-from .terminal.console import Talk
-from .terminal.sweep_results import show
+from ..session.figures import draw_one
+from ..session.inputs import edits_of, layers_of
+from ..session.processes import run_task
+from ..session.run_options import Options
+from ..terminal.console import Talk
+from ..terminal.sweep_results import show
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from layersurgery.plans.variants import variants
 
-from .session.inputs import asked_text, edits_of, layers_of, looked_at
-from .session.placement import place_of
-from .terminal.console import Talk, number, size
+from ..session.inputs import asked_text, edits_of, layers_of, looked_at
+from ..session.placement import place_of
+from ..terminal.console import Talk, number, size
 
 if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate
 
-    from .session.run_options import Options
+    from ..session.run_options import Options
 
 
 def show_estimate(model: str, options: Options, talk: Talk) -> None:

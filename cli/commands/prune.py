@@ -14,12 +14,12 @@ from rich.table import Table
 from layersurgery.atomic_io import check_output
 from layersurgery.errors import OutputError
 
-from .run import Options as Writing
-from .run import as_json, edited, lines
-from .session.figures import draw_analysis
-from .session.processes import run_task, run_tasks
-from .terminal.analysis_results import show_analysis, summary
-from .terminal.console import Talk
+from ..session.figures import draw_analysis
+from ..session.processes import run_task, run_tasks
+from ..terminal.analysis_results import show_analysis, summary
+from ..terminal.console import Talk
+from .edit import Options as Writing
+from .edit import as_json, edited, lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
 
-    from .session.model_session import Bench
-    from .session.run_options import Options
+    from ..session.model_session import Bench
+    from ..session.run_options import Options
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from layersurgery.checkpoints.edit_checkpoint import Draft, Edited, default_outp
 from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
 from layersurgery.plans.plan import Plan
 
-from .terminal.console import Talk, size
+from ..terminal.console import Talk, size
 
 
 @dataclass(frozen=True, slots=True)

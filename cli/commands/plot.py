@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from .terminal.console import Talk
+from ..terminal.console import Talk
 
 if TYPE_CHECKING:
     pass
@@ -27,7 +27,7 @@ def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
     from layersurgery.runs.run_directory import ANALYSIS
     from layersurgery.runs.tables import read_results
 
-    from .session.figures import draw_together
+    from ..session.figures import draw_together
 
     frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
     runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}

@@ -13,7 +13,7 @@ from layersurgery.checkpoints.edit_checkpoint import draft, read_checkpoint, wri
 from layersurgery.checkpoints.sources import EMBEDDED, find_source, needs_conversion
 from layersurgery.plans.plan import swap
 
-from .terminal.console import Talk, size
+from ..terminal.console import Talk, size
 
 if TYPE_CHECKING:
     import torch

@@ -15,19 +15,19 @@ from rich.table import Table
 
 from layersurgery.errors import LayerSurgeryError, MeasurementError, PlanError
 
+from ..session.inputs import asked_text, looked_at
+from ..session.model_session import Bench, calm
+from ..session.placement import place_of
+from ..session.processes import team_for, upon
+from ..terminal.console import Talk, number, size
 from .analyze import Analysing
 from .estimate import flops
-from .session.inputs import asked_text, looked_at
-from .session.model_session import Bench, calm
-from .session.placement import place_of
-from .session.processes import team_for, upon
-from .terminal.console import Talk, number, size
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
 
-    from .session.run_options import Options
+    from ..session.run_options import Options
 
 PAPER = (
     "EleutherAI/pythia-410m-deduped", "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-2.8b-deduped", "EleutherAI/pythia-6.9b-deduped",

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 
-from .session.figures import draw_analysis
-from .session.inputs import looked_at
-from .session.model_session import calm, loaded_aloud
-from .session.one_shot import Made, look
-from .session.placement import Place, place_of
-from .session.processes import run_task
-from .terminal.analysis_results import show_analysis, summary
-from .terminal.console import Talk, number
-from .terminal.progress import counting
+from ..session.figures import draw_analysis
+from ..session.inputs import looked_at
+from ..session.model_session import calm, loaded_aloud
+from ..session.one_shot import Made, look
+from ..session.placement import Place, place_of
+from ..session.processes import run_task
+from ..terminal.analysis_results import show_analysis, summary
+from ..terminal.console import Talk, number
+from ..terminal.progress import counting
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from layersurgery.runs.runner import Outcome
     from layersurgery.sweeps.measurer import Measurer
 
-    from .session.run_options import Options
+    from ..session.run_options import Options
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from layersurgery.checkpoints.inspection import Inspection, TensorGroup, cost, i
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Route
 
-from .terminal.console import Talk, number, size
+from ..terminal.console import Talk, number, size
 
 
 def show_plan(text: str, model: str | None, depth: int | None, revision: str | None, blocks: str | None, talk: Talk) -> None:

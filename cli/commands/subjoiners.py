@@ -6,18 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .session.model_session import Bench
-from .session.one_shot import Made, look
-from .session.processes import run_tasks
-from .terminal.analysis_results import show_analysis
-from .terminal.console import Talk
-from .terminal.progress import counting
+from ..session.model_session import Bench
+from ..session.one_shot import Made, look
+from ..session.processes import run_tasks
+from ..terminal.analysis_results import show_analysis
+from ..terminal.console import Talk
+from ..terminal.progress import counting
 
 if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.text import Asked as TextAsked
 
-    from .session.run_options import Options
+    from ..session.run_options import Options
 
 WORD, SAMPLES = "subjoiners", 200
 _BATCH = 128

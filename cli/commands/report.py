@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from .terminal.console import Talk, size
+from ..terminal.console import Talk, size
 
 
 def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool, talk: Talk) -> None:
