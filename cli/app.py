@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as o
+from .analysis_app import add_analyses
 from .terminal.console import Commands, Talk
-from .understand import add_analyses
 
 if TYPE_CHECKING:
     from layersurgery.plans.plan import Plan
