@@ -248,7 +248,7 @@ def plot(
     as_json: o.Json = False,
 ) -> None:
     """Draw the results of several sweeps, or of several models' analyses, together."""
-    from .terminal.sweep_results import run_plot
+    from .commands.plot import run_plot
 
     run_plot(results, output, Talk(quiet=quiet, as_json=as_json))
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from ..terminal.console import Talk
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
