@@ -176,7 +176,7 @@ def neurons(
 @app.command()
 def costs() -> None:
     """What the paper's protocol would take on GPUs, on paper."""
-    from .costs import measure
+    from .paper_costs import measure
 
     measure()
 
@@ -184,7 +184,7 @@ def costs() -> None:
 @app.command()
 def picture(model: Annotated[str, typer.Option("--model", help="Whose sweep.")] = "smollm2-135m") -> None:
     """Draw the newest results of a sweep: benchmarks/results/sweep.png."""
-    from .picture import draw
+    from .plot_results import draw
 
     print(draw(model))
 

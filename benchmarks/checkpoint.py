@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from .pythia import DEPTH, NAME, WIDTH, make
+from .random_checkpoint import DEPTH, NAME, WIDTH, make
 from .timing import Run, record, summary, table_of, timed, wide_console
 
 MERGEKIT = "mergekit==0.1.5"

@@ -88,7 +88,7 @@ print(int(ls.analyses.neurons(model).neurons.sum()))
 
 def neurons(layers: int, *, as_json: bool = False) -> list[dict[str, Any]]:
     """Look at the neurons of a checkpoint of Pythia-6.9b's geometry with few layers: what it takes for each, and the peak of memory."""
-    from .pythia import make
+    from .random_checkpoint import make
 
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as work:
         path = make(Path(work), depth=layers)

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.pythia import make as make_pythia
+from benchmarks.random_checkpoint import make as make_pythia
 from layersurgery.analyses import neuron_probes
 from layersurgery.checkpoints import sources
 

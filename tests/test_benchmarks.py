@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from benchmarks import picture, readout, sweep, timing
+from benchmarks import plot_results, readout, sweep, timing
 from benchmarks.peers import common
 
 ROOT = Path(__file__).parent.parent
@@ -85,20 +85,20 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = timing.record(
         "sweep", [*rows, rows[2] | {"tokens_per_second": 7.5}, rows[2] | {"way": "broken", "tokens_per_second": None}]
     )
-    newest = picture.newest(path, "m")
+    newest = plot_results.newest(path, "m")
     assert {row["way"]: row["tokens_per_second"] for row in newest} == {
         "limit": "9.0",
         "loop by hand": "3.0",
         "layersurgery": "7.5",
     }
-    figure = picture.bars(newest)
+    figure = plot_results.bars(newest)
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["loop by hand, float32", "layersurgery, float32"]
     assert "2.50x" in [text.get_text() for text in figure.axes[0].texts]
     plt.close(figure)
     with pytest.raises(SystemExit, match="has no speed for another"):
-        picture.newest(path, "another")
+        plot_results.newest(path, "another")
     with pytest.raises(SystemExit, match="run python -m benchmarks sweep first"):
-        picture.newest(tmp_path / "no.csv", "m")
+        plot_results.newest(tmp_path / "no.csv", "m")
 
 
 @pytest.mark.weekly

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks import costs
+from benchmarks import paper_costs
 from tests import made_pages
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_the_table_of_costs() -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
-    for row in costs.rows():
+    for row in paper_costs.rows():
         assert f"| {' | '.join(row)} |" in page, row
 
 
