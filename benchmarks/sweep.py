@@ -88,10 +88,10 @@ def ways(dtypes: Sequence[str], *, peers: bool, whole: int, alone: int) -> list[
     found: list[Way] = []
     for dtype in dtypes:
         found += [
-            Way(LIMIT, "limit", dtype, sequences=whole),
-            Way("layersurgery", "ours", dtype, sequences=whole),
-            Way("layersurgery --compile", "ours", dtype, sequences=whole, options=("compiled",)),
-            Way("loop by hand", "by_hand", dtype, sequences=whole),
+            Way(LIMIT, "roofline", dtype, sequences=whole),
+            Way("layersurgery", "with_layersurgery", dtype, sequences=whole),
+            Way("layersurgery --compile", "with_layersurgery", dtype, sequences=whole, options=("compiled",)),
+            Way("loop by hand", "with_transformers", dtype, sequences=whole),
         ]
     if peers:
         found += [
@@ -105,9 +105,9 @@ def ways(dtypes: Sequence[str], *, peers: bool, whole: int, alone: int) -> list[
 def ways_of_offloading(sequences: int) -> list[Way]:
     """A model in memory, and one whose weights are all on disk, in the two ways to go."""
     return [
-        Way("layersurgery", "ours", "float32", sequences=sequences),
-        Way("on disk, layer by layer", "ours", "float32", sequences=sequences, options=("disk",)),
-        Way("on disk, route by route", "ours", "float32", sequences=sequences, options=("disk", "depth-first")),
+        Way("layersurgery", "with_layersurgery", "float32", sequences=sequences),
+        Way("on disk, layer by layer", "with_layersurgery", "float32", sequences=sequences, options=("disk",)),
+        Way("on disk, route by route", "with_layersurgery", "float32", sequences=sequences, options=("disk", "depth-first")),
     ]
 
 
@@ -180,10 +180,10 @@ def _yard(
     """What the loop by hand gave for a dtype and so many sequences; run for this alone if need be."""
     dtype, sequences = key
     known = next(
-        (so_far for way, so_far in found.items() if way.script == "by_hand" and (way.dtype, way.sequences) == key), Found()
+        (so_far for way, so_far in found.items() if way.script == "with_transformers" and (way.dtype, way.sequences) == key), Found()
     )
     if not known.results:
-        _run(Way("gate", "by_hand", dtype, sequences=sequences), known, setting, material, out)
+        _run(Way("gate", "with_transformers", dtype, sequences=sequences), known, setting, material, out)
     if not known.results:
         raise SystemExit(f"the gate cannot be run: {known.fault}")
     return known.results[-1]
@@ -241,7 +241,7 @@ def _rows(found: dict[Way, Found], setting: Setting) -> list[dict[str, Any]]:
     rows = []
     for way, so_far in found.items():
         limit = speed(lambda w, dtype=way.dtype: w.name == LIMIT and w.dtype == dtype)  # type: ignore[misc]
-        by_hand = speed(lambda w, dtype=way.dtype: w.script == "by_hand" and w.dtype == dtype)  # type: ignore[misc]
+        by_hand = speed(lambda w, dtype=way.dtype: w.script == "with_transformers" and w.dtype == dtype)  # type: ignore[misc]
         known = way in speeds
         low, middle, high = quartiles(so_far.per_second()) if known else (None, None, None)
         whole = known and way.edits == "swap,drop"

@@ -26,8 +26,8 @@ def result(**changed: float) -> dict[str, Any]:
 @pytest.mark.parametrize("metric", common.METRICS)
 def test_a_wrong_metric_makes_the_gate_red(metric: str) -> None:
     ours, hand = (
-        sweep.Way("layersurgery", "ours", "float32", sequences=1),
-        sweep.Way("by hand", "by_hand", "float32", sequences=1),
+        sweep.Way("layersurgery", "with_layersurgery", "float32", sequences=1),
+        sweep.Way("by hand", "with_transformers", "float32", sequences=1),
     )
     for wrong in (2.0 + 1e-2, float("nan")):
         found = {ours: sweep.Found(results=[result(**{metric: wrong})]), hand: sweep.Found(results=[result()])}
