@@ -180,7 +180,8 @@ def _yard(
     """What the loop by hand gave for a dtype and so many sequences; run for this alone if need be."""
     dtype, sequences = key
     known = next(
-        (so_far for way, so_far in found.items() if way.script == "with_transformers" and (way.dtype, way.sequences) == key), Found()
+        (so_far for way, so_far in found.items() if way.script == "with_transformers" and (way.dtype, way.sequences) == key),
+        Found(),
     )
     if not known.results:
         _run(Way("gate", "with_transformers", dtype, sequences=sequences), known, setting, material, out)

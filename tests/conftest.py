@@ -33,7 +33,7 @@ def _quiet_transformers() -> None:
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     """A tiny llama checkpoint in one file."""
-    from tests.zoo import tiny_model
+    from tests.support.zoo import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
@@ -42,7 +42,7 @@ def llama(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """The same in several files, with an index."""
-    from tests.zoo import tiny_model
+    from tests.support.zoo import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
     return tmp_path / "sharded"
@@ -51,7 +51,7 @@ def sharded(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(tmp_path: Path) -> list[Any]:
     """Words of a sweep of a tiny checkpoint, on two contexts of text, into "out"."""
-    from tests.tiny_text import checkpoint
+    from tests.support.tiny_checkpoint import checkpoint
 
     (tmp_path / "text.txt").write_text("Once upon a time. " * 20)
     return [

@@ -11,7 +11,7 @@ import pytest
 
 import layersurgery as ls
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # A file may import from its own level and from those before it.
 LEVELS = [
     "errors version route edits plan families trie placing",

@@ -15,7 +15,7 @@ import torch
 from benchmarks import plot_results, readout, sweep, timing
 from benchmarks.peers import common
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def result(**changed: float) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from layersurgery.checkpoints.safetensors_header import BLOCK, read_header
 from layersurgery.checkpoints.tensor_index import find_stack
 from layersurgery.models.config_fields import find_section, rewrite
 from layersurgery.plans.route import Route
-from tests.reference import logits_along, logits_of
-from tests.zoo import DEPTH, tiny_model, tokens
+from tests.support.reference import logits_along, logits_of
+from tests.support.zoo import DEPTH, tiny_model, tokens
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

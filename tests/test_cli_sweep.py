@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 import layersurgery as ls
+from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
+from tests.support.zoo import tiny_model
 from tests.test_cli import COMMAND, result_of, run
-from tests.tiny_text import checkpoint, tiny_tokenizer
-from tests.zoo import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import layersurgery as ls
-from tests.reference import logits_of
-from tests.zoo import VOCAB, tiny_model, tokens
+from tests.support.reference import logits_of
+from tests.support.zoo import VOCAB, tiny_model, tokens
 
 
 def test_against_the_formulas() -> None:

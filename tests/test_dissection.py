@@ -13,8 +13,8 @@ import layersurgery as ls
 from layersurgery.models.block_parts import Parts
 from layersurgery.models.block_view import view
 from layersurgery.models.call_tracing import Call, noise
-from tests.reference import logits_of
-from tests.zoo import DEPTH, tiny_model, tokens
+from tests.support.reference import logits_of
+from tests.support.zoo import DEPTH, tiny_model, tokens
 
 
 def parts_of(name: str, block: int = 0, **overrides: Any) -> Parts:

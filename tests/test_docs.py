@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from benchmarks import paper_costs
-from tests import made_pages
+from tests.support import generate_docs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -34,11 +34,11 @@ def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
     assert not re.findall(r"[A-Z]+_[A-Z_]+S?\n|TODO|FIXME", page.read_text())
 
 
-@pytest.mark.parametrize("page", made_pages.PAGES)
+@pytest.mark.parametrize("page", generate_docs.PAGES)
 def test_what_is_made_is_fresh(page: str) -> None:
     """Made of docstrings and of the commands' help: who changes one of these makes the page anew."""
-    assert (ROOT / "docs" / page).read_text("utf-8") == made_pages.PAGES[page](), (
-        f"docs/{page} is not what docstrings and help say now; run: uv run python -m tests.made_pages"
+    assert (ROOT / "docs" / page).read_text("utf-8") == generate_docs.PAGES[page](), (
+        f"docs/{page} is not what docstrings and help say now; run: uv run python -m tests.support.generate_docs"
     )
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.stand_in import stand_in
+from tests.support.demo_model import stand_in
 
-HERE = Path(__file__).parent.parent / "examples"
+HERE = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(HERE.glob("*.py"))
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 

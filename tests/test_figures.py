@@ -12,7 +12,7 @@ from PIL import Image
 import layersurgery as ls
 from layersurgery.figures.style import COLOURS
 from layersurgery.figures.sweeps import Sweep, draw, plans, robustness, swap_pairs
-from tests.zoo import tiny_model, tokens
+from tests.support.zoo import tiny_model, tokens
 
 
 @pytest.fixture(scope="module")

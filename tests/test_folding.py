@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.models.weight_conventions import gain_of
-from tests.dense import LAYER_NORM
-from tests.reference import logits_of
-from tests.zoo import ZOO, tiny_model, tokens
+from tests.support.dense import LAYER_NORM
+from tests.support.reference import logits_of
+from tests.support.zoo import ZOO, tiny_model, tokens
 
 # Norms that cannot be folded, of those before attention and MLP, and the final one.
 LEFT = {

@@ -24,7 +24,7 @@ from tests.test_kernels import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 fused: Any = pytest.importorskip("layersurgery.metrics.fused", reason="needs Triton")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = fused.Tiling(16, 32, 16, 4, 2)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -195,7 +195,7 @@ def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, 
 def test_it_compiles_for_real_devices(capability: int, choices: str) -> None:
     """Down to PTX, which needs no GPU: in an interpreter of its own, since this one may only play the kernel."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_fused", str(capability), choices]
+    command = [sys.executable, "-m", "tests.support.compile_fused", str(capability), choices]
     found = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     assert found.stdout.count("mma" if choices == "HALF" else "fma") == 2 * len(getattr(fused, choices))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import layersurgery as ls
-from tests.reference import logits_of
-from tests.zoo import tiny_model, tokens
+from tests.support.reference import logits_of
+from tests.support.zoo import tiny_model, tokens
 
 
 def test_a_directory_without_a_tokenizer(llama: Path) -> None:

@@ -18,8 +18,8 @@ import layersurgery as ls
 from layersurgery.metrics import cosine_moments as kernel
 from layersurgery.metrics.cosine_moments import moments, unit_rows
 from layersurgery.models.weight_conventions import reading_dim, writing_dim
-from tests.dense import LAYER_NORM, blocks_of
-from tests.zoo import DEPTH, tiny_model
+from tests.support.dense import LAYER_NORM, blocks_of
+from tests.support.zoo import DEPTH, tiny_model
 
 Rows = Callable[[Any], torch.Tensor]
 

@@ -13,7 +13,7 @@ from torch import nn
 import layersurgery as ls
 from layersurgery.analyses.layer_pruning import plan_of
 from layersurgery.runtime.residual_change import angular_distance, influence
-from tests.zoo import tiny_model
+from tests.support.zoo import tiny_model
 
 NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom")
 

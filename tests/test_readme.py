@@ -17,10 +17,10 @@ import pytest
 from layersurgery_cli.app import app
 from typer.main import get_command
 
-from tests.stand_in import stand_in
+from tests.support.demo_model import stand_in
 from tests.test_cli import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *(ROOT / "docs" / name for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md"))]
 # What sets the project up has been done where this runs.

@@ -12,8 +12,8 @@ import layersurgery as ls
 from layersurgery.metrics import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout, own_logits
-from tests.reference import logits_of
-from tests.zoo import DEPTH, ZOO, tiny_config, tiny_model, tokens
+from tests.support.reference import logits_of
+from tests.support.zoo import DEPTH, ZOO, tiny_config, tiny_model, tokens
 
 
 def stack_of(model: Any) -> Stack:

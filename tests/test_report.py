@@ -28,8 +28,8 @@ from layersurgery.figures.style import COLOURS
 from layersurgery.reports.html import Html, data, tag
 from layersurgery.reports.text_format import hidden, measured, visible
 from layersurgery.runs.tables import write_table
+from tests.support.tiny_checkpoint import checkpoint
 from tests.test_cli import result_of, run
-from tests.tiny_text import checkpoint
 
 HOSTILE = (
     "<script>alert('ran')</script><img src=x onerror=\"document.title='ran'\">&amp;\"'\x00\x07\x1b[31m\u202eevil\u2066\u200b\x85"
@@ -41,7 +41,7 @@ needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER) and not os.environ.get("CI"),
     reason="no chromium and chromedriver on this machine; .ci/run installs them",
 )
-EXAMPLES = Path(__file__).parent.parent / "examples" / "smollm2-135m"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "smollm2-135m"
 PATIENCE = 60  # seconds, for a machine that does much else
 
 

@@ -24,8 +24,8 @@ from layersurgery.runs.runner import OfSweep, perform
 from layersurgery.runs.text import Text
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.sweeps.measurer import Measurer
-from tests.tiny_text import tiny_tokenizer
-from tests.zoo import DEPTH, tiny_model, tokens
+from tests.support.tiny_checkpoint import tiny_tokenizer
+from tests.support.zoo import DEPTH, tiny_model, tokens
 
 ARGUMENTS = {"model": {"name": "tiny"}, "text": {"data": "made up"}, "per_token": True}
 
@@ -366,7 +366,7 @@ for seed in range(5):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments_it_ends_with_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", _RUN, tmp_path], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _RUN, tmp_path], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
     )
     assert found.returncode == 0, found.stderr
     kills = list(map(int, found.stdout.split()))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import layersurgery as ls
 from layersurgery.checkpoints.sources import EMBEDDED, embedded_file, find_source, needs_conversion
-from tests.reference import logits_along
+from tests.support.reference import logits_along
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import layersurgery as ls
 from layersurgery.analyses import stage_boundaries
 from layersurgery.analyses.stage_boundaries import STAGES, boundaries, stage_of
-from tests.zoo import DEPTH, tiny_model, tokens
+from tests.support.zoo import DEPTH, tiny_model, tokens
 
 L = 24
 DETOKENIZED, BENT, OVERTAKEN = 3, 12, 20

@@ -22,8 +22,8 @@ import layersurgery as ls
 from layersurgery.models.skipped_branch import Silent
 from layersurgery.models.unsupported import refuse_route
 from layersurgery.plans.route import Route, Visit
-from tests.reference import logits_along, logits_of
-from tests.zoo import DEPTH, tiny_model, tokens
+from tests.support.reference import logits_along, logits_of
+from tests.support.zoo import DEPTH, tiny_model, tokens
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.sweeps.measurer import Measurer
+from tests.support.zoo import DEPTH, VOCAB, tiny_model, tokens
 from tests.test_live_zoo import state
-from tests.zoo import DEPTH, VOCAB, tiny_model, tokens
 
 
 def test_the_table() -> None:

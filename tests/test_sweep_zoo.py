@@ -11,9 +11,9 @@ import layersurgery as ls
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.variants import Variant, family, variants
 from layersurgery.sweeps.measurer import Measurer
-from tests.reference import logits_along, logits_of
+from tests.support.reference import logits_along, logits_of
+from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 from tests.test_live_zoo import state
-from tests.zoo import DEPTH, ZOO, tiny_model, tokens
 
 EDITS = [
     "swap",

@@ -16,7 +16,7 @@ import zstandard
 
 from layersurgery.errors import MeasurementError, PlanError, SourceError
 from layersurgery.runs.text import Asked, Text, check_data, number, read_text
-from tests.tiny_text import LETTERS, tiny_tokenizer
+from tests.support.tiny_checkpoint import LETTERS, tiny_tokenizer
 
 END = 2
 DOCUMENTS = ["one document", "and another one", "x", "the third: a bit longer than those before it"]

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.plans.plan import Plan
-from tests.reference import logits_along, logits_of
-from tests.refused import REFUSED, WHOLE
-from tests.zoo import DEPTH, ZOO, tiny_model, tokens
+from tests.support.reference import logits_along, logits_of
+from tests.support.unsupported import REFUSED, WHOLE
+from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 
 
 def reload(path: Path) -> Any:

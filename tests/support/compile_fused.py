@@ -1,4 +1,4 @@
-"""Compiles the fused kernels to PTX for a compute capability, without a GPU: `python -m tests.compile_fused 90 HALF`."""
+"""Compiles the fused kernels to PTX for a compute capability, without a GPU: `python -m tests.support.compile_fused 90 HALF`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`uv run python -m tests.made_pages` writes docs/reference.md and docs/commands.md from docstrings, signatures and the commands' own help.
+"""`uv run python -m tests.support.generate_docs` writes docs/reference.md and docs/commands.md from docstrings, signatures and the commands' own help.
 
 Nothing in these two pages is written by hand.
 """
@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$")
 _KINDS: dict[Any, str] = {int: "N", str: "TEXT", float: "X", Path: "PATH"}
 _ENTRY = re.compile(r"^([\w.*]+): (.*)$", re.DOTALL)
@@ -32,7 +32,7 @@ def reference() -> str:
     analyses = {name: getattr(ls.analyses, name) for name in ls.analyses.__all__ if name not in names}
     lines = [
         "# Reference of Python's names\n",
-        "Made from docstrings and signatures by `uv run python -m tests.made_pages`. `import layersurgery as ls` imports no torch; what needs it does so\n"
+        "Made from docstrings and signatures by `uv run python -m tests.support.generate_docs`. `import layersurgery as ls` imports no torch; what needs it does so\n"
         "when it is first asked for. What else is in the package may change without notice.\n",
     ]
     parts = (("Functions", "ls.", functions), ("Analyses", "ls.analyses.", analyses), ("Values", "ls.", classes))
@@ -132,7 +132,7 @@ def commands() -> str:
 
     lines = [
         "# Reference of the command line\n",
-        "Made from the commands' own help by `uv run python -m tests.made_pages`. `layersurgery COMMAND --help` says the same on a terminal.\n"
+        "Made from the commands' own help by `uv run python -m tests.support.generate_docs`. `layersurgery COMMAND --help` says the same on a terminal.\n"
         "Exit codes: 0 done, 1 failed, 2 wrong use, 130 stopped by hand.\n",
     ]
     group: Any = get_command(app)

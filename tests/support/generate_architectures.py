@@ -1,4 +1,4 @@
-"""`python -m tests.architectures` tries every kind of edit on every architecture of the zoo and writes ARCHITECTURES.md.
+"""`python -m tests.support.generate_architectures` tries every kind of edit on every architecture of the zoo and writes ARCHITECTURES.md.
 
 What the table says is what was seen: nothing in it is written by hand.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import layersurgery as ls
 from layersurgery.models.anatomy import Anatomy
-from tests.refused import SKIPS, WHOLE
-from tests.zoo import ZOO, tiny_model
+from tests.support.unsupported import SKIPS, WHOLE
+from tests.support.zoo import ZOO, tiny_model
 
-PAGE = Path(__file__).parent.parent / "ARCHITECTURES.md"
+PAGE = Path(__file__).parents[2] / "ARCHITECTURES.md"
 HEAD = """# Architectures
 
-Made by `python -m tests.architectures`, which builds a tiny model with random weights of each and tries the edits
+Made by `python -m tests.support.generate_architectures`, which builds a tiny model with random weights of each and tries the edits
 {edits}. `tests/test_architectures.py` keeps it true; `tests/test_zoo.py` and `tests/test_live_zoo.py` show that what is not
 refused is right. A name with a dash is a variant of the type before it.
 

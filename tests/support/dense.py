@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layersurgery.models.block_list import find_blocks
-from tests.zoo import tiny_model
+from tests.support.zoo import tiny_model
 
 Pick = Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor]
 
