@@ -15,8 +15,8 @@ from layersurgery.metrics import tiled
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.sweeps.measurer import Measurer
+from tests.metrics.test_tiled import Plain, drawn
 from tests.support.zoo import DEPTH, tiny_model, tokens
-from tests.test_kernels import Plain, drawn
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"

@@ -11,8 +11,8 @@ from layersurgery.metrics import dispatch
 from layersurgery.plans.variants import variants
 from layersurgery.runtime.unembedding import Unembedding
 from layersurgery.sweeps.measurer import Measurer
+from tests.metrics.test_tiled import drawn
 from tests.support.zoo import DEPTH, tiny_model, tokens
-from tests.test_kernels import drawn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

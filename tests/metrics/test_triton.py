@@ -20,7 +20,7 @@ import torch
 from layersurgery.metrics import dispatch, reference, tiled
 from layersurgery.metrics.reference import METRICS
 from layersurgery.runtime.unembedding import Unembedding
-from tests.test_kernels import drawn
+from tests.metrics.test_tiled import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 fused: Any = pytest.importorskip("layersurgery.metrics.fused", reason="needs Triton")
