@@ -26,7 +26,7 @@ from tests.runtime.test_offload import dispatched, on_disk
 from tests.support.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
-from tests.test_live_zoo import state
+from tests.surgery.test_zoo import state
 
 SIGNALS = ["lens", "attention", "norms", "similarity"]
 # transformers' eager attention of the first is not causal where no mask is given; of the last, Mamba mixes tokens as well.

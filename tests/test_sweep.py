@@ -20,7 +20,7 @@ from layersurgery.plans.variants import variants
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.sweeps.measurer import Measurer
 from tests.support.zoo import DEPTH, VOCAB, tiny_model, tokens
-from tests.test_live_zoo import state
+from tests.surgery.test_zoo import state
 
 
 def test_the_table() -> None:

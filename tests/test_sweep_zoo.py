@@ -13,7 +13,7 @@ from layersurgery.plans.variants import Variant, family, variants
 from layersurgery.sweeps.measurer import Measurer
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
-from tests.test_live_zoo import state
+from tests.surgery.test_zoo import state
 
 EDITS = [
     "swap",
