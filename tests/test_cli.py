@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 
 from layersurgery import __version__
 from layersurgery.plans.plan import Plan
+from tests.checkpoints.test_zoo import reload
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens
-from tests.test_zoo import reload
 
 COMMAND = [sys.executable, "-m", "layersurgery_cli"]
 

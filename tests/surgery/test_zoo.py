@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import layersurgery as ls
 from layersurgery.plans.plan import Plan
+from tests.checkpoints.test_zoo import reload
 from tests.support.reference import logits_along, logits_of
 from tests.support.unsupported import BEAMS_ARE_WRONG, CACHE_IS_WRONG, NEVER, REFUSED, SKIPS, WHOLE
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
-from tests.test_zoo import reload
 
 SLOW = ("qwen3_5_text",)
 GENERATING = ["swap 1 2", "drop 0", "drop -1", "repeat 2:4", "reverse 1:5", "skip-attention 0", "skip-attention -1", "skip-mlp 2"]

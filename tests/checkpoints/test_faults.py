@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import layersurgery as ls
 from layersurgery.checkpoints import shard_writer
-from tests.test_checkpoint import change_config, resave
+from tests.checkpoints.test_edit import change_config, resave
 
 
 def nothing_written(parent: Path, *allowed: str) -> None:
