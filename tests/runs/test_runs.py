@@ -343,7 +343,7 @@ _RUN = """
 import os, pathlib, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import tests.test_runs as t
+import tests.runs.test_runs as t
 for seed in range(5):
     rng, kills = random.Random(seed), 0
     while True:
