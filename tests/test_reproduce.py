@@ -13,9 +13,9 @@ from layersurgery_cli.commands import reproduce
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from tests.analyses.test_probe import PLACE, knowing
 from tests.support.tiny_checkpoint import LETTERS
 from tests.test_cli import result_of, run
-from tests.test_probe import PLACE, knowing
 
 ING = len(LETTERS) + 5
 

@@ -13,8 +13,8 @@ from layersurgery.analyses.stage_boundaries import as_records, boundaries, stage
 from layersurgery.figures import signals as figures
 from layersurgery.figures.analyses import draw_signals
 from layersurgery.figures.style import Analysed
+from tests.analyses.test_boundaries import L, planted
 from tests.support.zoo import tiny_model, tokens
-from tests.test_staging import L, planted
 
 
 @pytest.fixture(scope="module")
