@@ -17,8 +17,8 @@ import pytest
 from layersurgery_cli.app import app
 from typer.main import get_command
 
+from tests.cli.test_cli import run
 from tests.support.demo_model import stand_in
-from tests.test_cli import run
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -24,10 +24,10 @@ from layersurgery.checkpoints.loading import tokenizer_of
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import neuron_activations
 from layersurgery.runtime.block_runner import Stack
+from tests.cli.test_cli import result_of, run
 from tests.runtime.test_offload import on_disk
 from tests.support.tiny_checkpoint import LETTERS, tiny_tokenizer
 from tests.support.zoo import tiny_model, tokens
-from tests.test_cli import result_of, run
 
 PLACE = {letter: number for number, letter in enumerate(LETTERS, 4)}
 

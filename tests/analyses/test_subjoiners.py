@@ -23,11 +23,11 @@ from layersurgery.runtime import attention_weights
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.contributions import members
 from tests.analyses.test_signals import NO_EAGER
+from tests.cli.test_cli import result_of, run
 from tests.runtime.test_offload import dispatched
 from tests.support.dense import HAND, matrices, model_of
 from tests.support.tiny_checkpoint import LETTERS, checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
-from tests.test_cli import result_of, run
 
 LETTER_PLACES = range(LETTERS.index("a") + 4, LETTERS.index("Z") + 5)
 

@@ -28,8 +28,8 @@ from layersurgery.figures.style import COLOURS
 from layersurgery.reports.html import Html, data, tag
 from layersurgery.reports.text_format import hidden, measured, visible
 from layersurgery.runs.tables import write_table
+from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import checkpoint
-from tests.test_cli import result_of, run
 
 HOSTILE = (
     "<script>alert('ran')</script><img src=x onerror=\"document.title='ran'\">&amp;\"'\x00\x07\x1b[31m\u202eevil\u2066\u200b\x85"

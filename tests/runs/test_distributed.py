@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from layersurgery.runs.distributed import Alone, own_devices, rounds
+from tests.cli.test_cli import run
 from tests.support.tiny_checkpoint import checkpoint
-from tests.test_cli import run
 
 SEQUENCES = 41
 # One thread each: a product's digits depend on how many share it.

@@ -18,9 +18,9 @@ from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.offload import Residence, device_of, hooks_of, offloaded
 from layersurgery.runtime.unembedding import Unembedding
 from layersurgery.sweeps.measurer import Measurer
+from tests.cli.test_cli import result_of, run
 from tests.support.reference import logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens
-from tests.test_cli import result_of, run
 
 EDITS = "swap,drop,skip-attention,skip-mlp"
 

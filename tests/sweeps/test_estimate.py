@@ -16,8 +16,8 @@ from benchmarks.timing import timed
 from layersurgery.plans.variants import variants
 from layersurgery.sweeps.estimate import estimate
 from layersurgery.sweeps.measurer import Measurer
+from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.zoo import DEPTH, tiny_config, tiny_model, tokens
-from tests.test_cli import COMMAND, result_of, run
 
 
 @pytest.mark.parametrize("order", ["depth-first", "layer-major"])

@@ -17,10 +17,10 @@ from layersurgery.figures.sweeps import Sweep, robustness
 from layersurgery.metrics import dispatch, reference
 from layersurgery.runtime.block_runner import Stack
 from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout
+from tests.cli.test_cli import run
 from tests.metrics.test_tiled import Plain, drawn
 from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import tiny_model, tokens
-from tests.test_cli import run
 
 
 def test_an_adapter_on_the_unembedding_counts_in_half_precision() -> None:

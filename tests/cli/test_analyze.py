@@ -18,10 +18,10 @@ from layersurgery.analyses.outcomes import OfAnalysis, signals_of
 from layersurgery.analyses.signal_tables import measurer_of
 from layersurgery.runs.run_directory import ANALYSIS, open_run
 from layersurgery.runs.runner import perform
+from tests.cli.test_cli import result_of, run
 from tests.runs.test_runs import StopError, text
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model
-from tests.test_cli import result_of, run
 
 TABLES = ["stages", "lens", "attention", "norms", "similarity", "drop", "neurons"]
 

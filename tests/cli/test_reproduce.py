@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.analyses.test_probe import PLACE, knowing
+from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import LETTERS
-from tests.test_cli import result_of, run
 
 ING = len(LETTERS) + 5
 

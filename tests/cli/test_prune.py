@@ -18,10 +18,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
+from tests.cli.test_analyze import words
+from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH
-from tests.test_cli import result_of, run
-from tests.test_cli_analyze import words
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 import layersurgery as ls
+from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import tiny_model
-from tests.test_cli import COMMAND, result_of, run
 
 
 @pytest.fixture(scope="module")
