@@ -2,7 +2,7 @@
 
 `smollm2-135m` becomes a llama of 30 random blocks, 32 wide, with a tokenizer of 600 words made from Python's help text;
 `EleutherAI/pythia-6.9b-deduped` a GPT-NeoX of 32 blocks in an offline hub cache. What the pages show was said by the real model;
-`pytest -m weekly -n 0 tests/test_readme.py tests/test_examples.py` runs them all on it.
+`pytest -m weekly -n 0 tests/project/test_readme.py tests/project/test_examples.py` runs them all on it.
 """
 
 from __future__ import annotations

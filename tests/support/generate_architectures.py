@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[2] / "ARCHITECTURES.md"
 HEAD = """# Architectures
 
 Made by `python -m tests.support.generate_architectures`, which builds a tiny model with random weights of each and tries the edits
-{edits}. `tests/test_architectures.py` keeps it true; `tests/checkpoints/test_zoo.py` and `tests/surgery/test_zoo.py` show that what is not
+{edits}. `tests/project/test_architectures.py` keeps it true; `tests/checkpoints/test_zoo.py` and `tests/surgery/test_zoo.py` show that what is not
 refused is right. A name with a dash is a variant of the type before it.
 
 *Operate*: in memory, for a while. *Keep*: `operate_`, `save` and `edit_checkpoint`, whose result must reload anywhere. Blocks
