@@ -1,0 +1,1 @@
+"""One model and one text, held for several measurements."""

@@ -1,0 +1,1 @@
+"""Edit the files of a checkpoint without loading the model."""

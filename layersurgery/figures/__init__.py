@@ -1,0 +1,1 @@
+"""Draw a table as a matplotlib figure."""

@@ -1,1 +1,1 @@
-"""What an edit does to a prediction, token by token: the definition (`reference`) and ways that need less memory and time."""
+"""Compare predictions token by token: definitions, kernels, and sums over sequences."""

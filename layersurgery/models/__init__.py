@@ -1,0 +1,1 @@
+"""Find what a Hugging Face model is made of: blocks, branches, config fields."""

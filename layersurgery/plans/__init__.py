@@ -1,0 +1,1 @@
+"""Describe edits as plain values: routes, edits, plans and families. No torch."""

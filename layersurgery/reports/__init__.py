@@ -1,1 +1,1 @@
-"""One self-contained page of everything that results directories hold."""
+"""Write one self-contained HTML page from directories of results."""

@@ -1,0 +1,1 @@
+"""Measure text into tables on disk, resumable, with one process or many."""

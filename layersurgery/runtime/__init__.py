@@ -1,0 +1,1 @@
+"""Run blocks one by one, capture activations, and fit a model to its devices."""

@@ -1,0 +1,1 @@
+"""Edit a loaded model in memory, and undo it exactly."""

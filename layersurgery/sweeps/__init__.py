@@ -1,0 +1,1 @@
+"""Measure many edited models in one pass over the data."""

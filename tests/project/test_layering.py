@@ -1,102 +1,68 @@
-"""The house's own rules: imports point one way, light things stay light, public names are listed."""
+"""The order of packages: imports point only to those before."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import layersurgery as ls
-
 ROOT = Path(__file__).parents[2]
-# A file may import from its own level and from those before it.
-LEVELS = [
-    "errors version route edits plan families trie placing",
-    "header layerwise quantisation refusals transfer cpu witness compiled blocks residence position remains views silent branches parts dissection inputs stack products readout attending gains projections activations contributions changes",
-    "weights sources atomic layout shards card twin naming silence checkpoint inspection surgery folding reload saving loading kernels/reference kernels/chunked kernels/fused kernels/streaming kernels/moments metrics",
-    "comparison forecasting estimating walking observing reading measuring table sweeping text journal pertoken runs team performing",
-    "analyses/signals analyses/vocabulary analyses/staging analyses/questions analyses/ranking analyses/pruning analyses/words analyses/joining analyses/endings analyses/effects analyses/fitting analyses/probing analyses/together analyses/keeping",
-    "drawing pruning_figures joining_figures probe_figures figures signal_figures page/visible page/collecting page/curves page/tabular page/pictures page/repeating page/markup page/composing page/writing",
+# Packages of one group do not import each other. Figures read tables and know plans only.
+ORDER = [
+    {"errors", "version", "atomic_io"},
+    {"plans"},
+    {"models"},
+    {"runtime"},
+    {"metrics", "surgery", "checkpoints"},
+    {"sweeps"},
+    {"runs"},
+    {"analyses"},
+    {"reports"},
 ]
-NO_TORCH = [
-    "errors",
-    "route",
-    "edits",
-    "plan",
-    "families",
-    "trie",
-    "placing",
-    "team",
-    "header",
-    "layerwise",
-    "quantisation",
-    "refusals",
-    "transfer",
-    "weights",
-    "sources",
-    "atomic",
-    "layout",
-    "shards",
-    "card",
-    "checkpoint",
-    "inspection",
-    "loading",
-]
+ALLOWED = {name: set().union(*ORDER[: max(number, 1)], {name}) for number, group in enumerate(ORDER) for name in group}
+ALLOWED["figures"] = ALLOWED["plans"] | {"figures"}
+ALLOWED["reports"] |= {"figures"}
+COMMAND_LINE = {"terminal": {"terminal"}, "session": {"session", "terminal"}, "commands": {"commands", "session", "terminal"}}
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    inside = path.parent.name if path.parent.name in ("kernels", "analyses", "page") else ""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level and node.module:
-            module = f"{inside}/{node.module}" if inside and node.level == 1 else node.module.replace(".", "/")
-            found |= {f"{module}/{alias.name}" for alias in node.names} if module in ("kernels", "analyses") else {module}
-    return found
+def imports(path: Path, root: Path) -> Iterator[tuple[str, ...]]:
+    """Import targets below `root`, as parts of their path; lazy imports and those for type checkers are included."""
+    package = path.relative_to(root.parent).parent.parts
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            module = (*base, *(node.module.split(".") if node.module else ()))
+        elif isinstance(node, ast.ImportFrom):
+            module = tuple((node.module or "").split("."))
+        else:
+            continue
+        if module[:1] == (root.name,):
+            yield from ((*module[1:], alias.name) for alias in node.names)
 
 
-def test_every_file_has_a_level() -> None:
-    package = ROOT / "layersurgery"
-    files = {str(path.relative_to(package).with_suffix("")) for path in package.rglob("*.py") if path.stem != "__init__"}
-    assert files == {name for level in LEVELS for name in level.split()}
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_point_one_way(package: str) -> None:
+    root = ROOT / "layersurgery"
+    files = list((root / package).rglob("*.py")) or [root / f"{package}.py"]
+    for path in files:
+        for target in imports(path, root):
+            assert target[0] in ALLOWED[package], f"{path.relative_to(ROOT)} imports {'.'.join(target)}"
 
 
-def test_imports_point_one_way() -> None:
-    level_of = {name: number for number, level in enumerate(LEVELS) for name in level.split()}
-    for name, number in level_of.items():
-        for imported in imports_of(ROOT / "layersurgery" / f"{name}.py"):
-            assert level_of[imported] <= number, f"{name} imports {imported}, which is above it"
+def test_every_package_has_its_place() -> None:
+    there = {path.stem for path in (ROOT / "layersurgery").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert there - {"__init__"} == set(ALLOWED)
 
 
-def test_the_package_does_not_know_its_command_line() -> None:
-    for path in (ROOT / "layersurgery").glob("*.py"):
-        assert "layersurgery_cli" not in path.read_text()
+@pytest.mark.parametrize("package", sorted(COMMAND_LINE))
+def test_imports_of_the_command_line_point_one_way(package: str) -> None:
+    for path in (ROOT / "cli" / package).rglob("*.py"):
+        for target in imports(path, ROOT / "cli"):
+            assert target[0] in COMMAND_LINE[package], f"{path.relative_to(ROOT)} imports {'.'.join(target)}"
 
 
-@pytest.mark.parametrize("module", ["layersurgery", "layersurgery_cli.app", *(f"layersurgery.{name}" for name in NO_TORCH)])
-def test_light_modules_import_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'huggingface_hub') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
-
-
-def test_public_names() -> None:
-    assert sorted(ls.__all__) == ls.__all__
-    for name in ls.__all__:
-        assert getattr(ls, name) is not None
-    assert set(dir(ls)) == set(ls.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        ls.nonsense  # noqa: B018
-
-
-def test_the_project_speaks_of_itself_alone() -> None:
-    words = ["shared" + "/", "ARCHITECTURE" + ".md", "TRAPS" + ".md"]
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.split("\n"):
-        path = ROOT / name
-        if name and path.suffix in (".py", ".md", ".toml", ".cff", ".yaml") and path.is_file():
-            assert not [word for word in words if word in path.read_text()], name
+def test_the_library_does_not_import_its_command_line() -> None:
+    for path in (ROOT / "layersurgery").rglob("*.py"):
+        assert "layersurgery_cli" not in path.read_text("utf-8"), path

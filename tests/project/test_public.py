@@ -1,0 +1,55 @@
+"""Public names are listed, and what needs no torch starts without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layersurgery as ls
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
+# Plans, edits of files up to the reload check, schedules, and what the command line reads of devices and processes.
+LIGHT = [
+    *(f"plans.{name}" for name in ("edits", "plan", "route", "variants")),
+    *("checkpoints.edit_checkpoint", "checkpoints.inspection", "checkpoints.loading", "checkpoints.model_card"),
+    *("checkpoints.output_layout", "checkpoints.quantization", "checkpoints.safetensors_header", "checkpoints.shard_writer"),
+    *("checkpoints.sources", "checkpoints.tensor_index"),
+    *("models.config_fields", "models.unsupported", "sweeps.schedule", "runtime.device_map", "runs.distributed"),
+]
+
+
+def test_light_modules_import_nothing_heavy() -> None:
+    modules = ["layersurgery", "layersurgery_cli.app", *(f"layersurgery.{name}" for name in LIGHT)]
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    assert not heavy, f"{{module}} imports {{heavy}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names() -> None:
+    assert sorted(ls.__all__) == ls.__all__
+    for name in ls.__all__:
+        assert getattr(ls, name) is not None
+    assert set(dir(ls)) == set(ls.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        ls.nonsense  # noqa: B018
+
+
+def test_the_project_refers_to_itself_alone() -> None:
+    words = ["shared" + "/", "ARCHITECTURE" + ".md", "TRAPS" + ".md"]
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split("\n"):
+        path = ROOT / name
+        if name and path.suffix in (".py", ".md", ".toml", ".cff", ".yaml") and path.is_file():
+            assert not [word for word in words if word in path.read_text("utf-8")], name
