@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import InexpressibleError, LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError
+from .errors import UnsupportedEditError, LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError
 from .plans.plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
 from .plans.route import Route, Visit
 from .version import __version__
@@ -34,7 +34,7 @@ __all__ = [
     "Comparison",
     "Edited",
     "Folded",
-    "InexpressibleError",
+    "UnsupportedEditError",
     "LayerSurgeryError",
     "MeasurementError",
     "OutputError",

@@ -17,7 +17,7 @@ class SourceError(LayerSurgeryError):
     """A model that cannot be found or read: missing, damaged, or in a format that is not read."""
 
 
-class InexpressibleError(LayerSurgeryError):
+class UnsupportedEditError(LayerSurgeryError):
     """An edit whose result no Hugging Face checkpoint of this architecture can say."""
 
 

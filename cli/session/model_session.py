@@ -290,7 +290,7 @@ def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk
     talk.say(f"{edited}{plan.calls:,} block calls a batch{shared}{by}")
     if measurer.bytes_to_read:
         way = (
-            f"layer by layer, {plan.at_home} block{'s'[: plan.at_home != 1]} at hand at a time"
+            f"layer by layer, {plan.resident_blocks} block{'s'[: plan.resident_blocks != 1]} at hand at a time"
             if plan.during
             else "route by route"
         )

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..metrics.aggregation import Array
 from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
@@ -64,7 +64,7 @@ def stages(
     tables = measured(model, ids, mask, [*SIGNALS, LENS, DROP], batch_size, blocks, known, progress)
     try:
         found = neurons(model, blocks=blocks, anatomy=known, progress=on_layer)
-    except InexpressibleError as error:
+    except UnsupportedEditError as error:
         warnings.warn(f"neurons are left out: {error}", stacklevel=2)
         found = None
     return combined(tables, found)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..runtime.block_runner import Stack
 from ..runtime.neuron_activations import Projection
 from .prediction_neurons import PREDICTION, SUPPRESSION, output_rows, unembedding
@@ -58,7 +58,7 @@ def choose(
         kinds = [_greatest(scores[scores.kind == kind], count) for kind in (PREDICTION, SUPPRESSION)]
         found = pd.concat(kinds)
         if found.empty:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{type(stack.model).__name__} has no prediction and no suppression neurons among the {len(scores):,} whose activations can be "
                 "read, so there is nothing to probe"
             )

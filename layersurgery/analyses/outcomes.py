@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..atomic_io import whole_file
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..metrics.aggregation import Sample
 from ..metrics.reference import METRICS
 from ..runs.journal import Journal
@@ -115,7 +115,7 @@ class OfAnalysis:
         """Scores of all neurons; None where the model has none."""
         try:
             found = self._looked_at(directory)
-        except InexpressibleError as error:
+        except UnsupportedEditError as error:
             self.measurer.left_out["neurons"] = str(error)
             return None
         self.measurer.left_out.update(found.attrs["left_out"])

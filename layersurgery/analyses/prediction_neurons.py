@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..metrics.cosine_moments import NEURONS, moments, unit_rows
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
@@ -61,7 +61,7 @@ def neuron_scores(
             found = torch.cat([moments(rows_ND, u_VD) for rows_ND in parts], 1)
             frames.append(_frame(layer, name, stack.blocks[layer], found))
     if not frames:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} has no neurons to look at: {next(iter(left_out.values()), 'it has no blocks')}"
         )
     found = pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "expert": "Int64", "neuron": "Int64"})
@@ -129,7 +129,7 @@ def unembedding(stack: Stack, *, unit: bool = True) -> torch.Tensor:
     matrix = None if anatomy.unembedding is None else getattr(model.get_submodule(anatomy.unembedding), "weight", None)
     if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2 or matrix.shape[1] != stack.width:
         found = "none" if not isinstance(matrix, torch.Tensor) else f"of shape {tuple(matrix.shape)}"
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{name}: neurons write a stream of width {stack.width}, and the unembedding is {found}, so they cannot be laid beside each other"
         )
     gain = _gain(stack, anatomy.final_norm, matrix)
@@ -182,7 +182,7 @@ def _gain(stack: Stack, path: str | None, like: torch.Tensor) -> Gain:
     held = next((parameter for parameter in norm.parameters() if not parameter.is_meta), like)
     gain = gain_of(norm, stack.width, held.detach())
     if gain is None:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm, so it cannot be folded into what reads it"
         )
     return gain

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from ..errors import InexpressibleError, MeasurementError
+from ..errors import UnsupportedEditError, MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..runs.text import bos_of
@@ -129,7 +129,7 @@ def heads_on(
         if not member.attends
     }
     if not attending:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} has no heads to look at: {next(iter(left_out.values()), 'it has no blocks')}"
         )
     ids = windows.ids if first is None else torch.cat([torch.full((len(windows.ids), 1), first), windows.ids], 1)

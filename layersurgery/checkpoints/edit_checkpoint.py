@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_io import check_output, whole_directory
-from ..errors import InexpressibleError, PlanError, SourceError
+from ..errors import UnsupportedEditError, PlanError, SourceError
 from ..models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
@@ -173,7 +173,7 @@ def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Jso
             config = settle(checkpoint.config, config, section, route)
     left = set_fields(checkpoint.fields, BARE)
     if left and not verify and route.blocks != tuple(range(section.depth)):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"config.json: {', '.join(left)} can make layers differ by position, and without the reload check it cannot be told whether "
             "the result would be right; leave --no-verify out"
         )
@@ -197,7 +197,7 @@ def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozen
     ]
     method = quantised[0].get("quant_method") if quantised and isinstance(quantised[0], dict) else None
     if quantised and method not in _ZERO_IS_ZERO:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
             "silenced in it; skip on the unquantised checkpoint"
         )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 
 # How quantisers mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
 _PATTERN_MARKS = ("re:", "+:", "-:")
@@ -34,12 +34,12 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name
         match = pattern.search(text)
         if match is None:
             if (text.startswith(_PATTERN_MARKS) and re.search(r"\d", text)) or numbered.search(text):
-                raise InexpressibleError(
+                raise UnsupportedEditError(
                     f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered"
                 )
             return [text]
         if numbered.search(text, match.end()) or text.startswith(_PATTERN_MARKS):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"the quantisation settings name several layers at once by {text!r}, which cannot be renumbered"
             )
         return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InexpressibleError, SourceError
+from ..errors import UnsupportedEditError, SourceError
 from .safetensors_header import Entry, Header, read_header
 
 SINGLE = "model.safetensors"
@@ -177,7 +177,7 @@ def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | N
     if text and prefix is None:  # a tower for other input is the decoder only where there is nothing else
         fitting = [p for p in fitting if p in text or depth == 1]
     if len(fitting) > 1:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"several stacks of {depth} layers could be the decoder: {', '.join(sorted(fitting))}; name one with blocks="
         )
     if not fitting:

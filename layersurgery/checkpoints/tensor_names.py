@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.meta_model import quiet
 from .tensor_index import Stack
 
@@ -57,7 +57,7 @@ def match_names(model: nn.Module, path: str, stack: Stack, names: Iterable[str])
     def loaded_as(block: int, rest: str) -> str:
         match = inside.search(rename(stack.join(block, rest)))
         if match is not None and int(match[1]) != block:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{stack.join(block, rest)} is loaded as a part of block {match[1]}: the files of {type(model).__name__} number their "
                 "blocks otherwise than the model does, so they cannot be renamed"
             )
@@ -71,7 +71,7 @@ def match_names(model: nn.Module, path: str, stack: Stack, names: Iterable[str])
             tensors[block][parameter] = (*tensors[block].get(parameter, ()), rest)
     for block in range(stack.depth):
         if not any(inside.search(rename(stack.join(block, rest))) for rest in _some(alike, block)):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"no tensor at {stack.prefix}.{block} is loaded into {path}.{block} of {type(model).__name__}: the files hold another "
                 "stack there, or the model renames it in a way that is not followed"
             )

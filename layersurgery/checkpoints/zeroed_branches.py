@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.anatomy import record_block
 from ..models.block_list import find_blocks
 from ..models.block_parts import Parts, examine
@@ -64,9 +64,9 @@ def silent_tensors(config: Json, section: Section, stack: Stack, names: Iterable
 def _tensors(naming: Naming, block: int, module: nn.Module, part: Part, parts: Parts) -> list[str]:
     stubs = parts.stubs(part)
     if not stubs:
-        raise InexpressibleError(f"block {block} ({type(module).__name__}) has no {part} that could be skipped; drop it instead")
+        raise UnsupportedEditError(f"block {block} ({type(module).__name__}) has no {part} that could be skipped; drop it instead")
     if not all(stub.savable for stub in stubs):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"block {block} ({type(module).__name__}): which weights write its {part} into the residual stream could not be told; "
             "skipping is not supported for this architecture"
         )
@@ -74,7 +74,7 @@ def _tensors(naming: Naming, block: int, module: nn.Module, part: Part, parts: P
     for parameter in parts.outputs(part):
         names = naming.names(block, parameter)
         if not names:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"block {block}: no tensor of the checkpoint holds {parameter}, the output of its {part}, and nothing else; skipping is "
                 "not supported for this architecture"
             )
@@ -90,7 +90,7 @@ def _tried(config: Json, section: Section, block: int, meant: nn.Module) -> Part
         blocks = find_blocks(model, model.config.num_hidden_layers, type(meant)).blocks
         parts = examine(blocks[place], record_block(model, blocks, place))
     if parts.fault:
-        raise InexpressibleError(f"no branch of {name} can be skipped: {parts.fault}")
+        raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.fault}")
     return parts
 
 
@@ -113,7 +113,7 @@ def _single_block(config: Json, section: Section, block: int, meant: nn.Module) 
     for route in (Route([block]), Route(range(block + 1)), Route.identity(section.depth)):
         try:
             smaller = class_config(settle(text, rewrite(text, alone, route), alone, route))
-        except InexpressibleError as error:
+        except UnsupportedEditError as error:
             why = str(error)
             continue
         with torch.device("meta"):
@@ -129,4 +129,4 @@ def _single_block(config: Json, section: Section, block: int, meant: nn.Module) 
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         return model.eval(), place
-    raise InexpressibleError(f"block {block} cannot be tried out, so no branch of it is skipped: {why}")
+    raise UnsupportedEditError(f"block {block} cannot be tried out, so no branch of it is skipped: {why}")

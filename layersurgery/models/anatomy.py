@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..plans.edits import Part
 from ..plans.route import Visit
 from .block_list import BlockList, locate, transformers_part
@@ -72,10 +72,10 @@ class Anatomy:
         part: Part = "attention" if visit.mlp else "mlp"
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
         if parts.fault:
-            raise InexpressibleError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
+            raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
         stubs = parts.stubs(part)
         if not stubs:
-            raise InexpressibleError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
+            raise UnsupportedEditError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
         return stubs
 
     def rows(self) -> list[dict[str, str]]:
@@ -206,7 +206,7 @@ def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
     with watched([(blocks, str(place), "block")]) as log:
         run_small(model)
     if not log.calls:
-        raise InexpressibleError(f"{type(model).__name__} did not run its block {place}")
+        raise UnsupportedEditError(f"{type(model).__name__} did not run its block {place}")
     return log.calls[0]
 
 
@@ -235,7 +235,7 @@ def run_small(model: nn.Module, tokens: int = TOKENS) -> None:
         ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
         model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
     except Exception as error:  # a model's forward may raise anything
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} could not be run on {tokens} tokens ({type(error).__name__}: {str(error).partition(chr(10))[0]}), so what it is made of cannot be told"
         ) from error
 
@@ -244,24 +244,24 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
     ran = [int(call.name.removeprefix("block ")) for call in calls]
     if ran != list(range(len(found.blocks))):
         times = ", ".join(map(str, ran[:12])) + (", ..." if len(ran) > 12 else "") if ran else "none"
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} does not run the {len(found.blocks)} blocks at {found.path} once each and in order (it ran {times}), so "
             "moving them would not mean what it says; if the blocks are elsewhere, name their list: blocks=..."
         )
     for number, call in enumerate(calls):
         if any(hasattr(value, "get_seq_length") and value.get_seq_length() for value in (*call.args, *call.kwargs.values())):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{type(model).__name__} gives block {number} a key-value cache although none was asked for (a prefix that was tuned?), and every "
                 "call of a block by itself would add to it; take the model without it"
             )
     for number, (before, after) in enumerate(pairwise(calls)):
         output, where = first_tensor(before.output), after.stream()
         if output is not None and bool(output.isnan().any()):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{type(model).__name__}: block {number} returns NaN on seven tokens; look at its weights, or in half precision try another dtype"
             )
         if output is None or where is None or not torch.equal(output, after[where].to(output.device)):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{type(model).__name__}: what block {number + 1} is given is not what block {number} returned, so the blocks are not one stream"
             )
 

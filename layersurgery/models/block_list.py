@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 
 _NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler", re.IGNORECASE)
 
@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module,
         # A wrapper's own prefix may be left out: "model.layers" in base_model.model.model.layers.
         named = [name for name in lists if name == path] or [name for name in lists if name.endswith(f".{path}")]
         if len(named) != 1 or len(lists[named[0]]) != depth:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"blocks={path!r} names no list of {depth} modules of {type(model).__name__} (module lists: {found})"
             )
         return BlockList(named[0], lists[named[0]])
@@ -50,12 +50,12 @@ def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module,
     if len(outer) > 1:
         outer = [name for name in outer if not _NOT_TEXT.search(name)] or outer
     if not outer:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} has no list of {depth} modules, the number of layers its config gives (module lists: {found}), so its "
             "decoder blocks cannot be told"
         )
     if len(outer) > 1:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} has {len(outer)} lists of {depth} modules that could be its decoder blocks: {', '.join(outer)}. Say which: "
             f'blocks="{outer[0]}"'
         )
@@ -71,7 +71,7 @@ def transformers_part(model: nn.Module) -> Any:
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "get_text_config"):
             return module
-    raise InexpressibleError(f"{type(model).__name__} has no transformers config; only models of transformers can be operated on")
+    raise UnsupportedEditError(f"{type(model).__name__} has no transformers config; only models of transformers can be operated on")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -82,7 +82,7 @@ def text_config(model: nn.Module) -> Any:
     """
     config = transformers_part(model).config
     if getattr(config, "is_encoder_decoder", False):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(model).__name__} is an encoder with a decoder, and an edit could not say which of the two it means; decoder-only models "
             "can be operated on"
         )
@@ -101,7 +101,7 @@ def locate(model: nn.Module, blocks: str | None = None) -> BlockList:
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"the config of {type(model).__name__} gives no number of layers (num_hidden_layers is {depth!r})"
         )
     return find_blocks(model, depth, path=blocks)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..plans.edits import Part
 from .block_view import view
 from .call_tracing import Call, by_token, first_tensor, noise, watched
@@ -81,7 +81,7 @@ def examine(block: nn.Module, call: Call) -> Parts:
         stubs[0] = [replace(stub, keeps_row=place == 0) for place, stub in enumerate(stubs[0])]
         before, after = _norms(trial, calls, [*mixers, *rest])
         return _confirm(trial, replace(found, norms_before=before, norms_after=after), stubs)
-    except InexpressibleError as error:
+    except UnsupportedEditError as error:
         return Parts((), (), fault=str(error))
 
 
@@ -99,7 +99,7 @@ class Trial:
         args, kwargs = self.call.given(self.where, self.stream if stream is None else stream)
         output = first_tensor(block(*args, **kwargs))
         if output is None or output.shape != self.stream.shape:
-            raise InexpressibleError("it does not return the residual stream")
+            raise UnsupportedEditError("it does not return the residual stream")
         return output.clone()
 
     def without(self, stubs: Iterable[Stub], stream: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,7 +131,7 @@ def _sort(trial: Trial) -> tuple[list[Call], list[Call], list[Call]]:
         paths = [inner for path in paths for inner in (_runnable(trial.block, path) if path in composite else [path])]
     names = [call.name for call in weighty]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise InexpressibleError(f"it runs {repeated[0]} {names.count(repeated[0])} times")
+        raise UnsupportedEditError(f"it runs {repeated[0]} {names.count(repeated[0])} times")
     mixing = {call.name for call in mixers}
     return mixers, [call for call in weighty if call.name not in mixing], calls
 
@@ -199,7 +199,7 @@ def _stubs(trial: Trial, units: list[Call], calls: list[Call]) -> list[Stub]:
     for call in units:
         where, output = call.stream(), first_tensor(call.output)
         if where is None or output is None:
-            raise InexpressibleError(f"{call.name} is not given one row for each token, or returns none")
+            raise UnsupportedEditError(f"{call.name} is not given one row for each token, or returns none")
         writes = by_token(output) and output.shape[-1] == width
         residual = _residual(trial, call, where, output) if writes else None
         outputs = _written_by(trial.block, call.name, width) if writes else ()
@@ -225,7 +225,7 @@ def _written_by(block: nn.Module, path: str, width: int) -> tuple[str, ...] | No
     """Parameters with which a module writes the stream; None where they cannot be told, which only saving asks for."""
     try:
         return output_parameters(block, path, width)
-    except InexpressibleError:
+    except UnsupportedEditError:
         return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 
 _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 
@@ -51,12 +51,12 @@ def view(block: nn.Module) -> nn.Module:
 def _check(module: nn.Module) -> None:
     forward = vars(module).get("forward")
     if forward is not None and not isinstance(forward, types.MethodType | functools.partial):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"the forward of a {type(module).__name__} was replaced by {getattr(forward, '__qualname__', forward)!r}, which cannot be bound "
             "to a second module with the same parameters; operate first and replace it afterwards"
         )
     if type(module).__name__.startswith("FSDP"):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             "the model is sharded by FSDP, and parameters of two modules cannot be sharded as one; operate before sharding"
         )
 
@@ -133,13 +133,13 @@ def check_positions(block: nn.Module, place: int) -> None:
     for module in block.modules():
         # Versions of transformers that know the scale from construction keep it in `scaling`.
         if vars(module).get("scale_attn_by_inverse_layer_idx") and not hasattr(module, "scaling"):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 "scale_attn_by_inverse_layer_idx: this version of transformers scales the attention of each layer by its position while it "
                 "runs, so a block that moves would compute something else"
             )
     for _, name, value in positions(block):
         if value - place not in (0, 1):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"a module of block {place} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
                 "cannot be moved"
             )

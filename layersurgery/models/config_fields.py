@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InexpressibleError, SourceError
+from ..errors import UnsupportedEditError, SourceError
 from ..plans.route import Route
 
 Json = dict[str, Any]
@@ -248,12 +248,12 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
             return value if all(kind == value[place % len(value)] for place, kind in enumerate(new)) else new
         if key in INDEX_LISTS or value == list(range(depth)):
             if not all(type(item) is int and 0 <= item < depth for item in value):
-                raise InexpressibleError(f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}")
+                raise UnsupportedEditError(f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}")
             return [place for place, block in enumerate(order) if block in value]
         if len(value) == depth and key not in _NOT_PER_LAYER:
             new = [value[block] for block in order]
             if key not in LISTS and new != value:
-                raise InexpressibleError(
+                raise UnsupportedEditError(
                     f"config.json: {key!r} is a list of {depth} values for {depth} layers, and what it means is not known; "
                     "if it has one value per layer, ask for it to be added, and edit a copy without the field until then"
                 )
@@ -261,7 +261,7 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
         if key in LISTS and len(value) > depth:  # what follows belongs to prediction heads
             return [value[block] for block in order] + value[depth:]
         if key in LISTS and any(item != value[0] for item in value):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"config.json: {key!r} has {len(value)} values for {depth} layers, so it is not clear whose they are"
             )
     if isinstance(value, str) and key in LISTS and len(value) == depth:
@@ -286,7 +286,7 @@ def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> N
         if sorted(kept, reverse=True) == kept:
             fields[key] = sum(kept)
         elif reloaded and not isinstance(fields.get("mlp_layer_types"), list):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"config.json: {key} = {count} says that the first {count} layers are of another kind, and {route} would set "
                 "one of them behind a layer of the other kind, which the field cannot say"
             )
@@ -294,7 +294,7 @@ def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> N
     _rewrite_cycle(fields, depth, route)
     if reloaded and fields.get("scale_attn_by_inverse_layer_idx") and route.blocks != tuple(range(len(route))):
         # Old versions of transformers do this while the model runs, where no comparison of models sees it.
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             "config.json: scale_attn_by_inverse_layer_idx scales the attention of each layer by its position, so a block that "
             "moves would compute something else"
         )
@@ -333,7 +333,7 @@ def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int
     if tuple(order[: depth - count]) != tuple(range(depth - count)) or any(
         block < depth - count for block in order[depth - count :]
     ):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"config.json: {key} = {count} ties the last {count} layers to keys and values of earlier ones, by position; only "
             f"edits within the last {count} layers keep that"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import InexpressibleError, SourceError
+from ..errors import UnsupportedEditError, SourceError
 from ..plans.route import Route
 from .config_fields import LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
 
@@ -40,7 +40,7 @@ def class_config(config: Json) -> Any:
     model_type = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:
         remote = " (it brings its own code, which is not run here)" if "auto_map" in config else ""
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"transformers {transformers.__version__} does not know the model type {model_type!r}{remote}, so whether the edited "
             f"checkpoint would load cannot be told. {_UNVERIFIED}"
         )
@@ -51,7 +51,7 @@ def class_config(config: Json) -> Any:
             path.write_text(json.dumps(fields), "utf-8")
             return CONFIG_MAPPING[model_type].from_json_file(path)
     except Exception as error:  # whatever a config class raises on values it does not accept
-        raise InexpressibleError(f"{model_type}'s config class does not accept the config: {error}") from error
+        raise UnsupportedEditError(f"{model_type}'s config class does not accept the config: {error}") from error
 
 
 def section_of(config: Json) -> Section:
@@ -66,7 +66,7 @@ def section_of(config: Json) -> Section:
         return find_section(config)
     try:
         text = class_config(config).get_text_config(decoder=True)
-    except InexpressibleError as error:
+    except UnsupportedEditError as error:
         raise SourceError(f"config.json has no number of layers, and {error}") from error
     name = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     config[name] = int(getattr(text, "num_hidden_layers", 0) or 0)
@@ -101,10 +101,10 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
         section.of(edited)[key] = wanted[key]
     try:
         taken = not _differing(wanted, edited)
-    except InexpressibleError:  # a property without a setter
+    except UnsupportedEditError:  # a property without a setter
         taken = False
     if not taken:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"the config class of {config.get('model_type')!r} works out {', '.join(differing)} from the positions of layers and "
             f"takes no list instead, so {route} cannot be said in its config"
         )
@@ -160,7 +160,7 @@ def build_empty(config: Json) -> nn.Module:
             else:
                 model = transformers.AutoModelForCausalLM.from_config(class_of)
     except Exception as error:  # a model's constructor may raise anything
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"transformers cannot build {name or class_of.model_type} from the config: {error}. {_UNVERIFIED}"
         ) from error
     return model

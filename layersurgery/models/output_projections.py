@@ -11,7 +11,7 @@ import re
 
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 
 _ROUTER = re.compile(r"gate$|router", re.IGNORECASE)
 _OUT = re.compile(
@@ -36,7 +36,7 @@ def output_parameters(block: nn.Module, path: str, width: int) -> tuple[str, ...
     for name in names:
         shape = tuple(block.get_parameter(name).shape)
         if width not in shape:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{type(block).__name__}: {name}, of shape {shape}, was taken for an output of {path} and does not write the model's "
                 f"width {width}"
             )
@@ -49,7 +49,7 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
     if not mixtures:
         linear = [name for name, module in branch.named_modules() if _linear(module)]
         if not linear:
-            raise InexpressibleError(f"{path} ({type(branch).__name__}) has no linear map that could be its output")
+            raise UnsupportedEditError(f"{path} ({type(branch).__name__}) has no linear map that could be its output")
         last = next((name for name in reversed(linear) if _OUT.search(name)), linear[-1])
         beside = f"{last}_bias"  # a bias that the branch keeps beside its projection
         return _own(branch.get_submodule(last), _join(path, last)) + [_join(path, beside)] * (beside in branch._parameters)
@@ -67,7 +67,7 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
             if any(map(_linear, module.modules())):
                 names += _outputs(module, _join(path, name))
     if not any(block_name.startswith(_join(path, mixture)) for mixture in mixtures for block_name in names):
-        raise InexpressibleError(f"{path} ({type(branch).__name__}) has experts whose output projection is not known")
+        raise UnsupportedEditError(f"{path} ({type(branch).__name__}) has experts whose output projection is not known")
     return names
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..plans.route import Route
 from .block_list import find_blocks
 from .config_fields import DEPTH_FIELDS, Json, Section
@@ -67,11 +67,11 @@ class Twin:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
             found = "; ".join(wrong[:3]) + more
             if self.live:
-                raise InexpressibleError(
+                raise UnsupportedEditError(
                     f"reloaded, this model would be another: {found}. Its config does not say so; undo that, or keep the model in memory "
                     "only (operate_ with verify=False)"
                 )
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"reloaded, {self.route} would not be the model meant: {found}. The architecture ties this to a layer's position and its "
                 "config cannot say otherwise"
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from .block_view import position_name
 from .call_tracing import Where
 
@@ -114,7 +114,7 @@ class Silent(nn.Module):
             owner, _, tail = name.rpartition(".")
             name = name if name in held else f"{owner}.base_layer.{tail}"  # where PEFT keeps it
             if name not in held:
-                raise InexpressibleError(
+                raise UnsupportedEditError(
                     f"{output} of a skipped {self.stands_for.__name__} is gone (renamed by a parametrisation?), and would not be saved as zeros; "
                     "undo that before saving"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..plans.route import Route
 
 _ALWAYS = {
@@ -41,7 +41,7 @@ def refuse_architecture(fields: dict[str, Any]) -> None:
     if fields.get("hidden_size_per_layer_input"):
         reason = "gives every layer its own columns of one embedding table, outside the layers"
     if reason:
-        raise InexpressibleError(f"{model_type} {reason}; its layers cannot be edited")
+        raise UnsupportedEditError(f"{model_type} {reason}; its layers cannot be edited")
 
 
 def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) -> None:
@@ -57,19 +57,19 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
     """
     step = fields.get("rescale_every")
     if live and step and any(block // step != place // step for place, block in enumerate(route.blocks)):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{fields.get('model_type')} halves the weights of its blocks every {step} places once it runs (rescale_every), so a block cannot "
             "move from one such stretch to another in memory; edit the checkpoint, or set rescale_every to 0 in the config before loading"
         )
     if fields.get("model_type") == "rwkv" and [place for place, block in enumerate(route.blocks) if block == 0] != [0]:
-        raise InexpressibleError("rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once")
+        raise UnsupportedEditError("rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once")
     _refuse_indexers(fields, route)
 
 
 def _refuse_indexers(fields: dict[str, Any], route: Route) -> None:
     kinds = fields.get("indexer_types")
     if kinds is None and fields.get("model_type") in _INDEXED:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{fields['model_type']}: write indexer_types out in config.json, one for each layer, so that it can be followed"
         )
     if not kinds or "shared" not in kinds:
@@ -82,7 +82,7 @@ def _refuse_indexers(fields: dict[str, Any], route: Route) -> None:
         if visit.block >= len(kinds) or kinds[visit.block] != "shared":
             picked = visit.block if visit.attention else None
         elif visit.attention and picked != source[visit.block]:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{fields.get('model_type')}: block {visit.block} attends to the tokens that block {source[visit.block]} picks (indexer_types), and "
                 f"on {route} it would get another's; keep them together"
             )

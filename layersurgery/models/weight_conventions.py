@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from .call_tracing import first_tensor
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -100,7 +100,7 @@ def _dim(module: nn.Module, name: str, width: int, linear: int) -> int:
     first = len(shape) - 2  # experts come before
     places = [place for place in (first, first + 1) if place >= 0 and shape[place] == width]
     if not places:
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{name} of {type(module).__name__}, of shape {shape}, has no dimension of the stream's width {width}"
         )
     if len(places) == 1:
@@ -112,7 +112,7 @@ def _dim(module: nn.Module, name: str, width: int, linear: int) -> int:
         return first + linear
     if kind == "Conv1D" or turned is True:
         return first + 1 - linear
-    raise InexpressibleError(f"{name} of {kind}, of shape {shape}, may lie either way round")
+    raise UnsupportedEditError(f"{name} of {kind}, of shape {shape}, may lie either way round")
 
 
 def written_rows(module: nn.Module, name: str, width: int, most: int) -> Iterator[torch.Tensor]:

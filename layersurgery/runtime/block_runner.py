@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy, run_small
 from ..models.block_list import locate
 from ..models.block_view import view
@@ -109,7 +109,7 @@ class Stack:
         for number, observer in enumerate(observers):
             for tensor in _tensors([value for where, value in observer.arguments() if where != observer.where]):
                 if (source := earlier.get((tensor.data_ptr(), tensor.shape))) is not None:
-                    raise InexpressibleError(
+                    raise UnsupportedEditError(
                         f"{type(self.model).__name__}: block {source} hands block {number} more than the residual stream (a tensor of shape "
                         f"{tuple(tensor.shape)}), so blocks cannot be run in another order by themselves"
                     )
@@ -193,7 +193,7 @@ class _Observer(StandIn):
         self.args, self.kwargs = args, kwargs
         where = Call("", args, kwargs).stream()
         if where is None:
-            raise InexpressibleError("a block is not given a residual stream of (1, tokens, width)")
+            raise UnsupportedEditError("a block is not given a residual stream of (1, tokens, width)")
         self.where = where
         self.stream = args[where] if isinstance(where, int) else kwargs[where]
         self.before = self.stream.clone()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.block_list import text_config, transformers_part
 from ..models.call_tracing import TOKENS, StandIn, noise, replaced
 from .block_runner import Stack
@@ -192,16 +192,16 @@ def _checked(stack: Stack, probe: torch.Tensor) -> torch.Tensor:
     except AttributeError:  # an output without logits
         logits = None
     except RuntimeError as error:
-        raise InexpressibleError(f"{name} cannot be run behind its blocks: {str(error).partition(chr(10))[0]}") from error
+        raise UnsupportedEditError(f"{name} cannot be run behind its blocks: {str(error).partition(chr(10))[0]}") from error
     if logits is None or logits.dim() != 3 or logits.shape[:2] != probe.shape[:2]:
         found = "none" if logits is None else f"a tensor of shape {tuple(logits.shape)} for {probe.shape[1]} tokens"
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{name} predicts no next tokens: as logits it gives {found}. Load the model as a causal language model (AutoModelForCausalLM)"
         )
     # Weights may be no numbers; that is found where the model itself is measured.
     some, same = (values.nan_to_num(0, 0, 0) for values in (own_logits(stack, probe[:, ::2]), logits[:, ::2]))
     if not _close(some, same, TOLERANCE.get(probe.dtype, 3e-2)):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{name}: behind its blocks, what it predicts at one position depends on others, so it cannot be read token by token"
         )
     return logits

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.block_view import positions
 from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
 from ..plans.route import Route
@@ -85,12 +85,12 @@ def edit_config(config: Any, depth: int, route: Route, log: Log) -> None:
             log.set(attributes, name, len(route), f"config.{name}")
     _edit_overrides(attributes, route, log)
     if config.num_hidden_layers != len(route):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"the config class {type(config).__name__} works out its number of layers itself and takes no other, so {route} cannot be said in it"
         )
     for name, value in rewrite_fields(derived, depth, route, reloaded=False).items():
         if list(_read(config, name) or []) != list(value):
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"the config class {type(config).__name__} works out {name} from the positions of layers and takes no list instead, so {route} "
                 "cannot be said in it, and the model reads it while it runs"
             )
@@ -153,7 +153,7 @@ def _border(module: nn.Module, name: str, place: int, depth: int, route: Route) 
     if 0 <= place < depth and (
         route.blocks[:place] != tuple(range(place)) or any(block < place for block in route.blocks[place:]) or len(route) <= place
     ):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(module).__name__}.{name} = {place} names a place among the layers, and what it means is not known, so only layers behind it "
             "can be moved, among themselves"
         )
@@ -187,7 +187,7 @@ def _moved(module: nn.Module, name: str, value: Any, depth: int, route: Route) -
         return kind(range(len(route)))
     new = kind(value[block] for block in route.blocks)
     if name not in LISTS and new != value and any(item != value[0] for item in value):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{type(module).__name__}.{name} is a list of {depth} values for {depth} layers, and what it means is not known, so the layers "
             "cannot be moved"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy, run_small
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import text_config, transformers_part
@@ -64,7 +64,7 @@ def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None
         >>> fold(model).left  # doctest: +SKIP
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise InexpressibleError("weights are kept on disk or elsewhere; load the model into memory to fold it")
+        raise UnsupportedEditError("weights are kept on disk or elsewhere; load the model into memory to fold it")
     stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
     done = Folded()
     centre = centred(stack)
@@ -118,13 +118,13 @@ def _fold_norm(block: nn.Module, prefix: str, path: str, run: Callable[[], torch
     undo = _Undo()
     try:
         if not readers:
-            raise InexpressibleError("nothing reads it directly")
+            raise UnsupportedEditError("nothing reads it directly")
         for reader in readers:
             _fold_into(block.get_submodule(reader), gain.scale_D, gain.shift_D, width, undo, centre=gain.centres)
         _neutral(norm, gain.scale_D, undo)
         if not _same(run(), before):
-            raise InexpressibleError("something else than these matrices reads it")
-    except InexpressibleError as error:
+            raise UnsupportedEditError("something else than these matrices reads it")
+    except UnsupportedEditError as error:
         undo.all()
         done.left[name] = str(error)
         return
@@ -175,7 +175,7 @@ def _fold_into(module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, widt
         weight.copy_(wide.movedim(-1, dim))
         if shifted:
             if name != "weight" or weight.dim() != 2 or not hasattr(module, "bias"):
-                raise InexpressibleError(f"{type(module).__name__}, which reads it, has no bias to take its shift")
+                raise UnsupportedEditError(f"{type(module).__name__}, which reads it, has no bias to take its shift")
             if isinstance(module.bias, torch.Tensor):
                 bias = undo.keep(module, "bias")
                 bias.copy_(bias.double() + moved)
@@ -193,7 +193,7 @@ def _reading(module: nn.Module, width: int) -> list[str]:
     outputs = ("down_proj", "w2", "output_linear", "wo", "fc2")
     found = [name for name in names if name not in outputs and width in module._parameters[name].shape[-2:]]  # type: ignore[union-attr]
     if not found:
-        raise InexpressibleError(f"{type(module).__name__}, which reads it, has no weight that is known to")
+        raise UnsupportedEditError(f"{type(module).__name__}, which reads it, has no weight that is known to")
     return found
 
 
@@ -204,7 +204,7 @@ def _neutral(norm: nn.Module, scale: torch.Tensor, undo: _Undo) -> None:
         offset = scale - weight.detach().double().cpu()
         nearest = offset.mean().round()
         if bool((offset - nearest).abs().max() > 0.02 * scale.abs().max()):
-            raise InexpressibleError(f"how the weight of {type(norm).__name__} makes its scale is not known")
+            raise UnsupportedEditError(f"how the weight of {type(norm).__name__} makes its scale is not known")
         undo.keep(norm, "weight").fill_(1 - float(nearest))
     if norm._parameters.get("bias") is not None:
         undo.keep(norm, "bias").zero_()
@@ -231,7 +231,7 @@ def _fold_end(stack: Stack, done: Folded, *, unembedding: bool) -> None:
     undo = _Undo()
     try:
         if gain is None:
-            raise InexpressibleError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
+            raise UnsupportedEditError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
         _untie(model, module, undo)
         _fold_into(module, gain.scale_D, gain.shift_D, stack.width, undo, centre=gain.centres)
         _neutral(norm, gain.scale_D, undo)
@@ -241,8 +241,8 @@ def _fold_end(stack: Stack, done: Folded, *, unembedding: bool) -> None:
                     held = undo.keep(module, name)
                     held.copy_(held.double() - held.double().mean(0))
         if not _same(run(), before):
-            raise InexpressibleError("something else than the unembedding reads it")
-    except InexpressibleError as error:
+            raise UnsupportedEditError("something else than the unembedding reads it")
+    except UnsupportedEditError as error:
         undo.all()
         done.left[path] = str(error)
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from ..models.block_list import locate
 from ..models.config_fields import Json
 from ..models.meta_model import build_empty, section_of
@@ -27,7 +27,7 @@ def transformers_model(model: nn.Module) -> Any:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise InexpressibleError(f"{type(model).__name__} holds no transformers model, so there is nothing that could be reloaded")
+    raise UnsupportedEditError(f"{type(model).__name__} holds no transformers model, so there is nothing that could be reloaded")
 
 
 def described(model: nn.Module) -> Json:
@@ -66,7 +66,7 @@ def check_adapters(model: nn.Module) -> None:
         weight = getattr(base, "weight", None)
         if type(module).__module__.startswith("peft.") and weight is not None:
             if id(weight) in seen:
-                raise InexpressibleError(
+                raise UnsupportedEditError(
                     f"{name} is an adapter of PEFT in a block that repeats, and merging it would add it to the shared weights once for each "
                     "visit; merge it first (merge_and_unload), or repeat for a while only (operate)"
                 )
@@ -100,7 +100,7 @@ def check_live(model: nn.Module) -> None:
 def _check_silence(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Silent) and not module.saved_silent:
-            raise InexpressibleError(
+            raise UnsupportedEditError(
                 f"{name} ({module.stands_for.__name__}) is skipped, and which of its weights write the residual stream could not be told, so no "
                 "checkpoint can say that it is; use it in memory only (verify=False)"
             )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..atomic_io import check_output, whole_directory
-from ..errors import InexpressibleError
+from ..errors import UnsupportedEditError
 from .live_check import adapters, check_live, transformers_model
 
 
@@ -35,7 +35,7 @@ def save(
     target = Path(out)
     check_output(target, None, overwrite=overwrite)
     if found := adapters(model):
-        raise InexpressibleError(
+        raise UnsupportedEditError(
             f"{found[-1]} is an adapter of PEFT, which a checkpoint of the model does not hold; merge it first (merge_and_unload)"
         )
     check_live(model)

@@ -136,7 +136,7 @@ def estimate(
         text=2 * 8 * sequences * context,
         program=int(psutil.Process().memory_info().rss),
         order=plan.name,
-        at_home=plan.at_home,
+        at_home=plan.resident_blocks,
         read_a_batch=plan.bytes_read(away, outside),
         sequences=at_once,
         batches=math.ceil(sequences / at_once),

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from ..errors import InexpressibleError, MeasurementError, PlanError
+from ..errors import UnsupportedEditError, MeasurementError, PlanError
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
@@ -122,14 +122,14 @@ class Measurer:
                 refuse_route(facts, variant.route, live=True)
                 for visit in variant.route:
                     self.stack.anatomy.stubs(visit)
-            except InexpressibleError as error:
+            except UnsupportedEditError as error:
                 if variant.edit == "plan":
                     raise
                 left_out[variant.plan] = str(error)
             else:
                 kept.append(variant)
         if not kept and (variants or (self.observer is None and not self._reads)):
-            raise InexpressibleError(next(iter(left_out.values()), "there is no edit to measure"))
+            raise UnsupportedEditError(next(iter(left_out.values()), "there is no edit to measure"))
         return kept, left_out
 
     def _scheduled(self, order: str | None) -> Schedule:

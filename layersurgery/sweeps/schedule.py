@@ -78,7 +78,7 @@ class Schedule:
     calls_apart: int
     states_at_peak: int
     during: tuple[tuple[Step, ...], ...] = ()
-    at_home: int | None = None
+    resident_blocks: int | None = None
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ class Schedule:
 
     def bytes_passing(self, blocks: Sequence[int]) -> int:
         """Bytes of offloaded blocks that are at hand together, with the one that is read ahead."""
-        return max(blocks) * ((self.at_home or 0) + 1)
+        return max(blocks) * ((self.resident_blocks or 0) + 1)
 
     @property
     def brought(self) -> tuple[int, ...]:

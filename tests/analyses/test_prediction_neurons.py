@@ -155,9 +155,9 @@ def test_blocks_without_an_mlp_are_named() -> None:
     assert list(table.neurons > 0) == [False, False, True] * 2
     assert table.prediction.isna().tolist() == [True, True, False] * 2
     assert table.attrs["left_out"]["neurons of block 0"] == "the block has no mlp"
-    with pytest.raises(ls.InexpressibleError, match="MambaForCausalLM has no neurons to look at: the block has no mlp"):
+    with pytest.raises(ls.UnsupportedEditError, match="MambaForCausalLM has no neurons to look at: the block has no mlp"):
         ls.analyses.neurons(tiny_model("mamba"))
-    with pytest.raises(ls.InexpressibleError, match="neurons write a stream of width 32, and the unembedding is of shape"):
+    with pytest.raises(ls.UnsupportedEditError, match="neurons write a stream of width 32, and the unembedding is of shape"):
         ls.analyses.neurons(tiny_model("opt-postnorm"))
 
 
@@ -166,7 +166,7 @@ def test_which_way_round_a_weight_lies() -> None:
     assert (reading_dim(linear, "weight", 8), writing_dim(linear, "weight", 8)) == (1, 0)
     wide = torch.nn.Linear(8, 24)
     assert reading_dim(wide, "weight", 8) == 1
-    with pytest.raises(ls.InexpressibleError, match="no dimension of the stream's width 5"):
+    with pytest.raises(ls.UnsupportedEditError, match="no dimension of the stream's width 5"):
         reading_dim(wide, "weight", 5)
 
     class Odd(torch.nn.Module):
@@ -174,7 +174,7 @@ def test_which_way_round_a_weight_lies() -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(8, 8))
 
-    with pytest.raises(ls.InexpressibleError, match="may lie either way round"):
+    with pytest.raises(ls.UnsupportedEditError, match="may lie either way round"):
         writing_dim(Odd(), "weight", 8)
 
 

@@ -169,7 +169,7 @@ def test_experts_are_left_out_by_name_and_nothing_stays_behind() -> None:
     assert readable == []
     assert len(left_out) == 6
     assert all("expert" in why for why in left_out.values())
-    with pytest.raises(ls.InexpressibleError, match="nothing to probe"):
+    with pytest.raises(ls.UnsupportedEditError, match="nothing to probe"):
         ls.analyses.probe(model, tiny_tokenizer(), [story()], regex="^x$")
     model = knowing()
     before = [id(module) for module in model.modules()]

@@ -258,7 +258,7 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     assert seen[-1] == (seen[-1][1], seen[-1][1])
     assert len(found[0].left_out) == 4
     assert found[0].left_out["attention of block 0"] == "JambaMambaMixer attends to no tokens by softmax"
-    with pytest.raises(ls.InexpressibleError, match="MambaForCausalLM has no heads to look at: MambaMixer attends to no tokens"):
+    with pytest.raises(ls.UnsupportedEditError, match="MambaForCausalLM has no heads to look at: MambaMixer attends to no tokens"):
         ls.analyses.subjoiners(tiny_model("mamba"), tiny_tokenizer(), [story()])
     model = tiny_model("llama")
     anatomy, windows = ls.anatomy(model), windows_of([story()], tiny_tokenizer())

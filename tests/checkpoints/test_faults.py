@@ -115,36 +115,36 @@ def test_a_config_without_a_depth(llama: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_per_layer_field(llama: Path, tmp_path: Path) -> None:
     change_config(llama, mystery=[1, 2, 3, 4, 5, 6])
-    with pytest.raises(ls.InexpressibleError, match="'mystery' is a list of 6 values for 6 layers"):
+    with pytest.raises(ls.UnsupportedEditError, match="'mystery' is a list of 6 values for 6 layers"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "llama")
 
 
 def test_a_model_type_that_transformers_does_not_know(llama: Path, tmp_path: Path) -> None:
     change_config(llama, model_type="from_the_future", auto_map={"AutoModelForCausalLM": "remote.Code"})
-    with pytest.raises(ls.InexpressibleError, match=r"does not know the model type 'from_the_future' \(it brings its own code"):
+    with pytest.raises(ls.UnsupportedEditError, match=r"does not know the model type 'from_the_future' \(it brings its own code"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     assert ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False).verified is False
-    with pytest.raises(ls.InexpressibleError, match="does not know the model type"):
+    with pytest.raises(ls.UnsupportedEditError, match="does not know the model type"):
         ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "skip", verify=False)
 
 
 @pytest.mark.parametrize("model_type", ["zamba2", "longcat_flash", "xlm"])
 def test_architectures_that_share_across_layers(llama: Path, tmp_path: Path, model_type: str) -> None:
     change_config(llama, model_type=model_type)
-    with pytest.raises(ls.InexpressibleError, match=f"{model_type} .*cannot be edited"):
+    with pytest.raises(ls.UnsupportedEditError, match=f"{model_type} .*cannot be edited"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
 
 
 def test_positions_that_only_the_class_knows_need_the_check(llama: Path, tmp_path: Path) -> None:
     change_config(llama, interleave_moe_layer_step=2)
-    with pytest.raises(ls.InexpressibleError, match="interleave_moe_layer_step can make layers differ by position"):
+    with pytest.raises(ls.UnsupportedEditError, match="interleave_moe_layer_step can make layers differ by position"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
 
 
 def test_quantised_branches_are_not_silenced_by_guess(llama: Path, tmp_path: Path) -> None:
     change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ls.InexpressibleError, match=r"quantised \(gptq\)"):
+    with pytest.raises(ls.UnsupportedEditError, match=r"quantised \(gptq\)"):
         ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
 
 

@@ -39,7 +39,7 @@ def refused(name: str, plan: str, path: Path, out: Path) -> bool:
     words = REFUSED.get((name, plan))
     if words is None:
         return False
-    with pytest.raises(ls.InexpressibleError, match=words):
+    with pytest.raises(ls.UnsupportedEditError, match=words):
         ls.edit_checkpoint(path, plan, out)
     assert not out.exists()
     return True

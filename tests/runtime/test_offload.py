@@ -149,7 +149,7 @@ def test_whatever_goes_wrong_weights_go_away_again(tmp_path: Path, monkeypatch: 
 def test_no_more_blocks_are_at_hand_than_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     _, away = dispatched(tmp_path, name, {"": "disk"})
     measurer = Measurer(away, variants("swap,drop", DEPTH))
-    assert measurer.schedule.at_home == 2
+    assert measurer.schedule.resident_blocks == 2
     most = 0
     bring = Residence._bring_all
 

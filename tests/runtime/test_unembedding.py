@@ -128,5 +128,5 @@ def test_a_model_that_predicts_no_tokens_is_refused() -> None:
         transformers.LlamaForSequenceClassification: "LlamaForSequenceClassification .*(predicts no next tokens|cannot be run behind its blocks)",
         transformers.LlamaModel: "LlamaModel predicts no next tokens: as logits it gives none. Load .*AutoModelForCausalLM",
     }.items():
-        with pytest.raises(ls.InexpressibleError, match=words):
+        with pytest.raises(ls.UnsupportedEditError, match=words):
             ls.sweep(kind(config).eval(), "drop", tokens())

@@ -55,7 +55,7 @@ def _refusals(name: str) -> str:
         for way, edit in (("operate", _operated), ("keep", ls.operate_)):
             try:
                 edit(model, plan)
-            except ls.InexpressibleError as error:
+            except ls.UnsupportedEditError as error:
                 reasons.setdefault((way, _reason(str(error))), []).append(plan)
                 break
     return "; ".join(

@@ -32,8 +32,8 @@ def played(plan: Schedule) -> tuple[dict[int, Route], int, int]:
                     assert block not in home
                     home.difference_update(instead_of)
                     home.add(block)
-                    assert plan.at_home is not None
-                    assert len(home) <= plan.at_home
+                    assert plan.resident_blocks is not None
+                    assert len(home) <= plan.resident_blocks
                 case Run(visit, state, result):
                     assert not plan.during or visit.block in home
                     alive[result] = alive[state] + (visit,)
@@ -96,7 +96,7 @@ def test_one_pass_over_the_weights(families: str, at_home: int, depth: int) -> N
     routes = [variant.route for variant in variants(families, depth)]
     plan = layer_major(routes, depth)
     assert plan.brought == tuple(range(depth))
-    assert plan.at_home == at_home
+    assert plan.resident_blocks == at_home
     assert plan.calls == schedule(routes, depth).calls
 
 

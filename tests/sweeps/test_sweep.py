@@ -169,7 +169,7 @@ def test_families_leave_out_what_an_architecture_cannot_do_and_say_so() -> None:
     assert list(frame.plan[1:]) == [
         f"skip-attention {block}" for block in range(DEPTH) if f"skip-attention {block}" in set(frame.plan)
     ]
-    with pytest.raises(ls.InexpressibleError, match="has no attention"):
+    with pytest.raises(ls.UnsupportedEditError, match="has no attention"):
         ls.sweep(model, "skip-attention 2", tokens())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -187,7 +187,7 @@ def test_what_is_refused() -> None:
     for wanted, ids, words in cases:
         with pytest.raises(ls.PlanError, match=words):
             ls.sweep(model, wanted, ids)
-    with pytest.raises(ls.InexpressibleError, match="shares one block's weights|zamba"):
+    with pytest.raises(ls.UnsupportedEditError, match="shares one block's weights|zamba"):
         ls.sweep(_renamed(tiny_model("llama"), "zamba"), "swap", tokens())
 
 
@@ -223,7 +223,7 @@ def test_blocks_that_hand_on_more_than_the_stream_are_refused() -> None:
         return CausalLMOutput(logits=model.lm_head(inner.norm(stream)))
 
     model.forward = forward
-    with pytest.raises(ls.InexpressibleError, match="block 0 hands block 1 more than the residual stream"):
+    with pytest.raises(ls.UnsupportedEditError, match="block 0 hands block 1 more than the residual stream"):
         ls.sweep(model, "swap", tokens())
 
 

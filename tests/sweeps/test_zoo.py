@@ -39,7 +39,7 @@ def wanted(model: Any) -> list[Variant]:
     for edit in EDITS:
         try:
             Measurer(model, variants(edit, DEPTH), anatomy=blocks)
-        except ls.InexpressibleError:
+        except ls.UnsupportedEditError:
             continue
         found += variants(edit, DEPTH)
     return found
@@ -62,7 +62,7 @@ def test_a_sweep_is_operating_and_comparing(name: str) -> None:
         try:
             with ls.operate(model, variant.route, anatomy=measurer.stack.anatomy):
                 q = logits_of(model, ids)
-        except ls.InexpressibleError:  # no config can say it; the sweep has no need of one
+        except ls.UnsupportedEditError:  # no config can say it; the sweep has no need of one
             if not all(visit.whole for visit in variant.route):
                 continue
             q = logits_along(model, variant.route, ids)
