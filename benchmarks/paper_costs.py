@@ -119,7 +119,7 @@ def _row(one: Cost) -> list[str]:
     found = one.found
     return [
         one.name, f"{found.parameters / 1e9:.3g} B", f"{found.flops / 1e15:,.0f}", f"{sum(found.weights.values()) / 1e9:.3g}",
-        str(found.sequences), f"{found.forecast.streams / 1e9:.2g}", "" if one.whole else f"{found.read_a_batch / 1e9:.3g}",
+        str(found.sequences), f"{found.memory.streams / 1e9:.2g}", "" if one.whole else f"{found.bytes_loaded_per_batch / 1e9:.3g}",
         *(_time(one.hours(gpus)) for gpus in GPUS),
     ]  # fmt: skip
 

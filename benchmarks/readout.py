@@ -18,8 +18,8 @@ import torch
 from rich.table import Table
 
 from layersurgery.metrics import tiled
-from layersurgery.metrics.tiled import Summary
-from layersurgery.runtime.cpu_memory import settled
+from layersurgery.metrics.tiled import LogitStats
+from layersurgery.runtime.cpu_memory import reuse_cpu_memory
 from layersurgery.runtime.unembedding import Unembedding
 
 from .timing import quartiles, record, table_of, wide_console
@@ -46,12 +46,12 @@ class Shape:
 Way = Callable[[], Any]
 
 
-def _dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Summary:
+def _dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> LogitStats:
     """All logits at once, float32, as anybody would."""
     logits = (x @ w.T).float()
     log = logits.log_softmax(-1)
     lse = logits[:, 0] - log[:, 0]
-    return Summary(lse, -(log.exp() * log).sum(-1), -log.gather(-1, target[:, None])[:, 0], logits.argmax(-1))
+    return LogitStats(lse, -(log.exp() * log).sum(-1), -log.gather(-1, target[:, None])[:, 0], logits.argmax(-1))
 
 
 def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Way | str]:
@@ -66,9 +66,9 @@ def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Wa
 
     found: dict[str, Way | str] = {
         LIMIT: product,
-        "layersurgery, in tiles": lambda: tiled.summarise(readout, x, target),
+        "layersurgery, in tiles": lambda: tiled.logit_stats(readout, x, target),
         "layersurgery, fused": "it is for half precision on CUDA",
-        "layersurgery, in tiles, compiled": lambda: tiled.summarise(readout, x, target, compiled=True),
+        "layersurgery, in tiles, compiled": lambda: tiled.logit_stats(readout, x, target, compiled=True),
         "all logits at once": lambda: _dense(x, w, target),
         "cut-cross-entropy (loss only)": _cut_cross_entropy(x, w, target),
         "Liger (loss only)": _liger(x, w, target),
@@ -76,7 +76,7 @@ def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Wa
     if x.is_cuda and x.element_size() == 2:
         from layersurgery.metrics import dispatch
 
-        found["layersurgery, fused"] = lambda: dispatch._summarise(readout, x, target, compiled=False)
+        found["layersurgery, fused"] = lambda: dispatch._logit_stats(readout, x, target, compiled=False)
     return found
 
 
@@ -119,7 +119,7 @@ def measure(shape: Shape, runs: int, *, as_json: bool = False, name: str = "read
             for way, work in known.items():
                 if isinstance(work, str) or faults[way]:
                     continue
-                with _memory(shape.device, extra, way), settled() if shape.device == "cpu" else nullcontext():
+                with _memory(shape.device, extra, way), reuse_cpu_memory() if shape.device == "cpu" else nullcontext():
                     for counted in (False, True):  # the first one warms caches and memory
                         started = time.perf_counter()
                         work()
@@ -177,12 +177,12 @@ def _wrong(way: str, found: Any, x: torch.Tensor, w: torch.Tensor, target: torch
     logits = x[some].double() @ w.double().T
     log = logits.log_softmax(-1)
     meant = {"loss": -log.gather(-1, target[some, None])[:, 0]}
-    if isinstance(found, Summary):
+    if isinstance(found, LogitStats):
         meant |= {"lse": logits.logsumexp(-1), "entropy": -(log.exp() * log).sum(-1)}
     # Others keep their logits in half precision.
     tolerance = 1e-4 if way.startswith("layersurgery") or x.dtype == torch.float32 else 0.1
     for name, value in meant.items():
-        given = getattr(found, name) if isinstance(found, Summary) else found
+        given = getattr(found, name) if isinstance(found, LogitStats) else found
         off = float((given[some].double().to(value.device) - value).abs().max())
         if not off <= tolerance:
             return f"the gate is red: {name} is off by {off:.2g}"

@@ -13,7 +13,7 @@ import torch
 
 import layersurgery as ls
 from layersurgery.analyses.signal_tables import measurer_of
-from layersurgery.runs.text import Asked, read_text
+from layersurgery.runs.text import TextRequest, read_text
 from layersurgery.runtime.inputs import model_inputs
 
 from .timing import quartiles, record, table_of, timed, wide_console
@@ -30,7 +30,7 @@ def measure(
     """
     model, tokenizer = ls.load("smollm2-135m")
     model = model.to(device)
-    text = read_text(Asked("pydoc", context, context), tokenizer)
+    text = read_text(TextRequest("pydoc", context, context), tokenizer)
     depth = model.config.num_hidden_layers
 
     @torch.no_grad()

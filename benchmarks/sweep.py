@@ -165,10 +165,10 @@ def _material(setting: Setting, work: Path) -> tuple[str, int, Path]:
         np.save(path, np.random.default_rng(0).integers(0, vocabulary, (setting.sequences, setting.context)))
         return setting.model, depth, path
     from layersurgery.checkpoints.loading import tokenizer_of
-    from layersurgery.runs.text import PYDOC, Asked, read_text
+    from layersurgery.runs.text import PYDOC, TextRequest, read_text
 
     source = find_source(setting.model)
-    text = read_text(Asked(PYDOC, setting.sequences * setting.context, setting.context), tokenizer_of(source))
+    text = read_text(TextRequest(PYDOC, setting.sequences * setting.context, setting.context), tokenizer_of(source))
     np.save(path, text.ids[: setting.sequences].numpy())
     depth = json.loads((source.directory / "config.json").read_text("utf-8"))["num_hidden_layers"]
     return str(source.directory), depth, path

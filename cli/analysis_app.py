@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import options as o
-from .terminal.console import Talk
+from .terminal.console import Console
 
 _PANEL = "Understand"
 analyze = typer.Typer(
@@ -46,10 +46,10 @@ def _of_text(word: str, doc: str) -> Callable[..., None]:
         as_json: o.Json = False,
     ) -> None:
         from .commands.analyze import run_analysis
-        from .session.run_options import Options
+        from .session.run_options import MeasureOptions
 
-        given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-        run_analysis(word, model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+        given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+        run_analysis(word, model, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
 
     command.__doc__ = doc
     return command
@@ -72,10 +72,10 @@ def neurons(
 ) -> None:
     """Prediction and suppression neurons, from the weights alone; on a CPU, a block at a time."""
     from .commands.analyze import run_neurons
-    from .session.run_options import Options
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_neurons(model, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_neurons(model, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
 
 
 @analyze.command("subjoiners")
@@ -107,10 +107,10 @@ def subjoiners(
 ) -> None:
     """Heads by which the last token of a four-token word looks at the others: ranked, with effect sizes, and shown on words."""
     from .commands.subjoiners import run_subjoiners
-    from .session.run_options import Options
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_subjoiners(model, samples, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_subjoiners(model, samples, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
 
 
 @analyze.command("probe")
@@ -158,11 +158,11 @@ def probe(
     as_json: o.Json = False,
 ) -> None:
     """Linear probes on prediction and suppression neurons: will the next token end with -ing? One neuron, several, and the model itself."""
-    from .commands.probe import Asked, run_probe
-    from .session.run_options import Options
+    from .commands.probe import ProbeOptions, run_probe
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_probe(model, Asked(suffix, regex, samples), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_probe(model, ProbeOptions(suffix, regex, samples), MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
 
 
 _PRUNE = "Prune"
@@ -201,10 +201,10 @@ def rank(
 ) -> None:
     """Order layers by what their removal costs: measured, beside block influence and angular distance."""
     from .commands.prune import run_rank
-    from .session.run_options import Options
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_rank(model, spans, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_rank(model, spans, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
 
 
 def prune(
@@ -255,11 +255,16 @@ def prune(
     as_json: o.Json = False,
 ) -> None:
     """Write a checkpoint without the layers that are missed least, and say what that costs. Stopped, it goes on where it was."""
-    from .commands.prune import Asked, run_prune
-    from .session.run_options import Options
+    from .commands.prune import PruneOptions, run_prune
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_prune(model, Asked(remove, by, greedy, results, link, verify), Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_prune(
+        model,
+        PruneOptions(remove, by, greedy, results, link, verify),
+        MeasureOptions.of(**given),
+        Console(quiet=quiet, as_json=as_json),
+    )
 
 
 def reproduce(
@@ -300,10 +305,10 @@ def reproduce(
 ) -> None:
     """All experiments of the paper on one model after another, and a report. Stopped, it goes on where it was."""
     from .commands.reproduce import PAPER, run_reproduce
-    from .session.run_options import Options
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_reproduce(models or PAPER, output, Options.of(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_reproduce(models or PAPER, output, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
 
 
 def add_analyses(app: typer.Typer) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from . import options as o
 from .analysis_app import add_analyses
-from .terminal.console import Commands, Talk
+from .terminal.console import Commands, Console
 
 if TYPE_CHECKING:
     from layersurgery.plans.plan import Plan
@@ -31,7 +31,7 @@ _LOOK = "Look first"
 _MEASURE = "Measure"
 
 
-class Part(StrEnum):
+class Branch(StrEnum):
     """A branch of a block."""
 
     attention = "attention"
@@ -85,9 +85,11 @@ def _edit(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    from .commands.edit import Options, edit
+    from .commands.edit import EditOptions, edit
 
-    edit({None: plan}, model, Options(output, overwrite, link, verify, revision, blocks), Talk(quiet=quiet, as_json=as_json))
+    edit(
+        {None: plan}, model, EditOptions(output, overwrite, link, verify, revision, blocks), Console(quiet=quiet, as_json=as_json)
+    )
 
 
 @_edits
@@ -147,7 +149,7 @@ def reorder(
 
 @_edits
 def skip(
-    part: Annotated[Part, typer.Option("--part", "-p", help="Which branch.", show_default=False)],
+    part: Annotated[Branch, typer.Option("--part", "-p", help="Which branch.", show_default=False)],
     layer: o.SomeLayers = None,
     layers: o.Range = None,
 ) -> Plan:
@@ -177,11 +179,11 @@ def edit(
     """Make any edits, from a plan's text or a recipe."""
     from layersurgery.plans.plan import Plan
 
-    from .commands.edit import Options
+    from .commands.edit import EditOptions
     from .commands.edit import edit as run_edit
 
-    talk = Talk(quiet=quiet, as_json=as_json)
-    options = Options(output, overwrite, link, verify, revision, blocks)
+    console = Console(quiet=quiet, as_json=as_json)
+    options = EditOptions(output, overwrite, link, verify, revision, blocks)
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give either --plan or --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:
@@ -190,11 +192,11 @@ def edit(
         named, plans = read_recipe(recipe)
         if model is None and named is None:
             raise typer.BadParameter(f"neither the command nor {recipe} names a model", param_hint="'MODEL'")
-        run_edit(plans, model or named or "", options, talk)
+        run_edit(plans, model or named or "", options, console)
     elif model is None:
         raise typer.BadParameter("which model?", param_hint="'MODEL'")
     else:
-        run_edit({None: Plan.parse(plan or "")}, model, options, talk)
+        run_edit({None: Plan.parse(plan or "")}, model, options, console)
 
 
 @app.command(rich_help_panel=_MEASURE)
@@ -232,10 +234,10 @@ def sweep(
 ) -> None:
     """Measure what every edit does to a model, in one pass over the data. Stopped, it goes on where it was."""
     from .commands.sweep import run_sweep
-    from .session.run_options import Options
+    from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in Options.__dataclass_fields__}
-    run_sweep(model, Options(**given), Talk(quiet=quiet, as_json=as_json))
+    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_sweep(model, MeasureOptions(**given), Console(quiet=quiet, as_json=as_json))
 
 
 @app.command(rich_help_panel=_MEASURE)
@@ -250,7 +252,7 @@ def plot(
     """Draw the results of several sweeps, or of several models' analyses, together."""
     from .commands.plot import run_plot
 
-    run_plot(results, output, Talk(quiet=quiet, as_json=as_json))
+    run_plot(results, output, Console(quiet=quiet, as_json=as_json))
 
 
 @app.command(rich_help_panel=_MEASURE)
@@ -278,7 +280,7 @@ def report(
     """Make one self-contained page of results: in words, curves with values on hover, figures, tables, and how to repeat it."""
     from .commands.report import run_report
 
-    run_report(results, output, overwrite, Talk(quiet=quiet, as_json=as_json))
+    run_report(results, output, overwrite, Console(quiet=quiet, as_json=as_json))
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -295,7 +297,7 @@ def plan(
         raise typer.BadParameter("give either a MODEL or --depth", param_hint="'MODEL' / '--depth'")
     from .commands.inspect import show_plan
 
-    show_plan(plan, model, depth, revision, blocks, Talk(as_json=as_json))
+    show_plan(plan, model, depth, revision, blocks, Console(as_json=as_json))
 
 
 @app.command("inspect", rich_help_panel=_LOOK)
@@ -303,7 +305,7 @@ def inspect_(model: o.Model, revision: o.Revision = None, blocks: o.Blocks = Non
     """Show a model's anatomy, from its config and headers alone."""
     from .commands.inspect import show_anatomy
 
-    show_anatomy(model, revision, blocks, Talk(as_json=as_json))
+    show_anatomy(model, revision, blocks, Console(as_json=as_json))
 
 
 @app.command(rich_help_panel=_LOOK)
@@ -317,7 +319,7 @@ def demo(
     """Swap two layers of the embedded model, and compare what both models say."""
     from .commands.demo import run_demo
 
-    run_demo(output, overwrite, Talk(as_json=as_json))
+    run_demo(output, overwrite, Console(as_json=as_json))
 
 
 add_analyses(app)

@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedEditError, LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError
+from .errors import LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError, UnsupportedEditError
 from .plans.plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
 from .plans.route import Route, Visit
 from .version import __version__
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from . import analyses
     from .analyses.layer_pruning import Pruning, prune
     from .analyses.layer_ranking import rank
-    from .checkpoints.edit_checkpoint import Edited, edit_checkpoint
+    from .checkpoints.edit_checkpoint import EditResult, edit_checkpoint
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
     from .reports.report import Report, report
     from .runs.tables import read_results
-    from .surgery.fold_norms import Folded, fold
+    from .surgery.fold_norms import FoldResult, fold
     from .surgery.operate import operate, operate_
     from .surgery.save import save
     from .sweeps.compare import Comparison, compare
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Anatomy",
     "Comparison",
-    "Edited",
-    "Folded",
+    "EditResult",
+    "FoldResult",
     "UnsupportedEditError",
     "LayerSurgeryError",
     "MeasurementError",

@@ -50,7 +50,7 @@ def _check_replaceable(out: Path) -> None:
 
 
 @contextmanager
-def whole_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
     """Give a directory to write into, beside `out`, and rename it to `out` at the end; on any exception, remove it.
 
     Leftovers of runs that were killed on the way to the same output are removed first. Call `check_output` before.
@@ -89,7 +89,7 @@ def whole_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterato
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Give a file to write beside `path`, and rename it to `path` once it is on the disk; on any exception, remove it.
 
     Raises:
@@ -113,7 +113,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def directory_lock(directory: Path) -> Iterator[None]:
     """Hold a directory for this process alone, until the `with` block or the process ends.
 
     Raises:

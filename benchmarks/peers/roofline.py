@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from layersurgery.plans.variants import variants
-from layersurgery.runtime.cpu_memory import settled
+from layersurgery.runtime.cpu_memory import reuse_cpu_memory
 from layersurgery.sweeps.schedule import schedule
 
 from . import common
@@ -61,7 +61,7 @@ def main() -> None:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    with torch.inference_mode(), settled() if device == "cpu" else nullcontext():
+    with torch.inference_mode(), reuse_cpu_memory() if device == "cpu" else nullcontext():
         linear = 0.0
         for (inputs, outputs), number in maps.items():
             x, weight, out = drawn(count, inputs), drawn(outputs, inputs), drawn(count, outputs)

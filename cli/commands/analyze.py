@@ -12,28 +12,28 @@ from layersurgery.checkpoints.sources import find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 
 from ..session.figures import draw_analysis
-from ..session.inputs import looked_at
-from ..session.model_session import calm, loaded_aloud
-from ..session.one_shot import Made, look
-from ..session.placement import Place, place_of
+from ..session.inputs import read_model_info
+from ..session.model_session import load_with_status, silence_libraries
+from ..session.one_shot import Made, run_once
+from ..session.placement import Placement, choose_placement
 from ..session.processes import run_task
 from ..terminal.analysis_results import show_analysis, summary
-from ..terminal.console import Talk, number
-from ..terminal.progress import counting
+from ..terminal.console import Console, format_count
+from ..terminal.progress import counter
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
-    from layersurgery.runs.runner import Outcome
+    from layersurgery.runs.runner import RunOutput
     from layersurgery.sweeps.measurer import Measurer
 
-    from ..session.run_options import Options
+    from ..session.run_options import MeasureOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Analysing:
+class AnalysisTask:
     """An analysis of text: one signal, or all for the stages."""
 
     word: str
@@ -50,18 +50,18 @@ class Analysing:
         """Which."""
         return {"analysis": self.word}
 
-    def measurer(self, model: Any, options: Options) -> Measurer:
+    def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """Measures its signals."""
         from layersurgery.analyses.outcomes import signals_of
         from layersurgery.analyses.signal_tables import measurer_of
 
         return measurer_of(model, signals_of(self.word), self.depth, blocks=options.blocks)
 
-    def outcome(self, measurer: Measurer, source: Source, talk: Talk) -> Outcome:
+    def outcome(self, measurer: Measurer, source: Source, console: Console) -> RunOutput:
         """Its tables."""
-        from layersurgery.analyses.outcomes import OfAnalysis
+        from layersurgery.analyses.outcomes import AnalysisOutput
 
-        return OfAnalysis(self.word, measurer, source.label, _on_neurons(talk))
+        return AnalysisOutput(self.word, measurer, source.label, _on_neurons(console))
 
     def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Its figures."""
@@ -71,33 +71,37 @@ class Analysing:
         """Results so far."""
         return summary(frame)
 
-    def show(self, run: Run, talk: Talk) -> None:
+    def show(self, run: Run, console: Console) -> None:
         """Its tables and, for the stages, what they say."""
-        show_analysis(run, talk)
+        show_analysis(run, console)
 
 
-def run_analysis(word: str, model: str, options: Options, talk: Talk) -> None:
+def run_analysis(word: str, model: str, options: MeasureOptions, console: Console) -> None:
     """Measure, showing what happens, and end with the results."""
-    run_task(model, options, talk, lambda depth: Analysing(word, depth))
+    run_task(model, options, console, lambda depth: AnalysisTask(word, depth))
 
 
-def run_neurons(model: str, options: Options, talk: Talk) -> None:
+def run_neurons(model: str, options: MeasureOptions, console: Console) -> None:
     """Look at all neurons' weights; on a CPU, blocks stay on disk but for the one that is looked at."""
     if os.environ.get("RANK", "0") != "0":
         return
     from layersurgery.analyses.outcomes import NEURONS, SCORES
-    from layersurgery.analyses.prediction_neurons import counted, neuron_scores
-    from layersurgery.runs.distributed import Alone
+    from layersurgery.analyses.prediction_neurons import neuron_scores, neurons_per_block
+    from layersurgery.runs.distributed import SingleProcess
 
-    looked_at(model, options, talk)
+    read_model_info(model, options, console)
     source = find_source(model, revision=options.revision)
-    place = _for_a_look(source, options, talk)
+    place = _for_a_look(source, options, console)
 
     def make() -> Made:
-        with calm(), loaded_aloud(source, place, talk, Alone()) as there, counting(talk, "blocks") as on_layer:
+        with (
+            silence_libraries(),
+            load_with_status(source, place, console, SingleProcess()) as there,
+            counter(console, "blocks") as on_layer,
+        ):
             scores = neuron_scores(there, blocks=options.blocks, progress=on_layer)
-        talk.say(f"{source.label}: {number(len(scores))} neurons")
-        return {NEURONS: counted(scores, source.label), SCORES: scores}, {"left_out": scores.attrs["left_out"]}
+        console.log(f"{source.label}: {format_count(len(scores))} neurons")
+        return {NEURONS: neurons_per_block(scores, source.label), SCORES: scores}, {"left_out": scores.attrs["left_out"]}
 
     arguments = {
         "analysis": NEURONS,
@@ -106,13 +110,13 @@ def run_neurons(model: str, options: Options, talk: Talk) -> None:
         "blocks": options.blocks,
     }
     directory = options.output or Path(f"{source.name}-{NEURONS}")
-    show_analysis(look(directory, arguments, talk, make, anew=options.overwrite), talk)
+    show_analysis(run_once(directory, arguments, console, make, overwrite=options.overwrite), console)
 
 
-def _for_a_look(source: Source, options: Options, talk: Talk) -> Place:
+def _for_a_look(source: Source, options: MeasureOptions, console: Console) -> Placement:
     """Where each weight is looked at once, a CPU's memory need not hold them all, nor in another dtype than their own."""
     own = options.dtype == "auto"
-    place = place_of(dataclasses.replace(options, dtype="float32") if own else options, source, talk)
+    place = choose_placement(dataclasses.replace(options, dtype="float32") if own else options, source, console)
     place = dataclasses.replace(place, dtype="auto") if own else place
     if place.device != "cpu" or place.device_map is not None:
         return place
@@ -123,13 +127,13 @@ def _for_a_look(source: Source, options: Options, talk: Talk) -> Place:
     return dataclasses.replace(place, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks))
 
 
-def _on_neurons(talk: Talk) -> Any:
+def _on_neurons(console: Console) -> Any:
     told = False
 
     def on_layer(_done: int, of: int) -> None:
         nonlocal told
         if not told:
             told = True
-            talk.say(f"Looking at the neurons of {of} blocks")
+            console.log(f"Looking at the neurons of {of} blocks")
 
     return on_layer

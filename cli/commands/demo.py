@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from layersurgery.atomic_io import check_output
-from layersurgery.checkpoints.edit_checkpoint import draft, read_checkpoint, write
+from layersurgery.checkpoints.edit_checkpoint import prepare_edit, read_checkpoint, write_edit
 from layersurgery.checkpoints.sources import EMBEDDED, find_source, needs_conversion
 from layersurgery.plans.plan import swap
 
-from ..terminal.console import Talk, size
+from ..terminal.console import Console, format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -23,24 +23,24 @@ _TOKENS = 513  # of which 512 have a next one
 _NEW_TOKENS = 16
 
 
-def run_demo(output: Path, overwrite: bool, talk: Talk) -> None:
+def run_demo(output: Path, overwrite: bool, console: Console) -> None:
     """Swap two layers, save, load both models in a pipeline, and compare them."""
-    talk.say(f"This swaps blocks 12 and 13 of {EMBEDDED}, a real model of 30 blocks, and looks at what it does.\n")
+    console.log(f"This swaps blocks 12 and 13 of {EMBEDDED}, a real model of 30 blocks, and looks at what it does.\n")
     converting = "1. Converting the embedded GGUF file to safetensors (once, about half a minute)"
-    with talk.step(converting if needs_conversion(EMBEDDED) else "1. Finding the model"):
+    with console.status(converting if needs_conversion(EMBEDDED) else "1. Finding the model"):
         source = find_source(EMBEDDED)
     check_output(output, source.directory, overwrite=overwrite)
     plan = swap(12)
-    with talk.step("2. Checking that a reload of the edited checkpoint would be the model meant"):
-        sketch = draft(read_checkpoint(source), plan)
-    talk.say(f"   {plan}: the stream now visits {sketch.route}")
-    with talk.moving(sketch.nbytes) as progress:
-        edited = write(sketch, output, overwrite=overwrite, progress=progress)
-    talk.say(f"3. Wrote {output} ({size(edited.bytes_written)} in {edited.seconds:.1f} s)")
+    with console.status("2. Checking that a reload of the edited checkpoint would be the model meant"):
+        sketch = prepare_edit(read_checkpoint(source), plan)
+    console.log(f"   {plan}: the stream now visits {sketch.route}")
+    with console.byte_progress(sketch.nbytes) as progress:
+        edited = write_edit(sketch, output, overwrite=overwrite, progress=progress)
+    console.log(f"3. Wrote {output} ({format_bytes(edited.bytes_written)} in {edited.seconds:.1f} s)")
     started = time.perf_counter()
-    with talk.step('4. Loading both in transformers.pipeline("text-generation")'):
+    with console.status('4. Loading both in transformers.pipeline("text-generation")'):
         continuations, divergence = _compare(source.directory, output)
-    talk.say(f"   ({time.perf_counter() - started:.0f} s)\n")
+    console.log(f"   ({time.perf_counter() - started:.0f} s)\n")
     lines = []
     for prompt, (before, after) in continuations.items():
         lines += [f"[dim]{prompt}[/]", escape(f"  before: {before!r}"), escape(f"  after:  {after!r}")]
@@ -55,7 +55,7 @@ def run_demo(output: Path, overwrite: bool, talk: Talk) -> None:
         f"  layersurgery plan {EMBEDDED} --plan 'repeat 8:12; skip-attention 20'",
     ]
     value = {"path": str(output), "plan": str(plan), "route": str(sketch.route), **divergence, "continuations": continuations}
-    talk.result(value, *lines)
+    console.result(value, *lines)
 
 
 def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:

@@ -9,25 +9,25 @@ from rich.table import Table
 
 from layersurgery.plans.variants import variants
 
-from ..session.inputs import asked_text, edits_of, layers_of, looked_at
-from ..session.placement import place_of
-from ..terminal.console import Talk, number, size
+from ..session.inputs import edits_of, layers_of, read_model_info, text_request
+from ..session.placement import choose_placement
+from ..terminal.console import Console, format_bytes, format_count
 
 if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate
 
-    from ..session.run_options import Options
+    from ..session.run_options import MeasureOptions
 
 
-def show_estimate(model: str, options: Options, talk: Talk) -> None:
+def show_estimate(model: str, options: MeasureOptions, console: Console) -> None:
     """Say what a sweep would take."""
     from transformers import AutoConfig
 
     asked_edits = edits_of(options)
-    source, depth, positions, _ = looked_at(model, options, talk)
+    source, depth, positions, _ = read_model_info(model, options, console)
     chosen = variants(asked_edits, depth, layers_of(options.layers, depth))
-    asked = asked_text(model, options, positions)
-    place = place_of(options, source, talk)
+    asked = text_request(model, options, positions)
+    place = choose_placement(options, source, console)
     # What a run brings into this process is counted with it.
     from layersurgery.figures import sweeps  # noqa: F401
     from layersurgery.runs import runner  # noqa: F401
@@ -47,31 +47,35 @@ def show_estimate(model: str, options: Options, talk: Talk) -> None:
         blocks=options.blocks,
     )
     value = dataclasses.asdict(found) | {"model": source.label, "dtype": place.dtype, "peak": found.peak}
-    talk.result(value, *_lines(source.label, place.dtype, found))
+    console.result(value, *_lines(source.label, place.dtype, found))
 
 
 def _lines(label: str, dtype: str, found: Estimate) -> list[str | Table]:
-    forecast = found.forecast
+    forecast = found.memory
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, right in (("memory", False), ("where", False), ("", True)):
         table.add_column(name, justify="right" if right else "left")
     for place, count in found.weights.items():
-        table.add_row("weights", place, size(count))
-    if found.passing:
-        table.add_row("offloaded weights at hand", found.device, size(found.passing))
-    table.add_row("streams, at the widest point", found.device, size(forecast.streams))
-    table.add_row("a block, or a readout", found.device, size(max(forecast.block, forecast.readout)))
-    table.add_row("text", "cpu", size(found.text))
-    table.add_row("Python and libraries", "cpu", size(found.program))
+        table.add_row("weights", place, format_bytes(count))
+    if found.in_flight_bytes:
+        table.add_row("offloaded weights at hand", found.device, format_bytes(found.in_flight_bytes))
+    table.add_row("streams, at the widest point", found.device, format_bytes(forecast.streams))
+    table.add_row("a block, or a readout", found.device, format_bytes(max(forecast.block, forecast.readout)))
+    table.add_row("text", "cpu", format_bytes(found.text))
+    table.add_row("Python and libraries", "cpu", format_bytes(found.program))
     for place, count in found.peak.items():
-        table.add_row("[bold]in all[/]", f"[bold]{place}[/]", f"[bold]{size(count)}[/]")
+        table.add_row("[bold]in all[/]", f"[bold]{place}[/]", f"[bold]{format_bytes(count)}[/]")
     traffic = ""
-    if found.read_a_batch:
-        home = f", {found.at_home} block{'s'[: found.at_home != 1]} at hand at a time" if found.at_home else ""
-        traffic = f"; weights brought in: {size(found.read_a_batch)} a batch ({found.order}{home})"
+    if found.bytes_loaded_per_batch:
+        home = (
+            f", {found.resident_blocks} block{'s'[: found.resident_blocks != 1]} at hand at a time"
+            if found.resident_blocks
+            else ""
+        )
+        traffic = f"; weights brought in: {format_bytes(found.bytes_loaded_per_batch)} a batch ({found.order}{home})"
     plural = "es"[: 2 * (found.batches != 1)]
     return [
-        f"{label}: {number(found.parameters)} parameters in {dtype} on {found.devices}",
+        f"{label}: {format_count(found.parameters)} parameters in {dtype} on {found.devices}",
         table,
         f"{found.batches:,} batch{plural} of {found.sequences} sequence{'s'[: found.sequences != 1]}, {found.block_calls:,} block calls and "
         f"{found.readouts} readouts each{traffic}",

@@ -10,17 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from layersurgery.checkpoints.edit_checkpoint import Checkpoint
-from layersurgery.checkpoints.inspection import Inspection, TensorGroup, cost, inspect, look_at
+from layersurgery.checkpoints.inspection import Inspection, TensorGroup, inspect, read_for_inspection, size_after
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Route
 
-from ..terminal.console import Talk, number, size
+from ..terminal.console import Console, format_bytes, format_count
 
 
-def show_plan(text: str, model: str | None, depth: int | None, revision: str | None, blocks: str | None, talk: Talk) -> None:
+def show_plan(
+    text: str, model: str | None, depth: int | None, revision: str | None, blocks: str | None, console: Console
+) -> None:
     """Explain a plan for a model or a depth."""
     plan = Plan.parse(text)
-    checkpoint = None if model is None else look_at(model, revision=revision, blocks=blocks)
+    checkpoint = None if model is None else read_for_inspection(model, revision=revision, blocks=blocks)
     depth = checkpoint.depth if checkpoint else depth or 0
     route = plan.route(depth)
     value: dict[str, Any] = {
@@ -39,13 +41,13 @@ def show_plan(text: str, model: str | None, depth: int | None, revision: str | N
         table.add_row(escape(str(plan.edits[count - 1])), _route_after(so_far, depth))
     lines = [f"\n{len(route)} blocks, from {depth}. {_words(route, depth)}"]
     if checkpoint is not None:
-        change = cost(checkpoint, route)
+        change = size_after(checkpoint, route)
         value |= dataclasses.asdict(change)
         lines.append(
-            f"{number(change.parameters_after)} parameters in {size(change.nbytes_after)}, from {number(change.parameters)} in "
-            f"{size(change.nbytes)}: {_saved(change.nbytes - change.nbytes_after)}"
+            f"{format_count(change.parameters_after)} parameters in {format_bytes(change.nbytes_after)}, from {format_count(change.parameters)} in "
+            f"{format_bytes(change.nbytes)}: {_saved(change.nbytes - change.nbytes_after)}"
         )
-    talk.result(value, table, *lines)
+    console.result(value, table, *lines)
 
 
 def _route_after(plan: Plan, depth: int) -> str:
@@ -73,18 +75,18 @@ def _words(route: Route, depth: int) -> str:
 
 def _saved(nbytes: int) -> str:
     if nbytes > 0:
-        return f"{size(nbytes)} saved"
-    return f"{size(-nbytes)} more" if nbytes else "the same size"
+        return f"{format_bytes(nbytes)} saved"
+    return f"{format_bytes(-nbytes)} more" if nbytes else "the same size"
 
 
-def show_anatomy(model: str, revision: str | None, blocks: str | None, talk: Talk) -> None:
+def show_anatomy(model: str, revision: str | None, blocks: str | None, console: Console) -> None:
     """Show a checkpoint's blocks and tensors."""
-    checkpoint: Checkpoint = look_at(model, revision=revision, blocks=blocks)
+    checkpoint: Checkpoint = read_for_inspection(model, revision=revision, blocks=blocks)
     found = inspect(checkpoint)
     value = dataclasses.asdict(found)
     for group in value["groups"]:
         group["blocks"] = f"{group['blocks']['start']}:{group['blocks']['stop']}"
-    talk.result(value, *_anatomy(found))
+    console.result(value, *_anatomy(found))
 
 
 def _anatomy(found: Inspection) -> Iterable[str | Table]:
@@ -94,13 +96,13 @@ def _anatomy(found: Inspection) -> Iterable[str | Table]:
     yield f"[bold]{escape(found.name)}[/]  {escape(found.architecture)} ({escape(found.model_type)})"
     yield f"{found.depth} blocks at {escape(found.prefix)}{width}{vocabulary}"
     yield (
-        f"{number(found.parameters)} parameters, {size(found.nbytes)} in {found.files} file{'s'[: found.files > 1]}, {dtypes}\n"
+        f"{format_count(found.parameters)} parameters, {format_bytes(found.nbytes)} in {found.files} file{'s'[: found.files > 1]}, {dtypes}\n"
     )
     blocks = Table("blocks", "kind", "tensors", "parameters", "bytes", title="Blocks, each", title_justify="left", box=None)
     for group in found.groups:
         kind = ", ".join(f"{key} {value}" for key, value in group.traits.items()) or "all alike"
         count = sum(tensor.count for tensor in group.tensors)
-        blocks.add_row(str(group.blocks), escape(kind), str(count), number(group.parameters), size(group.nbytes))
+        blocks.add_row(str(group.blocks), escape(kind), str(count), format_count(group.parameters), format_bytes(group.nbytes))
     yield blocks
     shown: list[tuple[TensorGroup, ...]] = []
     for group in found.groups:

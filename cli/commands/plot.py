@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ..terminal.console import Talk
+from ..terminal.console import Console
 
 
-def run_plot(directories: Sequence[Path], output: Path, talk: Talk) -> None:
+def run_plot(directories: Sequence[Path], output: Path, console: Console) -> None:
     """Draw the results of several sweeps, or of analyses of several models, together."""
     written = draw_all(directories, output)
-    talk.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
+    console.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
 
 
 def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:

@@ -17,25 +17,25 @@ from layersurgery.errors import OutputError
 from ..session.figures import draw_analysis
 from ..session.processes import run_task, run_tasks
 from ..terminal.analysis_results import show_analysis, summary
-from ..terminal.console import Talk
-from .edit import Options as Writing
+from ..terminal.console import Console
+from .edit import EditOptions as Writing
 from .edit import as_json, edited, lines
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.analyses.signal_tables import Tables
+    from layersurgery.analyses.signal_tables import SignalTables
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
-    from layersurgery.runs.runner import Outcome
+    from layersurgery.runs.runner import RunOutput
     from layersurgery.sweeps.measurer import Measurer
 
-    from ..session.model_session import Bench
-    from ..session.run_options import Options
+    from ..session.model_session import ModelSession
+    from ..session.run_options import MeasureOptions
 
 
 @dataclass(frozen=True, slots=True)
-class _Tabled:
+class _TableTask:
     """A run that ends in tables of its own."""
 
     depth: int
@@ -52,13 +52,13 @@ class _Tabled:
 
         return ANALYSIS
 
-    def outcome(self, measurer: Measurer, source: Source, _talk: Talk) -> Outcome:
+    def outcome(self, measurer: Measurer, source: Source, _console: Console) -> RunOutput:
         """Its tables."""
-        from layersurgery.analyses.outcomes import OfTables
+        from layersurgery.analyses.outcomes import TableOutput
 
-        return OfTables(measurer, source.label, self.tables)
+        return TableOutput(measurer, source.label, self.tables)
 
-    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """What becomes of the sums."""
         raise NotImplementedError
 
@@ -70,13 +70,13 @@ class _Tabled:
         """Results so far."""
         return summary(frame)
 
-    def show(self, run: Run, talk: Talk) -> None:
+    def show(self, run: Run, console: Console) -> None:
         """Its tables."""
-        show_analysis(run, talk)
+        show_analysis(run, console)
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking(_Tabled):
+class RankTask(_TableTask):
     """What removing each layer costs, and two scores that guess it."""
 
     spans: int
@@ -90,22 +90,22 @@ class Ranking(_Tabled):
         """Which."""
         return {"analysis": self.word, "spans": self.spans}
 
-    def measurer(self, model: Any, options: Options) -> Measurer:
+    def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """Drops every layer, and sees how far the stream turns."""
         from layersurgery.analyses.layer_ranking import SIGNALS
         from layersurgery.analyses.signal_tables import measurer_of
 
         return measurer_of(model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans)
 
-    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Layers, and spans of them."""
-        from layersurgery.analyses.layer_ranking import ranked, turned
+        from layersurgery.analyses.layer_ranking import rank_table, span_table
 
-        return {"rank": ranked(tables), "spans": turned(tables)}
+        return {"rank": rank_table(tables), "spans": span_table(tables)}
 
 
 @dataclass(frozen=True, slots=True)
-class Stepping(_Tabled):
+class GreedyStepTask(_TableTask):
     """The layers that are left, measured anew once some are removed."""
 
     by: str
@@ -120,13 +120,13 @@ class Stepping(_Tabled):
         """Which."""
         return {"analysis": self.word, "by": self.by, "removed": list(self.removed)}
 
-    def measurer(self, model: Any, options: Options) -> Measurer:
+    def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """Measures each layer that is left."""
         from layersurgery.analyses.layer_pruning import step_measurer
 
         return step_measurer(model, self.by, self.removed, self.depth, blocks=options.blocks)
 
-    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """A row for each layer that is left."""
         from layersurgery.analyses.layer_pruning import step_table
 
@@ -134,7 +134,7 @@ class Stepping(_Tabled):
 
 
 @dataclass(frozen=True, slots=True)
-class Costing(_Tabled):
+class CostTask(_TableTask):
     """What each way of choosing costs, for each number of layers."""
 
     orders: Mapping[str, Sequence[tuple[int, ...]]]
@@ -148,29 +148,29 @@ class Costing(_Tabled):
         """Which."""
         return {"analysis": self.word, "orders": {way: [list(one) for one in order] for way, order in self.orders.items()}}
 
-    def measurer(self, model: Any, options: Options) -> Measurer:
+    def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """Measures what is left each time."""
         from layersurgery.analyses.layer_pruning import variants_of
         from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, variants_of(self.orders, self.depth), blocks=options.blocks)
 
-    def tables(self, tables: Tables) -> dict[str, pd.DataFrame]:
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """A row for each way and number of layers."""
         from layersurgery.analyses.layer_pruning import costs
 
-        return {"costs": costs(tables.measurer, tables.sample.sums(), tables.model)}
+        return {"costs": costs(tables.measurer, tables.sums_by_sequence.sums(), tables.model)}
 
 
-def run_rank(model: str, spans: int | None, options: Options, talk: Talk) -> None:
+def run_rank(model: str, spans: int | None, options: MeasureOptions, console: Console) -> None:
     """Measure, showing what happens, and end with the results."""
-    from layersurgery.analyses.layer_ranking import longest
+    from layersurgery.analyses.layer_ranking import max_span
 
-    run_task(model, options, talk, lambda depth: Ranking(depth, longest(depth, spans)))
+    run_task(model, options, console, lambda depth: RankTask(depth, max_span(depth, spans)))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PruneOptions:
     """What `prune` is asked for beside the model and the text."""
 
     remove: int
@@ -181,44 +181,44 @@ class Asked:
     verify: bool
 
 
-def run_prune(model: str, asked: Asked, options: Options, talk: Talk) -> None:
+def run_prune(model: str, asked: PruneOptions, options: MeasureOptions, console: Console) -> None:
     """Choose layers, measure what that costs, and write what is left."""
-    run_tasks(model, options, talk, lambda bench: _prune(bench, asked, talk))
+    run_tasks(model, options, console, lambda session: _prune(session, asked, console))
 
 
-def _prune(bench: Bench, asked: Asked, talk: Talk) -> None:
-    from layersurgery.analyses.layer_pruning import GREEDY, check, in_order, least, plan_of
-    from layersurgery.analyses.layer_ranking import WAYS
+def _prune(session: ModelSession, asked: PruneOptions, console: Console) -> None:
+    from layersurgery.analyses.layer_pruning import GREEDY, check, next_removal, plan_of, removal_orders
+    from layersurgery.analyses.layer_ranking import CRITERIA
     from layersurgery.runs.tables import read_results
 
-    options = bench.options
-    check(bench.depth, asked.remove, asked.by)
+    options = session.options
+    check(session.depth, asked.remove, asked.by)
     way = f"{asked.by}{'-greedy' if asked.greedy else ''}"
-    out = options.output or Path(f"{bench.source.name}-prune-{asked.remove}-{way}")
-    check_output(out, bench.source.directory, overwrite=options.overwrite)  # now, and not after hours of measuring
+    out = options.output or Path(f"{session.source.name}-prune-{asked.remove}-{way}")
+    check_output(out, session.source.directory, overwrite=options.overwrite)  # now, and not after hours of measuring
     place = asked.results or out.with_name(f"{out.name}-results")
-    talk.say(f"Ranking {bench.depth} layers")
-    ranks = _carried(bench, Ranking(bench.depth, asked.remove), place / "rank").directory
+    console.log(f"Ranking {session.depth} layers")
+    ranks = _carried(session, RankTask(session.depth, asked.remove), place / "rank").directory
     ranked, spans = read_results(ranks), read_results(ranks, "spans")
     ranked.attrs["left_out"] = ranked.attrs["run"]["left_out"]
-    orders = {by: in_order(ranked, spans, asked.remove, by) for by in WAYS}
+    orders = {by: removal_orders(ranked, spans, asked.remove, by) for by in CRITERIA}
     if asked.greedy:
         gone: list[int] = []
         while len(gone) < asked.remove:
-            talk.say(f"Choosing layer {len(gone) + 1} of {asked.remove}")
-            step = Stepping(bench.depth, asked.by, tuple(gone))
-            frame = read_results(_carried(bench, step, place / f"step-{len(gone) + 1:02}").directory)
-            gone.append(least(frame, asked.by, gone))
-            score = float(frame.set_index("layer")[WAYS[asked.by]][gone[-1]])
-            talk.say(f"Layer {gone[-1]} goes ({WAYS[asked.by]} {score:.3g})")
+            console.log(f"Choosing layer {len(gone) + 1} of {asked.remove}")
+            step = GreedyStepTask(session.depth, asked.by, tuple(gone))
+            frame = read_results(_carried(session, step, place / f"step-{len(gone) + 1:02}").directory)
+            gone.append(next_removal(frame, asked.by, gone))
+            score = float(frame.set_index("layer")[CRITERIA[asked.by]][gone[-1]])
+            console.log(f"Layer {gone[-1]} goes ({CRITERIA[asked.by]} {score:.3g})")
         orders[GREEDY] = [tuple(gone[:count]) for count in range(1, asked.remove + 1)]
-    talk.say("Measuring what each way of choosing costs")
-    run = _carried(bench, Costing(bench.depth, orders), place / "costs")
+    console.log("Measuring what each way of choosing costs")
+    run = _carried(session, CostTask(session.depth, orders), place / "costs")
     frame = read_results(run.directory)
     layers = orders[GREEDY if asked.greedy else asked.by][-1]
     plan = plan_of(layers)
     writing = Writing(out, options.overwrite, asked.link, asked.verify, options.revision, options.blocks)
-    [result], source = edited({None: plan}, bench.model, writing, talk)
+    [result], source = edited({None: plan}, session.model, writing, console)
     before, after = frame.iloc[0], _row(frame, GREEDY if asked.greedy else asked.by, asked.remove)
     value = {
         **as_json(result, source.label, source.revision),
@@ -233,17 +233,17 @@ def _prune(bench: Bench, asked: Asked, talk: Talk) -> None:
     shown: list[Any] = [_table(frame, orders), *_words(layers, before, after, asked)]
     figures = [str(name) for name in run.facts["figures"]]
     shown += [escape(line) for line in (*lines(result), f"What was measured is in {place}: {', '.join(figures)}")]
-    talk.result(value, *shown)
+    console.result(value, *shown)
 
 
-def _carried(bench: Bench, task: Any, directory: Path) -> Run:
+def _carried(session: ModelSession, task: Any, directory: Path) -> Run:
     """Measured already, or now; what was measured otherwise is replaced if outputs may be."""
     try:
-        return bench.carry_out(task, directory, anew=False)
+        return session.run(task, directory, anew=False)
     except OutputError:
-        if not bench.options.overwrite:
+        if not session.options.overwrite:
             raise
-        return bench.carry_out(task, directory, anew=True)
+        return session.run(task, directory, anew=True)
 
 
 def _row(frame: pd.DataFrame, way: str, removed: int) -> pd.Series | None:
@@ -272,7 +272,7 @@ def _cells(row: pd.Series | None) -> list[str]:
     return ["-", "-"] if row is None else [f"{row.kl_nats:.3f}", f"{row.perplexity:.4g}"]
 
 
-def _words(layers: Sequence[int], before: pd.Series, after: pd.Series | None, asked: Asked) -> Iterator[str]:
+def _words(layers: Sequence[int], before: pd.Series, after: pd.Series | None, asked: PruneOptions) -> Iterator[str]:
     order = f"Layer {layers[0]} goes" if len(layers) == 1 else f"Layers {', '.join(map(str, layers))} go"
     how = "measured anew after each removal" if asked.greedy else "as one span" if asked.by == "angular" else "each by itself"
     yield f"\n{order}, chosen by {asked.by}, {how}"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ..terminal.console import Talk, size
+from ..terminal.console import Console, format_bytes
 
 
-def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool, talk: Talk) -> None:
+def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool, console: Console) -> None:
     """Write the page, and say what is in it and what is not."""
     from layersurgery import report
 
@@ -20,13 +20,13 @@ def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool
         "bytes": made.bytes,
         "runs": [str(path) for path in made.runs],
         "not_shown": {str(path): why for path, why in made.not_shown.items()},
-        "left_out": made.left_out,
+        "left_out": made.skipped,
     }
     shown = [
         *(f"[yellow]Not shown:[/] {escape(f'{path}: {why}')}" for path, why in made.not_shown.items()),
-        *(f"[yellow]Left out:[/] {escape(what)}" for what in made.left_out),
+        *(f"[yellow]Left out:[/] {escape(what)}" for what in made.skipped),
         escape(
-            f"Wrote {made.path}: {len(made.runs)} run{'s'[: len(made.runs) != 1]}, {size(made.bytes)}; open it in any browser"
+            f"Wrote {made.path}: {len(made.runs)} run{'s'[: len(made.runs) != 1]}, {format_bytes(made.bytes)}; open it in any browser"
         ),
     ]
-    talk.result(value, *shown)
+    console.result(value, *shown)

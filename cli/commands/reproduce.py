@@ -15,19 +15,19 @@ from rich.table import Table
 
 from layersurgery.errors import LayerSurgeryError, MeasurementError, PlanError
 
-from ..session.inputs import asked_text, looked_at
-from ..session.model_session import Bench, calm
-from ..session.placement import place_of
-from ..session.processes import team_for, upon
-from ..terminal.console import Talk, number, size
-from .analyze import Analysing
+from ..session.inputs import read_model_info, text_request
+from ..session.model_session import ModelSession, silence_libraries
+from ..session.placement import choose_placement
+from ..session.processes import process_group_for, run_on_model
+from ..terminal.console import Console, format_bytes, format_count
+from .analyze import AnalysisTask
 from .estimate import flops
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
 
-    from ..session.run_options import Options
+    from ..session.run_options import MeasureOptions
 
 PAPER = (
     "EleutherAI/pythia-410m-deduped", "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-2.8b-deduped", "EleutherAI/pythia-6.9b-deduped",
@@ -85,12 +85,12 @@ class _Outcome:
     done: list[Path] = field(default_factory=list)
     not_done: dict[str, str] = field(default_factory=dict)
 
-    def note(self, what: str, error: Exception, talk: Talk) -> None:
+    def note(self, what: str, error: Exception, console: Console) -> None:
         self.not_done[what] = str(error)
-        talk.aside(f"[bold red]Not done:[/] {escape(f'{what}: {error}')}")
+        console.print(f"[bold red]Not done:[/] {escape(f'{what}: {error}')}")
 
 
-def run_reproduce(models: Sequence[str], output: Path, options: Options, talk: Talk) -> None:
+def run_reproduce(models: Sequence[str], output: Path, options: MeasureOptions, console: Console) -> None:
     """Plan, say what it will cost, do what is not done yet, draw all models together, and write the report.
 
     What one model or experiment cannot be measured by is said, and the others go on; then the exit code is 1.
@@ -99,30 +99,30 @@ def run_reproduce(models: Sequence[str], output: Path, options: Options, talk: T
     value: dict[str, Any] = {"path": str(output)}
     if options.estimate:
         if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-            plan = _plan(places, options, value, talk)
-            talk.result(value, *_shown(plan))
+            plan = _plan(places, options, value, console)
+            console.result(value, *_shown(plan))
             if all(part.fault for part in plan):
                 raise SystemExit(1)
         return
-    team = team_for(options)
+    group = process_group_for(options)
     outcome = _Outcome()
-    plan = [] if team.rank else _plan(places, options, value, talk)
-    talk.aside(*_shown(plan))
+    plan = [] if group.rank else _plan(places, options, value, console)
+    console.print(*_shown(plan))
     faults = {part.model: part.fault for part in plan if part.fault}
     for model, place in places.items():
         if model in faults:  # as the plan has said
             outcome.not_done[model] = faults[model]
-            team.share(None)
+            group.broadcast(None)
             continue
         try:
-            upon(model, options, talk, team, _leader(place, talk, outcome))
+            run_on_model(model, options, console, group, _leader(place, console, outcome))
         except (LayerSurgeryError, OSError) as error:
-            if team.size > 1:  # the others may be in the middle of something
+            if group.size > 1:  # the others may be in the middle of something
                 raise
-            outcome.note(model, error, talk)
-    team.leave()
-    if team.rank == 0:
-        _finish(output, value, outcome, talk)
+            outcome.note(model, error, console)
+    group.close()
+    if group.rank == 0:
+        _finish(output, value, outcome, console)
 
 
 def _places(models: Sequence[str], output: Path) -> dict[str, Path]:
@@ -139,22 +139,22 @@ def _places(models: Sequence[str], output: Path) -> dict[str, Path]:
     return places
 
 
-def _plan(places: dict[str, Path], options: Options, value: dict[str, Any], talk: Talk) -> list[Part]:
-    with talk.step(f"Looking at {len(places)} model{'s'[: len(places) != 1]}"):
+def _plan(places: dict[str, Path], options: MeasureOptions, value: dict[str, Any], console: Console) -> list[Part]:
+    with console.status(f"Looking at {len(places)} model{'s'[: len(places) != 1]}"):
         plan = [_planned(model, place, options) for model, place in places.items()]
     value["plan"] = [_as_json(part) for part in plan]
     return plan
 
 
-def _planned(model: str, place: Path, options: Options) -> Part:
+def _planned(model: str, place: Path, options: MeasureOptions) -> Part:
     """What is there, and what the rest takes, from the config alone."""
     from layersurgery.runs.tables import read_run
 
     part = Part(model, place, {name: str((read_run(place / name) or {}).get("state", "")) for name in EXPERIMENTS})
     try:
-        with calm():
-            source, part.depth, positions, _ = looked_at(model, options, Talk(quiet=True))
-            part.tokens = asked_text(model, options, positions).tokens
+        with silence_libraries():
+            source, part.depth, positions, _ = read_model_info(model, options, Console(quiet=True))
+            part.tokens = text_request(model, options, positions).tokens
             _cost(part, source, positions, options)
     except PlanError:
         raise
@@ -163,15 +163,15 @@ def _planned(model: str, place: Path, options: Options) -> Part:
     return part
 
 
-def _cost(part: Part, source: Source, positions: int | None, options: Options) -> None:
+def _cost(part: Part, source: Source, positions: int | None, options: MeasureOptions) -> None:
     from transformers import AutoConfig
 
     from layersurgery.analyses.signal_tables import FROM_TEXT, variants_of
     from layersurgery.plans.variants import variants
     from layersurgery.sweeps.estimate import estimate
 
-    asked = asked_text(part.model, options, positions)
-    place = place_of(options, source, Talk(quiet=True))
+    asked = text_request(part.model, options, positions)
+    place = choose_placement(options, source, Console(quiet=True))
     dtype = "float32" if place.dtype == "auto" else place.dtype
     config = AutoConfig.from_pretrained(source.directory)
     edits = {SWEEP: variants([_EDITS], part.depth), STAGES: variants_of(FROM_TEXT, part.depth)}
@@ -218,7 +218,9 @@ def _shown(plan: Sequence[Part]) -> Iterator[Any]:
         for part in whole:
             cost = (flops(part.flops), _time(part.seconds)) if part.left else ("-", "-")
             left = f"{len(part.left)} of {len(EXPERIMENTS)} runs"
-            table.add_row(escape(part.directory.name), str(part.depth), number(part.parameters), f"{part.tokens:,}", left, *cost)
+            table.add_row(
+                escape(part.directory.name), str(part.depth), format_count(part.parameters), f"{part.tokens:,}", left, *cost
+            )
         yield table
         yield (
             f"At least {_time(sum(part.seconds for part in whole))} in all: {flops(sum(part.flops for part in whole))}, at the speed of products of large "
@@ -239,39 +241,39 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def _leader(place: Path, talk: Talk, outcome: _Outcome) -> Callable[[Bench], None]:
-    def lead(bench: Bench) -> None:
-        for name, carry_out in _experiments(bench).items():
-            talk.aside(f"\n[bold]{escape(bench.source.label)}: {name}[/] ({FIGURES[name]})")
+def _leader(place: Path, console: Console, outcome: _Outcome) -> Callable[[ModelSession], None]:
+    def lead(session: ModelSession) -> None:
+        for name, carry_out in _experiments(session).items():
+            console.print(f"\n[bold]{escape(session.source.label)}: {name}[/] ({FIGURES[name]})")
             try:
                 outcome.done.append(carry_out(place / name).directory)
             except (LayerSurgeryError, OSError) as error:
-                if not bench.waited_for:  # the others are in the middle of something
+                if not session.waited_for:  # the others are in the middle of something
                     raise
-                outcome.note(f"{bench.model}, {name}", error, talk)
+                outcome.note(f"{session.model}, {name}", error, console)
 
     return lead
 
 
-def _experiments(bench: Bench) -> dict[str, Callable[[Path], Run]]:
+def _experiments(session: ModelSession) -> dict[str, Callable[[Path], Run]]:
     from layersurgery.plans.variants import variants
 
-    from .probe import Asked, probe_in
+    from .probe import ProbeOptions, probe_in
     from .subjoiners import subjoiners_in
-    from .sweep import Sweeping
+    from .sweep import SweepTask
 
-    anew = bench.options.overwrite
+    anew = session.options.overwrite
     # Of what is looked through for words, little is run.
-    more = dataclasses.replace(bench.asked, tokens=max(bench.asked.tokens, _LOOKED_THROUGH))
+    more = dataclasses.replace(session.asked, tokens=max(session.asked.tokens, _LOOKED_THROUGH))
     return {
-        SWEEP: lambda place: bench.carry_out(Sweeping(variants([_EDITS], bench.depth)), place),
-        STAGES: lambda place: bench.carry_out(Analysing(STAGES, bench.depth), place),
-        SUBJOINERS: lambda place: subjoiners_in(bench, place, asked=more, anew=anew),
-        PROBE: lambda place: probe_in(bench, place, Asked(), asked=more, anew=anew),
+        SWEEP: lambda place: session.run(SweepTask(variants([_EDITS], session.depth)), place),
+        STAGES: lambda place: session.run(AnalysisTask(STAGES, session.depth), place),
+        SUBJOINERS: lambda place: subjoiners_in(session, place, asked=more, anew=anew),
+        PROBE: lambda place: probe_in(session, place, ProbeOptions(), asked=more, anew=anew),
     }
 
 
-def _finish(output: Path, value: dict[str, Any], outcome: _Outcome, talk: Talk) -> None:
+def _finish(output: Path, value: dict[str, Any], outcome: _Outcome, console: Console) -> None:
     from layersurgery import report
 
     from .plot import draw_all
@@ -284,7 +286,9 @@ def _finish(output: Path, value: dict[str, Any], outcome: _Outcome, talk: Talk) 
     together = f"; all models together in {output / 'figures'}" if figures else ""
     lines = [f"[bold red]Not done:[/] {escape(f'{what}: {why}')}" for what, why in outcome.not_done.items()]
     lines += [f"[yellow]Not in the report:[/] {escape(f'{path}: {why}')}" for path, why in made.not_shown.items()]
-    lines.append(escape(f"{len(outcome.done)} runs are in {output}; the report is {made.path} ({size(made.bytes)}){together}"))
-    talk.result(value, *lines)
+    lines.append(
+        escape(f"{len(outcome.done)} runs are in {output}; the report is {made.path} ({format_bytes(made.bytes)}){together}")
+    )
+    console.result(value, *lines)
     if outcome.not_done:
         raise SystemExit(1)

@@ -12,8 +12,8 @@ from layersurgery.plans.variants import Variant, variants
 from ..session.figures import draw_one
 from ..session.inputs import edits_of, layers_of
 from ..session.processes import run_task
-from ..session.run_options import Options
-from ..terminal.console import Talk
+from ..session.run_options import MeasureOptions
+from ..terminal.console import Console
 from ..terminal.sweep_results import show
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     from layersurgery.checkpoints.sources import Source
     from layersurgery.runs.run_directory import Run
-    from layersurgery.runs.runner import Outcome
+    from layersurgery.runs.runner import RunOutput
     from layersurgery.sweeps.measurer import Measurer
 
 
 @dataclass(frozen=True, slots=True)
-class Sweeping:
+class SweepTask:
     """Edited models to measure."""
 
     variants: list[Variant]
@@ -43,17 +43,17 @@ class Sweeping:
         """The edits."""
         return {"edits": [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]}
 
-    def measurer(self, model: Any, options: Options) -> Measurer:
+    def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """Measures them."""
         from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, self.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
 
-    def outcome(self, measurer: Measurer, source: Source, _talk: Talk) -> Outcome:
+    def outcome(self, measurer: Measurer, source: Source, _console: Console) -> RunOutput:
         """A row for each."""
-        from layersurgery.runs.runner import OfSweep
+        from layersurgery.runs.runner import SweepOutput
 
-        return OfSweep(measurer.variants, source.label)
+        return SweepOutput(measurer.variants, source.label)
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Their figures."""
@@ -67,19 +67,19 @@ class Sweeping:
         worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
         return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
 
-    def show(self, run: Run, talk: Talk) -> None:
+    def show(self, run: Run, console: Console) -> None:
         """The table."""
-        show(run, talk)
+        show(run, console)
 
 
-def run_sweep(model: str, options: Options, talk: Talk) -> None:
+def run_sweep(model: str, options: MeasureOptions, console: Console) -> None:
     """Measure, or say what it would take."""
     if options.estimate:
         if os.environ.get("RANK", "0") != "0":  # of several processes, one says it
             return
         from .estimate import show_estimate
 
-        show_estimate(model, options, talk)
+        show_estimate(model, options, console)
         return
     asked = edits_of(options)
-    run_task(model, options, talk, lambda depth: Sweeping(variants(asked, depth, layers_of(options.layers, depth))))
+    run_task(model, options, console, lambda depth: SweepTask(variants(asked, depth, layers_of(options.layers, depth))))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.figures.style import Analysed
+    from layersurgery.figures.style import ModelTables
 
 
-def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
+def model_tables(directory: Path, facts: Mapping[str, Any]) -> ModelTables:
     """A directory's tables, to draw."""
-    from layersurgery.figures.style import Analysed
+    from layersurgery.figures.style import ModelTables
     from layersurgery.runs.tables import read_table
 
     wanted = (
@@ -28,21 +28,21 @@ def analysed(directory: Path, facts: Mapping[str, Any]) -> Analysed:
     if "text" in facts:
         sequences = facts["text"]["sequences"]
         caption = f"{facts['text']['tokens']:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
-    return Analysed(tables, label, caption)
+    return ModelTables(tables, label, caption)
 
 
 def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
     """Draw one directory's tables into it."""
     from layersurgery.figures.analyses import draw_signals
 
-    return draw_signals([analysed(directory, facts)], directory)
+    return draw_signals([model_tables(directory, facts)], directory)
 
 
 def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
     """Draw several directories' tables together."""
     from layersurgery.figures.analyses import draw_signals
 
-    models = [analysed(path, run) for path, run in directories]
+    models = [model_tables(path, run) for path, run in directories]
     labels = [model.label for model in models]
     for number, (path, _) in enumerate(directories):
         if labels.count(labels[number]) > 1:

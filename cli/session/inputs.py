@@ -11,23 +11,23 @@ from layersurgery.plans.route import Span, parse_items, resolve
 from layersurgery.plans.variants import read_plans
 
 if TYPE_CHECKING:
-    from layersurgery.runs.text import Asked
+    from layersurgery.runs.text import TextRequest
 
-    from ..terminal.console import Talk
-    from .run_options import Options
+    from ..terminal.console import Console
+    from .run_options import MeasureOptions
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
 
 
-def looked_at(model: str, options: Options, talk: Talk) -> tuple[Source, int, int | None, int | None]:
+def read_model_info(model: str, options: MeasureOptions, console: Console) -> tuple[Source, int, int | None, int | None]:
     """The source, without weights; and its depth, positions and vocabulary."""
-    with talk.step(f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"):
+    with console.status(f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"):
         source = find_source(model, revision=options.revision, weights=False)
         return source, *_config(source)
 
 
-def edits_of(options: Options) -> list[Any]:
+def edits_of(options: MeasureOptions) -> list[Any]:
     """What is to be measured, as `variants` takes it."""
     if options.plans is None:
         return ["swap,drop" if options.edits is None else options.edits]
@@ -63,9 +63,9 @@ def _config(source: Source) -> tuple[int, int | None, int | None]:
     return depth, positions if isinstance(positions, int) else None, vocabulary if isinstance(vocabulary, int) else None
 
 
-def asked_text(model: str, options: Options, positions: int | None) -> Asked:
+def text_request(model: str, options: MeasureOptions, positions: int | None) -> TextRequest:
     """The text that is asked for, with what is usual where nothing is said."""
-    from layersurgery.runs.text import PILE, PYDOC, Asked, number
+    from layersurgery.runs.text import PILE, PYDOC, TextRequest, parse_count
 
     if options.data == "":
         raise PlanError("--data is empty: name a file, a directory, a hub dataset or pydoc")
@@ -78,6 +78,6 @@ def asked_text(model: str, options: Options, positions: int | None) -> Asked:
         raise PlanError(
             f"--context {context} is more than the {positions} positions that the model knows; give at most {positions}"
         )
-    tokens = number(options.tokens or (_EMBEDDED_TOKENS if small else _TOKENS))
+    tokens = parse_count(options.tokens or (_EMBEDDED_TOKENS if small else _TOKENS))
     given = {name: getattr(options, name) for name in ("split", "column", "pack", "bos", "shuffle", "seed")}
-    return Asked(data, tokens, context, **given)
+    return TextRequest(data, tokens, context, **given)

@@ -15,21 +15,21 @@ from layersurgery.checkpoints.sources import Source, find_source
 from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.errors import SourceError
 
-from ..terminal.console import Talk, complain, given, number, size
-from ..terminal.progress import bar
-from .inputs import asked_text, looked_at
-from .placement import Place, loaded, place_of, where
+from ..terminal.console import Console, format_bytes, format_count, print_error, recorded_command
+from ..terminal.progress import progress_bar
+from .inputs import read_model_info, text_request
+from .placement import Placement, choose_placement, describe_placement, load_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.runs.distributed import Team
+    from layersurgery.runs.distributed import ProcessGroup
     from layersurgery.runs.run_directory import Run
-    from layersurgery.runs.runner import Outcome
-    from layersurgery.runs.text import Asked, Text
+    from layersurgery.runs.runner import RunOutput
+    from layersurgery.runs.text import TextRequest, TokenizedText
     from layersurgery.sweeps.measurer import Measurer
 
-    from .run_options import Options
+    from .run_options import MeasureOptions
 
 
 class Task(Protocol):
@@ -46,10 +46,10 @@ class Task(Protocol):
     def arguments(self) -> dict[str, Any]:
         """What its digits depend on, beside model and text."""
 
-    def measurer(self, model: Any, options: Options) -> Measurer:
+    def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """What measures it."""
 
-    def outcome(self, measurer: Measurer, source: Source, talk: Talk) -> Outcome:
+    def outcome(self, measurer: Measurer, source: Source, console: Console) -> RunOutput:
         """What becomes of it."""
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
@@ -58,43 +58,43 @@ class Task(Protocol):
     def extremes(self, frame: pd.DataFrame) -> str:
         """Results so far, in a few words."""
 
-    def show(self, run: Run, talk: Talk) -> None:
+    def show(self, run: Run, console: Console) -> None:
         """Shows its results."""
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class WorkItem:
     """What the leading process tells the others to do."""
 
     task: Task
-    text: Text
+    text: TokenizedText
     weights: str
-    place: Place
+    place: Placement
 
 
-class Bench:
+class ModelSession:
     """One model and one text, for one run after another; the model is loaded when the first run needs it, and once.
 
     Attributes:
         model: as it was named.
         options: of the command.
-        talk: how it speaks.
+        console: how it speaks.
         source: the model's files; weights are among them once one has been asked for a run.
         depth: blocks of the model.
     """
 
-    def __init__(self, model: str, options: Options, talk: Talk, team: Team, hold: ExitStack) -> None:
-        self.model, self.options, self.talk, self.team = model, options, talk, team
+    def __init__(self, model: str, options: MeasureOptions, console: Console, group: ProcessGroup, hold: ExitStack) -> None:
+        self.model, self.options, self.console, self.group = model, options, console, group
         self._hold = hold
-        self.source, self.depth, positions, self._vocabulary = looked_at(model, options, talk)
-        self.asked = asked_text(model, options, positions)
-        self.place = place_of(options, self.source, talk)
+        self.source, self.depth, positions, self._vocabulary = read_model_info(model, options, console)
+        self.asked = text_request(model, options, positions)
+        self.place = choose_placement(options, self.source, console)
         self.waited_for = True
-        self._text: Text | None = None
+        self._text: TokenizedText | None = None
         self._loaded: Any = None
         self._whole = False
 
-    def carry_out(self, task: Task, directory: Path, *, anew: bool | None = None) -> Run:
+    def run(self, task: Task, directory: Path, *, anew: bool | None = None) -> Run:
         """Measure, or go on with what is measured, showing what happens; returns the finished run.
 
         Args:
@@ -120,21 +120,21 @@ class Bench:
         arguments["text"]["fingerprint"] = (
             text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
         )
-        with open_run(directory, arguments, kind=task.kind, overwrite=anew, command=given()) as run:
+        with open_run(directory, arguments, kind=task.kind, overwrite=anew, command=recorded_command()) as run:
             if run.finished or text is None:
-                self.talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
+                self.console.log(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
             else:
-                self.team.share(Errand(task, text, arguments["model"]["weights"], self.place))
+                self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.place))
                 self.waited_for = False
                 _measure(run, self, task, text)
                 self.waited_for = True
         return run
 
     @property
-    def text(self) -> Text:
+    def text(self) -> TokenizedText:
         """The tokens, read when first asked for."""
         if self._text is None:
-            self._text = _text(self.asked, self.tokenizer, self._vocabulary, self.talk)
+            self._text = _text(self.asked, self.tokenizer, self._vocabulary, self.console)
         return self._text
 
     @property
@@ -164,7 +164,7 @@ class Bench:
     def load(self) -> Any:
         """The model where it is to be."""
         if self._loaded is None:
-            self._loaded = self._hold.enter_context(loaded_aloud(self._with_weights(), self.place, self.talk, self.team))
+            self._loaded = self._hold.enter_context(load_with_status(self._with_weights(), self.place, self.console, self.group))
         return self._loaded
 
 
@@ -182,7 +182,7 @@ def tokenizer_of_run(source: Source, other: str | None) -> Any:
     return tokenizer
 
 
-def _arguments(source: Source, options: Options, asked: Asked, task: Task, place: Place) -> dict[str, Any]:
+def _arguments(source: Source, options: MeasureOptions, asked: TextRequest, task: Task, place: Placement) -> dict[str, Any]:
     from layersurgery.runs.run_directory import versions
 
     return {
@@ -198,16 +198,18 @@ def _arguments(source: Source, options: Options, asked: Asked, task: Task, place
     }
 
 
-def _text(asked: Asked, tokenizer: Any, vocabulary: int | None, talk: Talk) -> Text:
+def _text(asked: TextRequest, tokenizer: Any, vocabulary: int | None, console: Console) -> TokenizedText:
     from layersurgery.runs.text import read_text
 
-    with talk.step(f"Reading text: {asked.data}"):
+    with console.status(f"Reading text: {asked.data}"):
         text = read_text(asked, tokenizer)
     _check_vocabulary(int(text.ids[text.mask.bool()].max()), vocabulary)
     sequences, length = text.ids.shape
-    talk.say(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}")
+    console.log(
+        f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}"
+    )
     for note in text.notes:
-        talk.say(f"Note: {note}")
+        console.log(f"Note: {note}")
     return text
 
 
@@ -218,56 +220,56 @@ def _check_vocabulary(most: int, vocabulary: int | None) -> None:
         )
 
 
-def _measure(run: Run, bench: Bench, task: Task, text: Text) -> None:
-    from layersurgery.runs.runner import perform
+def _measure(run: Run, session: ModelSession, task: Task, text: TokenizedText) -> None:
+    from layersurgery.runs.runner import run_measurement
 
-    options, talk, team, source = bench.options, bench.talk, bench.team, bench.source
-    model = bench.load()
+    options, console, group, source = session.options, session.console, session.group, session.source
+    model = session.load()
     measurer = task.measurer(model, options)
-    on = where(model, bench.place, measurer.stack.path)
-    talk.say(
-        f"{source.label}: {number(measurer.parameters)} parameters in {bench.place.dtype} on {on}; read out by {measurer.readout.about}"
+    on = describe_placement(model, session.place, measurer.runner.path)
+    console.log(
+        f"{source.label}: {format_count(measurer.parameters)} parameters in {session.place.dtype} on {on}; read out by {measurer.readout.description}"
     )
-    _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), talk, team)
-    if run.begun:
-        talk.say("Going on with what is measured already")
+    _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), console, group)
+    if run.started:
+        console.log("Going on with what is measured already")
     try:
-        with bar(text, talk, task.extremes) as on_progress:
-            perform(
+        with progress_bar(text, console, task.extremes) as on_progress:
+            run_measurement(
                 run,
                 measurer,
                 text,
-                task.outcome(measurer, source, talk),
+                task.outcome(measurer, source, console),
                 batch_size=options.batch_size,
                 per_token=options.per_token,
-                tokenizer=bench.tokenizer if options.per_token else None,
+                tokenizer=session.tokenizer if options.per_token else None,
                 draw=lambda frame, directory: task.draw(frame, directory, run),
                 on_progress=on_progress,
-                team=team,
+                group=group,
             )
     except (KeyboardInterrupt, SystemExit) as stop:
-        also = "; if another process has gone, its own message says why" if team.size > 1 else ""
-        complain("stopped", f"what was measured is in {run.directory}; the same command goes on with it{also}")
+        also = "; if another process has gone, its own message says why" if group.size > 1 else ""
+        print_error("stopped", f"what was measured is in {run.directory}; the same command goes on with it{also}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
-    if measurer.stack.compiler is not None and (why := measurer.stack.compiler.refused):
-        talk.say(f"Note: {why}; blocks were run as they are")
-    if measurer.at_once is not None:
-        talk.say(
-            f"Note: memory ran out, so batches were measured in parts of {measurer.at_once} sequence{'s'[: measurer.at_once != 1]}"
+    if measurer.runner.compiler is not None and (why := measurer.runner.compiler.refused):
+        console.log(f"Note: {why}; blocks were run as they are")
+    if measurer.max_sequences is not None:
+        console.log(
+            f"Note: memory ran out, so batches were measured in parts of {measurer.max_sequences} sequence{'s'[: measurer.max_sequences != 1]}"
         )
 
 
 @contextmanager
-def loaded_aloud(source: Source, place: Place, talk: Talk, team: Team) -> Iterator[Any]:
+def load_with_status(source: Source, place: Placement, console: Console, group: ProcessGroup) -> Iterator[Any]:
     """The model where it is to be, with a word while it is loaded."""
-    with ExitStack() as stack:
-        with talk.step(f"Loading {source.label}"):
-            model = stack.enter_context(loaded(source, place, team))
+    with ExitStack() as exit_stack:
+        with console.status(f"Loading {source.label}"):
+            model = exit_stack.enter_context(load_model(source, place, group))
         yield model
 
 
 @contextmanager
-def calm() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Without other libraries' advice and bars between our lines."""
     from transformers.utils import logging
 
@@ -279,25 +281,25 @@ def calm() -> Iterator[None]:
         yield
 
 
-def _announce(measurer: Measurer, text: Text, batch_size: int | None, talk: Talk, team: Team) -> None:
+def _announce(measurer: Measurer, text: TokenizedText, batch_size: int | None, console: Console, group: ProcessGroup) -> None:
     length = text.ids.shape[1]
     batch = min(batch_size or measurer.suggest(length), len(text.ids))
-    forecast, plan = measurer.forecast(batch, length), measurer.schedule
-    saved = f"{plan.calls_apart:,} without sharing"
-    by = f" by {team.size} processes" if team.size > 1 else ""
+    forecast, plan = measurer.memory_use(batch, length), measurer.schedule
+    saved = f"{plan.calls_without_sharing:,} without sharing"
+    by = f" by {group.size} processes" if group.size > 1 else ""
     edited = f"{len(measurer.routes)} edited models; " if measurer.routes else ""
-    shared = f", {saved}" if plan.calls_apart > plan.calls else ""
-    talk.say(f"{edited}{plan.calls:,} block calls a batch{shared}{by}")
+    shared = f", {saved}" if plan.calls_without_sharing > plan.calls else ""
+    console.log(f"{edited}{plan.calls:,} block calls a batch{shared}{by}")
     if measurer.bytes_to_read:
         way = (
             f"layer by layer, {plan.resident_blocks} block{'s'[: plan.resident_blocks != 1]} at hand at a time"
-            if plan.during
+            if plan.during_trunk
             else "route by route"
         )
-        talk.say(f"Weights are brought in {way}: {size(measurer.bytes_to_read)} a batch")
-    talk.say(
-        f"Expecting {size(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {size(forecast.weights)}, streams "
-        f"{size(forecast.streams)}, a block {size(forecast.block)} or a readout {size(forecast.readout)}"
+        console.log(f"Weights are brought in {way}: {format_bytes(measurer.bytes_to_read)} a batch")
+    console.log(
+        f"Expecting {format_bytes(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {format_bytes(forecast.weights)}, streams "
+        f"{format_bytes(forecast.streams)}, a block {format_bytes(forecast.block)} or a readout {format_bytes(forecast.readout)}"
     )
-    for plan_text, reason in measurer.left_out.items():
-        talk.say(f"Left out: {plan_text}: {reason}")
+    for plan_text, reason in measurer.skipped.items():
+        console.log(f"Left out: {plan_text}: {reason}")

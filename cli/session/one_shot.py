@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..terminal.console import Talk, given
+from ..terminal.console import Console, recorded_command
 from .figures import draw_analysis
 
 if TYPE_CHECKING:
@@ -17,29 +17,31 @@ if TYPE_CHECKING:
 Made = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
 
 
-def look(directory: Path, arguments: Mapping[str, Any], talk: Talk, make: Callable[[], Made], *, anew: bool) -> Run:
+def run_once(
+    directory: Path, arguments: Mapping[str, Any], console: Console, make: Callable[[], Made], *, overwrite: bool
+) -> Run:
     """A directory of tables and figures, made now or found finished.
 
     Args:
         directory: where to.
         arguments: all that the digits depend on, but for versions.
-        talk: how it speaks.
+        console: how it speaks.
         make: the tables, the first one first, and facts for `run.json`.
         anew: replace what another run has left there.
     """
     from layersurgery.analyses.outcomes import write_tables
     from layersurgery.runs.run_directory import ANALYSIS, open_run, versions
-    from layersurgery.runs.runner import drawn_by
+    from layersurgery.runs.runner import draw_safely
 
     arguments = {**arguments, "versions": versions()}
-    with open_run(directory, arguments, kind=ANALYSIS, overwrite=anew, command=given()) as run:
+    with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=recorded_command()) as run:
         if run.finished:
-            talk.say(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
+            console.log(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
             return run
         frames, facts = make()
-        run.begin()
-        run.note(files=write_tables(run.directory, frames), **facts)
+        run.start()
+        run.update(files=write_tables(run.directory, frames), **facts)
         first = next(iter(frames.values()))
-        figures, fault = drawn_by(lambda _, place: draw_analysis(place, run.facts), first, run.directory)
-        run.note(state="finished", figures=figures, figures_fault=fault)
+        figures, fault = draw_safely(lambda _, place: draw_analysis(place, run.facts), first, run.directory)
+        run.update(state="finished", figures=figures, figures_fault=fault)
         return run

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layersurgery.errors import PlanError, SourceError
-from layersurgery.runtime.device_map import DeviceMap, MaxMemory, describe, read_device_map, read_max_memory, renumbered
+from layersurgery.runtime.device_map import DeviceMap, MaxMemory, describe, local_device, read_device_map, read_max_memory
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
-    from layersurgery.runs.distributed import Team
+    from layersurgery.runs.distributed import ProcessGroup
 
-    from ..terminal.console import Talk
-    from .run_options import Options
+    from ..terminal.console import Console
+    from .run_options import MeasureOptions
 
 _SHARE = 0.9
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Where a model runs.
 
     Attributes:
@@ -48,7 +48,7 @@ class Place:
         return where if self.device_map is None else where | {"device_map": self.device_map, "max_memory": self.max_memory}
 
 
-def place_of(options: Options, source: Source, talk: Talk) -> Place:
+def choose_placement(options: MeasureOptions, source: Source, console: Console) -> Placement:
     """Device and dtype, said out.
 
     Raises:
@@ -70,10 +70,10 @@ def place_of(options: Options, source: Source, talk: Talk) -> Place:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SourceError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    return Place(device, _dtype(options.dtype, device, source, talk), device_map, max_memory, options.offload_folder)
+    return Placement(device, _dtype(options.dtype, device, source, console), device_map, max_memory, options.offload_folder)
 
 
-def _dtype(asked: str, device: str, source: Source, talk: Talk) -> str:
+def _dtype(asked: str, device: str, source: Source, console: Console) -> str:
     dtype = asked.removeprefix("torch.")
     if dtype == "auto":
         config = json.loads((source.directory / "config.json").read_text("utf-8"))
@@ -83,7 +83,7 @@ def _dtype(asked: str, device: str, source: Source, talk: Talk) -> str:
         dtype = str(next(filter(None, named), "auto")).removeprefix("torch.")
         if device == "cpu" and dtype == "float16":
             dtype = "float32"
-            talk.say(
+            console.log(
                 "Note: the checkpoint is in float16, which few CPUs multiply at all, so it is loaded in float32; --dtype float16 insists"
             )
     if dtype not in _DTYPES:
@@ -92,7 +92,7 @@ def _dtype(asked: str, device: str, source: Source, talk: Talk) -> str:
 
 
 @contextmanager
-def loaded(source: Source, place: Place, team: Team) -> Iterator[Any]:
+def load_model(source: Source, place: Placement, group: ProcessGroup) -> Iterator[Any]:
     """The model where it is to be; of several processes, each counts its own share of the GPUs from 0.
 
     Raises:
@@ -101,7 +101,7 @@ def loaded(source: Source, place: Place, team: Team) -> Iterator[Any]:
     from layersurgery.checkpoints.loading import load
 
     if place.device_map is None:
-        yield load(source.directory, dtype=place.dtype).model.to(_own(place.device, team))
+        yield load(source.directory, dtype=place.dtype).model.to(_own(place.device, group))
         return
     if place.offload_folder is not None:
         place.offload_folder.mkdir(parents=True, exist_ok=True)
@@ -109,43 +109,43 @@ def loaded(source: Source, place: Place, team: Team) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="layersurgery-offload-", dir=place.offload_folder) as folder:
         given = place.device_map
         spread: Any = (
-            {name: _own(device, team) for name, device in given.items()} if isinstance(given, dict) else _own(given, team)
+            {name: _own(device, group) for name, device in given.items()} if isinstance(given, dict) else _own(given, group)
         )
         yield load(
             source.directory,
             dtype=place.dtype,
             device_map=spread,
-            max_memory=_memory(place.max_memory, team),
+            max_memory=_memory(place.max_memory, group),
             offload_folder=folder,
         ).model
 
 
-def _own(device: int | str, team: Team) -> int | str:
+def _own(device: int | str, group: ProcessGroup) -> int | str:
     """One of this process's own devices."""
     import torch
 
     from layersurgery.runs.distributed import own_devices
 
-    return device if team.size == 1 else renumbered(device, own_devices(team, torch.cuda.device_count()))
+    return device if group.size == 1 else local_device(device, own_devices(group, torch.cuda.device_count()))
 
 
-def _memory(asked: MaxMemory | None, team: Team) -> MaxMemory | None:
+def _memory(asked: MaxMemory | None, group: ProcessGroup) -> MaxMemory | None:
     """What each device may give to this process; where nothing is asked, most of what is free of its share."""
     import psutil
     import torch
 
     from layersurgery.runs.distributed import own_devices
 
-    if team.size == 1:
+    if group.size == 1:
         return asked
     if asked is not None:
-        return {_own(device, team): size for device, size in asked.items()}
-    mine = own_devices(team, torch.cuda.device_count())
+        return {_own(device, group): size for device, size in asked.items()}
+    mine = own_devices(group, torch.cuda.device_count())
     found: MaxMemory = {device: int(_SHARE * torch.cuda.mem_get_info(device)[0]) for device in mine}
-    return found | {"cpu": int(_SHARE * psutil.virtual_memory().available / team.local_size)}
+    return found | {"cpu": int(_SHARE * psutil.virtual_memory().available / group.local_size)}
 
 
-def where(model: Any, place: Place, blocks: str) -> str:
+def describe_placement(model: Any, place: Placement, blocks: str) -> str:
     """Where a loaded model is, in words."""
     devices = getattr(model, "hf_device_map", None)
     if place.device_map is None or not isinstance(devices, dict):

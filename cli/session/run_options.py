@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class MeasureOptions:
     """What `sweep` takes beside the model; `analyze` and `stages` take some of it."""
 
     edits: str | None
@@ -40,7 +40,7 @@ class Options:
     estimate: bool
 
     @classmethod
-    def of(cls, **given: Any) -> Options:
+    def of(cls, **given: Any) -> MeasureOptions:
         """Those given, and what the others are where nobody says anything."""
         usual: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__) | {
             "split": "train", "column": "text", "seed": 0, "pack": True, "bos": False, "dtype": "auto", "compile": False,

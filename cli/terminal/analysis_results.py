@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .charts import bar, curve
-from .console import Talk
+from .charts import bar_cell, sparkline
+from .console import Console
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,8 +71,8 @@ def summary(frame: pd.DataFrame) -> str:
     for columns in _SHOWN.values():
         name, heading, times, _, _ = columns[0]
         if name in frame:
-            return f"{heading} {curve((times * frame[name]).tolist())}"
-    return f"self {curve(frame[frame.part == 'block'].self.tolist())}" if "part" in frame else ""
+            return f"{heading} {sparkline((times * frame[name]).tolist())}"
+    return f"self {sparkline(frame[frame.part == 'block'].self.tolist())}" if "part" in frame else ""
 
 
 def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
@@ -104,13 +104,13 @@ def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
             value = _float(row[key])
             cells.append("-" if math.isnan(value) else f"{times * value:.{digits}f}")
             if column in barred and len(barred) <= _BARS_UP_TO:
-                cells.append(bar(value, frame[key].astype(float).max()))
+                cells.append(bar_cell(value, frame[key].astype(float).max()))
         table.add_row(*cells)
     yield table
     yield ""
     for key, heading, *_ in barred:
         label = {"%": key.partition("_")[0]}.get(heading, heading)
-        yield Text(f"{label:>16} {curve([_float(value) for value in frame[key]], log=key in _LOG)}", no_wrap=True)
+        yield Text(f"{label:>16} {sparkline([_float(value) for value in frame[key]], log=key in _LOG)}", no_wrap=True)
 
 
 def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
@@ -127,7 +127,7 @@ def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     yield table
     yield ""
     for part in parts:
-        yield Text(f"{part:>10}, self {curve(frame[frame.part == part].self.tolist())}", no_wrap=True)
+        yield Text(f"{part:>10}, self {sparkline(frame[frame.part == part].self.tolist())}", no_wrap=True)
 
 
 def _heads(frame: pd.DataFrame) -> Iterator[Table]:
@@ -175,7 +175,7 @@ def _float(value: Any) -> float:
         return math.nan
 
 
-def show_analysis(run: Run, talk: Talk) -> None:
+def show_analysis(run: Run, console: Console) -> None:
     """The results of a finished run."""
     from layersurgery.runs.tables import read_results, tables_in
 
@@ -195,9 +195,9 @@ def show_analysis(run: Run, talk: Talk) -> None:
     first = names[0]
     shown: list[Any] = [*lines(first, frames[first])]
     if first == "stages":
-        from layersurgery.analyses import in_words
+        from layersurgery.analyses import describe_stages
 
-        words = in_words(frames[first])
+        words = describe_stages(frames[first])
         value |= {"boundaries": frames[first].attrs["boundaries"], "in_words": words}
         shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
     elif "in_words" in facts:
@@ -208,7 +208,7 @@ def show_analysis(run: Run, talk: Talk) -> None:
     shown += ["", *_notes(facts)]
     files = [*facts["files"], *facts["figures"]]
     shown.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
-    talk.result(value, *shown)
+    console.result(value, *shown)
 
 
 def _of_ranks(frame: pd.DataFrame, spans: pd.DataFrame) -> Iterator[str]:

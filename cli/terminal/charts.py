@@ -10,7 +10,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _WIDTH = 8
 
 
-def bar(value: float, most: float) -> str:
+def bar_cell(value: float, most: float) -> str:
     """A bar of eighths of a character."""
     if not (math.isfinite(value) and math.isfinite(most)) or most <= 0:
         return ""
@@ -18,7 +18,7 @@ def bar(value: float, most: float) -> str:
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
-def curve(values: Sequence[float], *, log: bool = False) -> str:
+def sparkline(values: Sequence[float], *, log: bool = False) -> str:
     """A line of one block character a value, from the least to the greatest; a dot for what is no number."""
     scaled = [math.log(value) if log and value > 0 else math.nan if log else value for value in values]
     known = [value for value in scaled if math.isfinite(value)]

@@ -15,7 +15,8 @@ from typer.core import TyperGroup
 from layersurgery.errors import LayerSurgeryError, PlanError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console as RichConsole
+    from rich.console import RenderableType
 
 _GIVEN: ContextVar[str] = ContextVar("given", default="")
 
@@ -25,7 +26,7 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse them, and keep them as they were given."""
-        remember(args)
+        record_command(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -33,31 +34,31 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LayerSurgeryError as error:
-            complain("error", str(error))
+            print_error("error", str(error))
             ctx.exit(2 if isinstance(error, PlanError) else 1)
         except KeyboardInterrupt:
-            complain("stopped", "nothing half-written was left behind")
+            print_error("stopped", "nothing half-written was left behind")
             ctx.exit(130)
         except BrokenPipeError:  # the reader, such as head, has seen enough
             sys.stderr.close()
             ctx.exit(141)
 
 
-def complain(word: str, text: str) -> None:
+def print_error(word: str, text: str) -> None:
     """A line on stderr about what went wrong."""
     from rich.markup import escape
 
-    console(stderr=True).print(f"[bold red]{word}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    rich_console(stderr=True).print(f"[bold red]{word}:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
-def console(*, stderr: bool = False) -> Console:
+def rich_console(*, stderr: bool = False) -> RichConsole:
     """A rich console on one of the two streams."""
-    from rich.console import Console
+    from rich.console import Console as RichConsole
 
-    return Console(stderr=stderr)
+    return RichConsole(stderr=stderr)
 
 
-class Talk:
+class Console:
     """How one command speaks.
 
     Args:
@@ -67,16 +68,16 @@ class Talk:
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.out = console()
-        self.err = console(stderr=True)
+        self.out = rich_console()
+        self.err = rich_console(stderr=True)
         self.err.quiet = quiet
         self.out.quiet = quiet and not as_json
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line of talk, printed as it is: paths and plans may hold brackets."""
         self.err.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def aside(self, *shown: RenderableType) -> None:
+    def print(self, *shown: RenderableType) -> None:
         """Talk with markup and tables."""
         for item in shown:
             self.err.print(item, highlight=False, soft_wrap=isinstance(item, str))
@@ -93,17 +94,17 @@ class Talk:
                 self.out.print(item)
 
     @contextmanager
-    def step(self, text: str) -> Iterator[None]:
+    def status(self, text: str) -> Iterator[None]:
         """A step that takes a while: a spinner on a terminal, one line elsewhere."""
         if self.err.is_terminal and not self.err.quiet:
             with self.err.status(text):
                 yield
         else:
-            self.say(text)
+            self.log(text)
             yield
 
     @contextmanager
-    def moving(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    def byte_progress(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """A bar of bytes moved, their rate and the time left; only on a terminal."""
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -114,7 +115,7 @@ class Talk:
             yield lambda count: progress.advance(task, count)
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes for people, in powers of ten as disks are sold."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -124,7 +125,7 @@ def size(count: int) -> str:
     return f"{value:.3g} TB"
 
 
-def number(count: int) -> str:
+def format_count(count: int) -> str:
     """A count of parameters for people."""
     value = float(count)
     for unit in ("", "k", "M", "B"):
@@ -134,11 +135,11 @@ def number(count: int) -> str:
     return f"{value:.3g} T"
 
 
-def remember(words: Sequence[str]) -> None:
+def record_command(words: Sequence[str]) -> None:
     """Keep the words behind the program's name."""
     _GIVEN.set(shlex.join(["layersurgery", *words]))
 
 
-def given() -> str:
+def recorded_command() -> str:
     """The whole command, as a shell takes it; empty where there was none."""
     return _GIVEN.get()

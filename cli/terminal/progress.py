@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .console import Talk
+from .console import Console
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.runs.text import Text
+    from layersurgery.runs.text import TokenizedText
 
 _SECONDS_BETWEEN_LINES = 30
 
 
 @contextmanager
-def bar(text: Text, talk: Talk, in_words: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
+def progress_bar(text: TokenizedText, console: Console, in_words: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
     """One bar: sequences, tokens a second, time left, and results so far in words. Elsewhere, a line now and then."""
     columns = (
         BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
         TextColumn("{task.fields[extremes]}"),
     )  # fmt: skip
-    on = talk.err.is_terminal and not talk.err.quiet
+    on = console.err.is_terminal and not console.err.quiet
     tokens = text.tokens / len(text.ids)
     begin: float | None = None
     started = spoke = time.monotonic()
     extremes = ""
-    with Progress(*columns, console=talk.err, disable=not on, transient=True, speed_estimate_period=600) as progress:
+    with Progress(*columns, console=console.err, disable=not on, transient=True, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=len(text.ids), done="", extremes="")
 
         def on_progress(now: Any) -> None:
@@ -45,13 +45,13 @@ def bar(text: Text, talk: Talk, in_words: Callable[[pd.DataFrame], str]) -> Iter
             if not on and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
                 spoke = time.monotonic()
                 left = f"{(now.of - now.sequences) * tokens / rate:,.0f} s left" if rate else ""
-                talk.say("; ".join(filter(None, [done, left, extremes])))
+                console.log("; ".join(filter(None, [done, left, extremes])))
 
         yield on_progress
 
 
 @contextmanager
-def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
+def counter(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, from the first count to the last; call it with how many are done, and of how many."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,12 +61,12 @@ def counting(talk: Talk, what: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("<"),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=talk.err, transient=True)
+    progress = Progress(*columns, console=console.err, transient=True)
     task = progress.add_task("", total=None)
 
     # On screen only while it counts: older versions of rich refuse two bars, or a bar and a spinner, at once.
     def count(done: int, of: int) -> None:
-        if not talk.err.is_terminal or talk.err.quiet:
+        if not console.err.is_terminal or console.err.quiet:
             return
         progress.update(task, completed=done, total=of)
         (progress.stop if done >= of else progress.start)()

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .charts import _WIDTH, bar, curve
-from .console import Talk
+from .charts import _WIDTH, bar_cell, sparkline
+from .console import Console
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def lines(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
         for kind in kinds:
             rows = frame[frame.edit == kind].sort_values("layer")
             for metric, words in (("kl_nats", "KL, log scale"), ("agreement", "predictions kept")):
-                yield Text(f"{kind:>14} {words:<16} {curve(rows[metric].tolist(), log=metric == 'kl_nats')}", no_wrap=True)
+                yield Text(f"{kind:>14} {words:<16} {sparkline(rows[metric].tolist(), log=metric == 'kl_nats')}", no_wrap=True)
     others = frame[frame.edit.isin(["swap-pairs", "plan"]) | ((frame.edit == "drop-span") & ("drop-span" not in kinds))]
     if len(others):
         yield _listed(others)
@@ -71,7 +71,7 @@ def _by_layer(frame: pd.DataFrame, kinds: Sequence[str]) -> Table:
 
 def _cells(row: pd.Series, most: float, wide: bool) -> list[str]:
     cells = [f"{row.kl_nats:.3f}", f"{100 * row.agreement:.1f} %"]
-    return [cells[0], bar(row.kl_nats, most), cells[1], f"{row.entropy_change_bits:+.2f}"] if wide else cells
+    return [cells[0], bar_cell(row.kl_nats, most), cells[1], f"{row.entropy_change_bits:+.2f}"] if wide else cells
 
 
 def _listed(rows: pd.DataFrame) -> Table:
@@ -83,13 +83,13 @@ def _listed(rows: pd.DataFrame) -> Table:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in ordered.head(_MOST_ROWS).itertuples():
         table.add_row(
-            Text(row.name), f"{row.kl_nats:.3f}", bar(row.kl_nats, ordered.kl_nats.max()), f"{100 * row.agreement:.1f} %",
+            Text(row.name), f"{row.kl_nats:.3f}", bar_cell(row.kl_nats, ordered.kl_nats.max()), f"{100 * row.agreement:.1f} %",
             f"{row.entropy_change_bits:+.2f}", f"{row.loss_change_nats:+.3f}",
         )  # fmt: skip
     return table
 
 
-def show(run: Run, talk: Talk) -> None:
+def show(run: Run, console: Console) -> None:
     """The results of a finished run."""
     from layersurgery.runs.tables import read_results
     from layersurgery.sweeps.results import headline
@@ -121,7 +121,7 @@ def show(run: Run, talk: Talk) -> None:
         f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s through every edit)"
     )
     shown.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
-    talk.result(value, *shown)
+    console.result(value, *shown)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

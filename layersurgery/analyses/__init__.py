@@ -5,7 +5,7 @@
 >>> ls.analyses.in_words(ls.analyses.stages(model, tokens))  # doctest: +SKIP
 """
 
-from .inference_stages import in_words, stages
+from .inference_stages import describe_stages, stages
 from .layer_pruning import Pruning, prune
 from .layer_ranking import rank
 from .layer_signals import attention, lens, measure, norms, similarity
@@ -14,6 +14,6 @@ from .prediction_neurons import neuron_scores, neurons
 from .subjoiner_heads import Subjoiners, subjoiners
 
 __all__ = [
-    "Probe", "Pruning", "Subjoiners", "attention", "in_words", "lens", "measure", "neuron_scores", "neurons", "norms", "probe", "prune", "rank",
+    "Probe", "Pruning", "Subjoiners", "attention", "describe_stages", "lens", "measure", "neuron_scores", "neurons", "norms", "probe", "prune", "rank",
     "similarity", "stages", "subjoiners",
 ]  # fmt: skip

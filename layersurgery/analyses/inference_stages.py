@@ -17,7 +17,7 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..runtime.inputs import as_tokens
 from ..sweeps.observer import ATTENTION, NORMS, SIGNALS
 from .prediction_neurons import OnLayer, neurons
-from .signal_tables import DROP, LENS, Tables, measured
+from .signal_tables import DROP, LENS, SignalTables, measure_tables
 from .stage_boundaries import Boundary, Signals, as_records, boundaries, stage_of
 
 _COLUMNS = {
@@ -61,16 +61,16 @@ def stages(
     """
     ids, mask = as_tokens(tokens, attention_mask)
     known = find_anatomy(model, blocks=blocks)
-    tables = measured(model, ids, mask, [*SIGNALS, LENS, DROP], batch_size, blocks, known, progress)
+    tables = measure_tables(model, ids, mask, [*SIGNALS, LENS, DROP], batch_size, blocks, known, progress)
     try:
         found = neurons(model, blocks=blocks, anatomy=known, progress=on_layer)
     except UnsupportedEditError as error:
         warnings.warn(f"neurons are left out: {error}", stacklevel=2)
         found = None
-    return combined(tables, found)
+    return stage_table(tables, found)
 
 
-def combined(tables: Tables, found: pd.DataFrame | None) -> pd.DataFrame:
+def stage_table(tables: SignalTables, found: pd.DataFrame | None) -> pd.DataFrame:
     """The table of `stages`.
 
     Args:
@@ -107,9 +107,9 @@ def _signals(frame: pd.DataFrame, counts: dict[str, Array]) -> Signals:
     return {name: frame[name].to_numpy(float) for name in names} | counts
 
 
-def _resampling(tables: Tables, counts: dict[str, Array]) -> Callable[[np.random.Generator], Signals] | None:
+def _resampling(tables: SignalTables, counts: dict[str, Array]) -> Callable[[np.random.Generator], Signals] | None:
     """Draws signals anew from sequences, and neurons, taken with replacement."""
-    sample, depth = tables.sample, tables.depth
+    sample, depth = tables.sums_by_sequence, tables.depth
     n = len(sample.counts)
     if n < 2:
         return None
@@ -151,7 +151,7 @@ def _drawn_neurons(counts: dict[str, Array], rng: np.random.Generator) -> dict[s
     return {"prediction": drawn[:, 0].astype(float), "suppression": drawn[:, 1].astype(float), "neurons": of}
 
 
-def in_words(frame: pd.DataFrame) -> str:
+def describe_stages(frame: pd.DataFrame) -> str:
     """What a table of `stages` shows and what it does not, as a paragraph."""
     limits = [Boundary(**record) for record in frame.attrs["boundaries"]]
     depth = len(frame)

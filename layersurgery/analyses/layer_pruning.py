@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import MeasurementError, PlanError
-from ..metrics.aggregation import Sums
+from ..metrics.aggregation import MetricSums
 from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_list import locate
+from ..models.block_list import find_decoder_blocks
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
@@ -22,8 +22,8 @@ from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE
 from ..sweeps.results import results
-from .layer_ranking import WAYS, rank
-from .signal_tables import Tables, sampled
+from .layer_ranking import CRITERIA, rank
+from .signal_tables import SignalTables, collect_sums
 
 GREEDY = "greedy"
 
@@ -92,7 +92,7 @@ def prune(
         >>> operate_(model, found.plan)  # doctest: +SKIP
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    depth = len(locate(model, blocks).blocks)
+    depth = len(find_decoder_blocks(model, blocks).blocks)
     check(depth, remove, by)
     known = find_anatomy(model, blocks=blocks)
 
@@ -101,16 +101,16 @@ def prune(
 
     options: dict[str, Any] = {"blocks": blocks, "anatomy": known}
     found = rank(model, ids, spans=remove, attention_mask=mask, batch_size=batch_size, progress=told("ranking layers"), **options)
-    orders = {way: in_order(found, found.attrs["spans"], remove, way) for way in WAYS}
+    orders = {way: removal_orders(found, found.attrs["spans"], remove, way) for way in CRITERIA}
     if greedy:
         steps: list[int] = []
         while len(steps) < remove:
             measurer = step_measurer(model, by, steps, depth, **options)
-            sample = sampled(measurer, ids, mask, batch_size, told(f"choosing layer {len(steps) + 1} of {remove}"))
-            steps.append(least(step_table(Tables(measurer, sample, ""), by, steps), by, steps))
+            sample = collect_sums(measurer, ids, mask, batch_size, told(f"choosing layer {len(steps) + 1} of {remove}"))
+            steps.append(next_removal(step_table(SignalTables(measurer, sample, ""), by, steps), by, steps))
         orders[GREEDY] = [tuple(steps[:count]) for count in range(1, remove + 1)]
     measurer = Measurer(model, variants_of(orders, depth), **options)
-    sample = sampled(measurer, ids, mask, batch_size, told("measuring what each way costs"))
+    sample = collect_sums(measurer, ids, mask, batch_size, told("measuring what each way costs"))
     layers = orders[GREEDY if greedy else by][-1]
     return Pruning(plan_of(layers), layers, by, greedy, costs(measurer, sample.sums(), type(model).__name__))
 
@@ -121,13 +121,13 @@ def check(depth: int, remove: int, by: str) -> None:
     Raises:
         PlanError: an unknown way, or more layers than there are to spare.
     """
-    if by not in WAYS:
-        raise PlanError(f"layers cannot be chosen by {by!r}; write {', '.join(WAYS)}")
+    if by not in CRITERIA:
+        raise PlanError(f"layers cannot be chosen by {by!r}; write {', '.join(CRITERIA)}")
     if not 1 <= remove < depth:
         raise PlanError(f"cannot remove {remove} of {depth} layers; give 1 to {depth - 1}")
 
 
-def in_order(ranks: pd.DataFrame, spans: pd.DataFrame, remove: int, by: str) -> list[tuple[int, ...]]:
+def removal_orders(ranks: pd.DataFrame, spans: pd.DataFrame, remove: int, by: str) -> list[tuple[int, ...]]:
     """The layers to remove, for 1 to `remove` of them: of scores of single layers the least ones, of spans the one that turns least.
 
     Raises:
@@ -142,7 +142,7 @@ def in_order(ranks: pd.DataFrame, spans: pd.DataFrame, remove: int, by: str) -> 
             first = int(of_length.loc[of_length.angular_distance.idxmin(), "layer"])
             found.append(tuple(range(first, first + span)))
         return found
-    ordered = ranks.dropna(subset=[WAYS[by]]).sort_values([WAYS[by], "layer"])
+    ordered = ranks.dropna(subset=[CRITERIA[by]]).sort_values([CRITERIA[by], "layer"])
     if len(ordered) < remove:
         why = next(iter(ranks.attrs.get("left_out", {}).values()), "their scores are no numbers")
         raise MeasurementError(f"{remove} layers are to be removed, and only {len(ordered)} can be: {why}")
@@ -160,7 +160,7 @@ def variants_of(orders: Mapping[str, Sequence[tuple[int, ...]]], depth: int) -> 
     return [Variant.of(way, plan_of(layers), depth) for way, order in orders.items() for layers in order]
 
 
-def costs(measurer: Measurer, sums: Sums, model: str) -> pd.DataFrame:
+def costs(measurer: Measurer, sums: MetricSums, model: str) -> pd.DataFrame:
     """The table of what each way costs."""
     frame = results(measurer.variants, sums, model)
     frame.insert(1, "way", frame.pop("edit").replace("none", "unedited"))
@@ -174,12 +174,12 @@ def step_measurer(model: nn.Module, by: str, removed: Sequence[int], depth: int,
     """What measures the layers that are left, once some are removed."""
     if by != "kl":
         route = Route(block for block in range(depth) if block not in removed)
-        return Measurer(model, [], observe=[CHANGE], along=route, **options)
+        return Measurer(model, [], observe=[CHANGE], observed_route=route, **options)
     candidates = [Variant.of("drop", plan_of([*removed, block]), depth) for block in range(depth) if block not in removed]
     return Measurer(model, [Variant(v.edit, v.plan, v.route, None, v.name) for v in candidates], **options)
 
 
-def step_table(tables: Tables, by: str, removed: Sequence[int]) -> pd.DataFrame:
+def step_table(tables: SignalTables, by: str, removed: Sequence[int]) -> pd.DataFrame:
     """The layers that are left, and the score of each."""
     if by != "kl":
         return tables.change().drop(columns=["relative_depth", "span"])
@@ -190,13 +190,13 @@ def step_table(tables: Tables, by: str, removed: Sequence[int]) -> pd.DataFrame:
     return frame
 
 
-def least(step: pd.DataFrame, by: str, removed: Sequence[int]) -> int:
+def next_removal(step: pd.DataFrame, by: str, removed: Sequence[int]) -> int:
     """The layer to remove next.
 
     Raises:
         MeasurementError: none is left that can be.
     """
-    scores = step.dropna(subset=[WAYS[by]])
+    scores = step.dropna(subset=[CRITERIA[by]])
     if scores.empty:
         raise MeasurementError(f"after {len(removed)} layers, no other can be removed: their scores are no numbers")
-    return int(scores.loc[scores[WAYS[by]].idxmin(), "layer"])
+    return int(scores.loc[scores[CRITERIA[by]].idxmin(), "layer"])

@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from ..models.anatomy import Anatomy
-from ..models.block_list import locate
+from ..models.block_list import find_decoder_blocks
 from ..runtime.inputs import as_tokens
 from ..sweeps.observer import CHANGE
-from .signal_tables import DROP, Tables, measurer_of, sampled
+from .signal_tables import DROP, SignalTables, collect_sums, measurer_of
 
-WAYS = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}
+CRITERIA = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}
 """Ways of choosing layers to remove, and the score that each goes by; the least is removed first."""
 SIGNALS = (CHANGE, DROP)
 _DROPPED = ("kl_nats", "agreement", "loss_change_nats", "entropy_change_bits")
 
 
-def longest(depth: int, spans: int | None = None) -> int:
+def max_span(depth: int, spans: int | None = None) -> int:
     """Blocks of the longest span to look at: half of a model, if nothing is asked; at least one stays behind."""
     return max(1, min(spans or depth // 2, depth - 1))
 
@@ -69,18 +69,18 @@ def rank(
         >>> rank(model, tokens).sort_values("kl_rank").layer.head(6)  # doctest: +SKIP
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    depth = len(locate(model, blocks).blocks)
-    measurer = measurer_of(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=longest(depth, spans))
-    tables = Tables(measurer, sampled(measurer, ids, mask, batch_size, progress), type(model).__name__)
-    if tables.left_out:
-        what, why = next(iter(tables.left_out.items()))
-        warnings.warn(f"{what} is left out: {why} ({len(tables.left_out)} such in frame.attrs['left_out'])", stacklevel=2)
-    frame = ranked(tables)
-    frame.attrs |= {"spans": turned(tables), "left_out": tables.left_out}
+    depth = len(find_decoder_blocks(model, blocks).blocks)
+    measurer = measurer_of(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=max_span(depth, spans))
+    tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
+    if tables.skipped:
+        what, why = next(iter(tables.skipped.items()))
+        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['left_out'])", stacklevel=2)
+    frame = rank_table(tables)
+    frame.attrs |= {"spans": span_table(tables), "left_out": tables.skipped}
     return frame
 
 
-def ranked(tables: Tables) -> pd.DataFrame:
+def rank_table(tables: SignalTables) -> pd.DataFrame:
     """The table of `rank`."""
     change = tables.change()
     frame = change[change.span == 1].drop(columns="span").reset_index(drop=True)
@@ -89,12 +89,12 @@ def ranked(tables: Tables) -> pd.DataFrame:
     place = list(frame.columns).index("sequences") + 1
     for name in reversed([column for metric in _DROPPED for column in (metric, f"{metric}_sem")]):
         frame.insert(place, name, dropped[name].reindex(frame.layer).to_numpy(float))
-    for way, score in WAYS.items():
+    for way, score in CRITERIA.items():
         frame[f"{way}_rank"] = frame[score].rank(method="first").astype("Int64")
     return frame
 
 
-def turned(tables: Tables) -> pd.DataFrame:
+def span_table(tables: SignalTables) -> pd.DataFrame:
     """The table of spans."""
     change = tables.change()
     return change.drop(columns=["block_influence", "block_influence_sem"])

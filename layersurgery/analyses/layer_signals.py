@@ -12,7 +12,7 @@ from torch import nn
 from ..models.anatomy import Anatomy
 from ..runtime.inputs import as_tokens
 from ..sweeps.observer import ATTENTION, NORMS, SIGNALS, SIMILARITY
-from .signal_tables import FROM_TEXT, LENS, measured
+from .signal_tables import FROM_TEXT, LENS, measure_tables
 
 Tokens = torch.Tensor | Sequence[Sequence[int]]
 
@@ -125,5 +125,5 @@ def measure(
     """
     signals = [signals] if isinstance(signals, str) else signals
     ids, mask = as_tokens(tokens, attention_mask)
-    tables = measured(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
+    tables = measure_tables(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
     return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}

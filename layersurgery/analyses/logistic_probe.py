@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-_BY_CHANCE = 0.001
+_CHANCE_LEVEL = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ProbeData:
     """What is to be told, and from what.
 
     Attributes:
@@ -26,7 +26,7 @@ class Task:
     held_out: np.ndarray
     seed: int
 
-    def shuffled(self, picked: np.random.Generator) -> Task:
+    def shuffled(self, picked: np.random.Generator) -> ProbeData:
         """With labels that mean nothing, in each half as many of each."""
         labels = self.inside.copy()
         for half in (~self.held_out, self.held_out):
@@ -43,7 +43,7 @@ class Task:
         fitted = LogisticRegression(random_state=self.seed, max_iter=1000).fit(scaler.transform(x[train]), self.inside[train])
         return fitted.predict(scaler.transform(x)) == self.inside, float(fitted.coef_[0, 0])
 
-    def judged(self, right: np.ndarray) -> dict[str, float]:
+    def score(self, right: np.ndarray) -> dict[str, float]:
         """Accuracy, held out and not."""
         held = right[self.held_out]
         return {**interval(int(held.sum()), len(held)), "train_accuracy": float(right[~self.held_out].mean())}
@@ -58,7 +58,7 @@ class Task:
         return {
             "probe": probe,
             "k": k,
-            **self.judged(right),
+            **self.score(right),
             "on_class": of["class"],
             "on_rest": of["rest"],
             "training": train,
@@ -74,8 +74,8 @@ def interval(right: int, of: int) -> dict[str, float]:
     return {"accuracy": right / of, "low": float(low), "high": float(high)}
 
 
-def by_chance(accuracy: float, of: int) -> bool:
+def is_chance(accuracy: float, of: int) -> bool:
     """Whether a coin might be right as often, at a level of 0.1 %."""
     from scipy.stats import binomtest
 
-    return bool(binomtest(round(accuracy * of), of).pvalue >= _BY_CHANCE)
+    return bool(binomtest(round(accuracy * of), of).pvalue >= _CHANCE_LEVEL)

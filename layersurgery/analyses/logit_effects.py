@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from ..errors import UnsupportedEditError
-from ..runtime.block_runner import Stack
+from ..runtime.block_runner import BlockRunner
 from ..runtime.neuron_activations import Projection
 from .prediction_neurons import PREDICTION, SUPPRESSION, output_rows, unembedding
 from .token_classes import TokenClass
@@ -19,8 +19,8 @@ RANDOM = "random"
 SHOWN, BINS = 36, 60
 
 
-def choose(
-    stack: Stack, scores: pd.DataFrame, readable: Collection[Projection], chosen: TokenClass, *, count: int, seed: int
+def select_neurons(
+    runner: BlockRunner, scores: pd.DataFrame, readable: Collection[Projection], chosen: TokenClass, *, count: int, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The neurons of either kind with the greatest effect on a class, and others at random, as a control.
 
@@ -28,7 +28,7 @@ def choose(
     MLP's output, and W_U the unembedding with the final norm's scale folded in; both centred as for the scores.
 
     Args:
-        stack: the model's blocks.
+        runner: the model's blocks.
         scores: of all its neurons (`neuron_scores`).
         readable: projections whose input can be read; other neurons are not chosen.
         chosen: the class.
@@ -43,13 +43,15 @@ def choose(
     Raises:
         InexpressibleError: no prediction or suppression neuron can be read.
     """
-    with stack.at_rest():
-        u_VD = unembedding(stack, unit=False)
-        inside, rest = (torch.from_numpy(over(mask, len(u_VD))).to(u_VD.device) for mask in (chosen.inside, chosen.rest))
+    with runner.inference_mode():
+        u_VD = unembedding(runner, unit=False)
+        inside, rest = (
+            torch.from_numpy(pad_to_vocabulary(mask, len(u_VD))).to(u_VD.device) for mask in (chosen.inside, chosen.rest)
+        )
         direction_D = u_VD[inside].double().mean(0) - u_VD[rest].double().mean(0)
         effects = [
             (rows_ND.to(direction_D.device).double() @ direction_D).cpu()
-            for _, _, parts in output_rows(stack, {})
+            for _, _, parts in output_rows(runner, {})
             for rows_ND in parts
         ]
         where = {(one.layer, one.weight) for one in readable}
@@ -59,16 +61,16 @@ def choose(
         found = pd.concat(kinds)
         if found.empty:
             raise UnsupportedEditError(
-                f"{type(stack.model).__name__} has no prediction and no suppression neurons among the {len(scores):,} whose activations can be "
+                f"{type(runner.model).__name__} has no prediction and no suppression neurons among the {len(scores):,} whose activations can be "
                 "read, so there is nothing to probe"
             )
         found = pd.concat([found, _others(scores, found, count, seed)])
         found = found[["layer", "weight", "neuron", "kind", "effect"]].reset_index(drop=True)
         shown = _greatest(found[found.kind != RANDOM], SHOWN)
-        return found, _histograms(stack, shown, u_VD, inside.cpu().numpy(), rest.cpu().numpy())
+        return found, _histograms(runner, shown, u_VD, inside.cpu().numpy(), rest.cpu().numpy())
 
 
-def over(mask: np.ndarray, size: int) -> np.ndarray:
+def pad_to_vocabulary(mask: np.ndarray, size: int) -> np.ndarray:
     """Over the model's own vocabulary, which may have rows for no token, or fewer than the tokenizer knows."""
     return np.pad(mask[:size], (0, max(0, size - len(mask))))
 
@@ -89,9 +91,11 @@ def _others(scores: pd.DataFrame, chosen: pd.DataFrame, count: int, seed: int) -
     return left.loc[np.concatenate(taken)].assign(kind=RANDOM)
 
 
-def _histograms(stack: Stack, shown: pd.DataFrame, u_VD: torch.Tensor, inside: np.ndarray, rest: np.ndarray) -> pd.DataFrame:
+def _histograms(
+    runner: BlockRunner, shown: pd.DataFrame, u_VD: torch.Tensor, inside: np.ndarray, rest: np.ndarray
+) -> pd.DataFrame:
     rows: dict[Any, np.ndarray] = {}
-    for layer, weight, parts in output_rows(stack, {}, layers=set(shown.layer.astype(int))):
+    for layer, weight, parts in output_rows(runner, {}, layers=set(shown.layer.astype(int))):
         mine = shown[(shown.layer == layer) & (shown.weight == weight)]
         if len(mine):
             w_ND = torch.cat(list(parts))[mine.neuron.to_numpy(int)].to(u_VD.device)

@@ -16,14 +16,14 @@ from ..errors import MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..runs.text import bos_of
-from ..runtime.block_runner import Stack
+from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
-from ..runtime.neuron_activations import Projection, projections, reading
+from ..runtime.neuron_activations import Projection, capture_neurons, projections
 from ..runtime.unembedding import Readout, find_readout
-from .logistic_probe import Task, by_chance, interval
-from .logit_effects import RANDOM, choose, over
+from .logistic_probe import ProbeData, interval, is_chance
+from .logit_effects import RANDOM, pad_to_vocabulary, select_neurons
 from .prediction_neurons import PREDICTION, SUPPRESSION, neuron_scores
-from .token_classes import Balanced, TokenClass, token_class, windows_on
+from .token_classes import BalancedWindows, TokenClass, find_balanced_windows, token_class
 
 NEURONS, SHUFFLES = 32, 20
 BOTH, TOP_TOKEN, PROBABILITY, MAJORITY, SHUFFLED = "both", "model, top token", "model, probability", "majority", "shuffled labels"
@@ -56,12 +56,12 @@ class Probe:
     """
 
     probes: pd.DataFrame
-    singles: pd.DataFrame
-    together: pd.DataFrame
+    single_neurons: pd.DataFrame
+    top_k: pd.DataFrame
     effects: pd.DataFrame
-    windows: Balanced
+    windows: BalancedWindows
     tokens: TokenClass
-    left_out: dict[str, str]
+    skipped: dict[str, str]
 
 
 def probe(
@@ -110,15 +110,15 @@ def probe(
         >>> probe(model, tokenizer, documents, regex=r"^ [A-Z]").singles.head()  # doctest: +SKIP
     """
     chosen = token_class(tokenizer, suffix=suffix, regex=regex)
-    windows = windows_on(documents, tokenizer, chosen, tokens=tokens, samples=samples, seed=seed)
+    windows = find_balanced_windows(documents, tokenizer, chosen, tokens=tokens, samples=samples, seed=seed)
     first = bos_of(tokenizer) if bos else None
     anatomy = anatomy or find_anatomy(model, blocks=blocks)
-    return probes_on(model, windows, chosen, first=first, seed=seed, batch_size=batch_size, anatomy=anatomy, progress=progress)
+    return fit_probes(model, windows, chosen, first=first, seed=seed, batch_size=batch_size, anatomy=anatomy, progress=progress)
 
 
-def probes_on(
+def fit_probes(
     model: nn.Module,
-    windows: Balanced,
+    windows: BalancedWindows,
     chosen: TokenClass,
     *,
     first: int | None = None,
@@ -129,13 +129,13 @@ def probes_on(
     progress: OnDone | None = None,
 ) -> Probe:
     """The same on given windows; `first` is a token to put before each, `on_layer` is told of blocks whose neurons were looked at."""
-    stack = Stack(model, anatomy)
-    readable, left_out = projections(stack)
+    runner = BlockRunner(model, anatomy)
+    readable, left_out = projections(runner)
     scores = neuron_scores(model, anatomy=anatomy, progress=on_layer)
-    neurons, effects = choose(stack, scores, readable, chosen, count=NEURONS, seed=seed)
+    neurons, effects = select_neurons(runner, scores, readable, chosen, count=NEURONS, seed=seed)
     ids = windows.ids if first is None else torch.cat([torch.full((len(windows.ids), 1), first), windows.ids], 1)
-    x_WN, top_W, odds_W = _watched(stack, ids, neurons, readable, chosen, batch_size, progress)
-    task = Task(x_WN, windows.inside, windows.held_out, seed)
+    x_WN, top_W, odds_W = _watched(runner, ids, neurons, readable, chosen, batch_size, progress)
+    task = ProbeData(x_WN, windows.inside, windows.held_out, seed)
     singles, orders = _of_neurons(task, neurons)
     probes, together = _compared(task, neurons, orders, top_W, odds_W)
     singles = _ranked(singles, orders)
@@ -144,13 +144,13 @@ def probes_on(
     return Probe(probes, singles, together, effects, windows, chosen, left_out)
 
 
-def probes_in_words(probes: pd.DataFrame) -> str:
+def describe_probes(probes: pd.DataFrame) -> str:
     """What was found, in a few sentences."""
     neurons = probes[probes.probe.isin(KINDS)]
     best = neurons.loc[neurons.groupby("probe", sort=False).k.idxmax()]
     parts = [f"{_percent(row)} with {row.k} {KINDS[row.probe]}" for row in best.itertuples()]
     model, odds, shuffled = (probes[probes.probe == name].iloc[0] for name in (TOP_TOKEN, PROBABILITY, SHUFFLED))
-    verdict = "chance" if by_chance(shuffled.accuracy, shuffled.held_out) else "not chance, so a half knows of the other"
+    verdict = "chance" if is_chance(shuffled.accuracy, shuffled.held_out) else "not chance, so a half knows of the other"
     return (
         f"Held-out accuracy (95 %): {', '.join(parts)}. The model itself: {_percent(model)} by its top token, {_percent(odds)} by the probability "
         f"that it gives to the class. Shuffled labels: {_percent(shuffled)}, {verdict}."
@@ -162,7 +162,7 @@ def _percent(row: Any) -> str:
 
 
 def _watched(
-    stack: Stack,
+    runner: BlockRunner,
     ids: torch.Tensor,
     neurons: pd.DataFrame,
     readable: Iterable[Projection],
@@ -171,8 +171,8 @@ def _watched(
     progress: OnDone | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each window's last token the neurons' activations, whether the model's top token is of the class, and its log odds of the class."""
-    readout = find_readout(stack)
-    inside = torch.from_numpy(over(chosen.inside, readout.vocabulary))
+    readout = find_readout(runner)
+    inside = torch.from_numpy(pad_to_vocabulary(chosen.inside, readout.vocabulary))
     where = {one: neurons[(neurons.layer == one.layer) & (neurons.weight == one.weight)] for one in readable}
     x_WN = np.full((len(ids), len(neurons)), np.nan)
     top, odds = [], []
@@ -184,10 +184,10 @@ def _watched(
     for start in range(0, len(ids), batch_size):
         batch = ids[start : start + batch_size]
         told = partial(keep, x_WN[start : start + batch_size], batch.shape)
-        with stack.at_rest():
-            with reading(stack, {one: partial(told, mine) for one, mine in where.items() if len(mine)}):
-                tape = stack.record(model_inputs(stack.model, batch, torch.ones_like(batch)), {stack.depth})
-            for logits in _logits(readout, tape.states[stack.depth]):
+        with runner.inference_mode():
+            with capture_neurons(runner, {one: partial(told, mine) for one, mine in where.items() if len(mine)}):
+                record = runner.record(model_inputs(runner.model, batch, torch.ones_like(batch)), {runner.depth})
+            for logits in _logits(readout, record.states[runner.depth]):
                 mine = inside.to(logits.device)
                 top.append(mine[logits.argmax(-1)].cpu())
                 yes, no = (logits.double().masked_fill(mask, -torch.inf).logsumexp(-1) for mask in (~mine, mine))
@@ -205,16 +205,16 @@ def _watched(
 def _logits(readout: Readout, stream: torch.Tensor) -> Iterator[torch.Tensor]:
     """What the model predicts behind the last tokens: some (windows, vocabulary) after another, float32."""
     last = torch.arange(1, len(stream) + 1) * stream.shape[1] - 1
-    for x_TD in torch.split(readout.final(stream, last), readout.rows or _ROWS):
-        yield readout.tile(x_TD, 0, readout.vocabulary)
+    for x_TD in torch.split(readout.normalize(stream, last), readout.rows or _ROWS):
+        yield readout.logits_tile(x_TD, 0, readout.vocabulary)
 
 
-def _of_neurons(task: Task, neurons: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:
+def _of_neurons(task: ProbeData, neurons: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:
     """Neurons one by one; and the columns of each kind, those first that do best on the half that is for training."""
     rows = []
     for column in range(len(neurons)):
         right, slope = task.fit([column])
-        rows.append({"slope": slope, **task.judged(right)})
+        rows.append({"slope": slope, **task.score(right)})
     singles = pd.concat([neurons, pd.DataFrame(rows)], axis=1)
     orders = {}
     for kind in KINDS:
@@ -233,14 +233,14 @@ def _ranked(singles: pd.DataFrame, orders: dict[str, list[int]]) -> pd.DataFrame
 
 
 def _compared(
-    task: Task, neurons: pd.DataFrame, orders: dict[str, list[int]], top_W: np.ndarray, odds_W: np.ndarray
+    task: ProbeData, neurons: pd.DataFrame, orders: dict[str, list[int]], top_W: np.ndarray, odds_W: np.ndarray
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All ways of telling side by side, and all numbers of neurons together."""
     together, rows = [], []
     for kind, order in orders.items():
         for k in range(1, len(order) + 1):
             right, _ = task.fit(order[:k])
-            together.append({"kind": kind, "k": k, **task.judged(right)})
+            together.append({"kind": kind, "k": k, **task.score(right)})
             if k in (1, len(order)):
                 rows.append(task.row(kind, right, k))
     rows.append(task.row(TOP_TOKEN, top_W == task.inside))
@@ -252,7 +252,7 @@ def _compared(
     return pd.DataFrame(rows).astype(whole), pd.DataFrame(together).astype({"k": "Int64"})
 
 
-def _by_shuffling(task: Task, neurons: pd.DataFrame) -> dict[str, Any]:
+def _by_shuffling(task: ProbeData, neurons: pd.DataFrame) -> dict[str, Any]:
     """What comes out where there is nothing to find: the best neurons, chosen, trained and judged on shuffled labels."""
     picked = np.random.default_rng(task.seed)
     rows = []

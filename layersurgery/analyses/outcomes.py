@@ -12,18 +12,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..atomic_io import whole_file
+from ..atomic_io import atomic_file
 from ..errors import UnsupportedEditError
-from ..metrics.aggregation import Sample
+from ..metrics.aggregation import SequenceSums
 from ..metrics.reference import METRICS
 from ..runs.journal import Journal
 from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_table
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import by_sequence as by_model
-from .inference_stages import combined
-from .prediction_neurons import counted, neuron_scores
-from .signal_tables import DROP, FROM_TEXT, LENS, Tables
+from .inference_stages import stage_table
+from .prediction_neurons import neuron_scores, neurons_per_block
+from .signal_tables import DROP, FROM_TEXT, LENS, SignalTables
 
 NEURONS, SCORES, STAGES, BOUNDARIES = "neurons", "neuron_scores", "stages", "boundaries"
 ANALYSES = (*(signal for signal in FROM_TEXT if signal != DROP), NEURONS)
@@ -44,7 +44,7 @@ def signals_of(analysis: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class OfTables:
+class TableOutput:
     """The results of a run that ends in tables of its own.
 
     Attributes:
@@ -55,26 +55,26 @@ class OfTables:
 
     measurer: Measurer
     name: str
-    make: Callable[[Tables], dict[str, pd.DataFrame]]
+    make: Callable[[SignalTables], dict[str, pd.DataFrame]]
 
     def table(self, journal: Journal) -> pd.DataFrame:
         """The first table so far."""
-        return next(iter(self.make(Tables(self.measurer, journal.sample(), self.name)).values()))
+        return next(iter(self.make(SignalTables(self.measurer, journal.sequence_sums(), self.name)).values()))
 
     def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
         """All tables; returns the first, and the files' names."""
-        tables = Tables(self.measurer, journal.sample(), self.name)
+        tables = SignalTables(self.measurer, journal.sequence_sums(), self.name)
         frames = self.make(tables)
         files = write_tables(directory, frames)
-        self.measurer.left_out.update(tables.left_out)
-        rows = by_sequence(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sample.sums())
-        with whole_file(directory / SEQUENCES) as partial:
+        self.measurer.skipped.update(tables.skipped)
+        rows = by_sequence(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sums_by_sequence.sums())
+        with atomic_file(directory / SEQUENCES) as partial:
             pq.write_table(rows, partial, compression="zstd")
         return next(iter(frames.values())), [*files, SEQUENCES]
 
 
 @dataclass(frozen=True, slots=True)
-class OfAnalysis:
+class AnalysisOutput:
     """The results of one analysis, or of all of them for the stages.
 
     Attributes:
@@ -91,34 +91,34 @@ class OfAnalysis:
 
     def table(self, journal: Journal) -> pd.DataFrame:
         """The table so far."""
-        return self._tables(journal.sample()).of(LENS if self.analysis == STAGES else self.analysis)
+        return self._tables(journal.sequence_sums()).of(LENS if self.analysis == STAGES else self.analysis)
 
     def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
         """All tables; returns the first, and the files' names."""
-        tables = self._tables(journal.sample())
+        tables = self._tables(journal.sequence_sums())
         frames = {signal: tables.of(signal) for signal in signals_of(self.analysis)}
         if self.analysis == STAGES:
             found = self._neurons(directory)
-            frames |= {} if found is None else {SCORES: found, NEURONS: counted(found, self.name)}
-            together = combined(tables, frames.get(NEURONS))
-            frames = {STAGES: together, BOUNDARIES: limits(together), **frames}
-        self.measurer.left_out.update(tables.left_out)
+            frames |= {} if found is None else {SCORES: found, NEURONS: neurons_per_block(found, self.name)}
+            together = stage_table(tables, frames.get(NEURONS))
+            frames = {STAGES: together, BOUNDARIES: boundary_table(together), **frames}
+        self.measurer.skipped.update(tables.skipped)
         files = write_tables(directory, frames)
-        with whole_file(directory / SEQUENCES) as partial:
+        with atomic_file(directory / SEQUENCES) as partial:
             pq.write_table(by_sequence(tables), partial, compression="zstd")
         return next(iter(frames.values())), [*files, SEQUENCES]
 
-    def _tables(self, sample: Sample) -> Tables:
-        return Tables(self.measurer, sample, self.name)
+    def _tables(self, sample: SequenceSums) -> SignalTables:
+        return SignalTables(self.measurer, sample, self.name)
 
     def _neurons(self, directory: Path) -> pd.DataFrame | None:
         """Scores of all neurons; None where the model has none."""
         try:
             found = self._looked_at(directory)
         except UnsupportedEditError as error:
-            self.measurer.left_out["neurons"] = str(error)
+            self.measurer.skipped["neurons"] = str(error)
             return None
-        self.measurer.left_out.update(found.attrs["left_out"])
+        self.measurer.skipped.update(found.attrs["left_out"])
         return found
 
     def _looked_at(self, directory: Path) -> pd.DataFrame:
@@ -129,10 +129,10 @@ class OfAnalysis:
                 return _read_scores(kept)
             except (OSError, pa.ArrowInvalid, KeyError):
                 kept.unlink()
-        stack = self.measurer.stack
-        found = neuron_scores(self.measurer.model, anatomy=stack.anatomy, progress=self.on_neurons)
+        runner = self.measurer.runner
+        found = neuron_scores(self.measurer.model, anatomy=runner.anatomy, progress=self.on_neurons)
         kept.parent.mkdir(exist_ok=True)
-        with whole_file(kept) as partial:
+        with atomic_file(kept) as partial:
             table = pa.Table.from_pandas(found, preserve_index=False)
             pq.write_table(
                 table.replace_schema_metadata({**(table.schema.metadata or {}), b"attrs": json.dumps(found.attrs).encode()}),
@@ -141,7 +141,7 @@ class OfAnalysis:
         return found
 
 
-def limits(stages: pd.DataFrame) -> pd.DataFrame:
+def boundary_table(stages: pd.DataFrame) -> pd.DataFrame:
     """The limits between stages as a table."""
     return pd.DataFrame(stages.attrs["boundaries"]).astype(dict.fromkeys(("layer", "low", "high"), "Int64"))
 
@@ -163,9 +163,9 @@ def write_tables(directory: Path, frames: dict[str, pd.DataFrame]) -> list[str]:
     return files
 
 
-def by_sequence(tables: Tables) -> pa.Table:
+def by_sequence(tables: SignalTables) -> pa.Table:
     """Sums and counts of each sequence: a row for each sequence and quantity, from which all means and errors can be had again."""
-    sample, measurer = tables.sample, tables.measurer
+    sample, measurer = tables.sums_by_sequence, tables.measurer
     sequences = len(sample.counts)
     columns: list[tuple[str, int | None, str, str, np.ndarray, np.ndarray]] = []
     for row, variant in enumerate(measurer.variants):

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..metrics.cosine_moments import NEURONS, moments, unit_rows
+from ..metrics.cosine_moments import NEURON_TILE, moments, unit_rows
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_list import transformers_part
-from ..models.weight_conventions import Gain, gain_of, written_rows
-from ..runtime.block_runner import Stack
-from ..runtime.contributions import centred
+from ..models.block_list import unwrap_transformers
+from ..models.weight_conventions import NormAffine, fit_norm, output_weight_rows
+from ..runtime.block_runner import BlockRunner
+from ..runtime.contributions import reads_are_mean_free
 from ..sweeps.memory import free_memory
 
 KURTOSIS, VARIANCE = 10.0, 0.005
@@ -52,21 +52,21 @@ def neuron_scores(
     Raises:
         InexpressibleError: no neuron's output weights, or no unembedding of the stream's width.
     """
-    stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
+    runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks))
     left_out: dict[str, str] = {}
     frames = []
-    with stack.at_rest():
-        u_VD = unembedding(stack)
-        for layer, name, parts in output_rows(stack, left_out, progress=progress):
+    with runner.inference_mode():
+        u_VD = unembedding(runner)
+        for layer, name, parts in output_rows(runner, left_out, progress=progress):
             found = torch.cat([moments(rows_ND, u_VD) for rows_ND in parts], 1)
-            frames.append(_frame(layer, name, stack.blocks[layer], found))
+            frames.append(_frame(layer, name, runner.blocks[layer], found))
     if not frames:
         raise UnsupportedEditError(
             f"{type(model).__name__} has no neurons to look at: {next(iter(left_out.values()), 'it has no blocks')}"
         )
     found = pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "expert": "Int64", "neuron": "Int64"})
     found.attrs["left_out"] = left_out
-    found.attrs["depth"] = stack.depth
+    found.attrs["depth"] = runner.depth
     return found
 
 
@@ -91,10 +91,10 @@ def neurons(
     Example:
         >>> neurons(model).plot("relative_depth", ["prediction_percent", "suppression_percent"])  # doctest: +SKIP
     """
-    return counted(neuron_scores(model, blocks=blocks, anatomy=anatomy, progress=progress), type(model).__name__)
+    return neurons_per_block(neuron_scores(model, blocks=blocks, anatomy=anatomy, progress=progress), type(model).__name__)
 
 
-def counted(scores: pd.DataFrame, model: str) -> pd.DataFrame:
+def neurons_per_block(scores: pd.DataFrame, model: str) -> pd.DataFrame:
     """The table of `neurons`, from that of `neuron_scores`."""
     depth = scores.attrs["depth"]
     rows = []
@@ -114,29 +114,29 @@ def counted(scores: pd.DataFrame, model: str) -> pd.DataFrame:
     return frame
 
 
-def unembedding(stack: Stack, *, unit: bool = True) -> torch.Tensor:
+def unembedding(runner: BlockRunner, *, unit: bool = True) -> torch.Tensor:
     """The directions of the stream that words are read along: the final norm's scale folded in, centred, rows of length 1, float32, (V, D).
 
     Args:
-        stack: the model's blocks.
+        runner: the model's blocks.
         unit: scale rows to length 1; otherwise they keep their own.
 
     Raises:
         InexpressibleError: there is no matrix of the stream's width, or the norm before it is none that can be folded.
     """
-    model, anatomy = stack.model, stack.anatomy
-    name = type(transformers_part(model)).__name__
+    model, anatomy = runner.model, runner.anatomy
+    name = type(unwrap_transformers(model)).__name__
     matrix = None if anatomy.unembedding is None else getattr(model.get_submodule(anatomy.unembedding), "weight", None)
-    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2 or matrix.shape[1] != stack.width:
+    if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2 or matrix.shape[1] != runner.width:
         found = "none" if not isinstance(matrix, torch.Tensor) else f"of shape {tuple(matrix.shape)}"
         raise UnsupportedEditError(
-            f"{name}: neurons write a stream of width {stack.width}, and the unembedding is {found}, so they cannot be laid beside each other"
+            f"{name}: neurons write a stream of width {runner.width}, and the unembedding is {found}, so they cannot be laid beside each other"
         )
-    gain = _gain(stack, anatomy.final_norm, matrix)
+    gain = _gain(runner, anatomy.final_norm, matrix)
     # Where a device has no room for it beside the model, main memory has.
     place = matrix.device if _SPARE * matrix.numel() * 4 < free_memory(matrix.device) else torch.device("cpu")
     u_VD = torch.empty(matrix.shape, dtype=torch.float32, device=place)
-    sums = torch.zeros(stack.width, dtype=torch.float64, device=place)
+    sums = torch.zeros(runner.width, dtype=torch.float64, device=place)
     for start in range(0, len(matrix), _ROWS):
         rows = matrix[start : start + _ROWS].detach().to(place).double() * gain.scale_D.to(place)
         rows = rows - rows.mean(-1, keepdim=True) if gain.centres else rows
@@ -149,38 +149,40 @@ def unembedding(stack: Stack, *, unit: bool = True) -> torch.Tensor:
 
 
 def output_rows(
-    stack: Stack, left_out: dict[str, str], *, layers: Collection[int] | None = None, progress: OnLayer | None = None
+    runner: BlockRunner, skipped: dict[str, str], *, layers: Collection[int] | None = None, progress: OnLayer | None = None
 ) -> Iterator[tuple[int, str, Iterator[torch.Tensor]]]:
     """With which neurons write the stream: layer, weight (within the block), and some (neurons, width) after another, float32.
 
     Behind norms of the MLP's output, and centred where all that reads the stream centres it. A block's weights are there while it is its turn.
 
     Args:
-        stack: the model's blocks, at rest.
+        runner: the model's blocks, at rest.
         left_out: is told which blocks have none, and why.
         layers: the blocks to look at; all if not given.
         progress: is called after each block with the number of blocks done and of all.
     """
-    centre = centred(stack)
-    wanted = range(stack.depth) if layers is None else sorted(layers)
+    centre = reads_are_mean_free(runner)
+    wanted = range(runner.depth) if layers is None else sorted(layers)
     for done, layer in enumerate(wanted, 1):
-        block = stack.blocks[layer]
-        stack.residence.bring(block)
+        block = runner.blocks[layer]
+        runner.offloaded.load(block)
         try:
-            for name, parts in _written(stack, layer, left_out):
+            for name, parts in _written(runner, layer, skipped):
                 yield layer, name, (rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND for rows_ND in parts)
         finally:
-            stack.residence.let_go(block)
+            runner.offloaded.unload(block)
         if progress is not None:
             progress(done, len(wanted))
 
 
-def _gain(stack: Stack, path: str | None, like: torch.Tensor) -> Gain:
+def _gain(runner: BlockRunner, path: str | None, like: torch.Tensor) -> NormAffine:
     if path is None:
-        return Gain(torch.ones(stack.width, dtype=torch.float64), torch.zeros(stack.width, dtype=torch.float64), centres=False)
-    norm = stack.model.get_submodule(path)
+        return NormAffine(
+            torch.ones(runner.width, dtype=torch.float64), torch.zeros(runner.width, dtype=torch.float64), centres=False
+        )
+    norm = runner.model.get_submodule(path)
     held = next((parameter for parameter in norm.parameters() if not parameter.is_meta), like)
-    gain = gain_of(norm, stack.width, held.detach())
+    gain = fit_norm(norm, runner.width, held.detach())
     if gain is None:
         raise UnsupportedEditError(
             f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm, so it cannot be folded into what reads it"
@@ -188,10 +190,10 @@ def _gain(stack: Stack, path: str | None, like: torch.Tensor) -> Gain:
     return gain
 
 
-def _written(stack: Stack, layer: int, left_out: dict[str, str]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+def _written(runner: BlockRunner, layer: int, left_out: dict[str, str]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
     """Weights with which neurons of a block write the stream, by their names: some (neurons, width) after another, float32."""
-    block, parts = stack.blocks[layer], stack.anatomy.parts(layer)
-    behind = [stub.path for stub in parts.mlp_stubs if stub.path in parts.norms_after]
+    block, parts = runner.blocks[layer], runner.anatomy.parts(layer)
+    behind = [skip.path for skip in parts.mlp_skips if skip.path in parts.norms_after]
     names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
     if not names:
         left_out[f"neurons of block {layer}"] = parts.fault or (
@@ -200,12 +202,12 @@ def _written(stack: Stack, layer: int, left_out: dict[str, str]) -> Iterator[tup
     for name in names:
         owner, _, key = name.rpartition(".")
         like = block.get_parameter(name)
-        gains = [_gain(stack, f"{stack.path}.{layer}.{path}", like) for path in behind]
-        yield name, _some(block.get_submodule(owner), key, stack.width, gains)
+        gains = [_gain(runner, f"{runner.path}.{layer}.{path}", like) for path in behind]
+        yield name, _some(block.get_submodule(owner), key, runner.width, gains)
 
 
-def _some(module: nn.Module, key: str, width: int, gains: list[Gain]) -> Iterator[torch.Tensor]:
-    for rows_ND in written_rows(module, key, width, NEURONS):
+def _some(module: nn.Module, key: str, width: int, gains: list[NormAffine]) -> Iterator[torch.Tensor]:
+    for rows_ND in output_weight_rows(module, key, width, NEURON_TILE):
         rows_ND = rows_ND.float()
         for gain in gains:
             rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if gain.centres else rows_ND

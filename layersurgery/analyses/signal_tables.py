@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..metrics.aggregation import Array, Sample, ratio
+from ..metrics.aggregation import Array, SequenceSums, ratio
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
-from ..models.block_list import locate
+from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from ..plans.variants import Variant, family
 from ..sweeps.measurer import Measurer
@@ -28,14 +28,14 @@ FROM_TEXT = (LENS, *SIGNALS, DROP)
 _LENS_METRICS = {"lens_kl_nats": "kl_nats", "lens_entropy_bits": "entropy_bits", "lens_agreement": "agreement"}
 
 
-def lenses(depth: int) -> list[Variant]:
+def logit_lens_variants(depth: int) -> list[Variant]:
     """The model cut off behind each of its blocks but the last, and read: the logit lens. They are on the unedited model's way."""
     return [Variant(LENS, f"drop {layer + 1}:", Route.identity(layer + 1), layer, f"lens {layer}") for layer in range(depth - 1)]
 
 
 def variants_of(signals: Collection[str], depth: int) -> list[Variant]:
     """The edited models that signals need."""
-    found = lenses(depth) if LENS in signals else []
+    found = logit_lens_variants(depth) if LENS in signals else []
     return found + (family(DROP, depth) if DROP in signals else [])
 
 
@@ -54,12 +54,12 @@ def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **option
     if unknown := set(signals) - {*FROM_TEXT, CHANGE}:
         raise PlanError(f"{', '.join(sorted(unknown))} is no signal read off text; they are {', '.join(FROM_TEXT)}")
     observe = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
-    return Measurer(model, variants_of(signals, depth), observe=observe, prove=LENS in signals, **options)
+    return Measurer(model, variants_of(signals, depth), observe=observe, check=LENS in signals, **options)
 
 
-def sampled(
+def collect_sums(
     measurer: Measurer, ids: torch.Tensor, mask: torch.Tensor, batch_size: int | None, progress: Callable[[int, int], None] | None
-) -> Sample:
+) -> SequenceSums:
     """Go once over all tokens."""
     size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
     batches = []
@@ -68,11 +68,11 @@ def sampled(
         batches.append((first, measured.counts, measured.values, measured.observed))
         if progress is not None:
             progress(min(first + size, len(ids)), len(ids))
-    return Sample.of(batches)
+    return SequenceSums.of(batches)
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
+class SignalTables:
     """Tables of what a measurer has summed up.
 
     Attributes:
@@ -82,7 +82,7 @@ class Tables:
     """
 
     measurer: Measurer
-    sample: Sample
+    sums_by_sequence: SequenceSums
     model: str
 
     def of(self, signal: str) -> pd.DataFrame:
@@ -91,16 +91,16 @@ class Tables:
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
             CHANGE: self.change,
         }[signal]()  # fmt: skip
-        frame.attrs["left_out"] = self.left_out
+        frame.attrs["left_out"] = self.skipped
         return frame
 
     @property
-    def left_out(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, str]:
         """What could not be measured, and why."""
         observer = self.measurer.observer
-        found = dict(self.measurer.left_out)
+        found = dict(self.measurer.skipped)
         if observer is not None:
-            found |= observer.left_out
+            found |= observer.skipped
             if ATTENTION in observer.signals and not self._counts("late").any():
                 found["attention_prev5"] = "no token has five before it; sequences need at least six tokens"
         return found
@@ -108,7 +108,7 @@ class Tables:
     @property
     def depth(self) -> int:
         """Blocks of the model."""
-        return self.measurer.stack.depth
+        return self.measurer.runner.depth
 
     def lens(self) -> pd.DataFrame:
         """A row for each block: what the model would say behind it."""
@@ -117,17 +117,17 @@ class Tables:
             place = next(
                 (n for n, v in enumerate(self.measurer.variants) if v.edit == LENS and v.layer == layer), 0
             )  # the last is all of it
-            row = self._begun(layer, self.sample.counts)
+            row = self._begun(layer, self.sums_by_sequence.counts)
             for name, metric in _LENS_METRICS.items():
-                sums = self.sample.values[:, place, METRICS.index(metric)]
-                row |= _mean(name, sums, self.sample.counts)
+                sums = self.sums_by_sequence.values[:, place, METRICS.index(metric)]
+                row |= _mean(name, sums, self.sums_by_sequence.counts)
             rows.append(row)
         return _typed(rows)
 
     def attention(self) -> pd.DataFrame:
         """A row for each block: attention to the five tokens before."""
         rows = []
-        for layer, member in enumerate(self.measurer.observer.members):  # type: ignore[union-attr]
+        for layer, member in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
             row = self._begun(layer, self._counts("late")) | {"mixer": member.names}
             for name in ("attention_prev5", "attention_prev5_mean"):
                 row |= self._quantity(layer, "attention", name)
@@ -137,7 +137,7 @@ class Tables:
     def norms(self) -> pd.DataFrame:
         """A row for each block: the size of what its attention and its MLP add."""
         rows = []
-        for layer, member in enumerate(self.measurer.observer.members):  # type: ignore[union-attr]
+        for layer, member in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
             row = self._begun(layer, self._counts("tokens")) | {"mixer": member.names}
             for part in ("attention", "mlp"):
                 row |= self._quantity(layer, part, f"{part}_norm")
@@ -170,7 +170,7 @@ class Tables:
         """A row for each span of blocks on the way that is observed, named by its first block: how far the stream turns in it."""
         observer = self.measurer.observer
         assert observer is not None
-        visited = observer.along.blocks
+        visited = observer.observed_route.blocks
         rows = []
         for span in range(1, min(observer.spans, len(visited)) + 1):
             for first in visited[: len(visited) - span + 1]:
@@ -184,24 +184,24 @@ class Tables:
     def drop(self) -> pd.DataFrame:
         """The sweep's table of dropped blocks."""
         chosen = [place for place, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
-        return results([self.measurer.variants[place] for place in chosen], self.sample.sums(chosen), self.model)
+        return results([self.measurer.variants[place] for place in chosen], self.sums_by_sequence.sums(chosen), self.model)
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
         """Sums and counts of one quantity by sequence; NaN and zeros where it is not measured."""
         observer = self.measurer.observer
         assert observer is not None
-        if not observer.known(layer, part, name):
-            nothing = np.full(len(self.sample.counts), np.nan)
+        if not observer.is_measured(layer, part, name):
+            nothing = np.full(len(self.sums_by_sequence.counts), np.nan)
             return nothing, nothing
-        place = observer.place(layer, part, name)
+        place = observer.column(layer, part, name)
         count = counts_of(observer.quantities)[place - first_quantity()]
-        return self.sample.observed[:, place], self.sample.observed[:, count]
+        return self.sums_by_sequence.observed[:, place], self.sums_by_sequence.observed[:, count]
 
     def _quantity(self, layer: int, part: str, name: str) -> dict[str, float]:
         return _mean(name, *self.sums(layer, part, name))
 
     def _counts(self, name: str) -> Array:
-        return self.sample.observed[:, COUNTS.index(name)]
+        return self.sums_by_sequence.observed[:, COUNTS.index(name)]
 
     def _begun(self, layer: int, counts: Array) -> dict[str, Any]:
         return {
@@ -209,7 +209,7 @@ class Tables:
             "layer": layer,
             "relative_depth": layer / max(1, self.depth - 1),
             "tokens": int(counts.sum()),
-            "sequences": len(self.sample.counts),
+            "sequences": len(self.sums_by_sequence.counts),
         }
 
 
@@ -222,7 +222,7 @@ def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64", "relative_depth": "float64"})
 
 
-def measured(
+def measure_tables(
     model: nn.Module,
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -231,11 +231,11 @@ def measured(
     blocks: str | None,
     anatomy: Anatomy | None,
     progress: Callable[[int, int], None] | None,
-) -> Tables:
+) -> SignalTables:
     """What `measure` makes its tables of; arguments as there."""
-    measurer = measurer_of(model, signals, len(locate(model, blocks).blocks), blocks=blocks, anatomy=anatomy)
-    tables = Tables(measurer, sampled(measurer, ids, mask, batch_size, progress), type(model).__name__)
-    if tables.left_out:
-        what, why = next(iter(tables.left_out.items()))
-        warnings.warn(f"{what} is left out: {why} ({len(tables.left_out)} such in frame.attrs['left_out'])", stacklevel=3)
+    measurer = measurer_of(model, signals, len(find_decoder_blocks(model, blocks).blocks), blocks=blocks, anatomy=anatomy)
+    tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
+    if tables.skipped:
+        what, why = next(iter(tables.skipped.items()))
+        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['left_out'])", stacklevel=3)
     return tables

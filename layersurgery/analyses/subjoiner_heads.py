@@ -17,18 +17,18 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from ..errors import UnsupportedEditError, MeasurementError
+from ..errors import MeasurementError, UnsupportedEditError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..runs.text import bos_of
-from ..runtime.attention_weights import Looking, LookingBack
-from ..runtime.block_runner import Stack
-from ..runtime.contributions import members, tapped
+from ..runtime.attention_weights import LastTokenAttention, PreviousTokenAttention
+from ..runtime.block_runner import BlockRunner
+from ..runtime.contributions import capture_contributions, find_contributions
 from ..runtime.inputs import model_inputs
-from .word_windows import PIECES, WINDOW, Windows, windows_of
+from .word_windows import WINDOW, WORD_TOKENS, WordWindows, find_word_windows
 
 SHOWN, LARGE = 10, 0.8
-_EARLIER = slice(WINDOW - PIECES, WINDOW - 1)  # the word's first three tokens
+_EARLIER = slice(WINDOW - WORD_TOKENS, WINDOW - 1)  # the word's first three tokens
 BACK = [f"back_{back}" for back in range(WINDOW - 1, -1, -1)]
 OnWindows = Callable[[int, int], None]
 
@@ -54,8 +54,8 @@ class Subjoiners:
     heads: pd.DataFrame
     attention: pd.DataFrame
     examples: pd.DataFrame
-    windows: Windows
-    left_out: dict[str, str]
+    windows: WordWindows
+    skipped: dict[str, str]
 
 
 def subjoiners(
@@ -98,9 +98,9 @@ def subjoiners(
     Example:
         >>> subjoiners(model, tokenizer, documents).heads.head()  # doctest: +SKIP
     """
-    windows = windows_of(documents, tokenizer, tokens=tokens, samples=samples, seed=seed)
+    windows = find_word_windows(documents, tokenizer, tokens=tokens, samples=samples, seed=seed)
     first = bos_of(tokenizer) if bos else None
-    return heads_on(
+    return score_heads(
         model,
         windows,
         first=first,
@@ -110,9 +110,9 @@ def subjoiners(
     )
 
 
-def heads_on(
+def score_heads(
     model: nn.Module,
-    windows: Windows,
+    windows: WordWindows,
     *,
     first: int | None = None,
     batch_size: int = 128,
@@ -120,11 +120,11 @@ def heads_on(
     progress: OnWindows | None = None,
 ) -> Subjoiners:
     """The same on given windows; `first` is a token to put before each."""
-    stack = Stack(model, anatomy)
-    found = members(stack)
+    runner = BlockRunner(model, anatomy)
+    found = find_contributions(runner)
     attending = [layer for layer, member in enumerate(found) if member.attends]
     left_out = {
-        f"attention of block {layer}": member.blind or f"{member.names or 'the block'} attends to no tokens by softmax"
+        f"attention of block {layer}": member.attention_error or f"{member.names or 'the block'} attends to no tokens by softmax"
         for layer, member in enumerate(found)
         if not member.attends
     }
@@ -137,7 +137,7 @@ def heads_on(
     sums: dict[int, _Sums] = {layer: _Sums() for layer in attending}
     for start in range(0, len(ids), batch_size):
         rows = np.arange(start, min(start + batch_size, len(ids)))
-        for layer, weights_BHK in _looked_at(stack, ids[rows], {layer: found[layer].mixers for layer in attending}):
+        for layer, weights_BHK in _looked_at(runner, ids[rows], {layer: found[layer].mixers for layer in attending}):
             sums[layer].add(weights_BHK, rows, windows, shown)
         if progress is not None:
             progress(len(ids[: rows[-1] + 1]), len(ids))
@@ -156,7 +156,7 @@ def is_supported(head: pd.Series) -> bool:
     return bool(head.score_held_out_low > 0 and head.effect_size_held_out >= LARGE)
 
 
-def joining_in_words(heads: pd.DataFrame) -> str:
+def describe_subjoiners(heads: pd.DataFrame) -> str:
     """What was found, in a sentence or two; that there is no such head is a result."""
     head = best(heads)
     held_out = (
@@ -187,10 +187,10 @@ class _Sums:
     squares: dict[tuple[bool, bool], np.ndarray] = field(default_factory=dict)
     kept: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def add(self, weights_BHK: np.ndarray, rows: np.ndarray, windows: Windows, shown: list[int]) -> None:
+    def add(self, weights_BHK: np.ndarray, rows: np.ndarray, windows: WordWindows, shown: list[int]) -> None:
         for joined in (True, False):
             for other in (True, False):
-                mine = weights_BHK[(windows.joined[rows] == joined) & (windows.other[rows] == other)]
+                mine = weights_BHK[(windows.multi_token[rows] == joined) & (windows.held_out[rows] == other)]
                 key = joined, other
                 self.counts[key] = self.counts.get(key, 0) + len(mine)
                 self.weights[key] = self.weights.get(key, 0) + mine.sum(0)
@@ -213,12 +213,12 @@ class _Sums:
         return count, (self.weights[joined, True] + self.weights[joined, False]) / count
 
 
-def _looked_at(stack: Stack, ids: torch.Tensor, mixers: dict[int, tuple[str, ...]]) -> Iterator[tuple[int, np.ndarray]]:
+def _looked_at(runner: BlockRunner, ids: torch.Tensor, mixers: dict[int, tuple[str, ...]]) -> Iterator[tuple[int, np.ndarray]]:
     """Layers, and what the last token of each window gives to the window's tokens by each head: (windows, heads, WINDOW), float64."""
     caught: dict[int, list[torch.Tensor]] = {layer: [] for layer in mixers}
 
-    def keep(layer: int, seen: Looking) -> None:
-        assert isinstance(seen, LookingBack)
+    def keep(layer: int, seen: PreviousTokenAttention) -> None:
+        assert isinstance(seen, LastTokenAttention)
         if seen.unknown:
             raise MeasurementError(
                 f"block {layer}: this text's attention ran by a kernel ({', '.join(sorted(seen.unknown))}) that does not tell; "
@@ -226,10 +226,12 @@ def _looked_at(stack: Stack, ids: torch.Tensor, mixers: dict[int, tuple[str, ...
             )
         caught[layer] += [some.reshape(len(ids), -1, some.shape[-1])[..., -WINDOW:] for some in seen.last_BHT]
 
-    with stack.at_rest(), ExitStack() as hold:
+    with runner.inference_mode(), ExitStack() as hold:
         for layer, paths in mixers.items():
-            hold.enter_context(tapped(stack.blocks[layer], [], paths, partial(keep, layer), ids.shape, LookingBack))
-        stack.record(model_inputs(stack.model, ids, torch.ones_like(ids)), ())
+            hold.enter_context(
+                capture_contributions(runner.blocks[layer], [], paths, partial(keep, layer), ids.shape, LastTokenAttention)
+            )
+        runner.record(model_inputs(runner.model, ids, torch.ones_like(ids)), ())
     for layer, parts in caught.items():
         if not parts:
             raise MeasurementError(
@@ -282,7 +284,7 @@ def _means(sums: dict[int, _Sums], model: str) -> pd.DataFrame:
                 "model": model,
                 "layer": layer,
                 "head": range(len(mean_HK)),
-                "word_tokens": PIECES if joined else 1,
+                "word_tokens": WORD_TOKENS if joined else 1,
                 "windows": count,
             }
             frames.append(pd.concat([pd.DataFrame(head), pd.DataFrame(mean_HK, columns=BACK)], axis=1))
@@ -290,20 +292,20 @@ def _means(sums: dict[int, _Sums], model: str) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).astype(whole).sort_values(["layer", "head"], kind="stable", ignore_index=True)
 
 
-def _shown(windows: Windows) -> list[int]:
+def _shown(windows: WordWindows) -> list[int]:
     """Windows to show: the first of each class, those first whose words no head is chosen by."""
-    classes = (np.flatnonzero(windows.joined).tolist(), np.flatnonzero(~windows.joined).tolist())
-    return [row for mine in classes for row in sorted(mine, key=lambda row: not windows.other[row])[:SHOWN]]
+    classes = (np.flatnonzero(windows.multi_token).tolist(), np.flatnonzero(~windows.multi_token).tolist())
+    return [row for mine in classes for row in sorted(mine, key=lambda row: not windows.held_out[row])[:SHOWN]]
 
 
-def _examples(sums: dict[int, _Sums], heads: pd.DataFrame, windows: Windows, shown: list[int], model: str) -> pd.DataFrame:
+def _examples(sums: dict[int, _Sums], heads: pd.DataFrame, windows: WordWindows, shown: list[int], model: str) -> pd.DataFrame:
     head = best(heads)
     layer, number = int(head.layer), int(head["head"])
     rows = []
     for place, row in enumerate(shown):
-        joined = bool(windows.joined[row])
-        example = place - (0 if joined else sum(windows.joined[shown]))
+        joined = bool(windows.multi_token[row])
+        example = place - (0 if joined else sum(windows.multi_token[shown]))
         for back, token, weight in zip(range(WINDOW - 1, -1, -1), windows.texts[row], sums[layer].kept[row][number], strict=True):
-            rows.append((model, layer, number, PIECES if joined else 1, example, back, token, weight))
+            rows.append((model, layer, number, WORD_TOKENS if joined else 1, example, back, token, weight))
     names = ["model", "layer", "head", "word_tokens", "example", "back", "token", "attention"]
     return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(["layer", "head", "word_tokens", "example", "back"], "Int64"))

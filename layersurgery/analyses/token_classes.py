@@ -16,7 +16,7 @@ from ..errors import MeasurementError, PlanError
 from ..runs.text import pieces
 from .word_windows import rounded
 
-SUFFIX, CONTEXT, SHARED, FEWEST = "ing", 24, 12, 16
+SUFFIX, CONTEXT, SHARED, MIN_WINDOWS = "ing", 24, 12, 16
 _STRETCH, _STRETCHES, _SHOWN = 2048, 32, 24
 _SPARE = 1.2
 
@@ -93,7 +93,7 @@ def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None 
 
 
 @dataclass(frozen=True, slots=True)
-class Balanced:
+class BalancedWindows:
     """Windows, in each half as many that go on with a token of the class as with another.
 
     Attributes:
@@ -136,7 +136,7 @@ class Balanced:
         }
 
 
-def windows_on(
+def find_balanced_windows(
     documents: Iterable[str],
     tokenizer: Any,
     chosen: TokenClass,
@@ -145,7 +145,7 @@ def windows_on(
     samples: int = 1000,
     seed: int = 0,
     name: str = "the text",
-) -> Balanced:
+) -> BalancedWindows:
     """Find windows of 24 tokens of one document that go on with a token of a class, and as many that do not, at random.
 
     Documents, the longer ones in stretches, go to one half or the other. No 12 tokens in a row are in two windows, so that nothing of what a probe
@@ -178,7 +178,7 @@ def windows_on(
         halves.append(list(islice(zip(*walks, strict=False), samples // 2)))
     _refuse_few(min(map(len, halves)), int((told == 1).sum()), len(ids), chosen, name)
     at = np.array([pair for pairs in halves for pair in pairs])
-    return Balanced(
+    return BalancedWindows(
         torch.from_numpy(ids[at.reshape(-1, 1) + np.arange(CONTEXT)]),
         ids[at.flatten() + CONTEXT],
         np.tile([True, False], len(at)),
@@ -232,15 +232,15 @@ def _apart(ids: np.ndarray, starts: np.ndarray, seen: set[tuple[int, ...]]) -> I
 
 
 def _refuse_few(least: int, found: int, read: int, chosen: TokenClass, name: str) -> None:
-    if least >= FEWEST:
+    if least >= MIN_WINDOWS:
         return
     some = (
         f"{found} of {read:,} tokens of {name} have {CONTEXT} tokens before them and a text that {chosen.words}; apart enough, that makes {least} windows for a half, "
-        f"and {FEWEST} are needed"
+        f"and {MIN_WINDOWS} are needed"
     )
     if not found:
         raise MeasurementError(f"{some}. Give more text, other text, or another class: --data, --tokens, --suffix")
     rate = max(least, found / 8) / read
     raise MeasurementError(
-        f"{some}. At this rate it takes about {rounded(_SPARE * FEWEST / rate):,} tokens of text: --data, --tokens"
+        f"{some}. At this rate it takes about {rounded(_SPARE * MIN_WINDOWS / rate):,} tokens of text: --data, --tokens"
     )

@@ -17,7 +17,7 @@ import torch
 from ..errors import MeasurementError, SourceError
 from ..runs.text import pieces
 
-WINDOW, PIECES, FEWEST = 16, 4, 8
+WINDOW, WORD_TOKENS, MIN_WINDOWS = 16, 4, 8
 _SPARE = 1.2
 # Letters with no letter, digit, underscore or apostrophe beside them.
 _WORD = re.compile(r"(?<![\w'\u2019])[^\W\d_]+(?![\w'\u2019])")
@@ -25,7 +25,7 @@ Place = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class WordWindows:
     """Windows of both classes, as many of one as of the other.
 
     Attributes:
@@ -39,8 +39,8 @@ class Windows:
     """
 
     ids: torch.Tensor
-    joined: np.ndarray
-    other: np.ndarray
+    multi_token: np.ndarray
+    held_out: np.ndarray
     words: list[str]
     texts: list[list[str]]
     tokens: int
@@ -50,22 +50,22 @@ class Windows:
     def fingerprint(self) -> str:
         """Of the tokens and their classes."""
         digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
-        digest.update(np.stack([self.joined, self.other]).astype("<i8").tobytes())
+        digest.update(np.stack([self.multi_token, self.held_out]).astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def about(self) -> dict[str, int]:
         """Counts, by name."""
         taken = {
-            "four_token_windows": int(self.joined.sum()),
-            "four_token_words": len({word for word, joined in zip(self.words, self.joined, strict=True) if joined}),
-            "one_token_windows": int((~self.joined).sum()),
-            "one_token_words": len({word for word, joined in zip(self.words, self.joined, strict=True) if not joined}),
+            "four_token_windows": int(self.multi_token.sum()),
+            "four_token_words": len({word for word, joined in zip(self.words, self.multi_token, strict=True) if joined}),
+            "one_token_windows": int((~self.multi_token).sum()),
+            "one_token_words": len({word for word, joined in zip(self.words, self.multi_token, strict=True) if not joined}),
         }
         return {"tokens": self.tokens, **taken, **{f"{name}_found": count for name, count in self.found.items()}}
 
 
-def windows_of(
+def find_word_windows(
     documents: Iterable[str],
     tokenizer: Any,
     *,
@@ -73,7 +73,7 @@ def windows_of(
     samples: int = 200,
     seed: int = 0,
     name: str = "the text",
-) -> Windows:
+) -> WordWindows:
     """Find windows, and take some at random, no word a second time before every other has been taken once.
 
     A word is letters, all small, with no other letter, digit, underscore or apostrophe beside them. The tokenizer decides of how many tokens
@@ -102,7 +102,7 @@ def windows_of(
         room = tokens - read
         for word, count, end in ends:
             if end < room:
-                places[count == PIECES].setdefault(word, []).append((len(texts), end))
+                places[count == WORD_TOKENS].setdefault(word, []).append((len(texts), end))
         texts.append(ids[:room])
         read += len(texts[-1])
         if read >= tokens:
@@ -115,7 +115,7 @@ def windows_of(
     ]
     rows = [texts[number][end + 1 - WINDOW : end + 1] for _, _, (number, end), _ in chosen]
     vocabulary = {token: tokenizer.decode([token], clean_up_tokenization_spaces=False) for row in rows for token in row}
-    return Windows(
+    return WordWindows(
         torch.tensor(rows),
         np.array([joined for joined, *_ in chosen]),
         np.array([other for *_, other in chosen]),
@@ -142,7 +142,7 @@ def _ends(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int],
             first = np.searchsorted(stops, begins, "right")  # the first token that reaches into the word
             last = np.searchsorted(starts, finishes, "left") - 1
             count = last + 1 - first
-            fits = np.isin(count, (1, PIECES)) & (last + 1 >= WINDOW)
+            fits = np.isin(count, (1, WORD_TOKENS)) & (last + 1 >= WINDOW)
             fits[fits] &= stops[last[fits]] == finishes[fits]
             ends = [
                 (piece[begins[place] : finishes[place]], int(count[place]), int(last[place]))
@@ -155,13 +155,13 @@ def _ends(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int],
 def _refuse_few(places: dict[bool, dict[str, list[Place]]], read: int, name: str) -> None:
     for joined, words in ((True, "words of four tokens"), (False, "words of a single token")):
         found = sum(map(len, places[joined].values()))
-        if found >= FEWEST:
+        if found >= MIN_WINDOWS:
             continue
-        some = f"{found} windows that end in {words} ({len(places[joined])} different) among {read:,} tokens of {name}; {FEWEST} are needed"
+        some = f"{found} windows that end in {words} ({len(places[joined])} different) among {read:,} tokens of {name}; {MIN_WINDOWS} are needed"
         if not found:
             raise MeasurementError(f"{some}. Give more text, or text with rarer words: --data, --tokens")
         raise MeasurementError(
-            f"{some}. At this rate it takes about {rounded(_SPARE * read * FEWEST / found):,} tokens of text: --data, --tokens"
+            f"{some}. At this rate it takes about {rounded(_SPARE * read * MIN_WINDOWS / found):,} tokens of text: --data, --tokens"
         )
 
 

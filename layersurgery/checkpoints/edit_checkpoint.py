@@ -14,22 +14,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..atomic_io import check_output, whole_directory
-from ..errors import UnsupportedEditError, PlanError, SourceError
-from ..models.config_fields import BARE, DERIVED, UNIFORM, Json, Section, find_section, places, rewrite, set_fields
+from ..atomic_io import atomic_directory, check_output
+from ..errors import PlanError, SourceError, UnsupportedEditError
+from ..models.config_fields import (
+    IDENTICAL_LAYER_TYPES,
+    POSITIONAL_ONLY,
+    POSITIONAL_WITH_LIST,
+    DecoderSection,
+    Json,
+    find_section,
+    new_positions,
+    non_default_fields,
+    rewrite,
+)
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
 from .model_card import model_card
-from .output_layout import Layout, lay_out
+from .output_layout import Layout, plan_output_files
 from .quantization import rename_layers
 from .shard_writer import Progress, link_shard, write_shards
-from .sources import CARRIED, Source, find_source
-from .tensor_index import INDEX, SINGLE, Stack, Weights, find_stack, read_json, read_weights
+from .sources import COPIED_FILES, Source, find_source
+from .tensor_index import INDEX, SINGLE, BlockPrefix, TensorIndex, find_block_prefix, read_json, read_tensor_index
 
 # Files that name layers in their quantisation settings, beside config.json.
-_QUANTISATION_FILES = ("quantize_config.json", "hf_quant_config.json")
-_QUANTISATION_KEYS = frozenset(("quantization_config", "compression_config"))
+_QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+_QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config"))
 # Quantised formats in which a weight of zero bytes is a weight of zeros.
 _ZERO_IS_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
 
@@ -40,9 +50,9 @@ class Checkpoint:
 
     source: Source
     config: Json
-    section: Section
-    weights: Weights
-    stack: Stack
+    section: DecoderSection
+    tensors: TensorIndex
+    block_prefix: BlockPrefix
 
     @property
     def depth(self) -> int:
@@ -55,7 +65,7 @@ class Checkpoint:
         return self.section.of(self.config)
 
 
-def read_checkpoint(source: Source, *, blocks: str | None = None, weights: Weights | None = None) -> Checkpoint:
+def read_checkpoint(source: Source, *, blocks: str | None = None, weights: TensorIndex | None = None) -> Checkpoint:
     """Read config and headers.
 
     Args:
@@ -69,22 +79,22 @@ def read_checkpoint(source: Source, *, blocks: str | None = None, weights: Weigh
     """
     config = read_json(source.directory / "config.json")
     section = _section(config)
-    weights = read_weights(source.directory) if weights is None else weights
-    stack = find_stack(weights.names(), section.depth, section.extra, blocks)
-    return Checkpoint(source, config, section, weights, stack)
+    weights = read_tensor_index(source.directory) if weights is None else weights
+    prefix = find_block_prefix(weights.names(), section.depth, section.extra, blocks)
+    return Checkpoint(source, config, section, weights, prefix)
 
 
-def _section(config: Json) -> Section:
+def _section(config: Json) -> DecoderSection:
     try:
         return find_section(config)
     except SourceError:
-        from ..models.meta_model import section_of
+        from ..models.meta_model import resolve_section
 
-        return section_of(config)
+        return resolve_section(config)
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class PreparedEdit:
     """An edited checkpoint before it is written."""
 
     checkpoint: Checkpoint
@@ -101,7 +111,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Edited:
+class EditResult:
     """What was written.
 
     Attributes:
@@ -125,7 +135,7 @@ class Edited:
     verified: bool
 
 
-def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
+def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PreparedEdit:
     """Work out everything about the edited checkpoint, and check that a reload would be the model meant; writes nothing.
 
     Raises:
@@ -142,58 +152,63 @@ def draft(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Draft:
     config = _edited_config(checkpoint, route, verify=verify)
     if verify:
         _verify(checkpoint, config, route)
-    silent = _silent_tensors(checkpoint, route)
-    layout = lay_out(
-        checkpoint.weights, checkpoint.stack, places(route, section), lambda place, rest: rest in silent.get(place, ())
+    silent = _tensors_to_zero(checkpoint, route)
+    layout = plan_output_files(
+        checkpoint.tensors,
+        checkpoint.block_prefix,
+        new_positions(route, section),
+        lambda place, rest: rest in silent.get(place, ()),
     )
-    return Draft(checkpoint, plan, route, config, layout, verify)
+    return PreparedEdit(checkpoint, plan, route, config, layout, verify)
 
 
 def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
-    from ..models.block_list import find_blocks
-    from ..models.reload_check import Twin
+    from ..models.block_list import find_block_list
+    from ..models.reload_check import ReloadCheck
     from .tensor_names import match_names
 
-    splits = map(checkpoint.stack.split, checkpoint.weights.names())
+    splits = map(checkpoint.block_prefix.split, checkpoint.tensors.names())
     in_files = {split[1] for split in splits if split is not None}
-    twin = Twin.build(checkpoint.config, config, checkpoint.section, route, in_files)
+    twin = ReloadCheck.build(checkpoint.config, config, checkpoint.section, route, in_files)
     twin.check()
-    path = find_blocks(twin.source, checkpoint.depth).path
-    match_names(twin.source, path, checkpoint.stack, checkpoint.weights.names())
+    path = find_block_list(twin.source, checkpoint.depth).path
+    match_names(twin.source, path, checkpoint.block_prefix, checkpoint.tensors.names())
 
 
 def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
     section = checkpoint.section
     config = rewrite(checkpoint.config, section, route)
-    uniform = checkpoint.config.get("model_type") in UNIFORM and not set_fields(checkpoint.fields, DERIVED)
+    uniform = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
+        checkpoint.fields, POSITIONAL_WITH_LIST
+    )
     if verify or not uniform:
-        from ..models.meta_model import knows, settle
+        from ..models.meta_model import is_known_model_type, write_derived_fields
 
-        if verify or knows(checkpoint.config):
-            config = settle(checkpoint.config, config, section, route)
-    left = set_fields(checkpoint.fields, BARE)
+        if verify or is_known_model_type(checkpoint.config):
+            config = write_derived_fields(checkpoint.config, config, section, route)
+    left = non_default_fields(checkpoint.fields, POSITIONAL_ONLY)
     if left and not verify and route.blocks != tuple(range(section.depth)):
         raise UnsupportedEditError(
             f"config.json: {', '.join(left)} can make layers differ by position, and without the reload check it cannot be told whether "
             "the result would be right; leave --no-verify out"
         )
     for part in (config, section.of(config)) if section.path else (config,):
-        for key in _QUANTISATION_KEYS & part.keys():
+        for key in _QUANTIZATION_KEYS & part.keys():
             part[key] = _renamed_layers(part[key], checkpoint, route)
     return config
 
 
 def _renamed_layers(value: Any, checkpoint: Checkpoint, route: Route) -> Any:
-    where = places(route, checkpoint.section)
-    return rename_layers(value, lambda block: where.get(block, []), checkpoint.stack.prefix.rpartition(".")[2])
+    where = new_positions(route, checkpoint.section)
+    return rename_layers(value, lambda block: where.get(block, []), checkpoint.block_prefix.prefix.rpartition(".")[2])
 
 
-def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozenset[str]]:
+def _tensors_to_zero(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozenset[str]]:
     """Names, within the block, of the tensors to zero at each position where a branch is skipped."""
     if all(visit.whole for visit in route):
         return {}
     quantised = [
-        part[key] for part in (checkpoint.config, checkpoint.fields) for key in _QUANTISATION_KEYS & part.keys() if part[key]
+        part[key] for part in (checkpoint.config, checkpoint.fields) for key in _QUANTIZATION_KEYS & part.keys() if part[key]
     ]
     method = quantised[0].get("quant_method") if quantised and isinstance(quantised[0], dict) else None
     if quantised and method not in _ZERO_IS_ZERO:
@@ -201,9 +216,9 @@ def _silent_tensors(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozen
             f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
             "silenced in it; skip on the unquantised checkpoint"
         )
-    from .zeroed_branches import silent_tensors
+    from .zeroed_branches import tensors_to_zero
 
-    return silent_tensors(checkpoint.config, checkpoint.section, checkpoint.stack, checkpoint.weights.names(), route)
+    return tensors_to_zero(checkpoint.config, checkpoint.section, checkpoint.block_prefix, checkpoint.tensors.names(), route)
 
 
 def edit_checkpoint(
@@ -217,7 +232,7 @@ def edit_checkpoint(
     verify: bool = True,
     blocks: str | None = None,
     progress: Progress | None = None,
-) -> Edited:
+) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
     Args:
@@ -243,8 +258,8 @@ def edit_checkpoint(
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    sketch = draft(read_checkpoint(source, blocks=blocks), plan, verify=verify)
-    return write(sketch, target, overwrite=overwrite, link=link, progress=progress)
+    sketch = prepare_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
+    return write_edit(sketch, target, overwrite=overwrite, link=link, progress=progress)
 
 
 def default_output(source: Source, plan: Plan) -> Path:
@@ -252,18 +267,20 @@ def default_output(source: Source, plan: Plan) -> Path:
     return Path(f"{source.name}-{plan.slug}")
 
 
-def write(draft: Draft, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None) -> Edited:
+def write_edit(
+    prepared: PreparedEdit, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None
+) -> EditResult:
     """Write a draft to `out`, whole or not at all.
 
     Raises:
         OutputError: the file system's answer; nothing is left behind.
     """
     started = time.perf_counter()
-    report = progress or _unheard
-    linked = [shard for shard in draft.layout.shards if link and shard.unchanged]
-    written = [shard for shard in draft.layout.shards if shard not in linked]
+    report = progress or _no_progress
+    linked = [shard for shard in prepared.layout.shards if link and shard.unchanged]
+    written = [shard for shard in prepared.layout.shards if shard not in linked]
     needed = sum(shard.nbytes for shard in written)
-    with whole_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
+    with atomic_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
         for shard in linked:
             if link_shard(shard, directory):
                 report(shard.nbytes)
@@ -271,26 +288,26 @@ def write(draft: Draft, out: Path, *, overwrite: bool = False, link: bool = Fals
                 written.append(shard)
         linked = [shard for shard in linked if shard not in written]
         write_shards(written, directory, report)
-        _write_text(directory / "config.json", _text(draft.config))
-        if draft.layout.index is not None:
-            _write_text(directory / INDEX, draft.layout.index)
-        _carry(draft, directory)
-        checkpoint = draft.checkpoint
-        card = model_card(checkpoint.source, draft.plan, draft.route, checkpoint.depth, verified=draft.verified)
+        _write_text(directory / "config.json", _text(prepared.config))
+        if prepared.layout.index is not None:
+            _write_text(directory / INDEX, prepared.layout.index)
+        _copy_other_files(prepared, directory)
+        checkpoint = prepared.checkpoint
+        card = model_card(checkpoint.source, prepared.plan, prepared.route, checkpoint.depth, verified=prepared.verified)
         _write_text(directory / "README.md", card)
-    return Edited(
+    return EditResult(
         path=out,
-        plan=draft.plan,
-        route=draft.route,
-        depth=draft.checkpoint.depth,
+        plan=prepared.plan,
+        route=prepared.route,
+        depth=prepared.checkpoint.depth,
         bytes_written=sum(shard.nbytes for shard in written),
         bytes_linked=sum(shard.nbytes for shard in linked),
         seconds=time.perf_counter() - started,
-        verified=draft.verified,
+        verified=prepared.verified,
     )
 
 
-def _unheard(count: int) -> None:
+def _no_progress(count: int) -> None:
     pass
 
 
@@ -310,18 +327,18 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _carry(draft: Draft, directory: Path) -> None:
+def _copy_other_files(prepared: PreparedEdit, directory: Path) -> None:
     """Everything else a user of the model needs: tokenizer, templates, generation config, licence, its own code."""
-    root = draft.checkpoint.source.directory
+    root = prepared.checkpoint.source.directory
     ours = {path.name for path in directory.iterdir()} | {SINGLE, INDEX, "README.md"}
-    for pattern in CARRIED:
+    for pattern in COPIED_FILES:
         for path in sorted(root.glob(pattern)):
             target = directory / path.relative_to(root)
             if not path.is_file() or target.exists() or target.name in ours or target.name.endswith(".index.json"):
                 continue
             target.parent.mkdir(exist_ok=True)
-            if path.name in _QUANTISATION_FILES:
-                value = _renamed_layers(read_json(path), draft.checkpoint, draft.route)
+            if path.name in _QUANTIZATION_FILES:
+                value = _renamed_layers(read_json(path), prepared.checkpoint, prepared.route)
                 _write_text(target, _text(value))
             else:
                 shutil.copyfile(path, target)

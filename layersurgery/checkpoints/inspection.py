@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SourceError
-from ..models.config_fields import is_layerwise, places
+from ..models.config_fields import is_layerwise, new_positions
 from ..plans.route import Route, Span
 from .edit_checkpoint import Checkpoint, read_checkpoint
-from .output_layout import lay_out
-from .safetensors_header import Entry
+from .output_layout import plan_output_files
+from .safetensors_header import TensorInfo
 from .sources import find_source, remote_headers
-from .tensor_index import Weights, read_weights
+from .tensor_index import TensorIndex, read_tensor_index
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -84,7 +84,7 @@ class Inspection:
     outside: tuple[TensorGroup, ...]
 
 
-def look_at(model: str, *, revision: str | None = None, blocks: str | None = None) -> Checkpoint:
+def read_for_inspection(model: str, *, revision: str | None = None, blocks: str | None = None) -> Checkpoint:
     """Read a checkpoint's config and headers; for a hub model whose weights are not here, the headers alone are fetched.
 
     Raises:
@@ -92,22 +92,22 @@ def look_at(model: str, *, revision: str | None = None, blocks: str | None = Non
     """
     source = find_source(model, revision=revision, weights=False)
     try:
-        weights = read_weights(source.directory)
+        weights = read_tensor_index(source.directory)
     except SourceError:
         if source.revision is None:
             raise
-        weights = Weights(source.directory, remote_headers(source), None)
+        weights = TensorIndex(source.directory, remote_headers(source), None)
     return read_checkpoint(source, blocks=blocks, weights=weights)
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Describe a checkpoint."""
-    inside: dict[int, list[tuple[str, Entry]]] = {}
-    outside: list[tuple[str, Entry]] = []
+    inside: dict[int, list[tuple[str, TensorInfo]]] = {}
+    outside: list[tuple[str, TensorInfo]] = []
     dtypes: Counter[str] = Counter()
-    for name, entry in checkpoint.weights.entries():
+    for name, entry in checkpoint.tensors.tensors():
         dtypes[entry.dtype] += entry.elements
-        split = checkpoint.stack.split(name)
+        split = checkpoint.block_prefix.split(name)
         if split is not None and split[0] < checkpoint.depth:
             inside.setdefault(split[0], []).append((split[1], entry))
         else:
@@ -117,14 +117,14 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         name=checkpoint.source.label,
         architecture=next(iter(config.get("architectures") or []), "unknown"),
         model_type=str(config.get("model_type", "unknown")),
-        prefix=checkpoint.stack.prefix,
+        prefix=checkpoint.block_prefix.prefix,
         depth=checkpoint.depth,
         width=_first(fields, "hidden_size", "n_embd", "d_model"),
         vocabulary=_first(fields, "vocab_size"),
         parameters=sum(dtypes.values()),
-        nbytes=checkpoint.weights.nbytes,
+        nbytes=checkpoint.tensors.nbytes,
         dtypes=dict(dtypes),
-        files=len(checkpoint.weights.shards),
+        files=len(checkpoint.tensors.shards),
         groups=tuple(_groups(checkpoint, inside)),
         outside=_tensor_groups(outside),
     )
@@ -134,7 +134,7 @@ def _first(fields: dict[str, Any], *names: str) -> int | None:
     return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
 
 
-def _groups(checkpoint: Checkpoint, inside: dict[int, list[tuple[str, Entry]]]) -> Iterable[BlockGroup]:
+def _groups(checkpoint: Checkpoint, inside: dict[int, list[tuple[str, TensorInfo]]]) -> Iterable[BlockGroup]:
     fields, depth = checkpoint.fields, checkpoint.depth
     lists = {key: value for key, value in fields.items() if is_layerwise(key, value, depth) and len(value) == depth}
     start = 0
@@ -150,13 +150,13 @@ def _groups(checkpoint: Checkpoint, inside: dict[int, list[tuple[str, Entry]]]) 
         start = block
 
 
-def _tensor_groups(tensors: Iterable[tuple[str, Entry]]) -> tuple[TensorGroup, ...]:
+def _tensor_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[TensorGroup, ...]:
     counted = Counter((_NUMBER.sub("N", name), entry.dtype, entry.shape) for name, entry in tensors)
     return tuple(TensorGroup(*key, count) for key, count in sorted(counted.items()))
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class SizeChange:
     """Parameters and bytes of a checkpoint before and after a plan."""
 
     parameters: int
@@ -165,17 +165,17 @@ class Cost:
     nbytes_after: int
 
 
-def cost(checkpoint: Checkpoint, route: Route) -> Cost:
+def size_after(checkpoint: Checkpoint, route: Route) -> SizeChange:
     """What a route makes of a checkpoint's size; a silenced branch keeps its (zero) weights in the file."""
-    layout = lay_out(
-        checkpoint.weights,
-        checkpoint.stack,
-        places(route, checkpoint.section),
+    layout = plan_output_files(
+        checkpoint.tensors,
+        checkpoint.block_prefix,
+        new_positions(route, checkpoint.section),
         lambda place, rest: False,  # noqa: ARG005
     )
-    before = [entry for _, entry in checkpoint.weights.entries()]
+    before = [entry for _, entry in checkpoint.tensors.tensors()]
     after = [entry for shard in layout.shards for entry in shard.tensors.values()]
-    return Cost(
+    return SizeChange(
         sum(entry.elements for entry in before),
         sum(entry.nbytes for entry in before),
         sum(entry.elements for entry in after),

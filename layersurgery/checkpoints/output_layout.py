@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .safetensors_header import Entry, Header, encode_header
-from .tensor_index import Stack, Weights
+from .safetensors_header import Header, TensorInfo, encode_header
+from .tensor_index import BlockPrefix, TensorIndex
 
 _SHARD_NAME = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ByteRange:
     """A run of bytes of the output: from byte `start` of the source file, or zeros where `start` is None."""
 
     start: int | None
@@ -43,15 +43,15 @@ class Shard:
     name: str
     source: Path
     header: bytes
-    pieces: tuple[Piece, ...]
-    tensors: Mapping[str, Entry]
+    ranges: tuple[ByteRange, ...]
+    tensors: Mapping[str, TensorInfo]
     unchanged: bool
-    stamp: tuple[int, ...]
+    file_identity: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
-        return len(self.header) + sum(piece.count for piece in self.pieces)
+        return len(self.header) + sum(piece.count for piece in self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,62 +67,66 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
 
-Silenced = Callable[[int, str], bool]
+ZeroedTensors = Callable[[int, str], bool]
 """Whether the tensor `rest` is to be zeroed where its block stands at a position of the output."""
 
 
-def lay_out(weights: Weights, stack: Stack, places: Mapping[int, list[int]], silenced: Silenced) -> Layout:
+def plan_output_files(
+    tensors: TensorIndex, prefix: BlockPrefix, new_positions: Mapping[int, list[int]], zeroed: ZeroedTensors
+) -> Layout:
     """Lay the output's files out along the source's.
 
     Args:
         weights: the source's headers.
-        stack: where the blocks are among the names.
+        prefix: where the blocks are among the names.
         places: the new positions of every block that is kept.
         silenced: which tensors become zeros, by position and name within the block.
     """
     drafts = []
-    for file, header in weights.shards.items():
-        moved = list(_moved(header, stack, places, silenced))
+    for file, header in tensors.shards.items():
+        moved = list(_moved(header, prefix, new_positions, zeroed))
         if moved:
             drafts.append((file, header, moved))
-    names = _file_names([file for file, _, _ in drafts], complete=len(drafts) == len(weights.shards))
+    names = _file_names([file for file, _, _ in drafts], complete=len(drafts) == len(tensors.shards))
     shards = tuple(
-        _shard(name, weights.directory / file, header, moved) for name, (file, header, moved) in zip(names, drafts, strict=True)
+        _shard(name, tensors.directory / file, header, moved) for name, (file, header, moved) in zip(names, drafts, strict=True)
     )
-    return Layout(shards, None if weights.index is None else _index(weights.index, shards))
+    return Layout(shards, None if tensors.index is None else _index(tensors.index, shards))
 
 
-_Moved = tuple[str, Entry, bool]
+_Moved = tuple[str, TensorInfo, bool]
 
 
-def _moved(header: Header, stack: Stack, places: Mapping[int, list[int]], silenced: Silenced) -> Iterable[_Moved]:
+def _moved(
+    header: Header, prefix: BlockPrefix, new_positions: Mapping[int, list[int]], zeroed: ZeroedTensors
+) -> Iterable[_Moved]:
     """Name in the output, entry in the source, and whether it becomes zeros, in the order of the data."""
     for name, entry in header.tensors.items():
-        split = stack.split(name)
+        split = prefix.split(name)
         if split is None:
             yield name, entry, False
             continue
         block, rest = split
-        for place in places.get(block, []):
-            yield stack.join(place, rest), entry, silenced(place, rest)
+        for place in new_positions.get(block, []):
+            yield prefix.join(place, rest), entry, zeroed(place, rest)
 
 
 def _shard(name: str, source: Path, header: Header, moved: list[_Moved]) -> Shard:
-    tensors: dict[str, Entry] = {}
-    pieces: list[Piece] = []
+    tensors: dict[str, TensorInfo] = {}
+    pieces: list[ByteRange] = []
     end = 0
     for target, entry, zero in moved:
-        tensors[target] = Entry(entry.dtype, entry.shape, end, end + entry.nbytes)
+        tensors[target] = TensorInfo(entry.dtype, entry.shape, end, end + entry.nbytes)
         end += entry.nbytes
-        _append(pieces, Piece(None if zero else header.data_offset + entry.start, entry.nbytes))
+        _append(pieces, ByteRange(None if zero else header.data_offset + entry.start, entry.nbytes))
     first = next((piece.start for piece in pieces if piece.start is not None), None)
     before = sum(piece.count for piece in pieces[: 1 if pieces and pieces[0].start is None else 0])
     encoded = encode_header(tensors, header.metadata, congruent_to=None if first is None else first - before)
     unchanged = tensors == header.tensors and all(piece.start is not None for piece in pieces)
-    return Shard(name, source, encoded, tuple(pieces), tensors, unchanged, header.stamp)
+    return Shard(name, source, encoded, tuple(pieces), tensors, unchanged, header.file_identity)
 
 
-def _append(pieces: list[Piece], piece: Piece) -> None:
+def _append(pieces: list[ByteRange], piece: ByteRange) -> None:
     """Add a piece, joined with the one before where they adjoin."""
     if not piece.count:
         return
@@ -131,7 +135,7 @@ def _append(pieces: list[Piece], piece: Piece) -> None:
         both_zero = last.start is None and piece.start is None
         adjoining = last.start is not None and piece.start == last.start + last.count
         if both_zero or adjoining:
-            pieces[-1] = Piece(last.start, last.count + piece.count)
+            pieces[-1] = ByteRange(last.start, last.count + piece.count)
             return
     pieces.append(piece)
 

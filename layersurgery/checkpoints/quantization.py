@@ -12,7 +12,7 @@ from ..errors import UnsupportedEditError
 _PATTERN_MARKS = ("re:", "+:", "-:")
 
 
-def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name: str) -> Any:
+def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], prefix: str) -> Any:
     """Rename layers inside a JSON value that names modules, such as `quantization_config`.
 
     Args:
@@ -23,10 +23,10 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name
     Raises:
         InexpressibleError: a pattern that speaks of layer numbers in a way that cannot be followed.
     """
-    pattern = re.compile(rf"(?<!\w){re.escape(stack_name)}\.(\d+)(?=\.|$)")
+    pattern = re.compile(rf"(?<!\w){re.escape(prefix)}\.(\d+)(?=\.|$)")
 
     # A layer number that is a part of a pattern: "layers.6*", "layers.[12]".
-    numbered = re.compile(rf"(?<!\w){re.escape(stack_name)}\\?\.[\d\[({{]")
+    numbered = re.compile(rf"(?<!\w){re.escape(prefix)}\\?\.[\d\[({{]")
 
     def names(text: str) -> list[str]:
         if re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
@@ -45,11 +45,11 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], stack_name
         return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]
 
     if isinstance(value, dict):
-        return {name: rename_layers(item, rename, stack_name) for key, item in value.items() for name in names(key)}
+        return {name: rename_layers(item, rename, prefix) for key, item in value.items() for name in names(key)}
     if isinstance(value, list):
         items: list[Any] = []
         for item in value:
-            items.extend(names(item) if isinstance(item, str) else [rename_layers(item, rename, stack_name)])
+            items.extend(names(item) if isinstance(item, str) else [rename_layers(item, rename, prefix)])
         return items
     if isinstance(value, str):
         new = names(value)

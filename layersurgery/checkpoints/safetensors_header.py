@@ -33,7 +33,7 @@ BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorInfo:
     """One tensor of a file: dtype name, shape, and byte range [start, stop) within the data."""
 
     dtype: str
@@ -64,14 +64,14 @@ class Header:
         stamp: what tells this state of the file from a later one.
     """
 
-    tensors: Mapping[str, Entry]
+    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] | None
     data_offset: int
     data_bytes: int
-    stamp: tuple[int, ...] = ()
+    file_identity: tuple[int, ...] = ()
 
 
-def stamp(descriptor: int) -> tuple[int, ...]:
+def file_identity(descriptor: int) -> tuple[int, ...]:
     """Which file this is, how long, and when it was last written."""
     state = os.fstat(descriptor)
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            seen = stamp(file.fileno())
+            seen = file_identity(file.fileno())
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(_LENGTH_BYTES)
             if len(prefix) < _LENGTH_BYTES:
@@ -121,7 +121,9 @@ def read_header(path: Path) -> Header:
     return Header(ordered, metadata, _LENGTH_BYTES + length, end, seen)
 
 
-def encode_header(tensors: Mapping[str, Entry], metadata: Mapping[str, str] | None, congruent_to: int | None = None) -> bytes:
+def encode_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, congruent_to: int | None = None
+) -> bytes:
     """The bytes in front of the data, length included.
 
     Args:
@@ -165,7 +167,7 @@ def _decode(path: Path, raw: bytes) -> dict[str, Any]:
     return fields
 
 
-def _entry(path: Path, name: str, field: Any) -> Entry:
+def _entry(path: Path, name: str, field: Any) -> TensorInfo:
     if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"tensor {name!r} lacks dtype, shape and data_offsets, or has more than these")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
@@ -179,7 +181,7 @@ def _entry(path: Path, name: str, field: Any) -> Entry:
     if bits != 8 * (offsets[1] - offsets[0]):
         needs = f"needs {-(-bits // 8):,} bytes" if bits < _SIZE_LIMIT else "would not fit any disk"
         raise _bad(path, f"tensor {name!r}, {dtype} of shape {shape}, {needs} and has {offsets[1] - offsets[0]:,}")
-    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _sizes(value: Any) -> bool:

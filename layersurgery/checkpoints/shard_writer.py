@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from ..errors import SourceError
 from .output_layout import Shard
-from .safetensors_header import BLOCK, stamp
+from .safetensors_header import BLOCK, file_identity
 
 Progress = Callable[[int], None]
 """Called with the number of bytes moved since the last call."""
@@ -77,17 +77,17 @@ def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
 
 
 def _check_state(shard: Shard, source: BinaryIO) -> None:
-    if stamp(source.fileno()) != shard.stamp:
+    if file_identity(source.fileno()) != shard.file_identity:
         raise EOFError("it is not the file whose header was read")
 
 
 def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progress) -> None:
-    with (directory / shard.name).open("xb") as target, synced(target):
+    with (directory / shard.name).open("xb") as target, fsync_in_background(target):
         if shard.unchanged:
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
         else:
             target.write(shard.header)
-            for piece in shard.pieces:
+            for piece in shard.ranges:
                 if piece.start is None:
                     write_zeros(piece.count, target, progress)
                 else:
@@ -116,7 +116,7 @@ def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO, progr
 
 
 @contextmanager
-def synced(target: BinaryIO) -> Iterator[None]:
+def fsync_in_background(target: BinaryIO) -> Iterator[None]:
     """Leave with everything on disk, without a wait at the end: what is written is synced all along, by a thread beside."""
     done = threading.Event()
 

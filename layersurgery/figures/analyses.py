@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 
 from . import probes, pruning, subjoiners
 from .signals import attention, lens, neurons, norms, similarity, stages
-from .style import Analysed, save
+from .style import ModelTables, save
 
-_MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {
+_MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {
     "stages": stages, "lens": lens, "attention": attention, "norms": norms, "neurons": neurons, "similarity": similarity,
 }  # fmt: skip
 
 
-def draw_signals(models: Sequence[Analysed], directory: Path) -> list[Path]:
+def draw_signals(models: Sequence[ModelTables], directory: Path) -> list[Path]:
     """Draw all that the tables hold, as PNG and SVG; returns the files."""
     figures: dict[str, Figure] = {}
     for name, make in (_MAKERS | pruning.MAKERS | subjoiners.MAKERS | probes.MAKERS).items():

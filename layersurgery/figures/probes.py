@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import COLOURS, MARKERS, Analysed, finish, styled
+from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, new_figure
 
 _KINDS = {
     "prediction": (2, "prediction neurons"),
@@ -23,12 +23,12 @@ _LINES = {
     "shuffled labels": ("shuffled labels", "#888888", "-"),
 }
 _COLUMNS = 6
-_CLASS, _REST = COLOURS[1], "#B8B8B8"
+_CLASS, _REST = COLORS[1], "#B8B8B8"
 
 
-def probe(models: Sequence[Analysed]) -> Figure:
+def probe(models: Sequence[ModelTables]) -> Figure:
     """Neurons one by one and the best of them together, with the model's own accuracy, and what two of them write (figure 10); a row for each model."""
-    with styled(12, 3.9 * len(models)) as figure:
+    with new_figure(12, 3.9 * len(models)) as figure:
         grid = figure.subplots(len(models), 3, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 0.8]})
         for axes, model in zip(grid, models, strict=True):
             _singles(axes[0], model)
@@ -42,11 +42,11 @@ def probe(models: Sequence[Analysed]) -> Figure:
             text: handle for axis in grid[:, :2].flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-        finish(figure, models, grid[0][0], legend=False)
+        add_title_and_legend(figure, models, grid[0][0], legend=False)
     return figure
 
 
-def _singles(axis: Axes, model: Analysed) -> None:
+def _singles(axis: Axes, model: ModelTables) -> None:
     table = model.tables["singles"]
     for kind, (place, label) in _KINDS.items():
         rows = table[table.kind == kind]
@@ -58,14 +58,14 @@ def _singles(axis: Axes, model: Analysed) -> None:
     axis.text(0.02, 0.98, "a  one neuron", transform=axis.transAxes, va="top", fontweight="bold")
 
 
-def _together(axis: Axes, model: Analysed) -> None:
+def _together(axis: Axes, model: ModelTables) -> None:
     table = model.tables["together"]
     for kind, (place, label) in _KINDS.items():
         rows = table[table.kind == kind]
         if len(rows):
             k = rows.k.to_numpy(float)
-            axis.fill_between(k, 100 * rows.low, 100 * rows.high, color=COLOURS[place], alpha=0.15, linewidth=0)
-            axis.plot(k, 100 * rows.accuracy, color=COLOURS[place], label=label if kind == "both" else None)
+            axis.fill_between(k, 100 * rows.low, 100 * rows.high, color=COLORS[place], alpha=0.15, linewidth=0)
+            axis.plot(k, 100 * rows.accuracy, color=COLORS[place], label=label if kind == "both" else None)
     _lines(axis, model)
     axis.set_xlabel("k best neurons together")
     axis.text(0.02, 0.98, "b  k neurons", transform=axis.transAxes, va="top", fontweight="bold")
@@ -74,10 +74,10 @@ def _together(axis: Axes, model: Analysed) -> None:
 def _with_intervals(axis: Axes, x: pd.Series, rows: pd.DataFrame, place: int, label: str, **style: object) -> None:
     y = 100 * rows.accuracy.to_numpy(float)
     error = [y - 100 * rows.low.to_numpy(float), 100 * rows.high.to_numpy(float) - y]
-    axis.errorbar(x.to_numpy(float), y, error, color=COLOURS[place], marker=MARKERS[place], label=label, elinewidth=0.7, **style)  # type: ignore[arg-type]
+    axis.errorbar(x.to_numpy(float), y, error, color=COLORS[place], marker=MARKERS[place], label=label, elinewidth=0.7, **style)  # type: ignore[arg-type]
 
 
-def _lines(axis: Axes, model: Analysed) -> None:
+def _lines(axis: Axes, model: ModelTables) -> None:
     table = model.tables["probe"]
     for name, (label, colour, style) in _LINES.items():
         for row in table[table.probe == name].itertuples():
@@ -85,7 +85,7 @@ def _lines(axis: Axes, model: Analysed) -> None:
             axis.axhline(100 * row.accuracy, color=colour, linestyle=style, linewidth=1.1, label=label, zorder=1)
 
 
-def _two(axis: Axes, model: Analysed) -> None:
+def _two(axis: Axes, model: ModelTables) -> None:
     """Of either kind, the neuron with the greatest effect."""
     table = model.tables["effects"]
     kinds = [kind for kind in ("suppression", "prediction") if (table.kind == kind).any()]
@@ -115,11 +115,11 @@ def _histogram(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_ylim(bottom=0.7)
 
 
-def effects(models: Sequence[Analysed]) -> Figure:
+def effects(models: Sequence[ModelTables]) -> Figure:
     """What the neurons with the greatest effects add to the logits of the class and of the rest (figure 16); one grid of panels for each model."""
     each = [list(model.tables["effects"].groupby("rank")) for model in models]
     deep = [-(-len(some) // _COLUMNS) for some in each]
-    with styled(11, 1.35 * sum(deep) + 0.9) as figure:
+    with new_figure(11, 1.35 * sum(deep) + 0.9) as figure:
         # Fitting so many panels to their labels takes half a minute; these have all the same.
         figure.set_layout_engine(None)
         margin = 0.45 / figure.get_figheight()
@@ -141,8 +141,8 @@ def effects(models: Sequence[Analysed]) -> Figure:
         figure.legend(handles, labels, loc="lower right", ncols=2, fontsize=8)
         figure.supxlabel(r"$W_U \cdot w_{out}$ (layer.neuron and kind above each panel)", fontsize=9)
         figure.supylabel("tokens", fontsize=9)
-        finish(figure, models, grid[0][0], legend=False)
+        add_title_and_legend(figure, models, grid[0][0], legend=False)
     return figure
 
 
-MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {"probe": probe, "effects": effects}
+MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {"probe": probe, "effects": effects}

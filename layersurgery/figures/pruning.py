@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from .style import COLOURS, MARKERS, Analysed, finish, line, styled
+from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, line, new_figure
 
 _SCORES = (
     ("kl_nats", "KL when dropped (nats)"),
@@ -23,11 +23,11 @@ _WAYS = {
 }
 
 
-def rank(models: Sequence[Analysed]) -> Figure:
+def rank(models: Sequence[ModelTables]) -> Figure:
     """What dropping each block costs, and the two scores that guess it; of a single model, the angular distance of every span as well."""
     alone = len(models) == 1 and "spans" in models[0].tables
     panels = len(_SCORES) + alone
-    with styled(3.7 * panels, 3.3 + 0.2 * (len(models) > 1)) as figure:
+    with new_figure(3.7 * panels, 3.3 + 0.2 * (len(models) > 1)) as figure:
         grid = figure.subplots(1, panels, squeeze=False)[0]
         for axis, (column, label) in zip(grid, _SCORES, strict=False):
             for place, model in enumerate(models):
@@ -47,23 +47,23 @@ def rank(models: Sequence[Analysed]) -> Figure:
             extent = (-0.5, len(square.columns) - 0.5, 0.5, len(square) + 0.5)
             image = axis.imshow(square, cmap="cividis", origin="lower", aspect="auto", extent=extent, interpolation="nearest")
             least = square.idxmin(axis=1)
-            axis.plot(least.to_numpy(float), least.index, "o", color=COLOURS[1], markersize=3)
+            axis.plot(least.to_numpy(float), least.index, "o", color=COLORS[1], markersize=3)
             axis.set_xlabel("first block of the span")
             axis.set_ylabel("blocks in the span")
             axis.yaxis.get_major_locator().set_params(integer=True)
             figure.colorbar(image, label="angular distance; dots: least")
-        finish(figure, models, grid[0])
+        add_title_and_legend(figure, models, grid[0])
     return figure
 
 
-def costs(models: Sequence[Analysed]) -> Figure:
+def costs(models: Sequence[ModelTables]) -> Figure:
     """What removing layers costs, over their number: a line for each way of choosing; a row of panels for each model."""
     panels = (
         ("kl_nats", "KL from the unedited model (nats)", 1),
         ("perplexity", "perplexity", 1),
         ("agreement", "predictions kept (%)", 100),
     )
-    with styled(11, 3.4 * len(models)) as figure:
+    with new_figure(11, 3.4 * len(models)) as figure:
         grid = figure.subplots(len(models), len(panels), squeeze=False)
         for axes, model in zip(grid, models, strict=True):
             table = model.tables["costs"]
@@ -74,7 +74,7 @@ def costs(models: Sequence[Analysed]) -> Figure:
                     if len(rows):
                         axis.plot(
                             [0, *rows.removed.astype(int)], [times * base[column], *(times * rows[column])], label=words,
-                            color=COLOURS[place], marker=MARKERS[place], linestyle="--" if way == "greedy" else "-",
+                            color=COLORS[place], marker=MARKERS[place], linestyle="--" if way == "greedy" else "-",
                         )  # fmt: skip
                 axis.set_xlabel("layers removed")
                 axis.xaxis.get_major_locator().set_params(integer=True)
@@ -86,8 +86,8 @@ def costs(models: Sequence[Analysed]) -> Figure:
                 axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
         handles = {text: handle for axis in grid[:, 0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
-        finish(figure, models[:1] if len(models) == 1 else models, grid[0][0], legend=False)
+        add_title_and_legend(figure, models[:1] if len(models) == 1 else models, grid[0][0], legend=False)
     return figure
 
 
-MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {"rank": rank, "costs": costs}
+MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {"rank": rank, "costs": costs}

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from .style import COLOURS, MARKERS, Analysed, finish, line, styled
+from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, line, new_figure
 
 _DEPTH = "relative depth of the block"
 _UNTOLD = "#EFEFEF"
@@ -33,7 +33,7 @@ _EACH = (
 )
 
 
-def lens(models: Sequence[Analysed]) -> Figure:
+def lens(models: Sequence[ModelTables]) -> Figure:
     """What the logit lens says behind each block: KL to the model's own prediction, entropy, share of top tokens (figures 6 and 8)."""
     panels = (
         ("lens_kl_nats", "KL(final || lens), nats", 1),
@@ -43,7 +43,7 @@ def lens(models: Sequence[Analysed]) -> Figure:
     return _panels(models, "lens", panels)
 
 
-def attention(models: Sequence[Analysed]) -> Figure:
+def attention(models: Sequence[ModelTables]) -> Figure:
     """Attention to the previous five tokens (figure 4): as a share of all, and the paper's mean."""
     panels = (
         ("attention_prev5", "share of attention on the previous five", 1),
@@ -52,7 +52,7 @@ def attention(models: Sequence[Analysed]) -> Figure:
     return _panels(models, "attention", panels)
 
 
-def norms(models: Sequence[Analysed]) -> Figure:
+def norms(models: Sequence[ModelTables]) -> Figure:
     """Sizes of what attention and MLP add (figures 5 and 7)."""
     panels = (
         ("attention_to_mlp_ratio", "norm of attention / norm of MLP", 1),
@@ -62,9 +62,9 @@ def norms(models: Sequence[Analysed]) -> Figure:
     return _panels(models, "norms", panels)
 
 
-def neurons(models: Sequence[Analysed]) -> Figure:
+def neurons(models: Sequence[ModelTables]) -> Figure:
     """Prediction and suppression neurons, with the logit lens's KL where it was measured (figure 6): a panel for each model."""
-    with styled(4.6 * min(3, len(models)), 3.4 * -(-len(models) // 3)) as figure:
+    with new_figure(4.6 * min(3, len(models)), 3.4 * -(-len(models) // 3)) as figure:
         grid = np.ravel(figure.subplots(-(-len(models) // 3), min(3, len(models)), squeeze=False))
         for axis, model in zip(grid, models, strict=False):
             table = model.tables["neurons"]
@@ -80,7 +80,7 @@ def neurons(models: Sequence[Analysed]) -> Figure:
                 line(right, rows.relative_depth, rows.lens_kl_nats, rows.lens_kl_nats_sem, 0, "KL(final || lens)", linestyle="--")
                 right.set_ylabel("KL(final || lens), nats")
                 right.set_ylim(bottom=0)
-                axis.plot([], [], color=COLOURS[0], marker=MARKERS[0], linestyle="--", label="KL(final || lens)")
+                axis.plot([], [], color=COLORS[0], marker=MARKERS[0], linestyle="--", label="KL(final || lens)")
             axis.set_ylim(bottom=0)
             axis.set_xlabel(_DEPTH)
             axis.set_title(model.label, loc="left", fontweight="bold", parse_math=False)
@@ -89,7 +89,7 @@ def neurons(models: Sequence[Analysed]) -> Figure:
     return figure
 
 
-def similarity(models: Sequence[Analysed]) -> Figure:
+def similarity(models: Sequence[ModelTables]) -> Figure:
     """Cosines of contributions of swapped blocks (figures 11 and 12): a row of panels for each part."""
     kinds = (
         ("self", "the block itself, swapped and not"),
@@ -97,7 +97,7 @@ def similarity(models: Sequence[Analysed]) -> Figure:
         ("adjacent", "two neighbours"),
     )
     parts = ("attention", "mlp", "block")
-    with styled(11, 7.6) as figure:
+    with new_figure(11, 7.6) as figure:
         grid = figure.subplots(3, 3, sharex=True, sharey=True)
         for axes, part in zip(grid, parts, strict=True):
             for axis, (kind, words) in zip(axes, kinds, strict=True):
@@ -111,16 +111,16 @@ def similarity(models: Sequence[Analysed]) -> Figure:
                 if part == parts[-1]:
                     axis.set_xlabel("relative depth of the first of the two")
             axes[0].set_ylabel(f"cosine, {'MLP' if part == 'mlp' else part}")
-        finish(figure, models, grid[0][0])
+        add_title_and_legend(figure, models, grid[0][0])
     return figure
 
 
-def stages(models: Sequence[Analysed]) -> Figure:
+def stages(models: Sequence[ModelTables]) -> Figure:
     """The signals of figure 1, each as a share of its greatest value, over shaded stages: a panel for each model, and all signals of a single one."""
     alone = len(models) == 1
     columns = min(3, len(models))
     rows = -(-len(models) // columns)
-    with styled(11 if alone else 4.6 * columns, 8.6 if alone else 3.8 * rows) as figure:
+    with new_figure(11 if alone else 4.6 * columns, 8.6 if alone else 3.8 * rows) as figure:
         if alone:
             grid = figure.subplot_mosaic([["top"] * 3, list("abc"), list("def")], height_ratios=[1.5, 1, 1])
             panels = [grid["top"]]
@@ -138,7 +138,7 @@ def stages(models: Sequence[Analysed]) -> Figure:
     return figure
 
 
-def _figure_1(axis: Axes, model: Analysed) -> None:
+def _figure_1(axis: Axes, model: ModelTables) -> None:
     table = model.tables["stages"]
     _shade(axis, table, words=True)
     # Of neurons of both kinds, the same share: which outnumbers which is what counts.
@@ -225,8 +225,8 @@ def _shade(axis: Axes, table: pd.DataFrame, *, words: bool = False) -> None:
     axis.set_xlim(at(0), at(depth))
 
 
-def _panels(models: Sequence[Analysed], name: str, panels: Sequence[tuple[str, str, float]]) -> Figure:
-    with styled(3.7 * len(panels), 3.3 + 0.2 * (len(models) > 1)) as figure:
+def _panels(models: Sequence[ModelTables], name: str, panels: Sequence[tuple[str, str, float]]) -> Figure:
+    with new_figure(3.7 * len(panels), 3.3 + 0.2 * (len(models) > 1)) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (column, label, times) in zip(grid, panels, strict=True):
             for place, model in enumerate(models):
@@ -236,7 +236,7 @@ def _panels(models: Sequence[Analysed], name: str, panels: Sequence[tuple[str, s
             axis.set_xlabel(_DEPTH)
             axis.set_xlim(-0.02, 1.02)
             _from_zero(axis, *(times * model.tables[name][column] for model in models))
-        finish(figure, models, grid[0])
+        add_title_and_legend(figure, models, grid[0])
     return figure
 
 

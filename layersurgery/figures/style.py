@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from ..atomic_io import whole_file
+from ..atomic_io import atomic_file
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: Any = {
     "font.size": 9,
@@ -39,7 +39,7 @@ _STYLE: Any = {
 
 
 @dataclass(frozen=True, slots=True)
-class Analysed:
+class ModelTables:
     """A model's tables to draw.
 
     Attributes:
@@ -54,7 +54,7 @@ class Analysed:
 
 
 @contextmanager
-def styled(width: float, height: float) -> Iterator[Figure]:
+def new_figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of a size in inches."""
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
@@ -69,13 +69,13 @@ def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
         figure.set_layout_engine("none")
         for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
             path = directory / f"{name}.{kind}"
-            with whole_file(path) as partial, matplotlib.rc_context(_STYLE):
+            with atomic_file(path) as partial, matplotlib.rc_context(_STYLE):
                 figure.savefig(partial, format=kind, bbox_inches="tight", **options)
             written.append(path)
     return written
 
 
-def plainly(texts: Sequence[Text]) -> None:
+def disable_mathtext(texts: Sequence[Text]) -> None:
     """Names of models, files and plans may hold a dollar, and mean no formula."""
     for text in texts:
         text.set_parse_math(False)
@@ -86,16 +86,16 @@ def line(axis: Axes, x: Any, y: Any, error: Any, place: int, label: str, **style
     x, y, error = (np.asarray(values, float) for values in (x, y, error))
     if not np.isfinite(y).any():  # no line, no legend
         return
-    colour = COLOURS[place % len(COLOURS)]
+    colour = COLORS[place % len(COLORS)]
     axis.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
     axis.plot(x, y, **{"color": colour, "marker": MARKERS[place % len(MARKERS)], "label": label} | style)
 
 
-def finish(figure: Figure, models: Sequence[Analysed], axis: Axes, *, legend: bool = True) -> None:
+def add_title_and_legend(figure: Figure, models: Sequence[ModelTables], axis: Axes, *, legend: bool = True) -> None:
     """Say whose figure it is, and on what it was measured."""
     if len(models) > 1 and legend:
         names = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
-        plainly(names.get_texts())
+        disable_mathtext(names.get_texts())
     captions = list(dict.fromkeys(model.caption for model in models))
     if len(models) == 1:
         text = f"{models[0].label}: {captions[0]}"

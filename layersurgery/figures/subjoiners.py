@@ -8,15 +8,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .style import Analysed, finish, styled
+from .style import ModelTables, add_title_and_legend, new_figure
 
 _CLASSES = {1: "a word of one token", 4: "a word of four tokens"}
 _LETTERS = 9
 
 
-def subjoiners(models: Sequence[Analysed]) -> Figure:
+def subjoiners(models: Sequence[ModelTables]) -> Figure:
     """The score of every head, by layer; the head that is shown in `examples` is framed."""
-    with styled(4.4 * len(models), 4.2) as figure:
+    with new_figure(4.4 * len(models), 4.2) as figure:
         grid = figure.subplots(1, len(models), squeeze=False)[0]
         for axis, model in zip(grid, models, strict=True):
             table = model.tables["subjoiners"]
@@ -37,13 +37,13 @@ def subjoiners(models: Sequence[Analysed]) -> Figure:
             if len(models) > 1:
                 axis.set_title(model.label, loc="left", fontweight="bold", parse_math=False)
             figure.colorbar(image, label="attention to the word's first three tokens,\nless that to other text in their place")
-        finish(figure, models, grid[0], legend=False)
+        add_title_and_legend(figure, models, grid[0], legend=False)
     return figure
 
 
-def examples(models: Sequence[Analysed]) -> Figure:
+def examples(models: Sequence[ModelTables]) -> Figure:
     """What the last token of single windows attends to by the best head, with the tokens themselves (figure 9); a row for each model."""
-    with styled(15, 3.9 * len(models)) as figure:
+    with new_figure(15, 3.9 * len(models)) as figure:
         grid = figure.subplots(len(models), 2, squeeze=False)
         for axes, model in zip(grid, models, strict=True):
             table = model.tables["examples"]
@@ -70,7 +70,7 @@ def examples(models: Sequence[Analysed]) -> Figure:
                 whose = f"{model.label}: " if len(models) > 1 else ""
                 axis.set_title(f"{whose}layer {first.layer}, head {first['head']}: {words}", fontsize=10, parse_math=False)
             figure.colorbar(image, ax=axes, label="attention of the last token", fraction=0.02)
-        finish(figure, models, grid[0][0], legend=False)
+        add_title_and_legend(figure, models, grid[0][0], legend=False)
     return figure
 
 
@@ -80,4 +80,4 @@ def _short(token: str) -> str:
     return shown if len(shown) <= _LETTERS else f"{shown[: _LETTERS - 1]}…"
 
 
-MAKERS: dict[str, Callable[[Sequence[Analysed]], Figure]] = {"subjoiners": subjoiners, "examples": examples}
+MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {"subjoiners": subjoiners, "examples": examples}

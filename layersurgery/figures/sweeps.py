@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..plans.route import Route
-from .style import COLOURS, MARKERS, plainly, save, styled
+from .style import COLORS, MARKERS, disable_mathtext, new_figure, save
 
 _BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
 _PANELS = (
@@ -66,7 +66,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
     KL, predictions kept and the change of entropy, as in figure 3 of the paper (swap above drop) and its figures 13 to 15.
     """
     kinds = [edit for edit in _BY_LAYER if any((sweep.frame.edit == edit).any() for sweep in sweeps)]
-    with styled(11, 0.7 + 2.4 * len(kinds)) as figure:
+    with new_figure(11, 0.7 + 2.4 * len(kinds)) as figure:
         grid = figure.subplots(len(kinds), len(_PANELS), sharex=True, sharey="col", squeeze=False)
         for axes, kind in zip(grid, kinds, strict=True):
             for place, sweep in enumerate(sweeps):
@@ -91,7 +91,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
             axis.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         if len(sweeps) > 1:
             legend = figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps)))
-            plainly(legend.get_texts())
+            disable_mathtext(legend.get_texts())
         _entitle(figure, sweeps)
     return figure
 
@@ -99,7 +99,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
 def _label_spans(axis: Axes) -> None:
     """Several lengths of spans in one panel need a legend of their own."""
     if axis.get_legend_handles_labels()[1] and any(label.endswith(" blocks") for label in axis.get_legend_handles_labels()[1]):
-        plainly(axis.legend(fontsize=7).get_texts())
+        disable_mathtext(axis.legend(fontsize=7).get_texts())
 
 
 def _has_positive(sweeps: Sequence[Sweep], kind: str) -> bool:
@@ -124,7 +124,7 @@ def _line(axis: Axes, rows: pd.DataFrame, metric: str, place: int, label: str) -
     by = 100 if metric == "agreement" else 1
     x = rows.relative_depth.to_numpy(float)
     y, error = (by * rows[name].to_numpy(float) for name in (metric, f"{metric}_sem"))
-    colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    colour, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
     low = y - error
     if metric == "kl_nats":
         y = np.where(y > 0, y, np.nan)  # none at all has no place on a logarithmic axis
@@ -141,7 +141,7 @@ def swap_pairs(sweep: Sweep) -> Figure:
     for plan, value in zip(rows.plan, rows.kl_nats, strict=True):
         one, other = map(int, plan.split()[1:])
         square[one, other] = square[other, one] = value
-    with styled(6.4, 5.4) as figure:
+    with new_figure(6.4, 5.4) as figure:
         axis = figure.subplots()
         axis.grid(visible=False)
         found = square[np.isfinite(square) & (square > 0)]
@@ -157,15 +157,15 @@ def swap_pairs(sweep: Sweep) -> Figure:
 def plans(sweep: Sweep) -> Figure:
     """KL and predictions kept of plans of one's own: a bar for each, the mildest on top."""
     rows = sweep.frame[sweep.frame.edit == "plan"].sort_values("kl_nats", ascending=False)
-    with styled(9, 1.4 + 0.28 * len(rows)) as figure:
+    with new_figure(9, 1.4 + 0.28 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         names = [name if len(name) < 44 else f"{name[:40]} ..." for name in rows.name]
         places = np.arange(len(rows))
-        left.barh(places, rows.kl_nats, xerr=rows.kl_nats_sem, color=COLOURS[0], ecolor="#444444")
+        left.barh(places, rows.kl_nats, xerr=rows.kl_nats_sem, color=COLORS[0], ecolor="#444444")
         left.set_yticks(places, names)
-        plainly(left.get_yticklabels())
+        disable_mathtext(left.get_yticklabels())
         left.set_xlabel("KL from the unedited model (nats)")
-        right.barh(places, 100 * rows.agreement, xerr=100 * rows.agreement_sem, color=COLOURS[1], ecolor="#444444")
+        right.barh(places, 100 * rows.agreement, xerr=100 * rows.agreement_sem, color=COLORS[1], ecolor="#444444")
         right.set_xlabel("predictions kept (%)")
         right.set_xlim(0, 100)
         for axis in (left, right):

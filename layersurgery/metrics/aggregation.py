@@ -19,7 +19,7 @@ from .reference import METRICS
 Array = npt.NDArray[np.float64]
 
 
-class Sums:
+class MetricSums:
     """Sums of every metric, for every route, by sequence.
 
     Args:
@@ -44,9 +44,9 @@ class Sums:
         self._counts[sequence] = count
         self._values[sequence] = values
 
-    def merge(self, other: Sums) -> Sums:
+    def merge(self, other: MetricSums) -> MetricSums:
         """The sums over the sequences of both."""
-        merged = Sums(self.routes)
+        merged = MetricSums(self.routes)
         for part in (self, other):
             for sequence, count, values in part:
                 merged.add(sequence, count, values)
@@ -95,7 +95,7 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SequenceSums:
     """Sums by sequence, of all sequences that have a prediction.
 
     Attributes:
@@ -111,7 +111,7 @@ class Sample:
     observed: Array
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[int, Sequence[int], Array, Array]]) -> Sample:
+    def of(cls, batches: Iterable[tuple[int, Sequence[int], Array, Array]]) -> SequenceSums:
         """From batches: number of the first sequence, counts, values and observed."""
         ordered = sorted(batches, key=lambda batch: batch[0])
         counts = np.array([count for batch in ordered for count in batch[1]], float)
@@ -119,10 +119,10 @@ class Sample:
         numbers = [first + offset for first, of_batch, _, _ in ordered for offset, count in enumerate(of_batch) if count]
         return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
 
-    def sums(self, rows: Sequence[int] | None = None) -> Sums:
+    def sums(self, rows: Sequence[int] | None = None) -> MetricSums:
         """Those of metrics; of some rows only, if given."""
         chosen = range(self.values.shape[1]) if rows is None else rows
-        sums = Sums(len(chosen))
+        sums = MetricSums(len(chosen))
         for number, count, values in zip(self.numbers, self.counts, self.values, strict=True):
             sums.add(number, int(count), values[list(chosen)])
         return sums

@@ -10,7 +10,7 @@ import torch
 
 from ..runtime.float32_matmul import float32_products
 
-NEURONS, WORDS = 512, 2048
+NEURON_TILE, VOCAB_TILE = 512, 2048
 
 
 def moments(w_ND: torch.Tensor, u_VD: torch.Tensor) -> torch.Tensor:
@@ -24,12 +24,12 @@ def moments(w_ND: torch.Tensor, u_VD: torch.Tensor) -> torch.Tensor:
         u_VD: rows of length 1 (see `unit_rows`), float32 or float64.
     """
     middle_D = torch.zeros(u_VD.shape[1], dtype=torch.float64, device=u_VD.device)
-    for words in torch.split(u_VD, WORDS):
+    for words in torch.split(u_VD, VOCAB_TILE):
         middle_D += words.double().sum(0)
     middle_D /= len(u_VD)
     with float32_products("highest"), torch.autocast(u_VD.device.type, enabled=False):
         return torch.cat(
-            [_moments(unit_rows(part.to(u_VD.device, u_VD.dtype)), u_VD, middle_D) for part in torch.split(w_ND, NEURONS)], 1
+            [_moments(unit_rows(part.to(u_VD.device, u_VD.dtype)), u_VD, middle_D) for part in torch.split(w_ND, NEURON_TILE)], 1
         )
 
 
@@ -37,7 +37,7 @@ def _moments(w_ND: torch.Tensor, u_VD: torch.Tensor, middle_D: torch.Tensor) -> 
     mean_N = w_ND.double() @ middle_D
     minus = -mean_N.to(u_VD.dtype)[:, None]
     sums = torch.zeros(4, len(w_ND), dtype=torch.float64, device=u_VD.device)
-    for words in torch.split(u_VD, WORDS):
+    for words in torch.split(u_VD, VOCAB_TILE):
         x = torch.addmm(minus, w_ND, words.T)
         square = x * x
         # What rounding the mean has left.

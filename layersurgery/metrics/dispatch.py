@@ -26,7 +26,7 @@ import torch
 from ..runtime.float32_matmul import float32_products
 from ..runtime.unembedding import Readout, Unembedding
 from . import tiled
-from .tiled import Summary
+from .tiled import LogitStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Baseline:
 
     x_TD: torch.Tensor
     target_T: torch.Tensor
-    summary: Summary
+    stats: LogitStats
     mean_TD: torch.Tensor | None
     compiled: bool
 
@@ -66,36 +66,36 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
     """
     with _in_full(x_TD.device):
         target_T = target_T.to(x_TD.device)
-        summary = _summarise(readout, x_TD, target_T, compiled=compiled)
+        summary = _logit_stats(readout, x_TD, target_T, compiled=compiled)
         mean_TD = None
         if readout.affine:
             mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
             for rows in tiled.rows_of(readout, len(x_TD)):
                 lse = summary.lse[rows, None].to(x_TD.device)
                 for start, stop in tiled.slices(readout, rows.stop - rows.start):
-                    p_TC = readout.tile(x_TD[rows], start, stop).sub_(lse).exp_()
-                    mean_TD[rows] += readout.expected(p_TC, start, stop)
+                    p_TC = readout.logits_tile(x_TD[rows], start, stop).sub_(lse).exp_()
+                    mean_TD[rows] += readout.mean_weight_row(p_TC, start, stop)
         return Baseline(x_TD, target_T, summary, mean_TD, compiled)
 
 
 def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tensor:
     """All metrics of an edited model at the positions of the baseline: float64, in the order of `reference.METRICS`, (7, tokens)."""
     with _in_full(x_TD.device):
-        q = _summarise(readout, x_TD, base.target_T, compiled=base.compiled)
+        q = _logit_stats(readout, x_TD, base.target_T, compiled=base.compiled)
         if base.mean_TD is None:
-            kl = _divergence(readout, x_TD, base, q)
+            kl = _kl_not_affine(readout, x_TD, base, q)
         else:
-            kl = q.lse - base.summary.lse - _moved(readout, x_TD, base.x_TD, base.mean_TD).to(q.lse.device)
+            kl = q.lse - base.stats.lse - _kl_cross_term(readout, x_TD, base.x_TD, base.mean_TD).to(q.lse.device)
     # Rounding alone can make it negative.
     return _metrics(kl.clamp(min=0), q, base)
 
 
 def measure_unedited(base: Baseline) -> torch.Tensor:
     """The baseline's own row: the same, for the model as it is."""
-    return _metrics(torch.zeros_like(base.summary.lse), base.summary, base)
+    return _metrics(torch.zeros_like(base.stats.lse), base.stats, base)
 
 
-def fusible(readout: Readout, x_TD: torch.Tensor) -> bool:
+def can_fuse(readout: Readout, x_TD: torch.Tensor) -> bool:
     """Whether the fused kernel is the way: for half precision on CUDA. In float32, cuBLAS with a pass over each tile is left to it: Triton
     multiplies exact float32 without matrix units."""
     return (
@@ -116,27 +116,27 @@ def _triton_kernel() -> ModuleType | None:
     return triton_kernel
 
 
-def _summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool) -> Summary:
-    kernel = _triton_kernel() if fusible(readout, x_TD) else None
+def _logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool) -> LogitStats:
+    kernel = _triton_kernel() if can_fuse(readout, x_TD) else None
     if kernel is None:
-        return tiled.summarise(readout, x_TD, target_T, compiled=compiled)
+        return tiled.logit_stats(readout, x_TD, target_T, compiled=compiled)
     assert isinstance(readout, Unembedding)
     sums = kernel.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
-    return Summary.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
+    return LogitStats.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
 
 
-def _divergence(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Summary) -> torch.Tensor:
+def _kl_not_affine(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: LogitStats) -> torch.Tensor:
     """KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, where the readout is not affine."""
-    p, kernel = base.summary, _triton_kernel() if fusible(readout, x_TD) else None
+    p, kernel = base.stats, _triton_kernel() if can_fuse(readout, x_TD) else None
     if kernel is None:
-        moved = tiled.moved(readout, x_TD, p, base.x_TD)
+        moved = tiled.kl_cross_term(readout, x_TD, p, base.x_TD)
     else:
         assert isinstance(readout, Unembedding)
         moved = kernel.diverged(base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
     return moved - p.lse + q.lse
 
 
-def _moved(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
+def _kl_cross_term(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
     """(x_q - x_p) . mu, float64."""
     parts = [
         (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1) for rows in tiled.rows_of(readout, len(x_TD))
@@ -144,8 +144,8 @@ def _moved(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: 
     return torch.cat(parts)
 
 
-def _metrics(kl: torch.Tensor, q: Summary, base: Baseline) -> torch.Tensor:
-    p, bit = base.summary, math.log(2)
+def _metrics(kl: torch.Tensor, q: LogitStats, base: Baseline) -> torch.Tensor:
+    p, bit = base.stats, math.log(2)
     rows = [
         kl, (p.top == q.top).double(), q.entropy / bit, (q.entropy - p.entropy) / bit, q.loss, q.loss - p.loss,
         (q.top == base.target_T.to(q.top.device)).double(),

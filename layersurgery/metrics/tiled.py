@@ -24,7 +24,7 @@ Weigh = Callable[[torch.Tensor], Tensors]
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class LogitStats:
     """What is kept of one model's logits: float64, (tokens,).
 
     Attributes:
@@ -40,13 +40,13 @@ class Summary:
     top: torch.Tensor
 
     @classmethod
-    def of(cls, m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, wanted: torch.Tensor, top: torch.Tensor) -> Summary:
+    def of(cls, m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, wanted: torch.Tensor, top: torch.Tensor) -> LogitStats:
         """From the greatest logit m, S = sum e^(z-m), A = sum e^(z-m) (z-m), the target's logit and the place of m: entropy is log S - A/S."""
         lse = m + S.log()
         return cls(lse, S.log() - A / S, lse - wanted, top)
 
 
-def summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> Summary:
+def logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> LogitStats:
     """Read some positions.
 
     Args:
@@ -57,7 +57,7 @@ def summarise(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, c
     """
     weigh = _weigh_all if readout.rows is not None else _weigh_compiled if compiled else _weigh
     parts = [_of_rows(readout, x_TD[rows], target_T[rows], weigh) for rows in rows_of(readout, len(x_TD))]
-    return Summary.of(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return LogitStats.of(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def rows_of(readout: Readout, tokens: int) -> Iterator[slice]:
@@ -80,7 +80,7 @@ def _of_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, weigh
     """Running m, S and A, the target's logit and the place of m, as `Summary.of` takes them."""
     m = S = A = wanted = top = torch.empty(0)
     for start, stop in slices(readout, len(x_TD)):
-        z_TC = readout.tile(x_TD, start, stop)
+        z_TC = readout.logits_tile(x_TD, start, stop)
         here = target_T.to(z_TC.device) - start
         inside = (here >= 0) & (here < stop - start)
         hit = z_TC.gather(-1, here.clamp(0, stop - start - 1)[:, None])[:, 0].double()
@@ -171,13 +171,13 @@ def _compiled() -> Weigh:
     return loop
 
 
-def moved(readout: Readout, x_TD: torch.Tensor, p: Summary, p_x_TD: torch.Tensor) -> torch.Tensor:
+def kl_cross_term(readout: Readout, x_TD: torch.Tensor, p: LogitStats, p_x_TD: torch.Tensor) -> torch.Tensor:
     """sum_v p_v (z_p - z_q), float64, with the logits of both models side by side."""
     parts = []
     for rows in rows_of(readout, len(x_TD)):
         sums = torch.zeros_like(p.lse[rows])
         for start, stop in slices(readout, rows.stop - rows.start):
-            p_TC, q_TC = readout.tile(p_x_TD[rows], start, stop), readout.tile(x_TD[rows], start, stop)
+            p_TC, q_TC = readout.logits_tile(p_x_TD[rows], start, stop), readout.logits_tile(x_TD[rows], start, stop)
             weight = (p_TC - p.lse[rows, None].to(p_TC.device)).exp_()
             sums += torch.where(weight == 0, 0.0, weight * (p_TC - q_TC)).sum(-1).double()
         parts.append(sums)

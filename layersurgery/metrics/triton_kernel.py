@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-_MOST_PARTS = 32
+_MAX_SPLITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ FULL = (Tiling(64, 128, 32, 8, 3), Tiling(32, 64, 32, 4, 2))
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class LogitSums:
     """What one pass keeps of each token: float64, (tokens,); `top` is an index.
 
     Attributes:
@@ -201,7 +201,7 @@ def _diverging(
     tl.store(moved_out + part.to(tl.int64) * T + row, moved, mask=in_T)
 
 
-def summed(
+def logit_sums(
     x_TD: torch.Tensor,
     w_VD: torch.Tensor,
     target_T: torch.Tensor,
@@ -210,7 +210,7 @@ def summed(
     scale: float = 1,
     cap: float | None = None,
     tiling: Tiling | None = None,
-) -> Sums:
+) -> LogitSums:
     """One pass over the logits scale * (x w^T + bias), soft-capped as cap * tanh(logit / cap).
 
     Args:
@@ -223,7 +223,7 @@ def summed(
         tiling: how to cut the work; by the device if not given.
     """
     x_TD, w_VD = _rows_together(x_TD), _rows_together(w_VD)
-    tokens, cut = len(x_TD), _Cut(x_TD, w_VD, bias_V, scale, cap, tiling)
+    tokens, cut = len(x_TD), _LaunchConfig(x_TD, w_VD, bias_V, scale, cap, tiling)
     m, S, A, wanted = (x_TD.new_empty((cut.parts, tokens), dtype=torch.float32) for _ in range(4))
     top = x_TD.new_empty((cut.parts, tokens), dtype=torch.int32)
     target_T = target_T.to(x_TD.device).contiguous()
@@ -233,7 +233,7 @@ def summed(
     return _together(m, S, A, top, wanted)
 
 
-def diverged(
+def kl_terms(
     p_x_TD: torch.Tensor,
     q_x_TD: torch.Tensor,
     w_VD: torch.Tensor,
@@ -246,7 +246,7 @@ def diverged(
 ) -> torch.Tensor:
     """sum_v p_v (z_p - z_q), float64, (tokens,), with the logits of two models side by side; arguments as in `summed`."""
     p_x_TD, q_x_TD, w_VD = map(_rows_together, (p_x_TD, q_x_TD, w_VD))
-    tokens, cut = len(p_x_TD), _Cut(p_x_TD, w_VD, bias_V, scale, cap, tiling)
+    tokens, cut = len(p_x_TD), _LaunchConfig(p_x_TD, w_VD, bias_V, scale, cap, tiling)
     moved = p_x_TD.new_empty((cut.parts, tokens), dtype=torch.float32)
     _diverging[cut.grid](
         p_x_TD, q_x_TD, w_VD, cut.bias, p_lse_T.float().contiguous(), moved, tokens, *cut.sizes,
@@ -255,7 +255,7 @@ def diverged(
     return moved.double().sum(0)
 
 
-def _together(m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, top: torch.Tensor, wanted: torch.Tensor) -> Sums:
+def _together(m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, top: torch.Tensor, wanted: torch.Tensor) -> LogitSums:
     """The parts of the vocabulary as one: (parts, tokens) each."""
     m, S, A = m.double(), S.double(), A.double()
     peak = m.amax(0)
@@ -263,10 +263,10 @@ def _together(m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, top: torch.Tens
     first = m.argmax(0, keepdim=True)  # of equal ones the first
     chosen = top.gather(0, first)[0].long()
     # The target is in one part, and the others have added nothing.
-    return Sums(peak, (by * S).sum(0), (by * (A + (m - peak) * S)).sum(0), chosen, wanted.double().sum(0))
+    return LogitSums(peak, (by * S).sum(0), (by * (A + (m - peak) * S)).sum(0), chosen, wanted.double().sum(0))
 
 
-class _Cut:
+class _LaunchConfig:
     """Grid, sizes, scale and soft-cap, and compile-time constants of a launch."""
 
     def __init__(
@@ -285,7 +285,7 @@ class _Cut:
         blocks, tiles = triton.cdiv(tokens, tiling.tokens), triton.cdiv(vocabulary, tiling.vocabulary)
         # Enough programs for every multiprocessor to have several; no part is empty.
         wanted = triton.cdiv(4 * _processors(x_TD.device), max(1, blocks))
-        a_part = triton.cdiv(tiles, min(tiles, wanted, _MOST_PARTS))
+        a_part = triton.cdiv(tiles, min(tiles, wanted, _MAX_SPLITS))
         self.parts = triton.cdiv(tiles, a_part)
         self.grid = (blocks, self.parts)
         self.sizes = (vocabulary, width, a_part)

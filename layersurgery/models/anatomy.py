@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..plans.edits import Part
+from ..plans.edits import Branch
 from ..plans.route import Visit
-from .block_list import BlockList, locate, transformers_part
-from .block_parts import Parts, examine
-from .call_tracing import TOKENS, Call, first_tensor, resting, watched
-from .skipped_branch import Stub
+from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
+from .block_parts import BlockParts, find_block_parts
+from .call_tracing import TOKENS, Call, eval_no_grad, first_tensor, record_calls
+from .skipped_branch import SkipSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,7 @@ class Anatomy:
 
     model: str
     blocks: str
-    kinds: tuple[tuple[str, Parts], ...]
+    kinds: tuple[tuple[str, BlockParts], ...]
     kind_of: tuple[int, ...]
     signatures: tuple[object, ...]
     embedding: str | None
@@ -57,11 +57,11 @@ class Anatomy:
         """Number of blocks."""
         return len(self.kind_of)
 
-    def parts(self, block: int) -> Parts:
+    def parts(self, block: int) -> BlockParts:
         """The parts of one block."""
         return self.kinds[self.kind_of[block]][1]
 
-    def stubs(self, visit: Visit) -> tuple[Stub, ...]:
+    def skip_specs(self, visit: Visit) -> tuple[SkipSpec, ...]:
         """Stand-ins for what a visit leaves out of its block.
 
         Raises:
@@ -69,14 +69,14 @@ class Anatomy:
         """
         if visit.whole:
             return ()
-        part: Part = "attention" if visit.mlp else "mlp"
+        part: Branch = "attention" if visit.mlp else "mlp"
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
         if parts.fault:
             raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
-        stubs = parts.stubs(part)
-        if not stubs:
+        skips = parts.skips(part)
+        if not skips:
             raise UnsupportedEditError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
-        return stubs
+        return skips
 
     def rows(self) -> list[dict[str, str]]:
         """One row for each run of blocks of one kind, as text."""
@@ -122,8 +122,8 @@ class Anatomy:
         return captured.get().rstrip()
 
 
-def _skippable(parts: Parts) -> list[str]:
-    return [name for name, stubs in (("attention", parts.attention_stubs), ("MLP", parts.mlp_stubs)) if stubs]
+def _skippable(parts: BlockParts) -> list[str]:
+    return [name for name, skips in (("attention", parts.attention_skips), ("MLP", parts.mlp_skips)) if skips]
 
 
 def _short(names: list[str]) -> list[str]:
@@ -144,19 +144,19 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
     Raises:
         InexpressibleError: it does not run its blocks once each and in order, or cannot be run; with what was found.
     """
-    found = locate(model, blocks)
+    found = find_decoder_blocks(model, blocks)
     # A compiled model would be compiled anew for seven tokens.
-    with resting(model), torch.compiler.set_stance("force_eager"):
+    with eval_no_grad(model), torch.compiler.set_stance("force_eager"):
         calls, final_norm = _recorded(model, found)
         _check_order(model, found, calls)
-        kinds: list[tuple[str, Parts]] = []
+        kinds: list[tuple[str, BlockParts]] = []
         seen: dict[object, int] = {}
         kind_of = []
         for block, call in zip(found.blocks, calls, strict=True):
-            kind = signature(block)
+            kind = block_signature(block)
             if kind not in seen:
                 seen[kind] = len(kinds)
-                kinds.append((type(block).__name__, examine(block, call)))
+                kinds.append((type(block).__name__, find_block_parts(block, call)))
             kind_of.append(seen[kind])
     return Anatomy(
         model=type(model).__name__,
@@ -170,7 +170,7 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
     )
 
 
-def signature(block: nn.Module) -> object:
+def block_signature(block: nn.Module) -> object:
     """What two blocks of one kind have in common."""
     return (
         tuple((name, type(module)) for name, module in block.named_modules()),
@@ -184,12 +184,12 @@ def _recorded(model: nn.Module, found: BlockList) -> tuple[list[Call], str | Non
     norms = dict(_beside(model, found.path))
     places: list[tuple[nn.Module, str, str]] = [(found.blocks, str(number), f"block {number}") for number in range(count)]
     places += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in norms]
-    with watched(places) as log:
-        run_small(model)
+    with record_calls(places) as log:
+        probe_forward(model)
     calls = [call for call in log.calls if call.name.startswith("block ")]
     last = first_tensor(calls[-1].output) if calls else None
     for call in log.calls:
-        where = call.stream()
+        where = call.hidden_states_argument()
         if call.name in norms and where is not None and last is not None:
             given = call[where].flatten()
             if given.numel() == last.numel() and torch.equal(given, last.flatten().to(given.device)):
@@ -203,8 +203,8 @@ def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
     Raises:
         InexpressibleError: the model raised, or did not run the block.
     """
-    with watched([(blocks, str(place), "block")]) as log:
-        run_small(model)
+    with record_calls([(blocks, str(place), "block")]) as log:
+        probe_forward(model)
     if not log.calls:
         raise UnsupportedEditError(f"{type(model).__name__} did not run its block {place}")
     return log.calls[0]
@@ -223,14 +223,14 @@ def _beside(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     ]  # fmt: skip
 
 
-def run_small(model: nn.Module, tokens: int = TOKENS) -> None:
+def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
     """One forward without cache on one short sequence.
 
     Raises:
         InexpressibleError: the model raised.
     """
     try:
-        model = transformers_part(model)
+        model = unwrap_transformers(model)
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
         model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
@@ -255,7 +255,7 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
                 "call of a block by itself would add to it; take the model without it"
             )
     for number, (before, after) in enumerate(pairwise(calls)):
-        output, where = first_tensor(before.output), after.stream()
+        output, where = first_tensor(before.output), after.hidden_states_argument()
         if output is not None and bool(output.isnan().any()):
             raise UnsupportedEditError(
                 f"{type(model).__name__}: block {number} returns NaN on seven tokens; look at its weights, or in half precision try another dtype"
@@ -268,7 +268,7 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
 
 def _path_of(model: nn.Module, getter: str) -> str | None:
     try:
-        wanted = getattr(transformers_part(model), getter)()
+        wanted = getattr(unwrap_transformers(model), getter)()
     except (AttributeError, NotImplementedError):
         return None
     return next((name for name, module in model.named_modules() if module is wanted), None)

@@ -21,7 +21,7 @@ class BlockList:
     blocks: nn.ModuleList
 
 
-def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module, *, path: str | None = None) -> BlockList:
+def find_block_list(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module, *, path: str | None = None) -> BlockList:
     """Find the list of decoder blocks: the outermost `nn.ModuleList` that is as long as the config says the model is deep.
 
     Args:
@@ -62,7 +62,7 @@ def find_blocks(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module,
     return BlockList(outer[0], lists[outer[0]])
 
 
-def transformers_part(model: nn.Module) -> Any:
+def unwrap_transformers(model: nn.Module) -> Any:
     """The model itself, or, in a wrapper that passes nothing on (DDP), the model of transformers within.
 
     Raises:
@@ -71,7 +71,9 @@ def transformers_part(model: nn.Module) -> Any:
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "get_text_config"):
             return module
-    raise UnsupportedEditError(f"{type(model).__name__} has no transformers config; only models of transformers can be operated on")
+    raise UnsupportedEditError(
+        f"{type(model).__name__} has no transformers config; only models of transformers can be operated on"
+    )
 
 
 def text_config(model: nn.Module) -> Any:
@@ -80,7 +82,7 @@ def text_config(model: nn.Module) -> Any:
     Raises:
         InexpressibleError: the model has none.
     """
-    config = transformers_part(model).config
+    config = unwrap_transformers(model).config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedEditError(
             f"{type(model).__name__} is an encoder with a decoder, and an edit could not say which of the two it means; decoder-only models "
@@ -89,7 +91,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def locate(model: nn.Module, blocks: str | None = None) -> BlockList:
+def find_decoder_blocks(model: nn.Module, blocks: str | None = None) -> BlockList:
     """The decoder blocks of a loaded model, by its own config.
 
     Args:
@@ -104,4 +106,4 @@ def locate(model: nn.Module, blocks: str | None = None) -> BlockList:
         raise UnsupportedEditError(
             f"the config of {type(model).__name__} gives no number of layers (num_hidden_layers is {depth!r})"
         )
-    return find_blocks(model, depth, path=blocks)
+    return find_block_list(model, depth, path=blocks)

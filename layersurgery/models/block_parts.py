@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..plans.edits import Part
-from .block_view import view
-from .call_tracing import Call, by_token, first_tensor, noise, watched
+from ..plans.edits import Branch
+from .block_view import share_parameters
+from .call_tracing import Call, first_tensor, is_per_token, random_like, record_calls
 from .output_projections import output_parameters
-from .skipped_branch import Silent, Stub, silence
+from .skipped_branch import SkippedBranch, SkipSpec, install_skips
 
 # Output that depends on other tokens by more than this share of how it depends on its own; a mixture of experts' rounding,
 # which depends on which tokens are computed together, stays far below.
@@ -28,7 +28,7 @@ _MIXES = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class BlockParts:
     """What one kind of block is made of; paths are within the block.
 
     Attributes:
@@ -46,78 +46,78 @@ class Parts:
     mlp: tuple[str, ...]
     norms_before: tuple[str, ...] = ()
     norms_after: tuple[str, ...] = ()
-    attention_stubs: tuple[Stub, ...] = ()
-    mlp_stubs: tuple[Stub, ...] = ()
+    attention_skips: tuple[SkipSpec, ...] = ()
+    mlp_skips: tuple[SkipSpec, ...] = ()
     parallel: bool | None = None
     fault: str = ""
 
-    def stubs(self, part: Part) -> tuple[Stub, ...]:
+    def skips(self, part: Branch) -> tuple[SkipSpec, ...]:
         """Stand-ins for one branch."""
-        return self.attention_stubs if part == "attention" else self.mlp_stubs
+        return self.attention_skips if part == "attention" else self.mlp_skips
 
-    def outputs(self, part: Part) -> tuple[str, ...]:
+    def outputs(self, branch: Branch) -> tuple[str, ...]:
         """Parameters that write one branch into the residual stream."""
-        return tuple(name for stub in self.stubs(part) for name in stub.outputs)
+        return tuple(name for skip in self.skips(branch) for name in skip.outputs)
 
 
-def examine(block: nn.Module, call: Call) -> Parts:
+def find_block_parts(block: nn.Module, call: Call) -> BlockParts:
     """Find the parts of a block.
 
     Args:
         block: one decoder block, in evaluation mode; it is not changed.
         call: a call of it in its own model, with a batch of one sequence of `witness.TOKENS` tokens.
     """
-    where = call.stream()
+    where = call.hidden_states_argument()
     if where is None:
-        return Parts((), (), fault="it is not given a residual stream of (1, tokens, width)")
-    trial = Trial(block, call, noise(call[where], 1))
+        return BlockParts((), (), fault="it is not given a residual stream of (1, tokens, width)")
+    trial = BlockProbe(block, call, random_like(call[where], 1))
     try:
         mixers, rest, calls = _sort(trial)
-        found = Parts(tuple(c.name for c in mixers), tuple(c.name for c in rest))
-        fault = _in_a_row(trial, mixers)
+        found = BlockParts(tuple(c.name for c in mixers), tuple(c.name for c in rest))
+        fault = _is_sequential(trial, mixers)
         if fault:
             return replace(found, fault=fault)
-        stubs = [_stubs(trial, units, calls) for units in (mixers, rest)]
-        stubs[0] = [replace(stub, keeps_row=place == 0) for place, stub in enumerate(stubs[0])]
+        skips = [_skip_specs(trial, units, calls) for units in (mixers, rest)]
+        skips[0] = [replace(skip, updates_cache=place == 0) for place, skip in enumerate(skips[0])]
         before, after = _norms(trial, calls, [*mixers, *rest])
-        return _confirm(trial, replace(found, norms_before=before, norms_after=after), stubs)
+        return _confirm(trial, replace(found, norms_before=before, norms_after=after), skips)
     except UnsupportedEditError as error:
-        return Parts((), (), fault=str(error))
+        return BlockParts((), (), fault=str(error))
 
 
-class Trial:
+class BlockProbe:
     """A block, what it was given, and a stream of random numbers to give it instead."""
 
     def __init__(self, block: nn.Module, call: Call, stream: torch.Tensor) -> None:
         self.block, self.call, self.stream = block, call, stream
-        where = call.stream()
+        where = call.hidden_states_argument()
         assert where is not None
         self.where = where
 
     def run(self, block: nn.Module, stream: torch.Tensor | None = None) -> torch.Tensor:
         """What the stream is after `block`."""
-        args, kwargs = self.call.given(self.where, self.stream if stream is None else stream)
+        args, kwargs = self.call.with_argument(self.where, self.stream if stream is None else stream)
         output = first_tensor(block(*args, **kwargs))
         if output is None or output.shape != self.stream.shape:
             raise UnsupportedEditError("it does not return the residual stream")
         return output.clone()
 
-    def without(self, stubs: Iterable[Stub], stream: torch.Tensor | None = None) -> torch.Tensor:
+    def without(self, skips: Iterable[SkipSpec], stream: torch.Tensor | None = None) -> torch.Tensor:
         """The same, some modules replaced."""
-        silenced = view(self.block)
-        silence(silenced, list(stubs))
+        silenced = share_parameters(self.block)
+        install_skips(silenced, list(skips))
         return self.run(silenced, stream)
 
     def calls(self, paths: Sequence[str], block: nn.Module | None = None) -> list[Call]:
         """Calls of the modules at `paths` during one run."""
-        block = view(self.block) if block is None else block
+        block = share_parameters(self.block) if block is None else block
         places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in paths]
-        with watched(places) as log:
+        with record_calls(places) as log:
             self.run(block)
         return log.calls
 
 
-def _sort(trial: Trial) -> tuple[list[Call], list[Call], list[Call]]:
+def _sort(trial: BlockProbe) -> tuple[list[Call], list[Call], list[Call]]:
     """Modules that mix tokens, other modules with weight matrices, and all calls; in the order in which they run."""
     paths = list(_runnable(trial.block, ""))
     for _ in range(3):
@@ -148,77 +148,77 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _works(module: nn.Module) -> bool:
     """Whether a module may be one of attention or MLP; one that is skipped already is neither."""
-    skipped = {id(inner) for outer in module.modules() if isinstance(outer, Silent) for inner in outer.parameters()}
+    skipped = {id(inner) for outer in module.modules() if isinstance(outer, SkippedBranch) for inner in outer.parameters()}
     return any(parameter.dim() > 1 and id(parameter) not in skipped for parameter in module.parameters())
 
 
 def _streams(output: Any, like: torch.Tensor) -> list[torch.Tensor]:
     values = output if isinstance(output, tuple | list) else [output]
-    return [value for value in values if by_token(value) and value.shape[-1] == like.shape[-1]]
+    return [value for value in values if is_per_token(value) and value.shape[-1] == like.shape[-1]]
 
 
 def _mixes(module: nn.Module, call: Call) -> bool:
     """Whether the last token's output changes when only other tokens' input does."""
-    where = call.stream()
+    where = call.hidden_states_argument()
     if where is None:
         return False
-    other = noise(call[where], 2)
+    other = random_like(call[where], 2)
     other[..., -1, :] = call[where][..., -1, :]
-    return _last_follows(*(first_tensor(_again(module, call, where, hidden)) for hidden in (call[where], other)))
+    return _last_follows(*(first_tensor(_call_with(module, call, where, hidden)) for hidden in (call[where], other)))
 
 
-def _again(module: nn.Module, call: Call, where: int | str, value: torch.Tensor) -> Any:
-    args, kwargs = call.given(where, value)
+def _call_with(module: nn.Module, call: Call, where: int | str, value: torch.Tensor) -> Any:
+    args, kwargs = call.with_argument(where, value)
     return module(*args, **kwargs)
 
 
 def _last_follows(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None or not by_token(one):
+    if one is None or other is None or not is_per_token(one):
         return False
     change = (one.float() - other.float()).norm(dim=-1).flatten()
     return bool(change[-1] > _MIXES * change[:-1].mean())
 
 
-def _in_a_row(trial: Trial, mixers: list[Call]) -> str:
+def _is_sequential(trial: BlockProbe, mixers: list[Call]) -> str:
     """What to say of a block in which one module that mixes tokens reads another's output."""
     for first, second in pairwise(mixers):
-        (stub,) = _stubs(trial, [first], [])
-        silenced = view(trial.block)
-        silence(silenced, [stub])
+        (skip,) = _skip_specs(trial, [first], [])
+        silenced = share_parameters(trial.block)
+        install_skips(silenced, [skip])
         (call,) = trial.calls([second.name], silenced)
-        where = second.stream()
+        where = second.hidden_states_argument()
         assert where is not None
         if not torch.equal(call[where], second[where]):
             return f"{first.name} and {second.name} both mix tokens, one after the other, so neither alone is its attention"
     return ""
 
 
-def _stubs(trial: Trial, units: list[Call], calls: list[Call]) -> list[Stub]:
-    stubs = []
+def _skip_specs(trial: BlockProbe, units: list[Call], calls: list[Call]) -> list[SkipSpec]:
+    skips = []
     width = trial.stream.shape[-1]
     for call in units:
-        where, output = call.stream(), first_tensor(call.output)
+        where, output = call.hidden_states_argument(), first_tensor(call.output)
         if where is None or output is None:
             raise UnsupportedEditError(f"{call.name} is not given one row for each token, or returns none")
-        writes = by_token(output) and output.shape[-1] == width
+        writes = is_per_token(output) and output.shape[-1] == width
         residual = _residual(trial, call, where, output) if writes else None
         outputs = _written_by(trial.block, call.name, width) if writes else ()
         length = len(call.output) if isinstance(call.output, tuple | list) else None
-        stubs.append(
-            Stub(
+        skips.append(
+            SkipSpec(
                 call.name,
                 where,
                 output.shape[-1],
                 length,
                 residual,
-                hands_on=not writes,
+                passthrough=not writes,
                 outputs=outputs or (),
                 savable=outputs is not None,
             )
         )
         if writes and residual is None:
-            stubs += [_after(trial, norm) for norm in calls if _reads(norm, output) and _is_norm(trial, norm)]
-    return stubs
+            skips += [_after(trial, norm) for norm in calls if _reads(norm, output) and _is_norm(trial, norm)]
+    return skips
 
 
 def _written_by(block: nn.Module, path: str, width: int) -> tuple[str, ...] | None:
@@ -229,40 +229,40 @@ def _written_by(block: nn.Module, path: str, width: int) -> tuple[str, ...] | No
         return None
 
 
-def _residual(trial: Trial, call: Call, where: int | str, output: torch.Tensor) -> int | str | None:
+def _residual(trial: BlockProbe, call: Call, where: int | str, output: torch.Tensor) -> int | str | None:
     """The argument that the module adds to its output, if there is one."""
     module = trial.block.get_submodule(call.name)
     for other, value in call.tensors():
         if other != where and value.shape == output.shape:
-            nudge = noise(value, 3)
-            changed = first_tensor(_again(module, call, other, value + nudge))
+            nudge = random_like(value, 3)
+            changed = first_tensor(_call_with(module, call, other, value + nudge))
             assert changed is not None
             if torch.allclose((changed - output).float(), nudge.float(), rtol=0.05, atol=0.05 * nudge.float().std().item()):
                 return other
     return None
 
 
-def _is_norm(trial: Trial, call: Call) -> bool:
+def _is_norm(trial: BlockProbe, call: Call) -> bool:
     module = trial.block.get_submodule(call.name)
     return not _has_matrix(module) and (any(True for _ in module.parameters()) or "norm" in type(module).__name__.lower())
 
 
 def _reads(call: Call, value: torch.Tensor) -> bool:
-    where = call.stream()
+    where = call.hidden_states_argument()
     return where is not None and call[where].shape == value.shape and torch.equal(call[where], value)
 
 
-def _after(trial: Trial, norm: Call) -> Stub:
-    where = norm.stream()
+def _after(trial: BlockProbe, norm: Call) -> SkipSpec:
+    where = norm.hidden_states_argument()
     assert where is not None
     module = trial.block.get_submodule(norm.name)
     bias = (f"{norm.name}.bias",) if getattr(module, "bias", None) is not None else ()
-    return Stub(norm.name, where, norm[where].shape[-1], outputs=bias)
+    return SkipSpec(norm.name, where, norm[where].shape[-1], outputs=bias)
 
 
-def _norms(trial: Trial, calls: list[Call], units: list[Call]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _norms(trial: BlockProbe, calls: list[Call], units: list[Call]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Norms whose output a branch reads, and norms that read a branch's output."""
-    inputs = [call[where] for call in units if (where := call.stream()) is not None]
+    inputs = [call[where] for call in units if (where := call.hidden_states_argument()) is not None]
     outputs = [output for call in units if (output := first_tensor(call.output)) is not None]
     names = {call.name for call in units}
     norms = [call for call in calls if call.name not in names and _is_norm(trial, call)]
@@ -276,16 +276,16 @@ def _norms(trial: Trial, calls: list[Call], units: list[Call]) -> tuple[tuple[st
     after = [
         call.name
         for call in norms
-        if call.name not in before and (where := call.stream()) is not None and same(call[where], outputs)
+        if call.name not in before and (where := call.hidden_states_argument()) is not None and same(call[where], outputs)
     ]
     return tuple(before), tuple(after)
 
 
-def _confirm(trial: Trial, found: Parts, stubs: list[list[Stub]]) -> Parts:
+def _confirm(trial: BlockProbe, found: BlockParts, skips: list[list[SkipSpec]]) -> BlockParts:
     """Try the stand-ins; those that only save the cost of preparing input are given up where they do not fit."""
     fault = ""
-    for attempt in (stubs, [[stub for stub in part if not stub.hands_on] for part in stubs]):
-        silenced = replace(found, attention_stubs=tuple(attempt[0]), mlp_stubs=tuple(attempt[1]))
+    for attempt in (skips, [[skip for skip in part if not skip.passthrough] for part in skips]):
+        silenced = replace(found, attention_skips=tuple(attempt[0]), mlp_skips=tuple(attempt[1]))
         try:
             parallel, fault = _laws(trial, silenced)
         except Exception as error:  # a block may raise anything on what a stand-in returns
@@ -295,45 +295,45 @@ def _confirm(trial: Trial, found: Parts, stubs: list[list[Stub]]) -> Parts:
     return replace(found, fault=fault)
 
 
-def _with_outputs(trial: Trial, parts: Parts) -> Parts:
+def _with_outputs(trial: BlockProbe, parts: BlockParts) -> BlockParts:
     """Keep the output parameters only where zeroing them does what leaving the branch out does."""
 
-    def kept(part: Part) -> tuple[Stub, ...]:
-        stubs = parts.stubs(part)
-        zeroed = view(trial.block)
+    def kept(part: Branch) -> tuple[SkipSpec, ...]:
+        skips = parts.skips(part)
+        zeroed = share_parameters(trial.block)
         for name in parts.outputs(part):
             owner, _, key = name.rpartition(".")
             parameters = zeroed.get_submodule(owner)._parameters
             held = parameters[key]
             assert held is not None
             if held.is_meta:  # offloaded: it cannot be tried here
-                return stubs
+                return skips
             parameters[key] = nn.Parameter(torch.zeros_like(held), requires_grad=False)
-        if torch.equal(trial.run(zeroed), trial.without(stubs)):
-            return stubs
-        return tuple(replace(stub, outputs=(), savable=False) for stub in stubs)
+        if torch.equal(trial.run(zeroed), trial.without(skips)):
+            return skips
+        return tuple(replace(skip, outputs=(), savable=False) for skip in skips)
 
-    return replace(parts, attention_stubs=kept("attention"), mlp_stubs=kept("mlp"))
+    return replace(parts, attention_skips=kept("attention"), mlp_skips=kept("mlp"))
 
 
-def _laws(trial: Trial, parts: Parts) -> tuple[bool | None, str]:
+def _laws(trial: BlockProbe, parts: BlockParts) -> tuple[bool | None, str]:
     """Whether its branches are parallel, and what speaks against the block being stream + attention + MLP."""
     stream = trial.stream
     whole = trial.run(trial.block)
-    if not torch.equal(trial.without([*parts.attention_stubs, *parts.mlp_stubs]), stream):
+    if not torch.equal(trial.without([*parts.attention_skips, *parts.mlp_skips]), stream):
         listed = ", ".join([*parts.attention, *parts.mlp]) or "nothing"
         return None, f"without {listed} it does not return its input, so it is not the stream plus attention plus MLP"
     if not parts.attention or not parts.mlp:
         return None, ""
-    other = noise(stream, 4)
+    other = random_like(stream, 4)
     other[..., -1, :] = stream[..., -1, :]
-    no_attention, no_mlp = trial.without(parts.attention_stubs), trial.without(parts.mlp_stubs)
-    if _last_follows(no_attention, trial.without(parts.attention_stubs, other)):
+    no_attention, no_mlp = trial.without(parts.attention_skips), trial.without(parts.mlp_skips)
+    if _last_follows(no_attention, trial.without(parts.attention_skips, other)):
         return None, f"without {', '.join(parts.attention)} its tokens still mix"
     if torch.equal(no_attention, whole) or torch.equal(no_mlp, whole):
         return None, "leaving a branch out changes nothing, so the branch is elsewhere"
-    if _close(trial.without(parts.attention_stubs, no_mlp), whole, stream) or _close(
-        trial.without(parts.mlp_stubs, no_attention), whole, stream
+    if _close(trial.without(parts.attention_skips, no_mlp), whole, stream) or _close(
+        trial.without(parts.mlp_skips, no_attention), whole, stream
     ):
         return False, ""
     if _close(no_attention + no_mlp - stream, whole, stream):

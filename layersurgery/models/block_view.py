@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 Copies = Mapping[int, nn.Module]
 
 
-def view(block: nn.Module) -> nn.Module:
+def share_parameters(block: nn.Module) -> nn.Module:
     """A module tree of the same classes that shares every parameter with `block` and no module.
 
     Assigning to an attribute of one is not seen in the other; changing a parameter's values is. What a library has bound to the
@@ -86,7 +86,7 @@ def _rebound_partial(value: functools.partial[Any], copies: Copies) -> functools
     return bound
 
 
-def own_tensors(block: nn.Module) -> None:
+def clone_in_state_dict(block: nn.Module) -> None:
     """Make `block.state_dict()` bring copies, so that a model which holds a view beside its original can be saved.
 
     Safetensors refuses tensors that share memory. Parameters themselves (`keep_vars=True`) stay shared.
@@ -124,7 +124,7 @@ def positions(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, int]]:
                 yield attributes, name, value
 
 
-def check_positions(block: nn.Module, place: int) -> None:
+def check_positions(block: nn.Module, position: int) -> None:
     """Refuse a block that counts its position otherwise than from the list it stands in.
 
     Raises:
@@ -138,8 +138,8 @@ def check_positions(block: nn.Module, place: int) -> None:
                 "runs, so a block that moves would compute something else"
             )
     for _, name, value in positions(block):
-        if value - place not in (0, 1):
+        if value - position not in (0, 1):
             raise UnsupportedEditError(
-                f"a module of block {place} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
+                f"a module of block {position} ({type(block).__name__}) has {name} = {value}, and what it counts is not known, so the block "
                 "cannot be moved"
             )

@@ -35,19 +35,19 @@ class Call:
         """Floating-point tensors among the arguments that have a row for each token: (..., TOKENS, width)."""
         places: list[Where] = [*range(len(self.args)), *self.kwargs]
         for where in places:
-            if by_token(self[where]):
+            if is_per_token(self[where]):
                 yield where, self[where]
 
-    def stream(self) -> Where | None:
+    def hidden_states_argument(self) -> Where | None:
         """Where the hidden states are: the first such argument, or the one named so."""
-        if by_token(self.kwargs.get("hidden_states")):
+        if is_per_token(self.kwargs.get("hidden_states")):
             return "hidden_states"
         return next((where for where, _ in self.tensors()), None)
 
     def __getitem__(self, where: Where) -> Any:
         return self.args[where] if isinstance(where, int) else self.kwargs[where]
 
-    def given(self, where: Where, value: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_argument(self, where: Where, value: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments but for one, which is copied, for some modules add in place."""
         value = value.clone()
         if isinstance(where, int):
@@ -55,7 +55,7 @@ class Call:
         return self.args, {**self.kwargs, where: value}
 
 
-def by_token(value: object) -> bool:
+def is_per_token(value: object) -> bool:
     """Whether this is a tensor of hidden values with one row for each token."""
     return (
         isinstance(value, torch.Tensor)
@@ -73,17 +73,17 @@ def first_tensor(output: Any) -> torch.Tensor | None:
 
 
 @dataclass(slots=True)
-class Log:
+class CallLog:
     """Calls in the order in which they began."""
 
     calls: list[Call] = field(default_factory=list)
 
-    def of(self, name: str) -> list[Call]:
+    def of_module(self, name: str) -> list[Call]:
         """Calls of one module."""
         return [call for call in self.calls if call.name == name]
 
 
-class StandIn(nn.Module):
+class ModuleWrapper(nn.Module):
     """Stands in a module's place; what others read off the module, they still find."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -98,10 +98,10 @@ class StandIn(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
 
-class Witness(StandIn):
+class RecordingWrapper(ModuleWrapper):
     """Runs a module in its place and keeps what was given and what came out."""
 
-    def __init__(self, name: str, module: nn.Module, log: Log) -> None:
+    def __init__(self, name: str, module: nn.Module, log: CallLog) -> None:
         super().__init__(module)
         self.name, self.log = name, log
 
@@ -125,11 +125,11 @@ def _kept(value: Any) -> Any:
 
 
 @contextmanager
-def watched(places: list[tuple[nn.Module, str, str]]) -> Iterator[Log]:
+def record_calls(modules: list[tuple[nn.Module, str, str]]) -> Iterator[CallLog]:
     """Put a witness in each place (parent module, its child's key, the name to log under), and take it out again."""
-    log = Log()
-    stand_ins = [Witness(name, _child(parent, key), log) for parent, key, name in places]
-    with replaced([(parent, key) for parent, key, _ in places], stand_ins):
+    log = CallLog()
+    stand_ins = [RecordingWrapper(name, _child(parent, key), log) for parent, key, name in modules]
+    with replace_modules([(parent, key) for parent, key, _ in modules], stand_ins):
         yield log
 
 
@@ -140,11 +140,11 @@ def _child(parent: nn.Module, key: str) -> nn.Module:
 
 
 @contextmanager
-def replaced(places: Sequence[tuple[nn.Module, str]], stand_ins: Sequence[nn.Module]) -> Iterator[None]:
+def replace_modules(places: Sequence[tuple[nn.Module, str]], wrappers: Sequence[nn.Module]) -> Iterator[None]:
     """Put modules into places (parent module, its child's key) while the `with` block lasts."""
     originals = [(parent, key, parent._modules[key]) for parent, key in places]
     try:
-        for (parent, key), module in zip(places, stand_ins, strict=True):
+        for (parent, key), module in zip(places, wrappers, strict=True):
             parent._modules[key] = module
         yield
     finally:
@@ -153,7 +153,7 @@ def replaced(places: Sequence[tuple[nn.Module, str]], stand_ins: Sequence[nn.Mod
 
 
 @contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
+def eval_no_grad(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients, each module's own mode restored at the end."""
     training = [module for module in model.modules() if module.training]
     try:
@@ -166,7 +166,7 @@ def resting(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def noise(like: torch.Tensor, seed: int) -> torch.Tensor:
+def random_like(like: torch.Tensor, seed: int) -> torch.Tensor:
     """Random numbers of the size of the values of `like`, from a generator of our own."""
     drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
     scale = like.float().std().item() or 1.0

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import UnsupportedEditError, SourceError
+from ..errors import SourceError, UnsupportedEditError
 from ..plans.route import Route
 
 Json = dict[str, Any]
@@ -74,7 +74,7 @@ _PREFIX_COUNTS = frozenset(("first_k_dense_replace", "num_dense_layers", "num_ha
 _SUFFIX_COUNTS = frozenset(("num_kv_shared_layers",))
 # One number from which a class works out what each position is, and the value at which all positions are alike. From the
 # first kind it makes a list, and takes that list from the config instead; nothing can be said instead of the second kind.
-DERIVED: Mapping[str, object] = {
+POSITIONAL_WITH_LIST: Mapping[str, object] = {
     "sliding_window_pattern": 1,
     "_sliding_window_pattern": 1,
     "max_window_layers": 0,
@@ -83,7 +83,7 @@ DERIVED: Mapping[str, object] = {
     "global_attn_every_n_layers": 1,
 }
 # Types whose layers are all alike by their class, so that what config.json says is all there is to say.
-UNIFORM = frozenset(
+IDENTICAL_LAYER_TYPES = frozenset(
     [
         "bloom",
         "codegen",
@@ -109,7 +109,7 @@ UNIFORM = frozenset(
         "starcoder2",
     ]
 )
-BARE: Mapping[str, object] = {
+POSITIONAL_ONLY: Mapping[str, object] = {
     "attn_layer_offset": 0,
     "attn_layer_period": 1,
     "cross_attention_frequency": 1,
@@ -127,7 +127,7 @@ _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class DecoderSection:
     """The part of config.json that describes the text decoder.
 
     Attributes:
@@ -149,7 +149,7 @@ class Section:
         return config
 
 
-def find_section(config: Json, depth_field: str | None = None) -> Section:
+def find_section(config: Json, depth_field: str | None = None) -> DecoderSection:
     """Find the decoder's section and depth.
 
     Args:
@@ -165,7 +165,7 @@ def find_section(config: Json, depth_field: str | None = None) -> Section:
             depth = section[names[0]]
             fields = tuple(dict.fromkeys(name for name in names if section[name] == depth))
             extra = max((section[name] for name in _EXTRA_FIELDS if _count(section.get(name))), default=0)
-            return Section(path, fields, depth, extra)
+            return DecoderSection(path, fields, depth, extra)
     raise SourceError(
         f"config.json has no number of layers: none of {', '.join(DEPTH_FIELDS)} is there. Is it the config of a language model?"
     )
@@ -182,7 +182,7 @@ def _count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def places(route: Route, section: Section) -> dict[int, list[int]]:
+def new_positions(route: Route, section: DecoderSection) -> dict[int, list[int]]:
     """New positions of each block kept; blocks behind the decoder's own stay behind it."""
     found: dict[int, list[int]] = {}
     for place, block in enumerate(route.blocks):
@@ -192,7 +192,7 @@ def places(route: Route, section: Section) -> dict[int, list[int]]:
     return found
 
 
-def rewrite(config: Json, section: Section, route: Route) -> Json:
+def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
     """The config of the edited model: depth, lists, index lists, counts and overrides of single layers.
 
     What one number says for all positions (`DERIVED`, `BARE`) is left as it is: only the config class knows what it reads from it.
@@ -340,6 +340,6 @@ def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int
     return len(order) - (depth - count)
 
 
-def set_fields(fields: Json, table: Mapping[str, object]) -> list[str]:
+def non_default_fields(fields: Json, table: Mapping[str, object]) -> list[str]:
     """The fields of `table` that say more than "all layers alike"."""
     return [key for key, alike in table.items() if fields.get(key) not in (None, alike) and not isinstance(fields[key], list)]

@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UnsupportedEditError, SourceError
+from ..errors import SourceError, UnsupportedEditError
 from ..plans.route import Route
-from .config_fields import LISTS, Json, Section, find_section, is_layerwise, rewrite_fields
+from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise, rewrite_fields
 
 _UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
 
 
-def class_config(config: Json) -> Any:
+def load_hf_config(config: Json) -> Any:
     """The transformers config object for a config.json; its own code (`auto_map`) is never run.
 
     Raises:
@@ -46,7 +46,7 @@ def class_config(config: Json) -> Any:
         )
     try:
         # By way of a file: reading one undoes what JSON cannot say, such as infinite numbers.
-        with quiet(), TemporaryDirectory() as directory:
+        with silence_transformers(), TemporaryDirectory() as directory:
             path = Path(directory) / "config.json"
             path.write_text(json.dumps(fields), "utf-8")
             return CONFIG_MAPPING[model_type].from_json_file(path)
@@ -54,7 +54,7 @@ def class_config(config: Json) -> Any:
         raise UnsupportedEditError(f"{model_type}'s config class does not accept the config: {error}") from error
 
 
-def section_of(config: Json) -> Section:
+def resolve_section(config: Json) -> DecoderSection:
     """The decoder's section, also of a config that leaves the depth to its class, or names it as only the class knows.
 
     The depth is then written into `config`.
@@ -65,7 +65,7 @@ def section_of(config: Json) -> Section:
     with suppress(SourceError):
         return find_section(config)
     try:
-        text = class_config(config).get_text_config(decoder=True)
+        text = load_hf_config(config).get_text_config(decoder=True)
     except UnsupportedEditError as error:
         raise SourceError(f"config.json has no number of layers, and {error}") from error
     name = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -73,14 +73,14 @@ def section_of(config: Json) -> Section:
     return find_section(config, name)
 
 
-def knows(config: Json) -> bool:
+def is_known_model_type(config: Json) -> bool:
     """Whether transformers itself has the config's model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return config.get("model_type") in CONFIG_MAPPING
 
 
-def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
+def write_derived_fields(config: Json, edited: Json, section: DecoderSection, route: Route) -> Json:
     """Write out, in the edited config, what its class would work out wrongly from the position of a layer.
 
     A class that derives one value per layer from a number (`sliding_window_pattern`, `max_window_layers`) derives it from
@@ -89,7 +89,7 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
     Raises:
         InexpressibleError: a per-layer value that the class does not take from the config.
     """
-    fields = _fields(class_config(config))
+    fields = _fields(load_hf_config(config))
     layerwise = [key for key, value in fields.items() if is_layerwise(key, value, section.depth)]
     rewritten = rewrite_fields(fields, section.depth, route)
     wanted = {key: rewritten[key] for key in layerwise}
@@ -112,7 +112,7 @@ def settle(config: Json, edited: Json, section: Section, route: Route) -> Json:
 
 
 def _differing(wanted: Json, edited: Json) -> list[str]:
-    have = _fields(class_config(edited))
+    have = _fields(load_hf_config(edited))
     return [key for key, value in wanted.items() if have.get(key) != value]
 
 
@@ -142,7 +142,7 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_empty(config: Json) -> nn.Module:
+def build_meta_model(config: Json) -> nn.Module:
     """The model a reload would build, its parameters without memory; buffers are real, for their values are compared.
 
     Raises:
@@ -150,11 +150,11 @@ def build_empty(config: Json) -> nn.Module:
     """
     import transformers
 
-    class_of = class_config(config)
+    class_of = load_hf_config(config)
     name = next(iter(config.get("architectures") or []), "")
     architecture = getattr(transformers, name, None)
     try:
-        with quiet(), _EmptyOnMeta():
+        with silence_transformers(), _EmptyOnMeta():
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model: nn.Module = architecture(class_of)
             else:
@@ -167,7 +167,7 @@ def build_empty(config: Json) -> nn.Module:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Building a throw-away model warns of things that are no concern of the user's, and draws no random numbers of theirs."""
     logger = logging.getLogger("transformers")
     level = logger.level

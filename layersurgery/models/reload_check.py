@@ -19,10 +19,10 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from ..plans.route import Route
-from .block_list import find_blocks
-from .config_fields import DEPTH_FIELDS, Json, Section
-from .meta_model import build_empty
-from .skipped_branch import Silent
+from .block_list import find_block_list
+from .config_fields import DEPTH_FIELDS, DecoderSection, Json
+from .meta_model import build_meta_model
+from .skipped_branch import SkippedBranch
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
 # Values that a constructor works out in floating point may differ in the last digits.
@@ -33,20 +33,20 @@ Modules = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
+class ReloadCheck:
     """Both empty models of an edit: what the source's config builds, and what the edited config builds."""
 
     source: nn.Module
     edited: nn.Module
-    section: Section
+    section: DecoderSection
     route: Route
-    in_files: frozenset[str]  # names, within a block, of the tensors that the files bring
+    file_tensors: frozenset[str]  # names, within a block, of the tensors that the files bring
     live: bool = False  # whether `source` is a model in use, which keeps things of its own and whose buffers have its dtype
 
     @classmethod
-    def build(cls, config: Json, edited: Json, section: Section, route: Route, in_files: Iterable[str]) -> Twin:
+    def build(cls, config: Json, edited: Json, section: DecoderSection, route: Route, file_tensors: Iterable[str]) -> ReloadCheck:
         """Build both."""
-        return cls(build_empty(config), build_empty(edited), section, route, frozenset(in_files))
+        return cls(build_meta_model(config), build_meta_model(edited), section, route, frozenset(file_tensors))
 
     def check(self) -> None:
         """Compare them.
@@ -54,8 +54,8 @@ class Twin:
         Raises:
             InexpressibleError: the first things that would come back otherwise, by name.
         """
-        before = find_blocks(self.source, self.section.depth)
-        after = find_blocks(self.edited, len(self.route))
+        before = find_block_list(self.source, self.section.depth)
+        after = find_block_list(self.edited, len(self.route))
         wrong = [
             f"{after.path}.{place} (block {block}): {difference}"
             for place, block in enumerate(self.route.blocks)
@@ -88,11 +88,11 @@ class Twin:
             if (kind := _class(ours)) is not type(theirs):
                 yield f"{label} is a {kind.__name__} in the source and would be a {type(theirs).__name__}"
                 continue
-            mine, yours = _facts(ours), _facts(theirs)
+            mine, yours = _own_values(ours), _own_values(theirs)
             for name in sorted(yours.keys() - _MODES if self.live else mine.keys() | yours.keys()):
                 if name not in mine or name not in yours:
                     yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
-                elif isinstance(mine[name], torch.Tensor) and f"{path}.{name}".lstrip(".") in self.in_files:
+                elif isinstance(mine[name], torch.Tensor) and f"{path}.{name}".lstrip(".") in self.file_tensors:
                     if mine[name].shape != yours[name].shape:
                         yield f"{label}.{name} has another shape after the reload"
                 elif not (
@@ -121,7 +121,7 @@ class Twin:
 
 
 def _class(module: nn.Module) -> type[nn.Module]:
-    return module.stands_for if isinstance(module, Silent) else type(module)
+    return module.stands_for if isinstance(module, SkippedBranch) else type(module)
 
 
 def _modules(block: nn.Module) -> Modules:
@@ -133,7 +133,7 @@ def _without(model: nn.Module, blocks: nn.ModuleList) -> Modules:
     return {name: module for name, module in model.named_modules() if id(module) not in inside}
 
 
-def _facts(module: nn.Module) -> dict[str, Any]:
+def _own_values(module: nn.Module) -> dict[str, Any]:
     """What a module holds itself: shapes of parameters, buffers and plain attributes."""
     facts: dict[str, Any] = {}
     for name, parameter in module._parameters.items():

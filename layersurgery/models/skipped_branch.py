@@ -15,7 +15,7 @@ from .call_tracing import Where
 
 
 @dataclass(frozen=True, slots=True)
-class Stub:
+class SkipSpec:
     """What must stand in for one module of a branch.
 
     Attributes:
@@ -35,20 +35,20 @@ class Stub:
     width: int
     length: int | None = None
     residual: Where | None = None
-    hands_on: bool = False
-    keeps_row: bool = False
+    passthrough: bool = False
+    updates_cache: bool = False
     outputs: tuple[str, ...] = ()
     savable: bool = True
 
 
-class Silent(nn.Module):
+class SkippedBranch(nn.Module):
     """In the place of `original`, under whose names its parameters stay; saved, the branch's output projection is zero."""
 
     _original: nn.Module
-    _stub: Stub
+    _spec: SkipSpec
     _keeper: tuple[nn.Module | None, str]
 
-    def __init__(self, original: nn.Module, stub: Stub) -> None:
+    def __init__(self, original: nn.Module, spec: SkipSpec) -> None:
         super().__init__()
         # Public attributes (layer_idx, config) are read by other modules and renumbered like any module's.
         vars(self).update({name: value for name, value in vars(original).items() if name[0] != "_" and name != "forward"})
@@ -57,7 +57,7 @@ class Silent(nn.Module):
         self._state_dict_hooks = original._state_dict_hooks
         keeper = next((module for module in self.modules() if position_name(module)), None)
         # Past nn.Module's own bookkeeping: neither is a part of this module.
-        vars(self).update(_original=original, _stub=stub, _keeper=(keeper, "" if keeper is None else position_name(keeper)))
+        vars(self).update(_original=original, _stub=spec, _keeper=(keeper, "" if keeper is None else position_name(keeper)))
 
     @property
     def stands_for(self) -> type[nn.Module]:
@@ -65,26 +65,26 @@ class Silent(nn.Module):
         return type(self._original)
 
     @property
-    def saved_silent(self) -> bool:
+    def saves_as_zeros(self) -> bool:
         """Whether what is saved of it is silent, too."""
-        return self._stub.savable
+        return self._spec.savable
 
     def extra_repr(self) -> str:  # noqa: D102 - torch's own
         return f"in the place of {self.stands_for.__name__}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
-        stub = self._stub
-        hidden = _argument(args, kwargs, stub.hidden)
-        if stub.keeps_row:
+        skip = self._spec
+        hidden = _argument(args, kwargs, skip.hidden)
+        if skip.updates_cache:
             keeper, name = self._keeper
-            _keep_row(args, kwargs, hidden, None if keeper is None else getattr(keeper, name))
-        if stub.hands_on:
+            _update_cache(args, kwargs, hidden, None if keeper is None else getattr(keeper, name))
+        if skip.passthrough:
             return hidden
-        if stub.residual is not None:
-            nothing = _argument(args, kwargs, stub.residual)
+        if skip.residual is not None:
+            nothing = _argument(args, kwargs, skip.residual)
         else:
-            nothing = hidden.new_zeros((*hidden.shape[:-1], stub.width))
-        return nothing if stub.length is None else (nothing, *[None] * (stub.length - 1))
+            nothing = hidden.new_zeros((*hidden.shape[:-1], skip.width))
+        return nothing if skip.length is None else (nothing, *[None] * (skip.length - 1))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
         state = super().state_dict(*args, **kwargs)
@@ -109,8 +109,8 @@ class Silent(nn.Module):
         """
         held = dict(self.named_parameters(remove_duplicate=False))
         found: dict[str, torch.Tensor] = {}
-        for output in self._stub.outputs:
-            name = output.removeprefix(f"{self._stub.path}.")
+        for output in self._spec.outputs:
+            name = output.removeprefix(f"{self._spec.path}.")
             owner, _, tail = name.rpartition(".")
             name = name if name in held else f"{owner}.base_layer.{tail}"  # where PEFT keeps it
             if name not in held:
@@ -122,14 +122,14 @@ class Silent(nn.Module):
         return found
 
 
-def silence(block: nn.Module, stubs: Sequence[Stub]) -> None:
+def install_skips(block: nn.Module, skips: Sequence[SkipSpec]) -> None:
     """Put stand-ins into `block`, which must be a view: its own tree of modules is changed."""
-    for stub in stubs:
-        parent, _, name = stub.path.rpartition(".")
+    for skip in skips:
+        parent, _, name = skip.path.rpartition(".")
         owner = block.get_submodule(parent)
         original = owner._modules[name]
         assert original is not None
-        owner._modules[name] = Silent(original, stub)
+        owner._modules[name] = SkippedBranch(original, skip)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: Where) -> torch.Tensor:
@@ -138,7 +138,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: Where) -> to
     return value
 
 
-def _keep_row(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor, row: int | None) -> None:
+def _update_cache(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor, row: int | None) -> None:
     """Note in the cache how many tokens passed.
 
     Lengths, masks and positions are read off the first row or the last; an empty one would be silently taken for a new text. The

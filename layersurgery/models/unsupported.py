@@ -21,7 +21,7 @@ _ALWAYS = {
 _INDEXED = frozenset(("glm_moe_dsa", "glm5_next_text", "hy_v4", "mistral_large4_text"))
 
 
-def facts_of(config: Any) -> dict[str, Any]:
+def refusal_fields(config: Any) -> dict[str, Any]:
     """Of a config object, the fields that a refusal may turn on."""
     names = ("model_type", "hidden_size_per_layer_input", "rescale_every", "indexer_types")
     return {name: getattr(config, name, None) for name in names}
@@ -62,7 +62,9 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
             "move from one such stretch to another in memory; edit the checkpoint, or set rescale_every to 0 in the config before loading"
         )
     if fields.get("model_type") == "rwkv" and [place for place, block in enumerate(route.blocks) if block == 0] != [0]:
-        raise UnsupportedEditError("rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once")
+        raise UnsupportedEditError(
+            "rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once"
+        )
     _refuse_indexers(fields, route)
 
 

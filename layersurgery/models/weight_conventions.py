@@ -15,7 +15,7 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 @dataclass(frozen=True, slots=True)
-class Gain:
+class NormAffine:
     """A norm as the function scale * n(x) + shift, where n divides by the root of the mean square and may take the mean away before.
 
     Attributes:
@@ -29,7 +29,7 @@ class Gain:
     centres: bool
 
 
-def gain_of(norm: nn.Module, width: int, like: torch.Tensor) -> Gain | None:
+def fit_norm(norm: nn.Module, width: int, like: torch.Tensor) -> NormAffine | None:
     """Scale and shift of a norm; None where it is another function than LayerNorm or RMSNorm.
 
     Args:
@@ -56,13 +56,13 @@ def gain_of(norm: nn.Module, width: int, like: torch.Tensor) -> Gain | None:
             found, checked = run(x[None])[0], run(other[None])[0]
         except Exception:  # a module may raise anything on what it does not expect
             return None
-    best: tuple[float, Gain] | None = None
+    best: tuple[float, NormAffine] | None = None
     for centres in (False, True):
         scale = (found - shift) / _normed(x, centres)
         wanted = scale * _normed(other, centres) + shift
         off = float((checked - wanted).abs().max() / wanted.abs().max())
         if off <= tolerance and (best is None or off < best[0]):
-            best = off, Gain(scale, shift, centres)
+            best = off, NormAffine(scale, shift, centres)
     return None if best is None else best[1]
 
 
@@ -71,7 +71,7 @@ def _normed(x: torch.Tensor, centres: bool) -> torch.Tensor:
     return x / x.square().mean().sqrt()
 
 
-def writing_dim(module: nn.Module, name: str, width: int) -> int:
+def output_dim(module: nn.Module, name: str, width: int) -> int:
     """The dimension along which a weight of a projection writes the residual stream; the others are neurons (and experts).
 
     Args:
@@ -85,7 +85,7 @@ def writing_dim(module: nn.Module, name: str, width: int) -> int:
     return _dim(module, name, width, linear=0)
 
 
-def reading_dim(module: nn.Module, name: str, width: int) -> int:
+def input_dim(module: nn.Module, name: str, width: int) -> int:
     """The dimension along which a weight reads something as wide as the residual stream.
 
     Raises:
@@ -115,13 +115,13 @@ def _dim(module: nn.Module, name: str, width: int, linear: int) -> int:
     raise UnsupportedEditError(f"{name} of {kind}, of shape {shape}, may lie either way round")
 
 
-def written_rows(module: nn.Module, name: str, width: int, most: int) -> Iterator[torch.Tensor]:
+def output_weight_rows(module: nn.Module, name: str, width: int, most: int) -> Iterator[torch.Tensor]:
     """A projection's weight with a row for each neuron, up to `most` neurons at a time, (neurons, width); experts one after another.
 
     Raises:
         InexpressibleError: it cannot be told which way round it lies.
     """
     weight: torch.Tensor = getattr(module, name).detach()
-    wide = weight.movedim(writing_dim(module, name, width), -1)
+    wide = weight.movedim(output_dim(module, name, width), -1)
     for expert in wide if wide.dim() == 3 else (wide,):
         yield from torch.split(expert, most)

@@ -14,7 +14,7 @@ from typing import Literal
 from ..errors import PlanError
 from .route import Ref, Route, RouteItem, Visit, resolve
 
-Part = Literal["attention", "mlp"]
+Branch = Literal["attention", "mlp"]
 
 
 class Edit(ABC):
@@ -56,7 +56,7 @@ class Swap(Edit):
         (first,), (second,) = resolve(self.first, depth), resolve(self.second, depth)
         if first == second:
             raise PlanError(f"blocks {self.first} and {self.second} are the same block of {depth}; name two different blocks")
-        here, there = _place(route, first, self), _place(route, second, self)
+        here, there = _only_position(route, first, self), _only_position(route, second, self)
         visits = list(route)
         visits[here], visits[there] = visits[there], visits[here]
         return visits
@@ -74,7 +74,7 @@ class Drop(Edit):
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         gone = _named(self.blocks, depth)
         for block in gone:
-            _places(route, block, self)
+            _positions(route, block, self)
         return (visit for visit in route if visit.block not in gone)
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class Move(Edit):
         segment = _segment(route, moved, self)
         taken = route[segment.start : segment.stop]
         rest = [*route[: segment.start], *route[segment.stop :]]
-        place = _place(rest, anchor, self) + (self.after is not None)
+        place = _only_position(rest, anchor, self) + (self.after is not None)
         return [*rest[:place], *taken, *rest[place:]]
 
     def __str__(self) -> str:
@@ -154,7 +154,7 @@ class Reorder(Edit):
         now = {visit.block: visit for visit in route}
         for item in self.order:
             for wanted in item.visits(depth):
-                _places(route, wanted.block, self)
+                _positions(route, wanted.block, self)
                 was = now[wanted.block]
                 yield Visit(wanted.block, wanted.attention and was.attention, wanted.mlp and was.mlp)
 
@@ -166,18 +166,18 @@ class Reorder(Edit):
 class Skip(Edit):
     """Leave out the attention (whatever mixes tokens) or the MLP of blocks, wherever they stand."""
 
-    part: Part
+    branch: Branch
     blocks: tuple[Ref, ...]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         named = _named(self.blocks, depth)
         for block in named:
-            if any(not getattr(route[place], self.part) for place in _places(route, block, self)):
-                raise PlanError(f"'{self}': the {self.part} of block {block} is already skipped; name it once")
-        return (replace(visit, **{self.part: False}) if visit.block in named else visit for visit in route)
+            if any(not getattr(route[place], self.branch) for place in _positions(route, block, self)):
+                raise PlanError(f"'{self}': the {self.branch} of block {block} is already skipped; name it once")
+        return (replace(visit, **{self.branch: False}) if visit.block in named else visit for visit in route)
 
     def __str__(self) -> str:
-        return f"skip-{self.part} {_words(self.blocks)}"
+        return f"skip-{self.branch} {_words(self.blocks)}"
 
 
 def _words(items: Iterable[object]) -> str:
@@ -188,15 +188,15 @@ def _named(refs: Sequence[Ref], depth: int) -> frozenset[int]:
     return frozenset(block for ref in refs for block in resolve(ref, depth))
 
 
-def _places(route: Sequence[Visit], block: int, edit: Edit) -> list[int]:
+def _positions(route: Sequence[Visit], block: int, edit: Edit) -> list[int]:
     places = [place for place, visit in enumerate(route) if visit.block == block]
     if not places:
         raise PlanError(f"'{edit}': block {block} is no longer there, an earlier edit took it out")
     return places
 
 
-def _place(route: Sequence[Visit], block: int, edit: Edit) -> int:
-    places = _places(route, block, edit)
+def _only_position(route: Sequence[Visit], block: int, edit: Edit) -> int:
+    places = _positions(route, block, edit)
     if len(places) > 1:
         raise PlanError(
             f"'{edit}' needs one place, and block {block} stands in {len(places)} since a repeat; "
@@ -206,7 +206,7 @@ def _place(route: Sequence[Visit], block: int, edit: Edit) -> int:
 
 
 def _segment(route: Route, blocks: Sequence[int], edit: Edit) -> range:
-    places = sorted(_place(route, block, edit) for block in blocks)
+    places = sorted(_only_position(route, block, edit) for block in blocks)
     if places[-1] - places[0] != len(places) - 1:
         raise PlanError(
             f"'{edit}' needs blocks that stand together, and an earlier edit set {blocks[0]} to {blocks[-1]} apart "

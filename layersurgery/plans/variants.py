@@ -102,7 +102,7 @@ def is_family(text: str) -> bool:
     return all(word.strip().partition(":")[0] in FAMILIES for word in text.split(","))
 
 
-def variants(wanted: object, depth: int, layers: range | None = None) -> list[Variant]:
+def variants(edits: object, depth: int, layers: range | None = None) -> list[Variant]:
     """What to measure, from any form in which it may be asked for.
 
     Args:
@@ -113,41 +113,41 @@ def variants(wanted: object, depth: int, layers: range | None = None) -> list[Va
     Raises:
         PlanError: something that cannot be read, or nothing to measure.
     """
-    found = list(dict.fromkeys(_variants(wanted, depth, layers)))  # what is asked for twice is meant once
+    found = list(dict.fromkeys(_variants(edits, depth, layers)))  # what is asked for twice is meant once
     if not found:
         where = "" if layers is None else f" with layers {layers.start}:{layers.stop}"
-        raise PlanError(f"nothing to measure: {wanted!r} has no edit of a model of {depth} blocks{where}")
+        raise PlanError(f"nothing to measure: {edits!r} has no edit of a model of {depth} blocks{where}")
     return found
 
 
-def _variants(wanted: object, depth: int, layers: range | None) -> Iterator[Variant]:
-    match wanted:
-        case str() if is_family(wanted):
-            for name in wanted.split(","):
+def _variants(edits: object, depth: int, layers: range | None) -> Iterator[Variant]:
+    match edits:
+        case str() if is_family(edits):
+            for name in edits.split(","):
                 yield from family(name.strip(), depth, layers)
         case str():
             try:
-                yield Variant.of("plan", Plan.parse(wanted), depth)
+                yield Variant.of("plan", Plan.parse(edits), depth)
             except PlanError as error:
-                if re.fullmatch(r"[\w:,-]+", wanted):  # looks like families
-                    for name in wanted.split(","):
+                if re.fullmatch(r"[\w:,-]+", edits):  # looks like families
+                    for name in edits.split(","):
                         _parse(name)
                 raise error
         case Plan():
-            yield Variant.of("plan", wanted, depth)
+            yield Variant.of("plan", edits, depth)
         case Route():
-            yield _of_route(wanted, depth)
+            yield _of_route(edits, depth)
         case Mapping():
-            for name, plan in wanted.items():
+            for name, plan in edits.items():
                 yield from (
                     Variant(variant.edit, variant.plan, variant.route, variant.layer, str(name))
                     for variant in _variants(plan, depth, layers)
                 )
         case Sequence():
-            for item in wanted:
+            for item in edits:
                 yield from _variants(item, depth, layers)
         case _:
-            raise PlanError(f"expected families ('swap,drop'), plans or routes, not {wanted!r}")
+            raise PlanError(f"expected families ('swap,drop'), plans or routes, not {edits!r}")
 
 
 def _of_route(route: Route, depth: int) -> Variant:

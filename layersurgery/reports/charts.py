@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ..plans.route import Route
-from .collect import Kept, labels
-from .text_format import plain, visible
+from .collect import FinishedRun, labels
+from .text_format import plain, show_control_characters
 
 _EDITS = {
     "swap": "swap",
@@ -100,11 +100,11 @@ def metric(name: str) -> dict[str, Any]:
     else:
         words = name.split("_")
         unit = _UNITS.get(words[-1], "") if len(words) > 1 else ""
-        label, times, log = visible(" ".join(words[:-1] if unit else words)), 1, False
+        label, times, log = show_control_characters(" ".join(words[:-1] if unit else words)), 1, False
     return {"label": label, "unit": unit, "times": times, "log": log}
 
 
-def charts(runs: Sequence[Kept]) -> list[Chart]:
+def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     """One of edits and one of signals, as far as there are any."""
     edits = _of_edits([run for run in runs if run.is_sweep])
     signals = _of_signals([run for run in runs if not run.is_sweep])
@@ -115,7 +115,7 @@ def charts(runs: Sequence[Kept]) -> list[Chart]:
     return [chart for chart in found if chart.views]
 
 
-def _of_edits(runs: Sequence[Kept]) -> list[dict[str, Any]]:
+def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     views = []
     for edit, words in _EDITS.items():
         lines = []
@@ -137,14 +137,18 @@ def _of_edits(runs: Sequence[Kept]) -> list[dict[str, Any]]:
     return views
 
 
-def _of_signals(runs: Sequence[Kept]) -> list[dict[str, Any]]:
+def _of_signals(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     views: dict[str, list[dict[str, Any]]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
         for name, frame in run.tables.items():
             for group, part in _groups(frame):
                 columns = [column for column in part.columns if _drawn(part, str(column))]
                 if columns:
-                    key = f"{visible(name)}: {visible(group)}" if group else visible(name)
+                    key = (
+                        f"{show_control_characters(name)}: {show_control_characters(group)}"
+                        if group
+                        else show_control_characters(name)
+                    )
                     views.setdefault(key, []).append(_line(part.sort_values("layer"), label, columns))
     return [_view(key, key.replace("_", " "), lines) for key, lines in views.items()]
 
@@ -178,10 +182,10 @@ def _line(frame: pd.DataFrame, label: str, columns: Sequence[str]) -> dict[str, 
     columns = [str(column) for column in columns if column in frame]
     layers = frame.layer.tolist()
     return {
-        "label": visible(label),
+        "label": show_control_characters(label),
         "layer": _numbers(layers),
         "x": _numbers(frame.relative_depth.tolist()),
-        "name": [visible(str(name)) for name in frame["name"]] if "name" in frame else None,
+        "name": [show_control_characters(str(name)) for name in frame["name"]] if "name" in frame else None,
         "values": {column: _numbers(frame[column].tolist()) for column in columns},
         "errors": {column: _numbers(frame[f"{column}_sem"].tolist()) for column in columns if f"{column}_sem" in frame},
     }

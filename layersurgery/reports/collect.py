@@ -26,7 +26,7 @@ _COLUMNS = ("model", "name", "plan", "edit", "layer", "relative_depth", "depth",
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class FinishedRun:
     """A finished run, as a page shows it.
 
     Attributes:
@@ -81,7 +81,7 @@ class Kept:
 
 
 @dataclass(slots=True)
-class Found:
+class CollectedRuns:
     """What lies below directories.
 
     Attributes:
@@ -89,17 +89,17 @@ class Found:
         others: directories of runs that are not shown, and why.
     """
 
-    runs: list[Kept] = field(default_factory=list)
+    runs: list[FinishedRun] = field(default_factory=list)
     others: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def collect(directories: Sequence[str | os.PathLike[str]]) -> Found:
+def collect(directories: Sequence[str | os.PathLike[str]]) -> CollectedRuns:
     """Every finished run in directories of results, or in directories of such directories, three levels down.
 
     Raises:
         SourceError: a directory that is none or holds no run, or no run that has finished.
     """
-    found = Found()
+    found = CollectedRuns()
     places: dict[Path, Path] = {}
     for given in map(Path, directories):
         if not given.is_dir():
@@ -122,7 +122,7 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> Found:
     return found
 
 
-def _runs_below(place: Path, depth: int, found: Found) -> Iterator[Path]:
+def _runs_below(place: Path, depth: int, found: CollectedRuns) -> Iterator[Path]:
     if (place / RUN).is_file():
         yield place
         return
@@ -137,7 +137,7 @@ def _runs_below(place: Path, depth: int, found: Found) -> Iterator[Path]:
         yield from _runs_below(path, depth - 1, found)
 
 
-def _take(place: Path, found: Found) -> None:
+def _take(place: Path, found: CollectedRuns) -> None:
     try:
         facts = read_run(place) or {}
         if not str(facts.get("kind")).startswith(_OURS):
@@ -152,7 +152,7 @@ def _take(place: Path, found: Found) -> None:
         found.others.append((place, f"its tables are not what they should be: {type(error).__name__}: {error}"))
 
 
-def _read(place: Path, facts: Mapping[str, Any]) -> Kept:
+def _read(place: Path, facts: Mapping[str, Any]) -> FinishedRun:
     tables: dict[str, pd.DataFrame] = {}
     large = {}
     files = [str(name) for name in facts.get("files") or ([RESULTS] if facts["kind"] == SWEEP else [])]
@@ -170,7 +170,7 @@ def _read(place: Path, facts: Mapping[str, Any]) -> Kept:
         tables[name] = read_table(place, name) if name in ("stages", _CURVES) else pd.read_parquet(place / file)
     if _CURVES in tables:
         _check(tables[_CURVES])
-    return Kept(place, facts, tables, large, _words(facts, tables))
+    return FinishedRun(place, facts, tables, large, _words(facts, tables))
 
 
 def _check(frame: pd.DataFrame) -> None:
@@ -185,14 +185,14 @@ def _words(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> str:
     if _CURVES in tables:
         return headline(tables[_CURVES])
     if "stages" in tables:
-        from ..analyses.inference_stages import in_words
+        from ..analyses.inference_stages import describe_stages
 
-        return in_words(tables["stages"])
+        return describe_stages(tables["stages"])
     said = facts.get("in_words") or facts.get("headline")
     return said if isinstance(said, str) else ""
 
 
-def labels(runs: Sequence[Kept]) -> list[str]:
+def labels(runs: Sequence[FinishedRun]) -> list[str]:
     """A short name for each, no two alike: the model's, with the directory where models have several runs, or that one alone."""
     names = [run.short for run in runs]
     if len({run.model for run in runs}) == 1 and len(runs) > 1 and len({run.path.name for run in runs}) == len(runs):

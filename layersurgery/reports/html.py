@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from .text_format import visible
+from .text_format import show_control_characters
 
 _EMPTY = ("link", "meta", "img", "input")
 
@@ -46,14 +46,14 @@ def _child(child: object) -> str:
     if isinstance(child, Html):
         return child
     if isinstance(child, str):
-        return escape(visible(child))
+        return escape(show_control_characters(child))
     return joined(child) if isinstance(child, Iterable) else escape(str(child))
 
 
 def _attribute(name: str, value: object) -> str:
     if value is None or value is False:
         return ""
-    return f" {name}" if value is True else f' {name}="{escape(visible(str(value)))}"'
+    return f" {name}" if value is True else f' {name}="{escape(show_control_characters(str(value)))}"'
 
 
 def data(key: str, value: Any) -> Html:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .collect import Kept, labels
+from .collect import FinishedRun, labels
 
 _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 _MAGIC = {".svg": (b"<?xml", b"<svg"), ".png": (b"\x89PNG\r\n\x1a\n",)}
@@ -54,7 +54,7 @@ class Picture:
         return f"{self.label}: {self.about}. The numbers are in the tables below."
 
 
-def pictures(runs: Sequence[Kept], room: int) -> list[Picture]:
+def pictures(runs: Sequence[FinishedRun], room: int) -> list[Picture]:
     """All figures of all runs in their order, the stages first; where room is short, the largest of the others are left out before them.
 
     Args:
@@ -83,7 +83,7 @@ def pictures(runs: Sequence[Kept], room: int) -> list[Picture]:
     return shown
 
 
-def _named(runs: Sequence[Kept]) -> list[tuple[Kept, str, str]]:
+def _named(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, str, str]]:
     found = []
     for run, label in zip(runs, labels(runs), strict=True):
         files = [str(file) for file in run.fact("figures", default=[])]
@@ -92,7 +92,7 @@ def _named(runs: Sequence[Kept]) -> list[tuple[Kept, str, str]]:
     return sorted(found, key=lambda one: _FIRST.index(one[2]) if one[2] in _FIRST else len(_FIRST))
 
 
-def _smaller(run: Kept, _label: str, name: str) -> list[Path]:
+def _smaller(run: FinishedRun, _label: str, name: str) -> list[Path]:
     """The files that it is in, the smallest first."""
     paths = [path for path in (run.path / f"{name}{kind}" for kind in _KINDS) if path.is_file()]
     return sorted(paths, key=lambda path: path.stat().st_size)

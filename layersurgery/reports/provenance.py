@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..plans.route import Route
-from .collect import Kept
-from .text_format import hidden, rounded
+from .collect import FinishedRun
+from .text_format import is_hidden, rounded
 
 _PROGRAM = "layersurgery"
 _BEGIN = {
@@ -20,7 +20,7 @@ _BEGIN = {
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class Provenance:
     """How one run came about.
 
     Attributes:
@@ -34,11 +34,11 @@ class Account:
     command: list[str]
     note: str
     facts: list[tuple[str, str]]
-    left_out: list[tuple[str, list[str]]]
-    not_numbers: list[tuple[str, str]]
+    skipped: list[tuple[str, list[str]]]
+    non_finite: list[tuple[str, str]]
 
 
-def account(run: Kept) -> Account:
+def provenance(run: FinishedRun) -> Provenance:
     """How a run came about."""
     words, note = _command(run)
     reasons: dict[str, list[str]] = {}
@@ -46,7 +46,7 @@ def account(run: Kept) -> Account:
         reasons.setdefault(str(why), []).append(what)
     broken = [(what, _batches(batches)) for what, batches in _pairs(run.fact("not_numbers", default={}))]
     facts = [(name, text) for name, text in _facts(run) if text]
-    return Account([*map(_quoted, words)], note, facts, [*reasons.items()], broken)
+    return Provenance([*map(_quoted, words)], note, facts, [*reasons.items()], broken)
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]]:
@@ -58,7 +58,7 @@ def _batches(value: Any) -> str:
     return ", ".join(batches[:8]) + (" ..." if len(batches) > 8 else "")
 
 
-def _command(run: Kept) -> tuple[list[str], str]:
+def _command(run: FinishedRun) -> tuple[list[str], str]:
     """Its words, and a remark; no words where they cannot be told."""
     revision = run.fact("arguments", "model", "revision", default=None)
     try:
@@ -77,7 +77,7 @@ def _command(run: Kept) -> tuple[list[str], str]:
     return words, f"This run did not note its command: it was put together from the arguments noted. {note}".strip()
 
 
-def _options(run: Kept) -> Iterator[str]:
+def _options(run: FinishedRun) -> Iterator[str]:
     text = run.fact("arguments", "text", default={})
     text = text if isinstance(text, Mapping) else {}
     usual = {"split": "train", "column": "text", "seed": 0}
@@ -99,13 +99,15 @@ def _options(run: Kept) -> Iterator[str]:
 
 def _quoted(word: str) -> str:
     """A word as bash takes it, with all that is in it to be seen."""
-    if not any(map(hidden, word)):
+    if not any(map(is_hidden, word)):
         return shlex.quote(word)
-    text = "".join(f"\\U{ord(letter):08x}" if hidden(letter) else f"\\{letter}" if letter in "\\'" else letter for letter in word)
+    text = "".join(
+        f"\\U{ord(letter):08x}" if is_hidden(letter) else f"\\{letter}" if letter in "\\'" else letter for letter in word
+    )
     return f"$'{text}'"
 
 
-def _edits(run: Kept) -> tuple[list[str], str]:
+def _edits(run: FinishedRun) -> tuple[list[str], str]:
     frame = run.tables["results"]
     families = [str(edit) for edit in frame.edit.drop_duplicates() if edit not in ("none", "plan", "drop-span")]
     spans = frame[frame.edit == "drop-span"]
@@ -119,7 +121,7 @@ def _edits(run: Kept) -> tuple[list[str], str]:
     return words, note
 
 
-def _facts(run: Kept) -> Iterator[tuple[str, str]]:
+def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     def fact(*names: str) -> Any:
         return run.fact(*names)
 
@@ -165,7 +167,7 @@ def _facts(run: Kept) -> Iterator[tuple[str, str]]:
     yield "Files", f"{run.path}: {', '.join(map(str, files))}" if isinstance(files, list) else str(run.path)
 
 
-def _text(run: Kept) -> Iterator[str]:
+def _text(run: FinishedRun) -> Iterator[str]:
     for name, words in (("split", "split {}"), ("column", "column {}"), ("seed", "seed {}"), ("tokenizer", "tokenizer of {}")):
         value = run.fact("arguments", "text", name, default=None)
         if value is not None and (name != "seed" or run.fact("arguments", "text", "shuffle", default=False)):
@@ -180,7 +182,7 @@ def _text(run: Kept) -> Iterator[str]:
             yield yes if value else no
 
 
-def _tokens(run: Kept) -> str:
+def _tokens(run: FinishedRun) -> str:
     tokens, sequences, length = (run.fact("text", name) for name in ("tokens", "sequences", "length"))
     words = [
         _if(_grouped(tokens), "{}"), _if(_grouped(sequences), "in {} sequences"), _if(length, "of up to {}"),

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic_io import whole_file
+from ..atomic_io import atomic_file
 from ..errors import OutputError
 from .collect import collect
 from .html import document
 from .images import pictures
-from .sections import compose
+from .sections import build_sections
 
 NAME = "report.html"
 _MOST_BYTES = 3_000_000
@@ -36,7 +36,7 @@ class Report:
     bytes: int
     runs: list[Path]
     not_shown: dict[Path, str]
-    left_out: list[str]
+    skipped: list[str]
 
 
 def report(
@@ -73,11 +73,11 @@ def report(
         raise OutputError(f"{out} exists already; choose another output with -o, or say --overwrite to replace it")
     found = collect(some)
     for rows in _MOST_ROWS:
-        size = len(document(*compose(found, rows, [])[:2]).encode())
+        size = len(document(*build_sections(found, rows, [])[:2]).encode())
         if size <= _FOR_TEXT * _MOST_BYTES:
             break
     drawn = pictures(found.runs, _MOST_BYTES - size)
-    title, body, left = compose(found, rows, drawn)
+    title, body, left = build_sections(found, rows, drawn)
     page = document(title, body).encode()
     if len(page) > _MOST_BYTES:
         raise OutputError(f"a page on {len(found.runs)} runs would have {len(page):,} bytes; give fewer directories at once")
@@ -91,5 +91,5 @@ def _write(out: Path, page: bytes) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {out.parent}: {error.strerror or error}; choose another output with -o") from error
-    with whole_file(out) as partial:
+    with atomic_file(out) as partial:
         partial.write_bytes(page)

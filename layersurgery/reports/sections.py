@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..version import __version__
 from .charts import Chart, charts
-from .collect import Found, Kept, labels
+from .collect import CollectedRuns, FinishedRun, labels
 from .html import Html, data, joined, tag
 from .images import Picture
-from .provenance import account
+from .provenance import provenance
 from .tables import Cell, Column, Table, of_frame, of_routes
 
 _CELLS_A_ROUTE = 12
@@ -24,7 +24,7 @@ _COLUMNS = (
 )
 
 
-def compose(found: Found, most_rows: int, pictures: Sequence[Picture]) -> tuple[str, Html, list[str]]:
+def build_sections(found: CollectedRuns, most_rows: int, pictures: Sequence[Picture]) -> tuple[str, Html, list[str]]:
     """A page's title and body, and what is not in it for its size.
 
     Args:
@@ -55,7 +55,7 @@ def _section(key: str, heading: str, content: Sequence[Html]) -> Html:
 
 
 def _sections(
-    found: Found, most_rows: int, pictures: Sequence[Picture], tables: Sequence[Table], left: list[str]
+    found: CollectedRuns, most_rows: int, pictures: Sequence[Picture], tables: Sequence[Table], left: list[str]
 ) -> Iterator[tuple[str, str, list[Html]]]:
     runs = found.runs
     drawn = {chart.key: chart for chart in charts(runs)}
@@ -82,7 +82,7 @@ def _sections(
     yield "missing", "What is not in this page", [*_missing(found, left)]
 
 
-def _lead(found: Found, models: Sequence[str]) -> Iterator[Html]:
+def _lead(found: CollectedRuns, models: Sequence[str]) -> Iterator[Html]:
     texts: dict[str, None] = {}
     for run in found.runs:
         tokens, where = run.fact("text", "tokens"), run.fact("arguments", "text", "data")
@@ -97,7 +97,7 @@ def _lead(found: Found, models: Sequence[str]) -> Iterator[Html]:
         yield tag("p", what, tag("a", "which, and why", href="#missing"), class_="warn")
 
 
-def _words(runs: Sequence[Kept]) -> Iterator[Html]:
+def _words(runs: Sequence[FinishedRun]) -> Iterator[Html]:
     """What sweeps found in large letters, then the longer sentences."""
     for run, label in sorted(zip(runs, labels(runs), strict=True), key=lambda one: not one[0].is_sweep):
         if run.words:
@@ -122,7 +122,7 @@ def _figure(picture: Picture) -> Html:
     return tag("figure", tag("img", src=picture.source, alt=picture.alt, loading="eager"), caption)
 
 
-def _tables(runs: Sequence[Kept], most_cells: int) -> tuple[list[Table], list[str]]:
+def _tables(runs: Sequence[FinishedRun], most_cells: int) -> tuple[list[Table], list[str]]:
     """All tables but those of routes, as far as they have room; and those that have none."""
     shown, left = [], []
     for run, label in zip(runs, labels(runs), strict=True):
@@ -166,9 +166,9 @@ def _cell(cell: Cell, is_long: bool) -> Html:
     return tag("td", cell.text, error, data_v=cell.value or None, class_="long" if is_long else None)
 
 
-def _accounts(runs: Sequence[Kept]) -> Iterator[Html]:
+def _accounts(runs: Sequence[FinishedRun]) -> Iterator[Html]:
     for run, label in zip(runs, labels(runs), strict=True):
-        told = account(run)
+        told = provenance(run)
         yield tag("h3", label if label == run.word else f"{label}: {run.word}")
         if told.command:
             words = [part for word in told.command for part in (tag("span", word), " ")]
@@ -178,13 +178,13 @@ def _accounts(runs: Sequence[Kept]) -> Iterator[Html]:
         facts = [*told.facts]
         facts += [
             ("Left out", f"{', '.join(whats[:6])}{f' and {len(whats) - 6} more' if len(whats) > 6 else ''}: {why}")
-            for why, whats in told.left_out
+            for why, whats in told.skipped
         ]
-        facts += [("Not numbers", f"{what}: NaN or infinity in batch {batches}") for what, batches in told.not_numbers]
+        facts += [("Not numbers", f"{what}: NaN or infinity in batch {batches}") for what, batches in told.non_finite]
         yield tag("dl", [(tag("dt", name), tag("dd", value)) for name, value in facts])
 
 
-def _missing(found: Found, left: Sequence[str]) -> Iterator[Html]:
+def _missing(found: CollectedRuns, left: Sequence[str]) -> Iterator[Html]:
     items = [f"{path}: {why}" for path, why in found.others] + list(left)
     if items:
         yield tag("ul", [tag("li", item) for item in items])

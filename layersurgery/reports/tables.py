@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from .charts import metric
-from .collect import Kept, labels
-from .text_format import is_number, measured, plain, rounded
+from .collect import FinishedRun, labels
+from .text_format import format_with_error, is_number, plain, rounded
 
 _OF_ROUTES = (
     "kl_nats", "agreement", "entropy_change_bits", "entropy_bits", "loss_change_nats", "loss_nats", "accuracy",
@@ -78,7 +78,7 @@ def of_frame(name: str, frame: pd.DataFrame) -> Table:
     return Table(name, columns, rows, [])
 
 
-def of_routes(runs: Sequence[Kept], most: int) -> Table:
+def of_routes(runs: Sequence[FinishedRun], most: int) -> Table:
     """Every route of every sweep; of sweeps with more than their share, edits of single layers first and then the mildest.
 
     Args:
@@ -126,5 +126,5 @@ def _cell(value: Any, error: Any, times: float = 1) -> Cell:
     if not is_number(value):
         return Cell(rounded(value), "nan")
     scaled = (value, error) if times == 1 else (times * value, times * error if is_number(error) else None)
-    text, spread = measured(*scaled)
+    text, spread = format_with_error(*scaled)
     return Cell(text, repr(value), spread)

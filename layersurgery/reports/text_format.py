@@ -14,7 +14,7 @@ _MOST_PLACES = 7
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # controls, marks of direction, halves of characters, separators of lines
 
 
-def visible(text: str) -> str:
+def show_control_characters(text: str) -> str:
     """Text with everything shown that would not be seen, or would change the order of what is.
 
     A control character becomes its picture, any other such character its number; so a token of a line break is seen, an override of
@@ -24,10 +24,10 @@ def visible(text: str) -> str:
         >>> visible("a\\nb\\u202ec")
         'a␊b⟨U+202E⟩c'
     """
-    return "".join(_shown(letter) if hidden(letter) else letter for letter in text)
+    return "".join(_shown(letter) if is_hidden(letter) else letter for letter in text)
 
 
-def hidden(letter: str) -> bool:
+def is_hidden(letter: str) -> bool:
     """Whether a character would not be seen, or would move others."""
     return unicodedata.category(letter) in _HIDDEN
 
@@ -80,7 +80,7 @@ def rounded(value: Any, digits: int = 4) -> str:
     return f"{'␣' * len(before)}{inner}{'␣' * len(after)}"
 
 
-def measured(value: Any, error: Any) -> tuple[str, str]:
+def format_with_error(value: Any, error: Any) -> tuple[str, str]:
     """A number to the digits that its error leaves it, and the error to two; as `rounded` where there is none.
 
     Example:

@@ -19,7 +19,7 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=2)
 
 
-class Team(Protocol):
+class ProcessGroup(Protocol):
     """The processes of a run.
 
     Attributes:
@@ -34,22 +34,22 @@ class Team(Protocol):
     local_rank: int
     local_size: int
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the leader gave, for all."""
 
     def gather(self, value: T) -> list[T]:
         """What each process gave, in their order; for the leader, nothing for the others."""
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Say goodbye, at the end."""
 
 
-class Alone:
+class SingleProcess:
     """One process by itself."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The value itself."""
         return value
 
@@ -57,11 +57,11 @@ class Alone:
         """The value itself."""
         return [value]
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """There is nobody."""
 
 
-class Processes:
+class DistributedGroup:
     """Several, connected by torch.distributed."""
 
     def __init__(self, state: Any) -> None:
@@ -73,7 +73,7 @@ class Processes:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the leader gave, for all.
 
         Raises:
@@ -96,12 +96,12 @@ class Processes:
             self._dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close the connections."""
         self._dist.destroy_process_group()
 
 
-class LostError(MeasurementError):
+class LostProcessError(MeasurementError):
     """Another process of the run has gone."""
 
 
@@ -110,13 +110,13 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostError(
+        raise LostProcessError(
             f"another process of this run has gone ({str(error).strip().partition(chr(10))[0]}). What was measured stays: the same command goes "
             "on with it, with as many processes as you like"
         ) from error
 
 
-def find_team(cpu: bool) -> Team:
+def find_process_group(cpu: bool) -> ProcessGroup:
     """The processes that this one was started with.
 
     Args:
@@ -126,11 +126,11 @@ def find_team(cpu: bool) -> Team:
         MeasurementError: they cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Alone()
+        return SingleProcess()
     from accelerate import PartialState
 
     with _reached():
-        return Processes(PartialState(cpu=cpu))
+        return DistributedGroup(PartialState(cpu=cpu))
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _reached() -> Iterator[None]:
         ) from error
 
 
-def rounds(items: list[T], size: int) -> Iterator[list[T]]:
+def chunked(items: list[T], size: int) -> Iterator[list[T]]:
     """Work for `size` processes at a time.
 
     >>> list(rounds([1, 2, 3, 4, 5], 2))
@@ -153,7 +153,7 @@ def rounds(items: list[T], size: int) -> Iterator[list[T]]:
         yield items[start : start + size]
 
 
-def own_devices(team: Team, devices: int) -> range:
+def own_devices(group: ProcessGroup, devices: int) -> range:
     """The GPUs of this process, where each machine's are shared out among the processes on it; some share one if there are too few.
 
     >>> class Third(Alone):
@@ -163,6 +163,6 @@ def own_devices(team: Team, devices: int) -> range:
     """
     if not devices:
         return range(0)
-    each = max(1, devices // team.local_size)
-    first = team.local_rank * each % devices
+    each = max(1, devices // group.local_size)
+    first = group.local_rank * each % devices
     return range(first, min(devices, first + each))

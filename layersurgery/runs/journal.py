@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import OutputError
-from ..metrics.aggregation import Array, Sample, Sums
+from ..metrics.aggregation import Array, MetricSums, SequenceSums
 from ..metrics.reference import METRICS
 
 _MAGIC = b"lsj1"
@@ -114,20 +114,22 @@ class Journal:
         """Time that measuring has taken."""
         return sum(record.seconds for record in self.records.values())
 
-    def sums(self) -> Sums:
+    def sums(self) -> MetricSums:
         """All sums so far."""
-        sums = Sums(self.rows)
+        sums = MetricSums(self.rows)
         for record in self.records.values():
             for offset, count in enumerate(record.counts):
                 if count:
                     sums.add(record.first + offset, count, record.values[offset])
         return sums
 
-    def sample(self) -> Sample:
+    def sequence_sums(self) -> SequenceSums:
         """All sequences so far, in their order."""
-        return Sample.of([(record.first, record.counts, record.values, record.observed) for record in self.records.values()])
+        return SequenceSums.of(
+            [(record.first, record.counts, record.values, record.observed) for record in self.records.values()]
+        )
 
-    def broken(self) -> dict[int, list[int]]:
+    def non_finite(self) -> dict[int, list[int]]:
         """Rows with values that are no numbers, and the batches in which they came up."""
         found: dict[int, list[int]] = {}
         for batch, record in sorted(self.records.items()):
@@ -135,7 +137,7 @@ class Journal:
                 found.setdefault(row, []).append(batch)
         return found
 
-    def broken_observed(self) -> dict[int, list[int]]:
+    def non_finite_observed(self) -> dict[int, list[int]]:
         """The same for numbers read off the blocks."""
         found: dict[int, list[int]] = {}
         for batch, record in sorted(self.records.items()):

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from ..atomic_io import whole_file
+from ..atomic_io import atomic_file
 from ..metrics.reference import METRICS
 from ..plans.variants import Variant
-from ..runtime.inputs import followed
+from ..runtime.inputs import has_next_token
 
 TOKENS = "tokens.parquet"
 PARTS = "tokens.parts"
@@ -36,7 +36,7 @@ class TokenRows:
         self, variants: Sequence[Variant], ids: torch.Tensor, mask: torch.Tensor, first: int, tokenizer: Any = None
     ) -> None:
         self.variants = variants
-        sequence, position = (place.numpy() for place in torch.where(followed(mask)))
+        sequence, position = (place.numpy() for place in torch.where(has_next_token(mask)))
         tokens = ids.numpy()
         text = _decoder(tokenizer)
         here = tokens[sequence, position]
@@ -56,7 +56,7 @@ class TokenRows:
 
     def write(self, path: Path) -> None:
         """Write the rows, by model, sequence and position."""
-        with whole_file(path) as partial, pq.ParquetWriter(partial, self._table(0).schema, compression="zstd") as writer:
+        with atomic_file(path) as partial, pq.ParquetWriter(partial, self._table(0).schema, compression="zstd") as writer:
             for row in sorted(self._metrics):
                 writer.write_table(self._table(row))
 
@@ -71,7 +71,7 @@ class TokenRows:
         return pa.table(columns)
 
 
-def whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether a batch's file is there and can be read."""
     try:
         pq.read_metadata(path)
@@ -86,9 +86,9 @@ def _decoder(tokenizer: Any) -> Any:
     return lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
 
 
-def join(parts: Sequence[Path], path: Path) -> None:
+def join_parts(parts: Sequence[Path], path: Path) -> None:
     """Write one table of the batches' files, a row group at a time."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         schema = pq.read_schema(parts[0])
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
             for part in parts:

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..atomic_io import locked, whole_file
+from ..atomic_io import atomic_file, directory_lock
 from ..errors import OutputError
 from ..version import __version__
 from .per_token import PARTS, TOKENS
@@ -49,22 +49,22 @@ class Run:
         return self.facts.get("state") == "finished"
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether an earlier start has left something to go on with."""
         return bool(self.facts) and (self.directory / JOURNAL).exists()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Make room for a new run, unless there is one to go on with. An earlier one is removed only now, when all is ready."""
-        if not self.begun:
+        if not self.started:
             _clear(self.directory)
-            self.note(
+            self.update(
                 kind=self.kind, state="begun", arguments=self.arguments, **({"command": self.command} if self.command else {})
             )
 
-    def note(self, **facts: Any) -> None:
+    def update(self, **facts: Any) -> None:
         """Write facts to `run.json`."""
         self.facts |= facts
-        with whole_file(self.directory / RUN) as partial:
+        with atomic_file(self.directory / RUN) as partial:
             partial.write_text(json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
@@ -85,7 +85,7 @@ def open_run(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {directory}: {error.strerror or error}") from error
-    with locked(directory):
+    with directory_lock(directory):
         run = _run_in(directory, kind, arguments, overwrite)
         run.command = command
         try:
@@ -102,7 +102,7 @@ def _run_in(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bo
     if any(directory.iterdir()) and not _ours(before, kind):
         raise OutputError(f"{directory} holds something else than {KINDS[kind]}; choose another output with -o")
     run = Run(directory, kind, arguments, before or {})
-    if before is None or overwrite or not (run.finished or run.begun):
+    if before is None or overwrite or not (run.finished or run.started):
         return Run(directory, kind, arguments)
     there = before.get("arguments", {})
     if there.get("analysis") != arguments.get("analysis"):  # then nothing else is worth comparing

@@ -15,15 +15,15 @@ import torch
 from ..errors import MeasurementError, OutputError
 from ..plans.variants import Variant
 from ..runtime.offload import device_of
-from ..sweeps.executor import Tick
+from ..sweeps.executor import OnFraction
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import by_sequence, results
-from .distributed import Alone, Team, rounds
+from .distributed import ProcessGroup, SingleProcess, chunked
 from .journal import Journal, Record
-from .per_token import PARTS, TOKENS, TokenRows, join, whole
+from .per_token import PARTS, TOKENS, TokenRows, is_complete, join_parts
 from .run_directory import JOURNAL, Run, clear_progress
-from .tables import CSV, RESULTS, SEQUENCES, write
-from .text import Text
+from .tables import CSV, RESULTS, SEQUENCES, write_sweep
+from .text import TokenizedText
 
 Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]
 OnProgress = Callable[["Progress"], None]
@@ -40,11 +40,11 @@ class Progress:
     """
 
     sequences: float
-    of: int
+    total: int
     table: Callable[[], pd.DataFrame] | None = None
 
 
-class Outcome(Protocol):
+class RunOutput(Protocol):
     """What becomes of the sums."""
 
     def table(self, journal: Journal) -> pd.DataFrame:
@@ -55,7 +55,7 @@ class Outcome(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OfSweep:
+class SweepOutput:
     """The results of a sweep.
 
     Attributes:
@@ -73,12 +73,12 @@ class OfSweep:
     def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
         """The table, and the sums of each sequence."""
         frame = self.table(journal)
-        write(directory, frame, by_sequence(self.variants, journal.sums()))
+        write_sweep(directory, frame, by_sequence(self.variants, journal.sums()))
         return frame, [RESULTS, CSV, SEQUENCES]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Assignment:
     """What all processes of a run need to know: sequences of a batch, and the numbers of the batches to measure."""
 
     size: int
@@ -86,28 +86,28 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
+class _MeasuredBatch:
     """A batch that one process has measured, or why it has not; and how many sequences its memory held at once, where that was asked."""
 
     batch: int
     record: Record | None
-    at_once: int | None = None
+    max_sequences: int | None = None
     rows: TokenRows | None = None
-    fault: str = ""
+    error: str = ""
 
 
-def perform(
+def run_measurement(
     run: Run,
     measurer: Measurer,
-    text: Text,
-    outcome: Outcome,
+    text: TokenizedText,
+    output: RunOutput,
     *,
     batch_size: int | None = None,
     per_token: bool = False,
     tokenizer: Any = None,
     draw: Draw | None = None,
     on_progress: OnProgress | None = None,
-    team: Team | None = None,
+    group: ProcessGroup | None = None,
 ) -> pd.DataFrame:
     """Measure what is still missing, and write the results.
 
@@ -121,7 +121,7 @@ def perform(
         tokenizer: to write its tokens as text.
         draw: draws figures from the results into the directory, and returns their paths.
         on_progress: is called at the beginning, now and then, and after each batch.
-        team: the processes that measure together; this one leads, and the others `help_along`.
+        group: the processes that measure together; this one leads, and the others `help_along`.
 
     Returns:
         The table of results.
@@ -130,32 +130,34 @@ def perform(
         MeasurementError: the unedited model's predictions are no numbers, memory does not suffice, or another process has gone.
         OutputError: the directory cannot be written; what was measured stays.
     """
-    team = team or Alone()
-    work = _Work(run, measurer, text, outcome, batch_size, per_token, on_progress)
+    group = group or SingleProcess()
+    work = _Work(run, measurer, text, output, batch_size, per_token, on_progress)
     missing = work.missing()
-    team.share(Job(work.size, missing))
+    group.broadcast(Assignment(work.size, missing))
     work.tell(work.measured())
-    for together in rounds(missing, team.size):
+    for together in chunked(missing, group.size):
         before, of_round = work.measured(), sum(map(work.sequences, together))
 
         def tick(share: float, before: int = before, of_round: int = of_round) -> None:
             work.tell(before + share * of_round)
 
-        done = team.gather(_measured(measurer, text, together[0], work.size, per_token, tokenizer, tick))
-        faults = [one.fault for one in done if one is not None and one.fault]
+        done = group.gather(_measured(measurer, text, together[0], work.size, per_token, tokenizer, tick))
+        faults = [one.error for one in done if one is not None and one.error]
         stop = True
         try:
             for one in done:
                 work.take(one)
             stop = bool(faults)
         finally:
-            team.share(stop)
+            group.broadcast(stop)
         if stop:
             raise MeasurementError(faults[0])
     return work.finish(draw)
 
 
-def help_along(measurer: Measurer, text: Text, *, per_token: bool = False, tokenizer: Any = None, team: Team) -> bool:
+def run_worker(
+    measurer: Measurer, text: TokenizedText, *, per_token: bool = False, tokenizer: Any = None, group: ProcessGroup
+) -> bool:
     """Measure this process's share of a run that another one leads; arguments as for `perform`.
 
     Returns:
@@ -164,18 +166,18 @@ def help_along(measurer: Measurer, text: Text, *, per_token: bool = False, token
     Raises:
         MeasurementError: another process has gone.
     """
-    job: Job = team.share(Job(0, []))
-    for together in rounds(job.missing, team.size):
-        mine = together[team.rank] if team.rank < len(together) else None
-        team.gather(None if mine is None else _measured(measurer, text, mine, job.size, per_token, tokenizer, None))
-        if team.share(False):
+    job: Assignment = group.broadcast(Assignment(0, []))
+    for together in chunked(job.missing, group.size):
+        mine = together[group.rank] if group.rank < len(together) else None
+        group.gather(None if mine is None else _measured(measurer, text, mine, job.size, per_token, tokenizer, None))
+        if group.broadcast(False):
             return False
     return True
 
 
 def _measured(
-    measurer: Measurer, text: Text, batch: int, size: int, per_token: bool, tokenizer: Any, tick: Tick | None
-) -> _Done | None:
+    measurer: Measurer, text: TokenizedText, batch: int, size: int, per_token: bool, tokenizer: Any, tick: OnFraction | None
+) -> _MeasuredBatch | None:
     begun = time.perf_counter()
     first = batch * size
     ids, mask = text.ids[first : first + size], text.mask[first : first + size]
@@ -183,26 +185,26 @@ def _measured(
     try:
         measured = measurer.measure(ids, mask, rows, tick)
     except MeasurementError as error:
-        return _Done(batch, None, fault=f"batch {batch}: {error}")
+        return _MeasuredBatch(batch, None, error=f"batch {batch}: {error}")
     record = Record(first, measured.counts, measured.values, measured.observed, time.perf_counter() - begun)
-    return _Done(batch, record, measurer.at_once, rows if any(measured.counts) else None)
+    return _MeasuredBatch(batch, record, measurer.max_sequences, rows if any(measured.counts) else None)
 
 
 class _Work:
     """A run on the disk, as its leader sees it."""
 
     def __init__(
-        self, run: Run, measurer: Measurer, text: Text, outcome: Outcome, batch_size: int | None, per_token: bool, on_progress: OnProgress | None
+        self, run: Run, measurer: Measurer, text: TokenizedText, outcome: RunOutput, batch_size: int | None, per_token: bool, on_progress: OnProgress | None
     ) -> None:  # fmt: skip
         self.run, self.measurer, self.text, self.outcome = run, measurer, text, outcome
         self.per_token, self.on_progress = per_token, on_progress
         observer = measurer.observer
-        run.begin()
+        run.start()
         self.journal = Journal(run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size)
         known: int | None = run.facts.get("batch_size")
         self.size = known or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
         if known is None:
-            run.note(batch_size=self.size)
+            run.update(batch_size=self.size)
         self.batches = -(-len(text.ids) // self.size)
         self.done: set[int] = set()
         self.at_once = self.size
@@ -226,7 +228,7 @@ class _Work:
     def missing(self) -> list[int]:
         """Batches that are not measured, or whose tokens' rows are not there, if they are wanted and it has any."""
         for batch, record in self.journal.records.items():
-            if not self.per_token or not any(record.counts) or whole(self.part(batch)):
+            if not self.per_token or not any(record.counts) or is_complete(self.part(batch)):
                 self.done.add(batch)
         return [batch for batch in range(self.batches) if batch not in self.done]
 
@@ -238,13 +240,13 @@ class _Work:
         """Sequences that are measured."""
         return sum(map(self.sequences, self.done))
 
-    def take(self, done: _Done | None) -> None:
+    def take(self, done: _MeasuredBatch | None) -> None:
         """Note a batch."""
         if done is None or done.record is None:
             return
         if done.rows is not None:
             done.rows.write(self.part(done.batch))
-        self.at_once = min(self.at_once, done.at_once or self.size)
+        self.at_once = min(self.at_once, done.max_sequences or self.size)
         self.journal.append(done.batch, done.record)
         self.done.add(done.batch)
         self.tell(self.measured(), table=True)
@@ -254,20 +256,20 @@ class _Work:
         frame, files = self.outcome.write(self.run.directory, self.journal)
         if self.per_token:
             parts = [self.part(batch) for batch in range(self.batches)]
-            join([part for part in parts if part.exists()], self.run.directory / TOKENS)
+            join_parts([part for part in parts if part.exists()], self.run.directory / TOKENS)
             files.append(TOKENS)
-        self.run.note(files=files, **self._facts())
-        drawn, fault = drawn_by(draw, frame, self.run.directory)
-        self.run.note(state="finished", figures=drawn, figures_fault=fault)
+        self.run.update(files=files, **self._facts())
+        drawn, fault = draw_safely(draw, frame, self.run.directory)
+        self.run.update(state="finished", figures=drawn, figures_fault=fault)
         clear_progress(self.run.directory)
         return frame
 
     def _broken(self) -> dict[str, list[int]]:
         """What gave values that are no numbers, and in which batches."""
-        found = {self.measurer.variants[row].plan: batches for row, batches in self.journal.broken().items()}
+        found = {self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite().items()}
         if self.measurer.observer is not None:
             names = self.measurer.observer.names
-            found |= {names[number]: batches for number, batches in self.journal.broken_observed().items()}
+            found |= {names[number]: batches for number, batches in self.journal.non_finite_observed().items()}
         return found
 
     def _facts(self) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class _Work:
         return {
             "model": {
                 "class": type(measurer.model).__name__,
-                "blocks": measurer.stack.depth,
+                "blocks": measurer.runner.depth,
                 "parameters": measurer.parameters,
                 "dtype": str(parameters[0].dtype).removeprefix("torch."),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -289,14 +291,14 @@ class _Work:
             "schedule": {
                 "order": measurer.schedule.name,
                 "block_calls": measurer.schedule.calls,
-                "block_calls_apart": measurer.schedule.calls_apart,
+                "block_calls_apart": measurer.schedule.calls_without_sharing,
                 "bytes_read_a_batch": measurer.bytes_to_read,
             },
             "sequences_at_once": self.at_once,
-            "readout": measurer.readout.about,
+            "readout": measurer.readout.description,
             "compiled": _compiled(measurer),
-            "left_out": measurer.left_out | ({} if measurer.observer is None else measurer.observer.left_out),
-            "centred": None if measurer.observer is None else measurer.observer.centred,
+            "left_out": measurer.skipped | ({} if measurer.observer is None else measurer.observer.skipped),
+            "centred": None if measurer.observer is None else measurer.observer.reads_are_mean_free,
             "not_numbers": self._broken(),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),
@@ -308,11 +310,11 @@ class _Work:
 
 def _compiled(measurer: Measurer) -> bool | str:
     """Whether blocks were compiled, or why not."""
-    compiler = measurer.stack.compiler
+    compiler = measurer.runner.compiler
     return False if compiler is None else compiler.refused or True
 
 
-def drawn_by(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:
+def draw_safely(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:
     """Names of the figures, or why there are none: a picture that fails must not cost the numbers."""
     try:
         return ([] if draw is None else [path.name for path in draw(frame, directory)]), ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..atomic_io import whole_file
+from ..atomic_io import atomic_file
 from ..errors import SourceError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ TABLES = (
 """Of analyses; also their figures are called so."""
 
 
-def write(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
+def write_sweep(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
     """Write the results, each file whole or not at all.
 
     Args:
@@ -37,7 +37,7 @@ def write(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
     """
     import pyarrow.parquet as pq
 
-    with whole_file(directory / SEQUENCES) as partial:
+    with atomic_file(directory / SEQUENCES) as partial:
         pq.write_table(sequences, partial, compression="zstd")
     write_table(directory, Path(RESULTS).stem, frame)
 
@@ -48,9 +48,9 @@ def write_table(directory: Path, name: str, frame: pd.DataFrame, *, csv: bool = 
     import pyarrow.parquet as pq
 
     if csv:
-        with whole_file(directory / f"{name}.csv") as partial:
+        with atomic_file(directory / f"{name}.csv") as partial:
             frame.to_csv(partial, index=False)
-    with whole_file(directory / f"{name}.parquet") as partial:
+    with atomic_file(directory / f"{name}.parquet") as partial:
         pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), partial)
     return [f"{name}.parquet", *([f"{name}.csv"] if csv else [])]
 

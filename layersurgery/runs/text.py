@@ -30,7 +30,7 @@ _BUFFER = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TextRequest:
     """What text is asked for.
 
     Attributes:
@@ -71,7 +71,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TokenizedText:
     """Tokens to measure on.
 
     Attributes:
@@ -92,7 +92,7 @@ class Text:
         return int(self.mask.sum())
 
 
-def number(text: str) -> int:
+def parse_count(text: str) -> int:
     """A count as people write it: "4096", "100k", "1M", "2.5M".
 
     Raises:
@@ -105,7 +105,7 @@ def number(text: str) -> int:
     return int(value)
 
 
-def read_text(asked: Asked, tokenizer: Any) -> Text:
+def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     """Tokenise the text that is asked for.
 
     Raises:
@@ -113,29 +113,29 @@ def read_text(asked: Asked, tokenizer: Any) -> Text:
         MeasurementError: it holds no two tokens.
         PlanError: a context too short.
     """
-    if asked.context < 2:
-        raise PlanError(f"a context of {asked.context} has no next token to predict; give at least 2")
-    context = min(asked.context, max(2, asked.tokens))
+    if request.context < 2:
+        raise PlanError(f"a context of {request.context} has no next token to predict; give at least 2")
+    context = min(request.context, max(2, request.tokens))
     notes = []
-    if asked.pack and tokenizer.eos_token_id is None:
+    if request.pack and tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-text token, so documents are joined without one")
-    sequences = _contexts(asked, context, tokenizer) if asked.pack else _documents_alone(asked, context, tokenizer)
-    wanted = context * -(-asked.tokens // context) if asked.pack else asked.tokens
-    taken = _taken(sequences, wanted * (_POOL if asked.shuffled and not asked.from_hub else 1))
-    if asked.pack and len(taken) > 1 and len(taken[-1]) < context:
+    sequences = _contexts(request, context, tokenizer) if request.pack else _documents_alone(request, context, tokenizer)
+    wanted = context * -(-request.tokens // context) if request.pack else request.tokens
+    taken = _taken(sequences, wanted * (_POOL if request.shuffled and not request.from_hub else 1))
+    if request.pack and len(taken) > 1 and len(taken[-1]) < context:
         taken.pop()  # the rest of a text that ended early
-    if asked.shuffled and not asked.from_hub:
-        taken = _taken(random.Random(asked.seed).sample(taken, len(taken)), wanted)
+    if request.shuffled and not request.from_hub:
+        taken = _taken(random.Random(request.seed).sample(taken, len(taken)), wanted)
     if not taken:
-        raise MeasurementError(f"{asked.data} holds no text of at least two tokens")
+        raise MeasurementError(f"{request.data} holds no text of at least two tokens")
     total = sum(map(len, taken))
-    if total < asked.tokens:
-        notes.append(f"the text ended early: {total:,} tokens, of {asked.tokens:,} asked")
+    if total < request.tokens:
+        notes.append(f"the text ended early: {total:,} tokens, of {request.tokens:,} asked")
     length = max(map(len, taken))
     # Padding is masked, and a tokenizer's own padding may be a token that the model does not have.
     ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in taken])
     mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in taken])
-    return Text(ids, mask, _fingerprint(ids, mask), tuple(notes))
+    return TokenizedText(ids, mask, _fingerprint(ids, mask), tuple(notes))
 
 
 def _taken(sequences: Iterable[list[int]], tokens: int) -> list[list[int]]:
@@ -156,7 +156,7 @@ def _fingerprint(ids: torch.Tensor, mask: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _contexts(asked: Asked, length: int, tokenizer: Any) -> Iterator[list[int]]:
+def _contexts(asked: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
     """Documents joined by the end-of-text token and cut; what is left at the end is shorter."""
     head = [bos_of(tokenizer)] if asked.bos else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -184,7 +184,7 @@ def bos_of(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def _documents_alone(asked: Asked, length: int, tokenizer: Any) -> Iterator[list[int]]:
+def _documents_alone(asked: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
     """Each document as its tokenizer would begin and end it, cut off at `length`."""
     for document in documents(asked):
         ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
@@ -204,7 +204,7 @@ def pieces(document: str) -> Iterator[str]:
         start = stop
 
 
-def documents(asked: Asked) -> Iterator[str]:
+def documents(asked: TextRequest) -> Iterator[str]:
     """The documents themselves, those without any text left out.
 
     Raises:
@@ -221,7 +221,7 @@ def documents(asked: Asked) -> Iterator[str]:
     return (document for document in found if document.strip())
 
 
-def check_data(asked: Asked) -> None:
+def check_data(asked: TextRequest) -> None:
     """Refuse text that cannot be there, before anything is loaded.
 
     Raises:
@@ -266,7 +266,7 @@ def _from_file(path: Path, column: str) -> Iterator[str]:
     if path.stat().st_size == 0:
         return
     try:
-        with _quiet():
+        with _silence_datasets():
             rows = datasets.load_dataset(
                 kind, data_files=[glob.escape(str(path.resolve()))], split="train", streaming=True, **options
             )
@@ -279,12 +279,12 @@ def _from_file(path: Path, column: str) -> Iterator[str]:
         raise SourceError(f"cannot read {path} as {kind}: {type(error).__name__}: {error}") from error
 
 
-def _from_hub(asked: Asked) -> Iterator[str]:
+def _from_hub(asked: TextRequest) -> Iterator[str]:
     import datasets
 
     name, _, configuration = asked.data.partition(":")
     try:
-        with _quiet():
+        with _silence_datasets():
             rows = datasets.load_dataset(name, configuration or None, split=asked.split, streaming=True)
             if asked.shuffled:
                 rows = rows.shuffle(seed=asked.seed, buffer_size=_BUFFER)
@@ -315,7 +315,7 @@ def _texts(rows: Any, column: str, where: str) -> Iterator[str]:
         yield text
 
 
-class _quiet:  # noqa: N801 - it reads as a word
+class _silence_datasets:  # noqa: N801 - it reads as a word
     """Without the progress bars and the log of the library that reads."""
 
     def __enter__(self) -> None:

@@ -30,7 +30,7 @@ _KERNELS: dict[Any, tuple[int | None, int | None]] = {
 _SOFTMAX = {_aten._softmax.default, _aten._safe_softmax.default}
 
 
-class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
+class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
     """Inside, attention kernels are run as always, and what their queries give to the last `reach` keys is added up over heads.
 
     Args:
@@ -89,7 +89,7 @@ class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
     def _of_kernel(
         self, query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, lse_BHT: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> None:
-        self._add(previous(query_BHTC, key_BHTC, lse_BHT, mask, scale, self.reach).sum(1), query_BHTC.shape[1])
+        self._add(banded_attention(query_BHTC, key_BHTC, lse_BHT, mask, scale, self.reach).sum(1), query_BHTC.shape[1])
 
     def _of_matrix(self, weights: torch.Tensor) -> None:
         band = [
@@ -108,7 +108,7 @@ class Looking(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
         self.heads += heads
 
 
-class LookingBack(Looking):  # type: ignore[no-untyped-call] # torch's own
+class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-call] # torch's own
     """The same, and it keeps what each head's last query gives to every key.
 
     Attributes:
@@ -140,7 +140,7 @@ def _repeated(key_BHTC: torch.Tensor, query_BHTC: torch.Tensor) -> torch.Tensor:
     return key_BHTC if key_BHTC.shape[1] == heads else key_BHTC.repeat_interleave(heads // key_BHTC.shape[1], 1)
 
 
-def previous(
+def banded_attention(
     query_BHTC: torch.Tensor,
     key_BHTC: torch.Tensor,
     lse_BHT: torch.Tensor,

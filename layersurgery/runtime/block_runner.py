@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.anatomy import Anatomy, run_small
-from ..models.block_list import locate
-from ..models.block_view import view
-from ..models.call_tracing import Call, StandIn, Where, first_tensor, replaced, resting
-from ..models.skipped_branch import silence
+from ..models.anatomy import Anatomy, probe_forward
+from ..models.block_list import find_decoder_blocks
+from ..models.block_view import share_parameters
+from ..models.call_tracing import Call, ModuleWrapper, Where, eval_no_grad, first_tensor, replace_modules
+from ..models.skipped_branch import install_skips
 from ..plans.route import Visit
 from .compiled_blocks import Compiler
-from .offload import Residence, hooks_of, surroundings
+from .offload import OffloadedWeights, offload_hooks, offloaded_outside_blocks
 
 
 @dataclass(frozen=True, slots=True)
-class Habit:
+class CallConvention:
     """How one block is called.
 
     Attributes:
@@ -36,12 +36,12 @@ class Habit:
     """
 
     stream: Where
-    beside: tuple[Any, ...] | None
+    extra_outputs: tuple[Any, ...] | None
     overwrites: bool
 
 
 @dataclass(slots=True)
-class Tape:
+class ForwardRecord:
     """What one forward of the unedited model has left.
 
     Attributes:
@@ -50,19 +50,19 @@ class Tape:
         passed: the residual stream before and after the block that has just been run, while its context (`Beside`) ends.
     """
 
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     states: dict[int, torch.Tensor] = field(default_factory=dict)
-    passed: tuple[torch.Tensor, torch.Tensor] | None = None
+    last_block: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-Beside = Callable[[int, Tape], AbstractContextManager[None]]
+AroundBlock = Callable[[int, ForwardRecord], AbstractContextManager[None]]
 
 
-class _EnoughError(Exception):
+class _StopForwardError(Exception):
     """Ends a forward behind the last block; what follows is done otherwise."""
 
 
-class Stack:
+class BlockRunner:
     """The blocks of a model in evaluation mode.
 
     Args:
@@ -85,12 +85,12 @@ class Stack:
     def __init__(self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False) -> None:
         self.model, self.anatomy = model, anatomy
         self.compiler = Compiler() if compiled else None
-        found = locate(model, anatomy.blocks)
+        found = find_decoder_blocks(model, anatomy.blocks)
         self.path, self._list = found.path, found.blocks
         self.blocks = tuple(found.blocks)  # while stand-ins are in the list, these are still the blocks
-        self.residence = Residence()
-        self.around = surroundings(model, found.blocks)
-        self.habits, self.width = self._observed()
+        self.offloaded = OffloadedWeights()
+        self.offloaded_outside = offloaded_outside_blocks(model, found.blocks)
+        self.conventions, self.width = self._observed()
         self._views: dict[Visit, nn.Module] = {}
 
     @property
@@ -101,10 +101,10 @@ class Stack:
     def _places(self) -> list[tuple[nn.Module, str]]:
         return [(self._list, str(number)) for number in range(self.depth)]
 
-    def _observed(self) -> tuple[tuple[Habit, ...], int]:
+    def _observed(self) -> tuple[tuple[CallConvention, ...], int]:
         observers = [_Observer(block) for block in self.blocks]
-        with self.at_rest(), replaced(self._places(), observers):
-            run_small(self.model)
+        with self.inference_mode(), replace_modules(self._places(), observers):
+            probe_forward(self.model)
         earlier: dict[tuple[int, torch.Size], int] = {}
         for number, observer in enumerate(observers):
             for tensor in _tensors([value for where, value in observer.arguments() if where != observer.where]):
@@ -118,12 +118,12 @@ class Stack:
         return tuple(observer.habit() for observer in observers), observers[0].before.shape[-1]
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def inference_mode(self) -> Iterator[None]:
         """Evaluation mode, no gradients, nothing compiled anew; what surrounds the blocks has its weights at hand."""
-        with resting(self.model), torch.compiler.set_stance("force_eager"), self.residence.at_home(*self.around):
+        with eval_no_grad(self.model), torch.compiler.set_stance("force_eager"), self.offloaded.loaded(*self.offloaded_outside):
             yield
 
-    def record(self, inputs: dict[str, Any], keep: Collection[int], beside: Beside | None = None) -> Tape:
+    def record(self, inputs: dict[str, Any], keep: Collection[int], around: AroundBlock | None = None) -> ForwardRecord:
         """Run the model up to its last block, once, and keep what the blocks are given.
 
         Args:
@@ -131,16 +131,16 @@ class Stack:
             keep: numbers of the residual streams to keep.
             beside: makes a context for each block's number, in which the block is run.
         """
-        tape = Tape()
-        recorders = [_Recorder(block, place, self, tape, keep, beside) for place, block in enumerate(self.blocks)]
-        with replaced(self._places(), recorders), suppress(_EnoughError):
+        record = ForwardRecord()
+        recorders = [_Recorder(block, place, self, record, keep, around) for place, block in enumerate(self.blocks)]
+        with replace_modules(self._places(), recorders), suppress(_StopForwardError):
             self.model(**inputs)
-        return tape
+        return record
 
-    def run(self, tape: Tape, visit: Visit, stream: torch.Tensor) -> torch.Tensor:
+    def run(self, record: ForwardRecord, visit: Visit, stream: torch.Tensor) -> torch.Tensor:
         """The residual stream after one visit of a block, (batch, length, width); `stream` is left as it is."""
-        habit, block = self.habits[visit.block], self.block(visit)
-        args, kwargs = tape.given[visit.block]
+        habit, block = self.conventions[visit.block], self.block(visit)
+        args, kwargs = record.arguments[visit.block]
 
         def bind(stream: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if isinstance(habit.stream, int):
@@ -167,22 +167,22 @@ class Stack:
             return self.blocks[visit.block]
         if visit in self._views:
             return self._views[visit]
-        silent = view(self.blocks[visit.block])
-        silence(silent, self.anatomy.stubs(visit))
+        silent = share_parameters(self.blocks[visit.block])
+        install_skips(silent, self.anatomy.skip_specs(visit))
         # Where weights come and go, a view has those that are there when it is made.
-        if not any(True for module in silent.modules() for _ in hooks_of(module)):
+        if not any(True for module in silent.modules() for _ in offload_hooks(module)):
             self._views[visit] = silent
         return silent
 
     @contextmanager
-    def ending(self, stream: torch.Tensor) -> Iterator[None]:
+    def with_final_stream(self, stream: torch.Tensor) -> Iterator[None]:
         """Inside, the model's own forward computes no block: whatever it is given, its blocks end in `stream`."""
-        ends = [_End(block, stream, habit.beside) for block, habit in zip(self.blocks, self.habits, strict=True)]
-        with replaced(self._places(), ends):
+        ends = [_End(block, stream, habit.extra_outputs) for block, habit in zip(self.blocks, self.conventions, strict=True)]
+        with replace_modules(self._places(), ends):
             yield
 
 
-class _Observer(StandIn):
+class _Observer(ModuleWrapper):
     """Runs a block once, and looks at how it treats its arguments."""
 
     where: Where
@@ -191,7 +191,7 @@ class _Observer(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.args, self.kwargs = args, kwargs
-        where = Call("", args, kwargs).stream()
+        where = Call("", args, kwargs).hidden_states_argument()
         if where is None:
             raise UnsupportedEditError("a block is not given a residual stream of (1, tokens, width)")
         self.where = where
@@ -203,45 +203,51 @@ class _Observer(StandIn):
     def arguments(self) -> list[tuple[Where, Any]]:
         return [*enumerate(self.args), *self.kwargs.items()]
 
-    def habit(self) -> Habit:
+    def habit(self) -> CallConvention:
         beside = tuple(self.output[1:]) if isinstance(self.output, tuple | list) else None
-        return Habit(self.where, beside, not torch.equal(self.before, self.stream))
+        return CallConvention(self.where, beside, not torch.equal(self.before, self.stream))
 
 
-class _Recorder(StandIn):
+class _Recorder(ModuleWrapper):
     """Runs a block and notes on the tape what it was given."""
 
     def __init__(
-        self, module: nn.Module, place: int, stack: Stack, tape: Tape, keep: Collection[int], beside: Beside | None
+        self,
+        module: nn.Module,
+        place: int,
+        runner: BlockRunner,
+        record: ForwardRecord,
+        keep: Collection[int],
+        beside: AroundBlock | None,
     ) -> None:
         super().__init__(module)
         # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_place=place, _stack=stack, _tape=tape, _keep=keep, _beside=beside)
+        vars(self).update(_place=place, _runner=runner, _record=record, _keep=keep, _beside=beside)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        place, tape = self._place, self._tape
-        habit: Habit = self._stack.habits[place]
+        place, record = self._place, self._record
+        habit: CallConvention = self._runner.habits[place]
         where = habit.stream
         stream = args[where] if isinstance(where, int) else kwargs[where]
         if place in self._keep:
-            tape.states[place] = stream.clone() if habit.overwrites else stream
+            record.states[place] = stream.clone() if habit.overwrites else stream
         if isinstance(where, int):
-            tape.given.append(((*args[:where], None, *args[where + 1 :]), kwargs))
+            record.given.append(((*args[:where], None, *args[where + 1 :]), kwargs))
         else:
-            tape.given.append((args, {name: value for name, value in kwargs.items() if name != where}))
-        with nullcontext() if self._beside is None else self._beside(place, tape):
+            record.given.append((args, {name: value for name, value in kwargs.items() if name != where}))
+        with nullcontext() if self._beside is None else self._beside(place, record):
             before = stream.clone() if habit.overwrites and self._beside is not None else stream
             output = self.module(*args, **kwargs)
             if (after := first_tensor(output)) is not None:
-                tape.passed = before, after
-        tape.passed = None
-        if place < self._stack.depth - 1:
+                record.passed = before, after
+        record.passed = None
+        if place < self._runner.depth - 1:
             return output
-        tape.states[place + 1] = first_tensor(output)
-        raise _EnoughError
+        record.states[place + 1] = first_tensor(output)
+        raise _StopForwardError
 
 
-class _End(StandIn):
+class _End(ModuleWrapper):
     """Stands for a block, computes nothing, and returns one given stream."""
 
     def __init__(self, module: nn.Module, stream: torch.Tensor, beside: tuple[Any, ...] | None) -> None:

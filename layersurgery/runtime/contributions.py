@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.anatomy import run_small
-from ..models.block_parts import Parts
-from ..models.call_tracing import Call, StandIn, first_tensor, noise, replaced
-from ..models.skipped_branch import Stub
-from ..models.weight_conventions import gain_of
-from ..plans.edits import Part
-from .attention_weights import Looking
-from .block_runner import Stack
+from ..models.anatomy import probe_forward
+from ..models.block_parts import BlockParts
+from ..models.call_tracing import Call, ModuleWrapper, first_tensor, random_like, replace_modules
+from ..models.skipped_branch import SkipSpec
+from ..models.weight_conventions import fit_norm
+from ..plans.edits import Branch
+from .attention_weights import PreviousTokenAttention
+from .block_runner import BlockRunner
 
-BRANCHES: tuple[Part, Part] = ("attention", "mlp")
+BRANCHES: tuple[Branch, Branch] = ("attention", "mlp")
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 _HALF = 0.03
 _ONE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -32,7 +32,7 @@ _SMALL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Tap:
+class CapturePoint:
     """A place in a block where something that is added to the stream can be caught.
 
     Attributes:
@@ -42,14 +42,14 @@ class Tap:
         times: what the block multiplies it by.
     """
 
-    part: Part
+    branch: Branch
     path: str
     residual: int | str | None
-    times: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class BlockContributions:
     """A block, as far as its branches can be told apart.
 
     Attributes:
@@ -61,103 +61,103 @@ class Member:
         blind: why attention cannot be read; empty where it can.
     """
 
-    taps: tuple[Tap, ...]
+    capture_points: tuple[CapturePoint, ...]
     mixers: tuple[str, ...]
     names: str
     attends: bool
-    fault: str = ""
-    blind: str = ""
+    error: str = ""
+    attention_error: str = ""
 
-    def has(self, part: Part) -> bool:
+    def has(self, branch: Branch) -> bool:
         """Whether there is such a branch, to be caught."""
-        return any(tap.part == part for tap in self.taps)
+        return any(tap.branch == branch for tap in self.capture_points)
 
 
-def members(stack: Stack, *, look: bool = True) -> list[Member]:
+def find_contributions(runner: BlockRunner, *, check_attention: bool = True) -> list[BlockContributions]:
     """All blocks of a model, found by running it once on seven tokens, with each block running twice.
 
     Args:
-        stack: the blocks.
+        runner: the blocks.
         look: see whether attention tells what it attends to.
     """
-    trials = [_Trial(block, stack, number, look=look) for number, block in enumerate(stack.blocks)]
-    places = [(stack.model.get_submodule(stack.path), str(number)) for number in range(stack.depth)]
-    with stack.at_rest(), replaced(places, trials):
-        run_small(stack.model)
+    trials = [_ContributionProbe(block, runner, number, look=check_attention) for number, block in enumerate(runner.blocks)]
+    places = [(runner.model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
+    with runner.inference_mode(), replace_modules(places, trials):
+        probe_forward(runner.model)
     return [trial.found for trial in trials]
 
 
-def centred(stack: Stack) -> bool:
+def reads_are_mean_free(runner: BlockRunner) -> bool:
     """Whether all that reads the stream takes its mean over channels away first, so that the mean of what is written means nothing."""
-    model = stack.model
+    model = runner.model
     like = next((parameter for parameter in model.parameters() if not parameter.is_meta), torch.zeros(1)).detach()
-    kind_of = stack.anatomy.kind_of
+    kind_of = runner.anatomy.kind_of
     names = [
-        f"{stack.path}.{kind_of.index(kind)}.{path}"
-        for kind, (_, parts) in enumerate(stack.anatomy.kinds)
+        f"{runner.path}.{kind_of.index(kind)}.{path}"
+        for kind, (_, parts) in enumerate(runner.anatomy.kinds)
         for path in parts.norms_before or ("",)
     ]
-    final = stack.anatomy.final_norm
+    final = runner.anatomy.final_norm
     if final is None or any(name.endswith(".") for name in names):
         return False
-    with stack.at_rest():
+    with runner.inference_mode():
         for name in (final, *names):
             norm = model.get_submodule(name)
             held = next(iter(norm.parameters()), like)
-            gain = gain_of(norm, stack.width, like if held.is_meta else held.detach())
+            gain = fit_norm(norm, runner.width, like if held.is_meta else held.detach())
             if gain is None or not gain.centres:
                 return False
     return True
 
 
-class _Trial(StandIn):
+class _ContributionProbe(ModuleWrapper):
     """Stands for a block in one small forward, and finds its taps on random numbers beside it."""
 
-    found: Member
+    found: BlockContributions
 
-    def __init__(self, block: nn.Module, stack: Stack, number: int, *, look: bool) -> None:
+    def __init__(self, block: nn.Module, runner: BlockRunner, number: int, *, look: bool) -> None:
         super().__init__(block)
         # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_stack=stack, _number=number, _look=look)
+        vars(self).update(_runner=runner, _number=number, _look=look)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stack: Stack = self._stack
-        parts = stack.anatomy.parts(self._number)
-        habit = stack.habits[self._number]
+        runner: BlockRunner = self._runner
+        parts = runner.anatomy.parts(self._number)
+        habit = runner.conventions[self._number]
         call = Call("", args, kwargs)
-        stream = noise(call[habit.stream], 7)
+        stream = random_like(call[habit.stream], 7)
         # Small beside what the block adds, so that little of that is lost in rounding.
         stream = (stream * (_SMALL / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
-        given_args, given_kwargs = call.given(habit.stream, stream)
+        given_args, given_kwargs = call.with_argument(habit.stream, stream)
 
         def run() -> torch.Tensor | None:
             return first_tensor(self.module(*given_args, **given_kwargs))
 
-        self.found = _member(self.module, parts, stream, run, look=self._look)
+        self.found = _block_contributions(self.module, parts, stream, run, look=self._look)
         return self.module(*args, **kwargs)
 
 
-def _member(
-    block: nn.Module, parts: Parts, stream: torch.Tensor, run: Callable[[], torch.Tensor | None], *, look: bool
-) -> Member:
-    taps = [] if parts.fault else [*_taps(parts, "attention"), *_taps(parts, "mlp")]
+def _block_contributions(
+    block: nn.Module, parts: BlockParts, stream: torch.Tensor, run: Callable[[], torch.Tensor | None], *, look: bool
+) -> BlockContributions:
+    taps = [] if parts.fault else [*_capture_points(parts, "attention"), *_capture_points(parts, "mlp")]
     mixers = parts.attention
     returned: dict[int, torch.Tensor] = {}
 
     def keep(number: int) -> Callable[[torch.Tensor], None]:
         return lambda value: returned.__setitem__(number, value.clone())
 
-    looking: list[Looking] = []
+    looking: list[PreviousTokenAttention] = []
     places = [(tap, keep(number)) for number, tap in enumerate(taps)]
     unseen = ""
     try:
-        with tapped(block, places, mixers, looking.append if look else None, stream.shape[:-1]):
+        with capture_contributions(block, places, mixers, looking.append if look else None, stream.shape[:-1]):
             after = run()
     except NotImplementedError as error:  # a kernel that cannot be watched at all
         if not look:
             raise
         looking, unseen = [], str(error).partition(":")[0].partition(chr(10))[0]
-        with tapped(block, places, mixers, None, stream.shape[:-1]):
+        with capture_contributions(block, places, mixers, None, stream.shape[:-1]):
             after = run()
     names = ", ".join(dict.fromkeys(type(block.get_submodule(path)).__name__ for path in mixers))
     blind = ", ".join(sorted(set().union(*(seen.unknown for seen in looking)))) or unseen
@@ -173,23 +173,23 @@ def _member(
         if times is None:
             fault = "what it adds to the stream is not a weighted sum of what its parts return"
         else:
-            taps = [Tap(tap.part, tap.path, tap.residual, value) for tap, value in zip(taps, times, strict=True)]
-    return Member(() if fault else tuple(taps), mixers, names, attends, fault, blind)
+            taps = [CapturePoint(tap.branch, tap.path, tap.residual, value) for tap, value in zip(taps, times, strict=True)]
+    return BlockContributions(() if fault else tuple(taps), mixers, names, attends, fault, blind)
 
 
-def _taps(parts: Parts, part: Part) -> Iterator[Tap]:
+def _capture_points(parts: BlockParts, part: Branch) -> Iterator[CapturePoint]:
     """The last modules of a branch: those that write, or the norms behind them."""
-    stubs = list(parts.stubs(part))
-    for number, stub in enumerate(stubs):
-        if stub.hands_on or stub.path in parts.norms_after or (stub.residual is None and _normed(stubs[number + 1 :], parts)):
+    skips = list(parts.skips(part))
+    for number, skip in enumerate(skips):
+        if skip.passthrough or skip.path in parts.norms_after or (skip.residual is None and _normed(skips[number + 1 :], parts)):
             continue
-        yield Tap(part, stub.path, stub.residual)
-    for stub in stubs:
-        if stub.path in parts.norms_after:
-            yield Tap(part, stub.path, None)
+        yield CapturePoint(part, skip.path, skip.residual)
+    for skip in skips:
+        if skip.path in parts.norms_after:
+            yield CapturePoint(part, skip.path, None)
 
 
-def _normed(following: Sequence[Stub], parts: Parts) -> bool:
+def _normed(following: Sequence[SkipSpec], parts: BlockParts) -> bool:
     """Whether the stub before these is followed by a norm of its own."""
     return bool(following) and following[0].path in parts.norms_after
 
@@ -209,17 +209,17 @@ def _explained(added: torch.Tensor, values: Sequence[torch.Tensor | None]) -> li
     return times.tolist() if bool((given @ times - wanted).norm() <= tolerance * wanted.norm()) else None
 
 
-class _Tapped(StandIn):
+class _Capturing(ModuleWrapper):
     """Runs a module, tells what it adds to the stream, and looks at its attention."""
 
     def __init__(
         self,
         module: nn.Module,
-        tap: Tap | None,
+        tap: CapturePoint | None,
         tell: Callable[[torch.Tensor], None] | None,
-        looks: Callable[[Looking], None] | None,
+        looks: Callable[[PreviousTokenAttention], None] | None,
         shape: Callable[[], torch.Size | None],
-        looking: type[Looking],
+        looking: type[PreviousTokenAttention],
     ) -> None:
         super().__init__(module)
         vars(self).update(_tap=tap, _tell=tell, _looks=looks, _shape=shape, _looking=looking)
@@ -228,7 +228,7 @@ class _Tapped(StandIn):
         shape = self._shape()
         if shape is None:  # not now
             return self.module(*args, **kwargs)
-        tap: Tap | None = self._tap
+        tap: CapturePoint | None = self._tap
         residual = None
         if tap is not None and tap.residual is not None:
             residual = (args[tap.residual] if isinstance(tap.residual, int) else kwargs[tap.residual]).clone()
@@ -247,13 +247,13 @@ class _Tapped(StandIn):
 
 
 @contextmanager
-def tapped(
+def capture_contributions(
     block: nn.Module,
-    taps: Sequence[tuple[Tap, Callable[[torch.Tensor], None]]],
+    capture_points: Sequence[tuple[CapturePoint, Callable[[torch.Tensor], None]]],
     mixers: Sequence[str],
-    looks: Callable[[Looking], None] | None,
+    looks: Callable[[PreviousTokenAttention], None] | None,
     shape: torch.Size | Callable[[], torch.Size | None],
-    looking: type[Looking] = Looking,
+    looking: type[PreviousTokenAttention] = PreviousTokenAttention,
 ) -> Iterator[None]:
     """Inside, a block's taps tell what passes, as long as it is (batch, tokens, width) and before anybody adds to it in place.
 
@@ -265,7 +265,7 @@ def tapped(
         shape: (batch, tokens) of the stream, or a function that gives it, or None while nobody wants to know.
         looking: how to look at them.
     """
-    told = {tap.path: (tap, tell) for tap, tell in taps}
+    told = {tap.path: (tap, tell) for tap, tell in capture_points}
     paths = list(dict.fromkeys([*told, *(mixers if looks is not None else ())]))
     places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
     asked = shape if callable(shape) else lambda: shape
@@ -274,6 +274,6 @@ def tapped(
         module = parent._modules[key]
         assert module is not None
         tap, tell = told.get(path, (None, None))
-        stand_ins.append(_Tapped(module, tap, tell, looks if path in mixers else None, asked, looking))
-    with replaced(places, stand_ins):
+        stand_ins.append(_Capturing(module, tap, tell, looks if path in mixers else None, asked, looking))
+    with replace_modules(places, stand_ins):
         yield

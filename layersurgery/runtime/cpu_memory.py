@@ -23,14 +23,14 @@ _USUAL = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def reuse_cpu_memory() -> Iterator[None]:
     """Inside, tensors come from memory that was used before; what is left over goes back to the system at the end.
 
     Threads beyond the share of time that a container is given are not used either: they would wait for each other. Nothing happens
     to memory without glibc, or where the environment tunes it.
     """
     libc = _glibc()
-    threads, most = torch.get_num_threads(), quota()
+    threads, most = torch.get_num_threads(), cgroup_cpu_limit()
     try:
         if libc is not None:
             libc.mallopt(_MMAP_THRESHOLD, _KEEP)
@@ -47,7 +47,7 @@ def settled() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def cgroup_cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Processors' worth of time that this container may use, rounded up; None where there is no such limit."""
     try:
         limit, period = (root / "cpu.max").read_text().split()

@@ -70,7 +70,7 @@ def read_max_memory(text: str) -> MaxMemory:
     return found
 
 
-def renumbered(device: int | str, own: Sequence[int]) -> int | str:
+def local_device(device: int | str, own: Sequence[int]) -> int | str:
     """A device as one of several processes means it: its own first GPU is its 0, and so on; what is no GPU is left.
 
     >>> renumbered(1, range(4, 6)), renumbered("cuda:0", range(4, 6)), renumbered("cuda", range(4, 6)), renumbered("disk", range(4, 6))

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 
-def product(
+def matmul(
     x_TD: torch.Tensor,
     w_CD: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -32,7 +32,7 @@ def product(
         return torch.addmm(given, x_TD, w_DC, beta=0 if bias is None else scale, alpha=scale)
 
 
-def weighted(p_TC: torch.Tensor, w_CD: torch.Tensor) -> torch.Tensor:
+def probability_times_weights(p_TC: torch.Tensor, w_CD: torch.Tensor) -> torch.Tensor:
     """p w in float32, for probabilities p in float32, (T, D).
 
     Rounded to half precision, p would move KL by thousandths of a nat. On CUDA it goes into the matrix units as a sum of three numbers in

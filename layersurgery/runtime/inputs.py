@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..models.block_list import text_config, transformers_part
+from ..models.block_list import text_config, unwrap_transformers
 
 
 def as_tokens(
@@ -30,19 +30,19 @@ def as_tokens(
         raise PlanError(
             f"tokens have the shape (sequences, length), and a mask the same; found {tuple(ids.shape)} and {tuple(mask.shape)}"
         )
-    if not bool(followed(mask).any()):
+    if not bool(has_next_token(mask).any()):
         raise PlanError("no position has a next token: give sequences of at least two tokens")
     return ids.long().cpu(), mask.long().cpu()
 
 
-def followed(mask: torch.Tensor) -> torch.Tensor:
+def has_next_token(mask: torch.Tensor) -> torch.Tensor:
     """Positions that have a next token inside their sequence: (sequences, length - 1), of type bool."""
     return (mask[:, :-1] * mask[:, 1:]).bool()
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments for one forward without a cache, on the device of the model's embedding."""
-    inner = transformers_part(model)
+    inner = unwrap_transformers(model)
     place = inner.get_input_embeddings().weight.device
     device = torch.device("cpu") if place.type == "meta" else place
     given: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.anatomy import run_small
-from ..models.call_tracing import StandIn, replaced
-from ..models.weight_conventions import writing_dim
-from .block_runner import Stack
+from ..models.anatomy import probe_forward
+from ..models.call_tracing import ModuleWrapper, replace_modules
+from ..models.weight_conventions import output_dim
+from .block_runner import BlockRunner
 
 # So many that no expert of a mixture is given all of them by chance.
 _TOKENS = 25
-Tell = Callable[[torch.Tensor], None]
+OnActivations = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +35,12 @@ class Projection:
     neurons: int
 
 
-def projections(stack: Stack) -> tuple[list[Projection], dict[str, str]]:
+def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
     """Those that can be read, found by running the model once on 25 tokens; and of others why not, by their names."""
     left_out: dict[str, str] = {}
     found: list[Projection] = []
-    for layer, block in enumerate(stack.blocks):
-        parts = stack.anatomy.parts(layer)
+    for layer, block in enumerate(runner.blocks):
+        parts = runner.anatomy.parts(layer)
         names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
         if not names:
             left_out[f"activations of block {layer}"] = parts.fault or (
@@ -54,15 +54,15 @@ def projections(stack: Stack) -> tuple[list[Projection], dict[str, str]]:
                 )
                 continue
             owner, _, key = name.rpartition(".")
-            written = writing_dim(block.get_submodule(owner), key, stack.width)
+            written = output_dim(block.get_submodule(owner), key, runner.width)
             found.append(Projection(layer, name, weight.shape[1 - written]))
     seen: dict[Projection, list[tuple[int, ...]]] = {one: [] for one in found}
 
-    def note(one: Projection) -> Tell:
+    def note(one: Projection) -> OnActivations:
         return lambda value: seen[one].append(tuple(value.shape))
 
-    with stack.at_rest(), reading(stack, {one: note(one) for one in found}):
-        run_small(stack.model, _TOKENS)
+    with runner.inference_mode(), capture_neurons(runner, {one: note(one) for one in found}):
+        probe_forward(runner.model, _TOKENS)
     whole = []
     for one, shapes in seen.items():
         if len(shapes) == 1 and shapes[0][-1] == one.neurons and torch.Size(shapes[0]).numel() == _TOKENS * one.neurons:
@@ -74,22 +74,22 @@ def projections(stack: Stack) -> tuple[list[Projection], dict[str, str]]:
 
 
 @contextmanager
-def reading(stack: Stack, wanted: Mapping[Projection, Tell]) -> Iterator[None]:
+def capture_neurons(runner: BlockRunner, wanted: Mapping[Projection, OnActivations]) -> Iterator[None]:
     """Inside, projections tell what they are given: (..., neurons), of the model's dtype, a row for each token."""
     places, stand_ins = [], []
     for one, tell in wanted.items():
         parent, _, key = one.weight.rpartition(".")[0].rpartition(".")
-        owner = stack.blocks[one.layer].get_submodule(parent)
+        owner = runner.blocks[one.layer].get_submodule(parent)
         places.append((owner, key))
-        stand_ins.append(_Reading(owner.get_submodule(key), tell))
-    with replaced(places, stand_ins):
+        stand_ins.append(_Capturing(owner.get_submodule(key), tell))
+    with replace_modules(places, stand_ins):
         yield
 
 
-class _Reading(StandIn):
+class _Capturing(ModuleWrapper):
     """Runs a module, and tells what it is given."""
 
-    def __init__(self, module: nn.Module, tell: Tell) -> None:
+    def __init__(self, module: nn.Module, tell: OnActivations) -> None:
         super().__init__(module)
         vars(self).update(_tell=tell)
 

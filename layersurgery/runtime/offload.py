@@ -21,7 +21,7 @@ Key = tuple[int, str]
 Fetched = dict[Key, torch.Tensor]
 
 
-def hooks_of(module: nn.Module) -> Iterator[AlignDevicesHook]:
+def offload_hooks(module: nn.Module) -> Iterator[AlignDevicesHook]:
     """accelerate's hooks on a module itself that look after its weights and devices."""
     hook = vars(module).get("_hf_hook")  # its own: what stands in for a module has none
     for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
@@ -31,13 +31,13 @@ def hooks_of(module: nn.Module) -> Iterator[AlignDevicesHook]:
 
 def offloaded(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     """Modules inside, and the module itself, whose weights are elsewhere while they are not called."""
-    return [(part, hook) for part in module.modules() for hook in hooks_of(part) if hook.offload]
+    return [(part, hook) for part in module.modules() for hook in offload_hooks(part) if hook.offload]
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model begins to compute: the device of its first weights, or the one that they are brought to."""
     for module in model.modules():
-        for hook in hooks_of(module):
+        for hook in offload_hooks(module):
             if hook.offload and hook.execution_device is not None:
                 return torch.device(hook.execution_device)
         for parameter in module.parameters(recurse=False):
@@ -46,12 +46,12 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def own(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
+def own_tensors(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     """The module itself, if its own weights are elsewhere; not those inside it."""
-    return [(module, hook) for hook in hooks_of(module) if hook.offload]
+    return [(module, hook) for hook in offload_hooks(module) if hook.offload]
 
 
-def surroundings(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
+def offloaded_outside_blocks(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
     """Modules of a model that are in none of its blocks and have offloaded weights: embedding, final norm, unembedding.
 
     Some hold the blocks and have a tensor of their own beside them, so these are to be brought in by themselves (`at_home`).
@@ -60,11 +60,11 @@ def surroundings(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if id(module) not in inside and any(hook.offload and not hook.place_submodules for hook in hooks_of(module))
+        if id(module) not in inside and any(hook.offload and not hook.place_submodules for hook in offload_hooks(module))
     ]
 
 
-class Residence:
+class OffloadedWeights:
     """Who is at home. Modules without offloaded weights always are, and cost nothing.
 
     Attributes:
@@ -77,11 +77,11 @@ class Residence:
         self._reader: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[Fetched]] = {}
 
-    def bring(self, *modules: nn.Module) -> None:
+    def load(self, *modules: nn.Module) -> None:
         """Have the weights of modules, and of all in them, at hand; of those that are not already."""
-        self._bring_all({module: offloaded(module) for module in modules})
+        self._load_all({module: offloaded(module) for module in modules})
 
-    def _bring_all(self, wanted: dict[nn.Module, list[tuple[nn.Module, AlignDevicesHook]]]) -> None:
+    def _load_all(self, wanted: dict[nn.Module, list[tuple[nn.Module, AlignDevicesHook]]]) -> None:
         seen: dict[object, torch.Tensor] = {}
         for module, parts in wanted.items():
             if id(module) in self._home:
@@ -90,10 +90,10 @@ class Residence:
             fetched = coming.result() if coming is not None else {}
             self._home[id(module)] = []
             for part, hook in parts:
-                self._bring(part, hook, fetched, seen)
+                self._load(part, hook, fetched, seen)
                 self._home[id(module)].append((part, hook))
 
-    def _bring(self, part: nn.Module, hook: AlignDevicesHook, fetched: Fetched, seen: dict[object, torch.Tensor]) -> None:
+    def _load(self, part: nn.Module, hook: AlignDevicesHook, fetched: Fetched, seen: dict[object, torch.Tensor]) -> None:
         values = {}
         for name, _ in _tensors(part, hook):
             origin = _origin(hook, name)
@@ -113,7 +113,7 @@ class Residence:
             hook.weights_map = source
         hook.offload = False
 
-    def expect(self, module: nn.Module) -> None:
+    def prefetch(self, module: nn.Module) -> None:
         """Begin to read a module's weights beside what else is going on; `bring` will want them next."""
         if id(module) in self._home or id(module) in self._coming:
             return
@@ -122,17 +122,17 @@ class Residence:
             self._reader = self._reader or ThreadPoolExecutor(1, "layersurgery-weights")
             self._coming[id(module)] = self._reader.submit(_read, parts)
 
-    def let_go(self, *modules: nn.Module) -> None:
+    def unload(self, *modules: nn.Module) -> None:
         """Send the weights of modules away again."""
         for module in modules:
-            self._let_go(id(module))
+            self._unload(id(module))
 
-    def _let_go(self, module: int) -> None:
+    def _unload(self, module: int) -> None:
         for part, hook in self._home.pop(module, ()):
             hook.offload = True
             hook.post_forward(part, ())
 
-    def expect_nobody(self) -> None:
+    def cancel_prefetch(self) -> None:
         """End reading ahead."""
         self._coming.clear()
         if self._reader is not None:
@@ -140,14 +140,14 @@ class Residence:
             self._reader = None
 
     @contextmanager
-    def at_home(self, *modules: nn.Module) -> Iterator[None]:
+    def loaded(self, *modules: nn.Module) -> Iterator[None]:
         """Inside, modules have their own weights at hand, not those of other modules in them."""
         mine = [module for module in modules if id(module) not in self._home]
         try:
-            self._bring_all({module: own(module) for module in modules})
+            self._load_all({module: own_tensors(module) for module in modules})
             yield
         finally:
-            self.let_go(*mine)
+            self.unload(*mine)
 
 
 class _Over(Mapping[str, Any]):
@@ -206,11 +206,11 @@ def bytes_of(parts: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> int:
     return sum(found.values())
 
 
-def distinct(module: nn.Module) -> list[torch.Tensor]:
+def distinct_tensors(module: nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers, tied ones once: also where each of the modules that share one has a stand-in of its own for it."""
     found: dict[object, torch.Tensor] = {}
     for part in module.modules():
-        away = {name: hook for hook in hooks_of(part) if hook.offload for name, _ in _tensors(part, hook)}
+        away = {name: hook for hook in offload_hooks(part) if hook.offload for name, _ in _tensors(part, hook)}
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
             found.setdefault(_origin(away[name], name) if name in away else id(tensor), tensor)
     return list(found.values())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 
-def influence(before_BTD: torch.Tensor, after_BTD: torch.Tensor) -> torch.Tensor:
+def block_influence(before_BTD: torch.Tensor, after_BTD: torch.Tensor) -> torch.Tensor:
     """Block influence of each token, 1 - cosine: float32, (B, T), from 0 to 2."""
     before, after = _directions(before_BTD), _directions(after_BTD)
     return (before - after).square().sum(-1) / 2  # exact where 1 - cosine would cancel
@@ -33,7 +33,7 @@ def _directions(x: torch.Tensor) -> torch.Tensor:
     return x / length.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-class Changes:
+class SpanDistances:
     """The streams before the last few blocks, to compare with the one behind them.
 
     Args:
@@ -43,7 +43,7 @@ class Changes:
     def __init__(self, spans: int) -> None:
         self._before: deque[tuple[int, torch.Tensor]] = deque(maxlen=spans)
 
-    def passed(self, block: int, before: torch.Tensor, after: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def add_block(self, block: int, before: torch.Tensor, after: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
         """A block has run: for each span that it ends, its first block, its length, and the stream before it."""
         self._before.append((block, before))
         for span, (first, stream) in enumerate(reversed(self._before), 1):

@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import UnsupportedEditError
-from ..models.block_list import text_config, transformers_part
-from ..models.call_tracing import TOKENS, StandIn, noise, replaced
-from .block_runner import Stack
-from .float32_matmul import product, weighted
+from ..models.block_list import text_config, unwrap_transformers
+from ..models.call_tracing import TOKENS, ModuleWrapper, random_like, replace_modules
+from .block_runner import BlockRunner
+from .float32_matmul import matmul, probability_times_weights
 from .inputs import model_inputs
 
-_OWN_ROWS = 64
+_HEAD_ROWS = 64
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -42,39 +42,39 @@ class Readout(Protocol):
         """Tokens to read at once, with all of the vocabulary; None where the vocabulary is read in tiles."""
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """How it reads, in words."""
 
-    def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """What is read, (tokens, width), of a stream (batch, length, width): `chosen` are numbers of positions in the flattened batch."""
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits of a slice of the vocabulary: float32, (tokens, stop - start)."""
 
-    def expected(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """For affine readouts: sum_v p_v (d logit_v / d x) over a slice of the vocabulary, float32, (tokens, width)."""
 
 
 @dataclass(frozen=True, slots=True)
-class OwnTail:
+class ModelHead:
     """The model's own forward, its blocks standing aside; all of the vocabulary at once, a few tokens at a time."""
 
-    stack: Stack
+    runner: BlockRunner
     vocabulary: int
     rows: int
     affine: bool = False
-    about: str = "by the model's own forward, a few tokens at a time"
+    description: str = "by the model's own forward, a few tokens at a time"
 
-    def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The stream itself."""
         return _at(stream, chosen)
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """All logits."""
         assert (start, stop) == (0, self.vocabulary)
-        return own_logits(self.stack, x_TD[None])[0].float()
+        return head_logits(self.runner, x_TD[None])[0].float()
 
-    def expected(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """There is none."""
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class Unembedding:
     The map's `weight` and `bias` are looked up each time: weights that are kept elsewhere are there only for a while.
     """
 
-    stack: Stack
+    runner: BlockRunner
     norm: nn.Module | None
     linear: Any
     scale: float = 1.0
@@ -117,7 +117,7 @@ class Unembedding:
         return self.cap is None
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """In words."""
         parts = [
             "unembedding with float32 sums",
@@ -126,23 +126,23 @@ class Unembedding:
         ]
         return ", ".join(filter(None, parts)) + ", in tiles"
 
-    def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The normed stream, in the model's own dtype."""
         if self.own_norm:
-            x = _at(_unembedded(self.stack, stream), chosen)
+            x = _at(_unembedded(self.runner, stream), chosen)
         else:
             x = _at(stream, chosen)
             x = x if self.norm is None else self.norm(x)
         return x.to(self.matrix.device)
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits of a slice of the vocabulary."""
-        logits = product(x_TD, self.matrix[start:stop], None if self.bias is None else self.bias[start:stop], self.scale)
+        logits = matmul(x_TD, self.matrix[start:stop], None if self.bias is None else self.bias[start:stop], self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
-    def expected(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The mean row of a slice of the unembedding, scaled."""
-        sums = weighted(p_TC, self.matrix[start:stop])
+        sums = probability_times_weights(p_TC, self.matrix[start:stop])
         return sums if self.scale == 1 else sums.mul_(self.scale)
 
 
@@ -150,7 +150,7 @@ def _at(stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return stream.flatten(0, 1).index_select(0, chosen.to(stream.device))
 
 
-class _Aside(StandIn):
+class _Intercept(ModuleWrapper):
     """Stands for the unembedding: keeps what it was given, and returns something else."""
 
     def __init__(self, module: nn.Module, answer: torch.Tensor | None = None) -> None:
@@ -163,32 +163,32 @@ class _Aside(StandIn):
         return x[..., :1] if self.answer is None else self.answer.to(x.device, x.dtype)
 
 
-def find_readout(stack: Stack, *, own: bool = False) -> Readout:
+def find_readout(runner: BlockRunner, *, use_model_head: bool = False) -> Readout:
     """The fast readout where it is shown equal to the model's own tail on seven random tokens, else that tail itself.
 
     Args:
-        stack: the model's blocks.
+        runner: the model's blocks.
         own: take the model's own tail in any case.
     """
-    with stack.at_rest():
-        probe = _probe(stack)
-        logits = _checked(stack, probe)
-        fast = None if own else _unembedding(stack, probe, logits)
+    with runner.inference_mode():
+        probe = _probe(runner)
+        logits = _checked(runner, probe)
+        fast = None if use_model_head else _unembedding(runner, probe, logits)
     if fast is not None:
         return fast
-    longest = getattr(text_config(stack.model), "max_position_embeddings", None)
-    return OwnTail(stack, logits.shape[-1], min(_OWN_ROWS, longest) if isinstance(longest, int) else _OWN_ROWS)
+    longest = getattr(text_config(runner.model), "max_position_embeddings", None)
+    return ModelHead(runner, logits.shape[-1], min(_HEAD_ROWS, longest) if isinstance(longest, int) else _HEAD_ROWS)
 
 
-def _checked(stack: Stack, probe: torch.Tensor) -> torch.Tensor:
+def _checked(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor:
     """The model's own logits.
 
     Raises:
         InexpressibleError: it gives none for each token.
     """
-    name = type(transformers_part(stack.model)).__name__
+    name = type(unwrap_transformers(runner.model)).__name__
     try:
-        logits = own_logits(stack, probe)
+        logits = head_logits(runner, probe)
     except AttributeError:  # an output without logits
         logits = None
     except RuntimeError as error:
@@ -199,7 +199,7 @@ def _checked(stack: Stack, probe: torch.Tensor) -> torch.Tensor:
             f"{name} predicts no next tokens: as logits it gives {found}. Load the model as a causal language model (AutoModelForCausalLM)"
         )
     # Weights may be no numbers; that is found where the model itself is measured.
-    some, same = (values.nan_to_num(0, 0, 0) for values in (own_logits(stack, probe[:, ::2]), logits[:, ::2]))
+    some, same = (values.nan_to_num(0, 0, 0) for values in (head_logits(runner, probe[:, ::2]), logits[:, ::2]))
     if not _close(some, same, TOLERANCE.get(probe.dtype, 3e-2)):
         raise UnsupportedEditError(
             f"{name}: behind its blocks, what it predicts at one position depends on others, so it cannot be read token by token"
@@ -207,53 +207,53 @@ def _checked(stack: Stack, probe: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def own_logits(stack: Stack, stream: torch.Tensor) -> torch.Tensor:
+def head_logits(runner: BlockRunner, stream: torch.Tensor) -> torch.Tensor:
     """What the model makes of a residual stream (batch, length, width) behind its last block: (batch, length, vocabulary)."""
     ids = torch.full(stream.shape[:2], 1)  # any token: its embedding goes nowhere
-    with stack.ending(stream):
-        logits: torch.Tensor = stack.model(**model_inputs(stack.model, ids, torch.ones_like(ids))).logits
+    with runner.with_final_stream(stream):
+        logits: torch.Tensor = runner.model(**model_inputs(runner.model, ids, torch.ones_like(ids))).logits
     return logits
 
 
-def _probe(stack: Stack) -> torch.Tensor:
+def _probe(runner: BlockRunner) -> torch.Tensor:
     ids = torch.arange(TOKENS)[None] % 2
-    last = stack.record(model_inputs(stack.model, ids, torch.ones_like(ids)), ()).states[stack.depth]
-    return noise(last, 5)
+    last = runner.record(model_inputs(runner.model, ids, torch.ones_like(ids)), ()).states[runner.depth]
+    return random_like(last, 5)
 
 
 @contextmanager
-def _aside(stack: Stack, answer: torch.Tensor | None = None) -> Iterator[_Aside]:
-    path = stack.anatomy.unembedding
+def _intercept(runner: BlockRunner, answer: torch.Tensor | None = None) -> Iterator[_Intercept]:
+    path = runner.anatomy.unembedding
     assert path is not None
     parent, _, name = path.rpartition(".")
-    stand_in = _Aside(stack.model.get_submodule(path), answer)
-    with replaced([(stack.model.get_submodule(parent), name)], [stand_in]):
+    stand_in = _Intercept(runner.model.get_submodule(path), answer)
+    with replace_modules([(runner.model.get_submodule(parent), name)], [stand_in]):
         yield stand_in
 
 
-def _unembedded(stack: Stack, stream: torch.Tensor) -> torch.Tensor:
+def _unembedded(runner: BlockRunner, stream: torch.Tensor) -> torch.Tensor:
     """What the model would give its unembedding."""
-    with _aside(stack) as stand_in:
-        own_logits(stack, stream)
+    with _intercept(runner) as stand_in:
+        head_logits(runner, stream)
     assert stand_in.given is not None
     return stand_in.given
 
 
-def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Unembedding | None:
+def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor) -> Unembedding | None:
     """The fast readout, if the model's own logits can be had by it."""
-    path = stack.anatomy.unembedding
+    path = runner.anatomy.unembedding
     if path is None:
         return None
-    module: Any = stack.model.get_submodule(path)
+    module: Any = runner.model.get_submodule(path)
     matrix, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(matrix, torch.Tensor) or matrix.is_meta or matrix.dim() != 2 or matrix.shape[0] != logits.shape[-1]:
         return None
     if not matrix.is_floating_point() or not (bias is None or isinstance(bias, torch.Tensor)):
         return None
     tolerance = TOLERANCE.get(matrix.dtype, 3e-2)
-    with _aside(stack) as stand_in:
+    with _intercept(runner) as stand_in:
         try:
-            own_logits(stack, probe)
+            head_logits(runner, probe)
         except (RuntimeError, IndexError, ValueError):  # it needs all the vocabulary
             return None
     x = stand_in.given
@@ -262,24 +262,28 @@ def _unembedding(stack: Stack, probe: torch.Tensor, logits: torch.Tensor) -> Une
     # The same operation on the same numbers: equal to the last bit, or there is an adapter or something else in it.
     if not torch.equal(module(x), functional.linear(x, matrix, bias)):
         return None
-    shape = _afterwards(stack, probe, matrix.shape[0], tolerance)
+    shape = _afterwards(runner, probe, matrix.shape[0], tolerance)
     if shape is None:
         return None
-    norm = stack.model.get_submodule(stack.anatomy.final_norm) if stack.anatomy.final_norm else None
+    norm = runner.model.get_submodule(runner.anatomy.final_norm) if runner.anatomy.final_norm else None
     plain = torch.equal(x, probe) or (norm is not None and torch.equal(x, norm(probe)))
     found = Unembedding(
-        stack, None if torch.equal(x, probe) else norm if plain else None, module, *shape, own_norm=not plain
+        runner, None if torch.equal(x, probe) else norm if plain else None, module, *shape, own_norm=not plain
     )  # fmt: skip
     everything = torch.arange(probe.shape[1])
-    return found if _close(found.tile(found.final(probe, everything), 0, found.vocabulary), logits[0], tolerance) else None
+    return (
+        found
+        if _close(found.logits_tile(found.normalize(probe, everything), 0, found.vocabulary), logits[0], tolerance)
+        else None
+    )
 
 
-def _afterwards(stack: Stack, probe: torch.Tensor, vocabulary: int, tolerance: float) -> tuple[float, float | None] | None:
+def _afterwards(runner: BlockRunner, probe: torch.Tensor, vocabulary: int, tolerance: float) -> tuple[float, float | None] | None:
     """Scale and soft-cap that the model applies behind its unembedding, tried on numbers of all sizes; None if it is another function."""
     sizes = 10.0 ** torch.arange(-3, TOKENS - 3)
     given = (torch.linspace(-1, 1, vocabulary)[None] * sizes[:, None])[None]
-    with _aside(stack, given) as stand_in:
-        after = own_logits(stack, torch.zeros_like(probe))
+    with _intercept(runner, given) as stand_in:
+        after = head_logits(runner, torch.zeros_like(probe))
     if stand_in.given is None or after.shape != given.shape:
         return None
     given = given.to(stand_in.given.dtype).double()  # as the model got it

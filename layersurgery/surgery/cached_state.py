@@ -17,7 +17,7 @@ _RECORDER = "output_capturing_hook"
 _CACHE = "_cache"
 
 
-def forget_runs(model: nn.Module, others: Iterable[nn.Module] = ()) -> None:
+def clear_cached_state(model: nn.Module, others: Iterable[nn.Module] = ()) -> None:
     """Take recorders and caches off a model, and recorders off `others`, modules that are about to join it."""
     flagged = []
     for module in model.modules():

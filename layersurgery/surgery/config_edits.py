@@ -23,7 +23,7 @@ _BORDER = re.compile(r"(layer|block)_?(idx|index)$")
 _MISSING = object()
 
 
-class Log:
+class UndoLog:
     """Changes of attributes, to be undone in reverse. A value that somebody else changed since is noticed."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Log:
         self.changes.clear()
 
 
-def renumber(block: nn.Module, was: int, now: int, log: Log | None = None) -> None:
+def renumber_block(block: nn.Module, was: int, now: int, log: UndoLog | None = None) -> None:
     """Tell a block's modules their new position."""
     if was == now:
         return
@@ -64,7 +64,7 @@ def renumber(block: nn.Module, was: int, now: int, log: Log | None = None) -> No
             log.set(attributes, name, value - was + now, f"{name} of block {was}")
 
 
-def edit_config(config: Any, depth: int, route: Route, log: Log) -> None:
+def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
     """Give a decoder's config object the depth and the lists of the edited model.
 
     Raises:
@@ -104,7 +104,7 @@ def _read(config: Any, name: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _edit_overrides(attributes: dict[str, Any], route: Route, log: Log) -> None:
+def _edit_overrides(attributes: dict[str, Any], route: Route, log: UndoLog) -> None:
     """Fields that transformers keeps for single layers, beside the config's own."""
     spec = attributes.get("_heterogeneity_spec")
     overrides = getattr(spec, "per_layer_overrides", None)
@@ -115,7 +115,7 @@ def _edit_overrides(attributes: dict[str, Any], route: Route, log: Log) -> None:
         )
 
 
-def edit_surroundings(modules: Iterator[nn.Module], depth: int, route: Route, log: Log) -> None:
+def edit_parent_modules(modules: Iterator[nn.Module], depth: int, route: Route, log: UndoLog) -> None:
     """The same for what the modules above the blocks keep: the depth, and lists with one value per layer.
 
     Raises:
@@ -160,7 +160,7 @@ def _border(module: nn.Module, name: str, place: int, depth: int, route: Route) 
     return place
 
 
-def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, now: int, log: Log) -> None:
+def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, now: int, log: UndoLog) -> None:
     """Tell modules inside the blocks how many blocks there are, where they keep it under one of `names`."""
     if depth == now:
         return

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.anatomy import Anatomy, run_small
+from ..models.anatomy import Anatomy, probe_forward
 from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_list import text_config, transformers_part
-from ..models.call_tracing import TOKENS, Call, StandIn, first_tensor, noise, replaced, watched
-from ..models.weight_conventions import gain_of, reading_dim, writing_dim
-from ..runtime.block_runner import Stack
-from ..runtime.contributions import centred
+from ..models.block_list import text_config, unwrap_transformers
+from ..models.call_tracing import TOKENS, Call, ModuleWrapper, first_tensor, random_like, record_calls, replace_modules
+from ..models.weight_conventions import fit_norm, input_dim, output_dim
+from ..runtime.block_runner import BlockRunner
+from ..runtime.contributions import reads_are_mean_free
 from ..runtime.inputs import model_inputs
 from ..runtime.unembedding import Unembedding, find_readout
 
@@ -27,7 +27,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 @dataclass(slots=True)
-class Folded:
+class FoldResult:
     """What `fold` has done.
 
     Attributes:
@@ -38,10 +38,10 @@ class Folded:
 
     folded: list[str] = field(default_factory=list)
     centred: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    not_folded: dict[str, str] = field(default_factory=dict)
 
 
-def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, unembedding: bool = True) -> Folded:
+def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, unembedding: bool = True) -> FoldResult:
     """Fold the scale and shift of each norm into the weights that read it, and centre weights, in place; the function stays the same.
 
     As in appendix D of the paper and in TransformerLens: (1) norms before attention and MLP and before the unembedding get the scale 1
@@ -65,36 +65,36 @@ def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedEditError("weights are kept on disk or elsewhere; load the model into memory to fold it")
-    stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks))
-    done = Folded()
-    centre = centred(stack)
-    with stack.at_rest():
-        trials = [_Trial(block, stack, number) for number, block in enumerate(stack.blocks)]
-        places = [(model.get_submodule(stack.path), str(number)) for number in range(stack.depth)]
-        with replaced(places, trials):
-            run_small(model)
+    runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks))
+    done = FoldResult()
+    centre = reads_are_mean_free(runner)
+    with runner.inference_mode():
+        trials = [_FoldProbe(block, runner, number) for number, block in enumerate(runner.blocks)]
+        places = [(model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
+        with replace_modules(places, trials):
+            probe_forward(model)
         for number, trial in enumerate(trials):
-            for norm in stack.anatomy.parts(number).norms_before:
-                _fold_norm(stack.blocks[number], f"{stack.path}.{number}.", norm, trial.run, stack.width, done)
-        _fold_end(stack, done, unembedding=unembedding)
+            for norm in runner.anatomy.parts(number).norms_before:
+                _fold_norm(runner.blocks[number], f"{runner.path}.{number}.", norm, trial.run, runner.width, done)
+        _fold_end(runner, done, unembedding=unembedding)
         if centre:
-            _centre_writers(stack, trials, done)
+            _centre_writers(runner, trials, done)
         else:
-            done.left["what writes the stream"] = "an RMSNorm reads the mean over channels, so it cannot be taken away"
+            done.not_folded["what writes the stream"] = "an RMSNorm reads the mean over channels, so it cannot be taken away"
     return done
 
 
-class _Trial(StandIn):
+class _FoldProbe(ModuleWrapper):
     """Stands for a block in one small forward, and keeps how to run it on random numbers."""
 
-    def __init__(self, block: nn.Module, stack: Stack, number: int) -> None:
+    def __init__(self, block: nn.Module, runner: BlockRunner, number: int) -> None:
         super().__init__(block)
         # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_habit=stack.habits[number])
+        vars(self).update(_habit=runner.conventions[number])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call, where = Call("", args, kwargs), self._habit.stream
-        stream = noise(call[where], 8)
+        stream = random_like(call[where], 8)
         vars(self).update(_call=call, _where=where, _stream=stream)
         return self.module(*args, **kwargs)
 
@@ -107,12 +107,12 @@ class _Trial(StandIn):
         return after - stream
 
 
-def _fold_norm(block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, done: Folded) -> None:
+def _fold_norm(block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, done: FoldResult) -> None:
     norm, name = block.get_submodule(path), f"{prefix}{path}"
     before = run()
-    gain = gain_of(norm, width, before)
+    gain = fit_norm(norm, width, before)
     if gain is None:
-        done.left[name] = f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm"
+        done.not_folded[name] = f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm"
         return
     readers = _readers(block, path, run)
     undo = _Undo()
@@ -121,12 +121,12 @@ def _fold_norm(block: nn.Module, prefix: str, path: str, run: Callable[[], torch
             raise UnsupportedEditError("nothing reads it directly")
         for reader in readers:
             _fold_into(block.get_submodule(reader), gain.scale_D, gain.shift_D, width, undo, centre=gain.centres)
-        _neutral(norm, gain.scale_D, undo)
+        _reset_norm(norm, gain.scale_D, undo)
         if not _same(run(), before):
             raise UnsupportedEditError("something else than these matrices reads it")
     except UnsupportedEditError as error:
         undo.all()
-        done.left[name] = str(error)
+        done.not_folded[name] = str(error)
         return
     if any(True for _ in norm.parameters()):
         done.folded.append(name)
@@ -142,9 +142,9 @@ def _readers(block: nn.Module, norm: str, run: Callable[[], torch.Tensor]) -> li
         if name and any(p.dim() > 1 for p in module._parameters.values() if p is not None)
     ]
     places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in (norm, *paths)]
-    with watched(places) as log:
+    with record_calls(places) as log:
         run()
-    outputs = [output for call in log.of(norm) if (output := first_tensor(call.output)) is not None]
+    outputs = [output for call in log.of_module(norm) if (output := first_tensor(call.output)) is not None]
     found = []
     for call in log.calls:
         given = [
@@ -167,7 +167,7 @@ def _fold_into(module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, widt
     shifted = bool(shift.abs().max() > 0)
     for name in _reading(module, width):
         weight = undo.keep(module, name)
-        dim = reading_dim(module, name, width)
+        dim = input_dim(module, name, width)
         wide = weight.detach().double().movedim(dim, -1)
         moved = wide @ shift.to(weight.device)
         wide = wide * scale.to(weight.device)
@@ -197,7 +197,7 @@ def _reading(module: nn.Module, width: int) -> list[str]:
     return found
 
 
-def _neutral(norm: nn.Module, scale: torch.Tensor, undo: _Undo) -> None:
+def _reset_norm(norm: nn.Module, scale: torch.Tensor, undo: _Undo) -> None:
     """Give a norm the scale 1 and the shift 0, however it writes them down (Gemma's scale is 1 + weight)."""
     weight = norm._parameters.get("weight")
     if weight is not None:
@@ -210,12 +210,12 @@ def _neutral(norm: nn.Module, scale: torch.Tensor, undo: _Undo) -> None:
         undo.keep(norm, "bias").zero_()
 
 
-def _fold_end(stack: Stack, done: Folded, *, unembedding: bool) -> None:
+def _fold_end(runner: BlockRunner, done: FoldResult, *, unembedding: bool) -> None:
     """The final norm into the unembedding."""
-    model, path, head = stack.model, stack.anatomy.final_norm, stack.anatomy.unembedding
-    readout = find_readout(stack)
+    model, path, head = runner.model, runner.anatomy.final_norm, runner.anatomy.unembedding
+    readout = find_readout(runner)
     if head is None or path is None or not isinstance(readout, Unembedding) or readout.norm is None:
-        done.left[head or "unembedding"] = "the unembedding is not a plain matrix right behind the final norm"
+        done.not_folded[head or "unembedding"] = "the unembedding is not a plain matrix right behind the final norm"
         return
     module: Any = model.get_submodule(head)
     norm = model.get_submodule(path)
@@ -227,14 +227,14 @@ def _fold_end(stack: Stack, done: Folded, *, unembedding: bool) -> None:
         return logits.log_softmax(-1)
 
     before = run()
-    gain = gain_of(norm, stack.width, module.weight.detach())
+    gain = fit_norm(norm, runner.width, module.weight.detach())
     undo = _Undo()
     try:
         if gain is None:
             raise UnsupportedEditError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
         _untie(model, module, undo)
-        _fold_into(module, gain.scale_D, gain.shift_D, stack.width, undo, centre=gain.centres)
-        _neutral(norm, gain.scale_D, undo)
+        _fold_into(module, gain.scale_D, gain.shift_D, runner.width, undo, centre=gain.centres)
+        _reset_norm(norm, gain.scale_D, undo)
         if unembedding and readout.cap is None:
             for name in ("weight", "bias"):
                 if isinstance(getattr(module, name, None), torch.Tensor):
@@ -244,17 +244,17 @@ def _fold_end(stack: Stack, done: Folded, *, unembedding: bool) -> None:
             raise UnsupportedEditError("something else than the unembedding reads it")
     except UnsupportedEditError as error:
         undo.all()
-        done.left[path] = str(error)
+        done.not_folded[path] = str(error)
         return
     done.folded.append(path)
     if unembedding and readout.cap is not None:
-        done.left[f"mean of {head} over the vocabulary"] = "a soft-cap behind it does not let a common number pass"
+        done.not_folded[f"mean of {head} over the vocabulary"] = "a soft-cap behind it does not let a common number pass"
     elif gain.centres or unembedding:
         done.centred.append(head)
 
 
 def _untie(model: nn.Module, head: Any, undo: _Undo) -> None:
-    inner: Any = transformers_part(model)
+    inner: Any = unwrap_transformers(model)
     embedding = inner.get_input_embeddings()
     if embedding.weight is not head.weight:
         return
@@ -265,19 +265,19 @@ def _untie(model: nn.Module, head: Any, undo: _Undo) -> None:
             config.tie_word_embeddings = False
 
 
-def _centre_writers(stack: Stack, trials: Sequence[_Trial], done: Folded) -> None:
+def _centre_writers(runner: BlockRunner, trials: Sequence[_FoldProbe], done: FoldResult) -> None:
     """Take away the mean over the width of all that writes the stream; whoever reads it does not see that."""
-    model = stack.model
-    inside = {id(module) for block in stack.blocks for module in block.modules()}
+    model = runner.model
+    inside = {id(module) for block in runner.blocks for module in block.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and id(module) not in inside and module.weight.shape[1] == stack.width:
+        if isinstance(module, nn.Embedding) and id(module) not in inside and module.weight.shape[1] == runner.width:
             _centre(module, "weight", 1)
             done.centred.append(f"{name}.weight")
     for number, trial in enumerate(trials):
-        block, parts = stack.blocks[number], stack.anatomy.parts(number)
+        block, parts = runner.blocks[number], runner.anatomy.parts(number)
         names = [*parts.outputs("attention"), *parts.outputs("mlp")]
-        if parts.fault or not names or any(not stub.savable for stub in (*parts.attention_stubs, *parts.mlp_stubs)):
-            done.left[f"what block {number} writes"] = parts.fault or "the weights with which it writes cannot be told"
+        if parts.fault or not names or any(not skip.savable for skip in (*parts.attention_skips, *parts.mlp_skips)):
+            done.not_folded[f"what block {number} writes"] = parts.fault or "the weights with which it writes cannot be told"
             continue
         before = trial.run()
         undo = _Undo()
@@ -287,13 +287,13 @@ def _centre_writers(stack: Stack, trials: Sequence[_Trial], done: Folded) -> Non
             undo.keep(module, key)
             weight = block.get_parameter(path)
             bias = weight.dim() == 1 or key.endswith("bias")
-            _centre(module, key, weight.dim() - 1 if bias else writing_dim(module, key, stack.width))
+            _centre(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
         after = trial.run()
         if _same(after, before - before.mean(-1, keepdim=True)):
-            done.centred += [f"{stack.path}.{number}.{path}" for path in names]
+            done.centred += [f"{runner.path}.{number}.{path}" for path in names]
         else:
             undo.all()
-            done.left[f"what block {number} writes"] = "it does not leave the block as it is written"
+            done.not_folded[f"what block {number} writes"] = "it does not leave the block as it is written"
 
 
 def _centre(module: nn.Module, name: str, dim: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.block_list import locate
+from ..models.block_list import find_decoder_blocks
 from ..models.config_fields import Json
-from ..models.meta_model import build_empty, section_of
-from ..models.reload_check import Twin
-from ..models.skipped_branch import Silent
+from ..models.meta_model import build_meta_model, resolve_section
+from ..models.reload_check import ReloadCheck
+from ..models.skipped_branch import SkippedBranch
 from ..plans.route import Route
 
 
@@ -30,7 +30,7 @@ def transformers_model(model: nn.Module) -> Any:
     raise UnsupportedEditError(f"{type(model).__name__} holds no transformers model, so there is nothing that could be reloaded")
 
 
-def described(model: nn.Module) -> Json:
+def config_dict(model: nn.Module) -> Json:
     """The config of the transformers model within, as `save_pretrained` would write it."""
     inner = transformers_model(model)
     fields: Json = json.loads(inner.config.to_json_string(use_diff=False))
@@ -48,10 +48,10 @@ def check_edit(model: nn.Module, before: Json, route: Route) -> None:
     Raises:
         InexpressibleError: the first things that would come back otherwise, by name.
     """
-    _check_silence(model)
-    blocks = locate(model).blocks
+    _check_skips(model)
+    blocks = find_decoder_blocks(model).blocks
     in_files = {name for block in blocks for name in block.state_dict(keep_vars=True)}
-    Twin.build(before, described(model), section_of(before), route, in_files).check()
+    ReloadCheck.build(before, config_dict(model), resolve_section(before), route, in_files).check()
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -83,23 +83,25 @@ def is_plain(model: nn.Module) -> bool:
     return not adapters(model) and getattr(transformers_model(model), "hf_quantizer", None) is None
 
 
-def check_live(model: nn.Module) -> None:
+def check_reloads_equal(model: nn.Module) -> None:
     """Compare a live model's blocks with those that would be built from its config.
 
     Raises:
         InexpressibleError: the first things that would come back otherwise, by name.
     """
-    _check_silence(model)
+    _check_skips(model)
     inner = transformers_model(model)
-    blocks = locate(inner).blocks
-    fields = described(inner)
+    blocks = find_decoder_blocks(inner).blocks
+    fields = config_dict(inner)
     in_files = {name for block in blocks for name in block.state_dict(keep_vars=True)}
-    Twin(inner, build_empty(fields), section_of(fields), Route.identity(len(blocks)), frozenset(in_files), live=True).check()
+    ReloadCheck(
+        inner, build_meta_model(fields), resolve_section(fields), Route.identity(len(blocks)), frozenset(in_files), live=True
+    ).check()
 
 
-def _check_silence(model: nn.Module) -> None:
+def _check_skips(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, Silent) and not module.saved_silent:
+        if isinstance(module, SkippedBranch) and not module.saves_as_zeros:
             raise UnsupportedEditError(
                 f"{name} ({module.stands_for.__name__}) is skipped, and which of its weights write the residual stream could not be told, so no "
                 "checkpoint can say that it is; use it in memory only (verify=False)"

@@ -15,17 +15,17 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from ..errors import PlanError, UndoError
-from ..models.anatomy import Anatomy, signature
+from ..models.anatomy import Anatomy, block_signature
 from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_list import BlockList, locate, text_config
-from ..models.block_view import check_positions, own_tensors, view
-from ..models.skipped_branch import Stub, silence
-from ..models.unsupported import facts_of, refuse_architecture, refuse_route
+from ..models.block_list import BlockList, find_decoder_blocks, text_config
+from ..models.block_view import check_positions, clone_in_state_dict, share_parameters
+from ..models.skipped_branch import SkipSpec, install_skips
+from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
-from .cached_state import forget_runs
-from .config_edits import Log, edit_config, edit_depth, edit_surroundings, renumber
-from .live_check import check_adapters, check_edit, check_live, described, is_plain
+from .cached_state import clear_cached_state
+from .config_edits import UndoLog, edit_config, edit_depth, edit_parent_modules, renumber_block
+from .live_check import check_adapters, check_edit, check_reloads_equal, config_dict, is_plain
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,7 +57,7 @@ def operate(
     """
     surgery = Surgery(model, plan, blocks=blocks)
     try:
-        surgery.cut(anatomy)
+        surgery.apply(anatomy)
         yield model
     finally:
         surgery.undo()
@@ -92,15 +92,15 @@ def operate_(
         InexpressibleError: the architecture cannot be edited in this way, or no checkpoint of it can say the result; the model
             is as it was.
     """
-    before = described(model) if verify else None
+    before = config_dict(model) if verify else None
     surgery = Surgery(model, plan, blocks=blocks)
     try:
-        surgery.cut(anatomy)
+        surgery.apply(anatomy)
         if before is not None:
             check_adapters(model)
             check_edit(model, before, surgery.route)
             if is_plain(model):
-                check_live(model)
+                check_reloads_equal(model)
     except BaseException:
         surgery.undo()
         raise
@@ -112,15 +112,15 @@ class Surgery:
 
     def __init__(self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None) -> None:
         self.model = model
-        self.found = locate(model, blocks)
+        self.found = find_decoder_blocks(model, blocks)
         self.original = list(self.found.blocks)
         self.mode = self.found.blocks.training
         self.route = as_route(plan, len(self.original))
-        self.log = Log()
+        self.log = UndoLog()
         self.installed: list[nn.Module] = []
         self.state: Literal["whole", "cutting", "edited", "restoring"] = "whole"
 
-    def cut(self, anatomy: Anatomy | None = None) -> None:
+    def apply(self, anatomy: Anatomy | None = None) -> None:
         """Make the edit. If this raises, `undo` puts back whatever was changed until then.
 
         Raises:
@@ -128,15 +128,15 @@ class Surgery:
         """
         model, depth, route = self.model, len(self.original), self.route
         config = text_config(model)
-        facts = facts_of(config)
+        facts = refusal_fields(config)
         refuse_architecture(facts)
         refuse_route(facts, route, live=True)
         self.state = "cutting"
-        forget_runs(model)
+        clear_cached_state(model)
         self.installed = self._build(anatomy)
         for owner in _configs(model, self.found, config):
             edit_config(owner, depth, route, self.log)
-        edit_surroundings(_above(model, self.found), depth, route, self.log)
+        edit_parent_modules(_above(model, self.found), depth, route, self.log)
         field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         edit_depth(self.installed, {field, "num_hidden_layers"}, depth, len(route), self.log)
         _rename_devices(model, self.found, route, self.log)
@@ -148,39 +148,39 @@ class Surgery:
         for place, block in enumerate(self.original):
             if any(visit.block == place and (now != place or not visit.whole) for now, visit in enumerate(self.route)):
                 check_positions(block, place)
-        stubs = self._stubs(anatomy)
+        skips = self._skip_specs(anatomy)
         owners = _owners(self.route)
         built: list[nn.Module] = []
         held = {self.route[place].block for place in owners}
         for place, visit in enumerate(self.route):
             block = self.original[visit.block]
             if place not in owners:
-                block = view(block)
-                silence(block, stubs.get((visit.block, visit.attention), ()) if not visit.whole else ())
-                renumber(block, visit.block, place)
+                block = share_parameters(block)
+                install_skips(block, skips.get((visit.block, visit.attention), ()) if not visit.whole else ())
+                renumber_block(block, visit.block, place)
                 if visit.block in held:
-                    own_tensors(block)
+                    clone_in_state_dict(block)
             held.add(visit.block)
             built.append(block)
         for place in owners:
-            renumber(built[place], self.route[place].block, place, self.log)
+            renumber_block(built[place], self.route[place].block, place, self.log)
         return built
 
-    def _stubs(self, anatomy: Anatomy | None) -> dict[tuple[int, bool], tuple[Stub, ...]]:
+    def _skip_specs(self, anatomy: Anatomy | None) -> dict[tuple[int, bool], tuple[SkipSpec, ...]]:
         silenced = {visit for visit in self.route if not visit.whole}
         if not silenced:
             return {}
         if anatomy is None:
             anatomy = find_anatomy(self.model, blocks=self.found.path)
         for visit in silenced:
-            if anatomy.depth <= visit.block or anatomy.signatures[anatomy.kind_of[visit.block]] != signature(
+            if anatomy.depth <= visit.block or anatomy.signatures[anatomy.kind_of[visit.block]] != block_signature(
                 self.original[visit.block]
             ):
                 raise PlanError(
                     f"block {visit.block} is not what the anatomy given says of it: it is that of another model, or of this one before an "
                     "edit; leave it out, or take it anew"
                 )
-        return {(visit.block, visit.attention): anatomy.stubs(visit) for visit in silenced}
+        return {(visit.block, visit.attention): anatomy.skip_specs(visit) for visit in silenced}
 
     def undo(self) -> None:
         """Put back what was there; nothing where nothing was changed.
@@ -223,7 +223,7 @@ class Surgery:
             )
 
     def _restore(self) -> None:
-        forget_runs(self.model, self.original)
+        clear_cached_state(self.model, self.original)
         self.log.undo()
         _fill(self.found.blocks, self.original)
         self._follow_mode()
@@ -293,7 +293,7 @@ def _above(model: nn.Module, found: BlockList) -> Iterator[nn.Module]:
         yield module
 
 
-def _rename_devices(model: nn.Module, found: BlockList, route: Route, log: Log) -> None:
+def _rename_devices(model: nn.Module, found: BlockList, route: Route, log: UndoLog) -> None:
     """accelerate's map of which block is on which device, by the blocks' paths."""
     names = found.path.split(".")
     for level, module in enumerate(_above(model, found)):

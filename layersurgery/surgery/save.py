@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..atomic_io import check_output, whole_directory
+from ..atomic_io import atomic_directory, check_output
 from ..errors import UnsupportedEditError
-from .live_check import adapters, check_live, transformers_model
+from .live_check import adapters, check_reloads_equal, transformers_model
 
 
 def save(
@@ -38,10 +38,10 @@ def save(
         raise UnsupportedEditError(
             f"{found[-1]} is an adapter of PEFT, which a checkpoint of the model does not hold; merge it first (merge_and_unload)"
         )
-    check_live(model)
+    check_reloads_equal(model)
     inner = transformers_model(model)
     size = sum(parameter.numel() * parameter.element_size() for _, parameter in inner.named_parameters(remove_duplicate=False))
-    with whole_directory(target, bytes_needed=size, overwrite=overwrite) as directory:
+    with atomic_directory(target, bytes_needed=size, overwrite=overwrite) as directory:
         inner.save_pretrained(directory, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from ..errors import MeasurementError
 from ..metrics import dispatch, tiled
 from ..metrics.aggregation import Array
-from ..runtime.block_runner import Stack
+from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
 from ..runtime.unembedding import TOLERANCE, Readout
 
@@ -20,7 +20,7 @@ _PROOF = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class BatchResult:
     """What one batch gave.
 
     Attributes:
@@ -40,7 +40,7 @@ class Measured:
     bytes_read: int = 0
 
     @classmethod
-    def of(cls, parts: Sequence[Measured]) -> Measured:
+    def of(cls, parts: Sequence[BatchResult]) -> BatchResult:
         """Several parts of a batch as one."""
         return cls(
             [count for part in parts for count in part.counts],
@@ -52,7 +52,7 @@ class Measured:
         )
 
 
-class Reading:
+class BatchMetrics:
     """Streams of one batch, read and measured against the unedited model's end.
 
     Args:
@@ -85,7 +85,7 @@ class Reading:
         self.sums: dict[int, torch.Tensor] = {}
         self._counts = follow.sum(-1).tolist()
         chosen = functional.pad(follow, (0, 1)).flatten().nonzero()[:, 0]
-        x = readout.final(end, chosen)
+        x = readout.normalize(end, chosen)
         self._chosen = chosen.to(x.device)
         target = ids[:, 1:][follow].to(x.device)
         self._base = dispatch.baseline(readout, x, target, compiled=compiled)
@@ -95,7 +95,7 @@ class Reading:
         """Measure a stream, which is the end of these routes."""
         rows = [row for route in routes for row in self.rows(route)]
         if rows:
-            self._note(rows, dispatch.measure(self.readout, self.readout.final(self.states[state], self._chosen), self._base))
+            self._note(rows, dispatch.measure(self.readout, self.readout.normalize(self.states[state], self._chosen), self._base))
 
     def _note(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
         if self.kept is not None:
@@ -105,11 +105,11 @@ class Reading:
         self.sums.update(dict.fromkeys(rows, parts))
 
 
-def prove_end(stack: Stack, readout: Readout, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def check_readout(runner: BlockRunner, readout: Readout, ids: torch.Tensor, mask: torch.Tensor) -> None:
     """Show on real text that the stream behind the last block, as it is read here, is what the model itself predicts.
 
     Args:
-        stack: the blocks.
+        runner: the blocks.
         readout: how streams become logits.
         ids: one sequence, (1, length); its first tokens are taken.
         mask: 1 for a token and 0 for padding, the same shape.
@@ -119,19 +119,19 @@ def prove_end(stack: Stack, readout: Readout, ids: torch.Tensor, mask: torch.Ten
     """
     real = int(mask[0].nonzero()[0])
     span = slice(real, real + _PROOF)
-    inputs = model_inputs(stack.model, ids[:, span], mask[:, span])
-    own = stack.model(**inputs).logits[0]
-    end = stack.record(inputs, ()).states[stack.depth]
-    x = readout.final(end, torch.arange(end.shape[1]))
-    read = torch.cat([readout.tile(x[rows], 0, readout.vocabulary) for rows in tiled.rows_of(readout, len(x))])
+    inputs = model_inputs(runner.model, ids[:, span], mask[:, span])
+    own = runner.model(**inputs).logits[0]
+    end = runner.record(inputs, ()).states[runner.depth]
+    x = readout.normalize(end, torch.arange(end.shape[1]))
+    read = torch.cat([readout.logits_tile(x[rows], 0, readout.vocabulary) for rows in tiled.rows_of(readout, len(x))])
     # Some return float32 logits of half-precision products, of a stream that is kept in float32.
-    dtypes = {parameter.dtype for parameter in stack.model.parameters() if parameter.is_floating_point()} | {own.dtype}
+    dtypes = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()} | {own.dtype}
     tolerance = max(TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)
     own = own.float()
     finite = own.abs() < torch.finfo(torch.float16).max  # others stand for words that are ruled out
     off = torch.where(finite, read.to(own.device) - own, 0).abs().amax(-1)
     if bool((off > tolerance * torch.where(finite, own, 0).abs().amax(-1)).any()):
         raise MeasurementError(
-            f"{type(stack.model).__name__}: what is read behind its last block differs from its own logits by up to {float(off.max()):.3g}, so "
+            f"{type(runner.model).__name__}: what is read behind its last block differs from its own logits by up to {float(off.max()):.3g}, so "
             "its earlier blocks cannot be read that way"
         )

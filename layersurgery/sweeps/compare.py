@@ -15,11 +15,11 @@ from torch import nn
 from ..errors import PlanError
 from ..metrics.reference import METRICS, measure
 from ..models.anatomy import anatomy
-from ..models.block_list import locate
-from ..models.call_tracing import resting
+from ..models.block_list import find_decoder_blocks
+from ..models.call_tracing import eval_no_grad
 from ..plans.plan import Plan
 from ..plans.route import Route
-from ..runtime.inputs import as_tokens, followed, model_inputs
+from ..runtime.inputs import as_tokens, has_next_token, model_inputs
 from ..surgery.operate import as_route, operate
 
 Edit = Plan | Route | str
@@ -82,9 +82,9 @@ def compare(
     """
     ids, mask = as_tokens(tokens, attention_mask)
     sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)
-    with ExitStack() as stack:
-        stack.enter_context(resting(model))
-        edited, editing = _second(model, other, stack)
+    with ExitStack() as runner:
+        runner.enter_context(eval_no_grad(model))
+        edited, editing = _second(model, other, runner)
         for rows, real in zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True):
             p = _logits(model, rows, real)
             with editing():
@@ -100,13 +100,13 @@ def compare(
 
 
 def _second(
-    model: nn.Module, other: nn.Module | Edit, stack: ExitStack
+    model: nn.Module, other: nn.Module | Edit, runner: ExitStack
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]:
     """The model that gives q, and what to do around each of its forwards."""
     if isinstance(other, nn.Module):
-        stack.enter_context(resting(other))
+        runner.enter_context(eval_no_grad(other))
         return other, nullcontext
-    route = as_route(other, len(locate(model).blocks))
+    route = as_route(other, len(find_decoder_blocks(model).blocks))
     # A skipped branch needs it; once is enough.
     known = None if all(visit.whole for visit in route) else anatomy(model)
     return model, partial(operate, model, route, anatomy=known)
@@ -119,7 +119,7 @@ def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _sums(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The number of positions and the sum of each metric over one sequence; p and q are logits, (length, vocabulary)."""
-    following = followed(mask[None])[0]
+    following = has_next_token(mask[None])[0]
     p, q = (logits[:-1].cpu()[following] for logits in (p, q))
     sums = measure(p, q, ids[1:].cpu()[following]).sum(-1)
     return torch.cat([following.sum()[None].double(), sums])

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..errors import PlanError, SourceError
-from ..models.block_list import locate, text_config
+from ..models.block_list import find_decoder_blocks, text_config
 from ..plans.variants import Variant
 from ..runtime.device_map import AUTO, DeviceMap, MaxMemory, describe
-from .memory import Forecast, Needs, sequences_at_once
+from .memory import MemoryModel, MemoryUse, suggest_batch_size
 from .schedule import LAYER_MAJOR, layer_major, schedule
 
 CPU, DISK = "cpu", "disk"
@@ -48,13 +48,13 @@ class Estimate:
     device: str
     devices: str
     weights: dict[str, int]
-    passing: int
-    forecast: Forecast
+    in_flight_bytes: int
+    memory: MemoryUse
     text: int
     program: int
     order: str
-    at_home: int | None
-    read_a_batch: int
+    resident_blocks: int | None
+    bytes_loaded_per_batch: int
     sequences: int
     batches: int
     block_calls: int
@@ -66,7 +66,7 @@ class Estimate:
         """The most that each place holds at a time, disks left out."""
         found = {place: count for place, count in self.weights.items() if place != DISK}
         found.setdefault(CPU, 0)
-        found[self.device] = found.get(self.device, 0) + self.passing + self.forecast.working
+        found[self.device] = found.get(self.device, 0) + self.in_flight_bytes + self.memory.working
         found[CPU] += self.text + self.program
         return found
 
@@ -105,25 +105,25 @@ def estimate(
         PlanError: the device map does not fit it.
     """
     model = _unfilled(config, dtype)
-    found = locate(model, blocks)
-    path, stack = found.path, list(found.blocks)
+    found = find_decoder_blocks(model, blocks)
+    path, runner = found.path, list(found.blocks)
     placed = {"": device} if device_map is None else _mapped(model, device_map, max_memory, dtype)
     main = next((str(place) for place in placed.values() if str(place) not in (CPU, DISK)), CPU)
     weights = _by_place(model, placed, main)
     elsewhere = (DISK,) if main == CPU else (CPU, DISK)
-    blocks_at = [_by_place(block, placed, main, f"{path}.{number}") for number, block in enumerate(stack)]
+    blocks_at = [_by_place(block, placed, main, f"{path}.{number}") for number, block in enumerate(runner)]
     away = [sum(at.get(place, 0) for place in elsewhere) for at in blocks_at]
     context = min(context, max(2, tokens))
     routes = list(dict.fromkeys(variant.route for variant in variants))
     lazily = any(away) if order is None else order == LAYER_MAJOR
-    plan = layer_major(routes, len(stack)) if lazily else schedule(routes, len(stack))
+    plan = layer_major(routes, len(runner)) if lazily else schedule(routes, len(runner))
     width = _width(model)
     output = model.get_output_embeddings()
     vocabulary = int(text_config(model).vocab_size if output is None else output.weight.shape[0])
-    needs = Needs.of(model, stack, width=width, vocabulary=vocabulary)
+    needs = MemoryModel.of(model, runner, width=width, vocabulary=vocabulary)
     sequences = math.ceil(tokens / context)
     here = torch.device((int(main) if main.isdecimal() else main) if torch.cuda.is_available() else CPU)
-    at_once = min(sequences, batch_size or sequences_at_once(needs, plan, context, here))
+    at_once = min(sequences, batch_size or suggest_batch_size(needs, plan, context, here))
     outside = sum(weights.get(place, 0) for place in elsewhere) - sum(away)
     readouts = len(routes) + 1
     return Estimate(
@@ -131,18 +131,18 @@ def estimate(
         device=main,
         devices=describe(placed, path) if device_map is not None else device,
         weights=weights,
-        passing=plan.bytes_passing(away) + outside,
-        forecast=needs.forecast(plan, at_once, context),
+        in_flight_bytes=plan.bytes_in_flight(away) + outside,
+        memory=needs.predict(plan, at_once, context),
         text=2 * 8 * sequences * context,
         program=int(psutil.Process().memory_info().rss),
         order=plan.name,
-        at_home=plan.resident_blocks,
-        read_a_batch=plan.bytes_read(away, outside),
+        resident_blocks=plan.resident_blocks,
+        bytes_loaded_per_batch=plan.bytes_read(away, outside),
         sequences=at_once,
         batches=math.ceil(sequences / at_once),
         block_calls=plan.calls,
         readouts=readouts,
-        flops=sequences * context * (plan.calls * _block_flops(config, stack, width, context) + readouts * 2.0 * width * needs.vocabulary),
+        flops=sequences * context * (plan.calls * _block_flops(config, runner, width, context) + readouts * 2.0 * width * needs.vocabulary),
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def blocks_on_disk(config: Any, blocks: str | None = None) -> DeviceMap:
         SourceError: transformers cannot build the model.
     """
     model = _unfilled(config, "float32")
-    found = locate(model, blocks)
+    found = find_decoder_blocks(model, blocks)
     above = {".".join(found.path.split(".")[:end]) for end in range(found.path.count(".") + 2)} | {""}
     spread: dict[str, int | str] = {f"{found.path}.{number}": DISK for number in range(len(found.blocks))}
     for owner in sorted(above - {found.path}):

@@ -9,23 +9,23 @@ from typing import Protocol
 
 import torch
 
-from ..runtime.block_runner import Stack, Tape
-from .schedule import Bring, Read, Run, Schedule, Step
+from ..runtime.block_runner import BlockRunner, ForwardRecord
+from .schedule import LoadWeights, ReadLogits, RunBlock, Schedule, Step
 
-Tick = Callable[[float], None]
+OnFraction = Callable[[float], None]
 
 
-class Watch(Protocol):
+class BlockObserver(Protocol):
     """Somebody who looks on."""
 
-    def trunk(self, block: int, tape: Tape) -> AbstractContextManager[None]:
+    def trunk(self, block: int, record: ForwardRecord) -> AbstractContextManager[None]:
         """While a block of the unedited model runs."""
 
-    def run(self, step: Run, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a block of an edited model, by `call`."""
 
 
-class Walk:
+class ScheduleExecutor:
     """Goes through a schedule: block calls, readouts, and weights that come and go.
 
     Attributes:
@@ -33,60 +33,64 @@ class Walk:
         peak: streams that were alive together.
     """
 
-    def __init__(self, stack: Stack, plan: Schedule, tick: Tick | None, watch: Watch | None = None) -> None:
-        self.stack, self.plan, self.tick, self.watch = stack, plan, tick, watch
-        self.calls, self.peak = stack.depth, 0
+    def __init__(
+        self, runner: BlockRunner, plan: Schedule, on_fraction: OnFraction | None, observer: BlockObserver | None = None
+    ) -> None:
+        self.runner, self.plan, self.on_fraction, self.observer = runner, plan, on_fraction, observer
+        self.calls, self.peak = runner.depth, 0
         self._done, self._steps = 0, sum(1 for _ in plan.all_steps)
-        self._brought = iter(plan.brought)
-        next(self._brought, None)
+        self._load_order = iter(plan.load_order)
+        next(self._load_order, None)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def cleanup(self) -> Iterator[None]:
         """Inside, blocks come and go; at the end all of them are away that were."""
         try:
             yield
         finally:
-            self.stack.residence.expect_nobody()
-            self.stack.residence.let_go(*self.stack.blocks)
+            self.runner.offloaded.cancel_prefetch()
+            self.runner.offloaded.unload(*self.runner.blocks)
 
-    def see(self, states: dict[int, torch.Tensor]) -> None:
+    def track_peak(self, states: dict[int, torch.Tensor]) -> None:
         """Count the streams that are alive."""
         self.peak = max(self.peak, len(states))
 
     @contextmanager
-    def beside(self, block: int, tape: Tape) -> Iterator[None]:
+    def around_block(self, block: int, record: ForwardRecord) -> Iterator[None]:
         """While the trunk goes through a block: what has it brought in before, and the routes that go through it afterwards."""
-        steps = self.plan.during[block] if self.plan.during else ()
-        self.through(steps[:1], tape)
-        with nullcontext() if self.watch is None else self.watch.trunk(block, tape):
+        steps = self.plan.during_trunk[block] if self.plan.during_trunk else ()
+        self.run_steps(steps[:1], record)
+        with nullcontext() if self.observer is None else self.observer.trunk(block, record):
             yield
-        self.through(steps[1:], tape)
+        self.run_steps(steps[1:], record)
 
-    def through(self, steps: Sequence[Step], tape: Tape, read: Callable[[int, Sequence[int]], None] | None = None) -> None:
+    def run_steps(
+        self, steps: Sequence[Step], record: ForwardRecord, read: Callable[[int, Sequence[int]], None] | None = None
+    ) -> None:
         """Do some steps."""
-        states = tape.states
-        self.see(states)
+        states = record.states
+        self.track_peak(states)
         for step in steps:
-            match step.do:
-                case Bring(block, instead_of):
-                    self._bring(block, instead_of)
-                case Run(visit, state, result):
-                    call = partial(self.stack.run, tape, visit, states[state])
-                    states[result] = call() if self.watch is None else self.watch.run(step.do, states[state], call)
+            match step.action:
+                case LoadWeights(block, instead_of):
+                    self._load(block, instead_of)
+                case RunBlock(visit, state, result):
+                    call = partial(self.runner.run, record, visit, states[state])
+                    states[result] = call() if self.observer is None else self.observer.run(step.action, states[state], call)
                     self.calls += 1
-                    self.see(states)
-                case Read(state, routes):
+                    self.track_peak(states)
+                case ReadLogits(state, routes):
                     assert read is not None
                     read(state, routes)
-            for state in step.free:
+            for state in step.release:
                 del states[state]
             self._done += 1
-            if self.tick is not None and not isinstance(step.do, Bring):
-                self.tick(self._done / self._steps)
+            if self.on_fraction is not None and not isinstance(step.action, LoadWeights):
+                self.on_fraction(self._done / self._steps)
 
-    def _bring(self, block: int, instead_of: Sequence[int]) -> None:
-        home, blocks = self.stack.residence, self.stack.blocks
-        home.let_go(*(blocks[number] for number in instead_of))
-        home.bring(blocks[block])
-        if (following := next(self._brought, None)) is not None:
-            home.expect(blocks[following])
+    def _load(self, block: int, instead_of: Sequence[int]) -> None:
+        home, blocks = self.runner.offloaded, self.runner.blocks
+        home.unload(*(blocks[number] for number in instead_of))
+        home.load(blocks[block])
+        if (following := next(self._load_order, None)) is not None:
+            home.prefetch(blocks[following])

@@ -12,22 +12,22 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from ..errors import UnsupportedEditError, MeasurementError, PlanError
+from ..errors import MeasurementError, PlanError, UnsupportedEditError
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import text_config
-from ..models.unsupported import facts_of, refuse_architecture, refuse_route
+from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.route import Route, Visit
 from ..plans.variants import Variant, unedited
-from ..runtime.block_runner import Stack
-from ..runtime.cpu_memory import settled
-from ..runtime.inputs import followed, model_inputs
-from ..runtime.offload import bytes_of, device_of, distinct, offloaded, own
+from ..runtime.block_runner import BlockRunner
+from ..runtime.cpu_memory import reuse_cpu_memory
+from ..runtime.inputs import has_next_token, model_inputs
+from ..runtime.offload import bytes_of, device_of, distinct_tensors, offloaded, own_tensors
 from ..runtime.unembedding import find_readout
-from .batch_metrics import Measured, Reading, prove_end
-from .executor import Tick, Walk
-from .memory import Forecast, Needs, free_memory, sequences_at_once
+from .batch_metrics import BatchMetrics, BatchResult, check_readout
+from .executor import OnFraction, ScheduleExecutor
+from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observer
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 
@@ -71,44 +71,44 @@ class Measurer:
         *,
         blocks: str | None = None,
         anatomy: Anatomy | None = None,
-        own_tail: bool = False,
+        use_model_head: bool = False,
         compiled: bool = False,
         order: str | None = None,
         observe: Collection[str] = (),
         spans: int = 1,
-        along: Route | None = None,
-        prove: bool = False,
+        observed_route: Route | None = None,
+        check: bool = False,
     ) -> None:
-        refuse_architecture(facts_of(text_config(model)))
+        refuse_architecture(refusal_fields(text_config(model)))
         self.model = model
-        self.stack = Stack(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
-        if along is not None:
-            refuse_route(facts_of(text_config(model)), along, live=True)
-        self.observer = Observer(self.stack, observe, spans=spans, along=along) if observe else None
-        self._reads = bool(variants) or prove
-        kept, self.left_out = self._possible(variants)
-        self.variants = (unedited(self.stack.depth), *kept)
-        self.at_once: int | None = None
+        self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
+        if observed_route is not None:
+            refuse_route(refusal_fields(text_config(model)), observed_route, live=True)
+        self.observer = Observer(self.runner, observe, spans=spans, observed_route=observed_route) if observe else None
+        self._reads = bool(variants) or check
+        kept, self.skipped = self._supported(variants)
+        self.variants = (unedited(self.runner.depth), *kept)
+        self.max_sequences: int | None = None
         self._device = device_of(model)
-        self._unproven, self._prove = True, prove
+        self._unproven, self._prove = True, check
         self.routes = list(dict.fromkeys(variant.route for variant in kept))
         assert self.observer is None or all(visit.whole for route in self.routes for visit in route), "a skip is run by a view"
         # Run as well, and not read.
         self._walked = [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
-        self._away = [bytes_of(offloaded(block)) for block in self.stack.blocks]
-        self.schedule = self._scheduled(order)
-        self.readout = find_readout(self.stack, own=own_tail)
-        self._needs = Needs.of(
-            model, self.stack.blocks, width=self.stack.width, vocabulary=self.readout.vocabulary, own_rows=self.readout.rows
+        self._away = [bytes_of(offloaded(block)) for block in self.runner.blocks]
+        self.schedule = self._make_schedule(order)
+        self.readout = find_readout(self.runner, use_model_head=use_model_head)
+        self._needs = MemoryModel.of(
+            model, self.runner.blocks, width=self.runner.width, vocabulary=self.readout.vocabulary, head_rows=self.readout.rows
         )
         # Rows of the result that each route fills.
         self._rows = [
             [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
         ]
 
-    def _possible(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
+    def _supported(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
         """Those that can be run, and for the others of a family, why not. A plan of the caller's own is never left out."""
-        facts, depth = facts_of(text_config(self.model)), self.stack.depth
+        facts, depth = refusal_fields(text_config(self.model)), self.runner.depth
         trunk = Route(tuple(map(Visit, range(depth))))
         kept: list[Variant] = []
         left_out: dict[str, str] = {}
@@ -121,7 +121,7 @@ class Measurer:
             try:
                 refuse_route(facts, variant.route, live=True)
                 for visit in variant.route:
-                    self.stack.anatomy.stubs(visit)
+                    self.runner.anatomy.skip_specs(visit)
             except UnsupportedEditError as error:
                 if variant.edit == "plan":
                     raise
@@ -132,32 +132,36 @@ class Measurer:
             raise UnsupportedEditError(next(iter(left_out.values()), "there is no edit to measure"))
         return kept, left_out
 
-    def _scheduled(self, order: str | None) -> Schedule:
+    def _make_schedule(self, order: str | None) -> Schedule:
         if (order or (LAYER_MAJOR if any(self._away) or self._walked else DEPTH_FIRST)) == DEPTH_FIRST:
-            return schedule(self.routes, self.stack.depth, self._walked)
+            return schedule(self.routes, self.runner.depth, self._walked)
         room = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._away)
         return layer_major(
-            self.routes, self.stack.depth, max(2 if self._walked else 1, min(room, self.stack.depth)), self._walked
+            self.routes, self.runner.depth, max(2 if self._walked else 1, min(room, self.runner.depth)), self._walked
         )
 
     @property
     def bytes_to_read(self) -> int:
         """Weights that a batch brings in from elsewhere, in bytes; 0 where all are at hand."""
-        return self.schedule.bytes_read(self._away, bytes_of(part for module in self.stack.around for part in own(module)))
+        return self.schedule.bytes_read(
+            self._away, bytes_of(part for module in self.runner.offloaded_outside for part in own_tensors(module))
+        )
 
     @property
     def parameters(self) -> int:
         """Numbers that the model has, tied ones counted once."""
-        return sum(tensor.numel() for tensor in distinct(self.model) if isinstance(tensor, nn.Parameter))
+        return sum(tensor.numel() for tensor in distinct_tensors(self.model) if isinstance(tensor, nn.Parameter))
 
-    def forecast(self, sequences: int, length: int) -> Forecast:
+    def memory_use(self, sequences: int, length: int) -> MemoryUse:
         """What a batch of `sequences` of `length` tokens will take; of weights kept elsewhere, those at hand together and the next ones."""
-        found = self._needs.forecast(self.schedule, sequences, length)
+        found = self._needs.predict(self.schedule, sequences, length)
         if self.observer is not None:
-            found = replace(found, streams=found.streams + self.observer.streams * sequences * length * self.stack.width * 4)
-        return replace(found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_passing(self._away)))
+            found = replace(found, streams=found.streams + self.observer.streams * sequences * length * self.runner.width * 4)
+        return replace(found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_in_flight(self._away)))
 
-    def measure(self, ids: torch.Tensor, mask: torch.Tensor, each: EachToken | None = None, tick: Tick | None = None) -> Measured:
+    def measure(
+        self, ids: torch.Tensor, mask: torch.Tensor, on_token_rows: EachToken | None = None, on_fraction: OnFraction | None = None
+    ) -> BatchResult:
         """Measure one batch, in halves and halves of halves where memory does not suffice for all of it at once.
 
         Args:
@@ -169,13 +173,13 @@ class Measurer:
         Raises:
             MeasurementError: the unedited model's own predictions are no numbers, or memory does not suffice for one sequence.
         """
-        parts: list[Measured] = []
+        parts: list[BatchResult] = []
         rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
         start = 0
         while start < len(ids):
-            span = slice(start, start + (self.at_once or len(ids)))
+            span = slice(start, start + (self.max_sequences or len(ids)))
             kept: dict[tuple[int, ...], torch.Tensor] = {}
-            part = self._tried(ids, mask, span, None if each is None else kept, tick)
+            part = self._measure_or_halve(ids, mask, span, None if on_token_rows is None else kept, on_fraction)
             if part is None:
                 self._halve(len(ids[span]), ids.shape[1])
                 continue
@@ -183,19 +187,19 @@ class Measurer:
             for key, metrics in kept.items():
                 rows.setdefault(key, []).append(metrics)
             start = span.stop
-        if each is not None:
+        if on_token_rows is not None:
             for key, found in rows.items():
-                each(key, torch.cat(found, -1))
-        return Measured.of(parts)
+                on_token_rows(key, torch.cat(found, -1))
+        return BatchResult.of(parts)
 
-    def _tried(
+    def _measure_or_halve(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
         span: slice,
         kept: dict[tuple[int, ...], torch.Tensor] | None,
-        tick: Tick | None,
-    ) -> Measured | None:
+        tick: OnFraction | None,
+    ) -> BatchResult | None:
         """A part of a batch; None where memory ran out."""
         done, all_of_it = span.start / len(ids), len(ids[span]) / len(ids)
         try:
@@ -210,47 +214,51 @@ class Measurer:
     def _halve(self, sequences: int, length: int) -> None:
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
-            fewer = ", --schedule depth-first, which holds fewer streams" if self.schedule.during and not self._walked else ""
+            fewer = (
+                ", --schedule depth-first, which holds fewer streams" if self.schedule.during_trunk and not self._walked else ""
+            )
             raise MeasurementError(
                 f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once{fewer}, or "
                 "half precision (--dtype bfloat16)"
             )
-        self.at_once = sequences // 2
-        warnings.warn(f"memory ran out with {sequences} sequences at once; going on with {self.at_once}", stacklevel=3)
+        self.max_sequences = sequences // 2
+        warnings.warn(f"memory ran out with {sequences} sequences at once; going on with {self.max_sequences}", stacklevel=3)
 
     def _measure(
-        self, ids: torch.Tensor, mask: torch.Tensor, kept: dict[tuple[int, ...], torch.Tensor] | None, tick: Tick | None
-    ) -> Measured:
-        follow = followed(mask)
+        self, ids: torch.Tensor, mask: torch.Tensor, kept: dict[tuple[int, ...], torch.Tensor] | None, tick: OnFraction | None
+    ) -> BatchResult:
+        follow = has_next_token(mask)
         if not bool(follow.any()):
             size = 0 if self.observer is None else self.observer.size
-            return Measured([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size)))
+            return BatchResult([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size)))
         longest = self._length(mask)
         ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
-        already = self.stack.residence.bytes_read
+        already = self.runner.offloaded.bytes_read
         observed = np.zeros((len(ids), 0))
-        with self.stack.at_rest(), settled() if self._device.type == "cpu" else nullcontext():
+        with self.runner.inference_mode(), reuse_cpu_memory() if self._device.type == "cpu" else nullcontext():
             if self._prove:
-                prove_end(self.stack, self.readout, ids[follow.any(-1)][:1], mask[follow.any(-1)][:1])
+                check_readout(self.runner, self.readout, ids[follow.any(-1)][:1], mask[follow.any(-1)][:1])
                 self._prove = False
-            with nullcontext() if self.observer is None else self.observer.watching(mask):
-                walk = Walk(self.stack, self.schedule, tick, self.observer)
-                with walk.whole():
-                    tape = self.stack.record(model_inputs(self.model, ids, mask), self.schedule.kept, walk.beside)
-                    walk.see(tape.states)
-                    reading = self._reading(ids, follow, tape.states, kept) if self._reads else None
-                    if not self.schedule.goes_on:
-                        del tape.states[self.stack.depth]
-                    walk.through(self.schedule.steps, tape, _ignored if reading is None else reading.read)
-                    assert not tape.states
+            with nullcontext() if self.observer is None else self.observer.observing(mask):
+                walk = ScheduleExecutor(self.runner, self.schedule, tick, self.observer)
+                with walk.cleanup():
+                    record = self.runner.record(
+                        model_inputs(self.model, ids, mask), self.schedule.saved_states, walk.around_block
+                    )
+                    walk.track_peak(record.states)
+                    reading = self._reading(ids, follow, record.states, kept) if self._reads else None
+                    if not self.schedule.needs_final_state:
+                        del record.states[self.runner.depth]
+                    walk.run_steps(self.schedule.steps, record, _no_output if reading is None else reading.read)
+                    assert not record.states
                 if self.observer is not None:
                     observed = self.observer.sums()
         counts = follow.sum(-1).tolist()
         values = np.zeros((len(ids), 1, len(METRICS)))
         if reading is not None:
-            _refuse_nonsense(self.model, reading.sums[0])
+            _refuse_non_finite(self.model, reading.sums[0])
             values = torch.stack([reading.sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
-        return Measured(counts, values, observed, walk.calls, walk.peak, self.stack.residence.bytes_read - already)
+        return BatchResult(counts, values, observed, walk.calls, walk.peak, self.runner.offloaded.bytes_read - already)
 
     def _reading(
         self,
@@ -258,12 +266,12 @@ class Measurer:
         follow: torch.Tensor,
         states: dict[int, torch.Tensor],
         kept: dict[tuple[int, ...], torch.Tensor] | None,
-    ) -> Reading:
+    ) -> BatchMetrics:
         """The unedited model's predictions, read, and what is to be done with the edited ones'."""
-        compiled = self.stack.compiler is not None
-        reading = Reading(self.readout, self.rows, ids, follow, states, states[self.stack.depth], kept, compiled=compiled)
+        compiled = self.runner.compiler is not None
+        reading = BatchMetrics(self.readout, self.rows, ids, follow, states, states[self.runner.depth], kept, compiled=compiled)
         if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
-            _refuse_nonsense(self.model, reading.sums[0])
+            _refuse_non_finite(self.model, reading.sums[0])
             self._unproven = False
         return reading
 
@@ -274,20 +282,20 @@ class Measurer:
     def _length(self, mask: torch.Tensor) -> int:
         """Where padding begins in every sequence; rounded up for compiled blocks, which take a while to make for each length."""
         longest = int(mask.any(0).nonzero().max()) + 1
-        if self.stack.compiler is None:
+        if self.runner.compiler is None:
             return longest
         return min(mask.shape[1], max(_SHORTEST, 1 << (longest - 1).bit_length()))
 
     def suggest(self, length: int) -> int:
         """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
-        return sequences_at_once(self._needs, self.schedule, length, self._device)
+        return suggest_batch_size(self._needs, self.schedule, length, self._device)
 
 
-def _ignored(_state: int, _routes: Sequence[int]) -> None:
+def _no_output(_state: int, _routes: Sequence[int]) -> None:
     """Nobody reads."""
 
 
-def _refuse_nonsense(model: nn.Module, unedited: torch.Tensor) -> None:
+def _refuse_non_finite(model: nn.Module, unedited: torch.Tensor) -> None:
     if bool(unedited[:, METRICS.index("kl_nats")].isnan().any()):
         raise MeasurementError(
             f"{type(model).__name__}'s own predictions are no numbers (NaN or infinite), before any edit; in half precision, try bfloat16 or "

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..metrics import tiled
 from ..models.block_list import text_config
-from ..runtime.offload import distinct
+from ..runtime.offload import distinct_tensors
 from .schedule import Schedule
 
 _TOKENS_AT_ONCE = 2048
@@ -19,7 +19,7 @@ _SHARE_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class MemoryUse:
     """What a batch will take, in bytes.
 
     Attributes:
@@ -46,7 +46,7 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class MemoryModel:
     """What of a model the memory depends on.
 
     Attributes:
@@ -57,7 +57,7 @@ class Needs:
         vocabulary: number of logits.
         heads: of attention, where it writes its matrix down (eager), else 0.
         itemsize: bytes of a number.
-        own_rows: tokens that are read at once by the model's own tail; None where logits are read in tiles.
+        head_rows: tokens that are read at once by the model's own tail; None where logits are read in tiles.
     """
 
     weights: int
@@ -67,12 +67,12 @@ class Needs:
     vocabulary: int
     heads: int
     itemsize: int
-    own_rows: int | None = None
+    head_rows: int | None = None
 
     @classmethod
     def of(
-        cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, vocabulary: int, own_rows: int | None = None
-    ) -> Needs:
+        cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, vocabulary: int, head_rows: int | None = None
+    ) -> MemoryModel:
         """Of a model, which may be without memory for its weights (on the device meta)."""
         config = text_config(model)
         eager = getattr(config, "_attn_implementation", "") == "eager"
@@ -85,17 +85,17 @@ class Needs:
             vocabulary=vocabulary,
             heads=getattr(config, "num_attention_heads", 0) if eager else 0,
             itemsize=next(model.parameters()).element_size(),
-            own_rows=own_rows,
+            head_rows=head_rows,
         )
 
-    def forecast(self, plan: Schedule, sequences: int, length: int) -> Forecast:
+    def predict(self, plan: Schedule, sequences: int, length: int) -> MemoryUse:
         """What a batch of `sequences` of `length` tokens will take."""
         tokens = sequences * length
-        rows = self.own_rows or min(tokens, tiled.ROWS)
+        rows = self.head_rows or min(tokens, tiled.ROWS)
         tile = rows * self.vocabulary
-        if self.own_rows is None:
+        if self.head_rows is None:
             tile = min(tiled.TILE_ELEMENTS, tile)
-        return Forecast(
+        return MemoryUse(
             weights=self.weights,
             streams=plan.states_at_peak * tokens * self.width * self.itemsize,
             block=tokens * (6 * self.width + self.widest + 2 * self.heads * length) * self.itemsize,
@@ -103,9 +103,9 @@ class Needs:
         )
 
 
-def sequences_at_once(needs: Needs, plan: Schedule, length: int, device: torch.device) -> int:
+def suggest_batch_size(needs: MemoryModel, plan: Schedule, length: int, device: torch.device) -> int:
     """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
-    one, two = (needs.forecast(plan, count, length).total for count in (1, 2))
+    one, two = (needs.predict(plan, count, length).total for count in (1, 2))
     fits = int(_SHARE_OF_MEMORY * free_memory(device) / max(1, two - one))
     wanted = _TOKENS_AT_ONCE * (16 if device.type == "cuda" else 1) // length
     return max(1, min(fits, wanted))
@@ -119,7 +119,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in distinct(module))
+    return sum(tensor.nbytes for tensor in distinct_tensors(module))
 
 
 def _widest(block: nn.Module, experts: int) -> int:

@@ -17,12 +17,12 @@ from torch.nn import functional
 from ..errors import MeasurementError
 from ..metrics.aggregation import Array
 from ..plans.route import Route, Visit
-from ..runtime.attention_weights import REACH, Looking
-from ..runtime.block_runner import Stack, Tape
-from ..runtime.contributions import BRANCHES, Member, centred, members, tapped
-from ..runtime.inputs import followed
-from ..runtime.residual_change import Changes, angular_distance, influence
-from .schedule import Run
+from ..runtime.attention_weights import REACH, PreviousTokenAttention
+from ..runtime.block_runner import BlockRunner, ForwardRecord
+from ..runtime.contributions import BRANCHES, BlockContributions, capture_contributions, find_contributions, reads_are_mean_free
+from ..runtime.inputs import has_next_token
+from ..runtime.residual_change import SpanDistances, angular_distance, block_influence
+from .schedule import RunBlock
 
 ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)
@@ -55,7 +55,7 @@ class Observer:
     """Watches a model's blocks.
 
     Args:
-        stack: the blocks.
+        runner: the blocks.
         signals: what to observe, of `SIGNALS`, or "change".
         spans: of changes, up to how many blocks together.
         along: of changes, the route that is observed, which visits no block twice; the unedited model if not given.
@@ -67,14 +67,20 @@ class Observer:
         left_out: what cannot be observed, and why.
     """
 
-    def __init__(self, stack: Stack, signals: Collection[str], *, spans: int = 1, along: Route | None = None) -> None:
-        self.stack, self.signals = stack, frozenset(signals)
-        self.spans, self.along = spans, Route.identity(stack.depth) if along is None else along
-        assert along is None or (self.signals == {CHANGE} and spans == 1)
+    def __init__(
+        self, runner: BlockRunner, signals: Collection[str], *, spans: int = 1, observed_route: Route | None = None
+    ) -> None:
+        self.runner, self.signals = runner, frozenset(signals)
+        self.spans, self.observed_route = spans, Route.identity(runner.depth) if observed_route is None else observed_route
+        assert observed_route is None or (self.signals == {CHANGE} and spans == 1)
         whole = self.signals <= {CHANGE}  # of blocks as wholes, parts need not be known
-        self.members = [Member((), (), "", False)] * stack.depth if whole else members(stack, look=ATTENTION in self.signals)
-        self.centred = not whole and centred(stack)
-        self.left_out: dict[str, str] = {}
+        self.contributions = (
+            [BlockContributions((), (), "", False)] * runner.depth
+            if whole
+            else find_contributions(runner, check_attention=ATTENTION in self.signals)
+        )
+        self.reads_are_mean_free = not whole and reads_are_mean_free(runner)
+        self.skipped: dict[str, str] = {}
         self.quantities = tuple(self._quantities())
         self._place = {(q.layer, q.part, q.name): number for number, q in enumerate(self.quantities, len(COUNTS))}
         self._context: _Context | None = None
@@ -87,83 +93,83 @@ class Observer:
     @property
     def routes(self) -> list[Route]:
         """What is to be run beside the unedited model: each swap of neighbours, as far as the second of the two; or the route observed."""
-        if self.along != Route.identity(self.stack.depth):
-            return [self.along]
+        if self.observed_route != Route.identity(self.runner.depth):
+            return [self.observed_route]
         if SIMILARITY not in self.signals:
             return []
-        return [Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.stack.depth - 1)]
+        return [Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.runner.depth - 1)]
 
     def _quantities(self) -> Iterator[Quantity]:
-        for layer, member in enumerate(self.members):
+        for layer, member in enumerate(self.contributions):
             if ATTENTION in self.signals:
                 if member.attends:
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5", "late")
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5_mean", "pairs")
                 else:
-                    why = member.blind or f"{member.names or 'the block'} attends to no tokens by softmax"
-                    self.left_out[f"attention of block {layer}"] = why
+                    why = member.attention_error or f"{member.names or 'the block'} attends to no tokens by softmax"
+                    self.skipped[f"attention of block {layer}"] = why
             if NORMS in self.signals:
                 for part in BRANCHES:
                     if member.has(part):
                         yield Quantity(NORMS, layer, part, f"{part}_norm", "tokens")
                     else:
-                        self.left_out[f"{part} norm of block {layer}"] = member.fault or f"the block has no {part}"
+                        self.skipped[f"{part} norm of block {layer}"] = member.error or f"the block has no {part}"
         if SIMILARITY in self.signals:
-            if self.stack.depth < 2:
-                self.left_out["similarity"] = "the model has one block, and none to swap it with"
-            for layer in range(self.stack.depth - 1):
+            if self.runner.depth < 2:
+                self.skipped["similarity"] = "the model has one block, and none to swap it with"
+            for layer in range(self.runner.depth - 1):
                 for name in PARTS:
-                    why = self._unlike(layer, name)
+                    why = self._not_comparable(layer, name)
                     if why:
-                        self.left_out[f"{name} similarity of blocks {layer} and {layer + 1}"] = why
+                        self.skipped[f"{name} similarity of blocks {layer} and {layer + 1}"] = why
                     else:
                         yield from (Quantity(SIMILARITY, layer, name, kind, "tokens") for kind in KINDS)
 
         if CHANGE in self.signals:
-            visited = self.along.blocks
+            visited = self.observed_route.blocks
             for place, layer in enumerate(visited):
                 yield Quantity(CHANGE, layer, "1", "block_influence", "tokens")
                 for span in range(1, min(self.spans, len(visited) - place) + 1):
                     yield Quantity(CHANGE, layer, str(span), "angular_distance", "tokens")
                     yield Quantity(CHANGE, layer, str(span), "angular_distance_last", "ends")
 
-    def _unlike(self, layer: int, part: str) -> str:
+    def _not_comparable(self, layer: int, part: str) -> str:
         """Why a part of two neighbours cannot be compared."""
         for number in (layer, layer + 1):
-            member = self.members[number]
+            member = self.contributions[number]
             if part in BRANCHES and not member.has(part):
-                return member.fault or f"one of the blocks has no {part}"
+                return member.error or f"one of the blocks has no {part}"
         return ""
 
     @contextmanager
-    def watching(self, mask: torch.Tensor) -> Iterator[None]:
+    def observing(self, mask: torch.Tensor) -> Iterator[None]:
         """Inside, a batch with this mask, (sequences, length), is observed."""
         self._context = _Context(self, mask)
         try:
-            with ExitStack() as stack:
-                for number, block in enumerate(self.stack.blocks):
-                    member = self.members[number]
+            with ExitStack() as runner:
+                for number, block in enumerate(self.runner.blocks):
+                    member = self.contributions[number]
                     looks = partial(self._context.look, number) if ATTENTION in self.signals and member.attends else None
-                    taps = [(tap, partial(self._context.caught, tap.part, tap.times)) for tap in member.taps]
+                    taps = [(tap, partial(self._context.caught, tap.branch, tap.scale)) for tap in member.capture_points]
                     wanted = taps if self.signals & {NORMS, SIMILARITY} else []
-                    stack.enter_context(tapped(block, wanted, member.mixers, looks, self._context.shape))
+                    runner.enter_context(capture_contributions(block, wanted, member.mixers, looks, self._context.shape))
                 yield
         finally:
             self._context = None
 
     @contextmanager
-    def trunk(self, block: int, tape: Tape) -> Iterator[None]:
+    def trunk(self, block: int, record: ForwardRecord) -> Iterator[None]:
         """While a block of the unedited model runs."""
         context = self._now()
         with context.catching(looks=True):
             yield
-        assert tape.passed is not None
-        context.trunk(block, *tape.passed)
+        assert record.last_block is not None
+        context.trunk(block, *record.last_block)
 
-    def run(self, step: Run, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a block of an edited model; `call` does it."""
         context = self._now()
-        if CHANGE in self.signals and not self.along.is_identity(self.stack.depth):
+        if CHANGE in self.signals and not self.observed_route.is_identity(self.runner.depth):
             after = call()
             context.changed(step.visit.block, stream, after)
             return after
@@ -205,11 +211,11 @@ class Observer:
         changes = self.spans + 2 if CHANGE in self.signals else 0
         return changes + (9 if SIMILARITY in self.signals else 3 if NORMS in self.signals else 0)
 
-    def place(self, layer: int, part: str, name: str) -> int:
+    def column(self, layer: int, part: str, name: str) -> int:
         """Where among the numbers of a sequence a quantity's sum is."""
         return self._place[layer, part, name]
 
-    def known(self, layer: int, part: str, name: str) -> bool:
+    def is_measured(self, layer: int, part: str, name: str) -> bool:
         """Whether a quantity is measured."""
         return (layer, part, name) in self._place
 
@@ -221,7 +227,7 @@ class _Context:
         self.observer = observer
         self.sequences, self.length = mask.shape
         # A sequence of a single token has no prediction, and is in none of the means.
-        self.real = mask.bool() & followed(mask).any(-1, keepdim=True)
+        self.real = mask.bool() & has_next_token(mask).any(-1, keepdim=True)
         # Padding in front does not count as text before a token.
         place = (mask.cumsum(-1) - 1).masked_fill(~self.real, -1)
         back = torch.arange(1, REACH + 1)
@@ -236,7 +242,7 @@ class _Context:
         self._caught: dict[str, torch.Tensor] = {}
         self._heads: dict[int, tuple[torch.Tensor, int]] = {}
         self._open = self._looking = False
-        self.changes = Changes(observer.spans)
+        self.changes = SpanDistances(observer.spans)
 
     def shape(self) -> torch.Size | None:
         return self.real.shape if self._open else None
@@ -254,7 +260,7 @@ class _Context:
         held = self._caught.get(part)
         self._caught[part] = value if held is None else held.add_(value.to(held.device))
 
-    def look(self, block: int, seen: Looking) -> None:
+    def look(self, block: int, seen: PreviousTokenAttention) -> None:
         if not self._looking:
             return
         if seen.unknown:
@@ -279,7 +285,7 @@ class _Context:
     def trunk(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
         observer, parts = self.observer, self._parts(before, after)
         self._heads.clear()
-        if CHANGE in observer.signals and observer.along[: block + 1] == Route.identity(block + 1):
+        if CHANGE in observer.signals and observer.observed_route[: block + 1] == Route.identity(block + 1):
             self.changed(block, before, after)
         if NORMS in observer.signals:
             for part in BRANCHES:
@@ -291,14 +297,14 @@ class _Context:
 
     def changed(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """A block of the route that is observed has run."""
-        self._add_tokens(block, "1", "block_influence", influence(before.to(after.device), after))
-        for first, span, stream in self.changes.passed(block, before, after):
+        self._add_tokens(block, "1", "block_influence", block_influence(before.to(after.device), after))
+        for first, span, stream in self.changes.add_block(block, before, after):
             distance = angular_distance(stream, after)
             self._add_tokens(first, str(span), "angular_distance", distance)
             at_end = torch.where(self.ends.to(distance.device), distance.double(), 0)
             self._add(first, str(span), "angular_distance_last", at_end)
 
-    def swapped(self, step: Run, before: torch.Tensor, after: torch.Tensor) -> None:
+    def swapped(self, step: RunBlock, before: torch.Tensor, after: torch.Tensor) -> None:
         block = step.visit.block
         parts = self._parts(before, after)
         if self.moved.get(step.state) == block:
@@ -318,13 +324,13 @@ class _Context:
                 if known
                 else after.float() - before.to(after.device).float()
             )
-        if self.observer.centred:
+        if self.observer.reads_are_mean_free:
             parts = {name: value - value.mean(-1, keepdim=True) for name, value in parts.items()}
         return parts
 
     def _compare(self, layer: int, kind: str, parts: dict[str, torch.Tensor]) -> None:
         for part, own in self.own.get(layer, {}).items():
-            if self.observer.known(layer, part, kind):
+            if self.observer.is_measured(layer, part, kind):
                 cosine = functional.cosine_similarity(own, parts[part].to(own.device), dim=-1, eps=1e-30)
                 self._add_tokens(layer, part, kind, cosine)
 
@@ -333,7 +339,7 @@ class _Context:
 
     def _add(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
         # One sequence at a time, so that its digits do not depend on the others in the batch.
-        self.sums[self.observer.place(layer, part, name)] = torch.stack([row.sum() for row in values])
+        self.sums[self.observer.column(layer, part, name)] = torch.stack([row.sum() for row in values])
 
 
 def counts_of(quantities: Sequence[Quantity]) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..metrics.aggregation import Sums
+from ..metrics.aggregation import MetricSums
 from ..metrics.reference import METRICS
 from ..plans.variants import Variant
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def results(variants: Sequence[Variant], sums: Sums, model: str) -> pd.DataFrame:
+def results(variants: Sequence[Variant], sums: MetricSums, model: str) -> pd.DataFrame:
     """One row for each model measured, the unedited one first.
 
     Args:
@@ -47,7 +47,7 @@ def results(variants: Sequence[Variant], sums: Sums, model: str) -> pd.DataFrame
     return frame.astype({"layer": "Int64", "relative_depth": "float64"})
 
 
-def by_sequence(variants: Sequence[Variant], sums: Sums) -> pa.Table:
+def by_sequence(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
     """Sums of each sequence: one row for each sequence and model, from which the results' means and errors can be had again."""
     import numpy as np
     import pyarrow as pa

@@ -22,11 +22,11 @@ from dataclasses import dataclass, field, replace
 from ..plans.route import Route, Visit
 
 DEPTH_FIRST, LAYER_MAJOR = "depth-first", "layer-major"
-_FEW = 8
+_MAX_RESIDENT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunBlock:
     """Run a block on the stream `state`, which gives the stream `result`."""
 
     visit: Visit
@@ -35,7 +35,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadLogits:
     """Measure the stream `state`, which is the end of these routes."""
 
     state: int
@@ -43,19 +43,19 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Bring:
+class LoadWeights:
     """Have a block's weights at hand; those of `instead_of` are let go."""
 
     block: int
-    instead_of: tuple[int, ...]
+    evict: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One thing to do, and the states that nobody needs afterwards."""
 
-    do: Run | Read | Bring
-    free: tuple[int, ...] = ()
+    action: RunBlock | ReadLogits | LoadWeights
+    release: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,51 +74,51 @@ class Schedule:
 
     depth: int
     steps: tuple[Step, ...]
-    kept: frozenset[int]
-    calls_apart: int
+    saved_states: frozenset[int]
+    calls_without_sharing: int
     states_at_peak: int
-    during: tuple[tuple[Step, ...], ...] = ()
+    during_trunk: tuple[tuple[Step, ...], ...] = ()
     resident_blocks: int | None = None
 
     @property
     def name(self) -> str:
         """Which way it goes."""
-        return LAYER_MAJOR if self.during else DEPTH_FIRST
+        return LAYER_MAJOR if self.during_trunk else DEPTH_FIRST
 
     @property
-    def goes_on(self) -> bool:
+    def needs_final_state(self) -> bool:
         """Whether the trunk's end is needed after the unedited model was read from it: a route ends there, or goes on from there."""
-        return any(isinstance(step.do, Run | Read) and step.do.state == self.depth for step in self.steps)
+        return any(isinstance(step.action, RunBlock | ReadLogits) and step.action.state == self.depth for step in self.steps)
 
     @property
     def all_steps(self) -> Iterator[Step]:
         """Those beside the trunk and those after it."""
-        for steps in (*self.during, self.steps):
+        for steps in (*self.during_trunk, self.steps):
             yield from steps
 
     @property
     def calls(self) -> int:
         """Block calls in all, the trunk's included."""
-        return self.depth + sum(isinstance(step.do, Run) for step in self.all_steps)
+        return self.depth + sum(isinstance(step.action, RunBlock) for step in self.all_steps)
 
     def bytes_read(self, blocks: Sequence[int], around: int) -> int:
         """Bytes that a batch brings in: for offloaded bytes of each block, and of what is around them.
 
         Depth first, a block is brought in for each call.
         """
-        visits = self.brought
-        if not self.during:
-            visits = (*range(self.depth), *(step.do.visit.block for step in self.steps if isinstance(step.do, Run)))
+        visits = self.load_order
+        if not self.during_trunk:
+            visits = (*range(self.depth), *(step.action.visit.block for step in self.steps if isinstance(step.action, RunBlock)))
         return sum(blocks[block] for block in visits) + around
 
-    def bytes_passing(self, blocks: Sequence[int]) -> int:
+    def bytes_in_flight(self, blocks: Sequence[int]) -> int:
         """Bytes of offloaded blocks that are at hand together, with the one that is read ahead."""
         return max(blocks) * ((self.resident_blocks or 0) + 1)
 
     @property
-    def brought(self) -> tuple[int, ...]:
+    def load_order(self) -> tuple[int, ...]:
         """Layer by layer, the blocks that are brought in, in their order."""
-        return tuple(step.do.block for step in self.all_steps if isinstance(step.do, Bring))
+        return tuple(step.action.block for step in self.all_steps if isinstance(step.action, LoadWeights))
 
 
 @dataclass(slots=True)
@@ -134,40 +134,42 @@ class _Node:
         return sorted(self.children.items(), key=lambda item: item[1].width)
 
 
-def schedule(routes: Sequence[Route], depth: int, walked: Sequence[Route] = ()) -> Schedule:
+def schedule(routes: Sequence[Route], depth: int, run_only: Sequence[Route] = ()) -> Schedule:
     """Plan how to run `routes` through a model of `depth` blocks, depth first, with as few block calls as sharing prefixes allows.
 
     Routes are numbered as given; one that occurs twice is run once. Those of `walked` are run as well, and their ends are not measured.
     """
-    trunk, order = _grown(routes, depth, walked)
+    trunk, order = _build_trie(routes, depth, run_only)
     for node in reversed(order):
         widths = [child.width for _, child in node.ordered()]
         node.width = max([1, *(width + 1 for width in widths[:-1]), *(max(2, width) for width in widths[-1:])])
     steps = tuple(_steps(trunk, depth))
-    kept, alive = _kept(trunk, depth)
-    apart = depth + sum(map(len, {*routes, *walked}))
+    kept, alive = _saved_states(trunk, depth)
+    apart = depth + sum(map(len, {*routes, *run_only}))
     return Schedule(depth, steps, kept, apart, max(len(kept), _peak(steps, alive)))
 
 
-def layer_major(routes: Sequence[Route], depth: int, most: int = _FEW, walked: Sequence[Route] = ()) -> Schedule:
+def layer_major(
+    routes: Sequence[Route], depth: int, max_resident: int = _MAX_RESIDENT, run_only: Sequence[Route] = ()
+) -> Schedule:
     """Plan the same, layer by layer: so that blocks are brought in as seldom as possible, with `most` of them at hand together.
 
     No more are kept at hand than help: one for drops, two for swaps of neighbours, which go back one block.
     """
-    best = _by_layer(routes, depth, 1, walked)
-    for at_home in range(2, min(most, depth) + 1):
-        if len(best.brought) == depth:
+    best = _schedule_by_layer(routes, depth, 1, run_only)
+    for at_home in range(2, min(max_resident, depth) + 1):
+        if len(best.load_order) == depth:
             break
-        plan = _by_layer(routes, depth, at_home, walked)
-        best = plan if len(plan.brought) < len(best.brought) else best
+        plan = _schedule_by_layer(routes, depth, at_home, run_only)
+        best = plan if len(plan.load_order) < len(best.load_order) else best
     return best
 
 
-def _grown(routes: Sequence[Route], depth: int, walked: Sequence[Route]) -> tuple[list[_Node], list[_Node]]:
+def _build_trie(routes: Sequence[Route], depth: int, run_only: Sequence[Route]) -> tuple[list[_Node], list[_Node]]:
     """The trunk's nodes, whose children are the branches off it, and all nodes, parents first."""
     root = _Node()
     order = [root]
-    for number, route in enumerate((*routes, *walked)):
+    for number, route in enumerate((*routes, *run_only)):
         node = root
         for visit in route:
             if visit not in node.children:
@@ -182,7 +184,7 @@ def _grown(routes: Sequence[Route], depth: int, walked: Sequence[Route]) -> tupl
     return trunk, order
 
 
-def _kept(trunk: list[_Node], depth: int) -> tuple[frozenset[int], int]:
+def _saved_states(trunk: list[_Node], depth: int) -> tuple[frozenset[int], int]:
     """States of the trunk to keep, and how many of them for routes."""
     needed = {state for state, node in enumerate(trunk) if node.children or node.ends}
     return frozenset({depth, *needed}), len(needed)
@@ -200,10 +202,10 @@ def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
                 fresh += 1
                 own = fresh
                 unread = () if node.children or node.ends else (own,)
-                yield Step(Run(visit, parent, own), ((parent,) if last else ()) + unread)
+                yield Step(RunBlock(visit, parent, own), ((parent,) if last else ()) + unread)
             children = node.ordered()
             if node.ends:
-                yield Step(Read(own, tuple(node.ends)), () if children else (own,))
+                yield Step(ReadLogits(own, tuple(node.ends)), () if children else (own,))
             for place, (onward, child) in reversed(list(enumerate(children))):
                 waiting.append((onward, own, place == len(children) - 1, child))
 
@@ -211,32 +213,32 @@ def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
 def _peak(steps: Sequence[Step], alive: int) -> int:
     peak = alive
     for step in steps:
-        alive += isinstance(step.do, Run)
+        alive += isinstance(step.action, RunBlock)
         peak = max(peak, alive)
-        alive -= len(step.free)
+        alive -= len(step.release)
     return peak
 
 
-def _by_layer(routes: Sequence[Route], depth: int, at_home: int, walked: Sequence[Route]) -> Schedule:
-    trunk, _ = _grown(routes, depth, walked)
-    walk = _ByLayer(at_home, depth)
+def _schedule_by_layer(routes: Sequence[Route], depth: int, resident_blocks: int, run_only: Sequence[Route]) -> Schedule:
+    trunk, _ = _build_trie(routes, depth, run_only)
+    walk = _LayerByLayer(resident_blocks, depth)
     during = []
     for block in range(depth):
         walk.reach(block, trunk[block])
         during.append(tuple(walk.at(block)))
     walk.reach(depth, trunk[depth])
-    kept, _ = _kept(trunk, depth)
+    kept, _ = _saved_states(trunk, depth)
     steps = tuple(walk.rest())
-    plan = Schedule(depth, steps, kept, depth + sum(map(len, {*routes, *walked})), 0, tuple(during), at_home)
+    plan = Schedule(depth, steps, kept, depth + sum(map(len, {*routes, *run_only})), 0, tuple(during), resident_blocks)
     return replace(plan, states_at_peak=_peak_by_layer(plan))
 
 
-class _ByLayer:
+class _LayerByLayer:
     """Walks the tree block by block; what it yields is what a sweep does."""
 
-    def __init__(self, at_home: int, depth: int) -> None:
-        self.at_home = at_home
-        self.home: OrderedDict[int, None] = OrderedDict()
+    def __init__(self, resident_blocks: int, depth: int) -> None:
+        self.resident_blocks = resident_blocks
+        self.resident: OrderedDict[int, None] = OrderedDict()
         self.waiting: dict[int, list[tuple[Visit, int, _Node]]] = {}
         self.uses: dict[int, int] = {}
         self.ended: list[tuple[int, _Node]] = []
@@ -252,20 +254,20 @@ class _ByLayer:
 
     def at(self, block: int) -> Iterator[Step]:
         """Bring a block in, and have everybody go on who can."""
-        if block not in self.home:
+        if block not in self.resident:
             away = []
-            while len(self.home) >= self.at_home:
-                away.append(self.home.popitem(last=False)[0])
-            self.home[block] = None
-            yield Step(Bring(block, tuple(away)))
-        while ready := [number for number in self.home if self.waiting.get(number)]:
+            while len(self.resident) >= self.resident_blocks:
+                away.append(self.resident.popitem(last=False)[0])
+            self.resident[block] = None
+            yield Step(LoadWeights(block, tuple(away)))
+        while ready := [number for number in self.resident if self.waiting.get(number)]:
             yield from self._through(ready[-1])
 
     def _through(self, block: int) -> Iterator[Step]:
         for visit, state, node in self.waiting.pop(block):
             self.fresh += 1
             unread = () if node.children or node.ends else (self.fresh,)
-            yield Step(Run(visit, state, self.fresh), self._used(state) + unread)
+            yield Step(RunBlock(visit, state, self.fresh), self._used(state) + unread)
             self.reach(self.fresh, node)
 
     def _used(self, state: int) -> tuple[int, ...]:
@@ -275,7 +277,7 @@ class _ByLayer:
     def read(self) -> Iterator[Step]:
         """Measure what has come to its end."""
         for state, node in self.ended:
-            yield Step(Read(state, tuple(node.ends)), self._used(state))
+            yield Step(ReadLogits(state, tuple(node.ends)), self._used(state))
         self.ended.clear()
 
     def rest(self) -> Iterator[Step]:
@@ -290,13 +292,13 @@ class _ByLayer:
 
 def _peak_by_layer(plan: Schedule) -> int:
     alive = peak = 0
-    for block, steps in enumerate(plan.during):
-        alive += block in plan.kept
+    for block, steps in enumerate(plan.during_trunk):
+        alive += block in plan.saved_states
         peak = max(peak, alive)
         for step in steps:
-            alive += isinstance(step.do, Run)
+            alive += isinstance(step.action, RunBlock)
             peak = max(peak, alive)
-            alive -= len(step.free)
+            alive -= len(step.release)
     alive += 1
     peak = max(peak, alive)
-    return max(peak, _peak(plan.steps, alive - (not plan.goes_on)))
+    return max(peak, _peak(plan.steps, alive - (not plan.needs_final_state)))

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..metrics.aggregation import Sums
+from ..metrics.aggregation import MetricSums
 from ..models.anatomy import Anatomy
-from ..models.block_list import locate
+from ..models.block_list import find_decoder_blocks
 from ..plans.variants import variants
 from ..runtime.inputs import as_tokens
 from .measurer import Measurer
@@ -67,12 +67,12 @@ def sweep(
         >>> frame[frame.edit == "drop"].set_index("layer").kl_nats  # doctest: +SKIP
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    chosen = variants(routes, len(locate(model, blocks).blocks), layers)
+    chosen = variants(routes, len(find_decoder_blocks(model, blocks).blocks), layers)
     measurer = Measurer(model, chosen, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order)
-    if measurer.left_out:
-        plan, reason = next(iter(measurer.left_out.items()))
-        warnings.warn(f"{len(measurer.left_out)} edits are left out, '{plan}' first: {reason}", stacklevel=2)
-    sums = Sums(len(measurer.variants))
+    if measurer.skipped:
+        plan, reason = next(iter(measurer.skipped.items()))
+        warnings.warn(f"{len(measurer.skipped)} edits are left out, '{plan}' first: {reason}", stacklevel=2)
+    sums = MetricSums(len(measurer.variants))
     size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
     done = 0
     while done < len(ids):

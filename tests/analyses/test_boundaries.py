@@ -133,7 +133,7 @@ def test_the_table_of_a_model() -> None:
     limits = frame.attrs["boundaries"]
     assert [limit["ends"] for limit in limits] == list(STAGES[:3])
     assert len(frame.stage) == DEPTH
-    words = ls.analyses.in_words(frame)
+    words = ls.analyses.describe_stages(frame)
     for limit in limits:
         assert limit["why"] in words
     assert all(limit["share"] is not None for limit in limits)
@@ -145,4 +145,4 @@ def test_a_model_without_neurons_has_stages_all_the_same() -> None:
     with pytest.warns(UserWarning, match="neurons are left out: MambaForCausalLM"):
         frame = ls.analyses.stages(tiny_model("mamba"), tokens(3, 12))
     assert frame.prediction_percent.isna().all()
-    assert "neurons are not known for every layer" in ls.analyses.in_words(frame)
+    assert "neurons are not known for every layer" in ls.analyses.describe_stages(frame)

@@ -17,7 +17,7 @@ from scipy import stats
 import layersurgery as ls
 from layersurgery.metrics import cosine_moments as kernel
 from layersurgery.metrics.cosine_moments import moments, unit_rows
-from layersurgery.models.weight_conventions import reading_dim, writing_dim
+from layersurgery.models.weight_conventions import input_dim, output_dim
 from tests.support.dense import LAYER_NORM, blocks_of
 from tests.support.zoo import DEPTH, tiny_model
 
@@ -163,11 +163,11 @@ def test_blocks_without_an_mlp_are_named() -> None:
 
 def test_which_way_round_a_weight_lies() -> None:
     linear = torch.nn.Linear(8, 8)
-    assert (reading_dim(linear, "weight", 8), writing_dim(linear, "weight", 8)) == (1, 0)
+    assert (input_dim(linear, "weight", 8), output_dim(linear, "weight", 8)) == (1, 0)
     wide = torch.nn.Linear(8, 24)
-    assert reading_dim(wide, "weight", 8) == 1
+    assert input_dim(wide, "weight", 8) == 1
     with pytest.raises(ls.UnsupportedEditError, match="no dimension of the stream's width 5"):
-        reading_dim(wide, "weight", 5)
+        input_dim(wide, "weight", 5)
 
     class Odd(torch.nn.Module):
         def __init__(self) -> None:
@@ -175,7 +175,7 @@ def test_which_way_round_a_weight_lies() -> None:
             self.weight = torch.nn.Parameter(torch.zeros(8, 8))
 
     with pytest.raises(ls.UnsupportedEditError, match="may lie either way round"):
-        writing_dim(Odd(), "weight", 8)
+        output_dim(Odd(), "weight", 8)
 
 
 def test_the_model_may_be_on_disk_and_memory_holds_a_block_at_a_time(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from layersurgery_cli.terminal.progress import counting
 from rich.console import Console
 
 import layersurgery as ls
-from layersurgery.analyses.logistic_probe import Task
-from layersurgery.analyses.neuron_probes import KINDS, SHUFFLED, TOP_TOKEN, probes_in_words
-from layersurgery.analyses.token_classes import CONTEXT, FEWEST, SHARED, token_class, windows_on
+from layersurgery.analyses.logistic_probe import ProbeData
+from layersurgery.analyses.neuron_probes import KINDS, SHUFFLED, TOP_TOKEN, describe_probes
+from layersurgery.analyses.token_classes import CONTEXT, MIN_WINDOWS, SHARED, find_balanced_windows, token_class
 from layersurgery.checkpoints.loading import tokenizer_of
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import neuron_activations
-from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.block_runner import BlockRunner
 from tests.cli.test_cli import result_of, run
 from tests.runtime.test_offload import on_disk
 from tests.support.tiny_checkpoint import LETTERS, tiny_tokenizer
@@ -96,7 +96,7 @@ def test_windows_share_no_text_and_are_balanced() -> None:
     chosen = token_class(tokenizer, regex="^x$")
     text = story()
     again = [text[:3000], text, text[500:4000]]  # the same text several times
-    found = windows_on(again, tokenizer, chosen, samples=200)
+    found = find_balanced_windows(again, tokenizer, chosen, samples=200)
     runs: set[tuple[int, ...]] = set()
     for row, following, inside in zip(found.ids.tolist(), found.following, found.inside, strict=True):
         mine = {tuple(row[first : first + SHARED]) for first in range(CONTEXT - SHARED + 1)}
@@ -107,11 +107,11 @@ def test_windows_share_no_text_and_are_balanced() -> None:
         assert (shown[-1] == "x") == inside
     for half in (True, False):
         assert found.inside[found.held_out == half].mean() == 0.5
-        assert (found.held_out == half).sum() > 2 * FEWEST
+        assert (found.held_out == half).sum() > 2 * MIN_WINDOWS
     assert found.about["training"] + found.about["held_out"] == len(found.ids) <= 400
-    same = windows_on(again, tokenizer, chosen, samples=200)
+    same = find_balanced_windows(again, tokenizer, chosen, samples=200)
     assert same.fingerprint == found.fingerprint
-    assert windows_on(again, tokenizer, chosen, samples=200, seed=1).fingerprint != found.fingerprint
+    assert find_balanced_windows(again, tokenizer, chosen, samples=200, seed=1).fingerprint != found.fingerprint
 
 
 def test_too_little_text_says_how_much_it_would_take() -> None:
@@ -119,11 +119,11 @@ def test_too_little_text_says_how_much_it_would_take() -> None:
     with pytest.raises(
         ls.MeasurementError, match=r"of 600 tokens of the text .* 16 are needed. At this rate it takes about [\d,]+ tokens"
     ):
-        windows_on([story()[:600]], tiny_tokenizer(), chosen)
+        find_balanced_windows([story()[:600]], tiny_tokenizer(), chosen)
     with pytest.raises(ls.MeasurementError, match="^0 of 400 tokens .* Give more text, other text, or another class"):
-        windows_on(["abcd" * 100], tiny_tokenizer(), chosen)
+        find_balanced_windows(["abcd" * 100], tiny_tokenizer(), chosen)
     with pytest.raises(ls.MeasurementError, match="^0 of 0 tokens"):
-        windows_on([], tiny_tokenizer(), chosen)
+        find_balanced_windows([], tiny_tokenizer(), chosen)
 
 
 @pytest.mark.parametrize(
@@ -135,17 +135,17 @@ def test_too_little_text_says_how_much_it_would_take() -> None:
 )  # fmt: skip
 def test_activations_are_what_the_output_projection_is_given(name: str, path: str) -> None:
     model, ids = tiny_model(name), tokens(3, 9)
-    stack = Stack(model, ls.anatomy(model))
+    runner = BlockRunner(model, ls.anatomy(model))
     before = [id(module) for module in model.modules()]
-    readable, left_out = neuron_activations.projections(stack)
-    assert (len(readable), left_out) == (stack.depth, {})
+    readable, left_out = neuron_activations.projections(runner)
+    assert (len(readable), left_out) == (runner.depth, {})
     caught: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Any:
         return lambda value: caught.__setitem__(layer, value.clone())
 
-    with stack.at_rest():
-        with neuron_activations.reading(stack, {one: keep(one.layer) for one in readable}):
+    with runner.inference_mode():
+        with neuron_activations.capture_neurons(runner, {one: keep(one.layer) for one in readable}):
             model(ids)
         assert [id(module) for module in model.modules()] == before
         meant: dict[int, torch.Tensor] = {}
@@ -153,7 +153,7 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
             block.get_submodule(path).register_forward_pre_hook(
                 lambda _, args, layer=layer: meant.__setitem__(layer, args[0].clone())
             )
-            for layer, block in enumerate(stack.blocks)
+            for layer, block in enumerate(runner.blocks)
         ]
         model(ids)
     for handle in handles:
@@ -165,7 +165,7 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
 
 def test_experts_are_left_out_by_name_and_nothing_stays_behind() -> None:
     model = tiny_model("mixtral")
-    readable, left_out = neuron_activations.projections(Stack(model, ls.anatomy(model)))
+    readable, left_out = neuron_activations.projections(BlockRunner(model, ls.anatomy(model)))
     assert readable == []
     assert len(left_out) == 6
     assert all("expert" in why for why in left_out.values())
@@ -202,7 +202,7 @@ def test_a_neuron_made_to_know_is_found(found: Any) -> None:
     assert shuffled.held_out == 20 * by.loc[TOP_TOKEN].held_out
     assert (found.probes.low <= found.probes.accuracy).all()
     assert (found.probes.high >= found.probes.accuracy).all()
-    words = probes_in_words(found.probes)
+    words = describe_probes(found.probes)
     assert "Held-out accuracy (95 %): 100.0 % (9" in words
     assert words.endswith("chance.")
     assert "not chance" not in words
@@ -239,21 +239,21 @@ def test_labels_that_mean_nothing_are_told_by_chance_and_a_leak_is_seen() -> Non
     """On random numbers held-out accuracy is chance, whatever it is on the training half; and where halves share windows it is not."""
     picked = np.random.default_rng(0)
     inside, held_out = np.tile([True, False], 100), np.repeat([False, True], 100)
-    alone = Task(picked.normal(size=(200, 60)), inside, held_out, 0)
+    alone = ProbeData(picked.normal(size=(200, 60)), inside, held_out, 0)
     right, _ = alone.fit(list(range(60)))
-    judged = alone.judged(right)
+    judged = alone.score(right)
     assert judged["train_accuracy"] > 0.8
     assert judged["low"] < 0.5 < judged["high"]
     shared = np.concatenate([alone.x_WN[:100], alone.x_WN[:100]])
-    leaking = Task(shared, inside, held_out, 0)
-    assert leaking.judged(leaking.fit(list(range(60)))[0])["low"] > 0.6
+    leaking = ProbeData(shared, inside, held_out, 0)
+    assert leaking.score(leaking.fit(list(range(60)))[0])["low"] > 0.6
 
 
 def test_weights_kept_on_disk_give_the_same(tmp_path: Path, found: Any) -> None:
     knowing().save_pretrained(tmp_path / "knowing")
     away = ls.load(tmp_path / "knowing", device_map={"": "disk"}, offload_folder=tmp_path / "offload").model
     other = ls.analyses.probe(away, tiny_tokenizer(), [story()], regex="^x$", samples=120)
-    pd.testing.assert_frame_equal(other.singles, found.singles)
+    pd.testing.assert_frame_equal(other.single_neurons, found.singles)
     assert on_disk(away)
 
 
@@ -281,7 +281,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
         tmp_path / "out",
     ]
     value = result_of(*words)
-    assert value["in_words"] == probes_in_words(found.probes)
+    assert value["in_words"] == describe_probes(found.probes)
     table = ls.read_results(tmp_path / "out", "singles")
     pd.testing.assert_frame_equal(table.drop(columns="model"), found.singles.drop(columns="model"), check_exact=False, atol=1e-6)
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -316,10 +316,10 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path, given:
 
 def test_one_bar_at_a_time() -> None:
     """rich before 14.1 refuses a second bar, and a spinner beside a bar."""
-    talk = Talk()
+    console = Talk()
     shown = io.StringIO()
-    talk.err = Console(file=shown, force_terminal=True)
-    with counting(talk, "blocks") as on_layer, counting(talk, "windows") as on_window:
+    console.err = Console(file=shown, force_terminal=True)
+    with counting(console, "blocks") as on_layer, counting(console, "windows") as on_window:
         assert shown.getvalue() == ""
         on_layer(1, 2)
         assert "blocks" in shown.getvalue()

@@ -12,7 +12,7 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.analyses.layer_pruning import plan_of
-from layersurgery.runtime.residual_change import angular_distance, influence
+from layersurgery.runtime.residual_change import angular_distance, block_influence
 from tests.support.zoo import tiny_model
 
 NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom")
@@ -82,8 +82,8 @@ def test_angles_keep_their_digits_however_small() -> None:
     for angle in (1e-3, 0.5, 3.0):
         turned = math.cos(angle) * x + math.sin(angle) * aside * (x.norm(dim=-1) / aside.norm(dim=-1))[..., None]
         torch.testing.assert_close(angular_distance(x, 7 * turned), torch.full((1, 4), angle / math.pi), rtol=1e-3, atol=0)
-        torch.testing.assert_close(influence(x, turned), torch.full((1, 4), 1 - math.cos(angle)), rtol=2e-3, atol=0)
-    assert float(influence(x, x).max()) == 0
+        torch.testing.assert_close(block_influence(x, turned), torch.full((1, 4), 1 - math.cos(angle)), rtol=2e-3, atol=0)
+    assert float(block_influence(x, x).max()) == 0
     large = (x * 1e4).half()  # whose squares half precision does not hold
     assert bool(angular_distance(large, -large).isfinite().all())
 

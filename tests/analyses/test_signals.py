@@ -15,13 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layersurgery as ls
-from layersurgery.analyses.signal_tables import Tables, measurer_of, sampled
+from layersurgery.analyses.signal_tables import SignalTables, collect_sums, measurer_of
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.route import Route
 from layersurgery.runtime import attention_weights
-from layersurgery.runtime.block_runner import Stack
-from layersurgery.runtime.contributions import members, tapped
-from layersurgery.sweeps.batch_metrics import prove_end
+from layersurgery.runtime.block_runner import BlockRunner
+from layersurgery.runtime.contributions import capture_contributions, find_contributions
+from layersurgery.sweeps.batch_metrics import check_readout
 from tests.runtime.test_offload import dispatched, on_disk
 from tests.support.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
 from tests.support.reference import logits_along, logits_of
@@ -101,7 +101,7 @@ def test_short_text_without_five_tokens_before_any(name: str) -> None:
 def test_contributions_are_all_that_a_block_adds(name: str) -> None:
     """What is caught sums up to what leaves a block minus what came in; or the block is left out by name."""
     model, ids = tiny_model(name), tokens(2, 9)
-    found = members(Stack(model, ls.anatomy(model)))
+    found = find_contributions(BlockRunner(model, ls.anatomy(model)))
     caught: dict[int, torch.Tensor] = {}
     added: dict[int, torch.Tensor] = {}
 
@@ -116,10 +116,10 @@ def test_contributions_are_all_that_a_block_adds(name: str) -> None:
         return hook
 
     before: dict[int, torch.Tensor] = {}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as runner, torch.no_grad():
         for number, (block, member) in enumerate(zip(blocks_of(model), found, strict=True)):
-            taps = [(tap, catch(number, tap.times)) for tap in member.taps]
-            stack.enter_context(tapped(block, taps, member.mixers, None, ids.shape))
+            taps = [(tap, catch(number, tap.scale)) for tap in member.capture_points]
+            runner.enter_context(capture_contributions(block, taps, member.mixers, None, ids.shape))
             enter = block.register_forward_pre_hook(
                 lambda _m, args, kwargs, number=number: before.__setitem__(
                     number, (args[0] if args else kwargs["hidden_states"]).clone()
@@ -127,13 +127,13 @@ def test_contributions_are_all_that_a_block_adds(name: str) -> None:
                 with_kwargs=True,
             )
             leave = block.register_forward_hook(add(number), with_kwargs=True)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
+            runner.callback(enter.remove)
+            runner.callback(leave.remove)
         model(ids, use_cache=False)
     for number, member in enumerate(found):
-        if not member.fault:
+        if not member.error:
             torch.testing.assert_close(caught[number], added[number], rtol=1e-4, atol=1e-4)
-    left_out = {name: 1 for name, member in enumerate(found) if member.fault}
+    left_out = {name: 1 for name, member in enumerate(found) if member.error}
     assert len(left_out) == {"rwkv": DEPTH, "opt-postnorm": DEPTH, "minimax": DEPTH, "gpt_neox_japanese": 1}.get(name, 0)
 
 
@@ -145,10 +145,10 @@ def test_what_a_hybrid_mixes_tokens_with_is_named_and_what_it_lacks_is_said() ->
     assert tables["norms"].attention_norm.notna().all()
     observer = measurer_of(tiny_model("mamba"), ["norms"], DEPTH).observer
     assert observer is not None
-    assert observer.left_out["mlp norm of block 2"] == "the block has no mlp"
+    assert observer.skipped["mlp norm of block 2"] == "the block has no mlp"
     rwkv = measurer_of(tiny_model("rwkv"), ["norms"], DEPTH).observer
     assert rwkv is not None
-    assert "both mix tokens" in rwkv.left_out["attention norm of block 0"]
+    assert "both mix tokens" in rwkv.skipped["attention norm of block 0"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "gemma2", "jamba"])
@@ -184,7 +184,7 @@ def test_signals_measured_together_are_those_measured_apart(signals: list[str]) 
 def test_swapped_blocks_are_compared_in_either_order(order: str) -> None:
     model, ids = tiny_model("gpt2"), tokens(2, 10)
     measurer = measurer_of(model, ["similarity", "drop"], DEPTH, order=order)
-    found = Tables(measurer, sampled(measurer, ids, torch.ones_like(ids), None, None), "m").similarity()
+    found = SignalTables(measurer, collect_sums(measurer, ids, torch.ones_like(ids), None, None), "m").similarity()
     meant = ls.analyses.similarity(model, ids).assign(model="m")
     pd.testing.assert_frame_equal(found, meant, atol=1e-9)
 
@@ -210,7 +210,7 @@ def test_what_it_costs() -> None:
     assert measurer.measure(ids, mask).states_at_peak <= 4
     readouts = []
     measurer = measurer_of(model, ["lens"], DEPTH)
-    final = type(measurer.readout).final
+    final = type(measurer.readout).normalize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(measurer.readout), "final", lambda *given: (readouts.append(1), final(*given))[1])  # type: ignore[func-returns-value]
         measurer._prove = False
@@ -270,7 +270,7 @@ def test_the_lens_must_end_in_the_models_own_output() -> None:
     model, ids = tiny_model("llama"), tokens(2, 10)
     measurer = measurer_of(model, ["lens"], DEPTH)
     with torch.no_grad():
-        prove_end(measurer.stack, measurer.readout, ids[:1], torch.ones_like(ids[:1]))
+        check_readout(measurer.runner, measurer.readout, ids[:1], torch.ones_like(ids[:1]))
     model.register_forward_hook(lambda _m, _a, output: setattr(output, "logits", output.logits * 1.01))
     with pytest.raises(ls.MeasurementError, match="what is read behind its last block differs from its own logits"):
         measurer.measure(ids, torch.ones_like(ids))
@@ -367,14 +367,14 @@ def test_what_is_left_out_is_said() -> None:
         patch.setattr(attention_weights, "_SOFTMAX", set())
         observer = measurer_of(model, ["attention"], DEPTH).observer
         assert observer is not None
-        assert "attends to no tokens by softmax" in observer.left_out["attention of block 3"]
+        assert "attends to no tokens by softmax" in observer.skipped["attention of block 3"]
         model.set_attn_implementation("sdpa")
         patch.setattr(attention_weights, "_KERNELS", {})
         blind = measurer_of(model, ["attention"], DEPTH).observer
         assert blind is not None
         assert (
             "its attention kernel (_scaled_dot_product_flash_attention_for_cpu) does not tell"
-            in blind.left_out["attention of block 3"]
+            in blind.skipped["attention of block 3"]
         )
 
 

@@ -15,13 +15,13 @@ import torch
 from scipy.stats import ttest_ind
 
 import layersurgery as ls
-from layersurgery.analyses.subjoiner_heads import BACK, heads_on, is_supported, joining_in_words
-from layersurgery.analyses.word_windows import FEWEST, PIECES, WINDOW, Windows, windows_of
+from layersurgery.analyses.subjoiner_heads import BACK, describe_subjoiners, is_supported, score_heads
+from layersurgery.analyses.word_windows import MIN_WINDOWS, WINDOW, WORD_TOKENS, WordWindows, find_word_windows
 from layersurgery.checkpoints.loading import tokenizer_of
 from layersurgery.checkpoints.sources import find_source
 from layersurgery.runtime import attention_weights
-from layersurgery.runtime.block_runner import Stack
-from layersurgery.runtime.contributions import members
+from layersurgery.runtime.block_runner import BlockRunner
+from layersurgery.runtime.contributions import find_contributions
 from tests.analyses.test_signals import NO_EAGER
 from tests.cli.test_cli import result_of, run
 from tests.runtime.test_offload import dispatched
@@ -76,23 +76,23 @@ def joiner() -> Any:
 def test_windows_follow_the_rule() -> None:
     """Word for word as a person would look for them: every token is a letter here."""
     text = story()
-    found = windows_of([text], tiny_tokenizer(), samples=10_000)
+    found = find_word_windows([text], tiny_tokenizer(), samples=10_000)
     words = {4: set(), 1: set()}  # type: dict[int, set[str]]
     for match in re.finditer(r"[a-z]+", text):
         before, after = text[match.start() - 1], text[match.end() : match.end() + 1] or " "
         if match.start() > 0 and not before.isalnum() and before != "_" and not after.isalnum() and len(match[0]) in (1, 4):
             words[len(match[0])].add(match[0])
-    assert {word for word, joined in zip(found.words, found.joined, strict=True) if joined} == words[4]
-    assert {word for word, joined in zip(found.words, found.joined, strict=True) if not joined} <= words[1]
-    assert found.joined.sum() == (~found.joined).sum()
-    for ids, texts, word, joined in zip(found.ids, found.texts, found.words, found.joined, strict=True):
+    assert {word for word, joined in zip(found.words, found.multi_token, strict=True) if joined} == words[4]
+    assert {word for word, joined in zip(found.words, found.multi_token, strict=True) if not joined} <= words[1]
+    assert found.multi_token.sum() == (~found.multi_token).sum()
+    for ids, texts, word, joined in zip(found.ids, found.texts, found.words, found.multi_token, strict=True):
         assert len(ids) == len(texts) == WINDOW
         assert "".join(texts) in text
-        assert "".join(texts[-PIECES:] if joined else texts[-1:]) == word
-        assert texts[-PIECES - 1 if joined else -2] in LETTERS.replace("_", "")
+        assert "".join(texts[-WORD_TOKENS:] if joined else texts[-1:]) == word
+        assert texts[-WORD_TOKENS - 1 if joined else -2] in LETTERS.replace("_", "")
     assert found.tokens == len(text)
     assert found.about["four_token_words"] == len(words[4]) == found.found["four_token_words"]
-    assert found.about["four_token_windows_found"] >= found.about["four_token_windows"] == found.joined.sum()
+    assert found.about["four_token_windows_found"] >= found.about["four_token_windows"] == found.multi_token.sum()
 
 
 def test_windows_of_a_real_tokenizer() -> None:
@@ -101,20 +101,20 @@ def test_windows_of_a_real_tokenizer() -> None:
         "The hexadecimal, the unparenthesized and the alphanumeric; xhexadecimal'x Hexadecimal hexadecimal2 it is disambiguated\n"
         * 9
     )
-    found = windows_of([text, text[:300]], tokenizer)
+    found = find_word_windows([text, text[:300]], tokenizer)
     ends = {"hexadecimal", "unparenthesized", "alphanumeric", "disambiguated"}
-    assert {word for word, joined in zip(found.words, found.joined, strict=True) if joined} == ends
-    for ids, word, joined in zip(found.ids.tolist(), found.words, found.joined, strict=True):
-        assert tokenizer.decode(ids[-PIECES if joined else -1 :]).strip() == word
+    assert {word for word, joined in zip(found.words, found.multi_token, strict=True) if joined} == ends
+    for ids, word, joined in zip(found.ids.tolist(), found.words, found.multi_token, strict=True):
+        assert tokenizer.decode(ids[-WORD_TOKENS if joined else -1 :]).strip() == word
         assert tokenizer.decode(ids) in text
-        assert len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == (PIECES if joined else 1)
+        assert len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) == (WORD_TOKENS if joined else 1)
 
 
 def test_words_are_spread_and_halves_share_none() -> None:
     few = " ".join(f"1234567890123 {word} 1234567890123456 a" for word in ("abcd", "bcde", "cdef"))
     text = "zzzz 12345678901234 " * 50 + f"{few} {few} {few} 1234567890123456 i 1234567890123456 o"
-    found = windows_of([text], tiny_tokenizer(), samples=9)
-    words = [word for word, joined in zip(found.words, found.joined, strict=True) if joined]
+    found = find_word_windows([text], tiny_tokenizer(), samples=9)
+    words = [word for word, joined in zip(found.words, found.multi_token, strict=True) if joined]
     assert len(words) == 9
     assert {word: words.count(word) for word in words} == {"zzzz": 3, "abcd": 2, "bcde": 2, "cdef": 2} or words.count("zzzz") in (
         2,
@@ -122,21 +122,21 @@ def test_words_are_spread_and_halves_share_none() -> None:
     )
     assert set(words[:4]) == {"zzzz", "abcd", "bcde", "cdef"}
     halves = {
-        half: {word for word, other in zip(found.words, found.other, strict=True) if other == half} for half in (True, False)
+        half: {word for word, other in zip(found.words, found.held_out, strict=True) if other == half} for half in (True, False)
     }
     assert not halves[True] & halves[False]
-    again = windows_of([text], tiny_tokenizer(), samples=9)
+    again = find_word_windows([text], tiny_tokenizer(), samples=9)
     assert again.fingerprint == found.fingerprint
     assert torch.equal(again.ids, found.ids)
-    assert windows_of([text], tiny_tokenizer(), samples=9, seed=1).fingerprint != found.fingerprint
+    assert find_word_windows([text], tiny_tokenizer(), samples=9, seed=1).fingerprint != found.fingerprint
 
 
 def test_windows_stay_in_their_document_and_within_the_tokens_asked() -> None:
     alone = [f"123456789012 {word} x" for word in ("abcd", "bcde")]
     with pytest.raises(ls.MeasurementError, match=r"2 windows that end in words of four tokens \(2 different\) among 38 tokens"):
-        windows_of(alone, tiny_tokenizer())
+        find_word_windows(alone, tiny_tokenizer())
     text = story()
-    half = windows_of([text], tiny_tokenizer(), tokens=5000, samples=1000)
+    half = find_word_windows([text], tiny_tokenizer(), tokens=5000, samples=1000)
     assert half.tokens == 5000
     assert all("".join(texts) in text[:5000] for texts in half.texts)
 
@@ -144,31 +144,31 @@ def test_windows_stay_in_their_document_and_within_the_tokens_asked() -> None:
 def test_too_few_words_say_how_much_text_it_would_take() -> None:
     text = "1234567890123456 a " * 30 + "1234567890 abcd bcde "
     needed = (
-        rf"^2 windows that end in words of four tokens \(2 different\) among {len(text)} tokens of my.txt; {FEWEST} are needed. At this rate it "
+        rf"^2 windows that end in words of four tokens \(2 different\) among {len(text)} tokens of my.txt; {MIN_WINDOWS} are needed. At this rate it "
         r"takes about 2,900 tokens of text"
     )
     with pytest.raises(ls.MeasurementError, match=needed):
-        windows_of([text], tiny_tokenizer(), name="my.txt")
+        find_word_windows([text], tiny_tokenizer(), name="my.txt")
     with pytest.raises(ls.MeasurementError, match=r"^0 windows .* Give more text, or text with rarer words"):
-        windows_of(["1234567890123456 a " * 30], tiny_tokenizer())
+        find_word_windows(["1234567890123456 a " * 30], tiny_tokenizer())
     with pytest.raises(ls.MeasurementError, match="^0 windows that end in words of four tokens"):
-        windows_of([], tiny_tokenizer())
+        find_word_windows([], tiny_tokenizer())
     with pytest.raises(ls.SourceError, match="object does not say where in a text its tokens are"):
-        windows_of([text], object())
+        find_word_windows([text], object())
 
 
-def made(ids: torch.Tensor) -> Windows:
+def made(ids: torch.Tensor) -> WordWindows:
     """Windows of any tokens, in classes and halves by turns."""
     rows = np.arange(len(ids))
     texts = [[str(token) for token in row] for row in ids.tolist()]
-    return Windows(ids, rows % 2 == 0, rows % 4 < 2, [str(row) for row in rows], texts, 0, {})
+    return WordWindows(ids, rows % 2 == 0, rows % 4 < 2, [str(row) for row in rows], texts, 0, {})
 
 
 @pytest.mark.parametrize("name", [name for name in HAND if name not in NO_EAGER])
 def test_scores_are_those_of_eager_attention(name: str) -> None:
     model, ids = model_of(name), tokens(16, WINDOW)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = heads_on(model, made(ids), batch_size=5, anatomy=ls.anatomy(model))
+    found = score_heads(model, made(ids), batch_size=5, anatomy=ls.anatomy(model))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     heads = found.heads.set_index(["layer", "head"])
     assert list(found.heads["rank"]) == list(range(1, len(heads) + 1))
@@ -207,7 +207,7 @@ def test_a_head_made_to_join_words_is_found() -> None:
     assert first.effect_size > 3
     assert is_supported(first)
     assert (found.heads.score[1:].abs() < 1e-6).all()
-    assert joining_in_words(found.heads).startswith(
+    assert describe_subjoiners(found.heads).startswith(
         "A subjoiner head: layer 1, head 2, the best on half of the words. On the other half"
     )
     mine = found.attention[(found.attention.layer == 1) & (found.attention["head"] == 2)].set_index("word_tokens")
@@ -224,7 +224,7 @@ def test_heads_that_look_at_places_alone_join_nothing() -> None:
     found = ls.analyses.subjoiners(model, tiny_tokenizer(), [story()])
     assert (found.heads.in_word > 0.05).any()
     assert (found.heads.score.abs() < 1e-6).all()
-    assert joining_in_words(found.heads).startswith("No subjoiner head here. The best on half of the words is layer ")
+    assert describe_subjoiners(found.heads).startswith("No subjoiner head here. The best on half of the words is layer ")
 
 
 def test_a_token_before_each_window_takes_its_share() -> None:
@@ -256,17 +256,19 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     pd.testing.assert_frame_equal(found[0].attention, found[1].attention, atol=1e-6)
     assert seen[0] == (7, len(found[0].windows.ids))
     assert seen[-1] == (seen[-1][1], seen[-1][1])
-    assert len(found[0].left_out) == 4
-    assert found[0].left_out["attention of block 0"] == "JambaMambaMixer attends to no tokens by softmax"
-    with pytest.raises(ls.UnsupportedEditError, match="MambaForCausalLM has no heads to look at: MambaMixer attends to no tokens"):
+    assert len(found[0].skipped) == 4
+    assert found[0].skipped["attention of block 0"] == "JambaMambaMixer attends to no tokens by softmax"
+    with pytest.raises(
+        ls.UnsupportedEditError, match="MambaForCausalLM has no heads to look at: MambaMixer attends to no tokens"
+    ):
         ls.analyses.subjoiners(tiny_model("mamba"), tiny_tokenizer(), [story()])
     model = tiny_model("llama")
-    anatomy, windows = ls.anatomy(model), windows_of([story()], tiny_tokenizer())
-    found_members = members(Stack(model, anatomy))
-    monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.members", lambda _stack: found_members)
+    anatomy, windows = ls.anatomy(model), find_word_windows([story()], tiny_tokenizer())
+    found_members = find_contributions(BlockRunner(model, anatomy))
+    monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.members", lambda _runner: found_members)
     monkeypatch.setattr(attention_weights, "_KERNELS", {})
     with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
-        heads_on(model, windows, anatomy=anatomy)
+        score_heads(model, windows, anatomy=anatomy)
     assert not any("Tapped" in type(module).__name__ for module in model.modules())
 
 
@@ -292,7 +294,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     words = ["analyze", "subjoiners", place / "joiner", "--data", place / "story.txt", "-o", tmp_path / "out"]
     value = result_of(*words)
     meant = ls.analyses.subjoiners(ls.load(place / "joiner").model, tiny_tokenizer(), [story()])
-    assert value["in_words"] == joining_in_words(meant.heads)
+    assert value["in_words"] == describe_subjoiners(meant.heads)
     assert value["windows"] == meant.windows.about
     table = ls.read_results(tmp_path / "out")
     pd.testing.assert_frame_equal(table.drop(columns="model"), meant.heads.drop(columns="model"), check_exact=False, atol=1e-6)

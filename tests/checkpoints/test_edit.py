@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import layersurgery as ls
 from layersurgery.checkpoints.quantization import rename_layers
 from layersurgery.checkpoints.safetensors_header import BLOCK, read_header
-from layersurgery.checkpoints.tensor_index import find_stack
+from layersurgery.checkpoints.tensor_index import find_block_prefix
 from layersurgery.models.config_fields import find_section, rewrite
 from layersurgery.plans.route import Route
 from tests.support.reference import logits_along, logits_of
@@ -333,13 +333,13 @@ def test_depth_under_its_other_names() -> None:
 def test_the_stack_is_found_among_other_numbered_names() -> None:
     names = [f"m.layers.{i}.moe.experts.{e}.w" for i in range(3) for e in range(3)]
     names += [f"vision.blocks.{i}.w" for i in range(3)]
-    assert find_stack(names, 3).prefix == "m.layers"
+    assert find_block_prefix(names, 3).prefix == "m.layers"
     crossed = [f"vision_model.layers.{i}.w" for i in range(4)] + [f"language_model.layers.{i}.w" for i in range(5)]
     with pytest.raises(ls.SourceError, match="the tensors do not match"):
-        find_stack(crossed, 4)
+        find_block_prefix(crossed, 4)
     with pytest.raises(ls.UnsupportedEditError, match=r"could be the decoder: a.layers, b.layers"):
-        find_stack([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3)
-    assert find_stack([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix == "b.layers"
+        find_block_prefix([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3)
+    assert find_block_prefix([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix == "b.layers"
 
 
 def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path: Path) -> None:

@@ -207,13 +207,13 @@ def test_a_run_killed_between_its_two_renames_is_mended_by_the_next(llama: Path,
 
 
 def test_a_source_saved_anew_while_it_is_read(llama: Path, tmp_path: Path) -> None:
-    from layersurgery.checkpoints.edit_checkpoint import draft, read_checkpoint, write
+    from layersurgery.checkpoints.edit_checkpoint import prepare_edit, read_checkpoint, write_edit
     from layersurgery.checkpoints.sources import find_source
 
-    sketch = draft(read_checkpoint(find_source(llama)), ls.swap(1))
+    sketch = prepare_edit(read_checkpoint(find_source(llama)), ls.swap(1))
     resave(llama, lambda tensors: {name: value + 1 for name, value in tensors.items()})
     with pytest.raises(ls.SourceError, match="not the file whose header was read"):
-        write(sketch, tmp_path / "out")
+        write_edit(sketch, tmp_path / "out")
     nothing_written(tmp_path, "llama")
 
 

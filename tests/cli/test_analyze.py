@@ -14,10 +14,10 @@ from layersurgery_cli.session.figures import analysed
 from PIL import Image
 
 import layersurgery as ls
-from layersurgery.analyses.outcomes import OfAnalysis, signals_of
+from layersurgery.analyses.outcomes import AnalysisOutput, signals_of
 from layersurgery.analyses.signal_tables import measurer_of
 from layersurgery.runs.run_directory import ANALYSIS, open_run
-from layersurgery.runs.runner import perform
+from layersurgery.runs.runner import run_measurement
 from tests.cli.test_cli import result_of, run
 from tests.runs.test_runs import StopError, text
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
@@ -61,7 +61,7 @@ def test_the_stages_directory_holds_every_table(place: Path) -> None:
     assert [limit["layer"] for limit in first.attrs["boundaries"]] == [
         limit["layer"] for limit in meant["stages"].attrs["boundaries"]
     ]
-    assert ls.analyses.in_words(first) == ls.analyses.in_words(meant["stages"])
+    assert ls.analyses.describe_stages(first) == ls.analyses.describe_stages(meant["stages"])
     scores = ls.read_results(place / "stages", "neuron_scores")
     assert len(scores) == ls.read_results(place / "stages", "neurons").neurons.sum()
     facts = json.loads((place / "stages" / "run.json").read_text())
@@ -131,7 +131,9 @@ def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stopped
     def do(directory: Path, on_progress: Any = None) -> None:
         measurer = measurer_of(tiny_model("llama"), signals_of("stages"), DEPTH)
         with open_run(directory, {"analysis": "stages"}, kind=ANALYSIS) as run:
-            perform(run, measurer, text(), OfAnalysis("stages", measurer, "tiny"), batch_size=2, on_progress=on_progress)
+            run_measurement(
+                run, measurer, text(), AnalysisOutput("stages", measurer, "tiny"), batch_size=2, on_progress=on_progress
+            )
 
     def stop(now: Any) -> None:
         if now.table is not None and now.sequences >= 2 * stopped:
@@ -158,7 +160,7 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(tmp_path: Path
 
     def do(**options: Any) -> None:
         with open_run(tmp_path / "run", {"analysis": "stages"}, kind=ANALYSIS) as run:
-            perform(run, measurer, text(), OfAnalysis("stages", measurer, "tiny"), batch_size=4, **options)
+            run_measurement(run, measurer, text(), AnalysisOutput("stages", measurer, "tiny"), batch_size=4, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(outcomes, "by_sequence", lambda _tables: 1 / 0)

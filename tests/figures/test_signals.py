@@ -12,7 +12,7 @@ import layersurgery as ls
 from layersurgery.analyses.stage_boundaries import as_records, boundaries, stage_of
 from layersurgery.figures import signals as figures
 from layersurgery.figures.analyses import draw_signals
-from layersurgery.figures.style import Analysed
+from layersurgery.figures.style import ModelTables
 from tests.analyses.test_boundaries import L, planted
 from tests.support.zoo import tiny_model, tokens
 
@@ -25,7 +25,7 @@ def tables() -> dict[str, pd.DataFrame]:
 
 
 def test_lines_are_columns(tables: dict[str, pd.DataFrame]) -> None:
-    models = [Analysed(tables, "one", "36 tokens"), Analysed(tables, "other", "36 tokens")]
+    models = [ModelTables(tables, "one", "36 tokens"), ModelTables(tables, "other", "36 tokens")]
     for name, columns in (
         ("lens", {"lens_kl_nats": 1, "lens_entropy_bits": 1, "lens_agreement": 100}),
         ("attention", {"attention_prev5": 1, "attention_prev5_mean": 1}),
@@ -53,7 +53,7 @@ def test_stages_are_shaded_where_they_were_found() -> None:
     for kind in ("prediction", "suppression"):
         table[f"{kind}_percent"] = signals[kind] / 10
     table.attrs["boundaries"] = as_records(limits)
-    top = figures.stages([Analysed({"stages": table}, "planted", "no text")]).axes[0]
+    top = figures.stages([ModelTables({"stages": table}, "planted", "no text")]).axes[0]
     spans = sorted(patch.get_x() for patch in top.patches)  # type: ignore[attr-defined]
     np.testing.assert_allclose(spans, [(layer - 0.5) / (L - 1) for layer in (0, 3, 12, 20)])
     assert {text.get_text() for text in top.texts} == {
@@ -61,12 +61,12 @@ def test_stages_are_shaded_where_they_were_found() -> None:
     }  # fmt: skip
     line = next(line for line in top.get_lines() if str(line.get_label()).startswith("KL when dropped"))
     np.testing.assert_allclose(np.asarray(line.get_ydata(), float), signals["drop_kl_nats"] / 6)
-    two = figures.stages([Analysed({"stages": table}, name, "no text") for name in ("a$x$", "b")])
+    two = figures.stages([ModelTables({"stages": table}, name, "no text") for name in ("a$x$", "b")])
     assert [axis.get_title(loc="left") for axis in two.axes] == ["a$x$", "b"]
 
 
 def test_files_are_the_same_each_time_and_odd_tables_are_drawn(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
-    one = [Analysed({name: tables[name] for name in ("stages", "lens")}, "a$b_$", "36 tokens of we$ird")]
+    one = [ModelTables({name: tables[name] for name in ("stages", "lens")}, "a$b_$", "36 tokens of we$ird")]
     files = draw_signals(one, tmp_path)
     assert len(files) == 4
     before = {path: path.read_bytes() for path in files}
@@ -77,4 +77,4 @@ def test_files_are_the_same_each_time_and_odd_tables_are_drawn(tables: dict[str,
             table[column] = 0.0 if name == "norms" else np.nan
         table["relative_depth"] = tables[name].relative_depth
         table.attrs = tables[name].attrs
-    assert len(draw_signals([Analysed(nothing, "x", "y")] * 2, tmp_path)) == 12
+    assert len(draw_signals([ModelTables(nothing, "x", "y")] * 2, tmp_path)) == 12

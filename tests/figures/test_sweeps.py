@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import layersurgery as ls
-from layersurgery.figures.style import COLOURS
+from layersurgery.figures.style import COLORS
 from layersurgery.figures.sweeps import Sweep, draw, plans, robustness, swap_pairs
 from tests.support.zoo import tiny_model, tokens
 
@@ -30,7 +30,7 @@ def test_lines_are_the_columns_of_the_table(frame: pd.DataFrame) -> None:
         rows = frame[frame.edit == kind]
         for axis, (metric, by) in zip(axes, [("kl_nats", 1), ("agreement", 100), ("entropy_change_bits", 1)], strict=True):
             line = axis.get_lines()[0]
-            assert line.get_color() == COLOURS[0]
+            assert line.get_color() == COLORS[0]
             np.testing.assert_allclose(line.get_xdata(), rows.layer / 5)
             np.testing.assert_allclose(line.get_ydata(), by * rows[metric])
             band = axis.collections[0].get_paths()[0].vertices

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layersurgery.metrics.aggregation import Sums
+from layersurgery.metrics.aggregation import MetricSums
 from layersurgery.metrics.reference import METRICS
 
 M = len(METRICS)
@@ -19,8 +19,8 @@ _numbers = st.floats(-1e6, 1e6).map(lambda x: x + 0.1)
 _sequences = st.lists(st.tuples(st.integers(1, 50), st.lists(_numbers, min_size=2 * M, max_size=2 * M)), min_size=1, max_size=12)
 
 
-def summed(sequences: list[tuple[int, int, list[float]]]) -> Sums:
-    sums = Sums(2)
+def summed(sequences: list[tuple[int, int, list[float]]]) -> MetricSums:
+    sums = MetricSums(2)
     for number, count, values in sequences:
         sums.add(number, count, np.array(values).reshape(2, M))
     return sums
@@ -32,7 +32,7 @@ def test_merging_any_split_in_any_order_gives_the_same_digits(drawn: list[tuple[
     whole = summed(numbered)
     shuffled = rng.sample(numbered, len(numbered))
     cuts = sorted(rng.choices(range(len(numbered) + 1), k=3))
-    merged = Sums(2)
+    merged = MetricSums(2)
     for start, stop in zip([0, *cuts], [*cuts, len(numbered)], strict=True):
         merged = summed(shuffled[start:stop]).merge(merged)
     assert merged.means().tobytes() == whole.means().tobytes()
@@ -54,7 +54,7 @@ def test_errors_of_sequences_of_any_length_cover_the_mean() -> None:
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
-        sums = Sums(1)
+        sums = MetricSums(1)
         for number in range(40):
             count = int(rng.integers(5, 60))
             level = rng.normal(3, 1)  # tokens of one sequence share something

@@ -20,7 +20,7 @@ class Plain:
     bias: torch.Tensor | None = None
     cap: float | None = None
     rows: int | None = None
-    about: str = "for tests"
+    description: str = "for tests"
 
     @property
     def vocabulary(self) -> int:
@@ -30,16 +30,16 @@ class Plain:
     def affine(self) -> bool:
         return self.cap is None and self.rows is None
 
-    def final(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return stream[chosen]
 
-    def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         logits = x_TD @ self.matrix[start:stop].T
         if self.bias is not None:
             logits = logits + self.bias[start:stop]
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
-    def expected(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         return p_TC @ self.matrix[start:stop]
 
 
@@ -50,7 +50,7 @@ def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
 def both(readout: Plain, p: torch.Tensor, q: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     base = dispatch.baseline(readout, p, target)
     found = dispatch.measure(readout, q, base)
-    p_logits, q_logits = (readout.tile(x, 0, readout.vocabulary) for x in (p, q))
+    p_logits, q_logits = (readout.logits_tile(x, 0, readout.vocabulary) for x in (p, q))
     return found, reference.measure(p_logits, q_logits, target)
 
 
@@ -114,7 +114,7 @@ def test_the_first_of_equal_logits_wins(monkeypatch: pytest.MonkeyPatch) -> None
     matrix = torch.tensor([[0.0], [2.0], [1.0], [2.0], [2.0]])
     readout = Plain(matrix)
     base = dispatch.baseline(readout, torch.ones(1, 1), torch.tensor([1]))
-    assert base.summary.top.tolist() == [1]
+    assert base.stats.top.tolist() == [1]
     assert dispatch.measure_unedited(base)[METRICS.index("accuracy")].item() == 1
 
 

@@ -171,8 +171,8 @@ def test_divergence_side_by_side(options: dict[str, Any], dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     given = case(30, 401, 24, dtype, bias=True, cap=cap, scale=0.5)
-    stack: Any = None
-    readout = Unembedding(stack, None, SimpleNamespace(weight=given.w, bias=given.bias), given.scale, given.cap)
+    runner: Any = None
+    readout = Unembedding(runner, None, SimpleNamespace(weight=given.w, bias=given.bias), given.scale, given.cap)
     monkeypatch.setattr(dispatch, "fusible", lambda *_: True)
     monkeypatch.setattr(tiled, "summarise", None)
     other = drawn(30, 24, seed=8).to(DEVICE, dtype)

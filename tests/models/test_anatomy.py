@@ -10,14 +10,14 @@ from rich.table import Table
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.models.block_parts import Parts
-from layersurgery.models.block_view import view
-from layersurgery.models.call_tracing import Call, noise
+from layersurgery.models.block_parts import BlockParts
+from layersurgery.models.block_view import share_parameters
+from layersurgery.models.call_tracing import Call, random_like
 from tests.support.reference import logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
 
-def parts_of(name: str, block: int = 0, **overrides: Any) -> Parts:
+def parts_of(name: str, block: int = 0, **overrides: Any) -> BlockParts:
     return ls.anatomy(tiny_model(name, **overrides)).parts(block)
 
 
@@ -50,12 +50,12 @@ def test_an_mlp_that_is_no_module_of_its_own() -> None:
     parts = parts_of("opt")
     assert parts.mlp == ("fc1", "fc2")
     assert parts.outputs("mlp") == ("fc2.weight", "fc2.bias")
-    assert [stub.hands_on for stub in parts.mlp_stubs] == [True, False]
+    assert [skip.passthrough for skip in parts.mlp_skips] == [True, False]
 
 
 def test_a_residual_added_inside_the_module() -> None:
-    assert [stub.residual for stub in parts_of("bloom").attention_stubs + parts_of("bloom").mlp_stubs] == [1, 1]
-    assert parts_of("mpt").mlp_stubs[0].residual == 1
+    assert [skip.residual for skip in parts_of("bloom").attention_skips + parts_of("bloom").mlp_skips] == [1, 1]
+    assert parts_of("mpt").mlp_skips[0].residual == 1
 
 
 def test_attention_inside_a_module_with_norms() -> None:
@@ -65,7 +65,7 @@ def test_attention_inside_a_module_with_norms() -> None:
 def test_mamba_and_attention_side_by_side() -> None:
     parts = parts_of("falcon_h1")
     assert parts.attention == ("mamba", "self_attn")
-    assert [stub.keeps_row for stub in parts.attention_stubs] == [True, False]
+    assert [skip.updates_cache for skip in parts.attention_skips] == [True, False]
 
 
 def test_kinds_of_blocks() -> None:
@@ -198,7 +198,7 @@ def test_blocks_that_are_not_one_stream() -> None:
 
 def test_a_view_shares_parameters_and_no_module() -> None:
     block = tiny_model("mixtral").model.layers[0]
-    twin = view(block)
+    twin = share_parameters(block)
     assert type(twin) is type(block)
     assert [name for name, _ in twin.named_modules()] == [name for name, _ in block.named_modules()]
     assert not {id(module) for module in twin.modules()} & {id(module) for module in block.modules()}
@@ -208,13 +208,13 @@ def test_a_view_shares_parameters_and_no_module() -> None:
 def test_noise_is_our_own() -> None:
     before = torch.get_rng_state()
     like = torch.full((1, 7, 4), 3.0)
-    assert torch.equal(noise(like, 1), noise(like, 1))
-    assert not torch.equal(noise(like, 1), noise(like, 2))
+    assert torch.equal(random_like(like, 1), random_like(like, 1))
+    assert not torch.equal(random_like(like, 1), random_like(like, 2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_where_the_stream_is_in_a_call() -> None:
     hidden, other = torch.zeros(1, 7, 4), torch.ones(1, 7, 4)
-    assert Call("m", (other,), {"hidden_states": hidden}).stream() == "hidden_states"
-    assert Call("m", (torch.zeros(3), other), {}).stream() == 1
-    assert Call("m", (torch.arange(7)[None],), {}).stream() is None
+    assert Call("m", (other,), {"hidden_states": hidden}).hidden_states_argument() == "hidden_states"
+    assert Call("m", (torch.zeros(3), other), {}).hidden_states_argument() == 1
+    assert Call("m", (torch.arange(7)[None],), {}).hidden_states_argument() is None

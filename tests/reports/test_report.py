@@ -24,9 +24,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import layersurgery as ls
-from layersurgery.figures.style import COLOURS
+from layersurgery.figures.style import COLORS
 from layersurgery.reports.html import Html, data, tag
-from layersurgery.reports.text_format import hidden, measured, visible
+from layersurgery.reports.text_format import format_with_error, is_hidden, show_control_characters
 from layersurgery.runs.tables import write_table
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import checkpoint
@@ -207,7 +207,9 @@ def test_curves_show_the_value_that_the_table_holds(browser: Browser, made: ls.R
             ActionChains(browser.driver).move_to_element(mark).perform()
             assert browser.exact() == row.kl_nats
             assert browser.one("#chart-edits .tip b").text == row["name"]
-            assert browser.one("#chart-edits .tip .value").text.split(" ")[0] == measured(row.kl_nats, row.kl_nats_sem)[0]
+            assert (
+                browser.one("#chart-edits .tip .value").text.split(" ")[0] == format_with_error(row.kl_nats, row.kl_nats_sem)[0]
+            )
     ActionChains(browser.driver).move_to_element(browser.one("h1")).perform()
     assert not browser.one("#chart-edits .tip").is_displayed()
 
@@ -355,20 +357,20 @@ def test_hostile_text_is_shown_and_not_run(browser: Browser, tmp_path: Path) -> 
     page = ls.report(place, tmp_path / "page.html").path
     text = page.read_text()
     assert text.count("<script") == 2  # the data, and the page's own
-    assert not [letter for letter in text if hidden(letter) and letter != "\n"]
+    assert not [letter for letter in text if is_hidden(letter) and letter != "\n"]
     assert "secret" not in text.partition("<main")[2]
     browser.open(page)
     assert browser.errors() == []
     assert [url for url in browser.requests() if not url.startswith("data:")] == [page.as_uri()]
     assert "ran" not in browser.js("return document.title.split('—')[0].replace(\"'ran'\", '')")
-    assert visible(HOSTILE.rpartition("/")[2]) in browser.one("h1").text
+    assert show_control_characters(HOSTILE.rpartition("/")[2]) in browser.one("h1").text
     shown = browser.js("return document.querySelector('#table-0').textContent")
     assert "</script><script>alert(2)</script>" in shown
     assert "␣the␊" in shown
     assert "⟨U+202E⟩<b>" in shown
     browser.js("document.querySelector('#chart-edits .plot').focus()")
     browser.press(Keys.ARROW_RIGHT)
-    assert visible(HOSTILE.rpartition("/")[2]) in browser.one("#chart-edits .tip").text
+    assert show_control_characters(HOSTILE.rpartition("/")[2]) in browser.one("#chart-edits .tip").text
 
 
 # Without a browser
@@ -383,9 +385,9 @@ def test_what_it_says_of_itself(made: ls.Report, runs: Path) -> None:
     assert "1 directory is not shown" in page
     words = ls.headline(ls.read_results(runs / "sweep"))
     assert f"{words[0].upper()}{words[1:]}." in page
-    stages = ls.analyses.in_words(ls.read_results(runs / "stages"))
+    stages = ls.analyses.describe_stages(ls.read_results(runs / "stages"))
     assert stages.split("'")[0][:60] in page
-    assert made.left_out == []
+    assert made.skipped == []
 
 
 def test_the_same_results_give_the_same_page(made: ls.Report, runs: Path, tmp_path: Path) -> None:
@@ -476,8 +478,8 @@ def test_what_has_no_room_is_left_out_and_named(tmp_path: Path) -> None:
     made = ls.report(tmp_path, tmp_path / "page.html")
     page = made.path.read_text()
     assert made.bytes < 3_000_000
-    assert any("of 5001 routes" in what for what in made.left_out)
-    assert any(what.startswith("tiny, noise: it would have made this page too large") for what in made.left_out)
+    assert any("of 5001 routes" in what for what in made.skipped)
+    assert any(what.startswith("tiny, noise: it would have made this page too large") for what in made.skipped)
     assert page.count("<img") == 1
     assert "it would have made this page too large" in page
 
@@ -496,7 +498,7 @@ def test_tables_of_any_analysis_are_shown(tmp_path: Path) -> None:
 
 def test_colours_are_those_of_the_figures() -> None:
     style = files("layersurgery.reports").joinpath("page.css").read_text()
-    for number, colour in enumerate(COLOURS):
+    for number, colour in enumerate(COLORS):
         assert f"--c{number}: {colour.lower()};" in style
 
 
@@ -531,8 +533,8 @@ class Text(HTMLParser):
 def test_text_is_never_markup(text: str) -> None:
     parsed = Text.of(tag("p", text, title=text))
     assert parsed.tags == ["p"]
-    assert parsed.shown == visible(text) == parsed.attributes["title"]
-    assert not any(map(hidden, parsed.shown))
+    assert parsed.shown == show_control_characters(text) == parsed.attributes["title"]
+    assert not any(map(is_hidden, parsed.shown))
     parsed.shown.encode()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from layersurgery.runs.distributed import Alone, own_devices, rounds
+from layersurgery.runs.distributed import SingleProcess, chunked, own_devices
 from tests.cli.test_cli import run
 from tests.support.tiny_checkpoint import checkpoint
 
@@ -249,15 +249,15 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, a
 
 
 def test_work_is_shared_out() -> None:
-    assert list(rounds(list(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(chunked(list(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
-    class Some(Alone):
+    class Some(SingleProcess):
         def __init__(self, rank: int, size: int) -> None:
             self.local_rank, self.local_size = rank, size
 
     assert [list(own_devices(Some(rank, 2), 8)) for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [list(own_devices(Some(rank, 8), 8)) for rank in range(8)] == [[rank] for rank in range(8)]
-    assert list(own_devices(Alone(), 0)) == []
+    assert list(own_devices(SingleProcess(), 0)) == []
     # Too few: they share.
     assert [list(own_devices(Some(rank, 4), 2)) for rank in range(4)] == [[0], [1], [0], [1]]
     # One that each process sees, as some clusters do it.

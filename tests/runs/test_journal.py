@@ -87,7 +87,7 @@ def test_rows_that_are_no_numbers_are_named_with_their_batches(tmp_path: Path) -
         if batch != 1:
             bad.values[1, 2, 0] = np.nan if batch else np.inf
         journal.append(batch, bad)
-    assert journal.broken() == {2: [0, 2]}
+    assert journal.non_finite() == {2: [0, 2]}
     assert np.isnan(journal.sums().means()[2, 0])
     assert np.isfinite(journal.sums().means()[:2]).all()
 

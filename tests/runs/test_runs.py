@@ -20,9 +20,9 @@ from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.runs.journal import Journal
 from layersurgery.runs.run_directory import JOURNAL, open_run
-from layersurgery.runs.runner import OfSweep, perform
-from layersurgery.runs.text import Text
-from layersurgery.runtime.block_runner import Stack
+from layersurgery.runs.runner import SweepOutput, run_measurement
+from layersurgery.runs.text import TokenizedText
+from layersurgery.runtime.block_runner import BlockRunner
 from layersurgery.sweeps.measurer import Measurer
 from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
@@ -30,11 +30,11 @@ from tests.support.zoo import DEPTH, tiny_model, tokens
 ARGUMENTS = {"model": {"name": "tiny"}, "text": {"data": "made up"}, "per_token": True}
 
 
-def text(sequences: int = 7) -> Text:
+def text(sequences: int = 7) -> TokenizedText:
     ids = tokens(sequences, 10)
     mask = torch.ones_like(ids)
     mask[2, 6:] = 0
-    return Text(ids, mask, "f")
+    return TokenizedText(ids, mask, "f")
 
 
 def figures(frame: pd.DataFrame, directory: Path) -> list[Path]:
@@ -44,8 +44,8 @@ def figures(frame: pd.DataFrame, directory: Path) -> list[Path]:
 def do(directory: Path, *, per_token: bool = True, batch_size: int | None = 2, **options: Any) -> pd.DataFrame:
     measurer = Measurer(tiny_model("llama"), variants("swap,drop", DEPTH))
     with open_run(directory, ARGUMENTS) as run:
-        return perform(
-            run, measurer, text(), OfSweep(measurer.variants, "tiny"), per_token=per_token, batch_size=batch_size, tokenizer=tiny_tokenizer(), draw=figures, **options
+        return run_measurement(
+            run, measurer, text(), SweepOutput(measurer.variants, "tiny"), per_token=per_token, batch_size=batch_size, tokenizer=tiny_tokenizer(), draw=figures, **options
         )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def test_a_batch_size_found_by_trying_is_kept(tmp_path: Path, monkeypatch: pytes
 def begin(directory: Path, arguments: dict[str, Any], **options: Any) -> None:
     """A run that has measured something, and was stopped."""
     with open_run(directory, arguments, **options) as run:
-        run.begin()
+        run.start()
         Journal(directory / JOURNAL, 2)
 
 
@@ -182,10 +182,10 @@ def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "run" / JOURNAL).exists()
     with open_run(tmp_path / "run", other, overwrite=True) as run:
-        assert not run.begun
+        assert not run.started
         assert run.arguments == other
         assert (tmp_path / "run" / JOURNAL).exists(), "an earlier run stays until the new one is ready"
-        run.begin()
+        run.start()
         assert not (tmp_path / "run" / JOURNAL).exists()
         Journal(tmp_path / "run" / JOURNAL, 2)
     with pytest.raises(ls.OutputError, match="seed"), open_run(tmp_path / "run", ARGUMENTS):
@@ -201,7 +201,7 @@ def test_a_run_that_has_measured_nothing_is_in_nobodys_way(tmp_path: Path) -> No
         raise StopError
     assert list((tmp_path / "there").iterdir()) == []
     with open_run(tmp_path / "killed", ARGUMENTS) as run:
-        run.begin()
+        run.start()
     with open_run(tmp_path / "killed", {"other": 1}) as run:
         assert run.arguments == {"other": 1}
 
@@ -230,16 +230,16 @@ def test_what_goes_wrong_in_a_batch_names_it(tmp_path: Path, monkeypatch: pytest
 
 
 def test_memory_that_runs_out_costs_no_batch(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, calls = Stack.run, 0
+    run, calls = BlockRunner.run, 0
 
-    def crowded(self: Stack, *args: Any) -> Any:
+    def crowded(self: BlockRunner, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 75:  # in the third batch
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return run(self, *args)
 
-    monkeypatch.setattr(Stack, "run", crowded)
+    monkeypatch.setattr(BlockRunner, "run", crowded)
     with pytest.warns(UserWarning, match="memory ran out with 2 sequences at once; going on with 1"):
         frame = do(tmp_path / "run")
     meant = ls.read_results(undisturbed)
@@ -290,7 +290,7 @@ def test_a_figure_that_fails_does_not_cost_the_numbers(tmp_path: Path) -> None:
 
     measurer = Measurer(tiny_model("llama"), variants("drop", DEPTH))
     with open_run(tmp_path / "run", {}) as run:
-        perform(run, measurer, text(), OfSweep(measurer.variants, "tiny"), batch_size=2, draw=fail)
+        run_measurement(run, measurer, text(), SweepOutput(measurer.variants, "tiny"), batch_size=2, draw=fail)
     assert ls.read_results(tmp_path / "run").attrs["run"]["figures_fault"] == "ValueError: no ink"
 
 

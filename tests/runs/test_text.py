@@ -15,7 +15,7 @@ import torch
 import zstandard
 
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.runs.text import Asked, Text, check_data, number, read_text
+from layersurgery.runs.text import TextRequest, TokenizedText, check_data, parse_count, read_text
 from tests.support.tiny_checkpoint import LETTERS, tiny_tokenizer
 
 END = 2
@@ -29,8 +29,8 @@ def ids_of(text: str) -> list[int]:
 JOINED = [token for document in DOCUMENTS for token in [*ids_of(document), END]]
 
 
-def read(data: Path | str, tokens: int = 40, context: int = 10, tokenizer: Any = None, **options: Any) -> Text:
-    asked = Asked(str(data), tokens, context, **options)
+def read(data: Path | str, tokens: int = 40, context: int = 10, tokenizer: Any = None, **options: Any) -> TokenizedText:
+    asked = TextRequest(str(data), tokens, context, **options)
     check_data(asked)
     return read_text(asked, tokenizer or tiny_tokenizer())
 
@@ -176,13 +176,13 @@ def test_the_tokens_of_the_real_tokenizer_are_known() -> None:
     ("text", "value"), [("4096", 4096), ("1M", 1_000_000), ("2.5k", 2500), ("10_000", 10_000), ("1b", 10**9), ("1,024", 1024)]
 )
 def test_numbers_as_people_write_them(text: str, value: int) -> None:
-    assert number(text) == value
+    assert parse_count(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "many", "1Q", "0.0001k"])
 def test_what_is_no_number(text: str) -> None:
     with pytest.raises(PlanError, match="is no number of tokens: write 4096, 100k or 1M"):
-        number(text)
+        parse_count(text)
 
 
 def test_wrong_columns(jsonl: Path, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def test_the_digits_do_not_depend_on_which_batch_came_first() -> None:
         torch._dynamo.utils.counters.clear()
         measurer = Measurer(model, variants("swap,drop", DEPTH), compiled=True)
         values = {place: measurer.measure(*batches[place]).values for place in order}
-        assert measurer.stack.compiler is not None
-        assert measurer.stack.compiler.refused is None
+        assert measurer.runner.compiler is not None
+        assert measurer.runner.compiler.refused is None
         # One for each shape of a batch, whichever block, and few for logits.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
         found.append(values)
@@ -98,7 +98,7 @@ def test_the_compiled_loop_over_logits(vocabulary: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(tiled, "TILE_ELEMENTS", 64 * 40)
     readout, x = Plain(drawn(vocabulary, 16)), drawn(20, 16, seed=1)
     target = torch.arange(20)
-    one, other = (tiled.summarise(readout, x, target, compiled=compiled) for compiled in (True, False))
+    one, other = (tiled.logit_stats(readout, x, target, compiled=compiled) for compiled in (True, False))
     assert torch.equal(one.top, other.top)
     for name in ("lse", "entropy", "loss"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6)

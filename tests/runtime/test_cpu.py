@@ -25,7 +25,7 @@ def faults(megabytes: int) -> float:
     platform.libc_ver()[0] != "glibc" or any(n.startswith("MALLOC_") for n in os.environ), reason="glibc's malloc"
 )
 def test_memory_that_was_let_go_serves_the_next_tensor() -> None:
-    with cpu_memory.settled():
+    with cpu_memory.reuse_cpu_memory():
         assert faults(16) < 0.2
     # One above glibc's largest threshold is a mapping of its own again.
     assert faults(48) > 0.8
@@ -36,7 +36,7 @@ def test_what_is_left_over_goes_back_to_the_system() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
-    with cpu_memory.settled():
+    with cpu_memory.reuse_cpu_memory():
         torch.ones(100 << 20)
     assert resident() - before < 100 << 20
 
@@ -57,7 +57,7 @@ def test_the_share_of_time_that_a_container_has(files: dict[str, str], meant: in
     (tmp_path / "cpu").mkdir()
     for name, content in files.items():
         (tmp_path / name).write_text(content)
-    assert cpu_memory.quota(tmp_path) == meant
+    assert cpu_memory.cgroup_cpu_limit(tmp_path) == meant
 
 
 def test_no_more_threads_than_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,11 +65,11 @@ def test_no_more_threads_than_there_is_time_for(monkeypatch: pytest.MonkeyPatch)
     try:
         torch.set_num_threads(3)
         monkeypatch.setattr(cpu_memory, "quota", lambda: 2)
-        with cpu_memory.settled():
+        with cpu_memory.reuse_cpu_memory():
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 3
         monkeypatch.setattr(cpu_memory, "quota", lambda: 8)
-        with cpu_memory.settled():
+        with cpu_memory.reuse_cpu_memory():
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layersurgery.errors import PlanError
-from layersurgery.runtime.device_map import describe, read_device_map, read_max_memory, renumbered
+from layersurgery.runtime.device_map import describe, local_device, read_device_map, read_max_memory
 
 
 def test_device_maps(tmp_path: Path) -> None:
@@ -38,14 +38,14 @@ def test_max_memory() -> None:
 
 
 def test_each_process_counts_its_own_devices() -> None:
-    assert [renumbered(device, range(2, 4)) for device in (0, 1, "cuda", "cuda:1", "cpu", "disk", "auto")] == [
+    assert [local_device(device, range(2, 4)) for device in (0, 1, "cuda", "cuda:1", "cpu", "disk", "auto")] == [
         2, 3, "cuda:2", "cuda:3", "cpu", "disk", "auto"
     ]  # fmt: skip
     for device in (2, "cuda:2"):
         with pytest.raises(
             PlanError, match=r"GPU 2 is asked for, and each process has 2 of this machine's .*start fewer processes"
         ):
-            renumbered(device, range(2, 4))
+            local_device(device, range(2, 4))
 
 
 def test_a_map_in_words() -> None:

@@ -14,8 +14,8 @@ from accelerate.utils import OffloadedWeightsLoader
 
 import layersurgery as ls
 from layersurgery.plans.variants import variants
-from layersurgery.runtime.block_runner import Stack
-from layersurgery.runtime.offload import Residence, device_of, hooks_of, offloaded
+from layersurgery.runtime.block_runner import BlockRunner
+from layersurgery.runtime.offload import OffloadedWeights, device_of, offload_hooks, offloaded
 from layersurgery.runtime.unembedding import Unembedding
 from layersurgery.sweeps.measurer import Measurer
 from tests.cli.test_cli import result_of, run
@@ -69,7 +69,7 @@ def test_on_disk_the_digits_are_those_of_the_model_in_memory(tmp_path: Path, nam
     found = ls.sweep(away, EDITS, tokens(3), order=order)
     pd.testing.assert_frame_equal(found, meant.assign(model=found.model), check_exact=True)
     assert on_disk(away)
-    assert all(hook.offload for module in away.modules() for hook in hooks_of(module) if hook.weights_map is not None)
+    assert all(hook.offload for module in away.modules() for hook in offload_hooks(module) if hook.weights_map is not None)
     assert torch.equal(logits_of(away, tokens()), logits)
 
 
@@ -127,16 +127,16 @@ def test_whatever_goes_wrong_weights_go_away_again(tmp_path: Path, monkeypatch: 
     _, away = dispatched(tmp_path, "llama", {"": "disk"})
     measurer = Measurer(away, variants("swap,drop", DEPTH))
     meant = measurer.measure(tokens(), torch.ones_like(tokens()))
-    original, calls = Stack.run, 0
+    original, calls = BlockRunner.run, 0
 
-    def failing(self: Stack, *args: Any) -> Any:
+    def failing(self: BlockRunner, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 9:
             raise ValueError("no more")
         return original(self, *args)
 
-    monkeypatch.setattr(Stack, "run", failing)
+    monkeypatch.setattr(BlockRunner, "run", failing)
     with pytest.raises(ValueError, match="no more"):
         measurer.measure(tokens(), torch.ones_like(tokens()))
     assert on_disk(away)
@@ -151,14 +151,14 @@ def test_no_more_blocks_are_at_hand_than_was_said(tmp_path: Path, monkeypatch: p
     measurer = Measurer(away, variants("swap,drop", DEPTH))
     assert measurer.schedule.resident_blocks == 2
     most = 0
-    bring = Residence._bring_all
+    bring = OffloadedWeights._load_all
 
-    def watched(self: Residence, wanted: Any) -> None:
+    def watched(self: OffloadedWeights, wanted: Any) -> None:
         nonlocal most
         bring(self, wanted)
-        most = max(most, sum(not offloaded(block) for block in measurer.stack.blocks))
+        most = max(most, sum(not offloaded(block) for block in measurer.runner.blocks))
 
-    monkeypatch.setattr(Residence, "_bring_all", watched)
+    monkeypatch.setattr(OffloadedWeights, "_bring_all", watched)
     measurer.measure(tokens(), torch.ones_like(tokens()))
     assert most == 2
 

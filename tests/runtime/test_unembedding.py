@@ -10,32 +10,32 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.metrics import dispatch, reference
-from layersurgery.runtime.block_runner import Stack
-from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout, own_logits
+from layersurgery.runtime.block_runner import BlockRunner
+from layersurgery.runtime.unembedding import ModelHead, Unembedding, find_readout, head_logits
 from tests.support.reference import logits_of
 from tests.support.zoo import DEPTH, ZOO, tiny_config, tiny_model, tokens
 
 
-def stack_of(model: Any) -> Stack:
-    return Stack(model, ls.anatomy(model))
+def stack_of(model: Any) -> BlockRunner:
+    return BlockRunner(model, ls.anatomy(model))
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_readout_is_the_models_own_tail(name: str) -> None:
     model, ids = tiny_model(name), tokens()
-    stack = stack_of(model)
-    readout = find_readout(stack)
+    runner = stack_of(model)
+    readout = find_readout(runner)
     assert isinstance(readout, Unembedding)
     assert readout.affine == (name not in ("gemma2", "recurrent_gemma", "vaultgemma", "nanochat"))
-    own = find_readout(stack, own=True)
-    assert isinstance(own, OwnTail)
-    with stack.at_rest():
-        tape = stack.record({"input_ids": ids, "use_cache": False}, ())
-        end = tape.states[DEPTH]
+    own = find_readout(runner, use_model_head=True)
+    assert isinstance(own, ModelHead)
+    with runner.inference_mode():
+        record = runner.record({"input_ids": ids, "use_cache": False}, ())
+        end = record.states[DEPTH]
         meant = logits_of(model, ids)
         chosen = torch.arange(ids.numel())
         for way in (readout, own):
-            found = way.tile(way.final(end, chosen), 0, way.vocabulary).view_as(meant)
+            found = way.logits_tile(way.normalize(end, chosen), 0, way.vocabulary).view_as(meant)
             torch.testing.assert_close(found, meant, rtol=1e-5, atol=1e-5)
 
 
@@ -102,18 +102,18 @@ def test_where_it_is_not_the_model_reads_itself(kind: str, monkeypatch: pytest.M
             return out
 
         monkeypatch.setattr(model, "forward", bent)
-    stack = stack_of(model)
-    readout = find_readout(stack)
-    assert isinstance(readout, OwnTail)
+    runner = stack_of(model)
+    readout = find_readout(runner)
+    assert isinstance(readout, ModelHead)
     ids = tokens()
     p = logits_of(model, ids)[:, :-1].flatten(0, 1)
     target = ids[:, 1:].flatten()
-    with stack.at_rest():
-        tape = stack.record({"input_ids": ids, "use_cache": False}, {2})
+    with runner.inference_mode():
+        record = runner.record({"input_ids": ids, "use_cache": False}, {2})
         chosen = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
-        base = dispatch.baseline(readout, readout.final(tape.states[DEPTH], chosen), target)
-        found = dispatch.measure(readout, readout.final(tape.states[2], chosen), base)
-        q = own_logits(stack, tape.states[2])[:, :-1].flatten(0, 1)
+        base = dispatch.baseline(readout, readout.normalize(record.states[DEPTH], chosen), target)
+        found = dispatch.measure(readout, readout.normalize(record.states[2], chosen), base)
+        q = head_logits(runner, record.states[2])[:, :-1].flatten(0, 1)
     # A token that does not exist is no next token, and its logit is minus infinity in both models.
     meant = reference.measure(p, q, target)
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=2e-5, equal_nan=True)

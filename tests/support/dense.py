@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layersurgery.models.block_list import find_blocks
+from layersurgery.models.block_list import find_block_list
 from tests.support.zoo import tiny_model
 
 Pick = Callable[[tuple[Any, ...], dict[str, Any], Any], torch.Tensor]
@@ -64,7 +64,7 @@ def model_of(name: str) -> Any:
 
 def blocks_of(model: Any) -> nn.ModuleList:
     """Its blocks."""
-    return find_blocks(model, model.config.get_text_config(decoder=True).num_hidden_layers).blocks
+    return find_block_list(model, model.config.get_text_config(decoder=True).num_hidden_layers).blocks
 
 
 @contextmanager

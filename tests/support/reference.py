@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersurgery.models.block_list import find_blocks
+from layersurgery.models.block_list import find_block_list
 from layersurgery.plans.route import Route
 
 
@@ -52,7 +52,7 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the model's blocks run in the order of `route` (whole blocks only), without cache."""
     text = model.config.get_text_config(decoder=True)
-    blocks = find_blocks(model, text.num_hidden_layers).blocks
+    blocks = find_block_list(model, text.num_hidden_layers).blocks
     originals = list(blocks)
     calls: list[Any] = []
     try:

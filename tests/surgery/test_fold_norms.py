@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
-from layersurgery.models.weight_conventions import gain_of
+from layersurgery.models.weight_conventions import fit_norm
 from tests.support.dense import LAYER_NORM
 from tests.support.reference import logits_of
 from tests.support.zoo import ZOO, tiny_model, tokens
@@ -38,17 +38,17 @@ def test_the_function_stays(name: str) -> None:
     other = tiny_model(name)
     ls.fold(other)
     torch.testing.assert_close(logits_of(other, ids).log_softmax(-1), before.log_softmax(-1), rtol=0, atol=5e-5)
-    norms = [what for what in done.left if "norm" in what.rpartition(".")[2] or ".ln" in what]
-    assert len(norms) == LEFT.get(name, 0), done.left
+    norms = [what for what in done.not_folded if "norm" in what.rpartition(".")[2] or ".ln" in what]
+    assert len(norms) == LEFT.get(name, 0), done.not_folded
     assert name in ("nanochat", "olmo", "opt-postnorm") or done.folded
-    assert ("what writes the stream" in done.left) == (not _centres(model))
+    assert ("what writes the stream" in done.not_folded) == (not _centres(model))
 
 
 def _centres(model: Any) -> bool:
-    from layersurgery.runtime.block_runner import Stack
-    from layersurgery.runtime.contributions import centred
+    from layersurgery.runtime.block_runner import BlockRunner
+    from layersurgery.runtime.contributions import reads_are_mean_free
 
-    return centred(Stack(model, ls.anatomy(model)))
+    return reads_are_mean_free(BlockRunner(model, ls.anatomy(model)))
 
 
 def test_what_is_folded_is_gone_from_the_norms() -> None:
@@ -58,7 +58,7 @@ def test_what_is_folded_is_gone_from_the_norms() -> None:
         assert len(done.folded) == 13
         for path in done.folded:
             norm = model.get_submodule(path)
-            gain = gain_of(norm, 32, torch.zeros(1))
+            gain = fit_norm(norm, 32, torch.zeros(1))
             assert gain is not None
             torch.testing.assert_close(gain.scale_D, torch.ones(32, dtype=torch.float64), rtol=0, atol=1e-5)
             assert gain.shift_D.abs().max() == 0
@@ -76,7 +76,7 @@ def test_what_is_centred_has_no_mean() -> None:
         assert value.abs().max() < 1e-6
     assert "transformer.wte.weight" in done.centred
     assert "transformer.h.2.mlp.c_proj.bias" in done.centred
-    assert not done.left
+    assert not done.not_folded
 
 
 def test_a_tied_unembedding_is_untied_and_the_result_can_be_saved(tmp_path: Path) -> None:
@@ -94,13 +94,13 @@ def test_a_tied_unembedding_is_untied_and_the_result_can_be_saved(tmp_path: Path
 def test_what_is_left_is_as_it_was_and_named() -> None:
     model = tiny_model("gemma2")
     done = ls.fold(model)
-    assert "a soft-cap" in done.left["mean of lm_head over the vocabulary"]
+    assert "a soft-cap" in done.not_folded["mean of lm_head over the vocabulary"]
     model = tiny_model("phimoe")
     kept = {
         name: parameter.clone() for name, parameter in model.named_parameters() if ".experts." in name or "post_attention" in name
     }
     done = ls.fold(model)
-    assert "has no bias to take its shift" in done.left["model.layers.0.post_attention_layernorm"]
+    assert "has no bias to take its shift" in done.not_folded["model.layers.0.post_attention_layernorm"]
     assert all(
         torch.equal(kept[name], parameter)
         for name, parameter in model.named_parameters()
@@ -125,13 +125,13 @@ def test_gains_are_found_by_running(dtype: torch.dtype, width: int) -> None:
     nn.init.normal_(rms.weight)
     near = 4e-2 if dtype.itemsize == 2 else 1e-5
     for module, centres in ((norm, True), (rms, False)):
-        gain = gain_of(module, width, torch.zeros(1, dtype=dtype))
+        gain = fit_norm(module, width, torch.zeros(1, dtype=dtype))
         assert gain is not None
         assert gain.centres == centres
         torch.testing.assert_close(gain.scale_D, module.weight.detach().double(), rtol=near, atol=near)
         assert gain.shift_D.any() == centres
     for other in (nn.Tanh(), nn.Linear(width, width).to(dtype), nn.Linear(width, 2).to(dtype)):
-        assert gain_of(other, width, torch.zeros(1, dtype=dtype)) is None
+        assert fit_norm(other, width, torch.zeros(1, dtype=dtype)) is None
 
 
 def test_the_zoo_is_known() -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import layersurgery as ls
-from layersurgery.models.skipped_branch import Silent
+from layersurgery.models.skipped_branch import SkippedBranch
 from layersurgery.models.unsupported import refuse_route
 from layersurgery.plans.route import Route, Visit
 from tests.support.reference import logits_along, logits_of
@@ -77,7 +77,7 @@ def test_a_skipped_branch_is_not_computed(model: Any) -> None:
 
     anatomy = ls.anatomy(model)
     with ls.operate(model, "skip-mlp 2; skip-attention 3", anatomy=anatomy):
-        assert isinstance(model.model.layers[2].mlp, Silent)
+        assert isinstance(model.model.layers[2].mlp, SkippedBranch)
         assert "in the place of LlamaMLP" in repr(model)
         for branch in (model.model.layers[2].mlp, model.model.layers[3].self_attn):
             for name in list(branch._modules):
@@ -259,9 +259,9 @@ def test_undoing_in_the_wrong_order(model: Any) -> None:
 
 def test_deeply_nested(model: Any) -> None:
     before = logits_of(model, tokens())
-    with ExitStack() as stack:
+    with ExitStack() as runner:
         for plan in ("swap 0 1", "drop 2", "repeat 1:3", "skip-attention 1", "skip-mlp 1", "reverse 0:4", "repeat 1"):
-            stack.enter_context(ls.operate(model, plan))
+            runner.enter_context(ls.operate(model, plan))
         logits_of(model, tokens())
     assert torch.equal(logits_of(model, tokens()), before)
     assert numbers(model) == list(range(DEPTH))

@@ -98,7 +98,7 @@ def test_skipping_both_branches_is_dropping(zoo: tuple[str, Any]) -> None:
 def test_without_attention_no_token_sees_another(zoo: tuple[str, Any]) -> None:
     name, model = zoo
     blocks = ls.anatomy(model)
-    mixing = [number for number in range(DEPTH) if blocks.parts(number).attention_stubs]
+    mixing = [number for number in range(DEPTH) if blocks.parts(number).attention_skips]
     if len(mixing) < DEPTH and name != "nemotron_h":
         assert ("skip-attention 2") in [plan for other, plan in NEVER if other == name]
         return

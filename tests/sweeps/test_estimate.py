@@ -27,14 +27,14 @@ def test_a_config_says_what_the_loaded_model_says(name: str, order: str) -> None
     found = estimate(tiny_config(name), chosen, tokens=60, context=12, batch_size=2, order=order)
     model = tiny_model(name)
     measurer = Measurer(model, chosen, order=order)
-    assert found.forecast == measurer.forecast(2, 12)
-    assert found.weights == {"cpu": found.forecast.weights}
+    assert found.memory == measurer.memory_use(2, 12)
+    assert found.weights == {"cpu": found.memory.weights}
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     measured = measurer.measure(tokens(2), torch.ones_like(tokens(2)))
     assert (found.block_calls, found.order) == (measured.calls, order)
-    assert found.forecast.streams == measured.states_at_peak * 2 * 12 * measurer.stack.width * 4
+    assert found.memory.streams == measured.states_at_peak * 2 * 12 * measurer.runner.width * 4
     assert (found.batches, found.sequences, found.readouts) == (3, 2, len(measurer.routes) + 1)
-    assert found.read_a_batch == 0
+    assert found.bytes_loaded_per_batch == 0
 
 
 def test_of_an_offloaded_model(tmp_path: Path) -> None:
@@ -44,9 +44,11 @@ def test_of_an_offloaded_model(tmp_path: Path) -> None:
         chosen = variants(families, DEPTH)
         found = estimate(tiny_config("llama"), chosen, tokens=24, context=12, device_map={"": "disk"})
         measured = Measurer(away, chosen).measure(tokens(2), torch.ones_like(tokens(2)))
-        assert found.read_a_batch == measured.bytes_read
+        assert found.bytes_loaded_per_batch == measured.bytes_read
         assert found.order == "layer-major"
-        assert found.peak["cpu"] == found.weights["cpu"] + found.passing + found.forecast.working + found.text + found.program
+        assert (
+            found.peak["cpu"] == found.weights["cpu"] + found.in_flight_bytes + found.memory.working + found.text + found.program
+        )
 
 
 def neox(width: int, depth: int, vocabulary: int) -> Any:
@@ -73,8 +75,8 @@ def test_memory_shared_out_by_accelerate() -> None:
     )  # fmt: skip
     assert found.weights["cpu"] < 6e9
     assert sum(found.weights.values()) == pytest.approx(13.7e9, rel=0.01)
-    assert found.read_a_batch == found.weights["disk"]
-    assert found.at_home == 2
+    assert found.bytes_loaded_per_batch == found.weights["disk"]
+    assert found.resident_blocks == 2
 
 
 def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import layersurgery as ls
 from layersurgery.checkpoints.tensor_index import fingerprint
 from layersurgery.figures.sweeps import Sweep, robustness
 from layersurgery.metrics import dispatch, reference
-from layersurgery.runtime.block_runner import Stack
-from layersurgery.runtime.unembedding import OwnTail, Unembedding, find_readout
+from layersurgery.runtime.block_runner import BlockRunner
+from layersurgery.runtime.unembedding import ModelHead, Unembedding, find_readout
 from tests.cli.test_cli import run
 from tests.metrics.test_tiled import Plain, drawn
 from tests.support.tiny_checkpoint import tiny_tokenizer
@@ -32,9 +32,9 @@ def test_an_adapter_on_the_unembedding_counts_in_half_precision() -> None:
             if "lora_B" in name:
                 parameter.mul_(0.02)
     model = model.to(torch.bfloat16)
-    assert isinstance(find_readout(Stack(model, ls.anatomy(model))), OwnTail)
+    assert isinstance(find_readout(BlockRunner(model, ls.anatomy(model))), ModelHead)
     plain = tiny_model("llama").to(torch.bfloat16)
-    assert isinstance(find_readout(Stack(plain, ls.anatomy(plain))), Unembedding)
+    assert isinstance(find_readout(BlockRunner(plain, ls.anatomy(plain))), Unembedding)
 
 
 @pytest.mark.parametrize("way", ["autocast", "medium"])
@@ -89,8 +89,8 @@ def test_a_tuned_prefix_is_refused() -> None:
 
 def test_a_token_made_impossible_is_no_number_and_not_a_huge_one() -> None:
     class Barring(Plain):
-        def tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-            logits = super().tile(x_TD, start, stop)
+        def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+            logits = super().logits_tile(x_TD, start, stop)
             logits[:, -1] = -torch.inf  # not there in either model
             return logits.masked_fill((x_TD[:, :1] > 0) & (torch.arange(stop) == 3), -torch.inf)
 

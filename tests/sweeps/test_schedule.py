@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from layersurgery.plans.route import Route, Visit
 from layersurgery.plans.variants import variants
-from layersurgery.sweeps.schedule import Bring, Read, Run, Schedule, Step, layer_major, schedule
+from layersurgery.sweeps.schedule import LoadWeights, ReadLogits, RunBlock, Schedule, Step, layer_major, schedule
 
 DEPTH = 5
 _visits = st.builds(Visit, st.integers(0, DEPTH - 1), st.booleans(), st.booleans())
@@ -26,34 +26,38 @@ def played(plan: Schedule) -> tuple[dict[int, Route], int, int]:
         nonlocal calls, most
         most = max(most, len(alive))
         for step in steps:
-            match step.do:
-                case Bring(block, instead_of):
+            match step.action:
+                case LoadWeights(block, instead_of):
                     assert home.issuperset(instead_of)
                     assert block not in home
                     home.difference_update(instead_of)
                     home.add(block)
                     assert plan.resident_blocks is not None
                     assert len(home) <= plan.resident_blocks
-                case Run(visit, state, result):
-                    assert not plan.during or visit.block in home
+                case RunBlock(visit, state, result):
+                    assert not plan.during_trunk or visit.block in home
                     alive[result] = alive[state] + (visit,)
                     calls += 1
                     most = max(most, len(alive))
-                case Read(state, numbers):
+                case ReadLogits(state, numbers):
                     found.update(dict.fromkeys(numbers, alive[state]))
-            for state in step.free:
+            for state in step.release:
                 del alive[state]
 
     for block in range(plan.depth):
-        if block in plan.kept:
+        if block in plan.saved_states:
             alive[block] = Route(range(block))
-        if plan.during:
-            assert isinstance(plan.during[block][0].do, Bring), "a block is there before the trunk goes through it"
-            go(plan.during[block])
-    assert not any(isinstance(step.do, Read) for steps in plan.during for step in steps), "KL needs the trunk's end"
+        if plan.during_trunk:
+            assert isinstance(plan.during_trunk[block][0].action, LoadWeights), (
+                "a block is there before the trunk goes through it"
+            )
+            go(plan.during_trunk[block])
+    assert not any(isinstance(step.action, ReadLogits) for steps in plan.during_trunk for step in steps), (
+        "KL needs the trunk's end"
+    )
     alive[plan.depth] = Route(range(plan.depth))
     most = max(most, len(alive))
-    if not plan.goes_on:
+    if not plan.needs_final_state:
         del alive[plan.depth]
     go(plan.steps)
     assert not alive
@@ -73,7 +77,7 @@ def test_every_route_is_computed_with_every_prefix_once(routes: list[Route], wal
     prefixes = {route[:length] for route in (*routes, *walked) for length in range(1, len(route) + 1)}
     trunk_prefixes = {trunk[:length] for length in range(1, DEPTH + 1)}
     assert calls == plan.calls == len(prefixes | trunk_prefixes)
-    assert plan.calls_apart == DEPTH + sum(map(len, {*routes, *walked}))
+    assert plan.calls_without_sharing == DEPTH + sum(map(len, {*routes, *walked}))
     assert most == plan.states_at_peak
 
 
@@ -87,7 +91,7 @@ def test_swap_and_drop_of_every_block_cost_the_square_of_the_depth(depth: int) -
 
 def test_the_figures_for_thirty_blocks() -> None:
     plan = schedule([variant.route for variant in variants("swap,drop", 30)], 30)
-    assert (plan.calls, plan.calls_apart) == (900, 1770)
+    assert (plan.calls, plan.calls_without_sharing) == (900, 1770)
 
 
 @pytest.mark.parametrize(("families", "at_home"), [("drop,skip-mlp,drop-span:3", 1), ("swap,drop", 2)])
@@ -95,17 +99,17 @@ def test_the_figures_for_thirty_blocks() -> None:
 def test_one_pass_over_the_weights(families: str, at_home: int, depth: int) -> None:
     routes = [variant.route for variant in variants(families, depth)]
     plan = layer_major(routes, depth)
-    assert plan.brought == tuple(range(depth))
+    assert plan.load_order == tuple(range(depth))
     assert plan.resident_blocks == at_home
     assert plan.calls == schedule(routes, depth).calls
 
 
 def test_going_back_costs_another_pass() -> None:
     back = Route(reversed(range(6)))
-    assert len(layer_major([back], 6, most=1).brought) == 6 + 5
-    assert len(layer_major([back], 6, most=6).brought) == 6
+    assert len(layer_major([back], 6, max_resident=1).load_order) == 6 + 5
+    assert len(layer_major([back], 6, max_resident=6).load_order) == 6
     pairs = [variant.route for variant in variants("swap-pairs", 8)]
-    assert len(layer_major(pairs, 8, most=2).brought) <= 3 * 8
+    assert len(layer_major(pairs, 8, max_resident=2).load_order) <= 3 * 8
 
 
 def test_a_deep_route_is_no_trouble() -> None:

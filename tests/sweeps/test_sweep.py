@@ -17,7 +17,7 @@ from torch import nn
 import layersurgery as ls
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
-from layersurgery.runtime.block_runner import Stack
+from layersurgery.runtime.block_runner import BlockRunner
 from layersurgery.sweeps.measurer import Measurer
 from tests.support.zoo import DEPTH, VOCAB, tiny_model, tokens
 from tests.surgery.test_zoo import state
@@ -263,9 +263,9 @@ def test_streams_are_let_go_as_early_as_the_forecast_says(monkeypatch: pytest.Mo
     measurer = Measurer(model, variants("swap,drop", DEPTH))
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    run = Stack.run
+    run = BlockRunner.run
 
-    def watched(self: Stack, *args: Any) -> torch.Tensor:
+    def watched(self: BlockRunner, *args: Any) -> torch.Tensor:
         nonlocal most
         result = run(self, *args)
         alive.append(weakref.ref(result))
@@ -273,7 +273,7 @@ def test_streams_are_let_go_as_early_as_the_forecast_says(monkeypatch: pytest.Mo
         most = max(most, sum(ref() is not None for ref in alive))
         return result
 
-    monkeypatch.setattr(Stack, "run", watched)
+    monkeypatch.setattr(BlockRunner, "run", watched)
     measurer.measure(tokens(), torch.ones_like(tokens()))
     assert most <= 3
     assert measurer.schedule.states_at_peak <= DEPTH + 2
@@ -284,20 +284,20 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
     model = tiny_model("llama")
     meant = ls.sweep(model, "drop", tokens(6), batch_size=1)
     tried: list[int] = []
-    record = Stack.record
+    record = BlockRunner.record
 
-    def crowded(self: Stack, inputs: dict[str, Any], keep: Any, *more: Any) -> Any:
+    def crowded(self: BlockRunner, inputs: dict[str, Any], keep: Any, *more: Any) -> Any:
         if keep:  # and not one of the small tries
             tried.append(len(inputs["input_ids"]))
             if tried[-1] > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return record(self, inputs, keep, *more)
 
-    monkeypatch.setattr(Stack, "record", crowded)
+    monkeypatch.setattr(BlockRunner, "record", crowded)
     with pytest.warns(UserWarning, match="memory ran out with 3 sequences at once; going on with 1"):
         assert close(ls.sweep(model, "drop", tokens(6)), meant)
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
-    monkeypatch.setattr(Stack, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried")))
+    monkeypatch.setattr(BlockRunner, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried")))
     with (
         warnings.catch_warnings(action="ignore"),
         pytest.raises(
@@ -315,22 +315,22 @@ def test_a_batch_in_parts_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     mask[3, 5:] = 0
     whole: dict[tuple[int, ...], torch.Tensor] = {}
     meant = measurer.measure(ids, mask, lambda rows, metrics: whole.update({tuple(rows): metrics}))
-    run, calls = Stack.run, 0
+    run, calls = BlockRunner.run, 0
 
-    def crowded(self: Stack, *args: Any) -> Any:
+    def crowded(self: BlockRunner, *args: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 45:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried")
         return run(self, *args)
 
-    monkeypatch.setattr(Stack, "run", crowded)
-    measurer.at_once = 4
+    monkeypatch.setattr(BlockRunner, "run", crowded)
+    measurer.max_sequences = 4
     rows: dict[tuple[int, ...], torch.Tensor] = {}
     shares: list[float] = []
     with pytest.warns(UserWarning, match="going on with 1"):
         found = measurer.measure(ids, mask, lambda rows_, metrics: rows.update({tuple(rows_): metrics}), shares.append)
-    assert measurer.at_once == 1
+    assert measurer.max_sequences == 1
     assert found.counts == meant.counts
     np.testing.assert_allclose(found.values, meant.values, atol=1e-5)
     assert rows.keys() == whole.keys()

@@ -60,7 +60,7 @@ def test_a_sweep_is_operating_and_comparing(name: str) -> None:
     compared = 0
     for row, variant in enumerate(measurer.variants):
         try:
-            with ls.operate(model, variant.route, anatomy=measurer.stack.anatomy):
+            with ls.operate(model, variant.route, anatomy=measurer.runner.anatomy):
                 q = logits_of(model, ids)
         except ls.UnsupportedEditError:  # no config can say it; the sweep has no need of one
             if not all(visit.whole for visit in variant.route):
@@ -76,7 +76,7 @@ def test_a_sweep_is_operating_and_comparing(name: str) -> None:
     left_out = {kind: reason for (architecture, kind), reason in LEFT_OUT.items() if architecture == name}
     for kind, reason in left_out.items():
         plans = {variant.plan for variant in family(kind, DEPTH)}
-        reasons = [text for plan, text in measurer.left_out.items() if plan in plans]
+        reasons = [text for plan, text in measurer.skipped.items() if plan in plans]
         assert reasons
         assert all(reason in text for text in reasons)
-    assert bool(measurer.left_out) == bool(left_out)
+    assert bool(measurer.skipped) == bool(left_out)
