@@ -22,7 +22,7 @@ by_layer = frame.pivot_table(index="layer", columns="edit", values="kl_nats")
 print(by_layer.round(3))
 both = by_layer.dropna()
 print(f"A swap hurts less than a drop at {(both['swap'] < both['drop']).sum()} of {len(both)} layers")
-print(ls.headline(frame))
+print(ls.summary_sentence(frame))
 
 # Each metric has its standard error beside it: on so little text it is large, and one should look.
 worst = frame.loc[frame[frame.edit == "drop"].kl_nats.idxmax()]

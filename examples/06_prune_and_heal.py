@@ -30,7 +30,7 @@ def loss() -> float:
 
 before = loss()
 found = ls.prune(model, choosing, remove=6)  # by="influence" and by="angular" choose in other ways
-print(found.costs.pivot_table(index="removed", columns="way", values="kl_nats").round(2))
+print(found.costs.pivot_table(index="removed", columns="criterion", values="kl_nats").round(2))
 print(f"{found.plan}, chosen in the order {', '.join(map(str, found.layers))}")
 
 ls.operate_(model, found.plan)  # for good; what is left is an ordinary model of 24 layers, with memory for 24

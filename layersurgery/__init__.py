@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .surgery.operate import operate, operate_
     from .surgery.save import save
     from .sweeps.compare import Comparison, compare
-    from .sweeps.results import headline
+    from .sweeps.results import summary_sentence
     from .sweeps.sweep import sweep
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Comparison",
     "EditResult",
     "FoldResult",
-    "UnsupportedEditError",
     "LayerSurgeryError",
     "MeasurementError",
     "OutputError",
@@ -45,6 +44,7 @@ __all__ = [
     "Route",
     "SourceError",
     "UndoError",
+    "UnsupportedEditError",
     "Visit",
     "__version__",
     "analyses",
@@ -53,7 +53,6 @@ __all__ = [
     "drop",
     "edit_checkpoint",
     "fold",
-    "headline",
     "load",
     "move",
     "operate",
@@ -68,23 +67,23 @@ __all__ = [
     "save",
     "skip_attention",
     "skip_mlp",
+    "summary_sentence",
     "swap",
     "sweep",
 ]
 
 # Imported when first asked for, so that plans and `--help` wait for nothing.
-_LATER = {
+_LAZY = {
     "Anatomy": "models.anatomy",
     "Comparison": "sweeps.compare",
-    "Edited": "checkpoints.edit_checkpoint",
-    "Folded": "surgery.fold_norms",
+    "EditResult": "checkpoints.edit_checkpoint",
+    "FoldResult": "surgery.fold_norms",
     "Pruning": "analyses.layer_pruning",
     "Report": "reports.report",
     "anatomy": "models.anatomy",
     "compare": "sweeps.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "fold": "surgery.fold_norms",
-    "headline": "sweeps.results",
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
@@ -93,6 +92,7 @@ _LATER = {
     "read_results": "runs.tables",
     "report": "reports.report",
     "save": "surgery.save",
+    "summary_sentence": "sweeps.results",
     "sweep": "sweeps.sweep",
 }
 
@@ -102,9 +102,9 @@ def __getattr__(name: str) -> Any:
 
     if name == "analyses":
         return import_module(".analyses", __name__)
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -17,7 +17,7 @@ from ..session.model_session import load_with_status, silence_libraries
 from ..session.one_shot import Made, run_once
 from ..session.placement import Placement, choose_placement
 from ..session.processes import run_task
-from ..terminal.analysis_results import show_analysis, summary
+from ..terminal.analysis_results import progress_line, show_analysis
 from ..terminal.console import Console, format_count
 from ..terminal.progress import counter
 
@@ -69,7 +69,7 @@ class AnalysisTask:
 
     def extremes(self, frame: pd.DataFrame) -> str:
         """Results so far."""
-        return summary(frame)
+        return progress_line(frame)
 
     def show(self, run: Run, console: Console) -> None:
         """Its tables and, for the stages, what they say."""
@@ -101,7 +101,7 @@ def run_neurons(model: str, options: MeasureOptions, console: Console) -> None:
         ):
             scores = neuron_scores(there, blocks=options.blocks, progress=on_layer)
         console.log(f"{source.label}: {format_count(len(scores))} neurons")
-        return {NEURONS: neurons_per_block(scores, source.label), SCORES: scores}, {"left_out": scores.attrs["left_out"]}
+        return {NEURONS: neurons_per_block(scores, source.label), SCORES: scores}, {"skipped": scores.attrs["skipped"]}
 
     arguments = {
         "analysis": NEURONS,

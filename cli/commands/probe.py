@@ -81,9 +81,9 @@ def probe_in(session: ModelSession, directory: Path, wanted: ProbeOptions, *, as
                 model, windows, chosen, first=first, seed=asked.seed, batch_size=options.batch_size or _BATCH,
                 anatomy=anatomy(model, blocks=options.blocks), on_layer=on_layer, progress=on_windows,
             )  # fmt: skip
-        frames = {WORD: found.probes, "singles": found.single_neurons, "together": found.top_k, "effects": found.effects}
+        frames = {WORD: found.probes, "single_neurons": found.single_neurons, "top_k": found.top_k, "effects": found.effects}
         facts: dict[str, Any] = {
-            "left_out": found.skipped, "windows": about, "class": chosen.about, "caption": caption, "in_words": describe_probes(found.probes),
+            "skipped": found.skipped, "windows": about, "class": chosen.about, "caption": caption, "summary": describe_probes(found.probes),
         }  # fmt: skip
         return {table: frame.assign(model=session.source.label) for table, frame in frames.items()}, facts
 

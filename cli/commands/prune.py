@@ -16,7 +16,7 @@ from layersurgery.errors import OutputError
 
 from ..session.figures import draw_analysis
 from ..session.processes import run_task, run_tasks
-from ..terminal.analysis_results import show_analysis, summary
+from ..terminal.analysis_results import progress_line, show_analysis
 from ..terminal.console import Console
 from .edit import EditOptions as Writing
 from .edit import as_json, edited, lines
@@ -68,7 +68,7 @@ class _TableTask:
 
     def extremes(self, frame: pd.DataFrame) -> str:
         """Results so far."""
-        return summary(frame)
+        return progress_line(frame)
 
     def show(self, run: Run, console: Console) -> None:
         """Its tables."""
@@ -200,7 +200,7 @@ def _prune(session: ModelSession, asked: PruneOptions, console: Console) -> None
     console.log(f"Ranking {session.depth} layers")
     ranks = _carried(session, RankTask(session.depth, asked.remove), place / "rank").directory
     ranked, spans = read_results(ranks), read_results(ranks, "spans")
-    ranked.attrs["left_out"] = ranked.attrs["run"]["left_out"]
+    ranked.attrs["skipped"] = ranked.attrs["run"]["skipped"]
     orders = {by: removal_orders(ranked, spans, asked.remove, by) for by in CRITERIA}
     if asked.greedy:
         gone: list[int] = []
@@ -247,7 +247,7 @@ def _carried(session: ModelSession, task: Any, directory: Path) -> Run:
 
 
 def _row(frame: pd.DataFrame, way: str, removed: int) -> pd.Series | None:
-    rows = frame[(frame.way == way) & (frame.removed == removed)]
+    rows = frame[(frame.criterion == way) & (frame.removed == removed)]
     return None if rows.empty else rows.iloc[0]
 
 

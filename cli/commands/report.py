@@ -20,7 +20,7 @@ def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool
         "bytes": made.bytes,
         "runs": [str(path) for path in made.runs],
         "not_shown": {str(path): why for path, why in made.not_shown.items()},
-        "left_out": made.skipped,
+        "skipped": made.skipped,
     }
     shown = [
         *(f"[yellow]Not shown:[/] {escape(f'{path}: {why}')}" for path, why in made.not_shown.items()),

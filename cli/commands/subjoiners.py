@@ -71,7 +71,7 @@ def subjoiners_in(
         name = session.source.label
         frames = {WORD: found.heads, "attention_to_words": found.attention, "examples": found.examples}
         facts: dict[str, Any] = {
-            "left_out": found.skipped, "windows": about, "caption": caption, "in_words": describe_subjoiners(found.heads),
+            "skipped": found.skipped, "windows": about, "caption": caption, "summary": describe_subjoiners(found.heads),
         }  # fmt: skip
         return {table: frame.assign(model=name) for table, frame in frames.items()}, facts
 

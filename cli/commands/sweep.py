@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from layersurgery.plans.variants import Variant, variants
 
-from ..session.figures import draw_one
+from ..session.figures import draw_sweep
 from ..session.inputs import edits_of, layers_of
 from ..session.processes import run_task
 from ..session.run_options import MeasureOptions
 from ..terminal.console import Console
-from ..terminal.sweep_results import show
+from ..terminal.sweep_results import show_sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ class SweepTask:
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Their figures."""
-        return draw_one(frame, directory, run.arguments["text"]["data"])
+        return draw_sweep(frame, directory, run.arguments["text"]["data"])
 
     def extremes(self, frame: pd.DataFrame) -> str:
         """What hurts most and least so far."""
@@ -69,7 +69,7 @@ class SweepTask:
 
     def show(self, run: Run, console: Console) -> None:
         """The table."""
-        show(run, console)
+        show_sweep(run, console)
 
 
 def run_sweep(model: str, options: MeasureOptions, console: Console) -> None:

@@ -20,7 +20,7 @@ def model_tables(directory: Path, facts: Mapping[str, Any]) -> ModelTables:
 
     wanted = (
         "stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples",
-        "probe", "singles", "together", "effects",
+        "probe", "single_neurons", "top_k", "effects",
     )  # fmt: skip
     tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
@@ -50,7 +50,7 @@ def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output:
     return draw_signals(models, output)
 
 
-def draw_one(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
+def draw_sweep(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
     """Draw one sweep's results into its directory."""
     from layersurgery.figures.sweeps import Sweep, draw
 

@@ -43,5 +43,5 @@ def run_once(
         run.update(files=write_tables(run.directory, frames), **facts)
         first = next(iter(frames.values()))
         figures, fault = draw_safely(lambda _, place: draw_analysis(place, run.facts), first, run.directory)
-        run.update(state="finished", figures=figures, figures_fault=fault)
+        run.update(state="finished", figures=figures, figure_error=fault)
         return run

@@ -66,7 +66,7 @@ _HEADS = 10
 _WRAP = 110
 
 
-def summary(frame: pd.DataFrame) -> str:
+def progress_line(frame: pd.DataFrame) -> str:
     """A table so far, in a line."""
     for columns in _SHOWN.values():
         name, heading, times, _, _ = columns[0]
@@ -187,7 +187,7 @@ def show_analysis(run: Run, console: Console) -> None:
         "finished": True,
         **{
             name: facts[name]
-            for name in ("model", "text", "windows", "class", "seconds", "tokens_per_second", "left_out", "not_numbers")
+            for name in ("model", "text", "windows", "class", "seconds", "tokens_per_second", "skipped", "non_finite")
             if name in facts
         },
         "tables": {name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in frames.items()},
@@ -198,11 +198,11 @@ def show_analysis(run: Run, console: Console) -> None:
         from layersurgery.analyses import describe_stages
 
         words = describe_stages(frames[first])
-        value |= {"boundaries": frames[first].attrs["boundaries"], "in_words": words}
+        value |= {"boundaries": frames[first].attrs["boundaries"], "summary": words}
         shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
-    elif "in_words" in facts:
-        value["in_words"] = facts["in_words"]
-        shown += ["", *(escape(line) for line in textwrap.wrap(facts["in_words"], _WRAP))]
+    elif "summary" in facts:
+        value["summary"] = facts["summary"]
+        shown += ["", *(escape(line) for line in textwrap.wrap(facts["summary"], _WRAP))]
     if first == "rank":
         shown += ["", *_of_ranks(frames["rank"], frames["spans"])]
     shown += ["", *_notes(facts)]
@@ -227,14 +227,14 @@ def _of_ranks(frame: pd.DataFrame, spans: pd.DataFrame) -> Iterator[str]:
 
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
-    for what, why in facts["left_out"].items():
+    for what, why in facts["skipped"].items():
         reasons.setdefault(why, []).append(what)
     for why, whats in reasons.items():
         more = f" and {len(whats) - 1} more" if len(whats) > 1 else ""
         yield escape(f"Left out: {whats[0]}{more}: {why}")
-    for what, batches in list(facts.get("not_numbers", {}).items())[:8]:
+    for what, batches in list(facts.get("non_finite", {}).items())[:8]:
         yield f"[bold red]Not numbers:[/] {escape(what)} gave NaN or infinity in batch {', '.join(map(str, batches[:8]))}"
-    if facts.get("figures_fault"):
-        yield escape(f"No figure could be drawn: {facts['figures_fault']}")
+    if facts.get("figure_error"):
+        yield escape(f"No figure could be drawn: {facts['figure_error']}")
     if "text" in facts:
         yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s)"

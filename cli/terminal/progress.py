@@ -20,7 +20,7 @@ _SECONDS_BETWEEN_LINES = 30
 
 
 @contextmanager
-def progress_bar(text: TokenizedText, console: Console, in_words: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
+def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
     """One bar: sequences, tokens a second, time left, and results so far in words. Elsewhere, a line now and then."""
     columns = (
         BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
@@ -39,7 +39,7 @@ def progress_bar(text: TokenizedText, console: Console, in_words: Callable[[pd.D
             begin = now.sequences if begin is None else begin  # those of an earlier start cost no time now
             seconds = max(1e-9, time.monotonic() - started)
             rate = (now.sequences - begin) * tokens / seconds
-            extremes = in_words(now.table()) if now.table is not None else extremes
+            extremes = describe(now.table()) if now.table is not None else extremes
             done = f"{now.sequences:.1f}/{now.of} sequences, {rate:,.3g} tokens/s"
             progress.update(task, completed=now.sequences, done=done, extremes=extremes)
             if not on and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:

@@ -76,8 +76,8 @@ def _cells(row: pd.Series, most: float, wide: bool) -> list[str]:
 
 def _listed(rows: pd.DataFrame) -> Table:
     ordered = rows.sort_values("kl_nats")
-    left_out = max(0, len(ordered) - _MOST_ROWS)
-    title = f"The {_MOST_ROWS} mildest of {len(ordered)}; all are in results.csv" if left_out else None
+    skipped = max(0, len(ordered) - _MOST_ROWS)
+    title = f"The {_MOST_ROWS} mildest of {len(ordered)}; all are in results.csv" if skipped else None
     table = Table(box=None, pad_edge=False, header_style="bold", caption=title, caption_justify="left")
     for name, right in (("plan", False), ("KL", True), ("", False), ("kept", True), ("entropy", True), ("loss", True)):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -89,18 +89,18 @@ def _listed(rows: pd.DataFrame) -> Table:
     return table
 
 
-def show(run: Run, console: Console) -> None:
+def show_sweep(run: Run, console: Console) -> None:
     """The results of a finished run."""
     from layersurgery.runs.tables import read_results
-    from layersurgery.sweeps.results import headline
+    from layersurgery.sweeps.results import summary_sentence
 
     frame = read_results(run.directory)
     facts = run.facts
     value = {
         "path": str(run.directory),
         "finished": True,
-        **{name: facts[name] for name in ("model", "text", "schedule", "batch_size", "seconds", "tokens_per_second", "left_out", "not_numbers")},
-        "headline": headline(frame),
+        **{name: facts[name] for name in ("model", "text", "schedule", "batch_size", "seconds", "tokens_per_second", "skipped", "non_finite")},
+        "summary": summary_sentence(frame),
         "results": _records(frame),
     }  # fmt: skip
     files = [
@@ -110,12 +110,12 @@ def show(run: Run, console: Console) -> None:
         *facts["figures"],
     ]
     shown = [*lines(frame)]
-    for plan, batches in facts["not_numbers"].items():
+    for plan, batches in facts["non_finite"].items():
         where = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
         shown.append(f"[bold red]Not numbers:[/] {escape(plan)} gave NaN or infinity in batch {where}; its row says NaN")
-    if facts.get("figures_fault"):
-        shown.append(escape(f"No figure could be drawn: {facts['figures_fault']}"))
-    if sentence := headline(frame):
+    if facts.get("figure_error"):
+        shown.append(escape(f"No figure could be drawn: {facts['figure_error']}"))
+    if sentence := summary_sentence(frame):
         shown.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
     shown.append(
         f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s through every edit)"

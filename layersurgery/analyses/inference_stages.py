@@ -56,7 +56,7 @@ def stages(
 
     Raises:
         PlanError: tokens that cannot be measured.
-        InexpressibleError: the model's blocks cannot be told apart.
+        UnsupportedEditError: the model's blocks cannot be told apart.
         MeasurementError: predictions that are no numbers, or too little memory.
     """
     ids, mask = as_tokens(tokens, attention_mask)

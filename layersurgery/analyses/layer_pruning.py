@@ -21,7 +21,7 @@ from ..plans.variants import Variant
 from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE
-from ..sweeps.results import results
+from ..sweeps.results import results_table
 from .layer_ranking import CRITERIA, rank
 from .signal_tables import SignalTables, collect_sums
 
@@ -84,7 +84,7 @@ def prune(
 
     Raises:
         PlanError: an unknown way, more layers than there are to spare, or tokens that cannot be measured.
-        InexpressibleError: the model's blocks cannot be run in another order.
+        UnsupportedEditError: the model's blocks cannot be run in another order.
         MeasurementError: no layer is left that can be removed, predictions that are no numbers, or too little memory.
 
     Example:
@@ -144,7 +144,7 @@ def removal_orders(ranks: pd.DataFrame, spans: pd.DataFrame, remove: int, by: st
         return found
     ordered = ranks.dropna(subset=[CRITERIA[by]]).sort_values([CRITERIA[by], "layer"])
     if len(ordered) < remove:
-        why = next(iter(ranks.attrs.get("left_out", {}).values()), "their scores are no numbers")
+        why = next(iter(ranks.attrs.get("skipped", {}).values()), "their scores are no numbers")
         raise MeasurementError(f"{remove} layers are to be removed, and only {len(ordered)} can be: {why}")
     chosen = [int(layer) for layer in ordered.layer[:remove]]
     return [tuple(chosen[:count]) for count in range(1, remove + 1)]
@@ -162,8 +162,8 @@ def variants_of(orders: Mapping[str, Sequence[tuple[int, ...]]], depth: int) -> 
 
 def costs(measurer: Measurer, sums: MetricSums, model: str) -> pd.DataFrame:
     """The table of what each way costs."""
-    frame = results(measurer.variants, sums, model)
-    frame.insert(1, "way", frame.pop("edit").replace("none", "unedited"))
+    frame = results_table(measurer.variants, sums, model)
+    frame.insert(1, "criterion", frame.pop("edit").replace("none", "unedited"))
     removed = [len(measurer.variants[0].route) - len(variant.route) for variant in measurer.variants]
     frame.insert(2, "removed", pd.array(removed, dtype="Int64"))
     frame.insert(frame.columns.get_loc("loss_nats"), "perplexity", np.exp(frame.loss_nats.clip(upper=700)))

@@ -62,7 +62,7 @@ def rank(
 
     Raises:
         PlanError: tokens that cannot be measured.
-        InexpressibleError: the model's blocks cannot be run in another order.
+        UnsupportedEditError: the model's blocks cannot be run in another order.
         MeasurementError: predictions that are no numbers, or too little memory.
 
     Example:
@@ -74,9 +74,9 @@ def rank(
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
         what, why = next(iter(tables.skipped.items()))
-        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['left_out'])", stacklevel=2)
+        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['skipped'])", stacklevel=2)
     frame = rank_table(tables)
-    frame.attrs |= {"spans": span_table(tables), "left_out": tables.skipped}
+    frame.attrs |= {"spans": span_table(tables), "skipped": tables.skipped}
     return frame
 
 

@@ -116,7 +116,7 @@ def measure(
 
     Raises:
         PlanError: an unknown signal, or tokens that cannot be measured.
-        InexpressibleError: the model's blocks cannot be told apart.
+        UnsupportedEditError: the model's blocks cannot be told apart.
         MeasurementError: predictions that are no numbers, or too little memory.
 
     Example:

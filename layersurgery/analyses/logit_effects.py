@@ -41,7 +41,7 @@ def select_neurons(
         equal width low, high, and how many tokens (class_tokens, rest_tokens) have W_U w_out in it.
 
     Raises:
-        InexpressibleError: no prediction or suppression neuron can be read.
+        UnsupportedEditError: no prediction or suppression neuron can be read.
     """
     with runner.inference_mode():
         u_VD = unembedding(runner, unit=False)

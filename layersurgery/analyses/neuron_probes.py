@@ -44,7 +44,7 @@ class Probe:
             ordered, trained and judged on labels that are shuffled, 20 times), k (how many neurons), accuracy (held out; 0..1) with its 95 %
             interval low to high (Wilson), on_class and on_rest (the same of the windows of either class), train_accuracy, training and
             held_out (numbers of windows; of shuffled labels, those of all times together).
-        singles: one row for each neuron: layer, weight, neuron, kind, rank (within its kind, by accuracy on the training half, then by effect), effect
+        single_neurons: one row for each neuron: layer, weight, neuron, kind, rank (within its kind, by accuracy on the training half, then by effect), effect
             (on the logits of the class, less on those of the rest), slope (of the probe's log odds, for one standard deviation), accuracy, low,
             high, train_accuracy.
         together: one row for each kind and k, the k neurons of the lowest rank together: kind, k, accuracy, low, high, train_accuracy.
@@ -52,7 +52,7 @@ class Probe:
             rest_tokens.
         windows: what was measured on.
         tokens: the class.
-        left_out: neurons that could not be read, and why.
+        skipped: neurons that could not be read, and why.
     """
 
     probes: pd.DataFrame
@@ -103,7 +103,7 @@ def probe(
     Raises:
         PlanError: a class that cannot be meant, or that has no token or every one.
         MeasurementError: too little text, and how much it would take; or activations that are no numbers.
-        InexpressibleError: no neurons of either kind that can be read.
+        UnsupportedEditError: no neurons of either kind that can be read.
 
     Example:
         >>> probe(model, tokenizer, documents).probes  # doctest: +SKIP
@@ -130,18 +130,18 @@ def fit_probes(
 ) -> Probe:
     """The same on given windows; `first` is a token to put before each, `on_layer` is told of blocks whose neurons were looked at."""
     runner = BlockRunner(model, anatomy)
-    readable, left_out = projections(runner)
+    readable, skipped = projections(runner)
     scores = neuron_scores(model, anatomy=anatomy, progress=on_layer)
     neurons, effects = select_neurons(runner, scores, readable, chosen, count=NEURONS, seed=seed)
     ids = windows.ids if first is None else torch.cat([torch.full((len(windows.ids), 1), first), windows.ids], 1)
     x_WN, top_W, odds_W = _watched(runner, ids, neurons, readable, chosen, batch_size, progress)
     task = ProbeData(x_WN, windows.inside, windows.held_out, seed)
-    singles, orders = _of_neurons(task, neurons)
+    single_neurons, orders = _of_neurons(task, neurons)
     probes, together = _compared(task, neurons, orders, top_W, odds_W)
-    singles = _ranked(singles, orders)
-    for frame in (probes, singles, together, effects):
+    single_neurons = _ranked(single_neurons, orders)
+    for frame in (probes, single_neurons, together, effects):
         frame.insert(0, "model", type(model).__name__)
-    return Probe(probes, singles, together, effects, windows, chosen, left_out)
+    return Probe(probes, single_neurons, together, effects, windows, chosen, skipped)
 
 
 def describe_probes(probes: pd.DataFrame) -> str:
@@ -215,19 +215,19 @@ def _of_neurons(task: ProbeData, neurons: pd.DataFrame) -> tuple[pd.DataFrame, d
     for column in range(len(neurons)):
         right, slope = task.fit([column])
         rows.append({"slope": slope, **task.score(right)})
-    singles = pd.concat([neurons, pd.DataFrame(rows)], axis=1)
+    single_neurons = pd.concat([neurons, pd.DataFrame(rows)], axis=1)
     orders = {}
     for kind in KINDS:
-        mine = singles[singles.kind != RANDOM if kind == BOTH else singles.kind == kind]
+        mine = single_neurons[single_neurons.kind != RANDOM if kind == BOTH else single_neurons.kind == kind]
         order = mine.index[np.lexsort([-mine.effect.abs(), -mine.train_accuracy])].tolist()
         if order:
             orders[kind] = order
-    return singles, orders
+    return single_neurons, orders
 
 
-def _ranked(singles: pd.DataFrame, orders: dict[str, list[int]]) -> pd.DataFrame:
+def _ranked(single_neurons: pd.DataFrame, orders: dict[str, list[int]]) -> pd.DataFrame:
     """Neurons, the best of each kind first."""
-    kinds = [singles.loc[order].assign(rank=range(1, len(order) + 1)) for kind, order in orders.items() if kind != BOTH]
+    kinds = [single_neurons.loc[order].assign(rank=range(1, len(order) + 1)) for kind, order in orders.items() if kind != BOTH]
     found = pd.concat(kinds, ignore_index=True).astype(dict.fromkeys(("layer", "neuron", "rank"), "Int64"))
     return found[["layer", "weight", "neuron", "kind", "rank", "effect", "slope", "accuracy", "low", "high", "train_accuracy"]]
 

@@ -20,7 +20,7 @@ from ..runs.journal import Journal
 from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_table
 from ..sweeps.measurer import Measurer
-from ..sweeps.results import by_sequence as by_model
+from ..sweeps.results import sequence_table as by_model
 from .inference_stages import stage_table
 from .prediction_neurons import neuron_scores, neurons_per_block
 from .signal_tables import DROP, FROM_TEXT, LENS, SignalTables
@@ -67,7 +67,7 @@ class TableOutput:
         frames = self.make(tables)
         files = write_tables(directory, frames)
         self.measurer.skipped.update(tables.skipped)
-        rows = by_sequence(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sums_by_sequence.sums())
+        rows = sums_table(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sums_by_sequence.sums())
         with atomic_file(directory / SEQUENCES) as partial:
             pq.write_table(rows, partial, compression="zstd")
         return next(iter(frames.values())), [*files, SEQUENCES]
@@ -105,7 +105,7 @@ class AnalysisOutput:
         self.measurer.skipped.update(tables.skipped)
         files = write_tables(directory, frames)
         with atomic_file(directory / SEQUENCES) as partial:
-            pq.write_table(by_sequence(tables), partial, compression="zstd")
+            pq.write_table(sums_table(tables), partial, compression="zstd")
         return next(iter(frames.values())), [*files, SEQUENCES]
 
     def _tables(self, sample: SequenceSums) -> SignalTables:
@@ -118,7 +118,7 @@ class AnalysisOutput:
         except UnsupportedEditError as error:
             self.measurer.skipped["neurons"] = str(error)
             return None
-        self.measurer.skipped.update(found.attrs["left_out"])
+        self.measurer.skipped.update(found.attrs["skipped"])
         return found
 
     def _looked_at(self, directory: Path) -> pd.DataFrame:
@@ -163,7 +163,7 @@ def write_tables(directory: Path, frames: dict[str, pd.DataFrame]) -> list[str]:
     return files
 
 
-def by_sequence(tables: SignalTables) -> pa.Table:
+def sums_table(tables: SignalTables) -> pa.Table:
     """Sums and counts of each sequence: a row for each sequence and quantity, from which all means and errors can be had again."""
     sample, measurer = tables.sums_by_sequence, tables.measurer
     sequences = len(sample.counts)

@@ -47,25 +47,25 @@ def neuron_scores(
         One row for each neuron: layer, weight (the parameter, within the block), expert (of weights that stack several), neuron, and of its
         cosines with the whole vocabulary mean, variance, skew and kurtosis (population moments; Pearson's kurtosis, 3 for a Gaussian);
         kind ("prediction": kurtosis > 10 and skew > 0; "suppression": kurtosis > 10 and skew < 0; else empty) and partition (variance >
-        0.005). `frame.attrs["left_out"]` says which blocks have no such neurons, and why.
+        0.005). `frame.attrs["skipped"]` says which blocks have no such neurons, and why.
 
     Raises:
-        InexpressibleError: no neuron's output weights, or no unembedding of the stream's width.
+        UnsupportedEditError: no neuron's output weights, or no unembedding of the stream's width.
     """
     runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks))
-    left_out: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     frames = []
     with runner.inference_mode():
         u_VD = unembedding(runner)
-        for layer, name, parts in output_rows(runner, left_out, progress=progress):
+        for layer, name, parts in output_rows(runner, skipped, progress=progress):
             found = torch.cat([moments(rows_ND, u_VD) for rows_ND in parts], 1)
             frames.append(_frame(layer, name, runner.blocks[layer], found))
     if not frames:
         raise UnsupportedEditError(
-            f"{type(model).__name__} has no neurons to look at: {next(iter(left_out.values()), 'it has no blocks')}"
+            f"{type(model).__name__} has no neurons to look at: {next(iter(skipped.values()), 'it has no blocks')}"
         )
     found = pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "expert": "Int64", "neuron": "Int64"})
-    found.attrs["left_out"] = left_out
+    found.attrs["skipped"] = skipped
     found.attrs["depth"] = runner.depth
     return found
 
@@ -86,7 +86,7 @@ def neurons(
         experts'), prediction_percent and suppression_percent of all neurons of the block. Blocks without an MLP have no numbers.
 
     Raises:
-        InexpressibleError: no neuron's output weights, or no unembedding of the stream's width.
+        UnsupportedEditError: no neuron's output weights, or no unembedding of the stream's width.
 
     Example:
         >>> neurons(model).plot("relative_depth", ["prediction_percent", "suppression_percent"])  # doctest: +SKIP
@@ -110,7 +110,7 @@ def neurons_per_block(scores: pd.DataFrame, model: str) -> pd.DataFrame:
         rows.append(row)
     whole = dict.fromkeys(("layer", "neurons", PREDICTION, SUPPRESSION, "partition"), "Int64")
     frame = pd.DataFrame(rows).astype(whole | {f"{kind}_percent": "float64" for kind in (PREDICTION, SUPPRESSION)})
-    frame.attrs["left_out"] = scores.attrs["left_out"]
+    frame.attrs["skipped"] = scores.attrs["skipped"]
     return frame
 
 
@@ -122,7 +122,7 @@ def unembedding(runner: BlockRunner, *, unit: bool = True) -> torch.Tensor:
         unit: scale rows to length 1; otherwise they keep their own.
 
     Raises:
-        InexpressibleError: there is no matrix of the stream's width, or the norm before it is none that can be folded.
+        UnsupportedEditError: there is no matrix of the stream's width, or the norm before it is none that can be folded.
     """
     model, anatomy = runner.model, runner.anatomy
     name = type(unwrap_transformers(model)).__name__
@@ -157,7 +157,7 @@ def output_rows(
 
     Args:
         runner: the model's blocks, at rest.
-        left_out: is told which blocks have none, and why.
+        skipped: is told which blocks have none, and why.
         layers: the blocks to look at; all if not given.
         progress: is called after each block with the number of blocks done and of all.
     """
@@ -190,13 +190,13 @@ def _gain(runner: BlockRunner, path: str | None, like: torch.Tensor) -> NormAffi
     return gain
 
 
-def _written(runner: BlockRunner, layer: int, left_out: dict[str, str]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+def _written(runner: BlockRunner, layer: int, skipped: dict[str, str]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
     """Weights with which neurons of a block write the stream, by their names: some (neurons, width) after another, float32."""
     block, parts = runner.blocks[layer], runner.anatomy.parts(layer)
     behind = [skip.path for skip in parts.mlp_skips if skip.path in parts.norms_after]
     names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
     if not names:
-        left_out[f"neurons of block {layer}"] = parts.fault or (
+        skipped[f"neurons of block {layer}"] = parts.fault or (
             "the weights with which its MLP writes cannot be told" if parts.mlp else "the block has no mlp"
         )
     for name in names:

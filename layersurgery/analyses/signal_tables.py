@@ -21,7 +21,7 @@ from ..plans.route import Route
 from ..plans.variants import Variant, family
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
-from ..sweeps.results import results
+from ..sweeps.results import results_table
 
 LENS, DROP = "lens", "drop"
 FROM_TEXT = (LENS, *SIGNALS, DROP)
@@ -86,12 +86,12 @@ class SignalTables:
     model: str
 
     def of(self, signal: str) -> pd.DataFrame:
-        """The table of one signal; `frame.attrs["left_out"]` says what is not in it, and why."""
+        """The table of one signal; `frame.attrs["skipped"]` says what is not in it, and why."""
         frame = {
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
             CHANGE: self.change,
         }[signal]()  # fmt: skip
-        frame.attrs["left_out"] = self.skipped
+        frame.attrs["skipped"] = self.skipped
         return frame
 
     @property
@@ -101,7 +101,7 @@ class SignalTables:
         found = dict(self.measurer.skipped)
         if observer is not None:
             found |= observer.skipped
-            if ATTENTION in observer.signals and not self._counts("late").any():
+            if ATTENTION in observer.signals and not self._counts("has_five_previous").any():
                 found["attention_prev5"] = "no token has five before it; sequences need at least six tokens"
         return found
 
@@ -128,7 +128,7 @@ class SignalTables:
         """A row for each block: attention to the five tokens before."""
         rows = []
         for layer, member in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
-            row = self._begun(layer, self._counts("late")) | {"mixer": member.names}
+            row = self._begun(layer, self._counts("has_five_previous")) | {"mixer": member.names}
             for name in ("attention_prev5", "attention_prev5_mean"):
                 row |= self._quantity(layer, "attention", name)
             rows.append(row)
@@ -184,7 +184,7 @@ class SignalTables:
     def drop(self) -> pd.DataFrame:
         """The sweep's table of dropped blocks."""
         chosen = [place for place, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
-        return results([self.measurer.variants[place] for place in chosen], self.sums_by_sequence.sums(chosen), self.model)
+        return results_table([self.measurer.variants[place] for place in chosen], self.sums_by_sequence.sums(chosen), self.model)
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
         """Sums and counts of one quantity by sequence; NaN and zeros where it is not measured."""
@@ -237,5 +237,5 @@ def measure_tables(
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
         what, why = next(iter(tables.skipped.items()))
-        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['left_out'])", stacklevel=3)
+        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['skipped'])", stacklevel=3)
     return tables

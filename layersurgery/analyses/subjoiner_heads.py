@@ -48,7 +48,7 @@ class Subjoiners:
         examples: attention of the head with the highest `score_chosen` in ten windows of each class, the other half's words first: layer,
             head, word_tokens, example, back, token (its text) and attention.
         windows: what was measured on.
-        left_out: blocks whose attention cannot be read, and why.
+        skipped: blocks whose attention cannot be read, and why.
     """
 
     heads: pd.DataFrame
@@ -93,7 +93,7 @@ def subjoiners(
     Raises:
         MeasurementError: too few such words, and how much text it would take; or attention that is no numbers.
         SourceError: the tokenizer does not say where its tokens are.
-        InexpressibleError: no block attends by softmax through a kernel that can be read.
+        UnsupportedEditError: no block attends by softmax through a kernel that can be read.
 
     Example:
         >>> subjoiners(model, tokenizer, documents).heads.head()  # doctest: +SKIP
@@ -123,14 +123,14 @@ def score_heads(
     runner = BlockRunner(model, anatomy)
     found = find_contributions(runner)
     attending = [layer for layer, member in enumerate(found) if member.attends]
-    left_out = {
+    skipped = {
         f"attention of block {layer}": member.attention_error or f"{member.names or 'the block'} attends to no tokens by softmax"
         for layer, member in enumerate(found)
         if not member.attends
     }
     if not attending:
         raise UnsupportedEditError(
-            f"{type(model).__name__} has no heads to look at: {next(iter(left_out.values()), 'it has no blocks')}"
+            f"{type(model).__name__} has no heads to look at: {next(iter(skipped.values()), 'it has no blocks')}"
         )
     ids = windows.ids if first is None else torch.cat([torch.full((len(windows.ids), 1), first), windows.ids], 1)
     shown = _shown(windows)
@@ -143,7 +143,7 @@ def score_heads(
             progress(len(ids[: rows[-1] + 1]), len(ids))
     name = type(model).__name__
     heads = _ranked(sums, name)
-    return Subjoiners(heads, _means(sums, name), _examples(sums, heads, windows, shown, name), windows, left_out)
+    return Subjoiners(heads, _means(sums, name), _examples(sums, heads, windows, shown, name), windows, skipped)
 
 
 def best(heads: pd.DataFrame) -> pd.Series:

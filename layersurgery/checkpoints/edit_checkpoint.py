@@ -75,7 +75,7 @@ def read_checkpoint(source: Source, *, blocks: str | None = None, weights: Tenso
 
     Raises:
         SourceError: damaged, incomplete, or config and tensors of different models.
-        InexpressibleError: an architecture that cannot be edited.
+        UnsupportedEditError: an architecture that cannot be edited.
     """
     config = read_json(source.directory / "config.json")
     section = _section(config)
@@ -140,7 +140,7 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
-        InexpressibleError: no checkpoint of this architecture can say the result.
+        UnsupportedEditError: no checkpoint of this architecture can say the result.
     """
     section = checkpoint.section
     route = plan.route(section.depth)
@@ -247,7 +247,7 @@ def edit_checkpoint(
         progress: called with the number of bytes moved, time after time, from one thread at a time.
 
     Raises:
-        PlanError, SourceError, InexpressibleError, OutputError: before a byte is written, or with nothing left behind.
+        PlanError, SourceError, UnsupportedEditError, OutputError: before a byte is written, or with nothing left behind.
 
     Example:
         >>> import layersurgery as ls

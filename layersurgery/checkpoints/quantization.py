@@ -21,7 +21,7 @@ def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], prefix: st
         stack_name: the last part of the blocks' prefix, such as "layers" or "h".
 
     Raises:
-        InexpressibleError: a pattern that speaks of layer numbers in a way that cannot be followed.
+        UnsupportedEditError: a pattern that speaks of layer numbers in a way that cannot be followed.
     """
     pattern = re.compile(rf"(?<!\w){re.escape(prefix)}\.(\d+)(?=\.|$)")
 

@@ -162,7 +162,7 @@ def find_block_prefix(names: Iterable[str], depth: int, extra: int = 0, prefix: 
 
     Raises:
         SourceError: another count of blocks than the config's, or none.
-        InexpressibleError: several stacks that could be meant.
+        UnsupportedEditError: several stacks that could be meant.
     """
     found: dict[str, set[int]] = defaultdict(set)
     for name in names:

@@ -42,7 +42,7 @@ def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterabl
     """Match the names of a checkpoint's tensors with the blocks at `path` of the model that loads it.
 
     Raises:
-        InexpressibleError: the files number the blocks otherwise than the model does.
+        UnsupportedEditError: the files number the blocks otherwise than the model does.
     """
     rename, cut = _conversion(model)
     alike: dict[tuple[int, str], list[str]] = defaultdict(list)

@@ -43,7 +43,7 @@ def tensors_to_zero(
         route: the source's blocks in their new order.
 
     Raises:
-        InexpressibleError: they are not known, share a tensor with other weights, or do not behave as they should.
+        UnsupportedEditError: they are not known, share a tensor with other weights, or do not behave as they should.
     """
     skipping = {place: visit for place, visit in enumerate(route) if not visit.whole}
     if not skipping:

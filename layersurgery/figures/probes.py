@@ -47,7 +47,7 @@ def probe(models: Sequence[ModelTables]) -> Figure:
 
 
 def _singles(axis: Axes, model: ModelTables) -> None:
-    table = model.tables["singles"]
+    table = model.tables["single_neurons"]
     for kind, (place, label) in _KINDS.items():
         rows = table[table.kind == kind]
         if len(rows):
@@ -59,7 +59,7 @@ def _singles(axis: Axes, model: ModelTables) -> None:
 
 
 def _together(axis: Axes, model: ModelTables) -> None:
-    table = model.tables["together"]
+    table = model.tables["top_k"]
     for kind, (place, label) in _KINDS.items():
         rows = table[table.kind == kind]
         if len(rows):

@@ -15,7 +15,7 @@ _SCORES = (
     ("angular_distance", "angular distance (share of half a turn)"),
 )
 _FAR = 4
-_WAYS = {
+_CRITERIA = {
     "kl": "least KL, each by itself",
     "influence": "least block influence",
     "angular": "span of least angular distance",
@@ -67,10 +67,10 @@ def costs(models: Sequence[ModelTables]) -> Figure:
         grid = figure.subplots(len(models), len(panels), squeeze=False)
         for axes, model in zip(grid, models, strict=True):
             table = model.tables["costs"]
-            base = table[table.way == "unedited"].iloc[0]
+            base = table[table.criterion == "unedited"].iloc[0]
             for axis, (column, label, times) in zip(axes, panels, strict=True):
-                for place, (way, words) in enumerate(_WAYS.items()):
-                    rows = table[table.way == way].sort_values("removed")
+                for place, (way, words) in enumerate(_CRITERIA.items()):
+                    rows = table[table.criterion == way].sort_values("removed")
                     if len(rows):
                         axis.plot(
                             [0, *rows.removed.astype(int)], [times * base[column], *(times * rows[column])], label=words,

@@ -65,7 +65,7 @@ class Anatomy:
         """Stand-ins for what a visit leaves out of its block.
 
         Raises:
-            InexpressibleError: it cannot be left out; says why.
+            UnsupportedEditError: it cannot be left out; says why.
         """
         if visit.whole:
             return ()
@@ -142,7 +142,7 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
         blocks: path of the list of blocks ("model.layers"), where it cannot be found.
 
     Raises:
-        InexpressibleError: it does not run its blocks once each and in order, or cannot be run; with what was found.
+        UnsupportedEditError: it does not run its blocks once each and in order, or cannot be run; with what was found.
     """
     found = find_decoder_blocks(model, blocks)
     # A compiled model would be compiled anew for seven tokens.
@@ -201,7 +201,7 @@ def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
     """The call of one block in one small forward of its model.
 
     Raises:
-        InexpressibleError: the model raised, or did not run the block.
+        UnsupportedEditError: the model raised, or did not run the block.
     """
     with record_calls([(blocks, str(place), "block")]) as log:
         probe_forward(model)
@@ -227,7 +227,7 @@ def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
     """One forward without cache on one short sequence.
 
     Raises:
-        InexpressibleError: the model raised.
+        UnsupportedEditError: the model raised.
     """
     try:
         model = unwrap_transformers(model)

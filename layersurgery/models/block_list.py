@@ -31,7 +31,7 @@ def find_block_list(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Mod
         path: the list's own path, where it is known.
 
     Raises:
-        InexpressibleError: none or several, with what was found.
+        UnsupportedEditError: none or several, with what was found.
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
@@ -66,7 +66,7 @@ def unwrap_transformers(model: nn.Module) -> Any:
     """The model itself, or, in a wrapper that passes nothing on (DDP), the model of transformers within.
 
     Raises:
-        InexpressibleError: there is none.
+        UnsupportedEditError: there is none.
     """
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "get_text_config"):
@@ -80,7 +80,7 @@ def text_config(model: nn.Module) -> Any:
     """The config of the text decoder.
 
     Raises:
-        InexpressibleError: the model has none.
+        UnsupportedEditError: the model has none.
     """
     config = unwrap_transformers(model).config
     if getattr(config, "is_encoder_decoder", False):
@@ -99,7 +99,7 @@ def find_decoder_blocks(model: nn.Module, blocks: str | None = None) -> BlockLis
         blocks: path of the list of blocks, where it cannot be found.
 
     Raises:
-        InexpressibleError: none or several lists that could be it.
+        UnsupportedEditError: none or several lists that could be it.
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:

@@ -29,7 +29,7 @@ def share_parameters(block: nn.Module) -> nn.Module:
     instance (accelerate's `forward` of a dispatched module, say) is bound to the view instead, and a compiled call is left out.
 
     Raises:
-        InexpressibleError: the block carries something that cannot be bound to another module.
+        UnsupportedEditError: the block carries something that cannot be bound to another module.
     """
     modules = list(block.modules())
     copies: dict[int, nn.Module] = {}
@@ -128,7 +128,7 @@ def check_positions(block: nn.Module, position: int) -> None:
     """Refuse a block that counts its position otherwise than from the list it stands in.
 
     Raises:
-        InexpressibleError: with the attribute's name and value.
+        UnsupportedEditError: with the attribute's name and value.
     """
     for module in block.modules():
         # Versions of transformers that know the scale from construction keep it in `scaling`.

@@ -198,7 +198,7 @@ def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
     What one number says for all positions (`DERIVED`, `BARE`) is left as it is: only the config class knows what it reads from it.
 
     Raises:
-        InexpressibleError: a field that cannot say the new order, by name.
+        UnsupportedEditError: a field that cannot say the new order, by name.
     """
     config = copy.deepcopy(config)
     for _, fields in list(_sections(config, ())):
@@ -221,7 +221,7 @@ def rewrite_fields(fields: Json, depth: int, route: Route, *, reloaded: bool = T
             it cannot say the new order.
 
     Raises:
-        InexpressibleError: a field that cannot say the new order, by name.
+        UnsupportedEditError: a field that cannot say the new order, by name.
     """
     if route.blocks == tuple(range(depth)):
         return dict(fields)

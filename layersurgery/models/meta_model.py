@@ -27,7 +27,7 @@ def load_hf_config(config: Json) -> Any:
     """The transformers config object for a config.json; its own code (`auto_map`) is never run.
 
     Raises:
-        InexpressibleError: transformers does not know the model type, or does not accept the config.
+        UnsupportedEditError: transformers does not know the model type, or does not accept the config.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -87,7 +87,7 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
     positions, so after an edit it is given as the list itself.
 
     Raises:
-        InexpressibleError: a per-layer value that the class does not take from the config.
+        UnsupportedEditError: a per-layer value that the class does not take from the config.
     """
     fields = _fields(load_hf_config(config))
     layerwise = [key for key, value in fields.items() if is_layerwise(key, value, section.depth)]
@@ -146,7 +146,7 @@ def build_meta_model(config: Json) -> nn.Module:
     """The model a reload would build, its parameters without memory; buffers are real, for their values are compared.
 
     Raises:
-        InexpressibleError: transformers cannot build it.
+        UnsupportedEditError: transformers cannot build it.
     """
     import transformers
 

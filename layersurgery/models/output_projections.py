@@ -29,7 +29,7 @@ def output_parameters(block: nn.Module, path: str, width: int) -> tuple[str, ...
         width: the model's width, which these projections write.
 
     Raises:
-        InexpressibleError: they cannot be told.
+        UnsupportedEditError: they cannot be told.
     """
     module = block.get_submodule(path)
     names = _own(module, path) if isinstance(module, nn.Linear) else _outputs(module, path)

@@ -52,7 +52,7 @@ class ReloadCheck:
         """Compare them.
 
         Raises:
-            InexpressibleError: the first things that would come back otherwise, by name.
+            UnsupportedEditError: the first things that would come back otherwise, by name.
         """
         before = find_block_list(self.source, self.section.depth)
         after = find_block_list(self.edited, len(self.route))

@@ -105,7 +105,7 @@ class SkippedBranch(nn.Module):
         """The parameters that are saved as zeros, by their names in this module.
 
         Raises:
-            InexpressibleError: one has another name now, so that it would be saved as it is.
+            UnsupportedEditError: one has another name now, so that it would be saved as it is.
         """
         held = dict(self.named_parameters(remove_duplicate=False))
         found: dict[str, torch.Tensor] = {}

@@ -34,7 +34,7 @@ def refuse_architecture(fields: dict[str, Any]) -> None:
         fields: the config's section on the text decoder, with its model type.
 
     Raises:
-        InexpressibleError: with the reason.
+        UnsupportedEditError: with the reason.
     """
     model_type = fields.get("model_type")
     reason = _ALWAYS.get(str(model_type))
@@ -53,7 +53,7 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
         live: whether it is the model in memory that is edited, and not its files.
 
     Raises:
-        InexpressibleError: with the reason.
+        UnsupportedEditError: with the reason.
     """
     step = fields.get("rescale_every")
     if live and step and any(block // step != place // step for place, block in enumerate(route.blocks)):

@@ -80,7 +80,7 @@ def output_dim(module: nn.Module, name: str, width: int) -> int:
         width: of the stream.
 
     Raises:
-        InexpressibleError: it cannot be told.
+        UnsupportedEditError: it cannot be told.
     """
     return _dim(module, name, width, linear=0)
 
@@ -89,7 +89,7 @@ def input_dim(module: nn.Module, name: str, width: int) -> int:
     """The dimension along which a weight reads something as wide as the residual stream.
 
     Raises:
-        InexpressibleError: it cannot be told.
+        UnsupportedEditError: it cannot be told.
     """
     return _dim(module, name, width, linear=1)
 
@@ -119,7 +119,7 @@ def output_weight_rows(module: nn.Module, name: str, width: int, most: int) -> I
     """A projection's weight with a row for each neuron, up to `most` neurons at a time, (neurons, width); experts one after another.
 
     Raises:
-        InexpressibleError: it cannot be told which way round it lies.
+        UnsupportedEditError: it cannot be told which way round it lies.
     """
     weight: torch.Tensor = getattr(module, name).detach()
     wide = weight.movedim(output_dim(module, name, width), -1)

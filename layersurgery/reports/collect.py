@@ -15,7 +15,7 @@ from ..errors import SourceError
 from ..plans.route import Route
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
-from ..sweeps.results import headline
+from ..sweeps.results import summary_sentence
 
 _DEPTH = 3
 _CELLS = 6000
@@ -183,12 +183,12 @@ def _check(frame: pd.DataFrame) -> None:
 
 def _words(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> str:
     if _CURVES in tables:
-        return headline(tables[_CURVES])
+        return summary_sentence(tables[_CURVES])
     if "stages" in tables:
         from ..analyses.inference_stages import describe_stages
 
         return describe_stages(tables["stages"])
-    said = facts.get("in_words") or facts.get("headline")
+    said = facts.get("summary")
     return said if isinstance(said, str) else ""
 
 

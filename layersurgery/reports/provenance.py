@@ -27,8 +27,8 @@ class Provenance:
         command: the words that do it again, as a shell takes them; none where they are not known.
         note: what the command does not say; empty where it says all.
         facts: names and values.
-        left_out: reasons, and what each kept out.
-        not_numbers: what gave values that are none, and in which batches.
+        skipped: reasons, and what each kept out.
+        non_finite: what gave values that are none, and in which batches.
     """
 
     command: list[str]
@@ -42,9 +42,9 @@ def provenance(run: FinishedRun) -> Provenance:
     """How a run came about."""
     words, note = _command(run)
     reasons: dict[str, list[str]] = {}
-    for what, why in _pairs(run.fact("left_out", default={})):
+    for what, why in _pairs(run.fact("skipped", default={})):
         reasons.setdefault(str(why), []).append(what)
-    broken = [(what, _batches(batches)) for what, batches in _pairs(run.fact("not_numbers", default={}))]
+    broken = [(what, _batches(batches)) for what, batches in _pairs(run.fact("non_finite", default={}))]
     facts = [(name, text) for name, text in _facts(run) if text]
     return Provenance([*map(_quoted, words)], note, facts, [*reasons.items()], broken)
 
@@ -162,7 +162,7 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     yield "Versions", ", ".join(f"{name} {number}" for name, number in _pairs(fact("arguments", "versions")))
     machine = ", ".join(f"{name} {value}" for name, value in _pairs(fact("machine")))
     yield "Machine", machine
-    yield "No figure", str(fact("figures_fault"))
+    yield "No figure", str(fact("figure_error"))
     files = fact("files")
     yield "Files", f"{run.path}: {', '.join(map(str, files))}" if isinstance(files, list) else str(run.path)
 

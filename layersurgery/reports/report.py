@@ -29,7 +29,7 @@ class Report:
         bytes: its size.
         runs: directories that are in it.
         not_shown: directories that hold a run and are not in it, and why.
-        left_out: tables, rows and figures that had no room in it.
+        skipped: tables, rows and figures that had no room in it.
     """
 
     path: Path

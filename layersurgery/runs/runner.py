@@ -17,7 +17,7 @@ from ..plans.variants import Variant
 from ..runtime.offload import device_of
 from ..sweeps.executor import OnFraction
 from ..sweeps.measurer import Measurer
-from ..sweeps.results import by_sequence, results
+from ..sweeps.results import results_table, sequence_table
 from .distributed import ProcessGroup, SingleProcess, chunked
 from .journal import Journal, Record
 from .per_token import PARTS, TOKENS, TokenRows, is_complete, join_parts
@@ -68,12 +68,12 @@ class SweepOutput:
 
     def table(self, journal: Journal) -> pd.DataFrame:
         """A row for each model."""
-        return results(self.variants, journal.sums(), self.name)
+        return results_table(self.variants, journal.sums(), self.name)
 
     def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
         """The table, and the sums of each sequence."""
         frame = self.table(journal)
-        write_sweep(directory, frame, by_sequence(self.variants, journal.sums()))
+        write_sweep(directory, frame, sequence_table(self.variants, journal.sums()))
         return frame, [RESULTS, CSV, SEQUENCES]
 
 
@@ -260,7 +260,7 @@ class _Work:
             files.append(TOKENS)
         self.run.update(files=files, **self._facts())
         drawn, fault = draw_safely(draw, frame, self.run.directory)
-        self.run.update(state="finished", figures=drawn, figures_fault=fault)
+        self.run.update(state="finished", figures=drawn, figure_error=fault)
         clear_progress(self.run.directory)
         return frame
 
@@ -297,9 +297,9 @@ class _Work:
             "sequences_at_once": self.at_once,
             "readout": measurer.readout.description,
             "compiled": _compiled(measurer),
-            "left_out": measurer.skipped | ({} if measurer.observer is None else measurer.observer.skipped),
+            "skipped": measurer.skipped | ({} if measurer.observer is None else measurer.observer.skipped),
             "centred": None if measurer.observer is None else measurer.observer.reads_are_mean_free,
-            "not_numbers": self._broken(),
+            "non_finite": self._broken(),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),
             "machine": {

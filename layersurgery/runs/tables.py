@@ -22,7 +22,7 @@ RUN = "run.json"
 TABLES = (
     "stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons",
     "rank", "spans", "step", "costs", "subjoiners", "attention_to_words", "examples",
-    "probe", "singles", "together", "effects",
+    "probe", "single_neurons", "top_k", "effects",
 )  # fmt: skip
 """Of analyses; also their figures are called so."""
 

@@ -79,7 +79,7 @@ class BlockRunner:
         around: modules outside the blocks whose weights are elsewhere.
 
     Raises:
-        InexpressibleError: blocks hand on more than the stream to each other.
+        UnsupportedEditError: blocks hand on more than the stream to each other.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False) -> None:

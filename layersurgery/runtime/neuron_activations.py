@@ -37,19 +37,19 @@ class Projection:
 
 def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
     """Those that can be read, found by running the model once on 25 tokens; and of others why not, by their names."""
-    left_out: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     found: list[Projection] = []
     for layer, block in enumerate(runner.blocks):
         parts = runner.anatomy.parts(layer)
         names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
         if not names:
-            left_out[f"activations of block {layer}"] = parts.fault or (
+            skipped[f"activations of block {layer}"] = parts.fault or (
                 "the weights with which its MLP writes cannot be told" if parts.mlp else "the block has no mlp"
             )
         for name in names:
             weight = block.get_parameter(name)
             if weight.dim() != 2:
-                left_out[f"activations of block {layer} ({name})"] = (
+                skipped[f"activations of block {layer} ({name})"] = (
                     "its experts' weights are one tensor, and no module is given their input"
                 )
                 continue
@@ -69,8 +69,8 @@ def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
             whole.append(one)
         else:
             why = "it is given some of the tokens only, as an expert is" if shapes else "it is not run as a module"
-            left_out[f"activations of block {one.layer} ({one.weight})"] = why
-    return whole, left_out
+            skipped[f"activations of block {one.layer} ({one.weight})"] = why
+    return whole, skipped
 
 
 @contextmanager

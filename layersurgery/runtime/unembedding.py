@@ -184,7 +184,7 @@ def _checked(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor:
     """The model's own logits.
 
     Raises:
-        InexpressibleError: it gives none for each token.
+        UnsupportedEditError: it gives none for each token.
     """
     name = type(unwrap_transformers(runner.model)).__name__
     try:

@@ -68,7 +68,7 @@ def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
     """Give a decoder's config object the depth and the lists of the edited model.
 
     Raises:
-        InexpressibleError: a field that cannot say the new order, by name; what was changed until then is in the log.
+        UnsupportedEditError: a field that cannot say the new order, by name; what was changed until then is in the log.
     """
     attributes = vars(config)
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
@@ -119,7 +119,7 @@ def edit_parent_modules(modules: Iterator[nn.Module], depth: int, route: Route, 
     """The same for what the modules above the blocks keep: the depth, and lists with one value per layer.
 
     Raises:
-        InexpressibleError: a list as long as the model is deep of which it is not known what it means.
+        UnsupportedEditError: a list as long as the model is deep of which it is not known what it means.
     """
     for module in modules:
         attributes = vars(module)

@@ -58,7 +58,7 @@ def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None
         unembedding: take step (4).
 
     Raises:
-        InexpressibleError: its weights are kept elsewhere, or its blocks cannot be told apart.
+        UnsupportedEditError: its weights are kept elsewhere, or its blocks cannot be told apart.
 
     Example:
         >>> fold(model).left  # doctest: +SKIP

@@ -20,7 +20,7 @@ def transformers_model(model: nn.Module) -> Any:
     """The transformers model inside wrappers (PEFT, DDP, torch.compile).
 
     Raises:
-        InexpressibleError: there is none.
+        UnsupportedEditError: there is none.
     """
     from transformers import PreTrainedModel
 
@@ -46,7 +46,7 @@ def check_edit(model: nn.Module, before: Json, route: Route) -> None:
         route: the edit.
 
     Raises:
-        InexpressibleError: the first things that would come back otherwise, by name.
+        UnsupportedEditError: the first things that would come back otherwise, by name.
     """
     _check_skips(model)
     blocks = find_decoder_blocks(model).blocks
@@ -58,7 +58,7 @@ def check_adapters(model: nn.Module) -> None:
     """Refuse adapters in blocks that are visited several times: merging would add them to the shared weights once for each visit.
 
     Raises:
-        InexpressibleError: with the adapter's name.
+        UnsupportedEditError: with the adapter's name.
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -87,7 +87,7 @@ def check_reloads_equal(model: nn.Module) -> None:
     """Compare a live model's blocks with those that would be built from its config.
 
     Raises:
-        InexpressibleError: the first things that would come back otherwise, by name.
+        UnsupportedEditError: the first things that would come back otherwise, by name.
     """
     _check_skips(model)
     inner = transformers_model(model)

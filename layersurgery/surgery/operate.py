@@ -48,7 +48,7 @@ def operate(
 
     Raises:
         PlanError: the plan does not fit the model.
-        InexpressibleError: the architecture cannot be edited in this way; the model is as it was.
+        UnsupportedEditError: the architecture cannot be edited in this way; the model is as it was.
         UndoError: at the end, if somebody else changed the list of blocks meanwhile; their change is left alone.
 
     Example:
@@ -89,7 +89,7 @@ def operate_(
 
     Raises:
         PlanError: the plan does not fit the model.
-        InexpressibleError: the architecture cannot be edited in this way, or no checkpoint of it can say the result; the model
+        UnsupportedEditError: the architecture cannot be edited in this way, or no checkpoint of it can say the result; the model
             is as it was.
     """
     before = config_dict(model) if verify else None
@@ -124,7 +124,7 @@ class Surgery:
         """Make the edit. If this raises, `undo` puts back whatever was changed until then.
 
         Raises:
-            InexpressibleError: the architecture cannot be edited in this way.
+            UnsupportedEditError: the architecture cannot be edited in this way.
         """
         model, depth, route = self.model, len(self.original), self.route
         config = text_config(model)

@@ -29,7 +29,7 @@ def save(
         The directory.
 
     Raises:
-        InexpressibleError: no checkpoint of this architecture can say this model; says which block and what differs.
+        UnsupportedEditError: no checkpoint of this architecture can say this model; says which block and what differs.
         OutputError: `out` exists, or cannot be written; nothing is left behind.
     """
     target = Path(out)

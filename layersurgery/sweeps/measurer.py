@@ -56,11 +56,11 @@ class Measurer:
     Attributes:
         variants: the unedited model, then those measured.
         observer: reads them; None where there are none.
-        left_out: plans of families that this architecture cannot run, and why.
+        skipped: plans of families that this architecture cannot run, and why.
         at_once: sequences that memory holds, once it has run out; batches are measured in parts of so many.
 
     Raises:
-        InexpressibleError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
+        UnsupportedEditError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
         PlanError: a route does not fit the model.
     """
 
@@ -111,7 +111,7 @@ class Measurer:
         facts, depth = refusal_fields(text_config(self.model)), self.runner.depth
         trunk = Route(tuple(map(Visit, range(depth))))
         kept: list[Variant] = []
-        left_out: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         for variant in variants:
             if any(visit.block >= depth for visit in variant.route):
                 raise PlanError(f"{variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}")
@@ -125,12 +125,12 @@ class Measurer:
             except UnsupportedEditError as error:
                 if variant.edit == "plan":
                     raise
-                left_out[variant.plan] = str(error)
+                skipped[variant.plan] = str(error)
             else:
                 kept.append(variant)
         if not kept and (variants or (self.observer is None and not self._reads)):
-            raise UnsupportedEditError(next(iter(left_out.values()), "there is no edit to measure"))
-        return kept, left_out
+            raise UnsupportedEditError(next(iter(skipped.values()), "there is no edit to measure"))
+        return kept, skipped
 
     def _make_schedule(self, order: str | None) -> Schedule:
         if (order or (LAYER_MAJOR if any(self._away) or self._walked else DEPTH_FIRST)) == DEPTH_FIRST:

@@ -28,7 +28,7 @@ ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "chan
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)
 PARTS = (*BRANCHES, "block")
 KINDS = ("self", "index", "adjacent")
-COUNTS = ("tokens", "late", "pairs", "ends")
+COUNTS = ("tokens", "has_five_previous", "pairs", "last_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Quantity:
         layer: the block; of a swap, the first of the two.
         part: "attention", "mlp" or "block"; of a change, the number of blocks that make it.
         name: the column of the table.
-        count: what is counted: real tokens ("tokens"), those with five before them ("late"), pairs of a token and one of the five before
-            it ("pairs"), or last tokens of sequences ("ends").
+        count: what is counted: real tokens ("tokens"), those with five before them ("has_five_previous"), pairs of a token and one of the five before
+            it ("pairs"), or last tokens of sequences ("last_tokens").
     """
 
     signal: str
@@ -64,7 +64,7 @@ class Observer:
         members: the blocks, as far as their parts can be told apart.
         centred: whether contributions are taken without their mean over channels, because all that reads them takes it away (LayerNorm).
         quantities: what is measured, in the order of the sums; what a block does not have is not among them.
-        left_out: what cannot be observed, and why.
+        skipped: what cannot be observed, and why.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Observer:
         for layer, member in enumerate(self.contributions):
             if ATTENTION in self.signals:
                 if member.attends:
-                    yield Quantity(ATTENTION, layer, "attention", "attention_prev5", "late")
+                    yield Quantity(ATTENTION, layer, "attention", "attention_prev5", "has_five_previous")
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5_mean", "pairs")
                 else:
                     why = member.attention_error or f"{member.names or 'the block'} attends to no tokens by softmax"
@@ -131,7 +131,7 @@ class Observer:
                 yield Quantity(CHANGE, layer, "1", "block_influence", "tokens")
                 for span in range(1, min(self.spans, len(visited) - place) + 1):
                     yield Quantity(CHANGE, layer, str(span), "angular_distance", "tokens")
-                    yield Quantity(CHANGE, layer, str(span), "angular_distance_last", "ends")
+                    yield Quantity(CHANGE, layer, str(span), "angular_distance_last", "last_tokens")
 
     def _not_comparable(self, layer: int, part: str) -> str:
         """Why a part of two neighbours cannot be compared."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def results(variants: Sequence[Variant], sums: MetricSums, model: str) -> pd.DataFrame:
+def results_table(variants: Sequence[Variant], sums: MetricSums, model: str) -> pd.DataFrame:
     """One row for each model measured, the unedited one first.
 
     Args:
@@ -47,7 +47,7 @@ def results(variants: Sequence[Variant], sums: MetricSums, model: str) -> pd.Dat
     return frame.astype({"layer": "Int64", "relative_depth": "float64"})
 
 
-def by_sequence(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
+def sequence_table(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
     """Sums of each sequence: one row for each sequence and model, from which the results' means and errors can be had again."""
     import numpy as np
     import pyarrow as pa
@@ -74,7 +74,7 @@ def intermediate(frame: pd.DataFrame, edit: str) -> pd.DataFrame:
     return rows[(rows.layer >= 2) & (rows.layer + reach <= rows.depth - 3)]
 
 
-def headline(frame: pd.DataFrame) -> str:
+def summary_sentence(frame: pd.DataFrame) -> str:
     """How much of the predictions intermediate layers keep, in a sentence; empty where no layer is intermediate."""
     parts = []
     for edit in ("swap", "drop", "skip-attention", "skip-mlp"):

@@ -16,7 +16,7 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.variants import variants
 from ..runtime.inputs import as_tokens
 from .measurer import Measurer
-from .results import results
+from .results import results_table
 
 
 def sweep(
@@ -59,7 +59,7 @@ def sweep(
 
     Raises:
         PlanError: an edit that does not fit the model, or tokens that cannot be measured.
-        InexpressibleError: blocks of this architecture cannot be run in another order.
+        UnsupportedEditError: blocks of this architecture cannot be run in another order.
         MeasurementError: predictions that are no numbers, or too little memory.
 
     Example:
@@ -83,4 +83,4 @@ def sweep(
         done += len(measured.counts)
         if progress is not None:
             progress(done, len(ids))
-    return results(measurer.variants, sums, getattr(model, "name_or_path", "") or type(model).__name__)
+    return results_table(measurer.variants, sums, getattr(model, "name_or_path", "") or type(model).__name__)

@@ -109,8 +109,8 @@ def test_moments_of_any_shape_and_tiling(seed: int, neurons: int, words: int, wi
     w, u = torch.randn(neurons, width, generator=rng), torch.randn(words, width, generator=rng) + 0.3
     cosines = (torch.nn.functional.normalize(w.double()) @ torch.nn.functional.normalize(u.double()).T).numpy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "NEURONS", 4)
-        patch.setattr(kernel, "WORDS", 7)
+        patch.setattr(kernel, "NEURON_TILE", 4)
+        patch.setattr(kernel, "VOCAB_TILE", 7)
         found = moments(w, unit_rows(u.double())).numpy()
     meant = cosines.mean(1), cosines.var(1), stats.skew(cosines, 1), stats.kurtosis(cosines, 1, fisher=False)
     for one, other in zip(found, meant, strict=True):
@@ -154,7 +154,7 @@ def test_blocks_without_an_mlp_are_named() -> None:
     table = ls.analyses.neurons(tiny_model("nemotron_h"))
     assert list(table.neurons > 0) == [False, False, True] * 2
     assert table.prediction.isna().tolist() == [True, True, False] * 2
-    assert table.attrs["left_out"]["neurons of block 0"] == "the block has no mlp"
+    assert table.attrs["skipped"]["neurons of block 0"] == "the block has no mlp"
     with pytest.raises(ls.UnsupportedEditError, match="MambaForCausalLM has no neurons to look at: the block has no mlp"):
         ls.analyses.neurons(tiny_model("mamba"))
     with pytest.raises(ls.UnsupportedEditError, match="neurons write a stream of width 32, and the unembedding is of shape"):

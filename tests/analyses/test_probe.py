@@ -137,8 +137,8 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
     model, ids = tiny_model(name), tokens(3, 9)
     runner = BlockRunner(model, ls.anatomy(model))
     before = [id(module) for module in model.modules()]
-    readable, left_out = neuron_activations.projections(runner)
-    assert (len(readable), left_out) == (runner.depth, {})
+    readable, skipped = neuron_activations.projections(runner)
+    assert (len(readable), skipped) == (runner.depth, {})
     caught: dict[int, torch.Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -165,10 +165,10 @@ def test_activations_are_what_the_output_projection_is_given(name: str, path: st
 
 def test_experts_are_left_out_by_name_and_nothing_stays_behind() -> None:
     model = tiny_model("mixtral")
-    readable, left_out = neuron_activations.projections(BlockRunner(model, ls.anatomy(model)))
+    readable, skipped = neuron_activations.projections(BlockRunner(model, ls.anatomy(model)))
     assert readable == []
-    assert len(left_out) == 6
-    assert all("expert" in why for why in left_out.values())
+    assert len(skipped) == 6
+    assert all("expert" in why for why in skipped.values())
     with pytest.raises(ls.UnsupportedEditError, match="nothing to probe"):
         ls.analyses.probe(model, tiny_tokenizer(), [story()], regex="^x$")
     model = knowing()
@@ -188,7 +188,7 @@ def found() -> Any:
 
 
 def test_a_neuron_made_to_know_is_found(found: Any) -> None:
-    first = found.singles[found.singles.kind == "prediction"].iloc[0]
+    first = found.single_neurons[found.single_neurons.kind == "prediction"].iloc[0]
     assert (first.layer, first.neuron, first["rank"]) == (2, 5, 1)
     assert first.effect > 3
     assert first.slope > 0
@@ -219,7 +219,7 @@ def test_effects_are_the_dense_ones(found: Any) -> None:
         rows = model.lm_head.weight * model.transformer.ln_f.weight
         rows = rows - rows.mean(-1, keepdim=True)
         rows = rows - rows.mean(0)
-        for row in found.singles.itertuples():
+        for row in found.single_neurons.itertuples():
             weight = model.transformer.h[row.layer].mlp.c_proj.weight[row.neuron]
             values = rows @ (weight - weight.mean())
             inside, rest = (np.flatnonzero(mask) for mask in (found.tokens.inside, found.tokens.rest))
@@ -228,7 +228,7 @@ def test_effects_are_the_dense_ones(found: Any) -> None:
 
 def test_the_same_seed_gives_the_same_digits(found: Any) -> None:
     again = ls.analyses.probe(knowing(), tiny_tokenizer(), [story()], regex="^x$", samples=120, batch_size=7)
-    for name in ("probes", "singles", "together", "effects"):
+    for name in ("probes", "single_neurons", "top_k", "effects"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), atol=1e-9)
     for kind, rows in found.together.groupby("kind"):
         assert rows.k.tolist() == list(range(1, len(rows) + 1))
@@ -253,7 +253,7 @@ def test_weights_kept_on_disk_give_the_same(tmp_path: Path, found: Any) -> None:
     knowing().save_pretrained(tmp_path / "knowing")
     away = ls.load(tmp_path / "knowing", device_map={"": "disk"}, offload_folder=tmp_path / "offload").model
     other = ls.analyses.probe(away, tiny_tokenizer(), [story()], regex="^x$", samples=120)
-    pd.testing.assert_frame_equal(other.single_neurons, found.singles)
+    pd.testing.assert_frame_equal(other.single_neurons, found.single_neurons)
     assert on_disk(away)
 
 
@@ -281,9 +281,11 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
         tmp_path / "out",
     ]
     value = result_of(*words)
-    assert value["in_words"] == describe_probes(found.probes)
-    table = ls.read_results(tmp_path / "out", "singles")
-    pd.testing.assert_frame_equal(table.drop(columns="model"), found.singles.drop(columns="model"), check_exact=False, atol=1e-6)
+    assert value["summary"] == describe_probes(found.probes)
+    table = ls.read_results(tmp_path / "out", "single_neurons")
+    pd.testing.assert_frame_equal(
+        table.drop(columns="model"), found.single_neurons.drop(columns="model"), check_exact=False, atol=1e-6
+    )
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["class"]["class"] == "matches '^x$'"
     assert facts["arguments"]["class"] == "matches '^x$'"

@@ -125,7 +125,7 @@ def test_costs_are_those_of_the_models_that_are_left(by: str) -> None:
     model, ids = tiny_model("llama"), tokens(5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = ls.prune(model, ids, remove=2, by=by)
-    costs = found.costs[found.costs.way == by].set_index("removed")
+    costs = found.costs[found.costs.criterion == by].set_index("removed")
     for removed, plan in costs.plan.items():
         hand = ls.compare(model, plan, ids)
         assert costs.kl_nats[removed] == pytest.approx(hand.kl_nats, abs=1e-5)
@@ -140,7 +140,7 @@ def test_costs_are_those_of_the_models_that_are_left(by: str) -> None:
 
 def test_the_first_layer_is_the_same_greedily_or_not() -> None:
     model, ids = tiny_model("llama"), tokens(7)
-    costs = ls.prune(model, ids, remove=1, greedy=True).costs.set_index("way")
+    costs = ls.prune(model, ids, remove=1, greedy=True).costs.set_index("criterion")
     assert costs.plan["greedy"] == costs.plan["kl"]
 
 

@@ -133,8 +133,8 @@ def test_contributions_are_all_that_a_block_adds(name: str) -> None:
     for number, member in enumerate(found):
         if not member.error:
             torch.testing.assert_close(caught[number], added[number], rtol=1e-4, atol=1e-4)
-    left_out = {name: 1 for name, member in enumerate(found) if member.error}
-    assert len(left_out) == {"rwkv": DEPTH, "opt-postnorm": DEPTH, "minimax": DEPTH, "gpt_neox_japanese": 1}.get(name, 0)
+    skipped = {name: 1 for name, member in enumerate(found) if member.error}
+    assert len(skipped) == {"rwkv": DEPTH, "opt-postnorm": DEPTH, "minimax": DEPTH, "gpt_neox_japanese": 1}.get(name, 0)
 
 
 def test_what_a_hybrid_mixes_tokens_with_is_named_and_what_it_lacks_is_said() -> None:
@@ -212,7 +212,7 @@ def test_what_it_costs() -> None:
     measurer = measurer_of(model, ["lens"], DEPTH)
     final = type(measurer.readout).normalize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(measurer.readout), "final", lambda *given: (readouts.append(1), final(*given))[1])  # type: ignore[func-returns-value]
+        patch.setattr(type(measurer.readout), "normalize", lambda *given: (readouts.append(1), final(*given))[1])  # type: ignore[func-returns-value]
         measurer._prove = False
         measurer.measure(ids, mask)
     assert len(readouts) == DEPTH
@@ -360,7 +360,7 @@ def test_a_model_of_one_block() -> None:
 def test_what_is_left_out_is_said() -> None:
     with pytest.warns(UserWarning, match="attention of block 0 is left out: JambaMambaMixer attends to no tokens by softmax"):
         table = ls.analyses.attention(tiny_model("jamba"), tokens(2, 8))
-    assert len(table.attrs["left_out"]) == 4
+    assert len(table.attrs["skipped"]) == 4
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as patch:

@@ -265,7 +265,7 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     model = tiny_model("llama")
     anatomy, windows = ls.anatomy(model), find_word_windows([story()], tiny_tokenizer())
     found_members = find_contributions(BlockRunner(model, anatomy))
-    monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.members", lambda _runner: found_members)
+    monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.find_contributions", lambda _runner: found_members)
     monkeypatch.setattr(attention_weights, "_KERNELS", {})
     with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
         score_heads(model, windows, anatomy=anatomy)
@@ -294,7 +294,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     words = ["analyze", "subjoiners", place / "joiner", "--data", place / "story.txt", "-o", tmp_path / "out"]
     value = result_of(*words)
     meant = ls.analyses.subjoiners(ls.load(place / "joiner").model, tiny_tokenizer(), [story()])
-    assert value["in_words"] == describe_subjoiners(meant.heads)
+    assert value["summary"] == describe_subjoiners(meant.heads)
     assert value["windows"] == meant.windows.about
     table = ls.read_results(tmp_path / "out")
     pd.testing.assert_frame_equal(table.drop(columns="model"), meant.heads.drop(columns="model"), check_exact=False, atol=1e-6)
@@ -303,7 +303,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(file.name for file in (tmp_path / "out").iterdir())
     assert {"subjoiners.png", "examples.png"} <= set(facts["figures"])
-    assert not facts["figures_fault"]
+    assert not facts["figure_error"]
 
     again = run(*words)
     assert again.exit_code == 0

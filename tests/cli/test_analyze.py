@@ -89,7 +89,7 @@ def test_one_at_a_time_gives_the_same_table(place: Path, tmp_path: Path, analysi
     together = ls.read_results(place / "stages", analysis)
     pd.testing.assert_frame_equal(found, together, atol=1e-9)
     assert len(value["tables"][analysis]) == len(found)
-    assert value["left_out"] == {}
+    assert value["skipped"] == {}
     for file in tmp_path.glob("out/*.png"):
         with Image.open(file) as image:
             assert image.width > 600
@@ -193,7 +193,7 @@ def test_a_model_without_neurons(tmp_path: Path, place: Path) -> None:
     assert found.exit_code == 1
     assert "MambaForCausalLM has no neurons to look at: the block has no mlp" in found.stderr
     value = result_of("stages", tmp_path / "mamba", *words(place), "-o", tmp_path / "stages")
-    assert value["left_out"]["neurons"].startswith("MambaForCausalLM has no neurons")
+    assert value["skipped"]["neurons"].startswith("MambaForCausalLM has no neurons")
     assert "neurons" not in value["tables"]
 
 
@@ -214,7 +214,7 @@ def test_a_model_of_one_block(tmp_path: Path, place: Path) -> None:
     checkpoint(tmp_path / "one", "gpt2", n_layer=1)
     value = result_of("stages", tmp_path / "one", *words(place), "-o", tmp_path / "stages")
     assert value["tables"]["similarity"] == []
-    assert value["left_out"]["similarity"] == "the model has one block, and none to swap it with"
+    assert value["skipped"]["similarity"] == "the model has one block, and none to swap it with"
     assert len(value["tables"]["lens"]) == 1
 
 
@@ -238,4 +238,4 @@ def test_too_short_for_five_tokens_before(place: Path, tmp_path: Path) -> None:
     value = result_of(
         "analyze", "attention", place / "tiny", "--data", place / "story.txt", "-n", 40, "--context", 4, "-o", tmp_path / "out"
     )
-    assert value["left_out"] == {"attention_prev5": "no token has five before it; sequences need at least six tokens"}
+    assert value["skipped"] == {"attention_prev5": "no token has five before it; sequences need at least six tokens"}

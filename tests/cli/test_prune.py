@@ -93,7 +93,7 @@ def test_the_checkpoint_is_the_model_without_those_layers(place: Path, tmp_path:
     results = tmp_path / "out-results"
     assert {file.name for file in results.iterdir()} == {"rank", "costs", *(["step-01", "step-02"] if greedy else [])}
     costs = ls.read_results(results / "costs")
-    assert set(costs.way) == {"unedited", "kl", "influence", "angular", *(["greedy"] if greedy else [])}
+    assert set(costs.criterion) == {"unedited", "kl", "influence", "angular", *(["greedy"] if greedy else [])}
     pd.testing.assert_frame_equal(
         costs.drop(columns="model"), meant.costs.drop(columns="model")[costs.columns.drop("model")], check_exact=False, atol=1e-6
     )
@@ -140,7 +140,7 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         def stop(*_: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr(prune, "Costing", stop)
+        patch.setattr(prune, "CostTask", stop)
         assert run(*asked).exit_code == 130
     assert not (tmp_path / "out").exists()
     steps = [tmp_path / "out-results" / f"step-0{number}" / "step.parquet" for number in (1, 2)]

@@ -42,7 +42,7 @@ def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path,
     assert value["path"] == str(tmp_path / "out")
     assert [row["plan"] for row in value["results"]] == list(frame.plan)
     assert value["results"][3]["kl_nats"] == pytest.approx(frame.kl_nats[3], abs=1e-12)
-    assert value["headline"] == ls.headline(frame)
+    assert value["summary"] == ls.summary_sentence(frame)
     ids = tiny_tokenizer()(story.read_text(), add_special_tokens=False)["input_ids"][:120]
     loaded = ls.load(model).model
     meant = ls.sweep(loaded, "swap,drop", [ids[start : start + 30] for start in range(0, 120, 30)])

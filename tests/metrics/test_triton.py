@@ -173,8 +173,8 @@ def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, 
     given = case(30, 401, 24, dtype, bias=True, cap=cap, scale=0.5)
     runner: Any = None
     readout = Unembedding(runner, None, SimpleNamespace(weight=given.w, bias=given.bias), given.scale, given.cap)
-    monkeypatch.setattr(dispatch, "fusible", lambda *_: True)
-    monkeypatch.setattr(tiled, "summarise", None)
+    monkeypatch.setattr(dispatch, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(tiled, "logit_stats", None)
     other = drawn(30, 24, seed=8).to(DEVICE, dtype)
     base = dispatch.baseline(readout, given.x, given.target)
     values = dispatch.measure(readout, other, base)

@@ -123,7 +123,7 @@ def test_a_sweep_finds_what_the_paper_found(loaded: Any, text: torch.Tensor) -> 
     ids = text.view(4, 128)
     frame = ls.sweep(loaded.model, "swap,drop", ids)
     by = {edit: frame[frame.edit == edit].set_index("layer") for edit in ("swap", "drop")}
-    print(ls.headline(frame))
+    print(ls.summary_sentence(frame))
     # Catastrophic: the first block, and the order of the last two.
     assert min(by["swap"].kl_nats[0], by["drop"].kl_nats[0], by["swap"].kl_nats[28]) > 3
     assert max(by["swap"].agreement[0], by["drop"].agreement[0], by["swap"].agreement[28]) < 0.2

@@ -346,7 +346,7 @@ def test_dark_and_light_can_be_read(browser: Browser, made: ls.Report) -> None:
 
 @needs_browser
 def test_hostile_text_is_shown_and_not_run(browser: Browser, tmp_path: Path) -> None:
-    place = results_in(tmp_path / "<img src=x onerror=alert(1)>", HOSTILE, left_out={HOSTILE: HOSTILE}, command=f"layersurgery sweep '{HOSTILE}'".replace("'", '"'))  # fmt: skip
+    place = results_in(tmp_path / "<img src=x onerror=alert(1)>", HOSTILE, skipped={HOSTILE: HOSTILE}, command=f"layersurgery sweep '{HOSTILE}'".replace("'", '"'))  # fmt: skip
     facts = json.loads((place / "run.json").read_text())
     tokens = pd.DataFrame({"layer": range(12), "relative_depth": [layer / 11 for layer in range(12)], f"{HOSTILE[:40]}_nats": range(12), "token": ["</script><script>alert(2)</script>", " the\n", "\u202e<b>", *["x"] * 9]})  # fmt: skip
     write_table(place, "examples", tokens, csv=False)
@@ -383,7 +383,7 @@ def test_what_it_says_of_itself(made: ls.Report, runs: Path) -> None:
     assert list(made.not_shown) == [runs / "deeper" / "stopped"]
     assert "has not finished" in page
     assert "1 directory is not shown" in page
-    words = ls.headline(ls.read_results(runs / "sweep"))
+    words = ls.summary_sentence(ls.read_results(runs / "sweep"))
     assert f"{words[0].upper()}{words[1:]}." in page
     stages = ls.analyses.describe_stages(ls.read_results(runs / "stages"))
     assert stages.split("'")[0][:60] in page
@@ -488,8 +488,8 @@ def test_tables_of_any_analysis_are_shown(tmp_path: Path) -> None:
     place = results_in(tmp_path / "probe", kind="layersurgery analysis")
     (place / "results.parquet").unlink()
     frame = pd.DataFrame({"neuron": [3, 5], "token": [" ing", None], "score": [0.123456789, float("nan")], "score_sem": [0.01, 0.01], "good": [True, False]})  # fmt: skip
-    write_table(place, "singles", frame)
-    facts = json.loads((place / "run.json").read_text()) | {"files": ["singles.parquet", "singles.csv"]}
+    write_table(place, "single_neurons", frame)
+    facts = json.loads((place / "run.json").read_text()) | {"files": ["single_neurons.parquet", "single_neurons.csv"]}
     (place / "run.json").write_text(json.dumps(facts))
     text = ls.report(place, tmp_path / "page.html").path.read_text()
     for cell in ('data-v="0.123456789">0.123<small> ±\N{NO-BREAK SPACE}0.010</small>', ">␣ing<", ">yes<", ">NaN<", "2 rows"):

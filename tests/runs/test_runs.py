@@ -75,7 +75,7 @@ def test_what_it_leaves(undisturbed: Path) -> None:
     run = json.loads((undisturbed / "run.json").read_text())
     assert run["text"] == {"fingerprint": "f", "tokens": 66, "sequences": 7, "length": 10, "notes": []}
     assert run["schedule"] == {"order": "depth-first", "block_calls": 36, "block_calls_apart": 66, "bytes_read_a_batch": 0}
-    assert (run["batch_size"], run["not_numbers"]) == (2, {})
+    assert (run["batch_size"], run["non_finite"]) == (2, {})
     assert run["model"]["parameters"] == sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert run["seconds"] > 0
 
@@ -291,7 +291,7 @@ def test_a_figure_that_fails_does_not_cost_the_numbers(tmp_path: Path) -> None:
     measurer = Measurer(tiny_model("llama"), variants("drop", DEPTH))
     with open_run(tmp_path / "run", {}) as run:
         run_measurement(run, measurer, text(), SweepOutput(measurer.variants, "tiny"), batch_size=2, draw=fail)
-    assert ls.read_results(tmp_path / "run").attrs["run"]["figures_fault"] == "ValueError: no ink"
+    assert ls.read_results(tmp_path / "run").attrs["run"]["figure_error"] == "ValueError: no ink"
 
 
 def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_a_row_that_is_no_number_is_named_with_its_batches(tmp_path: Path, monke
     monkeypatch.setattr(Measurer, "measure", spoiled)
     do(tmp_path / "run", per_token=False)
     frame = ls.read_results(tmp_path / "run")
-    assert frame.attrs["run"]["not_numbers"] == {"swap 2 3": [2]}
+    assert frame.attrs["run"]["non_finite"] == {"swap 2 3": [2]}
     assert frame.loc[3, list(METRICS)].isna().all()
     assert frame.drop(index=3)[list(METRICS)].notna().all(axis=None)
 

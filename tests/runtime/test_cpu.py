@@ -64,11 +64,11 @@ def test_no_more_threads_than_there_is_time_for(monkeypatch: pytest.MonkeyPatch)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        monkeypatch.setattr(cpu_memory, "quota", lambda: 2)
+        monkeypatch.setattr(cpu_memory, "cgroup_cpu_limit", lambda: 2)
         with cpu_memory.reuse_cpu_memory():
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 3
-        monkeypatch.setattr(cpu_memory, "quota", lambda: 8)
+        monkeypatch.setattr(cpu_memory, "cgroup_cpu_limit", lambda: 8)
         with cpu_memory.reuse_cpu_memory():
             assert torch.get_num_threads() == 3
     finally:

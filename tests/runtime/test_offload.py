@@ -158,7 +158,7 @@ def test_no_more_blocks_are_at_hand_than_was_said(tmp_path: Path, monkeypatch: p
         bring(self, wanted)
         most = max(most, sum(not offloaded(block) for block in measurer.runner.blocks))
 
-    monkeypatch.setattr(OffloadedWeights, "_bring_all", watched)
+    monkeypatch.setattr(OffloadedWeights, "_load_all", watched)
     measurer.measure(tokens(), torch.ones_like(tokens()))
     assert most == 2
 

@@ -347,14 +347,14 @@ def test_progress_is_told() -> None:
 
 def test_the_headline_in_five_lines_of_pandas() -> None:
     frame = ls.sweep(tiny_model("llama", num_hidden_layers=9), "swap,drop", tokens(4))
-    said = ls.headline(frame)
+    said = ls.summary_sentence(frame)
     for edit in ("swap", "drop"):
         rows = frame[frame.edit == edit].sort_values("layer")
         kept = 100 * rows.agreement.iloc[2:-2]
         assert f"{kept.min():.0f}-{kept.max():.0f} % " in said
         assert f"under {edit}, median {kept.median():.0f} %" in said
     assert said.startswith("intermediate layers keep ")
-    assert ls.headline(ls.sweep(tiny_model("llama", num_hidden_layers=4), "swap", tokens())) == ""
+    assert ls.summary_sentence(ls.sweep(tiny_model("llama", num_hidden_layers=4), "swap", tokens())) == ""
 
 
 def test_a_wrapped_model() -> None:

@@ -73,10 +73,10 @@ def test_a_sweep_is_operating_and_comparing(name: str) -> None:
             assert torch.equal(found[:, METRICS.index(metric)], meant[:, METRICS.index(metric)]), variant.plan
         compared += 1
     assert compared > DEPTH
-    left_out = {kind: reason for (architecture, kind), reason in LEFT_OUT.items() if architecture == name}
-    for kind, reason in left_out.items():
+    skipped = {kind: reason for (architecture, kind), reason in LEFT_OUT.items() if architecture == name}
+    for kind, reason in skipped.items():
         plans = {variant.plan for variant in family(kind, DEPTH)}
         reasons = [text for plan, text in measurer.skipped.items() if plan in plans]
         assert reasons
         assert all(reason in text for text in reasons)
-    assert bool(measurer.skipped) == bool(left_out)
+    assert bool(measurer.skipped) == bool(skipped)
