@@ -40,11 +40,11 @@ def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.D
             seconds = max(1e-9, time.monotonic() - started)
             rate = (now.sequences - begin) * tokens / seconds
             extremes = describe(now.table()) if now.table is not None else extremes
-            done = f"{now.sequences:.1f}/{now.of} sequences, {rate:,.3g} tokens/s"
+            done = f"{now.sequences:.1f}/{now.total} sequences, {rate:,.3g} tokens/s"
             progress.update(task, completed=now.sequences, done=done, extremes=extremes)
             if not on and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
                 spoke = time.monotonic()
-                left = f"{(now.of - now.sequences) * tokens / rate:,.0f} s left" if rate else ""
+                left = f"{(now.total - now.sequences) * tokens / rate:,.0f} s left" if rate else ""
                 console.log("; ".join(filter(None, [done, left, extremes])))
 
         yield on_progress

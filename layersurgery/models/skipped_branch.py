@@ -57,7 +57,7 @@ class SkippedBranch(nn.Module):
         self._state_dict_hooks = original._state_dict_hooks
         keeper = next((module for module in self.modules() if position_name(module)), None)
         # Past nn.Module's own bookkeeping: neither is a part of this module.
-        vars(self).update(_original=original, _stub=spec, _keeper=(keeper, "" if keeper is None else position_name(keeper)))
+        vars(self).update(_original=original, _spec=spec, _keeper=(keeper, "" if keeper is None else position_name(keeper)))
 
     @property
     def stands_for(self) -> type[nn.Module]:

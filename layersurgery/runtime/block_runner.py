@@ -226,21 +226,21 @@ class _Recorder(ModuleWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         place, record = self._place, self._record
-        habit: CallConvention = self._runner.habits[place]
+        habit: CallConvention = self._runner.conventions[place]
         where = habit.stream
         stream = args[where] if isinstance(where, int) else kwargs[where]
         if place in self._keep:
             record.states[place] = stream.clone() if habit.overwrites else stream
         if isinstance(where, int):
-            record.given.append(((*args[:where], None, *args[where + 1 :]), kwargs))
+            record.arguments.append(((*args[:where], None, *args[where + 1 :]), kwargs))
         else:
-            record.given.append((args, {name: value for name, value in kwargs.items() if name != where}))
+            record.arguments.append((args, {name: value for name, value in kwargs.items() if name != where}))
         with nullcontext() if self._beside is None else self._beside(place, record):
             before = stream.clone() if habit.overwrites and self._beside is not None else stream
             output = self.module(*args, **kwargs)
             if (after := first_tensor(output)) is not None:
-                record.passed = before, after
-        record.passed = None
+                record.last_block = before, after
+        record.last_block = None
         if place < self._runner.depth - 1:
             return output
         record.states[place + 1] = first_tensor(output)

@@ -37,7 +37,7 @@ class FoldResult:
     """
 
     folded: list[str] = field(default_factory=list)
-    centred: list[str] = field(default_factory=list)
+    centered: list[str] = field(default_factory=list)
     not_folded: dict[str, str] = field(default_factory=dict)
 
 
@@ -131,7 +131,7 @@ def _fold_norm(block: nn.Module, prefix: str, path: str, run: Callable[[], torch
     if any(True for _ in norm.parameters()):
         done.folded.append(name)
     if gain.centres:
-        done.centred += [f"{prefix}{reader}" for reader in readers]
+        done.centered += [f"{prefix}{reader}" for reader in readers]
 
 
 def _readers(block: nn.Module, norm: str, run: Callable[[], torch.Tensor]) -> list[str]:
@@ -250,7 +250,7 @@ def _fold_end(runner: BlockRunner, done: FoldResult, *, unembedding: bool) -> No
     if unembedding and readout.cap is not None:
         done.not_folded[f"mean of {head} over the vocabulary"] = "a soft-cap behind it does not let a common number pass"
     elif gain.centres or unembedding:
-        done.centred.append(head)
+        done.centered.append(head)
 
 
 def _untie(model: nn.Module, head: Any, undo: _Undo) -> None:
@@ -272,7 +272,7 @@ def _centre_writers(runner: BlockRunner, trials: Sequence[_FoldProbe], done: Fol
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and id(module) not in inside and module.weight.shape[1] == runner.width:
             _centre(module, "weight", 1)
-            done.centred.append(f"{name}.weight")
+            done.centered.append(f"{name}.weight")
     for number, trial in enumerate(trials):
         block, parts = runner.blocks[number], runner.anatomy.parts(number)
         names = [*parts.outputs("attention"), *parts.outputs("mlp")]
@@ -290,7 +290,7 @@ def _centre_writers(runner: BlockRunner, trials: Sequence[_FoldProbe], done: Fol
             _centre(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
         after = trial.run()
         if _same(after, before - before.mean(-1, keepdim=True)):
-            done.centred += [f"{runner.path}.{number}.{path}" for path in names]
+            done.centered += [f"{runner.path}.{number}.{path}" for path in names]
         else:
             undo.all()
             done.not_folded[f"what block {number} writes"] = "it does not leave the block as it is written"

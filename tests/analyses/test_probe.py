@@ -230,7 +230,7 @@ def test_the_same_seed_gives_the_same_digits(found: Any) -> None:
     again = ls.analyses.probe(knowing(), tiny_tokenizer(), [story()], regex="^x$", samples=120, batch_size=7)
     for name in ("probes", "single_neurons", "top_k", "effects"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), atol=1e-9)
-    for kind, rows in found.together.groupby("kind"):
+    for kind, rows in found.top_k.groupby("kind"):
         assert rows.k.tolist() == list(range(1, len(rows) + 1))
         assert kind in KINDS
 

@@ -74,8 +74,8 @@ def test_what_is_centred_has_no_mean() -> None:
         model.lm_head.weight.mean(0),
     ):  # fmt: skip
         assert value.abs().max() < 1e-6
-    assert "transformer.wte.weight" in done.centred
-    assert "transformer.h.2.mlp.c_proj.bias" in done.centred
+    assert "transformer.wte.weight" in done.centered
+    assert "transformer.h.2.mlp.c_proj.bias" in done.centered
     assert not done.not_folded
 
 
