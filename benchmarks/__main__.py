@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Throughput against what a user would pick instead.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True, help="Throughput against what a user would pick instead.", pretty_exceptions_enable=False
+)
 
 
 @app.callback()
@@ -20,8 +22,12 @@ def _main() -> None:
 @app.command()
 def checkpoint(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="A small checkpoint, for trying the benchmark itself.")] = False,
-    hub: Annotated[Path | None, typer.Option("--hub", help="Hub cache that holds, or will hold, the checkpoint.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small checkpoint, for trying the benchmark itself.")
+    ] = False,
+    hub: Annotated[
+        Path | None, typer.Option("--hub", help="Hub cache that holds, or will hold, the checkpoint.")
+    ] = None,
     work: Annotated[Path | None, typer.Option("--work", help="Where to write; needs 45 GB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
@@ -44,7 +50,11 @@ def operate(
     """Edit a live model and undo it."""
     from .operate import measure
 
-    rows = measure(3, width=256, as_json=as_json, name="operate-quick") if quick else measure(runs, width=width, as_json=as_json)
+    rows = (
+        measure(3, width=256, as_json=as_json, name="operate-quick")
+        if quick
+        else measure(runs, width=width, as_json=as_json)
+    )
     if as_json:
         print(json.dumps(rows, indent=2))
 
@@ -88,7 +98,9 @@ def sweep(
     only: Annotated[
         str, typer.Option("--only", help="Ways of these names, or with these in them: limit,layersurgery,Trans.")
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Little text and one run, for trying the benchmark itself.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Little text and one run, for trying the benchmark itself.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
     """Swap and drop every block, and measure what it does."""
@@ -115,7 +127,9 @@ def gpu(
 
     chosen = parts.split(",")
     if unknown := set(chosen) - set(PARTS):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: write some of {', '.join(PARTS)}", param_hint="'--parts'")
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}: write some of {', '.join(PARTS)}", param_hint="'--parts'"
+        )
     rows = measure(chosen, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -194,7 +208,9 @@ def everything(
     quick: Annotated[
         bool, typer.Option("--quick", help="Each as short as can be, for trying the benchmarks themselves.")
     ] = False,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Run other libraries, in environments of their own.")] = True,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Run other libraries, in environments of their own.")
+    ] = True,
 ) -> None:
     """Run checkpoint, operate, readout and sweep, one after another."""
     operate(21, 1024, quick, as_json=False)

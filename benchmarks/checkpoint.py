@@ -82,7 +82,9 @@ def measure(runs: int, hub: Path | None, work: Path, *, quick: bool, as_json: bo
             with emptied(out):
                 run = timed(command, env=env)
             if run.code:
-                failed[name] = next((line for line in reversed(run.said.splitlines()) if line.strip()), f"exit {run.code}")
+                failed[name] = next(
+                    (line for line in reversed(run.said.splitlines()) if line.strip()), f"exit {run.code}"
+                )
             elif number:
                 results[name].append(run)
             console.print(f"  {'warm-up' if not number else f'run {number}'}: {name}: {run.seconds:.1f} s")

@@ -51,8 +51,12 @@ def measure(parts: Sequence[str], *, as_json: bool) -> list[dict[str, Any]]:
             for row in ours:
                 minutes = 1e6 / row["tokens_per_second"] / 60
                 goal = "<= 4 min" if part == "small" else "<= 20 min"
-                table.add_row(f"{setting.model}, {row['way']}: a million tokens, swap and drop", f"{minutes:.1f} min", goal)
-                table.add_row(f"{setting.model}, {row['way']}: times by hand", f"{row['times_by_hand'] or 0:.2f}", ">= 2.2")
+                table.add_row(
+                    f"{setting.model}, {row['way']}: a million tokens, swap and drop", f"{minutes:.1f} min", goal
+                )
+                table.add_row(
+                    f"{setting.model}, {row['way']}: times by hand", f"{row['times_by_hand'] or 0:.2f}", ">= 2.2"
+                )
                 table.add_row(f"{setting.model}, {row['way']}: share of the limit", f"{row['of_limit']:.2f}", ">= 0.6")
     console.print(table)
     return rows

@@ -21,7 +21,11 @@ GPUS = (1, 8, 64)
 
 def _pythia(width: int, depth: int, heads: int, vocabulary: int) -> Any:
     return GPTNeoXConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * width, vocab_size=vocabulary
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        vocab_size=vocabulary,
     )
 
 

@@ -47,7 +47,9 @@ def bars(rows: Sequence[Row]) -> Figure:
         if row["way"] == LIMIT:
             places = [place for place, other in enumerate(shown) if other["dtype"] == row["dtype"]]
             limit = float(row["tokens_per_second"]) / yard
-            axes.vlines(limit, min(places) - 0.45, max(places) + 0.45, color=_COLOURS[row["dtype"]], linestyles="dashed")
+            axes.vlines(
+                limit, min(places) - 0.45, max(places) + 0.45, color=_COLOURS[row["dtype"]], linestyles="dashed"
+            )
             axes.annotate(f"limit, {row['dtype']}", (limit, max(places) + 0.5), ha="center", va="bottom", fontsize=8)
     axes.set_yticks(range(len(shown)), [f"{row['way']}, {row['dtype']}" for row in shown])
     axes.set_xlabel("speed of swap and drop of every block, as a multiple of the float32 loop by hand")

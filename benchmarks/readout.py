@@ -106,7 +106,9 @@ def measure(shape: Shape, runs: int, *, as_json: bool = False, name: str = "read
     console = wide_console(stderr=as_json)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape.tokens, shape.width, generator=generator).to(shape.device, shape.dtype)
-    w = (torch.randn(shape.vocabulary, shape.width, generator=generator) * shape.width**-0.5 * 3).to(shape.device, shape.dtype)
+    w = (torch.randn(shape.vocabulary, shape.width, generator=generator) * shape.width**-0.5 * 3).to(
+        shape.device, shape.dtype
+    )
     target = torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator).to(shape.device)
     times: dict[str, list[float]] = {}
     extra: dict[str, int] = {}

@@ -51,7 +51,9 @@ def measure(
             if run:  # the first warms up
                 times[way].append(time.perf_counter() - started)
     base = quartiles(times["plain forward, no logits"])[1]
-    table = table_of(f"SmolLM2-135M, float32, one sequence of {context} tokens", "way", "s", "quartiles", "x a plain forward")
+    table = table_of(
+        f"SmolLM2-135M, float32, one sequence of {context} tokens", "way", "s", "quartiles", "x a plain forward"
+    )
     rows = []
     for way, each in times.items():
         low, middle, high = quartiles(each)

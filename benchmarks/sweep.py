@@ -97,7 +97,14 @@ def ways(dtypes: Sequence[str], *, peers: bool, whole: int, alone: int) -> list[
         found += [
             Way("TransformerLens 3", "with_transformer_lens", "float32", (torch, "transformer-lens<4"), alone),
             Way("nnsight 0.8", "with_nnsight", "float32", (torch, "nnsight==0.8.1"), whole),
-            Way("nnterp 1.3, drops", "with_nnterp", "float32", (torch, "nnterp==1.3.0", "nnsight<0.8"), whole, edits="drop"),
+            Way(
+                "nnterp 1.3, drops",
+                "with_nnterp",
+                "float32",
+                (torch, "nnterp==1.3.0", "nnsight<0.8"),
+                whole,
+                edits="drop",
+            ),
         ]
     return found
 
@@ -107,7 +114,13 @@ def ways_of_offloading(sequences: int) -> list[Way]:
     return [
         Way("layersurgery", "with_layersurgery", "float32", sequences=sequences),
         Way("on disk, layer by layer", "with_layersurgery", "float32", sequences=sequences, options=("disk",)),
-        Way("on disk, route by route", "with_layersurgery", "float32", sequences=sequences, options=("disk", "depth-first")),
+        Way(
+            "on disk, route by route",
+            "with_layersurgery",
+            "float32",
+            sequences=sequences,
+            options=("disk", "depth-first"),
+        ),
     ]
 
 
@@ -128,7 +141,9 @@ def measure(
     found = {way: Found() for way in known if _asked(way.name, only, known)}
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as work:
         model, depth, tokens = _material(setting, Path(work))
-        console.print(f"{setting.model}: {depth} blocks, {setting.sequences} x {setting.context} tokens, {setting.device}")
+        console.print(
+            f"{setting.model}: {depth} blocks, {setting.sequences} x {setting.context} tokens, {setting.device}"
+        )
         for number in range(setting.runs):
             for way, so_far in found.items():
                 if so_far.fault:
@@ -180,7 +195,11 @@ def _yard(
     """What the loop by hand gave for a dtype and so many sequences; run for this alone if need be."""
     dtype, sequences = key
     known = next(
-        (so_far for way, so_far in found.items() if way.script == "with_transformers" and (way.dtype, way.sequences) == key),
+        (
+            so_far
+            for way, so_far in found.items()
+            if way.script == "with_transformers" and (way.dtype, way.sequences) == key
+        ),
         Found(),
     )
     if not known.results:
@@ -195,7 +214,15 @@ def _run(way: Way, found: Found, setting: Setting, material: tuple[str, int, Pat
     out.unlink(missing_ok=True)
     python = [sys.executable]
     if way.packages:
-        python = ["uv", "run", "-q", "--no-project", "--isolated", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}"]
+        python = [
+            "uv",
+            "run",
+            "-q",
+            "--no-project",
+            "--isolated",
+            "--python",
+            f"{sys.version_info[0]}.{sys.version_info[1]}",
+        ]
         python += [part for package in (*way.packages, "numpy") for part in ("--with", package)] + ["python"]
     command = [
         *python, "-m", f"benchmarks.peers.{way.script}", model, str(tokens), str(out), "--depth", str(depth), "--edits", way.edits,
@@ -205,7 +232,9 @@ def _run(way: Way, found: Found, setting: Setting, material: tuple[str, int, Pat
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(_ROOT)}
     run = timed(command, env=env, limit=setting.limit_seconds)
     if run.code or not out.exists():
-        found.fault = next((line for line in reversed(run.said.splitlines()) if line.strip()), f"exit code {run.code}").strip()
+        found.fault = next(
+            (line for line in reversed(run.said.splitlines()) if line.strip()), f"exit code {run.code}"
+        ).strip()
         return
     result = json.loads(out.read_text())
     found.results.append(result)
@@ -288,6 +317,11 @@ def _table(rows: list[dict[str, Any]], setting: Setting) -> Table:
         ratios = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("of_limit", "times_by_hand")]
         spread = f"{row['tokens_per_second_low']:.1f}-{row['tokens_per_second_high']:.1f}"
         table.add_row(
-            row["way"], _SHORT[row["dtype"]], f"{row['tokens_per_second']:.1f}", spread, *ratios, f"{row['bytes_peak'] / 1e6:.0f}"
+            row["way"],
+            _SHORT[row["dtype"]],
+            f"{row['tokens_per_second']:.1f}",
+            spread,
+            *ratios,
+            f"{row['bytes_peak'] / 1e6:.0f}",
         )
     return table

@@ -87,10 +87,16 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def machine() -> dict[str, str]:
     """What the figures were measured on, and with."""
     cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = {"cpu": cpu, "cores": str(os.cpu_count()), "memory_gib": f"{memory / 2**30:.0f}", "python": platform.python_version()}
+    facts = {
+        "cpu": cpu,
+        "cores": str(os.cpu_count()),
+        "memory_gib": f"{memory / 2**30:.0f}",
+        "python": platform.python_version(),
+    }
     for package in ("layersurgery", "torch", "transformers", "safetensors"):
         try:
             facts[package] = version(package)

@@ -81,7 +81,9 @@ def neurons(
 @analyze.command("subjoiners")
 def subjoiners(
     model: o.Model,
-    samples: Annotated[int, typer.Option("--samples", min=8, help="Windows of each class, at most.", metavar="N")] = 200,
+    samples: Annotated[
+        int, typer.Option("--samples", min=8, help="Windows of each class, at most.", metavar="N")
+    ] = 200,
     data: o.Data = None,
     split: o.Split = "train",
     column: o.Column = "text",
@@ -119,7 +121,10 @@ def probe(
     suffix: Annotated[
         str | None,
         typer.Option(
-            "--suffix", help="The next token ends with it, white space and capitals aside.", show_default="ing", metavar="TEXT"
+            "--suffix",
+            help="The next token ends with it, white space and capitals aside.",
+            show_default="ing",
+            metavar="TEXT",
         ),
     ] = None,
     regex: Annotated[
@@ -162,7 +167,9 @@ def probe(
     from .session.run_options import MeasureOptions
 
     given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_probe(model, ProbeOptions(suffix, regex, samples), MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
+    run_probe(
+        model, ProbeOptions(suffix, regex, samples), MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json)
+    )
 
 
 _PRUNE = "Prune"
@@ -173,7 +180,11 @@ def rank(
     spans: Annotated[
         int | None,
         typer.Option(
-            "--spans", min=1, help="Angular distances over up to so many blocks.", show_default="half of the model's", metavar="N"
+            "--spans",
+            min=1,
+            help="Angular distances over up to so many blocks.",
+            show_default="half of the model's",
+            metavar="N",
         ),
     ] = None,
     data: o.Data = None,
@@ -222,11 +233,15 @@ def prune(
     greedy: Annotated[bool, typer.Option("--greedy", help="Measure what is left anew after each removal.")] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Checkpoint to write.", show_default="./<name>-prune-<remove>-<by>", metavar="DIR"),
+        typer.Option(
+            "--output", "-o", help="Checkpoint to write.", show_default="./<name>-prune-<remove>-<by>", metavar="DIR"
+        ),
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option("--results", help="Directory of what is measured.", show_default="./<output>-results", metavar="DIR"),
+        typer.Option(
+            "--results", help="Directory of what is measured.", show_default="./<output>-results", metavar="DIR"
+        ),
     ] = None,
     data: o.Data = None,
     split: o.Split = "train",
@@ -292,11 +307,16 @@ def reproduce(
     device_map: o.DeviceMap = None,
     max_memory: o.MaxMemory = None,
     offload_folder: o.OffloadFolder = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say what is left to do and what it costs, and stop.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what is left to do and what it costs, and stop.")
+    ] = False,
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Directory of a directory for each model, of figures and of the report.", metavar="DIR"
+            "--output",
+            "-o",
+            help="Directory of a directory for each model, of figures and of the report.",
+            metavar="DIR",
         ),
     ] = Path("reproduction"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what is there already.")] = False,
@@ -317,7 +337,9 @@ def add_analyses(app: typer.Typer) -> None:
     analyze.command("attention")(_of_text("attention", "How much attention goes to the five tokens before."))
     analyze.command("norms")(_of_text("norms", "The size of what attention and MLP add to the stream."))
     analyze.command("lens")(_of_text("lens", "What the model would say behind each block (the logit lens)."))
-    analyze.command("similarity")(_of_text("similarity", "What blocks add when they are swapped, and when not: cosines."))
+    analyze.command("similarity")(
+        _of_text("similarity", "What blocks add when they are swapped, and when not: cosines.")
+    )
     app.command("stages", rich_help_panel=_PANEL)(
         _of_text(
             "stages",

@@ -67,7 +67,9 @@ def _edits(build: Callable[..., Plan]) -> Callable[..., None]:
         plan = build(**{name: given.pop(name) for name in own})
         _edit(plan=plan, **given)
 
-    parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (shared["model"], *own.values(), *rest)]
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (shared["model"], *own.values(), *rest)
+    ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return app.command(rich_help_panel=_EDIT)(command)
@@ -88,7 +90,10 @@ def _edit(
     from .commands.edit import EditOptions, edit
 
     edit(
-        {None: plan}, model, EditOptions(output, overwrite, link, verify, revision, blocks), Console(quiet=quiet, as_json=as_json)
+        {None: plan},
+        model,
+        EditOptions(output, overwrite, link, verify, revision, blocks),
+        Console(quiet=quiet, as_json=as_json),
     )
 
 
@@ -140,7 +145,10 @@ def reverse(layers: o.Layers) -> Plan:
 @_edits
 def reorder(
     order: Annotated[
-        str, typer.Option("--order", help="The whole new order, as in '0:12 13 12 14:32'.", metavar="ROUTE", show_default=False)
+        str,
+        typer.Option(
+            "--order", help="The whole new order, as in '0:12 13 12 14:32'.", metavar="ROUTE", show_default=False
+        ),
     ],
 ) -> Plan:
     """Write the whole order anew, with omissions and repeats."""
@@ -159,14 +167,20 @@ def skip(
 
 @app.command(rich_help_panel=_EDIT)
 def edit(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere; a recipe may name it instead.")] = None,
-    plan: Annotated[str | None, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere; a recipe may name it instead.")
+    ] = None,
+    plan: Annotated[
+        str | None, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML file of named outputs and their plans.", metavar="FILE")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Directory to write; with --recipe, the one that outputs are put in.", metavar="DIR"),
+        typer.Option(
+            "--output", "-o", help="Directory to write; with --recipe, the one that outputs are put in.", metavar="DIR"
+        ),
     ] = None,
     overwrite: o.Overwrite = False,
     link: o.Link = False,
@@ -243,7 +257,8 @@ def sweep(
 @app.command(rich_help_panel=_MEASURE)
 def plot(
     results: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Directories that sweep, analyze or stages wrote.", show_default=False)
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Directories that sweep, analyze or stages wrote.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of figures.", metavar="DIR")] = Path(),
     quiet: o.Quiet = False,
@@ -260,7 +275,9 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Directories of results, or of such directories, three levels down.", show_default=False
+            metavar="DIR...",
+            help="Directories of results, or of such directories, three levels down.",
+            show_default=False,
         ),
     ],
     output: Annotated[
@@ -285,7 +302,9 @@ def report(
 
 @app.command(rich_help_panel=_LOOK)
 def plan(
-    plan: Annotated[str, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False)],
+    plan: Annotated[
+        str, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False)
+    ],
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Whose layers; or give --depth.")] = None,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Blocks of the model.")] = None,
     revision: o.Revision = None,
@@ -328,7 +347,9 @@ add_analyses(app)
 def _named(layer: list[str] | None, layers: str | None) -> str:
     words = [*(layer or []), *([layers] if layers else [])]
     if not words:
-        raise typer.BadParameter("name at least one block with --layer or --layers", param_hint="'--layer' / '--layers'")
+        raise typer.BadParameter(
+            "name at least one block with --layer or --layers", param_hint="'--layer' / '--layers'"
+        )
     return " ".join(words)
 
 

@@ -9,7 +9,9 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Hub id, directory of a checkpoint, .gguf file, or smollm2-135m.", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="Hub id, directory of a checkpoint, .gguf file, or smollm2-135m.", show_default=False
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -30,7 +32,9 @@ Blocks = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; talk goes to stderr.")]
-Layer = Annotated[int, typer.Option("--layer", "-l", help="Block number; negative counts from the end.", show_default=False)]
+Layer = Annotated[
+    int, typer.Option("--layer", "-l", help="Block number; negative counts from the end.", show_default=False)
+]
 Layers = Annotated[
     str, typer.Option("--layers", help="Half-open range of blocks, as in 8:16.", metavar="A:B", show_default=False)
 ]
@@ -39,7 +43,8 @@ SomeLayers = Annotated[
     typer.Option("--layer", "-l", help="Block number; may be given several times.", metavar="N", show_default=False),
 ]
 Range = Annotated[
-    str | None, typer.Option("--layers", help="Half-open range of blocks, as in 20:24.", metavar="A:B", show_default=False)
+    str | None,
+    typer.Option("--layers", help="Half-open range of blocks, as in 20:24.", metavar="A:B", show_default=False),
 ]
 
 _WHAT = "What to measure"
@@ -58,7 +63,9 @@ Edits = Annotated[
 ]
 Plans = Annotated[
     Path | None,
-    typer.Option("--plans", help="File of plans, one a line: 'name: drop 20:24'.", metavar="FILE", rich_help_panel=_WHAT),
+    typer.Option(
+        "--plans", help="File of plans, one a line: 'name: drop 20:24'.", metavar="FILE", rich_help_panel=_WHAT
+    ),
 ]
 LayerRange = Annotated[
     str | None,
@@ -81,7 +88,9 @@ Data = Annotated[
     ),
 ]
 Split = Annotated[str, typer.Option("--split", help="Of a hub dataset.", metavar="NAME", rich_help_panel=_TEXT)]
-Column = Annotated[str, typer.Option("--column", help="The column that holds the text.", metavar="NAME", rich_help_panel=_TEXT)]
+Column = Annotated[
+    str, typer.Option("--column", help="The column that holds the text.", metavar="NAME", rich_help_panel=_TEXT)
+]
 Tokens = Annotated[
     str | None,
     typer.Option(
@@ -107,10 +116,14 @@ Context = Annotated[
 Pack = Annotated[
     bool,
     typer.Option(
-        "--pack/--no-pack", help="Join documents and cut them into contexts; or one document a sequence.", rich_help_panel=_TEXT
+        "--pack/--no-pack",
+        help="Join documents and cut them into contexts; or one document a sequence.",
+        rich_help_panel=_TEXT,
     ),
 ]
-Bos = Annotated[bool, typer.Option("--bos", help="Begin every sequence with the beginning-of-text token.", rich_help_panel=_TEXT)]
+Bos = Annotated[
+    bool, typer.Option("--bos", help="Begin every sequence with the beginning-of-text token.", rich_help_panel=_TEXT)
+]
 Shuffle = Annotated[
     bool | None,
     typer.Option(
@@ -149,7 +162,11 @@ Dtype = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="cpu, cuda or cuda:1.", show_default="cuda if there is one", metavar="NAME", rich_help_panel=_HOW
+        "--device",
+        help="cpu, cuda or cuda:1.",
+        show_default="cuda if there is one",
+        metavar="NAME",
+        rich_help_panel=_HOW,
     ),
 ]
 DeviceMap = Annotated[
@@ -201,18 +218,24 @@ Estimate = Annotated[
 Compile = Annotated[
     bool,
     typer.Option(
-        "--compile", help="Have torch compile the blocks: faster, after some seconds; needs a C++ compiler.", rich_help_panel=_HOW
+        "--compile",
+        help="Have torch compile the blocks: faster, after some seconds; needs a C++ compiler.",
+        rich_help_panel=_HOW,
     ),
 ]
 BlockList = Annotated[
     str | None,
-    typer.Option("--blocks", help="Path of the list of blocks, where it is not found.", metavar="NAME", rich_help_panel=_HOW),
+    typer.Option(
+        "--blocks", help="Path of the list of blocks, where it is not found.", metavar="NAME", rich_help_panel=_HOW
+    ),
 ]
 SweepOutput = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-sweep", metavar="DIR")
+    Path | None,
+    typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-sweep", metavar="DIR"),
 ]
 AnalysisOutput = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-<analysis>", metavar="DIR")
+    Path | None,
+    typer.Option("--output", "-o", help="Directory of results.", show_default="./<name>-<analysis>", metavar="DIR"),
 ]
 OverwriteResults = Annotated[bool, typer.Option("--overwrite", help="Begin anew where another run is at the output.")]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Write tokens.parquet: every metric of every token.")]

@@ -15,7 +15,9 @@ text = "\n\n".join(topics[name] for name in sorted(topics))
 tokens = tokenizer(text[:4000], return_tensors="pt").input_ids[:, :192].view(2, 96)
 
 # 15 edited models of the middle layers in one pass: every block call that two of them share is made once.
-frame = ls.sweep(model, "swap,drop", tokens, layers=range(10, 18), progress=lambda done, of: print(f"{done} of {of} sequences"))
+frame = ls.sweep(
+    model, "swap,drop", tokens, layers=range(10, 18), progress=lambda done, of: print(f"{done} of {of} sequences")
+)
 
 # It is a pandas frame with a row for each edited model, so everything that pandas can do can be asked.
 by_layer = frame.pivot_table(index="layer", columns="edit", values="kl_nats")

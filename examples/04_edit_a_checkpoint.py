@@ -20,7 +20,9 @@ with TemporaryDirectory() as directory:
     out = Path(directory) / "edited"
     # Tensors are renamed in the headers of the files and bytes are moved by the kernel: no weight is read into memory.
     result = ls.edit_checkpoint("smollm2-135m", plan, out)
-    print(f"{len(result.route)} blocks from {result.depth}, {result.bytes_written / 1e6:.0f} MB in {result.seconds:.1f} s")
+    print(
+        f"{len(result.route)} blocks from {result.depth}, {result.bytes_written / 1e6:.0f} MB in {result.seconds:.1f} s"
+    )
 
     # The config follows, tokenizer and licence come along, and a model card says what was done.
     print(f"layers now: {json.loads((out / 'config.json').read_text())['num_hidden_layers']}")

@@ -8,7 +8,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import LayerSurgeryError, MeasurementError, OutputError, PlanError, SourceError, UndoError, UnsupportedEditError
+from .errors import (
+    LayerSurgeryError,
+    MeasurementError,
+    OutputError,
+    PlanError,
+    SourceError,
+    UndoError,
+    UnsupportedEditError,
+)
 from .plans.plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
 from .plans.route import Route, Visit
 from .version import __version__

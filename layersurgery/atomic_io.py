@@ -29,7 +29,9 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """
     here, there = out.resolve(), source and source.resolve()
     if there is not None and (here == there or here in there.parents or there in here.parents):
-        raise OutputError(f"the output {out} and the source {source} lie within each other; choose another output with -o")
+        raise OutputError(
+            f"the output {out} and the source {source} lie within each other; choose another output with -o"
+        )
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -141,7 +143,9 @@ def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = None
     if os.path.lexists(out):
         if not overwrite:
-            raise OutputError(f"{out} was made by somebody else meanwhile; it is left as it is, and this result is thrown away")
+            raise OutputError(
+                f"{out} was made by somebody else meanwhile; it is left as it is, and this result is thrown away"
+            )
         _check_replaceable(out)
         old = out.parent / f".{out.name}.replaced-{secrets.token_hex(4)}"
         out.rename(old)

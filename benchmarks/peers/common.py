@@ -158,7 +158,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(
-    library: str, load: Callable[[Task], Any], measure: Callable[[Any, Task], Rows], supported: tuple[str, ...] = ("swap", "drop")
+    library: str,
+    load: Callable[[Task], Any],
+    measure: Callable[[Any, Task], Rows],
+    supported: tuple[str, ...] = ("swap", "drop"),
 ) -> None:
     """Load, warm up on one edit of one batch, measure, and write what was found."""
     asked = arguments().parse_args()

@@ -42,7 +42,9 @@ def seconds(work: Callable[[], Any], device: str, times: int) -> float:
 
 def products(model: Any) -> Counter[tuple[int, int]]:
     """(inputs, outputs) of the linear maps of a block."""
-    return Counter((m.in_features, m.out_features) for m in model.base_model.layers[0].modules() if isinstance(m, nn.Linear))
+    return Counter(
+        (m.in_features, m.out_features) for m in model.base_model.layers[0].modules() if isinstance(m, nn.Linear)
+    )
 
 
 def main() -> None:

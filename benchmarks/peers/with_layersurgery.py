@@ -30,7 +30,9 @@ def _on_disk(task: common.Task) -> Any:
 def measure(loaded: Any, task: common.Task, *, compiled: bool, order: str | None) -> common.Rows:
     model, anatomy = loaded
     plans = [edit.plan for edit in task.edits]
-    frame = ls.sweep(model, plans, task.tokens, batch_size=task.at_once, anatomy=anatomy, compiled=compiled, order=order)
+    frame = ls.sweep(
+        model, plans, task.tokens, batch_size=task.at_once, anatomy=anatomy, compiled=compiled, order=order
+    )
     return [row for row in frame[["plan", *common.METRICS]].to_dict("records") if row["plan"]]
 
 
@@ -38,5 +40,7 @@ if __name__ == "__main__":
     options = common.arguments().parse_args().option
     order = "depth-first" if "depth-first" in options else None
     common.main(
-        "layersurgery", partial(load, disk="disk" in options), partial(measure, compiled="compiled" in options, order=order)
+        "layersurgery",
+        partial(load, disk="disk" in options),
+        partial(measure, compiled="compiled" in options, order=order),
     )

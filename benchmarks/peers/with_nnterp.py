@@ -32,7 +32,9 @@ def dropped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
 
 
 def measure(model: Any, task: common.Task) -> common.Rows:
-    return common.batched(task, partial(unedited_logits, model), lambda batch, edit: dropped_logits(model, batch, edit.layer))
+    return common.batched(
+        task, partial(unedited_logits, model), lambda batch, edit: dropped_logits(model, batch, edit.layer)
+    )
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ def _for_a_look(source: Source, options: MeasureOptions, console: Console) -> Pl
 
     from layersurgery.sweeps.estimate import blocks_on_disk
 
-    return dataclasses.replace(place, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks))
+    return dataclasses.replace(
+        place, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks)
+    )
 
 
 def _on_neurons(console: Console) -> Any:

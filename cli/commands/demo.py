@@ -54,7 +54,13 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
         f"  layersurgery drop {EMBEDDED} --layer 20",
         f"  layersurgery plan {EMBEDDED} --plan 'repeat 8:12; skip-attention 20'",
     ]
-    value = {"path": str(output), "plan": str(plan), "route": str(sketch.route), **divergence, "continuations": continuations}
+    value = {
+        "path": str(output),
+        "plan": str(plan),
+        "route": str(sketch.route),
+        **divergence,
+        "continuations": continuations,
+    }
     console.result(value, *lines)
 
 
@@ -67,7 +73,9 @@ def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dic
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pipes = [pipeline("text-generation", model=str(path), device="cpu", dtype=torch.float32) for path in (before, after)]
+    pipes = [
+        pipeline("text-generation", model=str(path), device="cpu", dtype=torch.float32) for path in (before, after)
+    ]
     written = [
         [
             pipe(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, return_full_text=False)[0]["generated_text"]

@@ -73,9 +73,13 @@ def edited(
     results = []
     for name, sketch in drafts.items():
         with console.byte_progress(sketch.nbytes) as progress:
-            results.append(write_edit(sketch, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress))
+            results.append(
+                write_edit(sketch, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress)
+            )
     if options.link and not any(result.bytes_linked for result in results):
-        console.log("No file could be linked: each one changes, or the output is on another file system. All was copied")
+        console.log(
+            "No file could be linked: each one changes, or the output is on another file system. All was copied"
+        )
     return results, source
 
 

@@ -90,7 +90,9 @@ def show_anatomy(model: str, revision: str | None, blocks: str | None, console: 
 
 
 def _anatomy(found: Inspection) -> Iterable[str | Table]:
-    dtypes = ", ".join(f"{dtype} {100 * count / max(found.parameters, 1):.3g}%" for dtype, count in sorted(found.dtypes.items()))
+    dtypes = ", ".join(
+        f"{dtype} {100 * count / max(found.parameters, 1):.3g}%" for dtype, count in sorted(found.dtypes.items())
+    )
     width = f", width {found.width}" if found.width else ""
     vocabulary = f", {found.vocabulary} tokens" if found.vocabulary else ""
     yield f"[bold]{escape(found.name)}[/]  {escape(found.architecture)} ({escape(found.model_type)})"
@@ -98,11 +100,15 @@ def _anatomy(found: Inspection) -> Iterable[str | Table]:
     yield (
         f"{format_count(found.parameters)} parameters, {format_bytes(found.nbytes)} in {found.files} file{'s'[: found.files > 1]}, {dtypes}\n"
     )
-    blocks = Table("blocks", "kind", "tensors", "parameters", "bytes", title="Blocks, each", title_justify="left", box=None)
+    blocks = Table(
+        "blocks", "kind", "tensors", "parameters", "bytes", title="Blocks, each", title_justify="left", box=None
+    )
     for group in found.groups:
         kind = ", ".join(f"{key} {value}" for key, value in group.traits.items()) or "all alike"
         count = sum(tensor.count for tensor in group.tensors)
-        blocks.add_row(str(group.blocks), escape(kind), str(count), format_count(group.parameters), format_bytes(group.nbytes))
+        blocks.add_row(
+            str(group.blocks), escape(kind), str(count), format_count(group.parameters), format_bytes(group.nbytes)
+        )
     yield blocks
     shown: list[tuple[TensorGroup, ...]] = []
     for group in found.groups:

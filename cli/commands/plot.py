@@ -36,5 +36,7 @@ def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another directory with -o") from error
+        raise OutputError(
+            f"cannot make {output}: {error.strerror or error}; choose another directory with -o"
+        ) from error
     return (draw(sweeps, output) if sweeps else []) + (draw_together(analyses, output) if analyses else [])

@@ -46,7 +46,9 @@ def run_probe(model: str, asked: ProbeOptions, options: MeasureOptions, console:
     run_tasks(model, options, console, lead)
 
 
-def probe_in(session: ModelSession, directory: Path, wanted: ProbeOptions, *, asked: TextAsked | None = None, anew: bool) -> Run:
+def probe_in(
+    session: ModelSession, directory: Path, wanted: ProbeOptions, *, asked: TextAsked | None = None, anew: bool
+) -> Run:
     """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
     from layersurgery.analyses.token_classes import CONTEXT, find_balanced_windows, token_class
     from layersurgery.runs.text import bos_of, check_data, documents
@@ -60,7 +62,13 @@ def probe_in(session: ModelSession, directory: Path, wanted: ProbeOptions, *, as
     console.log(f"The text of {chosen.about['tokens']:,} of {chosen.about['of']:,} tokens {chosen.words}: {some}")
     with console.status(f"Looking for them in {asked.data}"):
         windows = find_balanced_windows(
-            documents(asked), tokenizer, chosen, tokens=asked.tokens, samples=wanted.samples, seed=asked.seed, name=asked.data
+            documents(asked),
+            tokenizer,
+            chosen,
+            tokens=asked.tokens,
+            samples=wanted.samples,
+            seed=asked.seed,
+            name=asked.data,
         )
     about = windows.about
     total = about["training"] + about["held_out"]
@@ -81,7 +89,12 @@ def probe_in(session: ModelSession, directory: Path, wanted: ProbeOptions, *, as
                 model, windows, chosen, first=first, seed=asked.seed, batch_size=options.batch_size or _BATCH,
                 anatomy=anatomy(model, blocks=options.blocks), on_layer=on_layer, progress=on_windows,
             )  # fmt: skip
-        frames = {WORD: found.probes, "single_neurons": found.single_neurons, "top_k": found.top_k, "effects": found.effects}
+        frames = {
+            WORD: found.probes,
+            "single_neurons": found.single_neurons,
+            "top_k": found.top_k,
+            "effects": found.effects,
+        }
         facts: dict[str, Any] = {
             "skipped": found.skipped, "windows": about, "class": chosen.about, "caption": caption, "summary": describe_probes(found.probes),
         }  # fmt: skip

@@ -146,7 +146,10 @@ class CostTask(_TableTask):
 
     def arguments(self) -> dict[str, Any]:
         """Which."""
-        return {"analysis": self.word, "orders": {way: [list(one) for one in order] for way, order in self.orders.items()}}
+        return {
+            "analysis": self.word,
+            "orders": {way: [list(one) for one in order] for way, order in self.orders.items()},
+        }
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
         """Measures what is left each time."""
@@ -274,7 +277,13 @@ def _cells(row: pd.Series | None) -> list[str]:
 
 def _words(layers: Sequence[int], before: pd.Series, after: pd.Series | None, asked: PruneOptions) -> Iterator[str]:
     order = f"Layer {layers[0]} goes" if len(layers) == 1 else f"Layers {', '.join(map(str, layers))} go"
-    how = "measured anew after each removal" if asked.greedy else "as one span" if asked.by == "angular" else "each by itself"
+    how = (
+        "measured anew after each removal"
+        if asked.greedy
+        else "as one span"
+        if asked.by == "angular"
+        else "each by itself"
+    )
     yield f"\n{order}, chosen by {asked.by}, {how}"
     if after is None:
         yield "Without them the model could not be measured in memory"

@@ -35,7 +35,12 @@ PAPER = (
     "microsoft/phi-1", "microsoft/phi-1_5", "microsoft/phi-2",
 )  # fmt: skip
 SWEEP, STAGES, SUBJOINERS, PROBE = EXPERIMENTS = ("sweep", "stages", "subjoiners", "probe")
-FIGURES = {SWEEP: "figures 2, 3, 13-15", STAGES: "figures 1, 4-8, 11, 12", SUBJOINERS: "figure 9", PROBE: "figures 10, 16"}
+FIGURES = {
+    SWEEP: "figures 2, 3, 13-15",
+    STAGES: "figures 1, 4-8, 11, 12",
+    SUBJOINERS: "figure 9",
+    PROBE: "figures 10, 16",
+}
 _EDITS = "swap,drop,skip-attention,skip-mlp"
 _LOOKED_THROUGH = 1_000_000
 _SQUARE = 2048
@@ -134,7 +139,9 @@ def _places(models: Sequence[str], output: Path) -> dict[str, Path]:
         place = output / (name.rstrip("/").rpartition("/")[2] or name)
         if place in places.values():
             other = next(model for model, there in places.items() if there == place)
-            raise PlanError(f"{other} and {name} would both be written to {place}; reproduce them into two directories, with -o")
+            raise PlanError(
+                f"{other} and {name} would both be written to {place}; reproduce them into two directories, with -o"
+            )
         places[name] = place
     return places
 
@@ -219,7 +226,12 @@ def _shown(plan: Sequence[Part]) -> Iterator[Any]:
             cost = (flops(part.flops), _time(part.seconds)) if part.left else ("-", "-")
             left = f"{len(part.left)} of {len(EXPERIMENTS)} runs"
             table.add_row(
-                escape(part.directory.name), str(part.depth), format_count(part.parameters), f"{part.tokens:,}", left, *cost
+                escape(part.directory.name),
+                str(part.depth),
+                format_count(part.parameters),
+                f"{part.tokens:,}",
+                left,
+                *cost,
             )
         yield table
         yield (
@@ -287,7 +299,9 @@ def _finish(output: Path, value: dict[str, Any], outcome: _Outcome, console: Con
     lines = [f"[bold red]Not done:[/] {escape(f'{what}: {why}')}" for what, why in outcome.not_done.items()]
     lines += [f"[yellow]Not in the report:[/] {escape(f'{path}: {why}')}" for path, why in made.not_shown.items()]
     lines.append(
-        escape(f"{len(outcome.done)} runs are in {output}; the report is {made.path} ({format_bytes(made.bytes)}){together}")
+        escape(
+            f"{len(outcome.done)} runs are in {output}; the report is {made.path} ({format_bytes(made.bytes)}){together}"
+        )
     )
     console.result(value, *lines)
     if outcome.not_done:

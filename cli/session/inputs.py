@@ -20,9 +20,13 @@ _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
 
 
-def read_model_info(model: str, options: MeasureOptions, console: Console) -> tuple[Source, int, int | None, int | None]:
+def read_model_info(
+    model: str, options: MeasureOptions, console: Console
+) -> tuple[Source, int, int | None, int | None]:
     """The source, without weights; and its depth, positions and vocabulary."""
-    with console.status(f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"):
+    with console.status(
+        f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"
+    ):
         source = find_source(model, revision=options.revision, weights=False)
         return source, *_config(source)
 
@@ -58,7 +62,9 @@ def _config(source: Source) -> tuple[int, int | None, int | None]:
         config = AutoConfig.from_pretrained(source.directory).get_text_config(decoder=True)
         depth = int(config.num_hidden_layers)
     except Exception as error:  # a config class may raise anything
-        raise SourceError(f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}"
+        ) from error
     positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     return depth, positions if isinstance(positions, int) else None, vocabulary if isinstance(vocabulary, int) else None
 

@@ -83,7 +83,9 @@ class ModelSession:
         depth: blocks of the model.
     """
 
-    def __init__(self, model: str, options: MeasureOptions, console: Console, group: ProcessGroup, hold: ExitStack) -> None:
+    def __init__(
+        self, model: str, options: MeasureOptions, console: Console, group: ProcessGroup, hold: ExitStack
+    ) -> None:
         self.model, self.options, self.console, self.group = model, options, console, group
         self._hold = hold
         self.source, self.depth, positions, self._vocabulary = read_model_info(model, options, console)
@@ -122,7 +124,9 @@ class ModelSession:
         )
         with open_run(directory, arguments, kind=task.kind, overwrite=anew, command=recorded_command()) as run:
             if run.finished or text is None:
-                self.console.log(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
+                self.console.log(
+                    f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew"
+                )
             else:
                 self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.place))
                 self.waited_for = False
@@ -164,7 +168,9 @@ class ModelSession:
     def load(self) -> Any:
         """The model where it is to be."""
         if self._loaded is None:
-            self._loaded = self._hold.enter_context(load_with_status(self._with_weights(), self.place, self.console, self.group))
+            self._loaded = self._hold.enter_context(
+                load_with_status(self._with_weights(), self.place, self.console, self.group)
+            )
         return self._loaded
 
 
@@ -182,7 +188,9 @@ def tokenizer_of_run(source: Source, other: str | None) -> Any:
     return tokenizer
 
 
-def _arguments(source: Source, options: MeasureOptions, asked: TextRequest, task: Task, place: Placement) -> dict[str, Any]:
+def _arguments(
+    source: Source, options: MeasureOptions, asked: TextRequest, task: Task, place: Placement
+) -> dict[str, Any]:
     from layersurgery.runs.run_directory import versions
 
     return {
@@ -281,7 +289,9 @@ def silence_libraries() -> Iterator[None]:
         yield
 
 
-def _announce(measurer: Measurer, text: TokenizedText, batch_size: int | None, console: Console, group: ProcessGroup) -> None:
+def _announce(
+    measurer: Measurer, text: TokenizedText, batch_size: int | None, console: Console, group: ProcessGroup
+) -> None:
     length = text.ids.shape[1]
     batch = min(batch_size or measurer.suggest(length), len(text.ids))
     forecast, plan = measurer.memory_use(batch, length), measurer.schedule

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layersurgery.errors import PlanError, SourceError
-from layersurgery.runtime.device_map import DeviceMap, MaxMemory, describe, local_device, read_device_map, read_max_memory
+from layersurgery.runtime.device_map import (
+    DeviceMap,
+    MaxMemory,
+    describe,
+    local_device,
+    read_device_map,
+    read_max_memory,
+)
 
 if TYPE_CHECKING:
     from layersurgery.checkpoints.sources import Source
@@ -45,7 +52,9 @@ class Placement:
     def arguments(self) -> dict[str, Any]:
         """What the digits may depend on: the kind of device, not which of several equal ones; and how a model is spread over kinds."""
         where = {"device": self.device.partition(":")[0], "dtype": self.dtype}
-        return where if self.device_map is None else where | {"device_map": self.device_map, "max_memory": self.max_memory}
+        return (
+            where if self.device_map is None else where | {"device_map": self.device_map, "max_memory": self.max_memory}
+        )
 
 
 def choose_placement(options: MeasureOptions, source: Source, console: Console) -> Placement:
@@ -70,7 +79,9 @@ def choose_placement(options: MeasureOptions, source: Source, console: Console) 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SourceError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    return Placement(device, _dtype(options.dtype, device, source, console), device_map, max_memory, options.offload_folder)
+    return Placement(
+        device, _dtype(options.dtype, device, source, console), device_map, max_memory, options.offload_folder
+    )
 
 
 def _dtype(asked: str, device: str, source: Source, console: Console) -> str:
@@ -109,7 +120,9 @@ def load_model(source: Source, place: Placement, group: ProcessGroup) -> Iterato
     with tempfile.TemporaryDirectory(prefix="layersurgery-offload-", dir=place.offload_folder) as folder:
         given = place.device_map
         spread: Any = (
-            {name: _own(device, group) for name, device in given.items()} if isinstance(given, dict) else _own(given, group)
+            {name: _own(device, group) for name, device in given.items()}
+            if isinstance(given, dict)
+            else _own(given, group)
         )
         yield load(
             source.directory,

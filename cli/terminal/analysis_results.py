@@ -27,7 +27,10 @@ _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
         ("lens_entropy_bits", "entropy, bits", 1, 2, True),
         ("lens_agreement", "top token, %", 100, 1, True),
     ),
-    "attention": (("attention_prev5", "on previous 5", 1, 3, True), ("attention_prev5_mean", "mean of each", 1, 4, False)),
+    "attention": (
+        ("attention_prev5", "on previous 5", 1, 3, True),
+        ("attention_prev5_mean", "mean of each", 1, 4, False),
+    ),
     "norms": (
         ("attention_norm", "attention", 1, 2, True),
         ("mlp_norm", "MLP", 1, 2, True),
@@ -190,7 +193,9 @@ def show_analysis(run: Run, console: Console) -> None:
             for name in ("model", "text", "windows", "class", "seconds", "tokens_per_second", "skipped", "non_finite")
             if name in facts
         },
-        "tables": {name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in frames.items()},
+        "tables": {
+            name: json.loads(frame.to_json(orient="records", double_precision=15)) for name, frame in frames.items()
+        },
     }
     first = names[0]
     shown: list[Any] = [*lines(first, frames[first])]

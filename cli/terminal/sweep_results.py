@@ -41,7 +41,9 @@ def lines(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
         for kind in kinds:
             rows = frame[frame.edit == kind].sort_values("layer")
             for metric, words in (("kl_nats", "KL, log scale"), ("agreement", "predictions kept")):
-                yield Text(f"{kind:>14} {words:<16} {sparkline(rows[metric].tolist(), log=metric == 'kl_nats')}", no_wrap=True)
+                yield Text(
+                    f"{kind:>14} {words:<16} {sparkline(rows[metric].tolist(), log=metric == 'kl_nats')}", no_wrap=True
+                )
     others = frame[frame.edit.isin(["swap-pairs", "plan"]) | ((frame.edit == "drop-span") & ("drop-span" not in kinds))]
     if len(others):
         yield _listed(others)
@@ -112,7 +114,9 @@ def show_sweep(run: Run, console: Console) -> None:
     shown = [*lines(frame)]
     for plan, batches in facts["non_finite"].items():
         where = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
-        shown.append(f"[bold red]Not numbers:[/] {escape(plan)} gave NaN or infinity in batch {where}; its row says NaN")
+        shown.append(
+            f"[bold red]Not numbers:[/] {escape(plan)} gave NaN or infinity in batch {where}; its row says NaN"
+        )
     if facts.get("figure_error"):
         shown.append(escape(f"No figure could be drawn: {facts['figure_error']}"))
     if sentence := summary_sentence(frame):

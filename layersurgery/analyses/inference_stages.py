@@ -146,7 +146,9 @@ def _drawn_neurons(counts: dict[str, Array], rng: np.random.Generator) -> dict[s
     of = counts["neurons"]
     if not all(np.isfinite(values).all() for values in counts.values()):
         return counts
-    shares = np.stack([counts["prediction"], counts["suppression"], of - counts["prediction"] - counts["suppression"]], 1)
+    shares = np.stack(
+        [counts["prediction"], counts["suppression"], of - counts["prediction"] - counts["suppression"]], 1
+    )
     drawn = rng.multinomial(of.astype(int), shares / np.maximum(of, 1)[:, None])
     return {"prediction": drawn[:, 0].astype(float), "suppression": drawn[:, 1].astype(float), "neurons": of}
 
@@ -161,13 +163,18 @@ def describe_stages(frame: pd.DataFrame) -> str:
         if limit.layer is None:
             parts.append(f"Where {limit.ends} gives way to {limit.begins} was not found: {limit.why}.")
             continue
-        parts.append(f"{limit.ends.capitalize()} ends before layer {limit.layer} of {depth}{_interval(limit)}: {limit.why}.")
+        parts.append(
+            f"{limit.ends.capitalize()} ends before layer {limit.layer} of {depth}{_interval(limit)}: {limit.why}."
+        )
         first = limit.layer
     told = sum(limit.layer is not None for limit in limits)
     names = list(dict.fromkeys(frame.stage))
-    number = {0: "None of the three limits", 1: "One of the three limits", 2: "Two of the three limits", 3: "All three limits"}[
-        told
-    ]
+    number = {
+        0: "None of the three limits",
+        1: "One of the three limits",
+        2: "Two of the three limits",
+        3: "All three limits",
+    }[told]
     head = f"{number} between the four stages {'was' if told < 2 else 'were'} found"
     last = f"Layers {first} to {depth - 1} are" if first < depth - 1 else f"Layer {first} is"
     tail = f"{last} {names[-1]}." if told else ""
@@ -178,5 +185,7 @@ def _interval(limit: Boundary) -> str:
     if limit.low is None:
         return " (a single sequence: no interval)"
     return (
-        f" (95 % of resamples: {limit.low})" if limit.low == limit.high else f" (95 % of resamples: {limit.low} to {limit.high})"
+        f" (95 % of resamples: {limit.low})"
+        if limit.low == limit.high
+        else f" (95 % of resamples: {limit.low} to {limit.high})"
     )

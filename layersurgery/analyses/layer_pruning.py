@@ -100,7 +100,9 @@ def prune(
         return None if progress is None else lambda done, of: progress(words, done, of)
 
     options: dict[str, Any] = {"blocks": blocks, "anatomy": known}
-    found = rank(model, ids, spans=remove, attention_mask=mask, batch_size=batch_size, progress=told("ranking layers"), **options)
+    found = rank(
+        model, ids, spans=remove, attention_mask=mask, batch_size=batch_size, progress=told("ranking layers"), **options
+    )
     orders = {way: removal_orders(found, found.attrs["spans"], remove, way) for way in CRITERIA}
     if greedy:
         steps: list[int] = []
@@ -175,7 +177,9 @@ def step_measurer(model: nn.Module, by: str, removed: Sequence[int], depth: int,
     if by != "kl":
         route = Route(block for block in range(depth) if block not in removed)
         return Measurer(model, [], observe=[CHANGE], observed_route=route, **options)
-    candidates = [Variant.of("drop", plan_of([*removed, block]), depth) for block in range(depth) if block not in removed]
+    candidates = [
+        Variant.of("drop", plan_of([*removed, block]), depth) for block in range(depth) if block not in removed
+    ]
     return Measurer(model, [Variant(v.edit, v.plan, v.route, None, v.name) for v in candidates], **options)
 
 

@@ -40,7 +40,9 @@ class ProbeData:
 
         x, train = self.x_WN[:, columns], ~self.held_out
         scaler = StandardScaler().fit(x[train])
-        fitted = LogisticRegression(random_state=self.seed, max_iter=1000).fit(scaler.transform(x[train]), self.inside[train])
+        fitted = LogisticRegression(random_state=self.seed, max_iter=1000).fit(
+            scaler.transform(x[train]), self.inside[train]
+        )
         return fitted.predict(scaler.transform(x)) == self.inside, float(fitted.coef_[0, 0])
 
     def score(self, right: np.ndarray) -> dict[str, float]:

@@ -20,7 +20,13 @@ SHOWN, BINS = 36, 60
 
 
 def select_neurons(
-    runner: BlockRunner, scores: pd.DataFrame, readable: Collection[Projection], chosen: TokenClass, *, count: int, seed: int
+    runner: BlockRunner,
+    scores: pd.DataFrame,
+    readable: Collection[Projection],
+    chosen: TokenClass,
+    *,
+    count: int,
+    seed: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The neurons of either kind with the greatest effect on a class, and others at random, as a control.
 
@@ -46,7 +52,8 @@ def select_neurons(
     with runner.inference_mode():
         u_VD = unembedding(runner, unit=False)
         inside, rest = (
-            torch.from_numpy(pad_to_vocabulary(mask, len(u_VD))).to(u_VD.device) for mask in (chosen.inside, chosen.rest)
+            torch.from_numpy(pad_to_vocabulary(mask, len(u_VD))).to(u_VD.device)
+            for mask in (chosen.inside, chosen.rest)
         )
         direction_D = u_VD[inside].double().mean(0) - u_VD[rest].double().mean(0)
         effects = [
@@ -104,7 +111,10 @@ def _histograms(
     for rank, (index, one) in enumerate(shown.iterrows(), 1):
         values = rows[index]
         edges = np.histogram_bin_edges(values[inside | rest], BINS)
-        counts = {name: np.histogram(values[mask], edges)[0] for name, mask in (("class_tokens", inside), ("rest_tokens", rest))}
+        counts = {
+            name: np.histogram(values[mask], edges)[0]
+            for name, mask in (("class_tokens", inside), ("rest_tokens", rest))
+        }
         told = {name: one[name] for name in ("layer", "neuron", "kind", "effect")}
         frames.append(pd.DataFrame({**told, "rank": rank, "low": edges[:-1], "high": edges[1:], **counts}))
     return pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "neuron": "Int64", "rank": "Int64"})

@@ -26,7 +26,13 @@ from .prediction_neurons import PREDICTION, SUPPRESSION, neuron_scores
 from .token_classes import BalancedWindows, TokenClass, find_balanced_windows, token_class
 
 NEURONS, SHUFFLES = 32, 20
-BOTH, TOP_TOKEN, PROBABILITY, MAJORITY, SHUFFLED = "both", "model, top token", "model, probability", "majority", "shuffled labels"
+BOTH, TOP_TOKEN, PROBABILITY, MAJORITY, SHUFFLED = (
+    "both",
+    "model, top token",
+    "model, probability",
+    "majority",
+    "shuffled labels",
+)
 KINDS = {
     PREDICTION: "prediction neurons", SUPPRESSION: "suppression neurons", BOTH: "of both kinds", RANDOM: "random ones of the same blocks",
 }  # fmt: skip
@@ -113,7 +119,9 @@ def probe(
     windows = find_balanced_windows(documents, tokenizer, chosen, tokens=tokens, samples=samples, seed=seed)
     first = bos_of(tokenizer) if bos else None
     anatomy = anatomy or find_anatomy(model, blocks=blocks)
-    return fit_probes(model, windows, chosen, first=first, seed=seed, batch_size=batch_size, anatomy=anatomy, progress=progress)
+    return fit_probes(
+        model, windows, chosen, first=first, seed=seed, batch_size=batch_size, anatomy=anatomy, progress=progress
+    )
 
 
 def fit_probes(
@@ -150,7 +158,9 @@ def describe_probes(probes: pd.DataFrame) -> str:
     best = neurons.loc[neurons.groupby("probe", sort=False).k.idxmax()]
     parts = [f"{_percent(row)} with {row.k} {KINDS[row.probe]}" for row in best.itertuples()]
     model, odds, shuffled = (probes[probes.probe == name].iloc[0] for name in (TOP_TOKEN, PROBABILITY, SHUFFLED))
-    verdict = "chance" if is_chance(shuffled.accuracy, shuffled.held_out) else "not chance, so a half knows of the other"
+    verdict = (
+        "chance" if is_chance(shuffled.accuracy, shuffled.held_out) else "not chance, so a half knows of the other"
+    )
     return (
         f"Held-out accuracy (95 %): {', '.join(parts)}. The model itself: {_percent(model)} by its top token, {_percent(odds)} by the probability "
         f"that it gives to the class. Shuffled labels: {_percent(shuffled)}, {verdict}."
@@ -179,7 +189,9 @@ def _watched(
 
     def keep(x_BN: np.ndarray, shape: torch.Size, mine: pd.DataFrame, value: torch.Tensor) -> None:
         last = value.reshape(*shape, -1)[:, -1]
-        x_BN[:, mine.index] = last[:, torch.tensor(mine.neuron.to_numpy(int), device=last.device)].double().cpu().numpy()
+        x_BN[:, mine.index] = (
+            last[:, torch.tensor(mine.neuron.to_numpy(int), device=last.device)].double().cpu().numpy()
+        )
 
     for start in range(0, len(ids), batch_size):
         batch = ids[start : start + batch_size]
@@ -227,9 +239,15 @@ def _of_neurons(task: ProbeData, neurons: pd.DataFrame) -> tuple[pd.DataFrame, d
 
 def _ranked(single_neurons: pd.DataFrame, orders: dict[str, list[int]]) -> pd.DataFrame:
     """Neurons, the best of each kind first."""
-    kinds = [single_neurons.loc[order].assign(rank=range(1, len(order) + 1)) for kind, order in orders.items() if kind != BOTH]
+    kinds = [
+        single_neurons.loc[order].assign(rank=range(1, len(order) + 1))
+        for kind, order in orders.items()
+        if kind != BOTH
+    ]
     found = pd.concat(kinds, ignore_index=True).astype(dict.fromkeys(("layer", "neuron", "rank"), "Int64"))
-    return found[["layer", "weight", "neuron", "kind", "rank", "effect", "slope", "accuracy", "low", "high", "train_accuracy"]]
+    return found[
+        ["layer", "weight", "neuron", "kind", "rank", "effect", "slope", "accuracy", "low", "high", "train_accuracy"]
+    ]
 
 
 def _compared(

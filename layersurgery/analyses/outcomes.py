@@ -67,7 +67,11 @@ class TableOutput:
         frames = self.make(tables)
         files = write_tables(directory, frames)
         self.measurer.skipped.update(tables.skipped)
-        rows = sums_table(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sums_by_sequence.sums())
+        rows = (
+            sums_table(tables)
+            if self.measurer.observer
+            else by_model(self.measurer.variants, tables.sums_by_sequence.sums())
+        )
         with atomic_file(directory / SEQUENCES) as partial:
             pq.write_table(rows, partial, compression="zstd")
         return next(iter(frames.values())), [*files, SEQUENCES]
@@ -135,7 +139,9 @@ class AnalysisOutput:
         with atomic_file(kept) as partial:
             table = pa.Table.from_pandas(found, preserve_index=False)
             pq.write_table(
-                table.replace_schema_metadata({**(table.schema.metadata or {}), b"attrs": json.dumps(found.attrs).encode()}),
+                table.replace_schema_metadata(
+                    {**(table.schema.metadata or {}), b"attrs": json.dumps(found.attrs).encode()}
+                ),
                 partial,
             )
         return found

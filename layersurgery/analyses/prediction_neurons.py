@@ -91,7 +91,9 @@ def neurons(
     Example:
         >>> neurons(model).plot("relative_depth", ["prediction_percent", "suppression_percent"])  # doctest: +SKIP
     """
-    return neurons_per_block(neuron_scores(model, blocks=blocks, anatomy=anatomy, progress=progress), type(model).__name__)
+    return neurons_per_block(
+        neuron_scores(model, blocks=blocks, anatomy=anatomy, progress=progress), type(model).__name__
+    )
 
 
 def neurons_per_block(scores: pd.DataFrame, model: str) -> pd.DataFrame:
@@ -149,7 +151,11 @@ def unembedding(runner: BlockRunner, *, unit: bool = True) -> torch.Tensor:
 
 
 def output_rows(
-    runner: BlockRunner, skipped: dict[str, str], *, layers: Collection[int] | None = None, progress: OnLayer | None = None
+    runner: BlockRunner,
+    skipped: dict[str, str],
+    *,
+    layers: Collection[int] | None = None,
+    progress: OnLayer | None = None,
 ) -> Iterator[tuple[int, str, Iterator[torch.Tensor]]]:
     """With which neurons write the stream: layer, weight (within the block), and some (neurons, width) after another, float32.
 
@@ -168,7 +174,11 @@ def output_rows(
         runner.offloaded.load(block)
         try:
             for name, parts in _written(runner, layer, skipped):
-                yield layer, name, (rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND for rows_ND in parts)
+                yield (
+                    layer,
+                    name,
+                    (rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND for rows_ND in parts),
+                )
         finally:
             runner.offloaded.unload(block)
         if progress is not None:

@@ -20,7 +20,18 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from ..plans.variants import Variant, family
 from ..sweeps.measurer import Measurer
-from ..sweeps.observer import ATTENTION, CHANGE, COUNTS, KINDS, NORMS, PARTS, SIGNALS, SIMILARITY, counts_of, first_quantity
+from ..sweeps.observer import (
+    ATTENTION,
+    CHANGE,
+    COUNTS,
+    KINDS,
+    NORMS,
+    PARTS,
+    SIGNALS,
+    SIMILARITY,
+    counts_of,
+    first_quantity,
+)
 from ..sweeps.results import results_table
 
 LENS, DROP = "lens", "drop"
@@ -30,7 +41,10 @@ _LENS_METRICS = {"lens_kl_nats": "kl_nats", "lens_entropy_bits": "entropy_bits",
 
 def logit_lens_variants(depth: int) -> list[Variant]:
     """The model cut off behind each of its blocks but the last, and read: the logit lens. They are on the unedited model's way."""
-    return [Variant(LENS, f"drop {layer + 1}:", Route.identity(layer + 1), layer, f"lens {layer}") for layer in range(depth - 1)]
+    return [
+        Variant(LENS, f"drop {layer + 1}:", Route.identity(layer + 1), layer, f"lens {layer}")
+        for layer in range(depth - 1)
+    ]
 
 
 def variants_of(signals: Collection[str], depth: int) -> list[Variant]:
@@ -58,7 +72,11 @@ def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **option
 
 
 def collect_sums(
-    measurer: Measurer, ids: torch.Tensor, mask: torch.Tensor, batch_size: int | None, progress: Callable[[int, int], None] | None
+    measurer: Measurer,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
 ) -> SequenceSums:
     """Go once over all tokens."""
     size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
@@ -184,7 +202,9 @@ class SignalTables:
     def drop(self) -> pd.DataFrame:
         """The sweep's table of dropped blocks."""
         chosen = [place for place, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
-        return results_table([self.measurer.variants[place] for place in chosen], self.sums_by_sequence.sums(chosen), self.model)
+        return results_table(
+            [self.measurer.variants[place] for place in chosen], self.sums_by_sequence.sums(chosen), self.model
+        )
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
         """Sums and counts of one quantity by sequence; NaN and zeros where it is not measured."""
@@ -233,7 +253,9 @@ def measure_tables(
     progress: Callable[[int, int], None] | None,
 ) -> SignalTables:
     """What `measure` makes its tables of; arguments as there."""
-    measurer = measurer_of(model, signals, len(find_decoder_blocks(model, blocks).blocks), blocks=blocks, anatomy=anatomy)
+    measurer = measurer_of(
+        model, signals, len(find_decoder_blocks(model, blocks).blocks), blocks=blocks, anatomy=anatomy
+    )
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
         what, why = next(iter(tables.skipped.items()))

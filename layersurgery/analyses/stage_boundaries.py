@@ -85,7 +85,9 @@ def boundaries(
                 layers.append(one.layer)
     return _ordered(
         [
-            _judged(Boundary(STAGES[n], STAGES[n + 1], one.layer, None, None, None, one.by, one.why, RULES[n]), drawn[n])
+            _judged(
+                Boundary(STAGES[n], STAGES[n + 1], one.layer, None, None, None, one.by, one.why, RULES[n]), drawn[n]
+            )
             for n, one in enumerate(found)
         ]
     )
@@ -97,7 +99,9 @@ def _judged(boundary: Boundary, drawn: list[int | None]) -> Boundary:
     some = [layer for layer in drawn if layer is not None]
     share = len(some) / len(drawn)
     low, high = (
-        (int(x) for x in np.percentile(some, [50 - _LEVEL / 2, 50 + _LEVEL / 2], method="nearest")) if some else (None, None)
+        (int(x) for x in np.percentile(some, [50 - _LEVEL / 2, 50 + _LEVEL / 2], method="nearest"))
+        if some
+        else (None, None)
     )
     if boundary.layer is None or share >= SHARE:
         return replace(boundary, share=share, low=low, high=high)
@@ -123,7 +127,9 @@ def _ordered(found: list[Boundary]) -> list[Boundary]:
 
 
 def _detokenization(signals: Signals) -> _Found:
-    kl = _leaves(np.log(np.maximum(signals["drop_kl_nats"], 1e-12)), "drop KL", math.log(2), lambda x: f"{math.exp(x):.2g} nats")
+    kl = _leaves(
+        np.log(np.maximum(signals["drop_kl_nats"], 1e-12)), "drop KL", math.log(2), lambda x: f"{math.exp(x):.2g} nats"
+    )
     attention = signals["attention_prev5"]
     median = np.median(_middle(attention))
     near = _leaves(attention, "attention to the previous five", 0.1 * float(median), lambda x: f"{x:.2f}")
@@ -149,7 +155,9 @@ def _leaves(values: Array, name: str, least: float, say: Callable[[float], str])
         return _Found(None, name, f"{name} does not leave its early level before half depth")
     fall = f"{name} falls from {say(early)} towards {say(middle)} by layer {layer}"
     if back := [number for number in range(layer, half) if not low[number]]:
-        return _Found(None, name, f"{fall}, but is high again at layer{'s'[: len(back) > 1]} {', '.join(map(str, back))}")
+        return _Found(
+            None, name, f"{fall}, but is high again at layer{'s'[: len(back) > 1]} {', '.join(map(str, back))}"
+        )
     return _Found(layer, name, fall)
 
 
@@ -163,7 +171,9 @@ def _engineering(signals: Signals) -> _Found:
     depth = len(values)
     if depth < 6 or not np.isfinite(values).all():
         return _Found(
-            None, name, "the model has too few layers to fit two lines" if depth < 6 else "lens KL is not a number everywhere"
+            None,
+            name,
+            "the model has too few layers to fit two lines" if depth < 6 else "lens KL is not a number everywhere",
         )
     x = np.arange(depth, dtype=float)
     one = _residual(np.stack([np.ones(depth), x], 1), values)[1]

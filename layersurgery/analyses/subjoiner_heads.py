@@ -124,7 +124,8 @@ def score_heads(
     found = find_contributions(runner)
     attending = [layer for layer, member in enumerate(found) if member.attends]
     skipped = {
-        f"attention of block {layer}": member.attention_error or f"{member.names or 'the block'} attends to no tokens by softmax"
+        f"attention of block {layer}": member.attention_error
+        or f"{member.names or 'the block'} attends to no tokens by softmax"
         for layer, member in enumerate(found)
         if not member.attends
     }
@@ -213,7 +214,9 @@ class _Sums:
         return count, (self.weights[joined, True] + self.weights[joined, False]) / count
 
 
-def _looked_at(runner: BlockRunner, ids: torch.Tensor, mixers: dict[int, tuple[str, ...]]) -> Iterator[tuple[int, np.ndarray]]:
+def _looked_at(
+    runner: BlockRunner, ids: torch.Tensor, mixers: dict[int, tuple[str, ...]]
+) -> Iterator[tuple[int, np.ndarray]]:
     """Layers, and what the last token of each window gives to the window's tokens by each head: (windows, heads, WINDOW), float64."""
     caught: dict[int, list[torch.Tensor]] = {layer: [] for layer in mixers}
 
@@ -229,7 +232,9 @@ def _looked_at(runner: BlockRunner, ids: torch.Tensor, mixers: dict[int, tuple[s
     with runner.inference_mode(), ExitStack() as hold:
         for layer, paths in mixers.items():
             hold.enter_context(
-                capture_contributions(runner.blocks[layer], [], paths, partial(keep, layer), ids.shape, LastTokenAttention)
+                capture_contributions(
+                    runner.blocks[layer], [], paths, partial(keep, layer), ids.shape, LastTokenAttention
+                )
             )
         runner.record(model_inputs(runner.model, ids, torch.ones_like(ids)), ())
     for layer, parts in caught.items():
@@ -289,7 +294,11 @@ def _means(sums: dict[int, _Sums], model: str) -> pd.DataFrame:
             }
             frames.append(pd.concat([pd.DataFrame(head), pd.DataFrame(mean_HK, columns=BACK)], axis=1))
     whole = dict.fromkeys(("layer", "head", "word_tokens", "windows"), "Int64")
-    return pd.concat(frames, ignore_index=True).astype(whole).sort_values(["layer", "head"], kind="stable", ignore_index=True)
+    return (
+        pd.concat(frames, ignore_index=True)
+        .astype(whole)
+        .sort_values(["layer", "head"], kind="stable", ignore_index=True)
+    )
 
 
 def _shown(windows: WordWindows) -> list[int]:
@@ -298,14 +307,20 @@ def _shown(windows: WordWindows) -> list[int]:
     return [row for mine in classes for row in sorted(mine, key=lambda row: not windows.held_out[row])[:SHOWN]]
 
 
-def _examples(sums: dict[int, _Sums], heads: pd.DataFrame, windows: WordWindows, shown: list[int], model: str) -> pd.DataFrame:
+def _examples(
+    sums: dict[int, _Sums], heads: pd.DataFrame, windows: WordWindows, shown: list[int], model: str
+) -> pd.DataFrame:
     head = best(heads)
     layer, number = int(head.layer), int(head["head"])
     rows = []
     for place, row in enumerate(shown):
         joined = bool(windows.multi_token[row])
         example = place - (0 if joined else sum(windows.multi_token[shown]))
-        for back, token, weight in zip(range(WINDOW - 1, -1, -1), windows.texts[row], sums[layer].kept[row][number], strict=True):
+        for back, token, weight in zip(
+            range(WINDOW - 1, -1, -1), windows.texts[row], sums[layer].kept[row][number], strict=True
+        ):
             rows.append((model, layer, number, WORD_TOKENS if joined else 1, example, back, token, weight))
     names = ["model", "layer", "head", "word_tokens", "example", "back", "token", "attention"]
-    return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(["layer", "head", "word_tokens", "example", "back"], "Int64"))
+    return pd.DataFrame(rows, columns=names).astype(
+        dict.fromkeys(["layer", "head", "word_tokens", "example", "back"], "Int64")
+    )

@@ -51,7 +51,9 @@ def check_class(suffix: str | None, regex: str | None) -> re.Pattern[str] | None
         PlanError: there is a suffix, too, or it is no regular expression.
     """
     if suffix is not None and regex is not None:
-        raise PlanError("a class of tokens is told by a suffix or by a regular expression; give one of them: --suffix or --regex")
+        raise PlanError(
+            "a class of tokens is told by a suffix or by a regular expression; give one of them: --suffix or --regex"
+        )
     try:
         return None if regex is None else re.compile(regex)
     except re.error as error:

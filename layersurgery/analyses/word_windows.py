@@ -58,9 +58,13 @@ class WordWindows:
         """Counts, by name."""
         taken = {
             "four_token_windows": int(self.multi_token.sum()),
-            "four_token_words": len({word for word, joined in zip(self.words, self.multi_token, strict=True) if joined}),
+            "four_token_words": len(
+                {word for word, joined in zip(self.words, self.multi_token, strict=True) if joined}
+            ),
             "one_token_windows": int((~self.multi_token).sum()),
-            "one_token_words": len({word for word, joined in zip(self.words, self.multi_token, strict=True) if not joined}),
+            "one_token_words": len(
+                {word for word, joined in zip(self.words, self.multi_token, strict=True) if not joined}
+            ),
         }
         return {"tokens": self.tokens, **taken, **{f"{name}_found": count for name, count in self.found.items()}}
 
@@ -111,7 +115,9 @@ def find_word_windows(
     picked = random.Random(seed)
     each = min(samples, *(sum(map(len, words.values())) for words in places.values()))
     chosen = [
-        (joined, word, place, other) for joined in (True, False) for word, place, other in _chosen(places[joined], each, picked)
+        (joined, word, place, other)
+        for joined in (True, False)
+        for word, place, other in _chosen(places[joined], each, picked)
     ]
     rows = [texts[number][end + 1 - WINDOW : end + 1] for _, _, (number, end), _ in chosen]
     vocabulary = {token: tokenizer.decode([token], clean_up_tokenization_spaces=False) for row in rows for token in row}
@@ -178,5 +184,11 @@ def _chosen(places: dict[str, list[Place]], samples: int, picked: random.Random)
     halves = {word: bool(number % 2) for number, word in enumerate(words)}
     longest = max(map(len, turns.values()))
     yield from islice(
-        ((word, turns[word][turn], halves[word]) for turn in range(longest) for word in words if turn < len(turns[word])), samples
+        (
+            (word, turns[word][turn], halves[word])
+            for turn in range(longest)
+            for word in words
+            if turn < len(turns[word])
+        ),
+        samples,
     )

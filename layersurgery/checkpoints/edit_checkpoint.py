@@ -208,7 +208,10 @@ def _tensors_to_zero(checkpoint: Checkpoint, route: Route) -> Mapping[int, froze
     if all(visit.whole for visit in route):
         return {}
     quantised = [
-        part[key] for part in (checkpoint.config, checkpoint.fields) for key in _QUANTIZATION_KEYS & part.keys() if part[key]
+        part[key]
+        for part in (checkpoint.config, checkpoint.fields)
+        for key in _QUANTIZATION_KEYS & part.keys()
+        if part[key]
     ]
     method = quantised[0].get("quant_method") if quantised and isinstance(quantised[0], dict) else None
     if quantised and method not in _ZERO_IS_ZERO:
@@ -218,7 +221,9 @@ def _tensors_to_zero(checkpoint: Checkpoint, route: Route) -> Mapping[int, froze
         )
     from .zeroed_branches import tensors_to_zero
 
-    return tensors_to_zero(checkpoint.config, checkpoint.section, checkpoint.block_prefix, checkpoint.tensors.names(), route)
+    return tensors_to_zero(
+        checkpoint.config, checkpoint.section, checkpoint.block_prefix, checkpoint.tensors.names(), route
+    )
 
 
 def edit_checkpoint(
@@ -293,7 +298,9 @@ def write_edit(
             _write_text(directory / INDEX, prepared.layout.index)
         _copy_other_files(prepared, directory)
         checkpoint = prepared.checkpoint
-        card = model_card(checkpoint.source, prepared.plan, prepared.route, checkpoint.depth, verified=prepared.verified)
+        card = model_card(
+            checkpoint.source, prepared.plan, prepared.route, checkpoint.depth, verified=prepared.verified
+        )
         _write_text(directory / "README.md", card)
     return EditResult(
         path=out,

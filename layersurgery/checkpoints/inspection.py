@@ -139,14 +139,17 @@ def _groups(checkpoint: Checkpoint, inside: dict[int, list[tuple[str, TensorInfo
     lists = {key: value for key, value in fields.items() if is_layerwise(key, value, depth) and len(value) == depth}
     start = 0
     described = [
-        ({key: value[block] for key, value in lists.items()}, _tensor_groups(inside.get(block, []))) for block in range(depth)
+        ({key: value[block] for key, value in lists.items()}, _tensor_groups(inside.get(block, [])))
+        for block in range(depth)
     ]
     for block in range(1, depth + 1):
         if block < depth and described[block] == described[start]:
             continue
         traits, tensors = described[start]
         entries = [entry for _, entry in inside.get(start, [])]
-        yield BlockGroup(Span(start, block), traits, sum(e.elements for e in entries), sum(e.nbytes for e in entries), tensors)
+        yield BlockGroup(
+            Span(start, block), traits, sum(e.elements for e in entries), sum(e.nbytes for e in entries), tensors
+        )
         start = block
 
 

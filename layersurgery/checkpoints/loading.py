@@ -17,7 +17,12 @@ class Loaded(NamedTuple):
 
 
 def load(
-    model: str | os.PathLike[str], *, dtype: Any = "auto", device_map: Any = None, revision: str | None = None, **options: Any
+    model: str | os.PathLike[str],
+    *,
+    dtype: Any = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> Loaded:
     """Load a causal language model in evaluation mode, and its tokenizer, through transformers.
 
@@ -71,4 +76,6 @@ def tokenizer_of(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.directory)
     except Exception as error:  # a tokenizer's reader may raise anything
-        raise SourceError(f"transformers cannot load the tokenizer of {source.label}: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"transformers cannot load the tokenizer of {source.label}: {type(error).__name__}: {error}"
+        ) from error

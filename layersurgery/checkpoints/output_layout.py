@@ -89,7 +89,8 @@ def plan_output_files(
             drafts.append((file, header, moved))
     names = _file_names([file for file, _, _ in drafts], complete=len(drafts) == len(tensors.shards))
     shards = tuple(
-        _shard(name, tensors.directory / file, header, moved) for name, (file, header, moved) in zip(names, drafts, strict=True)
+        _shard(name, tensors.directory / file, header, moved)
+        for name, (file, header, moved) in zip(names, drafts, strict=True)
     )
     return Layout(shards, None if tensors.index is None else _index(tensors.index, shards))
 

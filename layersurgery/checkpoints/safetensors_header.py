@@ -94,14 +94,18 @@ def read_header(path: Path) -> Header:
             if length > _HEADER_LIMIT:
                 raise _bad(path, f"it announces a header of {length:,} bytes, over the format's {_HEADER_LIMIT:,}")
             if length > size - _LENGTH_BYTES:
-                raise _bad(path, f"it announces a header of {length:,} bytes and is {size:,} bytes long: a truncated download?")
+                raise _bad(
+                    path, f"it announces a header of {length:,} bytes and is {size:,} bytes long: a truncated download?"
+                )
             raw = file.read(length)
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
     available = size - _LENGTH_BYTES - length
     fields = _decode(path, raw)
     metadata = fields.pop("__metadata__", None)
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
         raise _bad(path, "its __metadata__ is not a table of texts")
     entries = {name: _entry(path, name, field) for name, field in fields.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))

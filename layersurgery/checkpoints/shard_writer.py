@@ -146,7 +146,9 @@ def write_zeros(count: int, target: BinaryIO, progress: Progress) -> None:
     progress(count)
 
 
-def _copy_by_kernel(source: BinaryIO, start: int, count: int, target: BinaryIO, position: int, progress: Progress) -> int:
+def _copy_by_kernel(
+    source: BinaryIO, start: int, count: int, target: BinaryIO, position: int, progress: Progress
+) -> int:
     copy_file_range = getattr(os, "copy_file_range", None)
     moved = 0
     while copy_file_range is not None and moved < count:
@@ -165,7 +167,9 @@ def _copy_by_kernel(source: BinaryIO, start: int, count: int, target: BinaryIO, 
     return moved
 
 
-def _copy_by_hand(source: BinaryIO, start: int, count: int, target: BinaryIO, position: int, progress: Progress) -> None:
+def _copy_by_hand(
+    source: BinaryIO, start: int, count: int, target: BinaryIO, position: int, progress: Progress
+) -> None:
     source.seek(start)
     target.seek(position)
     buffer = memoryview(bytearray(min(_USER_CHUNK, count)))

@@ -175,7 +175,9 @@ def _convert(gguf: Path, target: Path) -> None:
     where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{gguf} lacks {missing[0]} (and {len(missing) - 1} more), so the model would be partly random")
+        raise SourceError(
+            f"{gguf} lacks {missing[0]} (and {len(missing) - 1} more), so the model would be partly random"
+        )
     # The tensors are decoded; what is left of the quantiser only keeps save_pretrained from writing them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -205,7 +207,9 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
         directory = Path(snapshot_download(model, revision=revision, allow_patterns=[*COPIED_FILES, "README.md"]))
         source = Source(directory, model, model.rpartition("/")[2], directory.name, on_hub=True)
         if not (directory / "config.json").is_file():
-            raise SourceError(f"{model} has no config.json on the hub (or in the cache): it is not a transformers checkpoint")
+            raise SourceError(
+                f"{model} has no config.json on the hub (or in the cache): it is not a transformers checkpoint"
+            )
         if weights:
             _fetch_weights(model, directory)
     return source
@@ -223,7 +227,10 @@ def remote_headers(source: Source) -> dict[str, Header]:
         files = get_safetensors_metadata(source.label, revision=source.revision).files_metadata
     headers = {}
     for name, file in files.items():
-        entries = {tensor: TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets) for tensor, info in file.tensors.items()}
+        entries = {
+            tensor: TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets)
+            for tensor, info in file.tensors.items()
+        }
         end = max((entry.stop for entry in entries.values()), default=0)
         headers[name] = Header(entries, file.metadata, 0, end)
     return headers

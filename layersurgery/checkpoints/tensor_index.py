@@ -71,7 +71,9 @@ def read_tensor_index(directory: Path) -> TensorIndex:
     for name, file in weight_map.items():
         # A name is a plain file in this directory, so that nothing outside it is read.
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise SourceError(f"{directory / INDEX} places {name!r} in {file!r}, which is no file name of this directory")
+            raise SourceError(
+                f"{directory / INDEX} places {name!r} in {file!r}, which is no file name of this directory"
+            )
         if not (directory / file).is_file():
             raise SourceError(f"{directory / INDEX} names {file}, which is missing; fetch the checkpoint again")
     shards = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
@@ -114,7 +116,9 @@ def _nothing_to_read(directory: Path) -> SourceError:
             "peft's merge_and_unload() and save_pretrained()"
         )
     if others:
-        return SourceError(f"{directory} has {', '.join(others[:3])} and neither {SINGLE} nor {INDEX}; rename or index the files")
+        return SourceError(
+            f"{directory} has {', '.join(others[:3])} and neither {SINGLE} nor {INDEX}; rename or index the files"
+        )
     if pickles:
         return SourceError(
             f"{directory} has its weights as {pickles[0]}, a pickle, which can run code when opened and is not read. Convert it "
@@ -181,7 +185,10 @@ def find_block_prefix(names: Iterable[str], depth: int, extra: int = 0, prefix: 
             f"several stacks of {depth} layers could be the decoder: {', '.join(sorted(fitting))}; name one with blocks="
         )
     if not fitting:
-        have = ", ".join(f"{p}.0 to {p}.{max(n)} ({len(n)})" for p, n in outer.items() if len(n) > 1) or "no numbered layers"
+        have = (
+            ", ".join(f"{p}.0 to {p}.{max(n)} ({len(n)})" for p, n in outer.items() if len(n) > 1)
+            or "no numbered layers"
+        )
         raise SourceError(
             f"the config announces {depth} layers and the tensors do not match: found {have}. The checkpoint is incomplete or "
             "its config is another model's"

@@ -129,7 +129,9 @@ def _single_block(config: Json, section: DecoderSection, block: int, meant: nn.M
         if size > _RUN_LIMIT:
             why = f"it would take {size / 1e9:.1f} billion parameters"
             continue
-        model = AutoModelForCausalLM.from_config(smaller, dtype=torch.bfloat16 if size > _FLOAT32_LIMIT else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            smaller, dtype=torch.bfloat16 if size > _FLOAT32_LIMIT else torch.float32
+        )
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         return model.eval(), place

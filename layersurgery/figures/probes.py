@@ -39,7 +39,9 @@ def probe(models: Sequence[ModelTables]) -> Figure:
             if len(models) > 1:
                 axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
         handles = {
-            text: handle for axis in grid[:, :2].flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+            text: handle
+            for axis in grid[:, :2].flat
+            for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
         add_title_and_legend(figure, models, grid[0][0], legend=False)
@@ -74,7 +76,9 @@ def _together(axis: Axes, model: ModelTables) -> None:
 def _with_intervals(axis: Axes, x: pd.Series, rows: pd.DataFrame, place: int, label: str, **style: object) -> None:
     y = 100 * rows.accuracy.to_numpy(float)
     error = [y - 100 * rows.low.to_numpy(float), 100 * rows.high.to_numpy(float) - y]
-    axis.errorbar(x.to_numpy(float), y, error, color=COLORS[place], marker=MARKERS[place], label=label, elinewidth=0.7, **style)  # type: ignore[arg-type]
+    axis.errorbar(
+        x.to_numpy(float), y, error, color=COLORS[place], marker=MARKERS[place], label=label, elinewidth=0.7, **style
+    )  # type: ignore[arg-type]
 
 
 def _lines(axis: Axes, model: ModelTables) -> None:
@@ -107,7 +111,10 @@ def _two(axis: Axes, model: ModelTables) -> None:
 
 def _histogram(axis: Axes, rows: pd.DataFrame) -> None:
     edges = np.append(rows.low.to_numpy(float), float(rows.high.iloc[-1]))
-    for name, label, colour, alpha in (("rest_tokens", "the rest", _REST, 1.0), ("class_tokens", "the class", _CLASS, 0.75)):
+    for name, label, colour, alpha in (
+        ("rest_tokens", "the rest", _REST, 1.0),
+        ("class_tokens", "the class", _CLASS, 0.75),
+    ):
         axis.stairs(rows[name].to_numpy(float), edges, fill=True, color=colour, alpha=alpha, label=label, linewidth=0)
     axis.set_yscale("log")
     axis.minorticks_off()
@@ -133,7 +140,9 @@ def effects(models: Sequence[ModelTables]) -> Figure:
                 _histogram(axis, panel)
                 first = panel.iloc[0]
                 whose = f"{model.label}\n" if len(models) > 1 and first["rank"] == 1 else ""
-                axis.set_title(f"{whose}{first.layer}.{first.neuron} {first.kind}", fontsize=7.5, pad=2, parse_math=False)
+                axis.set_title(
+                    f"{whose}{first.layer}.{first.neuron} {first.kind}", fontsize=7.5, pad=2, parse_math=False
+                )
                 axis.tick_params(labelsize=6, pad=1.5)
             for axis in axes[len(some) :]:
                 axis.set_visible(False)

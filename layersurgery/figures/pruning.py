@@ -33,7 +33,14 @@ def rank(models: Sequence[ModelTables]) -> Figure:
             for place, model in enumerate(models):
                 table = model.tables["rank"]
                 values = table[column].to_numpy(float)
-                line(axis, table.relative_depth, np.where(values > 0, values, np.nan), table[f"{column}_sem"], place, model.label)
+                line(
+                    axis,
+                    table.relative_depth,
+                    np.where(values > 0, values, np.nan),
+                    table[f"{column}_sem"],
+                    place,
+                    model.label,
+                )
                 if values.size and np.nanmax(values, initial=0) > 0:
                     axis.set_yscale("log")
             axis.set_ylabel(label)
@@ -41,11 +48,15 @@ def rank(models: Sequence[ModelTables]) -> Figure:
             axis.set_xlim(-0.02, 1.02)
         if alone:
             spans = models[0].tables["spans"]
-            square = spans.pivot_table(index="span", columns="layer", values="angular_distance", dropna=False).astype(float)
+            square = spans.pivot_table(index="span", columns="layer", values="angular_distance", dropna=False).astype(
+                float
+            )
             axis = grid[-1]
             axis.grid(visible=False)
             extent = (-0.5, len(square.columns) - 0.5, 0.5, len(square) + 0.5)
-            image = axis.imshow(square, cmap="cividis", origin="lower", aspect="auto", extent=extent, interpolation="nearest")
+            image = axis.imshow(
+                square, cmap="cividis", origin="lower", aspect="auto", extent=extent, interpolation="nearest"
+            )
             least = square.idxmin(axis=1)
             axis.plot(least.to_numpy(float), least.index, "o", color=COLORS[1], markersize=3)
             axis.set_xlabel("first block of the span")
@@ -84,7 +95,9 @@ def costs(models: Sequence[ModelTables]) -> Figure:
             axes[2].set_ylim(0, 102)
             if len(models) > 1:
                 axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
-        handles = {text: handle for axis in grid[:, 0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+        handles = {
+            text: handle for axis in grid[:, 0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
         add_title_and_legend(figure, models[:1] if len(models) == 1 else models, grid[0][0], legend=False)
     return figure

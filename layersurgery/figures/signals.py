@@ -77,7 +77,15 @@ def neurons(models: Sequence[ModelTables]) -> Figure:
                 right.grid(visible=False)
                 right.spines["right"].set_visible(True)
                 rows = model.tables["lens"]
-                line(right, rows.relative_depth, rows.lens_kl_nats, rows.lens_kl_nats_sem, 0, "KL(final || lens)", linestyle="--")
+                line(
+                    right,
+                    rows.relative_depth,
+                    rows.lens_kl_nats,
+                    rows.lens_kl_nats_sem,
+                    0,
+                    "KL(final || lens)",
+                    linestyle="--",
+                )
                 right.set_ylabel("KL(final || lens), nats")
                 right.set_ylim(bottom=0)
                 axis.plot([], [], color=COLORS[0], marker=MARKERS[0], linestyle="--", label="KL(final || lens)")
@@ -149,7 +157,14 @@ def _figure_1(axis: Axes, model: ModelTables) -> None:
         most = np.nanmax(compared) if np.isfinite(compared).any() else 0
         if most > 0:
             error = table[f"{name}_sem"].to_numpy(float) if f"{name}_sem" in table else 0 * values
-            line(axis, table.relative_depth, values / most, error / most, (0, 3, 2, 1)[place], f"{label} ({unit.format(most)})")
+            line(
+                axis,
+                table.relative_depth,
+                values / most,
+                error / most,
+                (0, 3, 2, 1)[place],
+                f"{label} ({unit.format(most)})",
+            )
     axis.set_ylim(0, 1.12)
     axis.set_ylabel("share of the greatest value")
     axis.set_xlabel(_DEPTH)
@@ -205,7 +220,9 @@ def _shade(axis: Axes, table: pd.DataFrame, *, words: bool = False) -> None:
         axis.axvline(at(limit["layer"]), color="#555555", linewidth=1, linestyle="--", zorder=1)
         if words and limit["low"] is not None:
             reach = [at(limit["low"]), at(limit["high"])]
-            axis.plot(reach, [1, 1], "|-", color="#555555", linewidth=2.5, transform=axis.get_xaxis_transform(), clip_on=False)
+            axis.plot(
+                reach, [1, 1], "|-", color="#555555", linewidth=2.5, transform=axis.get_xaxis_transform(), clip_on=False
+            )
     edges.append(depth)
     for first, last, stage in zip(edges, edges[1:], names, strict=False):
         shade = _SHADES[_STAGES.index(stage[0])] if len(stage) == 1 else _UNTOLD
@@ -231,7 +248,14 @@ def _panels(models: Sequence[ModelTables], name: str, panels: Sequence[tuple[str
         for axis, (column, label, times) in zip(grid, panels, strict=True):
             for place, model in enumerate(models):
                 table = model.tables[name]
-                line(axis, table.relative_depth, times * table[column], times * table[f"{column}_sem"], place, model.label)
+                line(
+                    axis,
+                    table.relative_depth,
+                    times * table[column],
+                    times * table[f"{column}_sem"],
+                    place,
+                    model.label,
+                )
             axis.set_ylabel(label)
             axis.set_xlabel(_DEPTH)
             axis.set_xlim(-0.02, 1.02)

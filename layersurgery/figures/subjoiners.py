@@ -23,20 +23,29 @@ def subjoiners(models: Sequence[ModelTables]) -> Figure:
             square = table.pivot_table(index="layer", columns="head", values="score", dropna=False).astype(float)
             most = float(np.nanmax(np.abs(square.to_numpy())))
             axis.grid(visible=False)
-            extent = (-0.5, int(square.columns.max()) + 0.5, int(square.index.min()) - 0.5, int(square.index.max()) + 0.5)
+            extent = (
+                -0.5,
+                int(square.columns.max()) + 0.5,
+                int(square.index.min()) - 0.5,
+                int(square.index.max()) + 0.5,
+            )
             image = axis.imshow(
                 square.reindex(range(int(square.index.min()), int(square.index.max()) + 1)),
                 cmap="PuOr_r", vmin=-most, vmax=most, origin="lower", aspect="auto", extent=extent, interpolation="nearest",
             )  # fmt: skip
             best = table.loc[table.score_chosen.astype(float).idxmax()]
-            axis.add_patch(Rectangle((best["head"] - 0.5, best.layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.2))
+            axis.add_patch(
+                Rectangle((best["head"] - 0.5, best.layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.2)
+            )
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.yaxis.get_major_locator().set_params(integer=True)
             axis.set_xlabel("head")
             axis.set_ylabel("layer")
             if len(models) > 1:
                 axis.set_title(model.label, loc="left", fontweight="bold", parse_math=False)
-            figure.colorbar(image, label="attention to the word's first three tokens,\nless that to other text in their place")
+            figure.colorbar(
+                image, label="attention to the word's first three tokens,\nless that to other text in their place"
+            )
         add_title_and_legend(figure, models, grid[0], legend=False)
     return figure
 
@@ -49,7 +58,9 @@ def examples(models: Sequence[ModelTables]) -> Figure:
             table = model.tables["examples"]
             for axis, (size, words) in zip(axes, _CLASSES.items(), strict=True):
                 rows = table[table.word_tokens == size]
-                square = rows.pivot_table(index="example", columns="back", values="attention").sort_index(axis=1, ascending=False)
+                square = rows.pivot_table(index="example", columns="back", values="attention").sort_index(
+                    axis=1, ascending=False
+                )
                 texts = rows.pivot_table(index="example", columns="back", values="token", aggfunc="first").sort_index(
                     axis=1, ascending=False
                 )
@@ -68,7 +79,9 @@ def examples(models: Sequence[ModelTables]) -> Figure:
                 axis.set_ylabel("example")
                 first = rows.iloc[0]
                 whose = f"{model.label}: " if len(models) > 1 else ""
-                axis.set_title(f"{whose}layer {first.layer}, head {first['head']}: {words}", fontsize=10, parse_math=False)
+                axis.set_title(
+                    f"{whose}layer {first.layer}, head {first['head']}: {words}", fontsize=10, parse_math=False
+                )
             figure.colorbar(image, ax=axes, label="attention of the last token", fraction=0.02)
         add_title_and_legend(figure, models, grid[0][0], legend=False)
     return figure
@@ -76,7 +89,10 @@ def examples(models: Sequence[ModelTables]) -> Figure:
 
 def _short(token: str) -> str:
     """A token in a cell: line breaks shown, other unseen characters marked, the rest of a long one left out."""
-    shown = "".join({"\n": "⏎", "\t": "⇥"}.get(sign, sign if sign.isprintable() else "·") for sign in token).strip(" ") or "␣"
+    shown = (
+        "".join({"\n": "⏎", "\t": "⇥"}.get(sign, sign if sign.isprintable() else "·") for sign in token).strip(" ")
+        or "␣"
+    )
     return shown if len(shown) <= _LETTERS else f"{shown[: _LETTERS - 1]}…"
 
 

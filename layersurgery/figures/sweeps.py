@@ -73,7 +73,11 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
                 rows = sweep.frame[sweep.frame.edit == kind].sort_values("layer")
                 lengths = rows.depth - rows.route.map(lambda route: len(Route.parse(route)))
                 for number, (length, part) in enumerate(rows.groupby(lengths)):
-                    label = f"{sweep.label}, {length} blocks" if kind == "drop-span" and lengths.nunique() > 1 else sweep.label
+                    label = (
+                        f"{sweep.label}, {length} blocks"
+                        if kind == "drop-span" and lengths.nunique() > 1
+                        else sweep.label
+                    )
                     for axis, (metric, _, _) in zip(axes, _PANELS, strict=True):
                         _line(axis, part, metric, place + number * len(sweeps), label)
             if kind == "drop-span":
@@ -90,7 +94,9 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
         for axis in grid[:, 2]:
             axis.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         if len(sweeps) > 1:
-            legend = figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps)))
+            legend = figure.legend(
+                *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps))
+            )
             disable_mathtext(legend.get_texts())
         _entitle(figure, sweeps)
     return figure
@@ -98,7 +104,9 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
 
 def _label_spans(axis: Axes) -> None:
     """Several lengths of spans in one panel need a legend of their own."""
-    if axis.get_legend_handles_labels()[1] and any(label.endswith(" blocks") for label in axis.get_legend_handles_labels()[1]):
+    if axis.get_legend_handles_labels()[1] and any(
+        label.endswith(" blocks") for label in axis.get_legend_handles_labels()[1]
+    ):
         disable_mathtext(axis.legend(fontsize=7).get_texts())
 
 

@@ -116,7 +116,9 @@ class SequenceSums:
         ordered = sorted(batches, key=lambda batch: batch[0])
         counts = np.array([count for batch in ordered for count in batch[1]], float)
         values, observed = (np.concatenate([batch[place] for batch in ordered]) for place in (2, 3))
-        numbers = [first + offset for first, of_batch, _, _ in ordered for offset, count in enumerate(of_batch) if count]
+        numbers = [
+            first + offset for first, of_batch, _, _ in ordered for offset, count in enumerate(of_batch) if count
+        ]
         return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
 
     def sums(self, rows: Sequence[int] | None = None) -> MetricSums:

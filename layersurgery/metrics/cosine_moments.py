@@ -29,7 +29,11 @@ def moments(w_ND: torch.Tensor, u_VD: torch.Tensor) -> torch.Tensor:
     middle_D /= len(u_VD)
     with float32_products("highest"), torch.autocast(u_VD.device.type, enabled=False):
         return torch.cat(
-            [_moments(unit_rows(part.to(u_VD.device, u_VD.dtype)), u_VD, middle_D) for part in torch.split(w_ND, NEURON_TILE)], 1
+            [
+                _moments(unit_rows(part.to(u_VD.device, u_VD.dtype)), u_VD, middle_D)
+                for part in torch.split(w_ND, NEURON_TILE)
+            ],
+            1,
         )
 
 

@@ -132,14 +132,17 @@ def _kl_not_affine(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Logi
         moved = tiled.kl_cross_term(readout, x_TD, p, base.x_TD)
     else:
         assert isinstance(readout, Unembedding)
-        moved = kernel.diverged(base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+        moved = kernel.diverged(
+            base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap
+        )
     return moved - p.lse + q.lse
 
 
 def _kl_cross_term(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
     """(x_q - x_p) . mu, float64."""
     parts = [
-        (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1) for rows in tiled.rows_of(readout, len(x_TD))
+        (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1)
+        for rows in tiled.rows_of(readout, len(x_TD))
     ]
     return torch.cat(parts)
 

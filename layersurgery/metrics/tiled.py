@@ -40,7 +40,9 @@ class LogitStats:
     top: torch.Tensor
 
     @classmethod
-    def of(cls, m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, wanted: torch.Tensor, top: torch.Tensor) -> LogitStats:
+    def of(
+        cls, m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, wanted: torch.Tensor, top: torch.Tensor
+    ) -> LogitStats:
         """From the greatest logit m, S = sum e^(z-m), A = sum e^(z-m) (z-m), the target's logit and the place of m: entropy is log S - A/S."""
         lse = m + S.log()
         return cls(lse, S.log() - A / S, lse - wanted, top)

@@ -75,7 +75,9 @@ class Anatomy:
             raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
         skips = parts.skips(part)
         if not skips:
-            raise UnsupportedEditError(f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead")
+            raise UnsupportedEditError(
+                f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead"
+            )
         return skips
 
     def rows(self) -> list[dict[str, str]]:
@@ -182,7 +184,9 @@ def _recorded(model: nn.Module, found: BlockList) -> tuple[list[Call], str | Non
     """The calls of the blocks in one small forward, and the norm that reads what the last of them returned."""
     count = len(found.blocks)
     norms = dict(_beside(model, found.path))
-    places: list[tuple[nn.Module, str, str]] = [(found.blocks, str(number), f"block {number}") for number in range(count)]
+    places: list[tuple[nn.Module, str, str]] = [
+        (found.blocks, str(number), f"block {number}") for number in range(count)
+    ]
     places += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in norms]
     with record_calls(places) as log:
         probe_forward(model)
@@ -249,7 +253,9 @@ def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
             "moving them would not mean what it says; if the blocks are elsewhere, name their list: blocks=..."
         )
     for number, call in enumerate(calls):
-        if any(hasattr(value, "get_seq_length") and value.get_seq_length() for value in (*call.args, *call.kwargs.values())):
+        if any(
+            hasattr(value, "get_seq_length") and value.get_seq_length() for value in (*call.args, *call.kwargs.values())
+        ):
             raise UnsupportedEditError(
                 f"{type(model).__name__} gives block {number} a key-value cache although none was asked for (a prefix that was tuned?), and every "
                 "call of a block by itself would add to it; take the model without it"

@@ -21,7 +21,9 @@ class BlockList:
     blocks: nn.ModuleList
 
 
-def find_block_list(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module, *, path: str | None = None) -> BlockList:
+def find_block_list(
+    model: nn.Module, depth: int, kind: type[nn.Module] = nn.Module, *, path: str | None = None
+) -> BlockList:
     """Find the list of decoder blocks: the outermost `nn.ModuleList` that is as long as the config says the model is deep.
 
     Args:
@@ -44,7 +46,9 @@ def find_block_list(model: nn.Module, depth: int, kind: type[nn.Module] = nn.Mod
             )
         return BlockList(named[0], lists[named[0]])
     fitting = [
-        name for name, module in lists.items() if len(module) == depth and any(isinstance(block, kind) for block in module)
+        name
+        for name, module in lists.items()
+        if len(module) == depth and any(isinstance(block, kind) for block in module)
     ]
     outer = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
     if len(outer) > 1:

@@ -148,7 +148,9 @@ def _has_matrix(module: nn.Module) -> bool:
 
 def _works(module: nn.Module) -> bool:
     """Whether a module may be one of attention or MLP; one that is skipped already is neither."""
-    skipped = {id(inner) for outer in module.modules() if isinstance(outer, SkippedBranch) for inner in outer.parameters()}
+    skipped = {
+        id(inner) for outer in module.modules() if isinstance(outer, SkippedBranch) for inner in outer.parameters()
+    }
     return any(parameter.dim() > 1 and id(parameter) not in skipped for parameter in module.parameters())
 
 
@@ -237,14 +239,18 @@ def _residual(trial: BlockProbe, call: Call, where: int | str, output: torch.Ten
             nudge = random_like(value, 3)
             changed = first_tensor(_call_with(module, call, other, value + nudge))
             assert changed is not None
-            if torch.allclose((changed - output).float(), nudge.float(), rtol=0.05, atol=0.05 * nudge.float().std().item()):
+            if torch.allclose(
+                (changed - output).float(), nudge.float(), rtol=0.05, atol=0.05 * nudge.float().std().item()
+            ):
                 return other
     return None
 
 
 def _is_norm(trial: BlockProbe, call: Call) -> bool:
     module = trial.block.get_submodule(call.name)
-    return not _has_matrix(module) and (any(True for _ in module.parameters()) or "norm" in type(module).__name__.lower())
+    return not _has_matrix(module) and (
+        any(True for _ in module.parameters()) or "norm" in type(module).__name__.lower()
+    )
 
 
 def _reads(call: Call, value: torch.Tensor) -> bool:
@@ -276,7 +282,9 @@ def _norms(trial: BlockProbe, calls: list[Call], units: list[Call]) -> tuple[tup
     after = [
         call.name
         for call in norms
-        if call.name not in before and (where := call.hidden_states_argument()) is not None and same(call[where], outputs)
+        if call.name not in before
+        and (where := call.hidden_states_argument()) is not None
+        and same(call[where], outputs)
     ]
     return tuple(before), tuple(after)
 
@@ -344,4 +352,7 @@ def _laws(trial: BlockProbe, parts: BlockParts) -> tuple[bool | None, str]:
 def _close(found: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor) -> bool:
     tolerance = 1e-4 if stream.dtype in (torch.float32, torch.float64) else 0.05
     change = (wanted - stream).float().norm()
-    return bool((found - wanted).float().norm() <= tolerance * change + 4 * torch.finfo(stream.dtype).eps * stream.float().norm())
+    return bool(
+        (found - wanted).float().norm()
+        <= tolerance * change + 4 * torch.finfo(stream.dtype).eps * stream.float().norm()
+    )

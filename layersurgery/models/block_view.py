@@ -74,7 +74,9 @@ def _rebound(value: Any, copies: Copies) -> Any:
     if isinstance(value, dict):
         copied = value.copy()
         for key, item in value.items():
-            copied[key] = _rebound(item, copies) if isinstance(item, nn.Module | types.MethodType | functools.partial) else item
+            copied[key] = (
+                _rebound(item, copies) if isinstance(item, nn.Module | types.MethodType | functools.partial) else item
+            )
         return copied
     return set(value) if type(value) is set else value
 

@@ -47,7 +47,9 @@ LISTS = frozenset(
     ]
 )
 # As long as the model is deep by accident only.
-_NOT_PER_LAYER = frozenset(["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference"])
+_NOT_PER_LAYER = frozenset(
+    ["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference"]
+)
 # Numbers of layers, in any order.
 INDEX_LISTS = frozenset(
     [
@@ -248,7 +250,9 @@ def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
             return value if all(kind == value[place % len(value)] for place, kind in enumerate(new)) else new
         if key in INDEX_LISTS or value == list(range(depth)):
             if not all(type(item) is int and 0 <= item < depth for item in value):
-                raise UnsupportedEditError(f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}")
+                raise UnsupportedEditError(
+                    f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}"
+                )
             return [place for place, block in enumerate(order) if block in value]
         if len(value) == depth and key not in _NOT_PER_LAYER:
             new = [value[block] for block in order]
@@ -342,4 +346,8 @@ def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int
 
 def non_default_fields(fields: Json, table: Mapping[str, object]) -> list[str]:
     """The fields of `table` that say more than "all layers alike"."""
-    return [key for key, alike in table.items() if fields.get(key) not in (None, alike) and not isinstance(fields[key], list)]
+    return [
+        key
+        for key, alike in table.items()
+        if fields.get(key) not in (None, alike) and not isinstance(fields[key], list)
+    ]

@@ -52,7 +52,9 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
             raise UnsupportedEditError(f"{path} ({type(branch).__name__}) has no linear map that could be its output")
         last = next((name for name in reversed(linear) if _OUT.search(name)), linear[-1])
         beside = f"{last}_bias"  # a bias that the branch keeps beside its projection
-        return _own(branch.get_submodule(last), _join(path, last)) + [_join(path, beside)] * (beside in branch._parameters)
+        return _own(branch.get_submodule(last), _join(path, last)) + [_join(path, beside)] * (
+            beside in branch._parameters
+        )
     names = []
     for name, parameter in branch.named_parameters():
         owner = name.rpartition(".")[0]
@@ -63,7 +65,9 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
         ):
             names.append(_join(path, name))
     for name, module in branch.named_children():
-        if not any(_inside(name, mixture) or _inside(mixture, name) for mixture in mixtures) and not _ROUTER.search(name):
+        if not any(_inside(name, mixture) or _inside(mixture, name) for mixture in mixtures) and not _ROUTER.search(
+            name
+        ):
             if any(map(_linear, module.modules())):
                 names += _outputs(module, _join(path, name))
     if not any(block_name.startswith(_join(path, mixture)) for mixture in mixtures for block_name in names):
@@ -74,7 +78,8 @@ def _outputs(branch: nn.Module, path: str) -> list[str]:
 def _holds_experts(path: str, module: nn.Module) -> bool:
     """Whether a module holds the output projections of several experts, stacked in one parameter or as a list of modules."""
     stacked = any(
-        _EXPERT_OUT.match(_tail(_join(path, name))) and (parameter.dim() == 3 or (parameter.dim() == 2 and name != "weight"))
+        _EXPERT_OUT.match(_tail(_join(path, name)))
+        and (parameter.dim() == 3 or (parameter.dim() == 2 and name != "weight"))
         for name, parameter in module._parameters.items()
         if parameter is not None
     )

@@ -41,10 +41,14 @@ class ReloadCheck:
     section: DecoderSection
     route: Route
     file_tensors: frozenset[str]  # names, within a block, of the tensors that the files bring
-    live: bool = False  # whether `source` is a model in use, which keeps things of its own and whose buffers have its dtype
+    live: bool = (
+        False  # whether `source` is a model in use, which keeps things of its own and whose buffers have its dtype
+    )
 
     @classmethod
-    def build(cls, config: Json, edited: Json, section: DecoderSection, route: Route, file_tensors: Iterable[str]) -> ReloadCheck:
+    def build(
+        cls, config: Json, edited: Json, section: DecoderSection, route: Route, file_tensors: Iterable[str]
+    ) -> ReloadCheck:
         """Build both."""
         return cls(build_meta_model(config), build_meta_model(edited), section, route, frozenset(file_tensors))
 
@@ -62,7 +66,9 @@ class ReloadCheck:
             for difference in self._compare(_modules(before.blocks[block]), _modules(after.blocks[place]), block, place)
         ]
         outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
-        wrong += [f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))]
+        wrong += [
+            f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))
+        ]
         if wrong:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
             found = "; ".join(wrong[:3]) + more
@@ -107,7 +113,9 @@ class ReloadCheck:
         if not self.live:
             return False
         if isinstance(ours, torch.Tensor):
-            return theirs is None or (ours.shape == theirs.shape and bool(torch.equal(ours.cpu(), theirs.to(ours.dtype))))
+            return theirs is None or (
+                ours.shape == theirs.shape and bool(torch.equal(ours.cpu(), theirs.to(ours.dtype)))
+            )
         return isinstance(theirs, list) and len(theirs) == self.section.depth
 
     def _moved(self, name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
@@ -165,5 +173,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = f"a tensor of shape {tuple(value.shape)} with other values" if isinstance(value, torch.Tensor) else repr(value)
+    text = (
+        f"a tensor of shape {tuple(value.shape)} with other values" if isinstance(value, torch.Tensor) else repr(value)
+    )
     return text if len(text) <= 60 else f"{text[:57]}..."

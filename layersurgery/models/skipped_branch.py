@@ -51,13 +51,17 @@ class SkippedBranch(nn.Module):
     def __init__(self, original: nn.Module, spec: SkipSpec) -> None:
         super().__init__()
         # Public attributes (layer_idx, config) are read by other modules and renumbered like any module's.
-        vars(self).update({name: value for name, value in vars(original).items() if name[0] != "_" and name != "forward"})
+        vars(self).update(
+            {name: value for name, value in vars(original).items() if name[0] != "_" and name != "forward"}
+        )
         self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
         self._state_dict_hooks = original._state_dict_hooks
         keeper = next((module for module in self.modules() if position_name(module)), None)
         # Past nn.Module's own bookkeeping: neither is a part of this module.
-        vars(self).update(_original=original, _spec=spec, _keeper=(keeper, "" if keeper is None else position_name(keeper)))
+        vars(self).update(
+            _original=original, _spec=spec, _keeper=(keeper, "" if keeper is None else position_name(keeper))
+        )
 
     @property
     def stands_for(self) -> type[nn.Module]:
@@ -92,7 +96,9 @@ class SkippedBranch(nn.Module):
             for name, parameter in self._named().items():
                 # An offloaded tensor is only a name here; its zeros have to be real, or the weight would be fetched.
                 device = torch.device("cpu") if parameter.is_meta else parameter.device
-                state[f"{kwargs.get('prefix', '')}{name}"] = torch.zeros_like(parameter, device=device, requires_grad=False)
+                state[f"{kwargs.get('prefix', '')}{name}"] = torch.zeros_like(
+                    parameter, device=device, requires_grad=False
+                )
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -55,7 +55,9 @@ class Swap(Edit):
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         (first,), (second,) = resolve(self.first, depth), resolve(self.second, depth)
         if first == second:
-            raise PlanError(f"blocks {self.first} and {self.second} are the same block of {depth}; name two different blocks")
+            raise PlanError(
+                f"blocks {self.first} and {self.second} are the same block of {depth}; name two different blocks"
+            )
         here, there = _only_position(route, first, self), _only_position(route, second, self)
         visits = list(route)
         visits[here], visits[there] = visits[there], visits[here]

@@ -163,7 +163,9 @@ def _plain_refs(text: str) -> tuple[Ref, ...]:
     items = parse_items(text)
     for item in items:
         if not (item.attention and item.mlp):
-            raise PlanError(f"{item} is a word of a route; here, name blocks only (skip-attention 5 is an edit of its own)")
+            raise PlanError(
+                f"{item} is a word of a route; here, name blocks only (skip-attention 5 is an edit of its own)"
+            )
     return tuple(item.ref for item in items)
 
 

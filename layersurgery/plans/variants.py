@@ -77,7 +77,9 @@ def family(name: str, depth: int, layers: range | None = None) -> list[Variant]:
     kind, span = _parse(name)
     blocks = range(depth) if layers is None else layers
     if not set(blocks) <= set(range(depth)):
-        raise PlanError(f"layers {blocks.start}:{blocks.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}")
+        raise PlanError(
+            f"layers {blocks.start}:{blocks.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
+        )
     if span >= depth:
         raise PlanError(f"{name}: a model of {depth} blocks has no {span} to drop and one to keep")
     edits: Iterable[Edit]

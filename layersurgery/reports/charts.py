@@ -89,7 +89,9 @@ class Chart:
     def _deepest(self) -> int | None:
         """The last layer's number, where all models have the same."""
         lines = [line for view in self.views for line in view["lines"]]
-        found = {round(layer / x) for line in lines for layer, x in zip(line["layer"], line["x"], strict=True) if layer and x}
+        found = {
+            round(layer / x) for line in lines for layer, x in zip(line["layer"], line["x"], strict=True) if layer and x
+        }
         return found.pop() if len(found) == 1 else None
 
 
@@ -194,9 +196,17 @@ def _line(frame: pd.DataFrame, label: str, columns: Sequence[str]) -> dict[str, 
 def _numbers(values: Sequence[Any]) -> list[float | int | None]:
     """As JSON has them: none where it is no number."""
     found = [plain(value) for value in values]
-    return [value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None for value in found]
+    return [
+        value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
+        for value in found
+    ]
 
 
 def _view(key: str, label: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     names = list(dict.fromkeys(name for line in lines for name in line["values"]))
-    return {"key": key, "label": label, "metrics": names, "lines": [line | {"place": place} for place, line in enumerate(lines)]}
+    return {
+        "key": key,
+        "label": label,
+        "metrics": names,
+        "lines": [line | {"place": place} for place, line in enumerate(lines)],
+    }

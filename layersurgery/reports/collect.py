@@ -104,7 +104,9 @@ def collect(directories: Sequence[str | os.PathLike[str]]) -> CollectedRuns:
     for given in map(Path, directories):
         if not given.is_dir():
             what = "is no directory" if given.exists() else "is not there"
-            raise SourceError(f"{given} {what}; give directories that `layersurgery sweep`, `analyze` or `stages` wrote")
+            raise SourceError(
+                f"{given} {what}; give directories that `layersurgery sweep`, `analyze` or `stages` wrote"
+            )
         before = len(found.others)
         below = [*_runs_below(given, _DEPTH, found)]
         if not below and len(found.others) == before:
@@ -200,5 +202,8 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
     for tell in (lambda run: run.path.name, lambda run: str(run.path)):
         if len(set(names)) == len(names):
             break
-        names = [f"{run.short} ({tell(run)})" if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+        names = [
+            f"{run.short} ({tell(run)})" if names.count(name) > 1 else name
+            for run, name in zip(runs, names, strict=True)
+        ]
     return names

@@ -64,7 +64,9 @@ def pictures(runs: Sequence[FinishedRun], room: int) -> list[Picture]:
     found = [(*one, _smaller(*one)) for one in _named(runs)]
     read = {place: _read(paths) for place, (*_, paths) in enumerate(found)}
     costs = sorted(
-        (found[place][2] not in _FIRST, 4 * len(data) // 3 + _AROUND, place) for place, (data, _) in read.items() if data
+        (found[place][2] not in _FIRST, 4 * len(data) // 3 + _AROUND, place)
+        for place, (data, _) in read.items()
+        if data
     )
     fits = set()
     for _, cost, place in costs:

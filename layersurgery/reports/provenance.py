@@ -85,7 +85,9 @@ def _options(run: FinishedRun) -> Iterator[str]:
         value = text.get(name)
         if value is not None and value != usual.get(name):
             yield from (f"--{name}", str(value))
-    yield from (word for word, on in (("--no-pack", text.get("pack") is False), ("--bos", text.get("bos") is True)) if on)
+    yield from (
+        word for word, on in (("--no-pack", text.get("pack") is False), ("--bos", text.get("bos") is True)) if on
+    )
     if isinstance(text.get("shuffle"), bool):
         yield "--shuffle" if text["shuffle"] else "--no-shuffle"
     for name in ("spans", "dtype", "device", "batch_size", "blocks"):
@@ -102,7 +104,8 @@ def _quoted(word: str) -> str:
     if not any(map(is_hidden, word)):
         return shlex.quote(word)
     text = "".join(
-        f"\\U{ord(letter):08x}" if is_hidden(letter) else f"\\{letter}" if letter in "\\'" else letter for letter in word
+        f"\\U{ord(letter):08x}" if is_hidden(letter) else f"\\{letter}" if letter in "\\'" else letter
+        for letter in word
     )
     return f"$'{text}'"
 
@@ -111,7 +114,9 @@ def _edits(run: FinishedRun) -> tuple[list[str], str]:
     frame = run.tables["results"]
     families = [str(edit) for edit in frame.edit.drop_duplicates() if edit not in ("none", "plan", "drop-span")]
     spans = frame[frame.edit == "drop-span"]
-    lengths = sorted({int(depth) - len(Route.parse(str(route))) for depth, route in zip(spans.depth, spans.route, strict=True)})
+    lengths = sorted(
+        {int(depth) - len(Route.parse(str(route))) for depth, route in zip(spans.depth, spans.route, strict=True)}
+    )
     families += [f"drop-span:{length}" for length in lengths]
     words = ["--edits", ",".join(families)] if families else []
     note = "If only some layers were edited, add --layers."
@@ -132,7 +137,10 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     yield (
         "Kind",
         ", ".join(
-            filter(None, [str(fact("model", "class")), _if(blocks, "{} blocks"), _if(_grouped(parameters), "{} parameters")])
+            filter(
+                None,
+                [str(fact("model", "class")), _if(blocks, "{} blocks"), _if(_grouped(parameters), "{} parameters")],
+            )
         ),
     )
     text = fact("arguments", "text", "data")
@@ -157,7 +165,8 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     rate = fact("tokens_per_second")
     yield (
         "Took",
-        (f"{_grouped(seconds)} s" if seconds else "") + (f", {_grouped(rate)} tokens a second" if seconds and rate else ""),
+        (f"{_grouped(seconds)} s" if seconds else "")
+        + (f", {_grouped(rate)} tokens a second" if seconds and rate else ""),
     )
     yield "Versions", ", ".join(f"{name} {number}" for name, number in _pairs(fact("arguments", "versions")))
     machine = ", ".join(f"{name} {value}" for name, value in _pairs(fact("machine")))
@@ -168,7 +177,12 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
 
 
 def _text(run: FinishedRun) -> Iterator[str]:
-    for name, words in (("split", "split {}"), ("column", "column {}"), ("seed", "seed {}"), ("tokenizer", "tokenizer of {}")):
+    for name, words in (
+        ("split", "split {}"),
+        ("column", "column {}"),
+        ("seed", "seed {}"),
+        ("tokenizer", "tokenizer of {}"),
+    ):
         value = run.fact("arguments", "text", name, default=None)
         if value is not None and (name != "seed" or run.fact("arguments", "text", "shuffle", default=False)):
             yield words.format(value)

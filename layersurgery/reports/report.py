@@ -80,7 +80,9 @@ def report(
     title, body, left = build_sections(found, rows, drawn)
     page = document(title, body).encode()
     if len(page) > _MOST_BYTES:
-        raise OutputError(f"a page on {len(found.runs)} runs would have {len(page):,} bytes; give fewer directories at once")
+        raise OutputError(
+            f"a page on {len(found.runs)} runs would have {len(page):,} bytes; give fewer directories at once"
+        )
     left += [f"{picture.label}, {picture.name}: {picture.why}" for picture in drawn if picture.why]
     _write(out, page)
     return Report(out, len(page), [run.path for run in found.runs], dict(found.others), left)
@@ -90,6 +92,8 @@ def _write(out: Path, page: bytes) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make {out.parent}: {error.strerror or error}; choose another output with -o") from error
+        raise OutputError(
+            f"cannot make {out.parent}: {error.strerror or error}; choose another output with -o"
+        ) from error
     with atomic_file(out) as partial:
         partial.write_bytes(page)

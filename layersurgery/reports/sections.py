@@ -15,9 +15,7 @@ from .tables import Cell, Column, Table, of_frame, of_routes
 _CELLS_A_ROUTE = 12
 _LONG = 40
 _BANDS = "Bands are one standard error over sequences to each side. Point at a curve for its values, or focus the chart and use the arrow keys."
-_NO_SCRIPT = (
-    "Drawing these curves takes the page's own script, which does not run here; the figures and tables hold the same numbers."
-)
+_NO_SCRIPT = "Drawing these curves takes the page's own script, which does not run here; the figures and tables hold the same numbers."
 _COLUMNS = (
     "KL is that of the edited model's predictions from the unedited one's; changes are edited minus unedited; ± is one standard error over "
     "sequences. Headings sort by the exact values."
@@ -44,7 +42,10 @@ def build_sections(found: CollectedRuns, most_rows: int, pictures: Sequence[Pict
             tag("header", tag("p", "layersurgery report", class_="kicker"), tag("h1", title), *_lead(found, models)),
             tag("nav", tag("ul", links), aria_label="Sections"),
             tag("main", [_section(*one) for one in sections], id="main"),
-            tag("footer", tag("p", f"Made by layersurgery {__version__}. This page is whole: it loads nothing.", class_="note")),
+            tag(
+                "footer",
+                tag("p", f"Made by layersurgery {__version__}. This page is whole: it loads nothing.", class_="note"),
+            ),
         ]
     )
     return f"{title} \N{EM DASH} layersurgery", body, left
@@ -76,7 +77,11 @@ def _sections(
     if sweeps:
         routes = of_routes(sweeps, most_rows)
         left += routes.notes
-        yield "routes", "Every route", [tag("p", _COLUMNS, class_="note"), *_notes(routes.notes), *_table(routes, "table-routes")]
+        yield (
+            "routes",
+            "Every route",
+            [tag("p", _COLUMNS, class_="note"), *_notes(routes.notes), *_table(routes, "table-routes")],
+        )
     yield "tables", "All other tables", [*_folded(tables)]
     yield "how", "How it was run, and how to repeat it", [*_accounts(runs)]
     yield "missing", "What is not in this page", [*_missing(found, left)]
@@ -134,7 +139,10 @@ def _tables(runs: Sequence[FinishedRun], most_cells: int) -> tuple[list[Table], 
                 continue
             most_cells -= frame.size
             shown.append(of_frame(f"{label}: {name}", frame))
-        left += [f"{label}: table {name}, {rows} rows; it is {run.path / f'{name}.parquet'}" for name, rows in run.large.items()]
+        left += [
+            f"{label}: table {name}, {rows} rows; it is {run.path / f'{name}.parquet'}"
+            for name, rows in run.large.items()
+        ]
     return shown, left
 
 

@@ -69,7 +69,9 @@ def of_frame(name: str, frame: pd.DataFrame) -> Table:
     """Any table, its columns of errors beside their values."""
     frame = frame.set_axis([str(column) for column in frame.columns], axis=1)
     errors = {column for column in frame if column.endswith("_sem") and column.removesuffix("_sem") in frame}
-    kept = [column for column in frame if column not in errors and not (column == "model" and frame.model.nunique() < 2)]
+    kept = [
+        column for column in frame if column not in errors and not (column == "model" and frame.model.nunique() < 2)
+    ]
     columns = [Column(column.replace("_", " "), "", _numeric(frame[column])) for column in kept]
     rows = [
         [_cell(row[column], row.get(f"{column}_sem")) if about.numeric else Cell(rounded(row[column])) for column, about in zip(kept, columns, strict=True)]

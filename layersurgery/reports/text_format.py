@@ -11,7 +11,14 @@ NOTHING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 _MOST_WRITTEN_OUT = 1e9
 _MOST_PLACES = 7
-_HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # controls, marks of direction, halves of characters, separators of lines
+_HIDDEN = (
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Zl",
+    "Zp",
+)  # controls, marks of direction, halves of characters, separators of lines
 
 
 def show_control_characters(text: str) -> str:

@@ -92,7 +92,11 @@ class Journal:
             if check == zlib.crc32(data[end : stop - _CHECK.size]):
                 start = end + _HEAD.size
                 counts = np.frombuffer(data, "<i8", sequences, start).tolist()
-                found = np.frombuffer(data, "<f8", sequences * each, start + 8 * sequences).reshape(sequences, each).astype(float)
+                found = (
+                    np.frombuffer(data, "<f8", sequences * each, start + 8 * sequences)
+                    .reshape(sequences, each)
+                    .astype(float)
+                )
                 values, observed = np.split(found, [each - self.observed], axis=1)
                 self.records[batch] = Record(first, counts, values.reshape(sequences, self.rows, -1), observed, seconds)
             end = stop

@@ -56,7 +56,10 @@ class TokenRows:
 
     def write(self, path: Path) -> None:
         """Write the rows, by model, sequence and position."""
-        with atomic_file(path) as partial, pq.ParquetWriter(partial, self._table(0).schema, compression="zstd") as writer:
+        with (
+            atomic_file(path) as partial,
+            pq.ParquetWriter(partial, self._table(0).schema, compression="zstd") as writer,
+        ):
             for row in sorted(self._metrics):
                 writer.write_table(self._table(row))
 

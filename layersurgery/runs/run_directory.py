@@ -58,7 +58,10 @@ class Run:
         if not self.started:
             _clear(self.directory)
             self.update(
-                kind=self.kind, state="begun", arguments=self.arguments, **({"command": self.command} if self.command else {})
+                kind=self.kind,
+                state="begun",
+                arguments=self.arguments,
+                **({"command": self.command} if self.command else {}),
             )
 
     def update(self, **facts: Any) -> None:

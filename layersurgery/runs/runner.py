@@ -176,7 +176,13 @@ def run_worker(
 
 
 def _measured(
-    measurer: Measurer, text: TokenizedText, batch: int, size: int, per_token: bool, tokenizer: Any, tick: OnFraction | None
+    measurer: Measurer,
+    text: TokenizedText,
+    batch: int,
+    size: int,
+    per_token: bool,
+    tokenizer: Any,
+    tick: OnFraction | None,
 ) -> _MeasuredBatch | None:
     begun = time.perf_counter()
     first = batch * size
@@ -200,7 +206,9 @@ class _Work:
         self.per_token, self.on_progress = per_token, on_progress
         observer = measurer.observer
         run.start()
-        self.journal = Journal(run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size)
+        self.journal = Journal(
+            run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size
+        )
         known: int | None = run.facts.get("batch_size")
         self.size = known or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
         if known is None:

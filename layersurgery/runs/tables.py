@@ -74,7 +74,9 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
     place = Path(directory)
     run = read_run(place)
     if run is None or not str(run.get("kind")).startswith("layersurgery "):
-        raise SourceError(f"{place} holds no results: give a directory that `layersurgery sweep`, `analyze` or `stages` wrote")
+        raise SourceError(
+            f"{place} holds no results: give a directory that `layersurgery sweep`, `analyze` or `stages` wrote"
+        )
     if run.get("state") != "finished":
         raise SourceError(f"the run in {place} has not finished; the same command, given again, goes on with it")
     tables = tables_in(run)
@@ -114,7 +116,9 @@ def _read(place: Path, name: str) -> pd.DataFrame:
     try:
         return pd.read_parquet(place / f"{name}.parquet")
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read {place / f'{name}.parquet'}: {getattr(error, 'strerror', None) or error}") from error
+        raise SourceError(
+            f"cannot read {place / f'{name}.parquet'}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def tables_in(run: dict[str, Any]) -> list[str]:

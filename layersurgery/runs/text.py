@@ -119,7 +119,9 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     notes = []
     if request.pack and tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-text token, so documents are joined without one")
-    sequences = _contexts(request, context, tokenizer) if request.pack else _documents_alone(request, context, tokenizer)
+    sequences = (
+        _contexts(request, context, tokenizer) if request.pack else _documents_alone(request, context, tokenizer)
+    )
     wanted = context * -(-request.tokens // context) if request.pack else request.tokens
     taken = _taken(sequences, wanted * (_POOL if request.shuffled and not request.from_hub else 1))
     if request.pack and len(taken) > 1 and len(taken[-1]) < context:
@@ -215,7 +217,9 @@ def documents(asked: TextRequest) -> Iterator[str]:
 
         found: Iterable[str] = (topics[name] for name in sorted(topics))
     elif not asked.from_hub:
-        found = (document for file in _files(Path(asked.data).expanduser()) for document in _from_file(file, asked.column))
+        found = (
+            document for file in _files(Path(asked.data).expanduser()) for document in _from_file(file, asked.column)
+        )
     else:
         found = _from_hub(asked)
     return (document for document in found if document.strip())

@@ -82,18 +82,29 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
 
     def _matrix(self, weights: torch.Tensor) -> None:
         """A softmax over (batch, heads, queries, keys); some have a column more, which takes up what no token gets."""
-        if weights.dim() < 3 or weights.shape[-2] != self.tokens or weights.shape[-1] not in (self.tokens, self.tokens + 1):
+        if (
+            weights.dim() < 3
+            or weights.shape[-2] != self.tokens
+            or weights.shape[-1] not in (self.tokens, self.tokens + 1)
+        ):
             return
         self._of_matrix(weights if weights.dim() > 3 else weights[:, None])
 
     def _of_kernel(
-        self, query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, lse_BHT: torch.Tensor, mask: torch.Tensor | None, scale: float
+        self,
+        query_BHTC: torch.Tensor,
+        key_BHTC: torch.Tensor,
+        lse_BHT: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
     ) -> None:
         self._add(banded_attention(query_BHTC, key_BHTC, lse_BHT, mask, scale, self.reach).sum(1), query_BHTC.shape[1])
 
     def _of_matrix(self, weights: torch.Tensor) -> None:
         band = [
-            functional.pad(weights.diagonal(-back, -2, -1)[..., : max(0, self.tokens - back)], (min(back, self.tokens), 0))
+            functional.pad(
+                weights.diagonal(-back, -2, -1)[..., : max(0, self.tokens - back)], (min(back, self.tokens), 0)
+            )
             for back in range(1, self.reach + 1)
         ]
         self._add(torch.stack(band, -1).float().sum(1), weights.shape[1])
@@ -120,7 +131,12 @@ class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-cal
         self.last_BHT: list[torch.Tensor] = []
 
     def _of_kernel(
-        self, query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, lse_BHT: torch.Tensor, mask: torch.Tensor | None, scale: float
+        self,
+        query_BHTC: torch.Tensor,
+        key_BHTC: torch.Tensor,
+        lse_BHT: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
     ) -> None:
         key_BHTC = _repeated(key_BHTC, query_BHTC)
         with float32_products("highest"), torch.autocast(query_BHTC.device.type, enabled=False):

@@ -120,7 +120,11 @@ class BlockRunner:
     @contextmanager
     def inference_mode(self) -> Iterator[None]:
         """Evaluation mode, no gradients, nothing compiled anew; what surrounds the blocks has its weights at hand."""
-        with eval_no_grad(self.model), torch.compiler.set_stance("force_eager"), self.offloaded.loaded(*self.offloaded_outside):
+        with (
+            eval_no_grad(self.model),
+            torch.compiler.set_stance("force_eager"),
+            self.offloaded.loaded(*self.offloaded_outside),
+        ):
             yield
 
     def record(self, inputs: dict[str, Any], keep: Collection[int], around: AroundBlock | None = None) -> ForwardRecord:
@@ -177,7 +181,9 @@ class BlockRunner:
     @contextmanager
     def with_final_stream(self, stream: torch.Tensor) -> Iterator[None]:
         """Inside, the model's own forward computes no block: whatever it is given, its blocks end in `stream`."""
-        ends = [_End(block, stream, habit.extra_outputs) for block, habit in zip(self.blocks, self.conventions, strict=True)]
+        ends = [
+            _End(block, stream, habit.extra_outputs) for block, habit in zip(self.blocks, self.conventions, strict=True)
+        ]
         with replace_modules(self._places(), ends):
             yield
 

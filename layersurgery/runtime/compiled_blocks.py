@@ -58,7 +58,9 @@ class Compiler:
             with _compiling():
                 fast = first_tensor(_call(call, stream.clone(), bind))
         except Exception as error:  # torch, its compiler and a C++ compiler may raise anything
-            self._give_up(f"torch cannot compile {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            self._give_up(
+                f"torch cannot compile {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            )
             return
         if fast is None or plain is None or not _same(fast, plain, stream):
             self._give_up(f"compiled by torch, {name} computes something else")

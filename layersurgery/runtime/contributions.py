@@ -80,7 +80,9 @@ def find_contributions(runner: BlockRunner, *, check_attention: bool = True) -> 
         runner: the blocks.
         look: see whether attention tells what it attends to.
     """
-    trials = [_ContributionProbe(block, runner, number, look=check_attention) for number, block in enumerate(runner.blocks)]
+    trials = [
+        _ContributionProbe(block, runner, number, look=check_attention) for number, block in enumerate(runner.blocks)
+    ]
     places = [(runner.model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
     with runner.inference_mode(), replace_modules(places, trials):
         probe_forward(runner.model)
@@ -173,7 +175,9 @@ def _block_contributions(
         if times is None:
             fault = "what it adds to the stream is not a weighted sum of what its parts return"
         else:
-            taps = [CapturePoint(tap.branch, tap.path, tap.residual, value) for tap, value in zip(taps, times, strict=True)]
+            taps = [
+                CapturePoint(tap.branch, tap.path, tap.residual, value) for tap, value in zip(taps, times, strict=True)
+            ]
     return BlockContributions(() if fault else tuple(taps), mixers, names, attends, fault, blind)
 
 
@@ -181,7 +185,11 @@ def _capture_points(parts: BlockParts, part: Branch) -> Iterator[CapturePoint]:
     """The last modules of a branch: those that write, or the norms behind them."""
     skips = list(parts.skips(part))
     for number, skip in enumerate(skips):
-        if skip.passthrough or skip.path in parts.norms_after or (skip.residual is None and _normed(skips[number + 1 :], parts)):
+        if (
+            skip.passthrough
+            or skip.path in parts.norms_after
+            or (skip.residual is None and _normed(skips[number + 1 :], parts))
+        ):
             continue
         yield CapturePoint(part, skip.path, skip.residual)
     for skip in skips:

@@ -60,7 +60,8 @@ def offloaded_outside_blocks(model: nn.Module, blocks: nn.ModuleList) -> list[nn
     return [
         module
         for module in model.modules()
-        if id(module) not in inside and any(hook.offload and not hook.place_submodules for hook in offload_hooks(module))
+        if id(module) not in inside
+        and any(hook.offload and not hook.place_submodules for hook in offload_hooks(module))
     ]
 
 
@@ -93,7 +94,9 @@ class OffloadedWeights:
                 self._load(part, hook, fetched, seen)
                 self._home[id(module)].append((part, hook))
 
-    def _load(self, part: nn.Module, hook: AlignDevicesHook, fetched: Fetched, seen: dict[object, torch.Tensor]) -> None:
+    def _load(
+        self, part: nn.Module, hook: AlignDevicesHook, fetched: Fetched, seen: dict[object, torch.Tensor]
+    ) -> None:
         values = {}
         for name, _ in _tensors(part, hook):
             origin = _origin(hook, name)

@@ -43,7 +43,9 @@ class SpanDistances:
     def __init__(self, spans: int) -> None:
         self._before: deque[tuple[int, torch.Tensor]] = deque(maxlen=spans)
 
-    def add_block(self, block: int, before: torch.Tensor, after: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def add_block(
+        self, block: int, before: torch.Tensor, after: torch.Tensor
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """A block has run: for each span that it ends, its first block, its length, and the stream before it."""
         self._before.append((block, before))
         for span, (first, stream) in enumerate(reversed(self._before), 1):

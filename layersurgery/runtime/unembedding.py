@@ -192,7 +192,9 @@ def _checked(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor:
     except AttributeError:  # an output without logits
         logits = None
     except RuntimeError as error:
-        raise UnsupportedEditError(f"{name} cannot be run behind its blocks: {str(error).partition(chr(10))[0]}") from error
+        raise UnsupportedEditError(
+            f"{name} cannot be run behind its blocks: {str(error).partition(chr(10))[0]}"
+        ) from error
     if logits is None or logits.dim() != 3 or logits.shape[:2] != probe.shape[:2]:
         found = "none" if logits is None else f"a tensor of shape {tuple(logits.shape)} for {probe.shape[1]} tokens"
         raise UnsupportedEditError(
@@ -246,7 +248,12 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
         return None
     module: Any = runner.model.get_submodule(path)
     matrix, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(matrix, torch.Tensor) or matrix.is_meta or matrix.dim() != 2 or matrix.shape[0] != logits.shape[-1]:
+    if (
+        not isinstance(matrix, torch.Tensor)
+        or matrix.is_meta
+        or matrix.dim() != 2
+        or matrix.shape[0] != logits.shape[-1]
+    ):
         return None
     if not matrix.is_floating_point() or not (bias is None or isinstance(bias, torch.Tensor)):
         return None
@@ -278,7 +285,9 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
     )
 
 
-def _afterwards(runner: BlockRunner, probe: torch.Tensor, vocabulary: int, tolerance: float) -> tuple[float, float | None] | None:
+def _afterwards(
+    runner: BlockRunner, probe: torch.Tensor, vocabulary: int, tolerance: float
+) -> tuple[float, float | None] | None:
     """Scale and soft-cap that the model applies behind its unembedding, tried on numbers of all sizes; None if it is another function."""
     sizes = 10.0 ** torch.arange(-3, TOKENS - 3)
     given = (torch.linspace(-1, 1, vocabulary)[None] * sizes[:, None])[None]

@@ -74,7 +74,9 @@ def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
     rewritten = rewrite_fields(fields, depth, route, reloaded=False)
     derived = {
-        name: value for name in sorted(LISTS - attributes.keys()) if is_layerwise(name, value := _read(config, name), depth)
+        name: value
+        for name in sorted(LISTS - attributes.keys())
+        if is_layerwise(name, value := _read(config, name), depth)
     }
     for name, value in rewritten.items():
         if value is not fields[name] and value != fields[name]:
@@ -111,7 +113,10 @@ def _edit_overrides(attributes: dict[str, Any], route: Route, log: UndoLog) -> N
     if overrides and dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         moved = {place: overrides[block] for place, block in enumerate(route.blocks) if block in overrides}
         log.set(
-            attributes, "_heterogeneity_spec", dataclasses.replace(spec, per_layer_overrides=moved), "config.per_layer_config"
+            attributes,
+            "_heterogeneity_spec",
+            dataclasses.replace(spec, per_layer_overrides=moved),
+            "config.per_layer_config",
         )
 
 
@@ -151,7 +156,9 @@ def _border(module: nn.Module, name: str, place: int, depth: int, route: Route) 
     if place == depth:
         return len(route)
     if 0 <= place < depth and (
-        route.blocks[:place] != tuple(range(place)) or any(block < place for block in route.blocks[place:]) or len(route) <= place
+        route.blocks[:place] != tuple(range(place))
+        or any(block < place for block in route.blocks[place:])
+        or len(route) <= place
     ):
         raise UnsupportedEditError(
             f"{type(module).__name__}.{name} = {place} names a place among the layers, and what it means is not known, so only layers behind it "

@@ -41,7 +41,9 @@ class FoldResult:
     not_folded: dict[str, str] = field(default_factory=dict)
 
 
-def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, unembedding: bool = True) -> FoldResult:
+def fold(
+    model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, unembedding: bool = True
+) -> FoldResult:
     """Fold the scale and shift of each norm into the weights that read it, and centre weights, in place; the function stays the same.
 
     As in appendix D of the paper and in TransformerLens: (1) norms before attention and MLP and before the unembedding get the scale 1
@@ -80,7 +82,9 @@ def fold(model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None
         if centre:
             _centre_writers(runner, trials, done)
         else:
-            done.not_folded["what writes the stream"] = "an RMSNorm reads the mean over channels, so it cannot be taken away"
+            done.not_folded["what writes the stream"] = (
+                "an RMSNorm reads the mean over channels, so it cannot be taken away"
+            )
     return done
 
 
@@ -107,7 +111,9 @@ class _FoldProbe(ModuleWrapper):
         return after - stream
 
 
-def _fold_norm(block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, done: FoldResult) -> None:
+def _fold_norm(
+    block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, done: FoldResult
+) -> None:
     norm, name = block.get_submodule(path), f"{prefix}{path}"
     before = run()
     gain = fit_norm(norm, width, before)
@@ -162,7 +168,9 @@ def _readers(block: nn.Module, norm: str, run: Callable[[], torch.Tensor]) -> li
     return [name for name in dict.fromkeys(found) if not any(inner.startswith(f"{name}.") for inner in found)]
 
 
-def _fold_into(module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, width: int, undo: _Undo, *, centre: bool) -> None:
+def _fold_into(
+    module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, width: int, undo: _Undo, *, centre: bool
+) -> None:
     """Have what reads a norm scale and shift by itself; where the norm centres, nobody misses its weights' mean over inputs."""
     shifted = bool(shift.abs().max() > 0)
     for name in _reading(module, width):
@@ -186,7 +194,9 @@ def _fold_into(module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, widt
 def _reading(module: nn.Module, width: int) -> list[str]:
     """Weights of a module that read something as wide as the stream: its matrix; of experts, all but those that write."""
     names = [
-        name for name, value in module._parameters.items() if value is not None and value.dim() > 1 and not name.endswith("bias")
+        name
+        for name, value in module._parameters.items()
+        if value is not None and value.dim() > 1 and not name.endswith("bias")
     ]
     if len(names) == 1:
         return names
@@ -248,7 +258,9 @@ def _fold_end(runner: BlockRunner, done: FoldResult, *, unembedding: bool) -> No
         return
     done.folded.append(path)
     if unembedding and readout.cap is not None:
-        done.not_folded[f"mean of {head} over the vocabulary"] = "a soft-cap behind it does not let a common number pass"
+        done.not_folded[f"mean of {head} over the vocabulary"] = (
+            "a soft-cap behind it does not let a common number pass"
+        )
     elif gain.centres or unembedding:
         done.centered.append(head)
 
@@ -277,7 +289,9 @@ def _centre_writers(runner: BlockRunner, trials: Sequence[_FoldProbe], done: Fol
         block, parts = runner.blocks[number], runner.anatomy.parts(number)
         names = [*parts.outputs("attention"), *parts.outputs("mlp")]
         if parts.fault or not names or any(not skip.savable for skip in (*parts.attention_skips, *parts.mlp_skips)):
-            done.not_folded[f"what block {number} writes"] = parts.fault or "the weights with which it writes cannot be told"
+            done.not_folded[f"what block {number} writes"] = (
+                parts.fault or "the weights with which it writes cannot be told"
+            )
             continue
         before = trial.run()
         undo = _Undo()

@@ -27,7 +27,9 @@ def transformers_model(model: nn.Module) -> Any:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
-    raise UnsupportedEditError(f"{type(model).__name__} holds no transformers model, so there is nothing that could be reloaded")
+    raise UnsupportedEditError(
+        f"{type(model).__name__} holds no transformers model, so there is nothing that could be reloaded"
+    )
 
 
 def config_dict(model: nn.Module) -> Json:
@@ -95,7 +97,12 @@ def check_reloads_equal(model: nn.Module) -> None:
     fields = config_dict(inner)
     in_files = {name for block in blocks for name in block.state_dict(keep_vars=True)}
     ReloadCheck(
-        inner, build_meta_model(fields), resolve_section(fields), Route.identity(len(blocks)), frozenset(in_files), live=True
+        inner,
+        build_meta_model(fields),
+        resolve_section(fields),
+        Route.identity(len(blocks)),
+        frozenset(in_files),
+        live=True,
     ).check()
 
 

@@ -214,7 +214,9 @@ class Surgery:
         wrong = self.log.changed_since()
         if self.model.get_submodule(self.found.path) is not blocks:
             wrong = [f"the list at {self.found.path} was replaced by another"]
-        elif len(now) != len(self.installed) or any(one is not other for one, other in zip(now, self.installed, strict=False)):
+        elif len(now) != len(self.installed) or any(
+            one is not other for one, other in zip(now, self.installed, strict=False)
+        ):
             wrong = [f"the list at {self.found.path} holds other modules"]
         if wrong:
             raise UndoError(

@@ -40,7 +40,9 @@ def save(
         )
     check_reloads_equal(model)
     inner = transformers_model(model)
-    size = sum(parameter.numel() * parameter.element_size() for _, parameter in inner.named_parameters(remove_duplicate=False))
+    size = sum(
+        parameter.numel() * parameter.element_size() for _, parameter in inner.named_parameters(remove_duplicate=False)
+    )
     with atomic_directory(target, bytes_needed=size, overwrite=overwrite) as directory:
         inner.save_pretrained(directory, **options)
         if tokenizer is not None:

@@ -95,7 +95,10 @@ class BatchMetrics:
         """Measure a stream, which is the end of these routes."""
         rows = [row for route in routes for row in self.rows(route)]
         if rows:
-            self._note(rows, dispatch.measure(self.readout, self.readout.normalize(self.states[state], self._chosen), self._base))
+            self._note(
+                rows,
+                dispatch.measure(self.readout, self.readout.normalize(self.states[state], self._chosen), self._base),
+            )
 
     def _note(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
         if self.kept is not None:

@@ -183,7 +183,9 @@ def _unfilled(config: Any, dtype: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype, torch.float32))
     except Exception as error:  # a constructor may raise anything
-        raise SourceError(f"transformers cannot build the model of this config: {type(error).__name__}: {error}") from error
+        raise SourceError(
+            f"transformers cannot build the model of this config: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dtype: str) -> dict[str, Any]:
@@ -193,13 +195,20 @@ def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dty
     if isinstance(device_map, dict):
         names = [name for name, _ in model.named_parameters()]
         if lost := [
-            name for name in names if not any(not key or name == key or name.startswith(f"{key}.") for key in device_map)
+            name
+            for name in names
+            if not any(not key or name == key or name.startswith(f"{key}.") for key in device_map)
         ]:
-            raise PlanError(f"--device-map says nothing of {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))
+            raise PlanError(
+                f"--device-map says nothing of {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+            )
         return device_map
     if device_map not in AUTO:
         return {"": device_map}
-    options = {"no_split_module_classes": list(getattr(model, "_no_split_modules", None) or ()), "dtype": getattr(torch, dtype)}
+    options = {
+        "no_split_module_classes": list(getattr(model, "_no_split_modules", None) or ()),
+        "dtype": getattr(torch, dtype),
+    }
     if max_memory is None:  # as transformers does, some is left free
         max_memory = {device: int(0.9 * size) for device, size in get_max_memory().items()}
     if device_map != "sequential":

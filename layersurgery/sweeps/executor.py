@@ -76,7 +76,9 @@ class ScheduleExecutor:
                     self._load(block, instead_of)
                 case RunBlock(visit, state, result):
                     call = partial(self.runner.run, record, visit, states[state])
-                    states[result] = call() if self.observer is None else self.observer.run(step.action, states[state], call)
+                    states[result] = (
+                        call() if self.observer is None else self.observer.run(step.action, states[state], call)
+                    )
                     self.calls += 1
                     self.track_peak(states)
                 case ReadLogits(state, routes):

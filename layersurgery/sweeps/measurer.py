@@ -92,18 +92,27 @@ class Measurer:
         self._device = device_of(model)
         self._unproven, self._prove = True, check
         self.routes = list(dict.fromkeys(variant.route for variant in kept))
-        assert self.observer is None or all(visit.whole for route in self.routes for visit in route), "a skip is run by a view"
+        assert self.observer is None or all(visit.whole for route in self.routes for visit in route), (
+            "a skip is run by a view"
+        )
         # Run as well, and not read.
-        self._walked = [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
+        self._walked = (
+            [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
+        )
         self._away = [bytes_of(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
         self._needs = MemoryModel.of(
-            model, self.runner.blocks, width=self.runner.width, vocabulary=self.readout.vocabulary, head_rows=self.readout.rows
+            model,
+            self.runner.blocks,
+            width=self.runner.width,
+            vocabulary=self.readout.vocabulary,
+            head_rows=self.readout.rows,
         )
         # Rows of the result that each route fills.
         self._rows = [
-            [row for row, variant in enumerate(self.variants) if row and variant.route == route] for route in self.routes
+            [row for row, variant in enumerate(self.variants) if row and variant.route == route]
+            for route in self.routes
         ]
 
     def _supported(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
@@ -156,11 +165,19 @@ class Measurer:
         """What a batch of `sequences` of `length` tokens will take; of weights kept elsewhere, those at hand together and the next ones."""
         found = self._needs.predict(self.schedule, sequences, length)
         if self.observer is not None:
-            found = replace(found, streams=found.streams + self.observer.streams * sequences * length * self.runner.width * 4)
-        return replace(found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_in_flight(self._away)))
+            found = replace(
+                found, streams=found.streams + self.observer.streams * sequences * length * self.runner.width * 4
+            )
+        return replace(
+            found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_in_flight(self._away))
+        )
 
     def measure(
-        self, ids: torch.Tensor, mask: torch.Tensor, on_token_rows: EachToken | None = None, on_fraction: OnFraction | None = None
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        on_token_rows: EachToken | None = None,
+        on_fraction: OnFraction | None = None,
     ) -> BatchResult:
         """Measure one batch, in halves and halves of halves where memory does not suffice for all of it at once.
 
@@ -215,22 +232,32 @@ class Measurer:
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
             fewer = (
-                ", --schedule depth-first, which holds fewer streams" if self.schedule.during_trunk and not self._walked else ""
+                ", --schedule depth-first, which holds fewer streams"
+                if self.schedule.during_trunk and not self._walked
+                else ""
             )
             raise MeasurementError(
                 f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once{fewer}, or "
                 "half precision (--dtype bfloat16)"
             )
         self.max_sequences = sequences // 2
-        warnings.warn(f"memory ran out with {sequences} sequences at once; going on with {self.max_sequences}", stacklevel=3)
+        warnings.warn(
+            f"memory ran out with {sequences} sequences at once; going on with {self.max_sequences}", stacklevel=3
+        )
 
     def _measure(
-        self, ids: torch.Tensor, mask: torch.Tensor, kept: dict[tuple[int, ...], torch.Tensor] | None, tick: OnFraction | None
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        kept: dict[tuple[int, ...], torch.Tensor] | None,
+        tick: OnFraction | None,
     ) -> BatchResult:
         follow = has_next_token(mask)
         if not bool(follow.any()):
             size = 0 if self.observer is None else self.observer.size
-            return BatchResult([0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size)))
+            return BatchResult(
+                [0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size))
+            )
         longest = self._length(mask)
         ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
         already = self.runner.offloaded.bytes_read
@@ -269,7 +296,9 @@ class Measurer:
     ) -> BatchMetrics:
         """The unedited model's predictions, read, and what is to be done with the edited ones'."""
         compiled = self.runner.compiler is not None
-        reading = BatchMetrics(self.readout, self.rows, ids, follow, states, states[self.runner.depth], kept, compiled=compiled)
+        reading = BatchMetrics(
+            self.readout, self.rows, ids, follow, states, states[self.runner.depth], kept, compiled=compiled
+        )
         if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
             _refuse_non_finite(self.model, reading.sums[0])
             self._unproven = False

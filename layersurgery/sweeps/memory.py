@@ -128,5 +128,7 @@ def _widest(block: nn.Module, experts: int) -> int:
     Matrices of experts that are kept as one tensor, (experts, outputs, inputs), work for `experts` of them for each token.
     """
     matrices = [parameter for parameter in block.parameters() if parameter.dim() in (2, 3)]
-    widths = sorted((max(matrix.shape[-2:]) * (experts if matrix.dim() == 3 else 1) for matrix in matrices), reverse=True)
+    widths = sorted(
+        (max(matrix.shape[-2:]) * (experts if matrix.dim() == 3 else 1) for matrix in matrices), reverse=True
+    )
     return sum(widths[:3])

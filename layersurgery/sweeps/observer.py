@@ -19,7 +19,13 @@ from ..metrics.aggregation import Array
 from ..plans.route import Route, Visit
 from ..runtime.attention_weights import REACH, PreviousTokenAttention
 from ..runtime.block_runner import BlockRunner, ForwardRecord
-from ..runtime.contributions import BRANCHES, BlockContributions, capture_contributions, find_contributions, reads_are_mean_free
+from ..runtime.contributions import (
+    BRANCHES,
+    BlockContributions,
+    capture_contributions,
+    find_contributions,
+    reads_are_mean_free,
+)
 from ..runtime.inputs import has_next_token
 from ..runtime.residual_change import SpanDistances, angular_distance, block_influence
 from .schedule import RunBlock
@@ -71,7 +77,10 @@ class Observer:
         self, runner: BlockRunner, signals: Collection[str], *, spans: int = 1, observed_route: Route | None = None
     ) -> None:
         self.runner, self.signals = runner, frozenset(signals)
-        self.spans, self.observed_route = spans, Route.identity(runner.depth) if observed_route is None else observed_route
+        self.spans, self.observed_route = (
+            spans,
+            Route.identity(runner.depth) if observed_route is None else observed_route,
+        )
         assert observed_route is None or (self.signals == {CHANGE} and spans == 1)
         whole = self.signals <= {CHANGE}  # of blocks as wholes, parts need not be known
         self.contributions = (
@@ -97,7 +106,9 @@ class Observer:
             return [self.observed_route]
         if SIMILARITY not in self.signals:
             return []
-        return [Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.runner.depth - 1)]
+        return [
+            Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.runner.depth - 1)
+        ]
 
     def _quantities(self) -> Iterator[Quantity]:
         for layer, member in enumerate(self.contributions):
@@ -149,10 +160,16 @@ class Observer:
             with ExitStack() as runner:
                 for number, block in enumerate(self.runner.blocks):
                     member = self.contributions[number]
-                    looks = partial(self._context.look, number) if ATTENTION in self.signals and member.attends else None
-                    taps = [(tap, partial(self._context.caught, tap.branch, tap.scale)) for tap in member.capture_points]
+                    looks = (
+                        partial(self._context.look, number) if ATTENTION in self.signals and member.attends else None
+                    )
+                    taps = [
+                        (tap, partial(self._context.caught, tap.branch, tap.scale)) for tap in member.capture_points
+                    ]
                     wanted = taps if self.signals & {NORMS, SIMILARITY} else []
-                    runner.enter_context(capture_contributions(block, wanted, member.mixers, looks, self._context.shape))
+                    runner.enter_context(
+                        capture_contributions(block, wanted, member.mixers, looks, self._context.shape)
+                    )
                 yield
         finally:
             self._context = None
@@ -203,7 +220,10 @@ class Observer:
     @property
     def names(self) -> list[str]:
         """What each number of a sequence is, in words."""
-        return [*COUNTS, *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self.quantities)]
+        return [
+            *COUNTS,
+            *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self.quantities),
+        ]
 
     @property
     def streams(self) -> int:

@@ -88,7 +88,9 @@ class Schedule:
     @property
     def needs_final_state(self) -> bool:
         """Whether the trunk's end is needed after the unedited model was read from it: a route ends there, or goes on from there."""
-        return any(isinstance(step.action, RunBlock | ReadLogits) and step.action.state == self.depth for step in self.steps)
+        return any(
+            isinstance(step.action, RunBlock | ReadLogits) and step.action.state == self.depth for step in self.steps
+        )
 
     @property
     def all_steps(self) -> Iterator[Step]:
@@ -108,7 +110,10 @@ class Schedule:
         """
         visits = self.load_order
         if not self.during_trunk:
-            visits = (*range(self.depth), *(step.action.visit.block for step in self.steps if isinstance(step.action, RunBlock)))
+            visits = (
+                *range(self.depth),
+                *(step.action.visit.block for step in self.steps if isinstance(step.action, RunBlock)),
+            )
         return sum(blocks[block] for block in visits) + around
 
     def bytes_in_flight(self, blocks: Sequence[int]) -> int:
@@ -219,7 +224,9 @@ def _peak(steps: Sequence[Step], alive: int) -> int:
     return peak
 
 
-def _schedule_by_layer(routes: Sequence[Route], depth: int, resident_blocks: int, run_only: Sequence[Route]) -> Schedule:
+def _schedule_by_layer(
+    routes: Sequence[Route], depth: int, resident_blocks: int, run_only: Sequence[Route]
+) -> Schedule:
     trunk, _ = _build_trie(routes, depth, run_only)
     walk = _LayerByLayer(resident_blocks, depth)
     during = []

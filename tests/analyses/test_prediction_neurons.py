@@ -155,9 +155,13 @@ def test_blocks_without_an_mlp_are_named() -> None:
     assert list(table.neurons > 0) == [False, False, True] * 2
     assert table.prediction.isna().tolist() == [True, True, False] * 2
     assert table.attrs["skipped"]["neurons of block 0"] == "the block has no mlp"
-    with pytest.raises(ls.UnsupportedEditError, match="MambaForCausalLM has no neurons to look at: the block has no mlp"):
+    with pytest.raises(
+        ls.UnsupportedEditError, match="MambaForCausalLM has no neurons to look at: the block has no mlp"
+    ):
         ls.analyses.neurons(tiny_model("mamba"))
-    with pytest.raises(ls.UnsupportedEditError, match="neurons write a stream of width 32, and the unembedding is of shape"):
+    with pytest.raises(
+        ls.UnsupportedEditError, match="neurons write a stream of width 32, and the unembedding is of shape"
+    ):
         ls.analyses.neurons(tiny_model("opt-postnorm"))
 
 

@@ -117,7 +117,8 @@ def test_windows_share_no_text_and_are_balanced() -> None:
 def test_too_little_text_says_how_much_it_would_take() -> None:
     chosen = token_class(tiny_tokenizer(), regex="^x$")
     with pytest.raises(
-        ls.MeasurementError, match=r"of 600 tokens of the text .* 16 are needed. At this rate it takes about [\d,]+ tokens"
+        ls.MeasurementError,
+        match=r"of 600 tokens of the text .* 16 are needed. At this rate it takes about [\d,]+ tokens",
     ):
         find_balanced_windows([story()[:600]], tiny_tokenizer(), chosen)
     with pytest.raises(ls.MeasurementError, match="^0 of 400 tokens .* Give more text, other text, or another class"):
@@ -290,7 +291,9 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
     assert facts["class"]["class"] == "matches '^x$'"
     assert facts["arguments"]["class"] == "matches '^x$'"
     assert {"probe.png", "effects.png"} <= set(facts["figures"])
-    assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(
+        file.name for file in (tmp_path / "out").iterdir()
+    )
     again = run(*words)
     assert "has finished; nothing to do" in again.stderr
     assert "…" not in again.stdout
@@ -309,7 +312,9 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
         (["--suffix", "x", "-n", 500], 1, "tokens of text: --data, --tokens"),
     ],
 )
-def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path, given: list[Any], code: int, said: str) -> None:
+def test_what_is_refused_on_the_command_line(
+    place: Path, tmp_path: Path, given: list[Any], code: int, said: str
+) -> None:
     found = run("analyze", "probe", place / "knowing", "--data", place / "story.txt", *given, "-o", tmp_path / "out")
     assert found.exit_code == code, found.stderr
     assert said in " ".join(found.stderr.split())

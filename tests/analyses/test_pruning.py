@@ -31,11 +31,14 @@ def streams(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = Non
     for block in blocks:
         handles.append(
             block.register_forward_pre_hook(
-                lambda _, args, kwargs: caught.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
+                lambda _, args, kwargs: caught.append((args[0] if args else kwargs["hidden_states"]).clone()),
+                with_kwargs=True,
             )
         )
     handles.append(
-        blocks[-1].register_forward_hook(lambda _m, _a, out: caught.append((out[0] if isinstance(out, tuple) else out).clone()))
+        blocks[-1].register_forward_hook(
+            lambda _m, _a, out: caught.append((out[0] if isinstance(out, tuple) else out).clone())
+        )
     )
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
@@ -69,7 +72,9 @@ def test_padding_is_in_no_score() -> None:
     padded = ls.rank(model, ids, attention_mask=mask)
     alone = [ls.rank(model, ids[:1]), ls.rank(model, ids[1:2, :12]), ls.rank(model, ids[2:])]
     weights = np.array([20, 12, 20])
-    both = sum(weight * one.block_influence.to_numpy() for weight, one in zip(weights, alone, strict=True)) / weights.sum()
+    both = (
+        sum(weight * one.block_influence.to_numpy() for weight, one in zip(weights, alone, strict=True)) / weights.sum()
+    )
     np.testing.assert_allclose(padded.block_influence, both, rtol=1e-4)
     ends = np.mean([one.angular_distance_last.to_numpy() for one in alone], axis=0)
     np.testing.assert_allclose(padded.angular_distance_last, ends, rtol=1e-4)
@@ -81,8 +86,12 @@ def test_angles_keep_their_digits_however_small() -> None:
     aside -= (aside * x).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True) * x
     for angle in (1e-3, 0.5, 3.0):
         turned = math.cos(angle) * x + math.sin(angle) * aside * (x.norm(dim=-1) / aside.norm(dim=-1))[..., None]
-        torch.testing.assert_close(angular_distance(x, 7 * turned), torch.full((1, 4), angle / math.pi), rtol=1e-3, atol=0)
-        torch.testing.assert_close(block_influence(x, turned), torch.full((1, 4), 1 - math.cos(angle)), rtol=2e-3, atol=0)
+        torch.testing.assert_close(
+            angular_distance(x, 7 * turned), torch.full((1, 4), angle / math.pi), rtol=1e-3, atol=0
+        )
+        torch.testing.assert_close(
+            block_influence(x, turned), torch.full((1, 4), 1 - math.cos(angle)), rtol=2e-3, atol=0
+        )
     assert float(block_influence(x, x).max()) == 0
     large = (x * 1e4).half()  # whose squares half precision does not hold
     assert bool(angular_distance(large, -large).isfinite().all())

@@ -46,7 +46,9 @@ def test_every_signal_is_what_the_dense_way_gives(name: str) -> None:
     lens = tables["lens"]
     for layer in range(DEPTH):
         read = logits_along(model, Route.identity(layer + 1), ids)
-        meant = dict(zip(METRICS, measure(final[:, :-1].flatten(0, 1), read[:, :-1].flatten(0, 1), target).mean(-1), strict=True))
+        meant = dict(
+            zip(METRICS, measure(final[:, :-1].flatten(0, 1), read[:, :-1].flatten(0, 1), target).mean(-1), strict=True)
+        )
         for column, metric in (
             ("lens_kl_nats", "kl_nats"),
             ("lens_entropy_bits", "entropy_bits"),
@@ -74,7 +76,11 @@ def test_every_signal_is_what_the_dense_way_gives(name: str) -> None:
             }
             for kind, (one, other) in pairs.items():
                 cosine = torch.nn.functional.cosine_similarity(one, other, dim=-1).mean()
-                assert similarity.loc[(layer, part), kind] == pytest.approx(float(cosine), abs=1e-4), (layer, part, kind)
+                assert similarity.loc[(layer, part), kind] == pytest.approx(float(cosine), abs=1e-4), (
+                    layer,
+                    part,
+                    kind,
+                )
 
 
 @pytest.mark.parametrize("name", [name for name in HAND if name not in NO_EAGER])
@@ -203,7 +209,11 @@ def test_what_it_costs() -> None:
     """Lenses cost no block calls; a swap costs two; nothing of the swaps stays."""
     model, ids = tiny_model("llama"), tokens(2, 10)
     mask = torch.ones_like(ids)
-    for signals, calls in ((["lens"], DEPTH), (["attention", "norms"], DEPTH), (["similarity"], DEPTH + 2 * (DEPTH - 1))):
+    for signals, calls in (
+        (["lens"], DEPTH),
+        (["attention", "norms"], DEPTH),
+        (["similarity"], DEPTH + 2 * (DEPTH - 1)),
+    ):
         measurer = measurer_of(model, signals, DEPTH)
         assert measurer.measure(ids, mask).calls == calls == measurer.schedule.calls
     measurer = measurer_of(model, ["similarity"], DEPTH)
@@ -358,7 +368,9 @@ def test_a_model_of_one_block() -> None:
 
 
 def test_what_is_left_out_is_said() -> None:
-    with pytest.warns(UserWarning, match="attention of block 0 is left out: JambaMambaMixer attends to no tokens by softmax"):
+    with pytest.warns(
+        UserWarning, match="attention of block 0 is left out: JambaMambaMixer attends to no tokens by softmax"
+    ):
         table = ls.analyses.attention(tiny_model("jamba"), tokens(2, 8))
     assert len(table.attrs["skipped"]) == 4
     model = tiny_model("llama")
@@ -383,7 +395,9 @@ def test_a_kernel_that_is_chosen_for_this_text_only_is_named() -> None:
     measurer = measurer_of(model, ["attention"], DEPTH)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_weights, "_KERNELS", {})
-        with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
+        with pytest.raises(
+            ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"
+        ):
             measurer.measure(ids, torch.ones_like(ids))
     assert not any("Tapped" in type(module).__name__ for module in model.modules())
 

@@ -80,7 +80,13 @@ def test_windows_follow_the_rule() -> None:
     words = {4: set(), 1: set()}  # type: dict[int, set[str]]
     for match in re.finditer(r"[a-z]+", text):
         before, after = text[match.start() - 1], text[match.end() : match.end() + 1] or " "
-        if match.start() > 0 and not before.isalnum() and before != "_" and not after.isalnum() and len(match[0]) in (1, 4):
+        if (
+            match.start() > 0
+            and not before.isalnum()
+            and before != "_"
+            and not after.isalnum()
+            and len(match[0]) in (1, 4)
+        ):
             words[len(match[0])].add(match[0])
     assert {word for word, joined in zip(found.words, found.multi_token, strict=True) if joined} == words[4]
     assert {word for word, joined in zip(found.words, found.multi_token, strict=True) if not joined} <= words[1]
@@ -116,13 +122,16 @@ def test_words_are_spread_and_halves_share_none() -> None:
     found = find_word_windows([text], tiny_tokenizer(), samples=9)
     words = [word for word, joined in zip(found.words, found.multi_token, strict=True) if joined]
     assert len(words) == 9
-    assert {word: words.count(word) for word in words} == {"zzzz": 3, "abcd": 2, "bcde": 2, "cdef": 2} or words.count("zzzz") in (
+    assert {word: words.count(word) for word in words} == {"zzzz": 3, "abcd": 2, "bcde": 2, "cdef": 2} or words.count(
+        "zzzz"
+    ) in (
         2,
         3,
     )
     assert set(words[:4]) == {"zzzz", "abcd", "bcde", "cdef"}
     halves = {
-        half: {word for word, other in zip(found.words, found.held_out, strict=True) if other == half} for half in (True, False)
+        half: {word for word, other in zip(found.words, found.held_out, strict=True) if other == half}
+        for half in (True, False)
     }
     assert not halves[True] & halves[False]
     again = find_word_windows([text], tiny_tokenizer(), samples=9)
@@ -133,7 +142,9 @@ def test_words_are_spread_and_halves_share_none() -> None:
 
 def test_windows_stay_in_their_document_and_within_the_tokens_asked() -> None:
     alone = [f"123456789012 {word} x" for word in ("abcd", "bcde")]
-    with pytest.raises(ls.MeasurementError, match=r"2 windows that end in words of four tokens \(2 different\) among 38 tokens"):
+    with pytest.raises(
+        ls.MeasurementError, match=r"2 windows that end in words of four tokens \(2 different\) among 38 tokens"
+    ):
         find_word_windows(alone, tiny_tokenizer())
     text = story()
     half = find_word_windows([text], tiny_tokenizer(), tokens=5000, samples=1000)
@@ -219,12 +230,16 @@ def test_a_head_made_to_join_words_is_found() -> None:
 def test_heads_that_look_at_places_alone_join_nothing() -> None:
     model = tiny_model("gpt2")
     with torch.no_grad():
-        model.transformer.wte.weight.copy_(model.transformer.wte.weight[0].expand_as(model.transformer.wte.weight).clone())
+        model.transformer.wte.weight.copy_(
+            model.transformer.wte.weight[0].expand_as(model.transformer.wte.weight).clone()
+        )
         model.transformer.wpe.weight.mul_(30)
     found = ls.analyses.subjoiners(model, tiny_tokenizer(), [story()])
     assert (found.heads.in_word > 0.05).any()
     assert (found.heads.score.abs() < 1e-6).all()
-    assert describe_subjoiners(found.heads).startswith("No subjoiner head here. The best on half of the words is layer ")
+    assert describe_subjoiners(found.heads).startswith(
+        "No subjoiner head here. The best on half of the words is layer "
+    )
 
 
 def test_a_token_before_each_window_takes_its_share() -> None:
@@ -267,7 +282,9 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     found_members = find_contributions(BlockRunner(model, anatomy))
     monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.find_contributions", lambda _runner: found_members)
     monkeypatch.setattr(attention_weights, "_KERNELS", {})
-    with pytest.raises(ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"):
+    with pytest.raises(
+        ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"
+    ):
         score_heads(model, windows, anatomy=anatomy)
     assert not any("Tapped" in type(module).__name__ for module in model.modules())
 
@@ -297,11 +314,15 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     assert value["summary"] == describe_subjoiners(meant.heads)
     assert value["windows"] == meant.windows.about
     table = ls.read_results(tmp_path / "out")
-    pd.testing.assert_frame_equal(table.drop(columns="model"), meant.heads.drop(columns="model"), check_exact=False, atol=1e-6)
+    pd.testing.assert_frame_equal(
+        table.drop(columns="model"), meant.heads.drop(columns="model"), check_exact=False, atol=1e-6
+    )
     assert set(table.model) == {str(place / "joiner")}
     assert len(value["tables"]["examples"]) == len(meant.examples)
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(
+        file.name for file in (tmp_path / "out").iterdir()
+    )
     assert {"subjoiners.png", "examples.png"} <= set(facts["figures"])
     assert not facts["figure_error"]
 
@@ -335,7 +356,17 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path) -> Non
     assert "it takes about" in " ".join(found.stderr.split())
     assert not (tmp_path / "out").exists()
     assert run("analyze", "subjoiners", place / "tiny", "--samples", 3).exit_code == 2
-    other = run("analyze", "subjoiners", place / "tiny", "--tokenizer", "smollm2-135m", "--data", "pydoc", "-o", tmp_path / "out")
+    other = run(
+        "analyze",
+        "subjoiners",
+        place / "tiny",
+        "--tokenizer",
+        "smollm2-135m",
+        "--data",
+        "pydoc",
+        "-o",
+        tmp_path / "out",
+    )
     assert other.exit_code == 1
     assert "the model has a vocabulary of 128: it is another model's tokenizer" in other.stderr
     missing = run("analyze", "subjoiners", place / "tiny", "--data", tmp_path / "nothing.txt")

@@ -91,7 +91,14 @@ def test_nothing_else_in_the_config_changes(llama: Path, tmp_path: Path) -> None
 
 
 def test_the_rest_of_the_directory_is_carried_over(llama: Path, tmp_path: Path) -> None:
-    carried = ["generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "merges.txt", "spiece.model"]
+    carried = [
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "merges.txt",
+        "spiece.model",
+    ]
     left = ["optimizer.pt", "pytorch_model.bin", "training.log", "events.out"]
     for name in carried[1:] + left:
         (llama / name).write_text(name)
@@ -117,7 +124,9 @@ def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
     assert "Old text" not in card
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool]
+)
 def test_every_dtype_is_carried_bit_for_bit(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     resave(llama, lambda tensors: {name: value.to(dtype) for name, value in tensors.items()})
     ls.edit_checkpoint(llama, "move 1 after 4; drop 2", tmp_path / "out")
@@ -158,7 +167,10 @@ def test_prediction_heads_behind_the_last_block_stay_behind_it(llama: Path, tmp_
 def test_names_without_the_backbones_prefix(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     model.save_pretrained(tmp_path / "source")
-    resave(tmp_path / "source", lambda tensors: {name.removeprefix("transformer."): value for name, value in tensors.items()})
+    resave(
+        tmp_path / "source",
+        lambda tensors: {name.removeprefix("transformer."): value for name, value in tensors.items()},
+    )
     for plan in ("swap 1 2", "drop 0"):
         out = tmp_path / plan.replace(" ", "-")
         ls.edit_checkpoint(tmp_path / "source", plan, out)
@@ -191,7 +203,13 @@ def test_a_vision_tower_of_the_same_depth_is_not_the_decoder(tmp_path: Path) -> 
         "num_key_value_heads": 2,
     }
     text |= {"head_dim": 8, "vocab_size": 128, "sliding_window": 4, "sliding_window_pattern": 3}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "image_size": 28}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+        "image_size": 28,
+    }
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "source")
@@ -240,7 +258,13 @@ def test_layer_names_inside_quantisation_settings() -> None:
     where = {0: [0], 1: [2], 2: [1, 3]}
     value = {
         "quant_method": "fp8",
-        "ignored_layers": ["lm_head", "model.layers.1.mlp", "layers.2.self_attn.q_proj", "model.layers.9.mlp", "model.layers.10"],
+        "ignored_layers": [
+            "lm_head",
+            "model.layers.1.mlp",
+            "layers.2.self_attn.q_proj",
+            "model.layers.9.mlp",
+            "model.layers.10",
+        ],
         "per": {"model.layers.2": {"bits": 4}, "vision.layers.1": 1},
         "bits": 8,
     }
@@ -339,7 +363,10 @@ def test_the_stack_is_found_among_other_numbered_names() -> None:
         find_block_prefix(crossed, 4)
     with pytest.raises(ls.UnsupportedEditError, match=r"could be the decoder: a.layers, b.layers"):
         find_block_prefix([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3)
-    assert find_block_prefix([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix == "b.layers"
+    assert (
+        find_block_prefix([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix
+        == "b.layers"
+    )
 
 
 def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path: Path) -> None:

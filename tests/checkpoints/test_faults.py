@@ -122,7 +122,9 @@ def test_an_unknown_per_layer_field(llama: Path, tmp_path: Path) -> None:
 
 def test_a_model_type_that_transformers_does_not_know(llama: Path, tmp_path: Path) -> None:
     change_config(llama, model_type="from_the_future", auto_map={"AutoModelForCausalLM": "remote.Code"})
-    with pytest.raises(ls.UnsupportedEditError, match=r"does not know the model type 'from_the_future' \(it brings its own code"):
+    with pytest.raises(
+        ls.UnsupportedEditError, match=r"does not know the model type 'from_the_future' \(it brings its own code"
+    ):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     assert ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False).verified is False
     with pytest.raises(ls.UnsupportedEditError, match="does not know the model type"):
@@ -249,7 +251,10 @@ def test_a_disk_that_fails_midway(
 def test_a_really_full_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True).returncode
+    ):
         pytest.skip("cannot mount a small file system here")
     try:
         with pytest.raises(ls.OutputError, match="GB free and out needs"):

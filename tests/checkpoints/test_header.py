@@ -41,7 +41,9 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
             assert (piece.get_dtype(), piece.get_shape()) == (entry.dtype, list(entry.shape))
     raw = (tmp_path / "a.safetensors").read_bytes()
     for name, entry in header.tensors.items():
-        assert raw[header.data_offset + entry.start : header.data_offset + entry.stop] == _TENSORS[name].numpy().tobytes()
+        assert (
+            raw[header.data_offset + entry.start : header.data_offset + entry.stop] == _TENSORS[name].numpy().tobytes()
+        )
 
 
 @pytest.mark.parametrize("offset", [0, 8, 1234, 4095])
@@ -78,7 +80,10 @@ _LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "not utf-8": (lambda p: written(p, b'{"\xff":1}'), "not JSON"),
     "lone surrogate": (lambda p: written(p, b'{"\\ud800":{}}'), "not text"),
     "deep": (lambda p: written(p, b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "not JSON"),
-    "digits": (lambda p: written(p, b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'), "not JSON"),
+    "digits": (
+        lambda p: written(p, b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'),
+        "not JSON",
+    ),
     "twice": (lambda p: written(p, b'{"a":1,"a":2}'), "names 'a' twice"),
     "dtype": (lambda p: written(p, {"a": tensor(0, 1, "F12")}, b"x"), "dtype 'F12'; known are"),
     "no dtype": (lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"), "lacks dtype"),
@@ -107,14 +112,23 @@ def test_a_lying_header_is_refused(tmp_path: Path, lie: str) -> None:
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["F32", "dtype", "shape"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["F32", "dtype", "shape"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner)
+    ),
     max_leaves=8,
 )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
-@given(header=st.binary(max_size=60) | st.dictionaries(st.text(max_size=3), _json, max_size=3), data=st.binary(max_size=9))
+@given(
+    header=st.binary(max_size=60) | st.dictionaries(st.text(max_size=3), _json, max_size=3), data=st.binary(max_size=9)
+)
 def test_no_bytes_make_it_crash(tmp_path: Path, header: Any, data: bytes) -> None:
     path = written(tmp_path / "fuzz.safetensors", header, data)
     try:

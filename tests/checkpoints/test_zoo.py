@@ -63,7 +63,9 @@ def test_the_reference_is_the_model_itself_on_the_identity(source: tuple[str, An
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
-def test_skipping_one_branch_then_the_other_is_dropping(source: tuple[str, Any, Path], part: str, tmp_path: Path) -> None:
+def test_skipping_one_branch_then_the_other_is_dropping(
+    source: tuple[str, Any, Path], part: str, tmp_path: Path
+) -> None:
     name, model, path = source
     if refused(name, f"skip-{part} 2", path, tmp_path / "one"):
         return

@@ -67,7 +67,9 @@ def test_the_stages_directory_holds_every_table(place: Path) -> None:
     facts = json.loads((place / "stages" / "run.json").read_text())
     assert facts["arguments"]["analysis"] == "stages"
     assert facts["centred"] is True
-    assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(file.name for file in (place / "stages").iterdir())
+    assert sorted([*facts["files"], *facts["figures"], "run.json"]) == sorted(
+        file.name for file in (place / "stages").iterdir()
+    )
 
 
 def test_means_and_errors_can_be_had_again_from_the_sequences(place: Path) -> None:
@@ -150,7 +152,9 @@ def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stopped
     assert kept[0] == kept[1]
 
 
-def test_neurons_are_looked_at_once_where_the_end_was_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neurons_are_looked_at_once_where_the_end_was_not_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from layersurgery.analyses import outcomes
 
     calls = []
@@ -236,6 +240,16 @@ def test_captions_and_labels_say_which_run_it_was(place: Path, tmp_path: Path) -
 
 def test_too_short_for_five_tokens_before(place: Path, tmp_path: Path) -> None:
     value = result_of(
-        "analyze", "attention", place / "tiny", "--data", place / "story.txt", "-n", 40, "--context", 4, "-o", tmp_path / "out"
+        "analyze",
+        "attention",
+        place / "tiny",
+        "--data",
+        place / "story.txt",
+        "-n",
+        40,
+        "--context",
+        4,
+        "-o",
+        tmp_path / "out",
     )
     assert value["skipped"] == {"attention_prev5": "no token has five before it; sequences need at least six tokens"}

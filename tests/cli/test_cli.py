@@ -69,7 +69,9 @@ def test_skip(llama: Path, tmp_path: Path, part: str) -> None:
     assert value["plan"] == f"skip-{part} 2"
 
 
-def test_the_default_output_is_named_after_model_and_plan(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_output_is_named_after_model_and_plan(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     found = run("swap", llama, "--layer", 1)
     assert found.exit_code == 0
@@ -194,7 +196,9 @@ def test_inspect_fetches_headers_and_no_weights(llama: Path, monkeypatch: pytest
         for name, entry in header.tensors.items()
     }
     file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
-    whole = SafetensorsRepoMetadata(metadata=None, sharded=False, weight_map={}, files_metadata={"model.safetensors": file})
+    whole = SafetensorsRepoMetadata(
+        metadata=None, sharded=False, weight_map={}, files_metadata={"model.safetensors": file}
+    )
     before = result_of("inspect", llama)
     (llama / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(llama))

@@ -95,7 +95,10 @@ def test_the_checkpoint_is_the_model_without_those_layers(place: Path, tmp_path:
     costs = ls.read_results(results / "costs")
     assert set(costs.criterion) == {"unedited", "kl", "influence", "angular", *(["greedy"] if greedy else [])}
     pd.testing.assert_frame_equal(
-        costs.drop(columns="model"), meant.costs.drop(columns="model")[costs.columns.drop("model")], check_exact=False, atol=1e-6
+        costs.drop(columns="model"),
+        meant.costs.drop(columns="model")[costs.columns.drop("model")],
+        check_exact=False,
+        atol=1e-6,
     )
     assert (results / "costs" / "costs.png").exists()
 
@@ -125,7 +128,9 @@ def test_what_was_measured_is_used_again_and_nothing_is_lost(place: Path, tmp_pa
     assert (again["layers"], again["after"]) == (first["layers"], first["after"])
     assert {file: file.stat().st_mtime_ns for file in files} == files
     # One more layer: what was measured for one is used, and only what is new is measured.
-    more = result_of("prune", place / "tiny", *words(place), "--remove", 2, "--greedy", "-o", tmp_path / "out", "--overwrite")
+    more = result_of(
+        "prune", place / "tiny", *words(place), "--remove", 2, "--greedy", "-o", tmp_path / "out", "--overwrite"
+    )
     assert more["layers"][:1] == first["layers"]
     assert (tmp_path / "out-results" / "step-01" / "step.parquet").stat().st_mtime_ns == files[
         tmp_path / "out-results" / "step-01" / "step.parquet"
@@ -170,7 +175,16 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
 def test_two_processes_choose_the_same(place: Path, tmp_path: Path) -> None:
     asked = ["prune", place / "tiny", *words(place), "--remove", 1, "--greedy", "--device", "cpu"]
     alone = result_of(*asked, "-o", tmp_path / "alone")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "layersurgery_cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "layersurgery_cli",
+    ]
     both = subprocess.run(
         [*launch, *map(str, asked), "-o", str(tmp_path / "both"), "--json"],
         capture_output=True,
@@ -181,4 +195,6 @@ def test_two_processes_choose_the_same(place: Path, tmp_path: Path) -> None:
     found = json.loads(both.stdout[both.stdout.index("{") :])
     assert found["layers"] == alone["layers"]
     np.testing.assert_allclose(found["after"]["kl_nats"], alone["after"]["kl_nats"], rtol=1e-6)
-    assert (tmp_path / "both" / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+    assert (tmp_path / "both" / "model.safetensors").read_bytes() == (
+        tmp_path / "alone" / "model.safetensors"
+    ).read_bytes()

@@ -25,7 +25,9 @@ def tokenizer() -> Any:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **PLACE, "in": ING - 1, "ing": ING}
     made = Tokenizer(models.BPE(words, [("i", "n"), ("in", "g")], unk_token="<unk>"))
     made.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     letters = [letter for letter in LETTERS[1:27] if letter not in "in"]
     (path / "story.txt").write_text(
         " ".join(
-            "".join(picked.choices(letters, k=picked.choice((1, 2, 4)))) + picked.choice(("", "", "ing")) for _ in range(3000)
+            "".join(picked.choices(letters, k=picked.choice((1, 2, 4)))) + picked.choice(("", "", "ing"))
+            for _ in range(3000)
         )
     )
     return path

@@ -49,7 +49,12 @@ def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path,
     numbers = meant.select_dtypes("number").columns
     pd.testing.assert_frame_equal(frame[numbers], meant[numbers], check_exact=False, atol=1e-6)
     assert value["text"]["tokens"] == 120
-    assert value["schedule"] == {"order": "depth-first", "block_calls": 36, "block_calls_apart": 66, "bytes_read_a_batch": 0}
+    assert value["schedule"] == {
+        "order": "depth-first",
+        "block_calls": 36,
+        "block_calls_apart": 66,
+        "bytes_read_a_batch": 0,
+    }
 
 
 def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
@@ -93,7 +98,9 @@ def test_plans_of_ones_own_and_rows_for_each_token(small: list[Any], tmp_path: P
     assert len(each) == 3 * 4 * 29
     assert "".join(each[(each.row == 0) & (each.sequence == 0)].token) == "Once upon a time there were 0"
     assert (tmp_path / "out" / "plans.png").exists()
-    both = result_of(*small, "--plans", tmp_path / "plans.txt", "--edits", "drop-span:3", "--layers", "1:5", "--overwrite")
+    both = result_of(
+        *small, "--plans", tmp_path / "plans.txt", "--edits", "drop-span:3", "--layers", "1:5", "--overwrite"
+    )
     assert [row["edit"] for row in both["results"]] == ["none", "drop-span", "drop-span", "plan", "plan"]
     assert not (tmp_path / "out" / "tokens.parquet").exists()
 
@@ -129,7 +136,10 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
     assert result_of(*bare, "--tokenizer", model)["text"]["tokens"] == 120
     tiny_model("llama", vocab_size=20).save_pretrained(tmp_path / "few")
     few = run("sweep", tmp_path / "few", *small[2:-1], tmp_path / "other", "--tokenizer", model)
-    assert (few.exit_code, "the model has a vocabulary of 20: it is another model's tokenizer" in few.stderr) == (1, True)
+    assert (few.exit_code, "the model has a vocabulary of 20: it is another model's tokenizer" in few.stderr) == (
+        1,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +201,9 @@ def test_drawing_several_sweeps_together(small: list[Any], model: Path, tmp_path
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_hand_it_says_how_to_go_on(model: Path, story: Path, tmp_path: Path, stop: signal.Signals, code: int) -> None:
+def test_stopped_by_hand_it_says_how_to_go_on(
+    model: Path, story: Path, tmp_path: Path, stop: signal.Signals, code: int
+) -> None:
     words = ["sweep", model, "--data", story, "-n", "2000", "--context", "20", "-b", "1", "-o", tmp_path / "out"]
     command = [*COMMAND, *map(str, words)]
     process = subprocess.Popen(

@@ -28,7 +28,9 @@ def test_lines_are_the_columns_of_the_table(frame: pd.DataFrame) -> None:
     assert [row[0].get_title(loc="left").split()[0] for row in grid] == ["swap", "drop", "skip", "skip", "drop"]
     for axes, kind in zip(grid, kinds, strict=True):
         rows = frame[frame.edit == kind]
-        for axis, (metric, by) in zip(axes, [("kl_nats", 1), ("agreement", 100), ("entropy_change_bits", 1)], strict=True):
+        for axis, (metric, by) in zip(
+            axes, [("kl_nats", 1), ("agreement", 100), ("entropy_change_bits", 1)], strict=True
+        ):
             line = axis.get_lines()[0]
             assert line.get_color() == COLORS[0]
             np.testing.assert_allclose(line.get_xdata(), rows.layer / 5)

@@ -16,7 +16,9 @@ from layersurgery.metrics.reference import METRICS
 
 M = len(METRICS)
 _numbers = st.floats(-1e6, 1e6).map(lambda x: x + 0.1)
-_sequences = st.lists(st.tuples(st.integers(1, 50), st.lists(_numbers, min_size=2 * M, max_size=2 * M)), min_size=1, max_size=12)
+_sequences = st.lists(
+    st.tuples(st.integers(1, 50), st.lists(_numbers, min_size=2 * M, max_size=2 * M)), min_size=1, max_size=12
+)
 
 
 def summed(sequences: list[tuple[int, int, list[float]]]) -> MetricSums:
@@ -27,7 +29,9 @@ def summed(sequences: list[tuple[int, int, list[float]]]) -> MetricSums:
 
 
 @given(_sequences, st.randoms(use_true_random=False))
-def test_merging_any_split_in_any_order_gives_the_same_digits(drawn: list[tuple[int, list[float]]], rng: random.Random) -> None:
+def test_merging_any_split_in_any_order_gives_the_same_digits(
+    drawn: list[tuple[int, list[float]]], rng: random.Random
+) -> None:
     numbered = [(number, count, values) for number, (count, values) in enumerate(drawn)]
     whole = summed(numbered)
     shuffled = rng.sample(numbered, len(numbered))

@@ -103,7 +103,9 @@ def test_laws_of_divergence_and_entropy() -> None:
     readout = Plain(drawn(211, 8, scale=2))
     base = dispatch.baseline(readout, drawn(100, 8, seed=1), torch.zeros(100, dtype=torch.long))
     for seed in range(5):
-        found = dict(zip(METRICS, dispatch.measure(readout, drawn(100, 8, seed=seed, scale=10.0**-seed), base), strict=True))
+        found = dict(
+            zip(METRICS, dispatch.measure(readout, drawn(100, 8, seed=seed, scale=10.0**-seed), base), strict=True)
+        )
         assert found["kl_nats"].ge(0).all()
         assert found["entropy_bits"].ge(-1e-6).all()
         assert found["entropy_bits"].le(math.log2(211) + 1e-5).all()

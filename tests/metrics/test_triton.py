@@ -88,7 +88,9 @@ def check(given: Case, tiling: Any = SMALL, tolerance: float = 2e-6) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "vocabulary", "width"), [(1, 2, 3), (1, 613, 16), (33, 97, 40), (16, 32, 16), (50, 1009, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "width"), [(1, 2, 3), (1, 613, 16), (33, 97, 40), (16, 32, 16), (50, 1009, 7)]
+)
 def test_awkward_shapes(tokens: int, vocabulary: int, width: int, dtype: torch.dtype) -> None:
     check(case(tokens, vocabulary, width, dtype))
 
@@ -169,7 +171,9 @@ def test_divergence_side_by_side(options: dict[str, Any], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_metrics_are_the_definitions(cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metrics_are_the_definitions(
+    cap: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = case(30, 401, 24, dtype, bias=True, cap=cap, scale=0.5)
     runner: Any = None
     readout = Unembedding(runner, None, SimpleNamespace(weight=given.w, bias=given.bias), given.scale, given.cap)

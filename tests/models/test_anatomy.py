@@ -104,7 +104,13 @@ def test_a_table_for_a_person() -> None:
     found = ls.anatomy(tiny_model("deepseek_v3"))
     assert isinstance(found.__rich__(), Table)
     text = str(found)
-    for words in ("DeepseekV3ForCausalLM: 6 blocks at model.layers", "0:2", "2:6", "self_attn.o_proj", "final norm model.norm"):
+    for words in (
+        "DeepseekV3ForCausalLM: 6 blocks at model.layers",
+        "0:2",
+        "2:6",
+        "self_attn.o_proj",
+        "final norm model.norm",
+    ):
         assert words in text
     assert "\x1b" not in text
 
@@ -160,7 +166,9 @@ def test_two_lists_that_could_be_it() -> None:
         pass
     with pytest.raises(ls.UnsupportedEditError, match=r"does not run the 6 blocks at model.more .*\(it ran none\)"):
         ls.anatomy(model, blocks="model.more")
-    with pytest.raises(ls.UnsupportedEditError, match=r"blocks='model.mine' names no list of 6 modules .*model.layers \(6\)"):
+    with pytest.raises(
+        ls.UnsupportedEditError, match=r"blocks='model.mine' names no list of 6 modules .*model.layers \(6\)"
+    ):
         ls.anatomy(model, blocks="model.mine")
 
 

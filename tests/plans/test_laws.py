@@ -14,7 +14,11 @@ from layersurgery.plans.route import Route, Visit
 
 DEPTH = 12
 blocks = st.integers(0, DEPTH - 1)
-spans = st.tuples(blocks, st.integers(2, 5)).map(lambda s: range(s[0], min(s[0] + s[1], DEPTH))).filter(lambda r: len(r) > 1)
+spans = (
+    st.tuples(blocks, st.integers(2, 5))
+    .map(lambda s: range(s[0], min(s[0] + s[1], DEPTH)))
+    .filter(lambda r: len(r) > 1)
+)
 visits = st.builds(Visit, blocks, st.booleans(), st.booleans())
 
 

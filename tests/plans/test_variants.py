@@ -29,7 +29,9 @@ def test_every_family(name: str, plans: list[str]) -> None:
         assert variant.route == plan.route(4)
         assert variant.edit == name.partition(":")[0]
         assert variant.name == variant.plan
-        assert variant.layer == int("".join(filter(lambda c: c.isdigit() or c == " ", variant.plan.replace(":", " "))).split()[0])
+        assert variant.layer == int(
+            "".join(filter(lambda c: c.isdigit() or c == " ", variant.plan.replace(":", " "))).split()[0]
+        )
 
 
 def test_what_is_asked_for_twice_is_meant_once() -> None:
@@ -89,7 +91,9 @@ def test_what_cannot_be_meant(wanted: Any, words: str) -> None:
 def test_layers_out_of_range_and_layers_without_an_edit() -> None:
     with pytest.raises(ls.PlanError, match=r"layers 4:8 are out of range: the model has 6 blocks"):
         variants("swap", 6, range(4, 8))
-    with pytest.raises(ls.PlanError, match="nothing to measure: 'swap' has no edit of a model of 6 blocks with layers 2:3"):
+    with pytest.raises(
+        ls.PlanError, match="nothing to measure: 'swap' has no edit of a model of 6 blocks with layers 2:3"
+    ):
         variants("swap", 6, range(2, 3))
 
 

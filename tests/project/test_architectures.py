@@ -15,5 +15,7 @@ def test_the_row_is_true(name: str) -> None:
 
 def test_there_is_a_row_for_each() -> None:
     text = PAGE.read_text("utf-8")
-    assert [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ") and "type |" not in line] == list(ZOO)
+    assert [
+        line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ") and "type |" not in line
+    ] == list(ZOO)
     assert len(ZOO) > 80

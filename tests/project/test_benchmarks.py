@@ -80,7 +80,11 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
     rows = [
         {"model": "m", "way": way, "dtype": dtype, "edits": "swap,drop", "tokens_per_second": speed}
-        for way, dtype, speed in (("limit", "float32", 9.0), ("loop by hand", "float32", 3.0), ("layersurgery", "float32", 6.0))
+        for way, dtype, speed in (
+            ("limit", "float32", 9.0),
+            ("loop by hand", "float32", 3.0),
+            ("layersurgery", "float32", 6.0),
+        )
     ]
     path = timing.record(
         "sweep", [*rows, rows[2] | {"tokens_per_second": 7.5}, rows[2] | {"way": "broken", "tokens_per_second": None}]
@@ -92,7 +96,10 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "layersurgery": "7.5",
     }
     figure = plot_results.bars(newest)
-    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["loop by hand, float32", "layersurgery, float32"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [
+        "loop by hand, float32",
+        "layersurgery, float32",
+    ]
     assert "2.50x" in [text.get_text() for text in figure.axes[0].texts]
     plt.close(figure)
     with pytest.raises(SystemExit, match="has no speed for another"):

@@ -24,7 +24,11 @@ ORDER = [
 ALLOWED = {name: set().union(*ORDER[: max(number, 1)], {name}) for number, group in enumerate(ORDER) for name in group}
 ALLOWED["figures"] = ALLOWED["plans"] | {"figures"}
 ALLOWED["reports"] |= {"figures"}
-COMMAND_LINE = {"terminal": {"terminal"}, "session": {"session", "terminal"}, "commands": {"commands", "session", "terminal"}}
+COMMAND_LINE = {
+    "terminal": {"terminal"},
+    "session": {"session", "terminal"},
+    "commands": {"commands", "session", "terminal"},
+}
 
 
 def imports(path: Path, root: Path) -> Iterator[tuple[str, ...]]:
@@ -52,7 +56,11 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def test_every_package_has_its_place() -> None:
-    there = {path.stem for path in (ROOT / "layersurgery").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    there = {
+        path.stem
+        for path in (ROOT / "layersurgery").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert there - {"__init__"} == set(ALLOWED)
 
 

@@ -16,7 +16,12 @@ HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
 LIGHT = [
     *(f"plans.{name}" for name in ("edits", "plan", "route", "variants")),
     *("checkpoints.edit_checkpoint", "checkpoints.inspection", "checkpoints.loading", "checkpoints.model_card"),
-    *("checkpoints.output_layout", "checkpoints.quantization", "checkpoints.safetensors_header", "checkpoints.shard_writer"),
+    *(
+        "checkpoints.output_layout",
+        "checkpoints.quantization",
+        "checkpoints.safetensors_header",
+        "checkpoints.shard_writer",
+    ),
     *("checkpoints.sources", "checkpoints.tensor_index"),
     *("models.config_fields", "models.unsupported", "sweeps.schedule", "runtime.device_map", "runs.distributed"),
 ]

@@ -22,7 +22,10 @@ from tests.support.demo_model import stand_in
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / "docs" / name for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md"))]
+PAGES = [
+    README,
+    *(ROOT / "docs" / name for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md")),
+]
 # What sets the project up has been done where this runs.
 DONE = {"git clone", "cd", "source", "uv run pytest", "uv sync"}
 
@@ -97,7 +100,10 @@ def test_a_page_does_what_it_says_on_the_real_model(
 def test_the_first_thing_a_new_user_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's first command, on the real model, says what the README shows."""
     setup = next(text for language, text in blocks(README) if language == "sh").splitlines()
-    assert [line.split("  #")[0].strip() for line in setup] == ["pip install uv && uv run layersurgery demo", "uv run pytest"]
+    assert [line.split("  #")[0].strip() for line in setup] == [
+        "pip install uv && uv run layersurgery demo",
+        "uv run pytest",
+    ]
     assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
     monkeypatch.chdir(tmp_path)
     result = run("demo")

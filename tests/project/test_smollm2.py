@@ -26,7 +26,9 @@ def test_a_swapped_layer_in_a_pipeline(source: Path, tmp_path: Path) -> None:
     result = ls.edit_checkpoint(EMBEDDED, ls.swap(12), tmp_path / "swapped")
     assert str(result.route) == "0:12 13 12 14:30"
     pipe = pipeline("text-generation", model=str(tmp_path / "swapped"), device="cpu")
-    text = pipe("The capital of France is", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    text = pipe("The capital of France is", max_new_tokens=8, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ]
     assert "Paris" in text
     original = AutoModelForCausalLM.from_pretrained(source).eval()
     ids = AutoTokenizer.from_pretrained(source)("Layers may be swapped.", return_tensors="pt").input_ids

@@ -31,9 +31,7 @@ from layersurgery.runs.tables import write_table
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import checkpoint
 
-HOSTILE = (
-    "<script>alert('ran')</script><img src=x onerror=\"document.title='ran'\">&amp;\"'\x00\x07\x1b[31m\u202eevil\u2066\u200b\x85"
-)
+HOSTILE = "<script>alert('ran')</script><img src=x onerror=\"document.title='ran'\">&amp;\"'\x00\x07\x1b[31m\u202eevil\u2066\u200b\x85"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 # Where every push is tested they have to be there: these tests fail without, and are not skipped.
@@ -63,7 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(EXAMPLES / figure, stages)
     of_stages = {
         "kind": "layersurgery analysis",
-        "arguments": facts["arguments"] | {"analysis": "stages", "model": {"name": "HuggingFaceTB/SmolLM2-135M-Instruct"}},
+        "arguments": facts["arguments"]
+        | {"analysis": "stages", "model": {"name": "HuggingFaceTB/SmolLM2-135M-Instruct"}},
         "command": "layersurgery stages -o stages",
         "files": [f"{table}.parquet" for table in tables],
         "figures": figures,
@@ -95,7 +94,12 @@ def results_in(directory: Path, name: str = "tiny", plans: int = 0, **facts: Any
         frame[column] = [0.0 + place, *edited]
         frame[f"{column}_sem"] = 0.012345
     write_table(directory, "results", frame)
-    facts = {"kind": "layersurgery sweep", "state": "finished", "arguments": {"model": {"name": name}}, "figures": []} | facts
+    facts = {
+        "kind": "layersurgery sweep",
+        "state": "finished",
+        "arguments": {"model": {"name": name}},
+        "figures": [],
+    } | facts
     (directory / "run.json").write_text(json.dumps(facts))
     return directory
 
@@ -198,7 +202,8 @@ def test_curves_show_the_value_that_the_table_holds(browser: Browser, made: ls.R
     browser.js("document.querySelector('#chart-edits').scrollIntoView()")
     for edit, words in (("swap", "swap"), ("skip-mlp", "skip MLP")):
         browser.js(
-            "[...document.querySelectorAll('#chart-edits label')].find((one) => one.textContent === arguments[0]).click()", words
+            "[...document.querySelectorAll('#chart-edits label')].find((one) => one.textContent === arguments[0]).click()",
+            words,
         )
         meant = frame[frame.edit == edit].sort_values("layer")
         marks = browser.all("#chart-edits .frame .mark")
@@ -208,7 +213,8 @@ def test_curves_show_the_value_that_the_table_holds(browser: Browser, made: ls.R
             assert browser.exact() == row.kl_nats
             assert browser.one("#chart-edits .tip b").text == row["name"]
             assert (
-                browser.one("#chart-edits .tip .value").text.split(" ")[0] == format_with_error(row.kl_nats, row.kl_nats_sem)[0]
+                browser.one("#chart-edits .tip .value").text.split(" ")[0]
+                == format_with_error(row.kl_nats, row.kl_nats_sem)[0]
             )
     ActionChains(browser.driver).move_to_element(browser.one("h1")).perform()
     assert not browser.one("#chart-edits .tip").is_displayed()
@@ -282,7 +288,11 @@ def test_the_table_of_routes_sorts_by_exact_values_and_filters(browser: Browser,
 def test_a_narrow_window_does_not_scroll_sideways(browser: Browser, made: ls.Report) -> None:
     browser.open(made.path, width=390)
     browser.js("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
-    assert browser.js("return [innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]") == [390, 390, 390]
+    assert browser.js("return [innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]") == [
+        390,
+        390,
+        390,
+    ]
     assert browser.js("return document.querySelector('.frame svg').viewBox.baseVal.width") < 390
     ActionChains(browser.driver).move_to_element(browser.all("#chart-edits .mark")[4]).perform()
     box = browser.one("#chart-edits .tip").rect
@@ -409,7 +419,9 @@ def test_runs_that_noted_no_command(tmp_path: Path) -> None:
         "per_token": True,
     }
     results_in(tmp_path / "sweep", arguments=arguments)
-    results_in(tmp_path / "step", kind="layersurgery analysis", arguments={"analysis": "step", "model": {"name": "some/model"}})
+    results_in(
+        tmp_path / "step", kind="layersurgery analysis", arguments={"analysis": "step", "model": {"name": "some/model"}}
+    )
     (tmp_path / "step" / "results.parquet").rename(tmp_path / "step" / "step.parquet")
     facts = json.loads((tmp_path / "step" / "run.json").read_text())
     (tmp_path / "step" / "run.json").write_text(json.dumps(facts | {"files": ["step.parquet"]}))
@@ -492,7 +504,13 @@ def test_tables_of_any_analysis_are_shown(tmp_path: Path) -> None:
     facts = json.loads((place / "run.json").read_text()) | {"files": ["single_neurons.parquet", "single_neurons.csv"]}
     (place / "run.json").write_text(json.dumps(facts))
     text = ls.report(place, tmp_path / "page.html").path.read_text()
-    for cell in ('data-v="0.123456789">0.123<small> ±\N{NO-BREAK SPACE}0.010</small>', ">␣ing<", ">yes<", ">NaN<", "2 rows"):
+    for cell in (
+        'data-v="0.123456789">0.123<small> ±\N{NO-BREAK SPACE}0.010</small>',
+        ">␣ing<",
+        ">yes<",
+        ">NaN<",
+        "2 rows",
+    ):
         assert cell in text
 
 

@@ -35,7 +35,9 @@ def free_port() -> int:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("team")
     checkpoint(directory / "tiny")
-    (directory / "story.txt").write_text("".join(f"Once upon a time there were {number} layers.\n" for number in range(99)))
+    (directory / "story.txt").write_text(
+        "".join(f"Once upon a time there were {number} layers.\n" for number in range(99))
+    )
     return directory
 
 
@@ -112,7 +114,12 @@ def start(
         "elsewhere": [1] if elsewhere else [], "there": str(elsewhere),
     }  # fmt: skip
     found = subprocess.run(
-        [sys.executable, "-c", _START, json.dumps(asked)], cwd=place, env=ENV, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _START, json.dumps(asked)],
+        cwd=place,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert found.returncode == 0, found.stderr
     texts = [[(said / f"{rank}.{name}").read_text() for rank in range(size)] for name in ("out", "err")]
@@ -196,7 +203,9 @@ def test_another_checkpoint_on_another_machine(place: Path, tmp_path: Path) -> N
     checkpoint(tmp_path / "tiny", rms_norm_eps=1e-3)
     ended = start(place, tmp_path, 2, words(place, "elsewhere"), elsewhere=tmp_path)
     assert ended.codes == [1, 1]
-    assert "process 1: tiny in tiny is another checkpoint than that of the process that leads" in " ".join(ended.err[1].split())
+    assert "process 1: tiny in tiny is another checkpoint than that of the process that leads" in " ".join(
+        ended.err[1].split()
+    )
     assert "error: another process of this run has gone" in ended.err[0]
     assert not (place / "elsewhere" / "results.parquet").exists()
 

@@ -69,12 +69,19 @@ def test_what_it_leaves(undisturbed: Path) -> None:
     assert frame.attrs["run"]["state"] == "finished"
     measured = ls.sweep(tiny_model("llama"), "swap,drop", text().ids, attention_mask=text().mask, batch_size=2)
     pd.testing.assert_frame_equal(frame, measured.assign(model="tiny"), check_exact=True)
-    csv = pd.read_csv(undisturbed / "results.csv", keep_default_na=False, na_values={"layer": [""], "relative_depth": [""]})
+    csv = pd.read_csv(
+        undisturbed / "results.csv", keep_default_na=False, na_values={"layer": [""], "relative_depth": [""]}
+    )
     for name in frame.columns:
         assert list(csv[name].dropna()) == list(frame[name].dropna()), name
     run = json.loads((undisturbed / "run.json").read_text())
     assert run["text"] == {"fingerprint": "f", "tokens": 66, "sequences": 7, "length": 10, "notes": []}
-    assert run["schedule"] == {"order": "depth-first", "block_calls": 36, "block_calls_apart": 66, "bytes_read_a_batch": 0}
+    assert run["schedule"] == {
+        "order": "depth-first",
+        "block_calls": 36,
+        "block_calls_apart": 66,
+        "bytes_read_a_batch": 0,
+    }
     assert (run["batch_size"], run["non_finite"]) == (2, {})
     assert run["model"]["parameters"] == sum(parameter.numel() for parameter in tiny_model("llama").parameters())
     assert run["seconds"] > 0
@@ -176,7 +183,9 @@ def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
     begin(tmp_path / "run", ARGUMENTS)
     other = {"model": {"name": "huge"}, "text": {"data": "made up", "seed": 3}, "per_token": True}
     with (
-        pytest.raises(ls.OutputError, match=r"model name tiny there, huge now; text seed nothing there, 3 now. Say --overwrite"),
+        pytest.raises(
+            ls.OutputError, match=r"model name tiny there, huge now; text seed nothing there, 3 now. Say --overwrite"
+        ),
         open_run(tmp_path / "run", other),
     ):
         pass
@@ -229,7 +238,9 @@ def test_what_goes_wrong_in_a_batch_names_it(tmp_path: Path, monkeypatch: pytest
     assert len(Journal(tmp_path / "run" / JOURNAL, 12).records) == 2
 
 
-def test_memory_that_runs_out_costs_no_batch(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_costs_no_batch(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, calls = BlockRunner.run, 0
 
     def crowded(self: BlockRunner, *args: Any) -> Any:
@@ -272,7 +283,10 @@ def test_other_programs_have_a_run_json_too(tmp_path: Path, overwrite: bool) -> 
     (theirs / "tokens.parts").mkdir(parents=True)
     for name, content in {"run.json": '{"experiment": "mine"}', "results.csv": "a,b", "tokens.parts/x": "x"}.items():
         (theirs / name).write_text(content)
-    with pytest.raises(ls.OutputError, match="holds something else than a sweep"), open_run(theirs, {}, overwrite=overwrite):
+    with (
+        pytest.raises(ls.OutputError, match="holds something else than a sweep"),
+        open_run(theirs, {}, overwrite=overwrite),
+    ):
         pass
     assert sorted(path.name for path in theirs.rglob("*")) == ["results.csv", "run.json", "tokens.parts", "x"]
 
@@ -366,7 +380,11 @@ for seed in range(5):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments_it_ends_with_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", _RUN, tmp_path], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _RUN, tmp_path],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert found.returncode == 0, found.stderr
     kills = list(map(int, found.stdout.split()))

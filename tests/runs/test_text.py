@@ -173,7 +173,8 @@ def test_the_tokens_of_the_real_tokenizer_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("4096", 4096), ("1M", 1_000_000), ("2.5k", 2500), ("10_000", 10_000), ("1b", 10**9), ("1,024", 1024)]
+    ("text", "value"),
+    [("4096", 4096), ("1M", 1_000_000), ("2.5k", 2500), ("10_000", 10_000), ("1b", 10**9), ("1,024", 1024)],
 )
 def test_numbers_as_people_write_them(text: str, value: int) -> None:
     assert parse_count(text) == value

@@ -81,7 +81,9 @@ def test_where_torch_cannot_compile_it_says_so_once(monkeypatch: pytest.MonkeyPa
         return fails
 
     sweep_with(
-        compile, monkeypatch, r"torch cannot compile LlamaDecoderLayer: RuntimeError: no C\+\+ compiler found; blocks are run"
+        compile,
+        monkeypatch,
+        r"torch cannot compile LlamaDecoderLayer: RuntimeError: no C\+\+ compiler found; blocks are run",
     )
 
 

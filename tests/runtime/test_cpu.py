@@ -18,7 +18,9 @@ def faults(megabytes: int) -> float:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):
         torch.ones(megabytes << 18)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (50 * (megabytes << 20) / resource.getpagesize())
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (
+        50 * (megabytes << 20) / resource.getpagesize()
+    )
 
 
 @pytest.mark.skipif(

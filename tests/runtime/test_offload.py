@@ -69,7 +69,9 @@ def test_on_disk_the_digits_are_those_of_the_model_in_memory(tmp_path: Path, nam
     found = ls.sweep(away, EDITS, tokens(3), order=order)
     pd.testing.assert_frame_equal(found, meant.assign(model=found.model), check_exact=True)
     assert on_disk(away)
-    assert all(hook.offload for module in away.modules() for hook in offload_hooks(module) if hook.weights_map is not None)
+    assert all(
+        hook.offload for module in away.modules() for hook in offload_hooks(module) if hook.weights_map is not None
+    )
     assert torch.equal(logits_of(away, tokens()), logits)
 
 
@@ -77,7 +79,9 @@ def test_on_disk_the_digits_are_those_of_the_model_in_memory(tmp_path: Path, nam
 def test_in_memory_both_ways_give_the_same_digits(order: str) -> None:
     model = tiny_model("llama")
     meant = ls.sweep(model, [EDITS, "swap-pairs", "repeat 5", "reverse 0:6", "repeat 1 x3; drop 0"], tokens(3))
-    found = ls.sweep(model, [EDITS, "swap-pairs", "repeat 5", "reverse 0:6", "repeat 1 x3; drop 0"], tokens(3), order=order)
+    found = ls.sweep(
+        model, [EDITS, "swap-pairs", "repeat 5", "reverse 0:6", "repeat 1 x3; drop 0"], tokens(3), order=order
+    )
     pd.testing.assert_frame_equal(found, meant, check_exact=True)
 
 
@@ -105,7 +109,9 @@ def test_the_fast_readout_and_the_right_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "tied"), [("llama", False), ("gpt2", True)])
-def test_a_batch_reads_every_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tied: bool) -> None:
+def test_a_batch_reads_every_weight_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tied: bool
+) -> None:
     plain, away = dispatched(tmp_path, name, {"": "disk"})
     assert plain.config.tie_word_embeddings is tied
     weights = sum(parameter.nbytes for parameter in plain.parameters())  # tied ones counted once
@@ -145,7 +151,9 @@ def test_whatever_goes_wrong_weights_go_away_again(tmp_path: Path, monkeypatch: 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("layersurgery-weights")]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_bigcode"])  # of which the second has a tensor of its own above the blocks
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt_bigcode"]
+)  # of which the second has a tensor of its own above the blocks
 def test_no_more_blocks_are_at_hand_than_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     _, away = dispatched(tmp_path, name, {"": "disk"})
     measurer = Measurer(away, variants("swap,drop", DEPTH))

@@ -76,7 +76,9 @@ def hooked(model: Any, name: str) -> Iterator[dict[tuple[str, int], torch.Tensor
         for part, places in zip(("attention", "mlp"), HAND[name], strict=True):
             for path, pick in places:
 
-                def note(_m: Any, args: Any, kwargs: Any, output: Any, key: Any = (part, number), pick: Pick = pick) -> None:
+                def note(
+                    _m: Any, args: Any, kwargs: Any, output: Any, key: Any = (part, number), pick: Pick = pick
+                ) -> None:
                     value = pick(args, kwargs, output).detach().clone().double()
                     seen[key] = seen[key] + value if key in seen else value
 

@@ -37,9 +37,7 @@ def row(name: str) -> str:
     anatomy = ls.anatomy(model)
     layouts = {parts.parallel for _, parts in anatomy.kinds} - {None}
     order = " / ".join(sorted("parallel" if layout else "in turn" for layout in layouts))
-    return (
-        f"| {name} | {_modules(anatomy, 'attention')} | {_modules(anatomy, 'mlp')} | {order} | {_refusals(name) or 'nothing'} |"
-    )
+    return f"| {name} | {_modules(anatomy, 'attention')} | {_modules(anatomy, 'mlp')} | {order} | {_refusals(name) or 'nothing'} |"
 
 
 def _modules(anatomy: Anatomy, part: str) -> str:

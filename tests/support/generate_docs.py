@@ -116,7 +116,9 @@ def _section(name: str, text: str) -> Iterator[str]:
         if name == "Raises":
             yield "Raises:\n"
         yield (
-            "\n".join(f"- `{found[1]}`: {found[2]}" if (found := _ENTRY.match(entry)) else f"- {entry}" for entry in entries)
+            "\n".join(
+                f"- `{found[1]}`: {found[2]}" if (found := _ENTRY.match(entry)) else f"- {entry}" for entry in entries
+            )
             + "\n"
         )
 
@@ -175,7 +177,11 @@ def _kind(parameter: Any) -> str:
     """What an option that names no metavar takes. Typer keeps the annotation; older ones keep click's type."""
     if (found := getattr(parameter, "type_descriptor", None)) is not None:
         kind = found.annotation
-        return "|".join(member.value for member in kind) if issubclass(kind, Enum) else _KINDS.get(kind, kind.__name__.upper())
+        return (
+            "|".join(member.value for member in kind)
+            if issubclass(kind, Enum)
+            else _KINDS.get(kind, kind.__name__.upper())
+        )
     choices = getattr(parameter.type, "choices", None)
     return "|".join(map(str, choices)) if choices else str(parameter.type.name).split()[0].upper()
 

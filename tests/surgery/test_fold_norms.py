@@ -97,7 +97,9 @@ def test_what_is_left_is_as_it_was_and_named() -> None:
     assert "a soft-cap" in done.not_folded["mean of lm_head over the vocabulary"]
     model = tiny_model("phimoe")
     kept = {
-        name: parameter.clone() for name, parameter in model.named_parameters() if ".experts." in name or "post_attention" in name
+        name: parameter.clone()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name or "post_attention" in name
     }
     done = ls.fold(model)
     assert "has no bias to take its shift" in done.not_folded["model.layers.0.post_attention_layernorm"]

@@ -112,7 +112,12 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's 
 
 def test_a_route_or_a_text_or_a_plan(model: Any) -> None:
     found = []
-    for plan in ("drop 2", ls.drop(2), Route([0, 1, 3, 4, 5]), Route([0, 1, Visit(2, attention=False, mlp=False), 3, 4, 5])):
+    for plan in (
+        "drop 2",
+        ls.drop(2),
+        Route([0, 1, 3, 4, 5]),
+        Route([0, 1, Visit(2, attention=False, mlp=False), 3, 4, 5]),
+    ):
         with ls.operate(model, plan):
             found.append(logits_of(model, tokens()))
     assert all(torch.equal(one, found[0]) for one in found)
@@ -161,7 +166,9 @@ def test_any_route_generates_alike_with_and_without_a_cache(name: str, data: st.
         return
     with ls.operate(model, route):
         with_cache, without = (
-            model.generate(tokens(), max_new_tokens=6, use_cache=cache, do_sample=False, pad_token_id=0, eos_token_id=None)
+            model.generate(
+                tokens(), max_new_tokens=6, use_cache=cache, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
             for cache in (True, False)
         )
     assert torch.equal(with_cache, without)
@@ -318,14 +325,17 @@ def test_a_static_cache_of_an_earlier_text_is_not_used_again(model: Any) -> None
     with ls.operate(model, "repeat 1:3; skip-attention 0"):
         assert not hasattr(model, "_cache")
         assert torch.equal(
-            model.generate(tokens(), **options), model.generate(tokens(), max_new_tokens=4, pad_token_id=0, do_sample=False)
+            model.generate(tokens(), **options),
+            model.generate(tokens(), max_new_tokens=4, pad_token_id=0, do_sample=False),
         )
     assert torch.equal(model.generate(tokens(), **options), before)
 
 
 def test_forward_hooks_of_the_user_fire_in_repeats(model: Any) -> None:
     seen = []
-    handle = model.model.layers[2].register_forward_hook(lambda module, args, output: seen.append(module.self_attn.layer_idx))
+    handle = model.model.layers[2].register_forward_hook(
+        lambda module, args, output: seen.append(module.self_attn.layer_idx)
+    )
     with ls.operate(model, "repeat 2"):
         logits_of(model, tokens())
     handle.remove()
@@ -402,7 +412,9 @@ def test_compiled(model: Any, backend: str) -> None:
     before = logits_of(model, tokens())
     compiled: Any = torch.compile(model, backend=backend)
     torch.testing.assert_close(logits_of(compiled, tokens()), before)
-    for plan, target in itertools.product(["swap 1 2", "repeat 1:3", "skip-attention 2; skip-mlp 3"], [model, compiled]):
+    for plan, target in itertools.product(
+        ["swap 1 2", "repeat 1:3", "skip-attention 2; skip-mlp 3"], [model, compiled]
+    ):
         with ls.operate(target, plan):
             torch.testing.assert_close(logits_of(compiled, tokens()), logits_of(model, tokens()))
             assert not torch.allclose(logits_of(compiled, tokens()), before)
@@ -432,7 +444,8 @@ def test_an_adapted_model() -> None:
         with ls.operate(model, plan):
             found = logits_of(model, tokens())
             text = [
-                model.generate(input_ids=tokens(), max_new_tokens=4, use_cache=cache, pad_token_id=0) for cache in (True, False)
+                model.generate(input_ids=tokens(), max_new_tokens=4, use_cache=cache, pad_token_id=0)
+                for cache in (True, False)
             ]
             assert torch.equal(*text)
             with model.disable_adapter():
@@ -510,7 +523,8 @@ DEVICES = {
 
 
 @pytest.mark.parametrize(
-    "plan", ["swap 1 2", "drop 0", "repeat 1:4 x3", "reverse 1:5", "skip-attention 1; skip-mlp 4", "skip-mlp 3; repeat 3"]
+    "plan",
+    ["swap 1 2", "drop 0", "repeat 1:4 x3", "reverse 1:5", "skip-attention 1; skip-mlp 4", "skip-mlp 3; repeat 3"],
 )
 def test_a_dispatched_model(plan: str, tmp_path: Any) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "source")
@@ -538,7 +552,9 @@ def test_a_dispatched_model(plan: str, tmp_path: Any) -> None:
 
 def test_the_map_of_devices_follows(tmp_path: Any) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "source")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source", device_map=DEVICES, offload_folder=tmp_path / "offload")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "source", device_map=DEVICES, offload_folder=tmp_path / "offload"
+    )
     with ls.operate(model, "drop 0; repeat 4"):
         devices = [model.hf_device_map[f"model.layers.{number}"] for number in range(6)]
         assert devices == ["disk", "cpu", "disk", "cpu", "cpu", "disk"]
@@ -580,7 +596,9 @@ def test_what_would_not_reload_is_refused_and_the_model_is_as_it_was() -> None:
 def test_unverified_it_is_kept_and_save_refuses(tmp_path: Any) -> None:
     model = tiny_model("diffllama")
     ls.operate_(model, "swap 1 2", verify=False)
-    assert torch.equal(logits_of(model, tokens()), logits_along(tiny_model("diffllama"), ls.swap(1).route(DEPTH), tokens()))
+    assert torch.equal(
+        logits_of(model, tokens()), logits_along(tiny_model("diffllama"), ls.swap(1).route(DEPTH), tokens())
+    )
     with pytest.raises(ls.UnsupportedEditError, match="model.layers.1.*lambda_init"):
         ls.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -626,14 +644,20 @@ def test_loading_what_was_saved_leaves_shared_weights_whole(model: Any, order: s
 
 
 def test_a_model_that_is_none_of_transformers() -> None:
-    with pytest.raises(ls.UnsupportedEditError, match="has no transformers config"), ls.operate(nn.Linear(2, 2), "drop 0"):
+    with (
+        pytest.raises(ls.UnsupportedEditError, match="has no transformers config"),
+        ls.operate(nn.Linear(2, 2), "drop 0"),
+    ):
         pass
 
 
 def test_a_replaced_forward_cannot_be_doubled(model: Any) -> None:
     original = model.model.layers[2].forward
     model.model.layers[2].forward = lambda *args, **kwargs: original(*args, **kwargs)
-    with pytest.raises(ls.UnsupportedEditError, match="cannot be bound to a second module"), ls.operate(model, "repeat 2"):
+    with (
+        pytest.raises(ls.UnsupportedEditError, match="cannot be bound to a second module"),
+        ls.operate(model, "repeat 2"),
+    ):
         pass
     with ls.operate(model, "swap 2 3"):
         logits_of(model, tokens())
@@ -664,7 +688,10 @@ def test_an_unknown_list_in_the_config(model: Any) -> None:
 
 def test_an_unknown_list_beside_the_blocks(model: Any) -> None:
     model.model.secrets = [1, 2, 3, 4, 5, 6]
-    with pytest.raises(ls.UnsupportedEditError, match="LlamaModel.secrets is a list of 6 values"), ls.operate(model, "swap 3 4"):
+    with (
+        pytest.raises(ls.UnsupportedEditError, match="LlamaModel.secrets is a list of 6 values"),
+        ls.operate(model, "swap 3 4"),
+    ):
         pass
     model.model.secrets = list(range(6))
     with ls.operate(model, "drop 3"):
@@ -680,7 +707,10 @@ def test_a_place_that_the_model_keeps_above_its_blocks(model: Any) -> None:
     model.model.first_shared_layer_idx = 3
     with ls.operate(model, "swap 4 5; drop 3"):
         assert model.model.first_shared_layer_idx == 3
-    with pytest.raises(ls.UnsupportedEditError, match=r"LlamaModel.first_shared_layer_idx = 3"), ls.operate(model, "drop 2"):
+    with (
+        pytest.raises(ls.UnsupportedEditError, match=r"LlamaModel.first_shared_layer_idx = 3"),
+        ls.operate(model, "drop 2"),
+    ):
         pass
     with ls.operate(model, "skip-mlp 2"):
         pass
@@ -709,7 +739,9 @@ def test_a_skipped_projection_under_another_name_is_not_saved_as_it_is(model: An
         model.state_dict()
 
 
-@pytest.mark.parametrize(("plan", "right"), [("drop 0:2", True), ("swap 0 1", False), ("drop 2", False), ("drop 3", True)])
+@pytest.mark.parametrize(
+    ("plan", "right"), [("drop 0:2", True), ("swap 0 1", False), ("drop 2", False), ("drop 3", True)]
+)
 def test_blocks_that_use_what_another_picked(plan: str, right: bool) -> None:
     fields = {"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared", "full", "shared"]}
     route = ls.Plan.parse(plan).route(4)
@@ -759,7 +791,9 @@ def test_layers_that_share_across_positions() -> None:
 def test_an_adapter_with_one_module_a_layer() -> None:
     """PEFT keeps the names of what it has wrapped: as many as there are layers, and no facts on layers."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
     before = logits_of(model, tokens())
     meant = logits_along(model, ls.swap(1).route(DEPTH), tokens())
     with ls.operate(model, "swap 1 2"):

@@ -18,7 +18,16 @@ from tests.support.unsupported import BEAMS_ARE_WRONG, CACHE_IS_WRONG, NEVER, RE
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 
 SLOW = ("qwen3_5_text",)
-GENERATING = ["swap 1 2", "drop 0", "drop -1", "repeat 2:4", "reverse 1:5", "skip-attention 0", "skip-attention -1", "skip-mlp 2"]
+GENERATING = [
+    "swap 1 2",
+    "drop 0",
+    "drop -1",
+    "repeat 2:4",
+    "reverse 1:5",
+    "skip-attention 0",
+    "skip-attention -1",
+    "skip-mlp 2",
+]
 KEPT = ["swap 1 2", "drop 0", "repeat 2:4", "repeat 2 x3; skip-attention 2", "skip-mlp 2"]
 
 
@@ -168,7 +177,9 @@ def test_text_with_a_cache_is_text_without(zoo: tuple[str, Any], plan: str) -> N
 
 
 @pytest.mark.parametrize("plan", KEPT)
-def test_a_kept_edit_saves_and_reloads_and_is_what_the_disk_path_writes(zoo: tuple[str, Any], plan: str, tmp_path: Path) -> None:
+def test_a_kept_edit_saves_and_reloads_and_is_what_the_disk_path_writes(
+    zoo: tuple[str, Any], plan: str, tmp_path: Path
+) -> None:
     name = zoo[0]
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "source")
@@ -201,4 +212,6 @@ def test_a_kept_edit_saves_and_reloads_and_is_what_the_disk_path_writes(zoo: tup
 def config_of(model: Any, path: Path) -> Any:
     """The config as its class understands it."""
     fields = type(model.config).from_pretrained(path).to_dict()
-    return json.dumps({key: value for key, value in fields.items() if key != "transformers_version"}, sort_keys=True, default=str)
+    return json.dumps(
+        {key: value for key, value in fields.items() if key != "transformers_version"}, sort_keys=True, default=str
+    )

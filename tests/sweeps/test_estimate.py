@@ -47,13 +47,18 @@ def test_of_an_offloaded_model(tmp_path: Path) -> None:
         assert found.bytes_loaded_per_batch == measured.bytes_read
         assert found.order == "layer-major"
         assert (
-            found.peak["cpu"] == found.weights["cpu"] + found.in_flight_bytes + found.memory.working + found.text + found.program
+            found.peak["cpu"]
+            == found.weights["cpu"] + found.in_flight_bytes + found.memory.working + found.text + found.program
         )
 
 
 def neox(width: int, depth: int, vocabulary: int) -> Any:
     return GPTNeoXConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=depth, num_attention_heads=16, intermediate_size=4 * width
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=16,
+        intermediate_size=4 * width,
     )
 
 
@@ -62,7 +67,9 @@ def neox(width: int, depth: int, vocabulary: int) -> Any:
 )
 def test_the_papers_protocol(shape: tuple[int, int, int], parameters: float, petaflops: float) -> None:
     """Swap and drop of every layer on a million tokens: Pythia-1.4b and 6.9b."""
-    found = estimate(neox(*shape), variants("swap,drop", shape[1]), tokens=1_000_000, context=2048, dtype="float16", batch_size=8)
+    found = estimate(
+        neox(*shape), variants("swap,drop", shape[1]), tokens=1_000_000, context=2048, dtype="float16", batch_size=8
+    )
     assert found.parameters == pytest.approx(parameters, rel=0.01)
     assert found.weights["cpu"] == pytest.approx(2 * parameters, rel=0.01)
     assert found.flops / 1e15 == pytest.approx(petaflops, rel=0.02)

@@ -35,7 +35,13 @@ def test_the_table() -> None:
     assert set(frame.sequences) == {3}
     assert set(frame.depth) == {6}
     none = frame.iloc[0]
-    assert (none.kl_nats, none.agreement, none.entropy_change_bits, none.loss_change_nats, none.kl_nats_sem) == (0, 1, 0, 0, 0)
+    assert (none.kl_nats, none.agreement, none.entropy_change_bits, none.loss_change_nats, none.kl_nats_sem) == (
+        0,
+        1,
+        0,
+        0,
+        0,
+    )
     for row in frame.iloc[1:].itertuples():
         assert row.kl_nats > 0
         assert 0 < row.kl_nats_sem < row.kl_nats
@@ -47,7 +53,9 @@ def test_the_table() -> None:
 
 def test_one_route_is_run_once_and_said_of_all_its_plans() -> None:
     model = tiny_model("llama")
-    measurer = Measurer(model, variants(["swap", {"same": "swap 2 3", "nothing": "swap 1 2; swap 1 2"}, "swap-pairs"], DEPTH))
+    measurer = Measurer(
+        model, variants(["swap", {"same": "swap 2 3", "nothing": "swap 1 2; swap 1 2"}, "swap-pairs"], DEPTH)
+    )
     assert len(measurer.routes) == 15 + 1
     frame = ls.sweep(model, ["swap", {"same": "swap 2 3", "nothing": "swap 1 2; swap 1 2"}], tokens())
     values = frame.set_index("name")[list(METRICS)]
@@ -64,7 +72,9 @@ def close(one: pd.DataFrame, other: pd.DataFrame, atol: float = 1e-6) -> bool:
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
 def test_the_batch_size_changes_no_more_than_rounding(batch_size: int) -> None:
     model = tiny_model("llama")
-    assert close(ls.sweep(model, "swap,drop", tokens(5), batch_size=batch_size), ls.sweep(model, "swap,drop", tokens(5)))
+    assert close(
+        ls.sweep(model, "swap,drop", tokens(5), batch_size=batch_size), ls.sweep(model, "swap,drop", tokens(5))
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "falcon-alibi", "gemma3_text"])
@@ -129,7 +139,9 @@ def test_in_half_precision_blocks_run_in_it_and_logits_are_read_in_single(dtype:
     ]
     assert all(same)
     for plan in frame.index[1:]:
-        assert frame.kl_nats[plan] == pytest.approx(ls.compare(model, plan, ids, batch_size=4).kl_nats, rel=0.1, abs=5e-3)
+        assert frame.kl_nats[plan] == pytest.approx(
+            ls.compare(model, plan, ids, batch_size=4).kl_nats, rel=0.1, abs=5e-3
+        )
     assert frame.kl_nats[""] == 0
 
 
@@ -159,7 +171,9 @@ def test_edits_of_an_edited_model() -> None:
     with ls.operate(model, "repeat 1; drop 4"):
         frame = ls.sweep(model, "drop", tokens())
     assert close(frame, ls.sweep(other, "drop", tokens()), 1e-9)
-    assert frame.set_index("plan").kl_nats["drop 2"] == pytest.approx(ls.compare(other, "drop 2", tokens()).kl_nats, abs=1e-6)
+    assert frame.set_index("plan").kl_nats["drop 2"] == pytest.approx(
+        ls.compare(other, "drop 2", tokens()).kl_nats, abs=1e-6
+    )
 
 
 def test_families_leave_out_what_an_architecture_cannot_do_and_say_so() -> None:
@@ -297,7 +311,9 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.warns(UserWarning, match="memory ran out with 3 sequences at once; going on with 1"):
         assert close(ls.sweep(model, "drop", tokens(6)), meant)
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
-    monkeypatch.setattr(BlockRunner, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried")))
+    monkeypatch.setattr(
+        BlockRunner, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    )
     with (
         warnings.catch_warnings(action="ignore"),
         pytest.raises(
@@ -321,7 +337,9 @@ def test_a_batch_in_parts_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal calls
         calls += 1
         if calls == 45:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"
+            )
         return run(self, *args)
 
     monkeypatch.setattr(BlockRunner, "run", crowded)
@@ -360,7 +378,9 @@ def test_the_headline_in_five_lines_of_pandas() -> None:
 def test_a_wrapped_model() -> None:
     from peft import LoraConfig, get_peft_model
 
-    model: Any = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    model: Any = get_peft_model(
+        tiny_model("llama"), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    )
     ids = tokens(2)
     frame = ls.sweep(model, "drop,skip-attention", ids, batch_size=2)
     for row in frame.iloc[1:].itertuples():
