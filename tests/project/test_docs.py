@@ -19,7 +19,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_tests_that_a_page_names_are_there(page: Path) -> None:
     known = set(
-        re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")))
+        re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
     )
     named = set(re.findall(r"`(test_\w+)`", page.read_text()))
     assert named <= known, named - known

@@ -477,7 +477,7 @@ def test_a_model_in_ddp(model: Any, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, TimeoutError])
 def test_an_exception_at_any_line_leaves_nothing(model: Any, kind: type[BaseException]) -> None:
-    """Raised at every line of surgery.py and position.py in turn, from within."""
+    """Raise at every line of operate.py and config_edits.py in turn."""
     before, blocks = logits_of(model, tokens()), list(model.model.layers)
     lines = _lines_run(model, None, kind)
     assert lines > 300
@@ -494,7 +494,7 @@ def _lines_run(model: Any, stop: int | None, kind: type[BaseException]) -> int:
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.endswith(("surgery.py", "position.py")):
+        if not frame.f_code.co_filename.endswith(("operate.py", "config_edits.py")):
             return None
         # The two lines before undo's own guard is up cannot be guarded.
         if event == "line" and frame.f_code.co_name not in ("operate", "undo", "__init__"):
