@@ -1,1 +1,1 @@
-"""Throughput against what a user would pick instead: `python -m benchmarks`."""
+"""Benchmarks of layersurgery against its alternatives: `python -m benchmarks`."""

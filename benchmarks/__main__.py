@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: checkpoint, operate, readout, sweep, offload, signals, neurons, all of them, those of a GPU, costs, a picture."""
+"""Command line of the benchmarks: `python -m benchmarks COMMAND`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    no_args_is_help=True, help="Throughput against what a user would pick instead.", pretty_exceptions_enable=False
+    no_args_is_help=True, help="Benchmarks of layersurgery against its alternatives.", pretty_exceptions_enable=False
 )
 
 
@@ -21,33 +21,33 @@ def _main() -> None:
 
 @app.command()
 def checkpoint(
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A small checkpoint, for trying the benchmark itself.")
-    ] = False,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="A small checkpoint, to test the benchmark itself.")] = False,
     hub: Annotated[
         Path | None, typer.Option("--hub", help="Hub cache that holds, or will hold, the checkpoint.")
     ] = None,
-    work: Annotated[Path | None, typer.Option("--work", help="Where to write; needs 45 GB.")] = None,
+    work: Annotated[Path | None, typer.Option("--work", help="Directory for outputs; needs 45 GB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Swap two layers of a checkpoint on disk."""
+    """Time the swap of two layers of a checkpoint on disk."""
     from .checkpoint import measure
 
-    with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as made:
-        rows = measure(runs, hub, work or Path(made), quick=quick, as_json=as_json)
+    with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as temporary:
+        rows = measure(runs, hub, work or Path(temporary), quick=quick, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
 
 
 @app.command()
 def operate(
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 21,
-    width: Annotated[int, typer.Option("--width", min=8, help="Width of the model of 32 layers.")] = 1024,
-    quick: Annotated[bool, typer.Option("--quick", help="A small model, for trying the benchmark itself.")] = False,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")
+    ] = 21,
+    width: Annotated[int, typer.Option("--width", min=8, help="Width of the 32-layer model.")] = 1024,
+    quick: Annotated[bool, typer.Option("--quick", help="A small model, to test the benchmark itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Edit a live model and undo it."""
+    """Time an edit of a loaded model and its undo."""
     from .operate import measure
 
     rows = (
@@ -61,16 +61,20 @@ def operate(
 
 @app.command()
 def readout(
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many are read.")] = 2044,
-    width: Annotated[int, typer.Option("--width", min=1, help="Of a stream.")] = 576,
-    vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="How many logits.")] = 49152,
-    dtypes: Annotated[str, typer.Option("--dtypes", help="Of streams and unembedding.")] = "float32,bfloat16",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Number of tokens.")] = 2044,
+    width: Annotated[int, typer.Option("--width", min=1, help="Width of the residual stream.")] = 576,
+    vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="Size of the vocabulary.")] = 49152,
+    dtypes: Annotated[
+        str, typer.Option("--dtypes", help="Dtypes of streams and unembedding, comma-separated.")
+    ] = "float32,bfloat16",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 11,
-    quick: Annotated[bool, typer.Option("--quick", help="Few tokens, for trying the benchmark itself.")] = False,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")
+    ] = 11,
+    quick: Annotated[bool, typer.Option("--quick", help="Few tokens, to test the benchmark itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Turn streams into lse, entropy, loss and argmax."""
+    """Time the readout: from streams to lse, entropy, loss and argmax."""
     import torch
 
     from .readout import Shape, measure
@@ -86,31 +90,40 @@ def readout(
 @app.command()
 def sweep(
     model: Annotated[
-        str, typer.Option("--model", help="smollm2-135m, a directory, or a geometry with random weights: pythia-1.4b.")
-    ] = ("smollm2-135m"),
-    sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many.")] = 4,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each.")] = 512,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")] = 4,
-    dtypes: Annotated[str, typer.Option("--dtypes", help="Of layersurgery and the loop by hand.")] = "float32,bfloat16",
+        str,
+        typer.Option(
+            "--model", help="smollm2-135m, a checkpoint's directory, or a geometry with random weights: pythia-1.4b."
+        ),
+    ] = "smollm2-135m",
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Number of sequences.")] = 4,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Sequences in one batch.")] = 4,
+    dtypes: Annotated[
+        str, typer.Option("--dtypes", help="Dtypes of layersurgery, the loop by hand and the limit.")
+    ] = "float32,bfloat16",
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Run TransformerLens, nnsight and nnterp.")] = True,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")] = 3,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Also run TransformerLens, nnsight and nnterp.")
+    ] = True,
     only: Annotated[
-        str, typer.Option("--only", help="Ways of these names, or with these in them: limit,layersurgery,Trans.")
+        str, typer.Option("--only", help="Methods to run, as names or parts of names: limit,layersurgery,Trans.")
     ] = "",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Little text and one run, for trying the benchmark itself.")
+        bool, typer.Option("--quick", help="Little text and one run, to test the benchmark itself.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Swap and drop every block, and measure what it does."""
+    """Time swap and drop of every block, with the metrics of each edit."""
     from .sweep import Setting, measure
 
     setting = Setting(model, sequences, context, batch_size, device, runs)
     if quick:
         setting = Setting(model, 1, 64, 1, device, 1)
-    chosen = ["float32"] if quick else dtypes.split(",")
-    rows = measure(setting, chosen, peers=peers, only=only, as_json=as_json, name="sweep-quick" if quick else "sweep")
+    chosen_dtypes = ["float32"] if quick else dtypes.split(",")
+    rows = measure(
+        setting, chosen_dtypes, peers=peers, only=only, as_json=as_json, name="sweep-quick" if quick else "sweep"
+    )
     if as_json:
         print(json.dumps(rows, indent=2))
 
@@ -118,49 +131,49 @@ def sweep(
 @app.command()
 def gpu(
     parts: Annotated[
-        str, typer.Option("--parts", help="Of readout, small and large (Pythia-1.4b and 6.9b).")
+        str, typer.Option("--parts", help="Parts, comma-separated: readout, small (Pythia-1.4b), large (Pythia-6.9b).")
     ] = "readout,small,large",
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Measure what is to be known of a GPU, with random weights; needs nothing but the checkout."""
+    """Run all benchmarks that need a GPU, with random weights; needs nothing but the checkout."""
     from .gpu import PARTS, measure
 
-    chosen = parts.split(",")
-    if unknown := set(chosen) - set(PARTS):
+    chosen_parts = parts.split(",")
+    if unknown := set(chosen_parts) - set(PARTS):
         raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))}: write some of {', '.join(PARTS)}", param_hint="'--parts'"
+            f"unknown parts: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}", param_hint="'--parts'"
         )
-    rows = measure(chosen, as_json=as_json)
+    rows = measure(chosen_parts, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
 
 
 @app.command()
 def offload(
-    sequences: Annotated[int, typer.Option("--sequences", min=1, help="How many.")] = 2,
-    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of each.")] = 256,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 3,
+    sequences: Annotated[int, typer.Option("--sequences", min=1, help="Number of sequences.")] = 2,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a sequence.")] = 256,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")] = 3,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Sweep a model whose weights are on disk, beside the same in memory."""
-    from .sweep import Setting, measure, ways_of_offloading
+    """Time a sweep with all weights on disk, and the same sweep in memory."""
+    from .sweep import Setting, list_offload_methods, measure
 
     setting = Setting("smollm2-135m", sequences, context, sequences, device, runs)
-    rows = measure(setting, ["float32"], known=ways_of_offloading(sequences), as_json=as_json, name="offload")
+    rows = measure(setting, ["float32"], methods=list_offload_methods(sequences), as_json=as_json, name="offload")
     if as_json:
         print(json.dumps(rows, indent=2))
 
 
 @app.command()
 def signals(
-    context: Annotated[int, typer.Option("--context", min=8, help="Tokens of the sequence.")] = 2048,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Counted runs of each way, in turn.")] = 5,
+    context: Annotated[int, typer.Option("--context", min=8, help="Tokens in the sequence.")] = 2048,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")] = 5,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="Little text, for trying the benchmark itself.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Little text, to test the benchmark itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Read signals off a pass over text, beside a plain forward."""
+    """Time the signals measured during a pass over text, and a plain forward."""
     from .signals import measure
 
     rows = measure(
@@ -176,10 +189,10 @@ def signals(
 
 @app.command()
 def neurons(
-    layers: Annotated[int, typer.Option("--layers", min=1, help="Of the 32.")] = 1,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Layers of the checkpoint, at most 32.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
-    """Look at the neurons of a checkpoint of Pythia-6.9b's geometry."""
+    """Time the analysis of the neurons of a checkpoint with Pythia-6.9b's geometry."""
     from .signals import neurons as measure
 
     rows = measure(layers, as_json=as_json)
@@ -187,29 +200,31 @@ def neurons(
         print(json.dumps(rows, indent=2))
 
 
+@app.command(name="paper-costs")
+def paper_costs() -> None:
+    """Estimate the time of the paper's protocol on GPUs, and print it as a table."""
+    from .paper_costs import print_table
+
+    print_table()
+
+
 @app.command()
-def costs() -> None:
-    """What the paper's protocol would take on GPUs, on paper."""
-    from .paper_costs import measure
+def plot(
+    model: Annotated[str, typer.Option("--model", help="Model of the sweep to plot.")] = "smollm2-135m",
+) -> None:
+    """Plot the newest results of a sweep: benchmarks/results/sweep.png."""
+    from .plot_results import save_plot
 
-    measure()
-
-
-@app.command()
-def picture(model: Annotated[str, typer.Option("--model", help="Whose sweep.")] = "smollm2-135m") -> None:
-    """Draw the newest results of a sweep: benchmarks/results/sweep.png."""
-    from .plot_results import draw
-
-    print(draw(model))
+    print(save_plot(model))
 
 
 @app.command(name="all")
-def everything(
+def run_all(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Each as short as can be, for trying the benchmarks themselves.")
+        bool, typer.Option("--quick", help="Run each as briefly as possible, to test the benchmarks themselves.")
     ] = False,
     peers: Annotated[
-        bool, typer.Option("--peers/--no-peers", help="Run other libraries, in environments of their own.")
+        bool, typer.Option("--peers/--no-peers", help="Also run other libraries, in separate environments.")
     ] = True,
 ) -> None:
     """Run checkpoint, operate, readout and sweep, one after another."""

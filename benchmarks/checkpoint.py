@@ -1,7 +1,8 @@
-"""Swapping two layers of a checkpoint on disk, beside what a user would do instead.
+"""Time the swap of two layers of a checkpoint on disk, with layersurgery and with its alternatives.
 
-Every way makes the same checkpoint: blocks 12 and 13 of Pythia-6.9b's geometry exchanged. Before anything is timed, what ours
-wrote is compared, tensor by tensor, with what transformers wrote after reordering the loaded model.
+Every method makes the same checkpoint: blocks 12 and 13 of Pythia-6.9b's geometry exchanged. Before anything is timed,
+the tensors that layersurgery wrote are compared with those that transformers wrote after the loaded model was
+reordered.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from .random_checkpoint import DEPTH, NAME, WIDTH, make
-from .timing import Run, record, summary, table_of, timed, wide_console
+from .random_checkpoint import DEPTH, NAME, WIDTH, write_random_checkpoint
+from .timing import Run, append_results, make_table, run_timed, summarize, wide_console
 
 MERGEKIT = "mergekit==0.1.5"
 _TRANSFORMERS = """
@@ -36,9 +37,9 @@ AutoTokenizer.from_pretrained(source).save_pretrained(out)
 """
 
 
-def ways(source: Path, out: Path, work: Path, first: int, depth: int) -> dict[str, list[str]]:
-    """The command of each way."""
-    ours = [sys.executable, "-m", "layersurgery_cli", "swap", NAME, "--layer", str(first), "-o", str(out), "--quiet"]
+def list_commands(source: Path, out: Path, work: Path, first: int, depth: int) -> dict[str, list[str]]:
+    """Return the command of each method."""
+    swap = [sys.executable, "-m", "layersurgery_cli", "swap", NAME, "--layer", str(first), "-o", str(out), "--quiet"]
     slices = [(0, first), (first + 1, first + 2), (first, first + 1), (first + 2, depth)]
     recipe = work / "mergekit.yaml"
     recipe.write_text(
@@ -47,9 +48,9 @@ def ways(source: Path, out: Path, work: Path, first: int, depth: int) -> dict[st
     )
     return {
         "cp -r": ["cp", "-rL", str(source), str(out)],
-        "layersurgery, without the reload check": [*ours, "--no-verify"],
-        "layersurgery": ours,
-        "layersurgery --link": [*ours, "--no-verify", "--link"],
+        "layersurgery, without the reload check": [*swap, "--no-verify"],
+        "layersurgery": swap,
+        "layersurgery --link": [*swap, "--no-verify", "--link"],
         "transformers: load, reorder, save": [
             sys.executable, "-c", _TRANSFORMERS, str(source), str(out), str(first), str(first + 1)
         ],
@@ -60,42 +61,54 @@ def ways(source: Path, out: Path, work: Path, first: int, depth: int) -> dict[st
 
 
 def measure(runs: int, hub: Path | None, work: Path, *, quick: bool, as_json: bool) -> list[dict[str, Any]]:
-    """Make the checkpoint, check that the ways agree, time them in turn, and print a table."""
+    """Write the checkpoint, check that layersurgery and transformers agree, time all methods, and print a table.
+
+    Args:
+        runs: runs of each method that count.
+        hub: hub cache that holds, or will hold, the checkpoint; None for one in `work`.
+        work: directory for outputs.
+        quick: use a small checkpoint.
+        as_json: print progress on stderr, since stdout is for JSON.
+
+    Returns:
+        The rows of the table, which are appended to the results.
+    """
     console = wide_console(stderr=as_json)
     work.mkdir(parents=True, exist_ok=True)
-    home = hub.parent if hub else work / "hf"
+    hf_home = hub.parent if hub else work / "hf"
     width, depth = (WIDTH // 4, 8) if quick else (WIDTH, DEPTH)
     first = depth * 12 // 32
     console.print(f"Checkpoint: {NAME}'s geometry" + (f", shrunk to width {width} and {depth} blocks" if quick else ""))
-    source = make(home / "hub", width=width, depth=depth, shard_bytes=5_000_000_000 if not quick else 60_000_000)
-    env = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    source = write_random_checkpoint(
+        hf_home / "hub", width=width, depth=depth, shard_bytes=5_000_000_000 if not quick else 60_000_000
+    )
+    env = {"HF_HOME": str(hf_home), "HF_HUB_OFFLINE": "1"}
     out = work / "out"
-    commands = ways(source, out, work, first, depth)
-    console.print("Correctness gate: ours against transformers, tensor by tensor")
-    gate(commands, env, out, work)
+    commands = list_commands(source, out, work, first, depth)
+    console.print("Correctness check: layersurgery against transformers, tensor by tensor")
+    check_same_weights(commands, env, out, work)
     results: dict[str, list[Run]] = {name: [] for name in commands}
     failed: dict[str, str] = {}
-    for number in range(runs + 1):  # the first, not counted, warms the page cache and the peers' own caches
+    for number in range(runs + 1):  # the first run does not count: it warms up the caches
         for name, command in commands.items():
             if name in failed:
                 continue
-            with emptied(out):
-                run = timed(command, env=env)
-            if run.code:
-                failed[name] = next(
-                    (line for line in reversed(run.said.splitlines()) if line.strip()), f"exit {run.code}"
-                )
+            with empty_output(out):
+                run = run_timed(command, env=env)
+            if run.exit_code:
+                last_line = next((line for line in reversed(run.output.splitlines()) if line.strip()), None)
+                failed[name] = last_line or f"exit {run.exit_code}"
             elif number:
                 results[name].append(run)
             console.print(f"  {'warm-up' if not number else f'run {number}'}: {name}: {run.seconds:.1f} s")
-    rows = report(results, failed, console)
-    console.print(f"Appended to {record('checkpoint' + ('-quick' if quick else ''), rows)}")
+    rows = print_report(results, failed, console)
+    console.print(f"Appended to {append_results('checkpoint' + ('-quick' if quick else ''), rows)}")
     return rows
 
 
 @contextmanager
-def emptied(out: Path) -> Iterator[None]:
-    """Each run begins with nothing at the output and no writing of the last one still under way."""
+def empty_output(out: Path) -> Iterator[None]:
+    """Remove the output before and after a run, and first wait until the last run's files are on disk."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     time.sleep(1)
@@ -103,49 +116,54 @@ def emptied(out: Path) -> Iterator[None]:
     shutil.rmtree(out, ignore_errors=True)
 
 
-def gate(commands: dict[str, list[str]], env: dict[str, str], out: Path, work: Path) -> None:
-    """Stop unless ours and transformers wrote the same weights."""
-    theirs = work / "theirs"
-    shutil.rmtree(theirs, ignore_errors=True)
+def check_same_weights(commands: dict[str, list[str]], env: dict[str, str], out: Path, work: Path) -> None:
+    """Check that layersurgery and transformers write the same weights.
+
+    Raises:
+        SystemExit: a command failed, or the weights differ.
+    """
+    by_transformers = work / "theirs"
+    shutil.rmtree(by_transformers, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
     for name in ("transformers: load, reorder, save", "layersurgery"):
-        run = timed(commands[name], env=env)
-        if run.code:
-            raise SystemExit(f"the gate is red: {name} failed\n{run.said[-2000:]}")
+        run = run_timed(commands[name], env=env)
+        if run.exit_code:
+            raise SystemExit(f"nothing was timed, because a command failed: {name}\n{run.output[-2000:]}")
         if name != "layersurgery":
-            out.rename(theirs)
-    ours, reference = tensors(out), tensors(theirs)
-    if missing := reference.keys() - ours.keys():
-        raise SystemExit(f"the gate is red: ours lacks {sorted(missing)[:3]}")
-    for tensor, path in reference.items():
-        with safe_open(path, "pt") as a, safe_open(ours[tensor], "pt") as b:
+            out.rename(by_transformers)
+    actual, expected = find_tensors(out), find_tensors(by_transformers)
+    if missing := expected.keys() - actual.keys():
+        raise SystemExit(f"wrong result: layersurgery did not write {sorted(missing)[:3]}")
+    for tensor, path in expected.items():
+        with safe_open(path, "pt") as a, safe_open(actual[tensor], "pt") as b:
             if not torch.equal(a.get_tensor(tensor), b.get_tensor(tensor)):
-                raise SystemExit(f"the gate is red: {tensor} differs")
-    shutil.rmtree(theirs)
+                raise SystemExit(f"wrong result: {tensor} differs from what transformers wrote")
+    shutil.rmtree(by_transformers)
     shutil.rmtree(out)
 
 
-def tensors(directory: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def find_tensors(directory: Path) -> dict[str, Path]:
+    """Return the file of each tensor in a directory."""
+    files: dict[str, Path] = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    return found
+            files |= dict.fromkeys(file.keys(), path)
+    return files
 
 
-def report(results: dict[str, list[Run]], failed: dict[str, str], console: Console) -> list[dict[str, Any]]:
-    """Print the table; returns its rows."""
-    base = summary("cp -r", results["cp -r"]).seconds
-    table = table_of("two layers of a checkpoint swapped", "way", "seconds", "quartiles", "x cp -r", "peak MB")
+def print_report(results: dict[str, list[Run]], failed: dict[str, str], console: Console) -> list[dict[str, Any]]:
+    """Print the table, and return its rows."""
+    base = summarize("cp -r", results["cp -r"]).seconds
+    table = make_table("two layers of a checkpoint swapped", "way", "seconds", "quartiles", "x cp -r", "peak MB")
     rows: list[dict[str, Any]] = []
     for name, runs in results.items():
         if name in failed:
             table.add_row(f"{name}: {failed[name][:60]}")
             continue
-        found = summary(name, runs)
-        ratio = found.seconds / base
-        quartiles = f"{found.seconds_low:.1f} to {found.seconds_high:.1f}"
-        table.add_row(name, f"{found.seconds:.1f}", quartiles, f"{ratio:.2f}", f"{found.bytes_peak / 1e6:.0f}")
-        rows.append(dataclasses.asdict(found) | {"ratio_to_cp": round(ratio, 3)})
+        summary = summarize(name, runs)
+        ratio = summary.seconds / base
+        quartiles = f"{summary.seconds_low:.1f} to {summary.seconds_high:.1f}"
+        table.add_row(name, f"{summary.seconds:.1f}", quartiles, f"{ratio:.2f}", f"{summary.bytes_peak / 1e6:.0f}")
+        rows.append(dataclasses.asdict(summary) | {"ratio_to_cp": round(ratio, 3)})
     console.print(table)
     return rows

@@ -1,4 +1,7 @@
-"""All that is to be known of a GPU, in one go and with nothing but the checkout: readouts, sweeps, and the paper's protocol in minutes."""
+"""Run all benchmarks that need a GPU: readouts, sweeps, and the time of the paper's protocol in minutes.
+
+They use random weights and need nothing but the checkout.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from .readout import Shape
 from .readout import measure as measure_readout
 from .sweep import Setting
 from .sweep import measure as measure_sweep
-from .timing import table_of, wide_console
+from .timing import make_table, wide_console
 
 PARTS = ("readout", "small", "large")
 _SHAPES = ((2048, 50304), (4096, 50432))
@@ -22,33 +25,37 @@ _SETTINGS = {
 
 
 def measure(parts: Sequence[str], *, as_json: bool) -> list[dict[str, Any]]:
-    """Run the parts asked for, and print a short table last.
+    """Run the chosen parts, and print a table of goals and results at the end.
 
     Raises:
         SystemExit: there is no GPU.
     """
     if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device here")
+        raise SystemExit("no CUDA device was found; run this benchmark on a machine with an NVIDIA GPU")
     console = wide_console(stderr=as_json)
     rows: list[dict[str, Any]] = []
-    table = table_of(torch.cuda.get_device_name(), "what", "measured", "goal")
+    table = make_table(torch.cuda.get_device_name(), "what", "measured", "goal")
     if "readout" in parts:
         for width, vocabulary in _SHAPES:
-            found = measure_readout(Shape(8192, width, vocabulary, torch.bfloat16, "cuda"), 21, as_json=as_json)
-            rows += found
-            fused = next(row for row in found if row["way"] == "layersurgery, fused")
-            what = f"fused readout, 8192 x ({width}, {vocabulary}), bfloat16"
-            table.add_row(f"{what}: share of the limit", fused["fault"] or f"{fused['of_limit']:.2f}", ">= 0.75")
+            readout_rows = measure_readout(Shape(8192, width, vocabulary, torch.bfloat16, "cuda"), 21, as_json=as_json)
+            rows += readout_rows
+            fused = next(row for row in readout_rows if row["way"] == "layersurgery, fused")
+            label = f"fused readout, 8192 x ({width}, {vocabulary}), bfloat16"
+            table.add_row(f"{label}: share of the limit", fused["fault"] or f"{fused['of_limit']:.2f}", ">= 0.75")
             table.add_row(
-                f"{what}: extra memory", "" if fused["fault"] else f"{fused['bytes_extra'] / 2**20:.0f} MiB", "< 64 MiB"
+                f"{label}: extra memory",
+                "" if fused["fault"] else f"{fused['bytes_extra'] / 2**20:.0f} MiB",
+                "< 64 MiB",
             )
     for part in ("small", "large"):
         if part in parts:
             setting = _SETTINGS[part]
-            found = measure_sweep(setting, ["bfloat16"], peers=False, as_json=as_json)
-            rows += found
-            ours = [row for row in found if row["way"].startswith("layersurgery") and not row["fault"]]
-            for row in ours:
+            sweep_rows = measure_sweep(setting, ["bfloat16"], peers=False, as_json=as_json)
+            rows += sweep_rows
+            layersurgery_rows = [
+                row for row in sweep_rows if row["way"].startswith("layersurgery") and not row["fault"]
+            ]
+            for row in layersurgery_rows:
                 minutes = 1e6 / row["tokens_per_second"] / 60
                 goal = "<= 4 min" if part == "small" else "<= 20 min"
                 table.add_row(

@@ -1,4 +1,4 @@
-"""What operating on a live model and undoing it costs, beside copying the model and editing the copy by hand."""
+"""Time an edit of a loaded model and its undo; the alternative copies the model and edits the copy by hand."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import layersurgery as ls
 from layersurgery.models.anatomy import Anatomy
 
-from .timing import quartiles, record, table_of, wide_console
+from .timing import append_results, make_table, quartiles, wide_console
 
 _PLANS = ["swap 12 13", "drop 20", "repeat 8:16", "reverse 8:16", "skip-attention 20", "skip-mlp 20"]
 
 
-class _Allocated(TorchDispatchMode):
-    """Bytes of the tensors that operations make; views of what they were given do not count."""
+class _CountAllocations(TorchDispatchMode):
+    """Count the bytes of tensors that operations allocate; views of their arguments do not count."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        super().__init__()  # type: ignore[no-untyped-call] # torch has no types here
         self.bytes = 0
-        self.held: set[int] = set()
+        self.known_storages: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.held |= {_memory(value) for value in args if isinstance(value, torch.Tensor)}
-        found = func(*args, **(kwargs or {}))
-        for value in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(value, torch.Tensor) and _memory(value) not in self.held:
-                self.held.add(_memory(value))
+        self.known_storages |= {_storage_address(value) for value in args if isinstance(value, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, torch.Tensor) and _storage_address(value) not in self.known_storages:
+                self.known_storages.add(_storage_address(value))
                 self.bytes += value.numel() * value.element_size()
-        return found
+        return result
 
 
-def _memory(tensor: torch.Tensor) -> int:
+def _storage_address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def measure(runs: int, *, width: int, as_json: bool = False, name: str = "operate") -> list[dict[str, Any]]:
-    """Time each plan `runs` times, in turn with the others; one row for each way and plan."""
+    """Time each plan `runs` times, in turn with the others, and return one row per method and plan."""
     torch.manual_seed(0)
     shape: dict[str, int] = {
         "hidden_size": width,
@@ -55,27 +55,27 @@ def measure(runs: int, *, width: int, as_json: bool = False, name: str = "operat
     }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, **shape)).eval()
     anatomy = ls.anatomy(model)
-    _gate(model, anatomy)
-    ways: dict[tuple[str, str], Callable[[], Any]] = {
+    _check_methods_agree(model, anatomy)
+    methods: dict[tuple[str, str], Callable[[], Any]] = {
         ("operate + undo", plan): partial(ls.operate, model, plan, anatomy=anatomy) for plan in _PLANS
     }
-    ways["copy.deepcopy + editing the list", "swap 12 13"] = partial(_by_hand, model)
-    times: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    methods["copy.deepcopy + editing the list", "swap 12 13"] = partial(_edit_a_copy, model)
+    times: dict[tuple[str, str], list[float]] = {method: [] for method in methods}
     for _ in range(runs):
-        for way, editing in ways.items():
+        for method, edit in methods.items():
             started = time.perf_counter()
-            with editing():
+            with edit():
                 pass
-            times[way].append(time.perf_counter() - started)
+            times[method].append(time.perf_counter() - started)
     rows = []
-    table = table_of(f"32 layers of width {width}", "way", "plan", "ms", "quartiles", "MB allocated")
-    for way, editing in ways.items():
-        with _Allocated() as allocated, editing():
+    table = make_table(f"32 layers of width {width}", "way", "plan", "ms", "quartiles", "MB allocated")
+    for method, edit in methods.items():
+        with _CountAllocations() as allocated, edit():
             pass
-        low, middle, high = quartiles(times[way])
+        low, middle, high = quartiles(times[method])
         row = {
-            "way": way[0],
-            "plan": way[1],
+            "way": method[0],
+            "plan": method[1],
             "layers": 32,
             "width": width,
             "runs": runs,
@@ -84,28 +84,28 @@ def measure(runs: int, *, width: int, as_json: bool = False, name: str = "operat
         row |= {"milliseconds_low": 1e3 * low, "milliseconds_high": 1e3 * high, "bytes_allocated": allocated.bytes}
         rows.append(row)
         spread = f"{row['milliseconds_low']:.2f}-{row['milliseconds_high']:.2f}"
-        table.add_row(way[0], way[1], f"{row['milliseconds']:.2f}", spread, f"{allocated.bytes / 1e6:.1f}")
+        table.add_row(method[0], method[1], f"{row['milliseconds']:.2f}", spread, f"{allocated.bytes / 1e6:.1f}")
     console = wide_console(stderr=as_json)
     console.print(table)
-    console.print(f"Appended to {record(name, rows)}")
+    console.print(f"Appended to {append_results(name, rows)}")
     return rows
 
 
-def _gate(model: nn.Module, anatomy: Anatomy) -> None:
-    """Nothing is timed that is not right."""
+def _check_methods_agree(model: nn.Module, anatomy: Anatomy) -> None:
+    """Check that both methods give the same logits, and that undo restores the original ones."""
     ids = torch.arange(1, 17)[None]
     with torch.no_grad():
         before = model(ids).logits
         with ls.operate(model, "swap 12 13", anatomy=anatomy):
             edited = model(ids).logits
-        with _by_hand(model) as other:
-            assert torch.equal(other(ids).logits, edited)
+        with _edit_a_copy(model) as copied_model:
+            assert torch.equal(copied_model(ids).logits, edited)
         assert torch.equal(model(ids).logits, before)
         assert not torch.equal(edited, before)
 
 
 @contextmanager
-def _by_hand(model: Any) -> Iterator[Any]:
+def _edit_a_copy(model: Any) -> Iterator[Any]:
     edited = copy.deepcopy(model)
     layers = edited.model.layers
     layers[12], layers[13] = layers[13], layers[12]

@@ -1,6 +1,6 @@
-"""What the paper's protocol would take on GPUs, on paper: from configs alone, at a rate that is assumed.
+"""Estimate the time of the paper's protocol on GPUs from configs alone, at an assumed rate.
 
-Swap and drop of every layer, on a million tokens, in bfloat16.
+The protocol is swap and drop of every layer on a million tokens, in bfloat16.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig
 from layersurgery.plans.variants import variants
 from layersurgery.sweeps.estimate import Estimate, estimate
 
-# NVIDIA's data sheet of the H100 SXM: dense bfloat16, without sparsity. The share of it is an assumption.
+# PEAK_FLOPS is from NVIDIA's data sheet of the H100 SXM: dense bfloat16, without sparsity. SHARE is an assumption.
 PEAK_FLOPS, SHARE, MEMORY = 989e12, 0.4, 76e9
 TOKENS = 1_000_000
 GPUS = (1, 8, 64)
@@ -37,10 +37,10 @@ def _phi(width: int, depth: int) -> Any:
     return PhiConfig(hidden_size=width, num_hidden_layers=depth, intermediate_size=4 * width, num_attention_heads=32)
 
 
-def _llama(width: int, depth: int, heads: int, inside: int) -> Any:
+def _llama(width: int, depth: int, heads: int, mlp_width: int) -> Any:
     return LlamaConfig(
-        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=8, intermediate_size=inside,
-        vocab_size=128256,
+        hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=8,
+        intermediate_size=mlp_width, vocab_size=128256,
     )  # fmt: skip
 
 
@@ -63,24 +63,36 @@ MODELS = {
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one model."""
+    """Cost of one model.
+
+    Attributes:
+        name: of the model.
+        estimate: of its sweep.
+        fits: all weights fit on the GPU; if not, the blocks are in main memory.
+    """
 
     name: str
-    found: Estimate
-    whole: bool
+    estimate: Estimate
+    fits: bool
 
     def hours(self, gpus: int) -> float:
-        """At the assumed rate, the text shared out."""
-        return self.found.flops / (gpus * SHARE * PEAK_FLOPS) / 3600
+        """Return the time at the assumed rate, with the text divided between the GPUs."""
+        return self.estimate.flops / (gpus * SHARE * PEAK_FLOPS) / 3600
 
 
-def cost(name: str) -> Cost:
-    """With all weights on the GPU if they leave it room, else with the blocks in main memory; the largest batch that fits."""
+def estimate_cost(name: str) -> Cost:
+    """Estimate a model's cost with the largest batch that fits.
+
+    All weights are on the GPU if they leave enough memory, else the blocks are in main memory.
+
+    Raises:
+        SystemExit: no batch fits.
+    """
     config, context = MODELS[name]
     edits = variants("swap,drop", config.num_hidden_layers)
-    found = None
-    for whole in (True, False):
-        inside = (
+    estimated = None
+    for fits in (True, False):
+        blocks = (
             "gpt_neox.layers"
             if config.model_type == "gpt_neox"
             else "transformer.h"
@@ -88,14 +100,14 @@ def cost(name: str) -> Cost:
             else "model.layers"
         )
         for batch in (16, 8, 4, 2, 1):
-            found = estimate(
+            estimated = estimate(
                 config, edits, tokens=TOKENS, context=context, dtype="bfloat16", batch_size=batch,
-                device_map={"": 0} if whole else {"": 0, inside: "cpu"},
+                device_map={"": 0} if fits else {"": 0, blocks: "cpu"},
             )  # fmt: skip
-            if found.peak["0"] <= MEMORY:
-                return Cost(name, found, whole)
-    assert found is not None
-    raise SystemExit(f"{name} does not fit: {found.peak}")
+            if estimated.peak["0"] <= MEMORY:
+                return Cost(name, estimated, fits)
+    assert estimated is not None
+    raise SystemExit(f"{name} does not fit in {MEMORY / 1e9:.0f} GB: {estimated.peak}")
 
 
 COLUMNS = (
@@ -111,29 +123,35 @@ COLUMNS = (
 
 
 def rows() -> list[list[str]]:
-    """Work all of them out: a row for each model, and one for the paper's eleven together."""
-    costs = [cost(name) for name in MODELS]
-    papers, others = costs[:11], costs[11:]
-    total = ["the paper's eleven", "", f"{sum(one.found.flops for one in papers) / 1e15:,.0f}", "", "", "", ""]
-    total += [_time(sum(one.hours(gpus) for one in papers)) for gpus in GPUS]
-    return [*map(_row, papers), total, *map(_row, others)]
+    """Return a row of cells for each model, and one for the paper's eleven together."""
+    costs = [estimate_cost(name) for name in MODELS]
+    paper_models, others = costs[:11], costs[11:]
+    petaflops = sum(cost.estimate.flops for cost in paper_models) / 1e15
+    total = ["the paper's eleven", "", f"{petaflops:,.0f}", "", "", "", ""]
+    total += [_format_hours(sum(cost.hours(gpus) for cost in paper_models)) for gpus in GPUS]
+    return [*map(_make_row, paper_models), total, *map(_make_row, others)]
 
 
-def _row(one: Cost) -> list[str]:
-    found = one.found
+def _make_row(cost: Cost) -> list[str]:
+    estimated = cost.estimate
     return [
-        one.name, f"{found.parameters / 1e9:.3g} B", f"{found.flops / 1e15:,.0f}", f"{sum(found.weights.values()) / 1e9:.3g}",
-        str(found.sequences), f"{found.memory.streams / 1e9:.2g}", "" if one.whole else f"{found.bytes_loaded_per_batch / 1e9:.3g}",
-        *(_time(one.hours(gpus)) for gpus in GPUS),
-    ]  # fmt: skip
+        cost.name,
+        f"{estimated.parameters / 1e9:.3g} B",
+        f"{estimated.flops / 1e15:,.0f}",
+        f"{sum(estimated.weights.values()) / 1e9:.3g}",
+        str(estimated.sequences),
+        f"{estimated.memory.streams / 1e9:.2g}",
+        "" if cost.fits else f"{estimated.bytes_loaded_per_batch / 1e9:.3g}",
+        *(_format_hours(cost.hours(gpus)) for gpus in GPUS),
+    ]
 
 
-def measure() -> None:
-    """Print them as a Markdown table."""
+def print_table() -> None:
+    """Print the rows as a Markdown table."""
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for row in rows():
         print(f"| {' | '.join(row)} |")
 
 
-def _time(hours: float) -> str:
+def _format_hours(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min" if hours * 60 >= 1 else f"{3600 * hours:.0f} s"

@@ -1,7 +1,7 @@
-"""Make a checkpoint of Pythia-6.9b's true geometry with random weights, in an offline hub cache, shard by shard.
+"""Write a checkpoint of Pythia-6.9b's geometry with random weights to an offline hub cache, shard by shard.
 
-Geometry, names, dtypes and the buffers that old GPT-NeoX checkpoints carry are those of EleutherAI/pythia-6.9b-deduped (its
-config.json and safetensors index); the tokenizer is the embedded model's, whose ids all lie within Pythia's vocabulary.
+Geometry, names, dtypes and the buffers of old GPT-NeoX checkpoints are taken from config.json and safetensors index of
+EleutherAI/pythia-6.9b-deduped. The tokenizer is the embedded model's: all its ids are smaller than Pythia's vocabulary.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ CONFIG = {
 }
 
 
-def tensors(width: int, depth: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of all weights, in the order of the model."""
+def list_tensors(width: int, depth: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield names and shapes of all weights, in the order of the model."""
     yield "gpt_neox.embed_in.weight", (VOCABULARY, width)
     for block in range(depth):
         prefix = f"gpt_neox.layers.{block}."
@@ -70,6 +70,7 @@ def tensors(width: int, depth: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return a random weight, or a buffer's true value, as its name requires."""
     if name.endswith("attention.bias"):
         return torch.ones(shape, dtype=torch.bool).tril()
     if name.endswith("masked_bias"):
@@ -82,14 +83,18 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
     return (torch.randn(shape, generator=generator) * 0.02).half()
 
 
-def make(hub: Path, *, width: int = WIDTH, depth: int = DEPTH, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write the checkpoint into a hub cache, whole or not at all; returns the snapshot's directory.
+def write_random_checkpoint(
+    hub: Path, *, width: int = WIDTH, depth: int = DEPTH, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write the checkpoint to a hub cache, unless it is there, and return the snapshot's directory.
+
+    config.json is written last, so an interrupted write is done again by the next call.
 
     Args:
         hub: the cache's `hub` directory ($HF_HOME/hub).
-        width: width of the residual stream; smaller for a quick try.
-        depth: number of blocks; smaller for a quick try.
-        shard_bytes: size at which a new shard is begun.
+        width: width of the residual stream; smaller for a quick test.
+        depth: number of blocks; smaller for a quick test.
+        shard_bytes: size at which a new shard starts.
     """
     repository = hub / f"models--{NAME.replace('/', '--')}"
     snapshot = repository / "snapshots" / REVISION
@@ -100,7 +105,7 @@ def make(hub: Path, *, width: int = WIDTH, depth: int = DEPTH, shard_bytes: int 
     generator = torch.Generator().manual_seed(0)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
-    for name, shape in tensors(width, depth):
+    for name, shape in list_tensors(width, depth):
         nbytes = torch.Size(shape).numel() * 2
         if size and size + nbytes > shard_bytes:
             shards.append([])
@@ -109,9 +114,9 @@ def make(hub: Path, *, width: int = WIDTH, depth: int = DEPTH, shard_bytes: int 
         size += nbytes
     weight_map: dict[str, str] = {}
     total = 0
-    for number, names in enumerate(shards, start=1):
+    for number, entries in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: random_tensor(name, shape, generator) for name, shape in names}
+        shard = {name: random_tensor(name, shape, generator) for name, shape in entries}
         total += sum(value.nbytes for value in shard.values())
         weight_map |= dict.fromkeys(shard, file)
         save_file(shard, snapshot / file, metadata={"format": "pt"})
@@ -130,4 +135,4 @@ def make(hub: Path, *, width: int = WIDTH, depth: int = DEPTH, shard_bytes: int 
 
 
 if __name__ == "__main__":
-    print(make(Path(sys.argv[1])))
+    print(write_random_checkpoint(Path(sys.argv[1])))

@@ -1,6 +1,7 @@
-"""The readout by itself: from normed streams to lse, entropy, loss and argmax of every token, beside the product alone.
+"""Time the readout: from normalized streams to lse, entropy, loss and argmax of every token.
 
-The limit is the product of the same matrices, written slice by slice into memory that is there, in the dtype of the model.
+The limit is the product of the same matrices in the model's dtype, written slice by slice into memory that is already
+allocated.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from layersurgery.metrics.tiled import LogitStats
 from layersurgery.runtime.cpu_memory import reuse_cpu_memory
 from layersurgery.runtime.unembedding import Unembedding
 
-from .timing import quartiles, record, table_of, wide_console
+from .timing import append_results, make_table, quartiles, wide_console
 
 LIMIT = "product alone"
-_SLICE = 8192
+_VOCAB_SLICE = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is read: tokens x width, by a vocabulary x width."""
+    """Shapes of the product: streams (tokens, width) and unembedding (vocabulary, width)."""
 
     tokens: int
     width: int
@@ -40,31 +41,32 @@ class Shape:
 
     @property
     def flops(self) -> int:
+        """Return the floating-point operations of the product."""
         return 2 * self.tokens * self.width * self.vocabulary
 
 
-Way = Callable[[], Any]
+Method = Callable[[], Any]
 
 
 def _dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> LogitStats:
-    """All logits at once, float32, as anybody would."""
+    """Compute all logits at once, in float32."""
     logits = (x @ w.T).float()
     log = logits.log_softmax(-1)
     lse = logits[:, 0] - log[:, 0]
     return LogitStats(lse, -(log.exp() * log).sum(-1), -log.gather(-1, target[:, None])[:, 0], logits.argmax(-1))
 
 
-def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Way | str]:
-    """All of them; a text where one cannot run says why."""
-    readout = Unembedding(None, None, SimpleNamespace(weight=w))  # type: ignore[arg-type] # nothing asks for its stack
-    out = torch.empty(len(x), _SLICE, dtype=x.dtype, device=x.device)
+def list_methods(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Method | str]:
+    """Return all methods by name; a string instead of a function says why the method cannot run."""
+    readout = Unembedding(None, None, SimpleNamespace(weight=w))  # type: ignore[arg-type] # its block runner is not used
+    out = torch.empty(len(x), _VOCAB_SLICE, dtype=x.dtype, device=x.device)
 
     def product() -> None:
-        for start in range(0, len(w), _SLICE):
-            part = w[start : start + _SLICE]
-            torch.mm(x, part.T, out=out[:, : len(part)] if len(part) == _SLICE else None)
+        for start in range(0, len(w), _VOCAB_SLICE):
+            rows = w[start : start + _VOCAB_SLICE]
+            torch.mm(x, rows.T, out=out[:, : len(rows)] if len(rows) == _VOCAB_SLICE else None)
 
-    found: dict[str, Way | str] = {
+    methods: dict[str, Method | str] = {
         LIMIT: product,
         "layersurgery, in tiles": lambda: tiled.logit_stats(readout, x, target),
         "layersurgery, fused": "it is for half precision on CUDA",
@@ -76,11 +78,11 @@ def ways(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Wa
     if x.is_cuda and x.element_size() == 2:
         from layersurgery.metrics import dispatch
 
-        found["layersurgery, fused"] = lambda: dispatch._logit_stats(readout, x, target, compiled=False)
-    return found
+        methods["layersurgery, fused"] = lambda: dispatch._logit_stats(readout, x, target, compiled=False)
+    return methods
 
 
-def _cut_cross_entropy(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Way | str:
+def _cut_cross_entropy(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Method | str:
     if not x.is_cuda:
         return "it is for CUDA"
     try:
@@ -90,7 +92,7 @@ def _cut_cross_entropy(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -
     return lambda: linear_cross_entropy(x, w, target, reduction="none")
 
 
-def _liger(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Way | str:
+def _liger(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Method | str:
     if not x.is_cuda:
         return "it is for CUDA"
     try:
@@ -102,7 +104,7 @@ def _liger(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> Way | str:
 
 
 def measure(shape: Shape, runs: int, *, as_json: bool = False, name: str = "readout") -> list[dict[str, Any]]:
-    """Check all ways, time them in turn, and print a table; returns its rows, which are appended to the results."""
+    """Check all methods, time them in turn, print a table, append its rows to the results, and return them."""
     console = wide_console(stderr=as_json)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape.tokens, shape.width, generator=generator).to(shape.device, shape.dtype)
@@ -111,54 +113,61 @@ def measure(shape: Shape, runs: int, *, as_json: bool = False, name: str = "read
     )
     target = torch.randint(0, shape.vocabulary, (shape.tokens,), generator=generator).to(shape.device)
     times: dict[str, list[float]] = {}
-    extra: dict[str, int] = {}
-    faults: dict[str, str] = {}
+    extra_memory: dict[str, int] = {}
+    errors: dict[str, str] = {}
     with torch.inference_mode():
-        known = ways(x, w, target)
-        for way, work in known.items():
-            faults[way] = work if isinstance(work, str) else _wrong(way, work(), x, w, target)
+        methods = list_methods(x, w, target)
+        for method_name, method in methods.items():
+            errors[method_name] = (
+                method if isinstance(method, str) else _find_error(method_name, method(), x, w, target)
+            )
         for _ in range(runs):
-            for way, work in known.items():
-                if isinstance(work, str) or faults[way]:
+            for method_name, method in methods.items():
+                if isinstance(method, str) or errors[method_name]:
                     continue
-                with _memory(shape.device, extra, way), reuse_cpu_memory() if shape.device == "cpu" else nullcontext():
-                    for counted in (False, True):  # the first one warms caches and memory
+                with (
+                    _MemoryMeter(shape.device, extra_memory, method_name),
+                    reuse_cpu_memory() if shape.device == "cpu" else nullcontext(),
+                ):
+                    for counts in (False, True):  # the first run warms up caches and memory
                         started = time.perf_counter()
-                        work()
-                        _wait(shape.device)
-                        if counted:
-                            times.setdefault(way, []).append(time.perf_counter() - started)
-    rows = _rows(shape, list(known), times, extra, faults)
-    console.print(_table(shape, rows))
-    console.print(f"Appended to {record(name, rows)}")
-    if red := [row["fault"] for row in rows if "gate is red" in row["fault"] and row["way"].startswith("layersurgery")]:
-        raise SystemExit(f"layersurgery: {red[0]}")
+                        method()
+                        _synchronize(shape.device)
+                        if counts:
+                            times.setdefault(method_name, []).append(time.perf_counter() - started)
+    rows = _make_rows(shape, list(methods), times, extra_memory, errors)
+    console.print(_make_table(shape, rows))
+    console.print(f"Appended to {append_results(name, rows)}")
+    if wrong := [
+        row["fault"] for row in rows if "wrong result" in row["fault"] and row["way"].startswith("layersurgery")
+    ]:
+        raise SystemExit(f"layersurgery: {wrong[0]}")
     return rows
 
 
-class _memory:  # noqa: N801 - a context
-    """Notes how much more memory than before was in use."""
+class _MemoryMeter:
+    """Context that records the peak of memory above the memory in use before."""
 
-    def __init__(self, device: str, extra: dict[str, int], way: str) -> None:
-        self.device, self.extra, self.way = device, extra, way
+    def __init__(self, device: str, extra_memory: dict[str, int], method: str) -> None:
+        self.device, self.extra_memory, self.method = device, extra_memory, method
 
     def __enter__(self) -> None:
         gc.collect()
         if self.device != "cpu":
-            _wait(self.device)
+            _synchronize(self.device)
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self.before = _read_status("VmRSS")
 
     def __exit__(self, *_: object) -> None:
-        peak = _status("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()
-        self.extra[self.way] = max(self.extra.get(self.way, 0), peak - self.before)
+        peak = _read_status("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()
+        self.extra_memory[self.method] = max(self.extra_memory.get(self.method, 0), peak - self.before)
 
 
-def _status(field: str) -> int:
+def _read_status(field: str) -> int:
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field):
@@ -166,52 +175,61 @@ def _status(field: str) -> int:
     return 0
 
 
-def _wait(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
 
 
-def _wrong(way: str, found: Any, x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> str:
-    """What is wrong with a result, judged on some tokens by float64; rounding of logits in half precision is allowed for."""
-    if way == LIMIT:
+def _find_error(method: str, result: Any, x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> str:
+    """Describe what is wrong with a result; return "" if nothing is.
+
+    The first tokens are compared with float64. The tolerance allows for logits that were rounded to half precision.
+    """
+    if method == LIMIT:
         return ""
-    some = slice(0, min(64, len(x)))
-    logits = x[some].double() @ w.double().T
+    rows = slice(0, min(64, len(x)))
+    logits = x[rows].double() @ w.double().T
     log = logits.log_softmax(-1)
-    meant = {"loss": -log.gather(-1, target[some, None])[:, 0]}
-    if isinstance(found, LogitStats):
-        meant |= {"lse": logits.logsumexp(-1), "entropy": -(log.exp() * log).sum(-1)}
-    # Others keep their logits in half precision.
-    tolerance = 1e-4 if way.startswith("layersurgery") or x.dtype == torch.float32 else 0.1
-    for name, value in meant.items():
-        given = getattr(found, name) if isinstance(found, LogitStats) else found
-        off = float((given[some].double().to(value.device) - value).abs().max())
-        if not off <= tolerance:
-            return f"the gate is red: {name} is off by {off:.2g}"
+    expected = {"loss": -log.gather(-1, target[rows, None])[:, 0]}
+    if isinstance(result, LogitStats):
+        expected |= {"lse": logits.logsumexp(-1), "entropy": -(log.exp() * log).sum(-1)}
+    # Other libraries keep their logits in half precision.
+    tolerance = 1e-4 if method.startswith("layersurgery") or x.dtype == torch.float32 else 0.1
+    for name, value in expected.items():
+        actual = getattr(result, name) if isinstance(result, LogitStats) else result
+        difference = float((actual[rows].double().to(value.device) - value).abs().max())
+        if not difference <= tolerance:
+            return f"wrong result: {name} is off by {difference:.2g}"
     return ""
 
 
-def _rows(
-    shape: Shape, known: list[str], times: dict[str, list[float]], extra: dict[str, int], faults: dict[str, str]
+def _make_rows(
+    shape: Shape,
+    methods: list[str],
+    times: dict[str, list[float]],
+    extra_memory: dict[str, int],
+    errors: dict[str, str],
 ) -> list[dict[str, Any]]:
     limit = quartiles(times[LIMIT])[1]
     device = torch.cuda.get_device_name() if shape.device != "cpu" else "cpu"
     rows = []
-    for way in known:
-        low, middle, high = quartiles(times[way]) if way in times else (None, None, None)
+    for method in methods:
+        low, middle, high = quartiles(times[method]) if method in times else (None, None, None)
         rows.append({
-            "way": way, "device": device, "dtype": str(shape.dtype).removeprefix("torch."), "tokens": shape.tokens, "width": shape.width,
-            "vocabulary": shape.vocabulary, "runs": len(times.get(way, [])),
-            "milliseconds": middle and 1e3 * middle, "milliseconds_low": low and 1e3 * low, "milliseconds_high": high and 1e3 * high,
+            "way": method, "device": device, "dtype": str(shape.dtype).removeprefix("torch."), "tokens": shape.tokens,
+            "width": shape.width, "vocabulary": shape.vocabulary, "runs": len(times.get(method, [])),
+            "milliseconds": middle and 1e3 * middle, "milliseconds_low": low and 1e3 * low,
+            "milliseconds_high": high and 1e3 * high,
             "teraflops": middle and shape.flops / middle / 1e12, "of_limit": middle and limit / middle,
-            "bytes_extra": extra.get(way), "fault": faults[way],
+            "bytes_extra": extra_memory.get(method), "fault": errors[method],
         })  # fmt: skip
     return rows
 
 
-def _table(shape: Shape, rows: list[dict[str, Any]]) -> Table:
-    title = f"readout of {shape.tokens} tokens, {shape.width} x {shape.vocabulary}, {str(shape.dtype).removeprefix('torch.')}"
-    table = table_of(title, "way", "ms", "quartiles", "TFLOP/s", "of limit", "extra MB")
+def _make_table(shape: Shape, rows: list[dict[str, Any]]) -> Table:
+    dtype = str(shape.dtype).removeprefix("torch.")
+    title = f"readout of {shape.tokens} tokens, {shape.width} x {shape.vocabulary}, {dtype}"
+    table = make_table(title, "way", "ms", "quartiles", "TFLOP/s", "of limit", "extra MB")
     for row in rows:
         if row["fault"]:
             table.add_row(f"{row['way']}: {row['fault']}")

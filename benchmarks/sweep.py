@@ -1,7 +1,8 @@
-"""Swap and drop of every block, measured: layersurgery beside what else one would run, and beside the limit of the machine.
+"""Time swap and drop of every block: layersurgery, other libraries, and the limit of the machine.
 
-Every way is a process of its own, in its own environment where its packages need one; the ways take turns. Times begin when the
-model is loaded and has been used once. No speed is given of a way whose metrics are not ours.
+Every method runs in its own process, and in its own environment if its packages need one. The methods take turns.
+Timing starts after the model is loaded and has been used once. No speed is reported for a method whose metrics differ
+from those of the loop by hand.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.table import Table
 from layersurgery.checkpoints.sources import find_source
 
 from .peers.common import GEOMETRIES, METRICS
-from .timing import quartiles, record, table_of, timed, wide_console
+from .timing import append_results, make_table, quartiles, run_timed, wide_console
 
 _ROOT = Path(__file__).parent.parent
 LIMIT = "limit"
@@ -30,17 +31,17 @@ _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to do it.
+class Method:
+    """A method to measure the edits.
 
     Attributes:
-        name: for the table.
-        script: in the folder of peers.
+        name: its name in tables and in the column `way`.
+        script: module in `benchmarks/peers` that runs it.
         dtype: of the model.
-        packages: of its own environment; none for ours.
-        sequences: it is given, at most.
-        options: of the script.
-        edits: it can do.
+        packages: packages of its environment; none if it runs in this environment.
+        sequences: the most sequences that it gets; None for all.
+        options: values of the script's `--option`.
+        edits: edits that it can do.
     """
 
     name: str
@@ -53,74 +54,100 @@ class Way:
 
     @property
     def label(self) -> str:
+        """Return name and dtype, for messages."""
         return f"{self.name}, {self.dtype}"
 
 
 @dataclass(slots=True)
-class Found:
-    """What the runs of a way gave."""
+class MethodRuns:
+    """Results of the runs of one method.
+
+    Attributes:
+        seconds: time of each run.
+        results: contents of the results file of each run.
+        bytes_peak: the highest peak of memory, of the device if it is a GPU.
+        error: why the method gets no speed; empty if it gets one.
+    """
 
     seconds: list[float] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     bytes_peak: int = 0
-    fault: str = ""
+    error: str = ""
 
-    def per_second(self) -> list[float]:
+    def tokens_per_second(self) -> list[float]:
+        """Return the speed of each run."""
         return [result["tokens"] / result["seconds"] for result in self.results]
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is measured, and on what."""
+    """Model, text and device of a benchmark.
+
+    Attributes:
+        model: name or directory of a checkpoint, or a key of `GEOMETRIES` for random weights.
+        sequences: number of sequences.
+        context: tokens in a sequence.
+        batch_size: sequences in one batch.
+        device: cpu or cuda.
+        runs: runs of each method.
+        limit_seconds: time after which a run is stopped.
+    """
 
     model: str
     sequences: int
     context: int
-    at_once: int
+    batch_size: int
     device: str
     runs: int
     limit_seconds: float = 3600
 
 
-def ways(dtypes: Sequence[str], *, peers: bool, whole: int, alone: int) -> list[Way]:
-    """All of them; slow ones get `alone` sequences and not `whole`, since they take one at a time, or batches one after another."""
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Arguments of the scripts: model, number of blocks, and a file of token ids."""
+
+    model: str
+    depth: int
+    tokens: Path
+
+
+def list_methods(dtypes: Sequence[str], *, peers: bool, sequences: int, slow_sequences: int) -> list[Method]:
+    """Return all methods of the sweep.
+
+    Args:
+        dtypes: dtypes of layersurgery, of the loop by hand and of the limit.
+        peers: add the other libraries.
+        sequences: sequences that most methods get.
+        slow_sequences: sequences that TransformerLens gets, because it runs one sequence at a time.
+    """
     torch = f"torch=={version('torch').partition('+')[0]}"
-    found: list[Way] = []
+    methods: list[Method] = []
     for dtype in dtypes:
-        found += [
-            Way(LIMIT, "roofline", dtype, sequences=whole),
-            Way("layersurgery", "with_layersurgery", dtype, sequences=whole),
-            Way("layersurgery --compile", "with_layersurgery", dtype, sequences=whole, options=("compiled",)),
-            Way("loop by hand", "with_transformers", dtype, sequences=whole),
+        methods += [
+            Method(LIMIT, "roofline", dtype, sequences=sequences),
+            Method("layersurgery", "with_layersurgery", dtype, sequences=sequences),
+            Method("layersurgery --compile", "with_layersurgery", dtype, sequences=sequences, options=("compiled",)),
+            Method("loop by hand", "with_transformers", dtype, sequences=sequences),
         ]
     if peers:
-        found += [
-            Way("TransformerLens 3", "with_transformer_lens", "float32", (torch, "transformer-lens<4"), alone),
-            Way("nnsight 0.8", "with_nnsight", "float32", (torch, "nnsight==0.8.1"), whole),
-            Way(
-                "nnterp 1.3, drops",
-                "with_nnterp",
-                "float32",
-                (torch, "nnterp==1.3.0", "nnsight<0.8"),
-                whole,
-                edits="drop",
+        lens, nnsight, nnterp = "with_transformer_lens", "with_nnsight", "with_nnterp"
+        methods += [
+            Method("TransformerLens 3", lens, "float32", (torch, "transformer-lens<4"), slow_sequences),
+            Method("nnsight 0.8", nnsight, "float32", (torch, "nnsight==0.8.1"), sequences),
+            Method(
+                "nnterp 1.3, drops", nnterp, "float32", (torch, "nnterp==1.3.0", "nnsight<0.8"), sequences, edits="drop"
             ),
         ]
-    return found
+    return methods
 
 
-def ways_of_offloading(sequences: int) -> list[Way]:
-    """A model in memory, and one whose weights are all on disk, in the two ways to go."""
+def list_offload_methods(sequences: int) -> list[Method]:
+    """Return layersurgery with the model in memory, and with all weights on disk, in both orders of the schedule."""
+    script = "with_layersurgery"
     return [
-        Way("layersurgery", "with_layersurgery", "float32", sequences=sequences),
-        Way("on disk, layer by layer", "with_layersurgery", "float32", sequences=sequences, options=("disk",)),
-        Way(
-            "on disk, route by route",
-            "with_layersurgery",
-            "float32",
-            sequences=sequences,
-            options=("disk", "depth-first"),
-        ),
+        Method("layersurgery", script, "float32", sequences=sequences),
+        Method("on disk, layer by layer", script, "float32", sequences=sequences, options=("disk",)),
+        Method("on disk, route by route", script, "float32", sequences=sequences, options=("disk", "depth-first")),
     ]
 
 
@@ -129,56 +156,78 @@ def measure(
     dtypes: Sequence[str],
     *,
     peers: bool = True,
-    known: Sequence[Way] | None = None,
+    methods: Sequence[Method] | None = None,
     only: str = "",
     as_json: bool = False,
     name: str = "sweep",
 ) -> list[dict[str, Any]]:
-    """Run all ways in turn, check them, and print a table; returns its rows, which are appended to the results."""
+    """Run all methods in turn, check their metrics, print a table, and append its rows to the results.
+
+    Args:
+        setting: model, text and device.
+        dtypes: dtypes of layersurgery, of the loop by hand and of the limit.
+        peers: run the other libraries, too.
+        methods: methods to run instead of those of `list_methods`.
+        only: methods to run: names or parts of names, separated by commas; empty for all.
+        as_json: print progress on stderr, since stdout is for JSON.
+        name: name of the results file.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        SystemExit: layersurgery failed, or its metrics are wrong.
+    """
     console = wide_console(stderr=as_json)
-    if known is None:
-        known = ways(dtypes, peers=peers, whole=setting.sequences, alone=max(1, setting.sequences // 4))
-    found = {way: Found() for way in known if _asked(way.name, only, known)}
+    if methods is None:
+        slow_sequences = max(1, setting.sequences // 4)
+        methods = list_methods(dtypes, peers=peers, sequences=setting.sequences, slow_sequences=slow_sequences)
+    runs_by_method = {method: MethodRuns() for method in methods if _is_selected(method.name, only, methods)}
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as work:
-        model, depth, tokens = _material(setting, Path(work))
+        out = Path(work) / "out.json"
+        inputs = _prepare_inputs(setting, Path(work))
         console.print(
-            f"{setting.model}: {depth} blocks, {setting.sequences} x {setting.context} tokens, {setting.device}"
+            f"{setting.model}: {inputs.depth} blocks, {setting.sequences} x {setting.context} tokens, {setting.device}"
         )
         for number in range(setting.runs):
-            for way, so_far in found.items():
-                if so_far.fault:
+            for method, runs in runs_by_method.items():
+                if runs.error:
                     continue
-                _run(way, so_far, setting, (model, depth, tokens), Path(work) / "out.json")
-                said = so_far.fault or f"{so_far.results[-1]['seconds']:.1f} s"
-                console.print(f"  run {number + 1}: {way.label}: {said}")
-        yards: dict[tuple[str, int | None], dict[str, Any]] = {}
-        for way, so_far in found.items():
-            key = way.dtype, way.sequences
-            if key not in yards and so_far.results and way.name != LIMIT:
-                console.print(f"  gate: by hand, {way.dtype}, {way.sequences} sequences")
-                yards[key] = _yard(found, key, setting, (model, depth, tokens), Path(work) / "out.json")
-    _gate(found, yards)
-    rows = _rows(found, setting)
-    console.print(_table(rows, setting))
-    console.print(f"Appended to {record(name, rows)}")
-    if red := [row["fault"] for row in rows if row["fault"] and row["way"].startswith("layersurgery")]:
-        raise SystemExit(f"layersurgery: {red[0]}")
+                _run(method, runs, setting, inputs, out)
+                outcome = runs.error or f"{runs.results[-1]['seconds']:.1f} s"
+                console.print(f"  run {number + 1}: {method.label}: {outcome}")
+        references: dict[tuple[str, int | None], dict[str, Any]] = {}
+        for method, runs in runs_by_method.items():
+            key = method.dtype, method.sequences
+            if key not in references and runs.results and method.name != LIMIT:
+                console.print(f"  correctness check: loop by hand, {method.dtype}, {method.sequences} sequences")
+                references[key] = _find_reference(runs_by_method, key, setting, inputs, out)
+    _check_metrics(runs_by_method, references)
+    rows = _make_rows(runs_by_method, setting)
+    console.print(_make_table(rows, setting))
+    console.print(f"Appended to {append_results(name, rows)}")
+    if errors := [row["fault"] for row in rows if row["fault"] and row["way"].startswith("layersurgery")]:
+        raise SystemExit(f"layersurgery: {errors[0]}")
     return rows
 
 
-def _asked(name: str, only: str, known: Sequence[Way]) -> bool:
-    """Whether a way is one of those asked for: by its whole name, or by a part of names that no way has as its whole."""
-    whole = {way.name for way in known}
-    return any(name == part or (part not in whole and part in name) for part in only.split(","))
+def _is_selected(name: str, only: str, methods: Sequence[Method]) -> bool:
+    """Return whether `only` selects a method.
+
+    An item of `only` that is the full name of a method selects that method alone. Any other item selects the methods
+    whose names contain it.
+    """
+    full_names = {method.name for method in methods}
+    return any(name == item or (item not in full_names and item in name) for item in only.split(","))
 
 
-def _material(setting: Setting, work: Path) -> tuple[str, int, Path]:
-    """Model, depth and a file of tokens: real text for a real model, any for a geometry."""
+def _prepare_inputs(setting: Setting, work: Path) -> _Inputs:
+    """Write the token ids to a file: real text for a real model, random ids for a geometry."""
     path = work / "tokens.npy"
     if setting.model in GEOMETRIES:
         _, depth, _, vocabulary = GEOMETRIES[setting.model]
         np.save(path, np.random.default_rng(0).integers(0, vocabulary, (setting.sequences, setting.context)))
-        return setting.model, depth, path
+        return _Inputs(setting.model, depth, path)
     from layersurgery.checkpoints.loading import tokenizer_of
     from layersurgery.runs.text import PYDOC, TextRequest, read_text
 
@@ -186,108 +235,118 @@ def _material(setting: Setting, work: Path) -> tuple[str, int, Path]:
     text = read_text(TextRequest(PYDOC, setting.sequences * setting.context, setting.context), tokenizer_of(source))
     np.save(path, text.ids[: setting.sequences].numpy())
     depth = json.loads((source.directory / "config.json").read_text("utf-8"))["num_hidden_layers"]
-    return str(source.directory), depth, path
+    return _Inputs(str(source.directory), depth, path)
 
 
-def _yard(
-    found: dict[Way, Found], key: tuple[str, int | None], setting: Setting, material: tuple[str, int, Path], out: Path
+def _find_reference(
+    runs_by_method: dict[Method, MethodRuns],
+    key: tuple[str, int | None],
+    setting: Setting,
+    inputs: _Inputs,
+    out: Path,
 ) -> dict[str, Any]:
-    """What the loop by hand gave for a dtype and so many sequences; run for this alone if need be."""
+    """Return the result of the loop by hand for a dtype and a number of sequences; run it if it has not been run."""
     dtype, sequences = key
-    known = next(
+    reference = next(
         (
-            so_far
-            for way, so_far in found.items()
-            if way.script == "with_transformers" and (way.dtype, way.sequences) == key
+            runs
+            for method, runs in runs_by_method.items()
+            if method.script == "with_transformers" and (method.dtype, method.sequences) == key
         ),
-        Found(),
+        MethodRuns(),
     )
-    if not known.results:
-        _run(Way("gate", "with_transformers", dtype, sequences=sequences), known, setting, material, out)
-    if not known.results:
-        raise SystemExit(f"the gate cannot be run: {known.fault}")
-    return known.results[-1]
+    if not reference.results:
+        _run(Method("reference", "with_transformers", dtype, sequences=sequences), reference, setting, inputs, out)
+    if not reference.results:
+        raise SystemExit(f"metrics cannot be checked, because the loop by hand failed: {reference.error}")
+    return reference.results[-1]
 
 
-def _run(way: Way, found: Found, setting: Setting, material: tuple[str, int, Path], out: Path) -> None:
-    model, depth, tokens = material
+def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, out: Path) -> None:
+    """Run a method once in a process, and add its result or its error to `runs`."""
     out.unlink(missing_ok=True)
     python = [sys.executable]
-    if way.packages:
-        python = [
-            "uv",
-            "run",
-            "-q",
-            "--no-project",
-            "--isolated",
-            "--python",
-            f"{sys.version_info[0]}.{sys.version_info[1]}",
-        ]
-        python += [part for package in (*way.packages, "numpy") for part in ("--with", package)] + ["python"]
+    if method.packages:
+        version_number = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        python = ["uv", "run", "-q", "--no-project", "--isolated", "--python", version_number]
+        python += [word for package in (*method.packages, "numpy") for word in ("--with", package)] + ["python"]
     command = [
-        *python, "-m", f"benchmarks.peers.{way.script}", model, str(tokens), str(out), "--depth", str(depth), "--edits", way.edits,
-        "--sequences", str(way.sequences or setting.sequences), "--at-once", str(setting.at_once), "--dtype", way.dtype,
-        "--device", setting.device, *(part for option in way.options for part in ("--option", option)),
+        *python, "-m", f"benchmarks.peers.{method.script}", inputs.model, str(inputs.tokens), str(out),
+        "--depth", str(inputs.depth), "--edits", method.edits,
+        "--sequences", str(method.sequences or setting.sequences), "--at-once", str(setting.batch_size),
+        "--dtype", method.dtype, "--device", setting.device,
+        *(word for option in method.options for word in ("--option", option)),
     ]  # fmt: skip
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(_ROOT)}
-    run = timed(command, env=env, limit=setting.limit_seconds)
-    if run.code or not out.exists():
-        found.fault = next(
-            (line for line in reversed(run.said.splitlines()) if line.strip()), f"exit code {run.code}"
+    run = run_timed(command, env=env, limit=setting.limit_seconds)
+    if run.exit_code or not out.exists():
+        runs.error = next(
+            (line for line in reversed(run.output.splitlines()) if line.strip()), f"exit code {run.exit_code}"
         ).strip()
         return
     result = json.loads(out.read_text())
-    found.results.append(result)
-    found.seconds.append(result["seconds"])
-    found.bytes_peak = max(found.bytes_peak, result["bytes_peak_device"] or result["bytes_peak"])
+    runs.results.append(result)
+    runs.seconds.append(result["seconds"])
+    runs.bytes_peak = max(runs.bytes_peak, result["bytes_peak_device"] or result["bytes_peak"])
 
 
-def _gate(found: dict[Way, Found], yards: dict[tuple[str, int | None], dict[str, Any]]) -> None:
-    """A way whose metrics are not those of the loop by hand, on the same tokens, has no speed."""
-    for way, so_far in found.items():
-        if way.name == LIMIT or not so_far.results:
+def _check_metrics(
+    runs_by_method: dict[Method, MethodRuns], references: dict[tuple[str, int | None], dict[str, Any]]
+) -> None:
+    """Set the error of methods whose metrics differ from those of the loop by hand on the same tokens."""
+    for method, runs in runs_by_method.items():
+        if method.name == LIMIT or not runs.results:
             continue
-        tolerance = 1e-3 if way.dtype == "float32" else 5e-2
-        if fault := _differs(so_far.results[-1], yards[way.dtype, way.sequences], tolerance):
-            so_far.fault = f"the gate is red: {fault}"
+        tolerance = 1e-3 if method.dtype == "float32" else 5e-2
+        reference = references[method.dtype, method.sequences]
+        if difference := _find_difference(runs.results[-1], reference, tolerance):
+            runs.error = f"wrong result: {difference}"
 
 
-def _differs(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> str:
-    meant = {row["plan"]: row for row in other["rows"]}
-    for row in one["rows"]:
+def _find_difference(result: dict[str, Any], reference: dict[str, Any], tolerance: float) -> str:
+    """Describe the first metric that differs from the reference; return "" if none does."""
+    expected = {row["plan"]: row for row in reference["rows"]}
+    for row in result["rows"]:
         for metric in METRICS:
-            a, b = row[metric], meant[row["plan"]][metric]
+            a, b = row[metric], expected[row["plan"]][metric]
             if not abs(a - b) <= tolerance * max(1, abs(b)):
                 return f"{metric} of {row['plan']} is {a:.6g}, by hand {b:.6g}"
     return ""
 
 
-def _rows(found: dict[Way, Found], setting: Setting) -> list[dict[str, Any]]:
-    speeds = {way: median(so_far.per_second()) for way, so_far in found.items() if so_far.results and not so_far.fault}
+def _make_rows(runs_by_method: dict[Method, MethodRuns], setting: Setting) -> list[dict[str, Any]]:
+    speeds = {
+        method: median(runs.tokens_per_second())
+        for method, runs in runs_by_method.items()
+        if runs.results and not runs.error
+    }
 
-    def speed(test: Callable[[Way], bool]) -> float | None:
-        return next((value for way, value in speeds.items() if test(way)), None)
+    def find_speed(script: str, dtype: str) -> float | None:
+        return next((speed for m, speed in speeds.items() if m.script == script and m.dtype == dtype), None)
 
     rows = []
-    for way, so_far in found.items():
-        limit = speed(lambda w, dtype=way.dtype: w.name == LIMIT and w.dtype == dtype)  # type: ignore[misc]
-        by_hand = speed(lambda w, dtype=way.dtype: w.script == "with_transformers" and w.dtype == dtype)  # type: ignore[misc]
-        known = way in speeds
-        low, middle, high = quartiles(so_far.per_second()) if known else (None, None, None)
-        whole = known and way.edits == "swap,drop"
+    for method, runs in runs_by_method.items():
+        limit = find_speed("roofline", method.dtype)
+        by_hand = find_speed("with_transformers", method.dtype)
+        has_speed = method in speeds
+        low, middle, high = quartiles(runs.tokens_per_second()) if has_speed else (None, None, None)
+        does_all_edits = has_speed and method.edits == "swap,drop"
         rows.append({
-            "model": setting.model, "device": setting.device, "way": way.name, "dtype": way.dtype, "edits": way.edits,
-            "tokens": so_far.results[-1]["tokens"] if known else 0, "context": setting.context, "at_once": setting.at_once,
-            "runs": len(so_far.results), "tokens_per_second": middle, "tokens_per_second_low": low, "tokens_per_second_high": high,
-            "of_limit": middle / limit if whole and middle and limit else None,
-            "times_by_hand": middle / by_hand if whole and middle and by_hand else None,
-            "bytes_peak": so_far.bytes_peak, "version": so_far.results[-1]["version"] if known else "", "fault": so_far.fault,
-            **{name: so_far.results[-1][name] for name in _DETAILS if known and name in so_far.results[-1]},
+            "model": setting.model, "device": setting.device, "way": method.name, "dtype": method.dtype,
+            "edits": method.edits, "tokens": runs.results[-1]["tokens"] if has_speed else 0,
+            "context": setting.context, "at_once": setting.batch_size, "runs": len(runs.results),
+            "tokens_per_second": middle, "tokens_per_second_low": low, "tokens_per_second_high": high,
+            "of_limit": middle / limit if does_all_edits and middle and limit else None,
+            "times_by_hand": middle / by_hand if does_all_edits and middle and by_hand else None,
+            "bytes_peak": runs.bytes_peak, "version": runs.results[-1]["version"] if has_speed else "",
+            "fault": runs.error,
+            **{name: runs.results[-1][name] for name in _DETAILS if has_speed and name in runs.results[-1]},
         })  # fmt: skip
     names = list(dict.fromkeys(name for row in rows for name in row))
     return [{name: row.get(name) for name in names} for row in rows]
 
 
+# Fields that only the limit's script writes to its results file.
 _DETAILS = (
     "block_calls",
     "readouts",
@@ -299,8 +358,8 @@ _DETAILS = (
 )
 
 
-def _table(rows: list[dict[str, Any]], setting: Setting) -> Table:
-    table = table_of(
+def _make_table(rows: list[dict[str, Any]], setting: Setting) -> Table:
+    table = make_table(
         f"{setting.model}: swap and drop of every block",
         "way",
         "dtype",

@@ -1,4 +1,7 @@
-"""Timing whole processes: wall time and peak resident memory as the operating system counts them."""
+"""Measure the wall time and the peak resident memory of whole processes, and append results to CSV files.
+
+A method is one of the ways to do a job that a benchmark compares. The CSV column `way` holds its name.
+"""
 
 from __future__ import annotations
 
@@ -25,21 +28,28 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One finished process."""
+    """Result of one finished process.
+
+    Attributes:
+        seconds: wall time.
+        bytes_peak: peak resident memory of its largest process.
+        exit_code: of the process; negative if a signal ended it.
+        output: its stdout and stderr together.
+    """
 
     seconds: float
     bytes_peak: int
-    code: int
-    said: str
+    exit_code: int
+    output: str
 
 
-# Run in a small interpreter of its own: a child's peak memory counts that of the process it was forked from.
-_WATCH = """
+# Runs in a separate small interpreter: the peak memory of a child process includes that of the process that forked it.
+_MEASURE_SCRIPT = """
 import json, os, subprocess, sys, time
 command, limit = json.loads(sys.argv[1]), float(sys.argv[2])
-with open(sys.argv[3], "wb") as said:
+with open(sys.argv[3], "wb") as output:
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -51,18 +61,38 @@ with open(sys.argv[3], "wb") as said:
 """
 
 
-def timed(command: Sequence[str], *, env: Mapping[str, str] | None = None, limit: float = 900) -> Run:
-    """Run a command to its end; its peak memory is that of its largest process."""
-    with tempfile.NamedTemporaryFile() as said:
-        watch = [sys.executable, "-I", "-S", "-c", _WATCH, json.dumps(list(command)), str(limit), said.name]
-        found = subprocess.run(watch, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=True)
-        seconds, peak, code = json.loads(found.stdout)
-        return Run(seconds, peak, code, said.read().decode(errors="replace"))
+def run_timed(command: Sequence[str], *, env: Mapping[str, str] | None = None, limit: float = 900) -> Run:
+    """Run a command until it ends, and measure its time and memory.
+
+    Args:
+        command: program and arguments.
+        env: environment variables to add to the current ones.
+        limit: seconds after which the process is killed.
+
+    Returns:
+        The finished run. Its peak memory is that of its largest process.
+    """
+    with tempfile.NamedTemporaryFile() as output:
+        measure = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _MEASURE_SCRIPT,
+            json.dumps(list(command)),
+            str(limit),
+            output.name,
+        ]
+        finished = subprocess.run(
+            measure, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=True
+        )
+        seconds, peak, exit_code = json.loads(finished.stdout)
+        return Run(seconds, peak, exit_code, output.read().decode(errors="replace"))
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Several runs of one way: median and quartiles of the wall time, and the greatest peak."""
+    """Summary of several runs of one method: median and quartiles of the wall time, and the highest peak memory."""
 
     way: str
     runs: int
@@ -72,26 +102,26 @@ class Summary:
     bytes_peak: int
 
 
-def summary(way: str, runs: Sequence[Run]) -> Summary:
-    """Condense the runs of one way."""
+def summarize(method: str, runs: Sequence[Run]) -> Summary:
+    """Summarize the runs of one method."""
     low, middle, high = quartiles([run.seconds for run in runs])
-    return Summary(way, len(runs), middle, low, high, max(run.bytes_peak for run in runs))
+    return Summary(method, len(runs), middle, low, high, max(run.bytes_peak for run in runs))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
+    """Return first quartile, median and third quartile."""
     low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return low, middle, high
 
 
-def machine() -> dict[str, str]:
-    """What the figures were measured on, and with."""
+def describe_machine() -> dict[str, str]:
+    """Return the machine and the package versions that results were measured with."""
     cpu = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        (line.split(":", 1)[1].strip() for line in _read_lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = {
+    description = {
         "cpu": cpu,
         "cores": str(os.cpu_count()),
         "memory_gib": f"{memory / 2**30:.0f}",
@@ -99,45 +129,45 @@ def machine() -> dict[str, str]:
     }
     for package in ("layersurgery", "torch", "transformers", "safetensors"):
         try:
-            facts[package] = version(package)
+            description[package] = version(package)
         except PackageNotFoundError:
-            facts[package] = "none"
-    return facts
+            description[package] = "none"
+    return description
 
 
 def wide_console(*, stderr: bool = False) -> Console:
-    """Wide enough for a table, also where the output is no terminal."""
+    """Return a console that is wide enough for a table, also if the output is not a terminal."""
     return Console(stderr=stderr, width=max(110, Console().width))
 
 
-def table_of(title: str, first: str, *numbers: str) -> Table:
-    """A table of ways and their numbers, with the machine below it."""
-    table = Table(title=title, caption=", ".join(f"{name} {value}" for name, value in machine().items()))
+def make_table(title: str, first: str, *number_columns: str) -> Table:
+    """Return an empty table with a column of names, columns of numbers, and the machine as its caption."""
+    table = Table(title=title, caption=", ".join(f"{name} {value}" for name, value in describe_machine().items()))
     table.add_column(first)
-    for column in numbers:
+    for column in number_columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _lines(path: str) -> list[str]:
+def _read_lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
 
 
-def record(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Append rows, dated and with the machine, to benchmarks/results/NAME.csv."""
+def append_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Append rows, with date and machine, to benchmarks/results/NAME.csv, and return its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    full = [{"date": datetime.now(UTC).date().isoformat(), **row, **machine()} for row in rows]
-    before: list[dict[str, Any]] = []
+    dated = [{"date": datetime.now(UTC).date().isoformat(), **row, **describe_machine()} for row in rows]
+    existing: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
-            before = list(csv.DictReader(file))
-    names = list(dict.fromkeys(name for row in (*before, *full) for name in row))
+            existing = list(csv.DictReader(file))
+    names = list(dict.fromkeys(name for row in (*existing, *dated) for name in row))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
-        writer.writerows(before + full)
+        writer.writerows(existing + dated)
     return path

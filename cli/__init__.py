@@ -1,1 +1,1 @@
-"""The command line of layersurgery; installed as `layersurgery_cli`."""
+"""Command line of layersurgery, installed as `layersurgery_cli`."""

@@ -1,4 +1,4 @@
-"""`layersurgery` and `python -m layersurgery_cli`."""
+"""Start the command line: `layersurgery` and `python -m layersurgery_cli`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
-    # A polite kill unwinds like any exception, so that nothing half-written stays.
+    # SIGTERM raises SystemExit, so that cleanup runs and no partial output stays.
     signal.signal(signal.SIGTERM, _terminate)
     from .app import app
 

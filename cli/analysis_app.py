@@ -1,4 +1,4 @@
-"""The commands `analyze` and `stages`."""
+"""Define the commands `analyze`, `stages`, `rank`, `prune` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import typer
 from . import options as o
 from .terminal.console import Console
 
-_PANEL = "Understand"
+_ANALYZE = "Analyze"
+_PRUNE = "Prune"
 analyze = typer.Typer(
-    no_args_is_help=True, help="Read one signal off a model: what its layers do. Tables, figures, and how it was run."
+    no_args_is_help=True,
+    help="Measure one signal of every layer of a model; write tables, figures and a record of the run.",
 )
 
 
-def _of_text(word: str, doc: str) -> Callable[..., None]:
-    """A command that measures an analysis on text."""
+def _text_command(word: str, doc: str) -> Callable[..., None]:
+    """Make a command that runs an analysis on text."""
 
     def command(
         model: o.Model,
@@ -48,8 +50,8 @@ def _of_text(word: str, doc: str) -> Callable[..., None]:
         from .commands.analyze import run_analysis
         from .session.run_options import MeasureOptions
 
-        given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-        run_analysis(word, model, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
+        values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+        run_analysis(word, model, MeasureOptions.of(**values), Console(quiet=quiet, as_json=as_json))
 
     command.__doc__ = doc
     return command
@@ -70,27 +72,27 @@ def neurons(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Prediction and suppression neurons, from the weights alone; on a CPU, a block at a time."""
+    """Find prediction and suppression neurons from the weights alone (on a CPU, one block at a time)."""
     from .commands.analyze import run_neurons
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_neurons(model, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_neurons(model, MeasureOptions.of(**values), Console(quiet=quiet, as_json=as_json))
 
 
 @analyze.command("subjoiners")
 def subjoiners(
     model: o.Model,
     samples: Annotated[
-        int, typer.Option("--samples", min=8, help="Windows of each class, at most.", metavar="N")
+        int, typer.Option("--samples", min=8, help="Maximum number of windows per class.", metavar="N")
     ] = 200,
     data: o.Data = None,
     split: o.Split = "train",
     column: o.Column = "text",
     tokens: Annotated[
-        str, typer.Option("--tokens", "-n", help="How many to look through for words, at most.", metavar="N")
+        str, typer.Option("--tokens", "-n", help="Maximum number of tokens to search for words.", metavar="N")
     ] = "1M",
-    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-text token before every window.")] = False,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the beginning-of-text token.")] = False,
     shuffle: o.Shuffle = None,
     seed: o.Seed = 0,
     tokenizer: o.Tokenizer = None,
@@ -107,12 +109,12 @@ def subjoiners(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Heads by which the last token of a four-token word looks at the others: ranked, with effect sizes, and shown on words."""
+    """Rank attention heads by how much the last token of a four-token word attends to the word's other tokens."""
     from .commands.subjoiners import run_subjoiners
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_subjoiners(model, samples, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_subjoiners(model, samples, MeasureOptions.of(**values), Console(quiet=quiet, as_json=as_json))
 
 
 @analyze.command("probe")
@@ -122,7 +124,7 @@ def probe(
         str | None,
         typer.Option(
             "--suffix",
-            help="The next token ends with it, white space and capitals aside.",
+            help="Class: next tokens that end with this text, ignoring white space and case.",
             show_default="ing",
             metavar="TEXT",
         ),
@@ -131,23 +133,26 @@ def probe(
         str | None,
         typer.Option(
             "--regex",
-            help="Or a regular expression is found in the next token, as in '^ [A-Z]'.",
+            help="Class: next tokens that match this regular expression, for example '^ [A-Z]'; instead of --suffix.",
             show_default=False,
             metavar="RE",
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=32, help="Windows of each class, at most: half to train on.", metavar="N")
+        int,
+        typer.Option(
+            "--samples", min=32, help="Maximum number of windows per class; half of them are for training.", metavar="N"
+        ),
     ] = 1000,
     data: o.Data = None,
     split: o.Split = "train",
     column: o.Column = "text",
     tokens: Annotated[
-        str, typer.Option("--tokens", "-n", help="How many to look through for windows, at most.", metavar="N")
+        str, typer.Option("--tokens", "-n", help="Maximum number of tokens to search for windows.", metavar="N")
     ] = "1M",
-    bos: Annotated[bool, typer.Option("--bos", help="Put the beginning-of-text token before every window.")] = False,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the beginning-of-text token.")] = False,
     shuffle: o.Shuffle = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of all that is random.", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed.", metavar="N")] = 0,
     tokenizer: o.Tokenizer = None,
     batch_size: o.BatchSize = None,
     dtype: o.Dtype = "auto",
@@ -162,17 +167,17 @@ def probe(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Linear probes on prediction and suppression neurons: will the next token end with -ing? One neuron, several, and the model itself."""
+    """Predict a class of next tokens (such as -ing) with linear probes on prediction and suppression neurons.
+
+    Probes of one neuron and of several are compared with the model itself.
+    """
     from .commands.probe import ProbeOptions, run_probe
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
     run_probe(
-        model, ProbeOptions(suffix, regex, samples), MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json)
+        model, ProbeOptions(suffix, regex, samples), MeasureOptions.of(**values), Console(quiet=quiet, as_json=as_json)
     )
-
-
-_PRUNE = "Prune"
 
 
 def rank(
@@ -182,8 +187,8 @@ def rank(
         typer.Option(
             "--spans",
             min=1,
-            help="Angular distances over up to so many blocks.",
-            show_default="half of the model's",
+            help="Longest span, in blocks, for angular distances.",
+            show_default="half of the model's blocks",
             metavar="N",
         ),
     ] = None,
@@ -210,37 +215,47 @@ def rank(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Order layers by what their removal costs: measured, beside block influence and angular distance."""
+    """Rank layers by the measured cost of removing them, and by block influence and angular distance."""
     from .commands.prune import run_rank
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_rank(model, spans, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_rank(model, spans, MeasureOptions.of(**values), Console(quiet=quiet, as_json=as_json))
 
 
 def prune(
     model: o.Model,
-    remove: Annotated[int, typer.Option("--remove", min=1, help="How many layers.", show_default=False)],
+    remove: Annotated[int, typer.Option("--remove", min=1, help="Number of layers to remove.", show_default=False)],
     by: Annotated[
         str,
         typer.Option(
             "--by",
-            help="kl: whose removal changes predictions least; influence: least block influence (ShortGPT); angular: the span over which the "
-            "stream turns least (Gromov et al.).",
-            metavar="WAY",
+            help="Criterion: kl removes the layers whose removal changes predictions least; influence removes those "
+            "with the lowest block influence (ShortGPT); angular removes the span with the smallest angular "
+            "distance (Gromov et al.).",
+            metavar="CRITERION",
         ),
     ] = "kl",
-    greedy: Annotated[bool, typer.Option("--greedy", help="Measure what is left anew after each removal.")] = False,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Measure the remaining layers again after each removal.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Checkpoint to write.", show_default="./<name>-prune-<remove>-<by>", metavar="DIR"
+            "--output",
+            "-o",
+            help="Directory to write the pruned checkpoint to.",
+            show_default="./<name>-prune-<remove>-<by>",
+            metavar="DIR",
         ),
     ] = None,
     results: Annotated[
         Path | None,
         typer.Option(
-            "--results", help="Directory of what is measured.", show_default="./<output>-results", metavar="DIR"
+            "--results",
+            help="Directory to write the measurements to.",
+            show_default="./<output>-results",
+            metavar="DIR",
         ),
     ] = None,
     data: o.Data = None,
@@ -264,20 +279,23 @@ def prune(
     revision: o.Revision = None,
     blocks: o.BlockList = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output, and what was measured with other arguments.")
+        bool, typer.Option("--overwrite", help="Replace the output, and measurements made with other arguments.")
     ] = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Write a checkpoint without the layers that are missed least, and say what that costs. Stopped, it goes on where it was."""
+    """Remove the least important layers, write the pruned checkpoint and report the cost.
+
+    Interrupted runs resume when you run the same command again.
+    """
     from .commands.prune import PruneOptions, run_prune
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
     run_prune(
         model,
         PruneOptions(remove, by, greedy, results, link, verify),
-        MeasureOptions.of(**given),
+        MeasureOptions.of(**values),
         Console(quiet=quiet, as_json=as_json),
     )
 
@@ -287,8 +305,8 @@ def reproduce(
         list[str] | None,
         typer.Option(
             "--models",
-            help="Whose; several separated by commas, or given several times.",
-            show_default="the paper's eleven",
+            help="Models, comma-separated; may be repeated.",
+            show_default="the eleven models of the paper",
             metavar="NAMES",
         ),
     ] = None,
@@ -308,44 +326,52 @@ def reproduce(
     max_memory: o.MaxMemory = None,
     offload_folder: o.OffloadFolder = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say what is left to do and what it costs, and stop.")
+        bool, typer.Option("--estimate", help="Print the remaining runs and their cost, and exit.")
     ] = False,
     output: Annotated[
         Path,
         typer.Option(
             "--output",
             "-o",
-            help="Directory of a directory for each model, of figures and of the report.",
+            help="Directory to write to: one subdirectory per model, the figures and the report.",
             metavar="DIR",
         ),
     ] = Path("reproduction"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew what is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard existing results and measure again.")] = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """All experiments of the paper on one model after another, and a report. Stopped, it goes on where it was."""
+    """Run all experiments of the paper on each model, and write a report.
+
+    Interrupted runs resume when you run the same command again.
+    """
     from .commands.reproduce import PAPER, run_reproduce
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_reproduce(models or PAPER, output, MeasureOptions.of(**given), Console(quiet=quiet, as_json=as_json))
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_reproduce(models or PAPER, output, MeasureOptions.of(**values), Console(quiet=quiet, as_json=as_json))
 
 
 def add_analyses(app: typer.Typer) -> None:
-    """Add them to a program."""
-    app.add_typer(analyze, name="analyze", rich_help_panel=_PANEL)
-    analyze.command("attention")(_of_text("attention", "How much attention goes to the five tokens before."))
-    analyze.command("norms")(_of_text("norms", "The size of what attention and MLP add to the stream."))
-    analyze.command("lens")(_of_text("lens", "What the model would say behind each block (the logit lens)."))
-    analyze.command("similarity")(
-        _of_text("similarity", "What blocks add when they are swapped, and when not: cosines.")
+    """Add the analysis and pruning commands to the program."""
+    app.add_typer(analyze, name="analyze", rich_help_panel=_ANALYZE)
+    analyze.command("attention")(
+        _text_command("attention", "Measure how much attention goes to the five previous tokens.")
     )
-    app.command("stages", rich_help_panel=_PANEL)(
-        _of_text(
+    analyze.command("norms")(
+        _text_command("norms", "Measure the norms of what attention and MLP add to the residual stream.")
+    )
+    analyze.command("lens")(_text_command("lens", "Decode the residual stream after each block (the logit lens)."))
+    analyze.command("similarity")(
+        _text_command("similarity", "Compare what blocks add when swapped and when not (cosine similarity).")
+    )
+    app.command("stages", rich_help_panel=_ANALYZE)(
+        _text_command(
             "stages",
-            "All signals of a model side by side over its depth, and the four stages that they show. Stopped, it goes on where it was.",
+            "Measure all signals over a model's depth and find the four stages of inference.\n\n"
+            "Interrupted runs resume when you run the same command again.",
         )
     )
-    app.command("reproduce", rich_help_panel=_PANEL)(reproduce)
+    app.command("reproduce", rich_help_panel=_ANALYZE)(reproduce)
     app.command("rank", rich_help_panel=_PRUNE)(rank)
     app.command("prune", rich_help_panel=_PRUNE)(prune)

@@ -1,4 +1,7 @@
-"""The commands: each parses, calls one function and prints. Nothing heavy is imported before a command runs."""
+"""Define the commands: each parses its options, calls one function and prints.
+
+Heavy modules are imported only when a command runs, so that help and completion stay fast.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +26,23 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Surgery on the layers of Hugging Face causal language models. Writes plain safetensors that any pipeline loads.",
+    help="Edit the layers of Hugging Face causal language models and measure the effect. Edited models are written as "
+    "plain safetensors checkpoints that any pipeline loads.",
     epilog="Blocks are numbered from 0 and ranges are half-open, as in Python. Start with: layersurgery demo",
 )
 _EDIT = "Edit a checkpoint"
-_LOOK = "Look first"
+_INSPECT = "Inspect"
 _MEASURE = "Measure"
 
 
 class Branch(StrEnum):
-    """A branch of a block."""
+    """Branch of a block."""
 
     attention = "attention"
     mlp = "mlp"
 
 
-def _version(value: bool) -> None:
+def _print_version(value: bool) -> None:
     if value:
         from layersurgery.version import __version__
 
@@ -49,33 +53,37 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-def _edits(build: Callable[..., Plan]) -> Callable[..., None]:
-    """Make a command of a function that builds a plan: MODEL in front, and the options of writing behind."""
-    # Plan is imported for type checkers only; at run time its name may stand for anything.
-    own = inspect.signature(build, eval_str=True, locals={"Plan": object}).parameters
-    shared = inspect.signature(_edit, eval_str=True).parameters
-    rest = [parameter for name, parameter in shared.items() if name not in ("plan", "model")]
+def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
+    """Make a command from a function that builds a plan.
+
+    The command takes MODEL first, then the function's own options, then the options for writing.
+    """
+    # Plan is imported for type checkers only; at run time any object serves to resolve the name.
+    own_options = inspect.signature(build, eval_str=True, locals={"Plan": object}).parameters
+    shared = inspect.signature(_write_edit, eval_str=True).parameters
+    shared_options = [parameter for name, parameter in shared.items() if name not in ("plan", "model")]
 
     @wraps(build)
-    def command(**given: Any) -> None:
-        plan = build(**{name: given.pop(name) for name in own})
-        _edit(plan=plan, **given)
+    def command(**values: Any) -> None:
+        plan = build(**{name: values.pop(name) for name in own_options})
+        _write_edit(plan=plan, **values)
 
     parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (shared["model"], *own.values(), *rest)
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (shared["model"], *own_options.values(), *shared_options)
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return app.command(rich_help_panel=_EDIT)(command)
 
 
-def _edit(
+def _write_edit(
     plan: Any,
     model: o.Model,
     output: o.Output = None,
@@ -97,89 +105,101 @@ def _edit(
     )
 
 
-@_edits
+@_edit_command
 def swap(
     layer: o.Layer,
-    with_: Annotated[int | None, typer.Option("--with", help="The other block.", show_default="the next one")] = None,
+    with_: Annotated[
+        int | None, typer.Option("--with", help="Block to swap with.", show_default="the next block")
+    ] = None,
 ) -> Plan:
-    """Exchange two blocks."""
+    """Swap two blocks."""
     from layersurgery.plans import plan
 
     return plan.swap(layer, with_)
 
 
-@_edits
-def drop(layer: o.SomeLayers = None, layers: o.Range = None) -> Plan:
-    """Take blocks out."""
-    return _parsed("drop", _named(layer, layers))
+@_edit_command
+def drop(layer: o.RepeatedLayers = None, layers: o.Range = None) -> Plan:
+    """Remove blocks."""
+    return _parse_plan("drop", _join_blocks(layer, layers))
 
 
-@_edits
+@_edit_command
 def move(
     layer: o.Layer,
-    after: Annotated[int | None, typer.Option("--after", help="Put it right behind this block.")] = None,
-    before: Annotated[int | None, typer.Option("--before", help="Put it right in front of this block.")] = None,
+    after: Annotated[int | None, typer.Option("--after", help="Move it directly after this block.")] = None,
+    before: Annotated[int | None, typer.Option("--before", help="Move it directly before this block.")] = None,
 ) -> Plan:
-    """Put a block elsewhere."""
+    """Move a block to another position."""
     from layersurgery.plans import plan
 
     return plan.move(layer, after=after, before=before)
 
 
-@_edits
+@_edit_command
 def repeat(
-    layer: o.SomeLayers = None,
+    layer: o.RepeatedLayers = None,
     layers: o.Range = None,
-    times: Annotated[int, typer.Option("--times", help="Passes in all.")] = 2,
+    times: Annotated[int, typer.Option("--times", help="Total number of passes.")] = 2,
 ) -> Plan:
-    """Pass several times through a block or, as a whole, a span."""
-    return _parsed("repeat", f"{_named(layer, layers)} x{times}")
+    """Run a block, or a span as a unit, several times."""
+    return _parse_plan("repeat", f"{_join_blocks(layer, layers)} x{times}")
 
 
-@_edits
+@_edit_command
 def reverse(layers: o.Layers) -> Plan:
-    """Turn the order of a span around."""
-    return _parsed("reverse", layers)
+    """Reverse the order of a span of blocks."""
+    return _parse_plan("reverse", layers)
 
 
-@_edits
+@_edit_command
 def reorder(
     order: Annotated[
         str,
         typer.Option(
-            "--order", help="The whole new order, as in '0:12 13 12 14:32'.", metavar="ROUTE", show_default=False
+            "--order",
+            help="The complete new order, for example '0:12 13 12 14:32'.",
+            metavar="ROUTE",
+            show_default=False,
         ),
     ],
 ) -> Plan:
-    """Write the whole order anew, with omissions and repeats."""
-    return _parsed("reorder", order)
+    """Set the complete order of blocks; blocks may be left out or repeated."""
+    return _parse_plan("reorder", order)
 
 
-@_edits
+@_edit_command
 def skip(
-    part: Annotated[Branch, typer.Option("--part", "-p", help="Which branch.", show_default=False)],
-    layer: o.SomeLayers = None,
+    part: Annotated[Branch, typer.Option("--part", "-p", help="Branch to skip.", show_default=False)],
+    layer: o.RepeatedLayers = None,
     layers: o.Range = None,
 ) -> Plan:
-    """Silence the attention or the MLP of blocks."""
-    return _parsed(f"skip-{part.value}", _named(layer, layers))
+    """Skip the attention or the MLP of blocks."""
+    return _parse_plan(f"skip-{part.value}", _join_blocks(layer, layers))
 
 
 @app.command(rich_help_panel=_EDIT)
 def edit(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere; a recipe may name it instead.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Hub id, checkpoint directory, .gguf file, or smollm2-135m; not needed if the recipe names it.",
+        ),
     ] = None,
     plan: Annotated[
-        str | None, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT")
+        str | None, typer.Option("--plan", help="Edits, for example 'swap 12 13; drop 20'.", metavar="TEXT")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="YAML file of named outputs and their plans.", metavar="FILE")
+        Path | None, typer.Option("--recipe", help="YAML file with named outputs and their plans.", metavar="FILE")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="Directory to write; with --recipe, the one that outputs are put in.", metavar="DIR"
+            "--output",
+            "-o",
+            help="Directory to write to; with --recipe, the parent directory of the outputs.",
+            metavar="DIR",
         ),
     ] = None,
     overwrite: o.Overwrite = False,
@@ -190,7 +210,7 @@ def edit(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Make any edits, from a plan's text or a recipe."""
+    """Apply any edits, given as a plan or as a recipe file."""
     from layersurgery.plans.plan import Plan
 
     from .commands.edit import EditOptions
@@ -199,16 +219,16 @@ def edit(
     console = Console(quiet=quiet, as_json=as_json)
     options = EditOptions(output, overwrite, link, verify, revision, blocks)
     if (plan is None) == (recipe is None):
-        raise typer.BadParameter("give either --plan or --recipe", param_hint="'--plan' / '--recipe'")
+        raise typer.BadParameter("give exactly one of --plan and --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:
         from .commands.recipe import read_recipe
 
-        named, plans = read_recipe(recipe)
-        if model is None and named is None:
-            raise typer.BadParameter(f"neither the command nor {recipe} names a model", param_hint="'MODEL'")
-        run_edit(plans, model or named or "", options, console)
+        recipe_model, plans = read_recipe(recipe)
+        if model is None and recipe_model is None:
+            raise typer.BadParameter(f"no model given: name it in the command or in {recipe}", param_hint="'MODEL'")
+        run_edit(plans, model or recipe_model or "", options, console)
     elif model is None:
-        raise typer.BadParameter("which model?", param_hint="'MODEL'")
+        raise typer.BadParameter("no model given; name one", param_hint="'MODEL'")
     else:
         run_edit({None: Plan.parse(plan or "")}, model, options, console)
 
@@ -246,25 +266,34 @@ def sweep(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Measure what every edit does to a model, in one pass over the data. Stopped, it goes on where it was."""
+    """Measure the effect of every edit on a model's predictions, in one pass over the text.
+
+    Interrupted runs resume when you run the same command again.
+    """
     from .commands.sweep import run_sweep
     from .session.run_options import MeasureOptions
 
-    given = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_sweep(model, MeasureOptions(**given), Console(quiet=quiet, as_json=as_json))
+    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
+    run_sweep(model, MeasureOptions(**values), Console(quiet=quiet, as_json=as_json))
 
 
 @app.command(rich_help_panel=_MEASURE)
 def plot(
     results: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Directories that sweep, analyze or stages wrote.", show_default=False),
+        typer.Argument(
+            metavar="DIR...",
+            help="Result directories written by sweep, analyze, stages, rank or prune.",
+            show_default=False,
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of figures.", metavar="DIR")] = Path(),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write the figures to.", metavar="DIR")
+    ] = Path(),
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Draw the results of several sweeps, or of several models' analyses, together."""
+    """Plot the results of several sweeps or analyses together."""
     from .commands.plot import run_plot
 
     run_plot(results, output, Console(quiet=quiet, as_json=as_json))
@@ -276,7 +305,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Directories of results, or of such directories, three levels down.",
+            help="Result directories, or parent directories of them (searched three levels deep).",
             show_default=False,
         ),
     ],
@@ -285,57 +314,63 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="File to write, or directory to write report.html into.",
+            help="File to write, or directory to write report.html to.",
             show_default="./report.html",
             metavar="FILE",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a page that exists at the output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file at the output.")] = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Make one self-contained page of results: in words, curves with values on hover, figures, tables, and how to repeat it."""
+    """Write one self-contained HTML page of results.
+
+    It holds a summary, interactive curves, figures, tables and the commands that reproduce the runs.
+    """
     from .commands.report import run_report
 
     run_report(results, output, overwrite, Console(quiet=quiet, as_json=as_json))
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def plan(
     plan: Annotated[
-        str, typer.Option("--plan", help="Edits, as in 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False)
+        str,
+        typer.Option("--plan", help="Edits, for example 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False),
     ],
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Whose layers; or give --depth.")] = None,
-    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Blocks of the model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Model whose layers the plan edits; or give --depth.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option("--depth", min=1, help="Number of blocks of the model.")] = None,
     revision: o.Revision = None,
     blocks: o.Blocks = None,
     as_json: o.Json = False,
 ) -> None:
-    """Explain a plan, and touch nothing."""
+    """Explain a plan without applying it."""
     if (model is None) == (depth is None):
-        raise typer.BadParameter("give either a MODEL or --depth", param_hint="'MODEL' / '--depth'")
+        raise typer.BadParameter("give exactly one of MODEL and --depth", param_hint="'MODEL' / '--depth'")
     from .commands.inspect import show_plan
 
     show_plan(plan, model, depth, revision, blocks, Console(as_json=as_json))
 
 
-@app.command("inspect", rich_help_panel=_LOOK)
+@app.command("inspect", rich_help_panel=_INSPECT)
 def inspect_(model: o.Model, revision: o.Revision = None, blocks: o.Blocks = None, as_json: o.Json = False) -> None:
-    """Show a model's anatomy, from its config and headers alone."""
+    """Show a model's blocks and tensors, read from its config and file headers alone."""
     from .commands.inspect import show_anatomy
 
     show_anatomy(model, revision, blocks, Console(as_json=as_json))
 
 
-@app.command(rich_help_panel=_LOOK)
+@app.command(rich_help_panel=_INSPECT)
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", metavar="DIR")] = Path(
-        "smollm2-135m-swap-12-13"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write the edited checkpoint to.", metavar="DIR")
+    ] = Path("smollm2-135m-swap-12-13"),
     overwrite: o.Overwrite = False,
     as_json: o.Json = False,
 ) -> None:
-    """Swap two layers of the embedded model, and compare what both models say."""
+    """Swap two layers of the bundled model and compare both models' outputs."""
     from .commands.demo import run_demo
 
     run_demo(output, overwrite, Console(as_json=as_json))
@@ -344,18 +379,20 @@ def demo(
 add_analyses(app)
 
 
-def _named(layer: list[str] | None, layers: str | None) -> str:
-    words = [*(layer or []), *([layers] if layers else [])]
-    if not words:
+def _join_blocks(layer: list[str] | None, layers: str | None) -> str:
+    blocks = [*(layer or []), *([layers] if layers else [])]
+    if not blocks:
         raise typer.BadParameter(
             "name at least one block with --layer or --layers", param_hint="'--layer' / '--layers'"
         )
-    return " ".join(words)
+    return " ".join(blocks)
 
 
-def _parsed(verb: str, rest: str) -> Plan:
+def _parse_plan(verb: str, arguments: str) -> Plan:
     from layersurgery.plans.plan import Plan
 
-    if set(rest) & set(";#\n"):
-        raise typer.BadParameter(f"{rest!r} names no blocks; a plan of several edits goes to: layersurgery edit --plan")
-    return Plan.parse(f"{verb} {rest}")
+    if set(arguments) & set(";#\n"):
+        raise typer.BadParameter(
+            f"{arguments!r} is not a list of blocks; for a plan of several edits, use layersurgery edit --plan"
+        )
+    return Plan.parse(f"{verb} {arguments}")

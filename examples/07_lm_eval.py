@@ -1,4 +1,4 @@
-"""Give an edited model to another program: EleutherAI's lm-eval, live and as a checkpoint, on a task of one's own that needs no hub.
+"""Evaluate edited models with EleutherAI's lm-eval, in memory and as a checkpoint, on a custom task that needs no Hub.
 
 Run it with: python examples/07_lm_eval.py    (needs `pip install lm-eval`)
 """
@@ -23,9 +23,9 @@ CAPITALS = {
 logging.disable(logging.WARNING)
 
 
-def task(directory: Path) -> TaskManager:
-    """Multiple choice over the capitals: the answer is the one that the model finds likeliest."""
-    rows = [{"country": country, "capital": place} for place, country in enumerate(CAPITALS)]
+def write_task(directory: Path) -> TaskManager:
+    """Write a multiple-choice task over the capitals; the answer is the choice with the highest probability."""
+    rows = [{"country": country, "capital": index} for index, country in enumerate(CAPITALS)]
     (directory / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (directory / "capitals.yaml").write_text(f"""
 task: capitals
@@ -42,20 +42,22 @@ metric_list: [{{metric: acc}}]
 
 
 with TemporaryDirectory() as directory:
-    tasks = task(Path(directory))
+    tasks = write_task(Path(directory))
 
     def accuracy(lm: HFLM) -> float:
-        found = simple_evaluate(lm, tasks=["capitals"], task_manager=tasks, bootstrap_iters=0)
-        return float(found["results"]["capitals"]["acc,none"])
+        """Return the accuracy of the model on the task."""
+        results = simple_evaluate(lm, tasks=["capitals"], task_manager=tasks, bootstrap_iters=0)
+        return float(results["results"]["capitals"]["acc,none"])
 
-    # Live: inside `operate` the model is an ordinary one, so nothing has to be written to try an edit.
+    # In memory: inside `operate` the model is an ordinary model, so no file is needed to evaluate an edit.
     model, tokenizer = ls.load("smollm2-135m")
-    live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=12)
-    print(f"unedited          {accuracy(live):.2f}")
+    in_memory = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=12)
+    print(f"unedited          {accuracy(in_memory):.2f}")
     for plan in ("drop 20", "swap 12 13", "drop 12:18", "drop 0"):
         with ls.operate(model, plan):
-            print(f"{plan:17} {accuracy(live):.2f}")
+            print(f"{plan:17} {accuracy(in_memory):.2f}")
 
-    # As a checkpoint: lm-eval knows nothing of layersurgery, and `lm_eval --model hf --model_args pretrained=DIR` would do the same.
+    # As a checkpoint: lm-eval does not need layersurgery for this.
+    # `lm_eval --model hf --model_args pretrained=DIR` would do the same.
     out = ls.edit_checkpoint("smollm2-135m", "drop 12:18", Path(directory) / "edited").path
     print(f"drop 12:18 saved  {accuracy(HFLM(pretrained=str(out), batch_size=12, device='cpu')):.2f}")

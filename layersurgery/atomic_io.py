@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all."""
+"""Write files and directories that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from .errors import OutputError
 
 try:
     import fcntl
-except ImportError:  # Windows; a killed run's leftovers then stay until removed by hand
+except ImportError:  # Windows: files of a killed run stay until the user removes them
     fcntl = None  # type: ignore[assignment]
 
 _LOCK = ".lock"
 
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Refuse a place that must not be written, before any work.
+    """Refuse an output that must not be written, before any work.
 
     Raises:
-        OutputError: it exists (without `overwrite`), is no checkpoint that could be replaced, or overlaps the source.
+        OutputError: it exists (without `overwrite`), is not a checkpoint that can be replaced, or overlaps the source.
     """
-    here, there = out.resolve(), source and source.resolve()
-    if there is not None and (here == there or here in there.parents or there in here.parents):
+    target, origin = out.resolve(), source and source.resolve()
+    if origin is not None and (target == origin or target in origin.parents or origin in target.parents):
         raise OutputError(
-            f"the output {out} and the source {source} lie within each other; choose another output with -o"
+            f"the output {out} and the source {source} overlap: one contains the other. Choose another output with -o"
         )
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise OutputError(f"{out} exists already; choose another output with -o, or say --overwrite to replace it")
+        raise OutputError(f"{out} exists already; choose another output with -o, or replace it with --overwrite")
     _check_replaceable(out)
 
 
 def _check_replaceable(out: Path) -> None:
-    """A checkpoint and nothing else may be replaced: no directory that holds other work beside one."""
-    found = list(out.iterdir()) if out.is_dir() and not out.is_symlink() else None
-    if found == []:
+    """Refuse to replace anything but an empty directory or a checkpoint without other directories in it."""
+    entries = list(out.iterdir()) if out.is_dir() and not out.is_symlink() else None
+    if entries == []:
         return
-    names = {path.name for path in found or ()}
-    others = [path.name for path in found or () if path.is_dir() and path.name != "additional_chat_templates"]
+    names = {path.name for path in entries or ()}
+    others = [path.name for path in entries or () if path.is_dir() and path.name != "additional_chat_templates"]
     if "config.json" not in names or not names & {"model.safetensors", "model.safetensors.index.json"} or others:
-        why = f"it holds the directory {others[0]}" if others else "it is no checkpoint directory"
+        why = f"it holds the directory {others[0]}" if others else "it is not a checkpoint directory"
         raise OutputError(f"{out} is not replaced: {why}; remove it yourself or choose another output")
 
 
 @contextmanager
 def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
-    """Give a directory to write into, beside `out`, and rename it to `out` at the end; on any exception, remove it.
+    """Give a temporary directory next to `out`, and rename it to `out` at the end. Remove it on any exception.
 
-    Leftovers of runs that were killed on the way to the same output are removed first. Call `check_output` before.
+    Temporary directories of killed runs with the same output are removed first. Call `check_output` before.
 
     Raises:
-        OutputError: no room, no permission, or any other answer of the file system.
+        OutputError: no space, no permission, or any other error of the file system.
     """
     partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
     try:
@@ -67,16 +67,16 @@ def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterat
         free = shutil.disk_usage(out.parent).free
         if bytes_needed > free:
             raise OutputError(
-                f"{out.parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; make room, choose "
-                "another disk with -o, or share unchanged files with --link"
+                f"{out.parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; "
+                "free some space, choose another disk with -o, or share unchanged files with --link"
             )
         lock = None
         try:
             partial.mkdir()
-            lock = _locked(partial / _LOCK)
+            lock = _open_locked(partial / _LOCK)
             yield partial
             _sync_directory(partial)
-            _put_in_place(partial, out, overwrite=overwrite)
+            _move_into_place(partial, out, overwrite=overwrite)
             (out / _LOCK).unlink(missing_ok=True)
         finally:
             if lock is not None:
@@ -85,17 +85,18 @@ def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterat
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutputError(
-                f"the disk of {out.parent} is full; nothing was left behind. Make room or choose another -o"
+                f"the disk of {out.parent} is full; no partial output was left. Free some space, or choose "
+                "another output with -o"
             ) from error
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a file to write beside `path`, and rename it to `path` once it is on the disk; on any exception, remove it.
+    """Give a temporary file next to `path`, and rename it to `path` once it is on disk. Remove it on any exception.
 
     Raises:
-        OutputError: any answer of the file system.
+        OutputError: any error of the file system.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -116,10 +117,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
-    """Hold a directory for this process alone, until the `with` block or the process ends.
+    """Lock a directory for this process, until the `with` block or the process ends.
 
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process has locked it.
     """
     if fcntl is None:
         yield
@@ -139,19 +140,20 @@ def directory_lock(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
+def _move_into_place(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = None
     if os.path.lexists(out):
         if not overwrite:
             raise OutputError(
-                f"{out} was made by somebody else meanwhile; it is left as it is, and this result is thrown away"
+                f"{out} was created by another process in the meantime; it is left unchanged, and this result is "
+                "discarded"
             )
         _check_replaceable(out)
         old = out.parent / f".{out.name}.replaced-{secrets.token_hex(4)}"
         out.rename(old)
     try:
         partial.rename(out)
-    except BaseException:  # a second Ctrl-C, too, must not leave the place empty
+    except BaseException:  # also after a second Ctrl-C the output must exist
         if old is not None and not os.path.lexists(out):
             old.rename(out)
         raise
@@ -160,8 +162,8 @@ def _put_in_place(partial: Path, out: Path, *, overwrite: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _locked(path: Path) -> int | None:
-    """A file whose lock the system takes back when this process ends, however it ends."""
+def _open_locked(path: Path) -> int | None:
+    """Open a file and lock it; the system releases the lock when this process ends, however it ends."""
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
@@ -173,7 +175,7 @@ def _locked(path: Path) -> int | None:
 def _remove_leftovers(out: Path) -> None:
     if fcntl is None:
         return
-    # A run that was killed between its two renames has left the old checkpoint under another name.
+    # A run that was killed between its two renames left the old checkpoint under another name.
     for old in out.parent.glob(f".{glob.escape(out.name)}.replaced-????????"):
         if os.path.lexists(out):
             shutil.rmtree(old, ignore_errors=True)
@@ -182,7 +184,7 @@ def _remove_leftovers(out: Path) -> None:
     for partial in out.parent.glob(f".{glob.escape(out.name)}.partial-????????"):
         try:
             descriptor = os.open(partial / _LOCK, os.O_RDWR)
-        except OSError:  # its owner has not locked it yet, or has just finished
+        except OSError:  # its process has not locked it yet, or has just finished
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,33 +1,33 @@
-"""What can go wrong, by whose hand it is mended.
+"""Exceptions, by what the user has to change.
 
-Every error this package raises on purpose is a `LayerSurgeryError`. Its text says what was asked, where, what was
-found instead and what to do; the command line prints it without a traceback.
+Every error that this package raises on purpose is a `LayerSurgeryError`. Its text says what was asked, where, what was
+found and what to do. The command line prints it without a traceback.
 """
 
 
 class LayerSurgeryError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors raised on purpose."""
 
 
 class PlanError(LayerSurgeryError, ValueError):
-    """A plan, an edit or a route that cannot be meant as written. Mended by writing another plan."""
+    """An invalid plan, edit or route. Fix the plan."""
 
 
 class SourceError(LayerSurgeryError):
-    """A model that cannot be found or read: missing, damaged, or in a format that is not read."""
+    """A model that cannot be found or read: missing, damaged, or in an unsupported format."""
 
 
 class UnsupportedEditError(LayerSurgeryError):
-    """An edit whose result no Hugging Face checkpoint of this architecture can say."""
+    """An edit that this architecture does not support, or that its config.json cannot represent."""
 
 
 class OutputError(LayerSurgeryError):
-    """A place that cannot be written: it exists, is full, forbidden, or inside the source."""
+    """An output that cannot be written: it exists, the disk is full, access is denied, or it lies inside the source."""
 
 
 class UndoError(LayerSurgeryError):
-    """An edit of a live model that is not undone, because somebody else has edited the model since."""
+    """An edit in memory that was not undone, because other code changed the model in the meantime."""
 
 
 class MeasurementError(LayerSurgeryError):
-    """A model that cannot be measured as asked: its numbers are no numbers, or there is not enough memory or text."""
+    """A measurement that failed: NaN or infinite predictions, not enough memory, or not enough text."""

@@ -1,4 +1,4 @@
-"""What the tests share. Nothing here reaches a network."""
+"""Fixtures and settings that all tests share. No test uses the network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    # Before Triton is first imported, for it reads this as it goes.
+    # Set before Triton is first imported, since Triton reads this at import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# No deadline for one example: other tests run at the same time.
+# No deadline per example, since other tests run at the same time.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
@@ -26,13 +26,13 @@ def _quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # Tiny models: threads only get in each other's way, and pytest-xdist uses the cores.
+    # The models are tiny, so threads only slow them down, and pytest-xdist uses all cores.
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A tiny llama checkpoint in one file."""
+    """Save a tiny llama checkpoint in one file."""
     from tests.support.zoo import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path / "llama")
@@ -41,7 +41,7 @@ def llama(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """The same in several files, with an index."""
+    """Save a tiny llama checkpoint in several files, with an index."""
     from tests.support.zoo import tiny_model
 
     tiny_model("llama").save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
@@ -50,7 +50,7 @@ def sharded(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[Any]:
-    """Words of a sweep of a tiny checkpoint, on two contexts of text, into "out"."""
+    """Return the arguments of a sweep of a tiny checkpoint on two contexts of text; the output is "out"."""
     from tests.support.tiny_checkpoint import checkpoint
 
     (tmp_path / "text.txt").write_text("Once upon a time. " * 20)

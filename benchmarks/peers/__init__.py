@@ -1,1 +1,4 @@
-"""What users would otherwise run: one script for each way, in an environment of its own, all with the same arguments and result."""
+"""Scripts that do the sweep with other libraries.
+
+Each script runs in its own environment. All take the same arguments and write a results file of the same form.
+"""

@@ -1,7 +1,7 @@
-"""What the scripts share: arguments, models, dense metrics, timing, and the file of results.
+"""Share arguments, model loading, dense metrics, timing and the results file between the scripts.
 
-They run in environments of other packages, so this imports numpy, torch and transformers only. Import it before transformers: it
-turns the hub off.
+The scripts run in the environments of other libraries, so this module imports only numpy, torch and transformers.
+Import it before transformers: it puts the Hugging Face Hub in offline mode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 Rows = list[dict[str, Any]]
 METRICS = ("kl_nats", "agreement", "entropy_bits", "loss_nats")
 
-# Of EleutherAI/pythia-*: width, blocks, heads, vocabulary.
+# EleutherAI/pythia-*: width, number of blocks, number of heads, size of the vocabulary.
 GEOMETRIES = {
     "pythia-410m": (1024, 24, 16, 50304),
     "pythia-1.4b": (2048, 24, 16, 50304),
@@ -37,8 +37,8 @@ GEOMETRIES = {
 }
 
 
-class CannotError(Exception):
-    """The library cannot do what was asked for; says why."""
+class UnsupportedError(Exception):
+    """The library cannot do the requested measurement; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,43 +55,63 @@ class Edit:
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure: tokens (sequences, length), so many sequences at once, every edit."""
+    """Measurement that a script does.
+
+    Attributes:
+        model: directory of a checkpoint, or a key of `GEOMETRIES`.
+        dtype: of the weights.
+        device: of the model.
+        tokens: token ids, (sequences, length).
+        batch_size: sequences in one batch.
+        edits: edits to measure.
+    """
 
     model: str
     dtype: torch.dtype
     device: str
     tokens: torch.Tensor
-    at_once: int
+    batch_size: int
     edits: list[Edit]
 
     def batches(self) -> Iterator[torch.Tensor]:
-        for batch in torch.split(self.tokens, self.at_once):
+        """Yield the batches of tokens, on the device."""
+        for batch in torch.split(self.tokens, self.batch_size):
             yield batch.to(self.device)
 
 
 class Means:
-    """Means over all positions that have a next token, for each edit."""
+    """Means of the metrics over all positions that have a next token, for each edit."""
 
     def __init__(self) -> None:
         self._sums: dict[Edit, torch.Tensor] = {}
         self._counts: dict[Edit, int] = {}
 
     def add(self, edit: Edit, values: torch.Tensor) -> None:
-        """Take in metrics, (len(METRICS), positions)."""
+        """Add the metrics of some positions, (len(METRICS), positions)."""
         self._sums[edit] = self._sums.get(edit, 0) + values.double().sum(-1)
         self._counts[edit] = self._counts.get(edit, 0) + values.shape[-1]
 
     def rows(self) -> Rows:
+        """Return one row per edit: its plan and the mean of each metric."""
         return [
             {"plan": edit.plan} | dict(zip(METRICS, (sums / self._counts[edit]).tolist(), strict=True))
             for edit, sums in self._sums.items()
         ]
 
 
-def batched(
+def measure_batches(
     task: Task, unedited: Callable[[torch.Tensor], torch.Tensor], edited: Callable[[torch.Tensor, Edit], torch.Tensor]
 ) -> Rows:
-    """Logits of the unedited model once a batch, those of each edit beside them, and the metrics."""
+    """Measure every edit, and run the unedited model once per batch.
+
+    Args:
+        task: the measurement.
+        unedited: returns the logits of the unedited model for a batch.
+        edited: returns the logits of the edited model for a batch.
+
+    Returns:
+        One row per edit.
+    """
     means = Means()
     for batch in task.batches():
         p = log_probabilities(unedited(batch))
@@ -101,24 +121,37 @@ def batched(
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Of positions that have a next token, float32, for logits (batch, length, vocabulary)."""
+    """Return float32 log probabilities at the positions that have a next token.
+
+    Args:
+        logits: (batch, length, vocabulary).
+    """
     return logits[:, :-1].float().log_softmax(-1)
 
 
 def metrics(p: torch.Tensor, q: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Dense metrics as anybody would write them, (len(METRICS), positions), of two results of `log_probabilities`."""
-    weights = q.exp()
+    """Compute the metrics densely, straight from their definitions.
+
+    Args:
+        p: log probabilities of the unedited model.
+        q: log probabilities of the edited model.
+        tokens: token ids, (batch, length).
+
+    Returns:
+        Metrics, (len(METRICS), positions).
+    """
+    q_probabilities = q.exp()
     values = [
         (p.exp() * (p - q)).sum(-1),
         (p.argmax(-1) == q.argmax(-1)).float(),
-        -(weights * q).sum(-1) / math.log(2),
+        -(q_probabilities * q).sum(-1) / math.log(2),
         -q.gather(-1, tokens[:, 1:, None])[..., 0],
     ]
     return torch.stack([value.flatten() for value in values])
 
 
-def load_plain(task: Task) -> Any:
-    """The model through transformers; of a geometry's name, with random weights."""
+def load_with_transformers(task: Task) -> Any:
+    """Load the model with transformers; for a key of `GEOMETRIES`, build it with random weights."""
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     if task.model in GEOMETRIES:
@@ -136,13 +169,14 @@ def load_plain(task: Task) -> Any:
     return AutoModelForCausalLM.from_pretrained(task.model, dtype=task.dtype).eval().to(task.device)
 
 
-def wait(device: str) -> None:
-    """Until a device has done all its work."""
+def synchronize(device: str) -> None:
+    """Wait until the device has finished all its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def arguments() -> argparse.ArgumentParser:
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments that all scripts take."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("tokens", type=Path)
@@ -163,37 +197,47 @@ def main(
     measure: Callable[[Any, Task], Rows],
     supported: tuple[str, ...] = ("swap", "drop"),
 ) -> None:
-    """Load, warm up on one edit of one batch, measure, and write what was found."""
-    asked = arguments().parse_args()
+    """Load the model, warm up with one edit of one batch, measure all edits, and write the results file.
+
+    Args:
+        library: name of the library's package.
+        load: returns what `measure` needs.
+        measure: returns one row per edit.
+        supported: kinds of edits that the library can do.
+    """
+    args = argument_parser().parse_args()
     edits = [
         Edit(kind, layer)
-        for kind in asked.edits.split(",")
-        for layer in range(asked.depth - (kind == "swap"))
+        for kind in args.edits.split(",")
+        for layer in range(args.depth - (kind == "swap"))
         if kind in supported
     ]
-    tokens = torch.from_numpy(np.load(asked.tokens)[: asked.sequences])
-    task = Task(asked.model, getattr(torch, asked.dtype), asked.device, tokens, asked.at_once, edits)
+    tokens = torch.from_numpy(np.load(args.tokens)[: args.sequences])
+    task = Task(args.model, getattr(torch, args.dtype), args.device, tokens, args.at_once, edits)
     try:
         if not edits:
-            raise CannotError(f"it has no {asked.edits}")
+            raise UnsupportedError(f"it supports none of these edits: {args.edits}")
         model = load(task)
         with torch.inference_mode():
-            measure(model, Task(task.model, task.dtype, task.device, tokens[: task.at_once], task.at_once, edits[:1]))
-            wait(task.device)
+            measure(
+                model, Task(task.model, task.dtype, task.device, tokens[: task.batch_size], task.batch_size, edits[:1])
+            )
+            synchronize(task.device)
             started = time.perf_counter()
             rows = measure(model, task)
-            wait(task.device)
+            synchronize(task.device)
             seconds = time.perf_counter() - started
-    except CannotError as reason:
-        sys.exit(f"{library}: {reason}")
-    write(asked.out, library, rows, seconds, tokens.numel(), asked.device)
+    except UnsupportedError as error:
+        sys.exit(f"{library}: {error}")
+    write(args.out, library, rows, seconds, tokens.numel(), args.device)
 
 
 def write(out: Path, library: str, rows: Rows, seconds: float, tokens: int, device: str, **more: Any) -> None:
-    """Write the file of results."""
-    found = {
-        "version": importlib.metadata.version(library), "torch": torch.__version__, "seconds": seconds, "tokens": tokens, "rows": rows,
+    """Write the results file as JSON; `more` adds fields."""
+    results = {
+        "version": importlib.metadata.version(library), "torch": torch.__version__, "seconds": seconds,
+        "tokens": tokens, "rows": rows,
         "bytes_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes_peak_device": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
     }  # fmt: skip
-    out.write_text(json.dumps(found | more))
+    out.write_text(json.dumps(results | more))

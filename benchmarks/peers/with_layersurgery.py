@@ -1,4 +1,8 @@
-"""With layersurgery; `--option compiled` has torch compile the blocks, `disk` leaves all weights on disk, and `depth-first` goes route by route."""
+"""Run the sweep with layersurgery.
+
+`--option compiled` compiles the blocks with PyTorch, `--option disk` leaves all weights on disk, and
+`--option depth-first` runs one route after another instead of one layer after another.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,14 @@ from . import common
 
 
 def load(task: common.Task, *, disk: bool) -> Any:
-    model = common.load_plain(task) if not disk else _on_disk(task)
+    model = common.load_with_transformers(task) if not disk else _load_on_disk(task)
     return model, ls.anatomy(model)
 
 
-def _on_disk(task: common.Task) -> Any:
+def _load_on_disk(task: common.Task) -> Any:
     if task.model in common.GEOMETRIES:
-        raise common.CannotError("there is no checkpoint of a geometry")
-    with tempfile.TemporaryDirectory() as empty:  # the checkpoint holds the weights as they are wanted
+        raise common.UnsupportedError("a geometry has no checkpoint; --option disk needs a directory")
+    with tempfile.TemporaryDirectory() as empty:  # nothing is written here: the weights stay in the checkpoint's files
         return AutoModelForCausalLM.from_pretrained(
             task.model, dtype=task.dtype, device_map={"": "disk"}, offload_folder=empty
         ).eval()
@@ -31,13 +35,13 @@ def measure(loaded: Any, task: common.Task, *, compiled: bool, order: str | None
     model, anatomy = loaded
     plans = [edit.plan for edit in task.edits]
     frame = ls.sweep(
-        model, plans, task.tokens, batch_size=task.at_once, anatomy=anatomy, compiled=compiled, order=order
+        model, plans, task.tokens, batch_size=task.batch_size, anatomy=anatomy, compiled=compiled, order=order
     )
     return [row for row in frame[["plan", *common.METRICS]].to_dict("records") if row["plan"]]
 
 
 if __name__ == "__main__":
-    options = common.arguments().parse_args().option
+    options = common.argument_parser().parse_args().option
     order = "depth-first" if "depth-first" in options else None
     common.main(
         "layersurgery",

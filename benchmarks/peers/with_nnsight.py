@@ -1,6 +1,7 @@
-"""With nnsight: one trace for each edit, a batch at once, blocks skipped and called out of order as its documentation teaches.
+"""Run the sweep with nnsight: one trace for each edit and batch.
 
-nnsight.net, "Skipping Modules" (a skipped module is not run) and "Module Access" (a module may be called on any input).
+Blocks are skipped and called out of order as nnsight's documentation describes: nnsight.net, "Skipping Modules"
+(a skipped module is not run) and "Module Access" (a module may be called on any input).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from . import common
 
 def load(task: common.Task) -> Any:
     if task.model in common.GEOMETRIES:
-        raise common.CannotError("it loads no models with random weights")
+        raise common.UnsupportedError("it cannot load models with random weights")
     model = TransformersModel(task.model, task="text-generation", dtype=task.dtype, dispatch=True)
     return model.to(task.device) if task.device != "cpu" else model
 
@@ -30,10 +31,10 @@ def unedited_logits(model: Any, batch: torch.Tensor) -> Any:
 def swapped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
     first, second = model.model.layers[layer], model.model.layers[layer + 1]
     with model.trace(batch, use_cache=False):
-        (stream, *_), more = first.inputs
-        after_second = second(stream, **more)
+        (stream, *_), kwargs = first.inputs
+        after_second = second(stream, **kwargs)
         first.skip(after_second)
-        second.skip(first(after_second, **more))
+        second.skip(first(after_second, **kwargs))
         logits = model.lm_head.output.save()
     return logits
 
@@ -50,7 +51,7 @@ def measure(model: Any, task: common.Task) -> common.Rows:
     def edited(batch: torch.Tensor, edit: common.Edit) -> Any:
         return (swapped_logits if edit.kind == "swap" else dropped_logits)(model, batch, edit.layer)
 
-    return common.batched(task, partial(unedited_logits, model), edited)
+    return common.measure_batches(task, partial(unedited_logits, model), edited)
 
 
 if __name__ == "__main__":

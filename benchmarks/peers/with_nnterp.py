@@ -1,4 +1,4 @@
-"""With nnterp's `skip_layer`: drops only, for it has no swap."""
+"""Run the drops of the sweep with nnterp's `skip_layer`; nnterp has no swap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import common
 
 def load(task: common.Task) -> Any:
     if task.model in common.GEOMETRIES:
-        raise common.CannotError("it loads no models with random weights")
+        raise common.UnsupportedError("it cannot load models with random weights")
     device_map = None if task.device == "cpu" else task.device
     return StandardizedTransformer(task.model, dtype=task.dtype, device_map=device_map, dispatch=True)
 
@@ -32,7 +32,7 @@ def dropped_logits(model: Any, batch: torch.Tensor, layer: int) -> Any:
 
 
 def measure(model: Any, task: common.Task) -> common.Rows:
-    return common.batched(
+    return common.measure_batches(
         task, partial(unedited_logits, model), lambda batch, edit: dropped_logits(model, batch, edit.layer)
     )
 

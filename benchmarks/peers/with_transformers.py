@@ -1,4 +1,4 @@
-"""The loop that anybody would write with transformers: the list of blocks edited by hand, one batched forward for each edit."""
+"""Run the sweep as a plain transformers loop: edit the list of blocks by hand, and run one batched forward per edit."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 from . import common
 
 
-def edited(blocks: list[nn.Module], edit: common.Edit) -> list[nn.Module]:
-    after, layer = list(blocks), edit.layer
+def edit_blocks(blocks: list[nn.Module], edit: common.Edit) -> list[nn.Module]:
+    result, layer = list(blocks), edit.layer
     if edit.kind == "swap":
-        after[layer], after[layer + 1] = after[layer + 1], after[layer]
+        result[layer], result[layer + 1] = result[layer + 1], result[layer]
     else:
-        del after[layer]
-    return after
+        del result[layer]
+    return result
 
 
-def put(model: Any, blocks: list[nn.Module]) -> None:
+def set_blocks(model: Any, blocks: list[nn.Module]) -> None:
     model.base_model.layers = nn.ModuleList(blocks)
     model.config.num_hidden_layers = len(blocks)
 
@@ -27,14 +27,14 @@ def put(model: Any, blocks: list[nn.Module]) -> None:
 def measure(model: Any, task: common.Task) -> common.Rows:
     blocks = list(model.base_model.layers)
 
-    def logits(batch: torch.Tensor, edit: common.Edit) -> Any:
-        put(model, edited(blocks, edit))
-        found = model(batch, use_cache=False).logits
-        put(model, blocks)
-        return found
+    def run_edited(batch: torch.Tensor, edit: common.Edit) -> Any:
+        set_blocks(model, edit_blocks(blocks, edit))
+        edited_logits = model(batch, use_cache=False).logits
+        set_blocks(model, blocks)
+        return edited_logits
 
-    return common.batched(task, lambda batch: model(batch, use_cache=False).logits, logits)
+    return common.measure_batches(task, lambda batch: model(batch, use_cache=False).logits, run_edited)
 
 
 if __name__ == "__main__":
-    common.main("transformers", common.load_plain, measure)
+    common.main("transformers", common.load_with_transformers, measure)

@@ -1,1 +1,1 @@
-"""One file for each command: parse, call the library, print."""
+"""Run the commands, one file each: call the library and print."""

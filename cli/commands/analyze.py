@@ -1,4 +1,4 @@
-"""`layersurgery analyze` and `layersurgery stages`."""
+"""Run `layersurgery analyze` and `layersurgery stages`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layersurgery.checkpoints.tensor_index import fingerprint
 from ..session.figures import draw_analysis
 from ..session.inputs import read_model_info
 from ..session.model_session import load_with_status, silence_libraries
-from ..session.one_shot import Made, run_once
+from ..session.one_shot import TablesAndFacts, run_once
 from ..session.placement import Placement, choose_placement
 from ..session.processes import run_task
 from ..terminal.analysis_results import progress_line, show_analysis
@@ -34,55 +34,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AnalysisTask:
-    """An analysis of text: one signal, or all for the stages."""
+    """Analysis on text: one signal, or all signals for the stages."""
 
-    word: str
+    name: str
     depth: int
 
     @property
     def kind(self) -> str:
-        """An analysis."""
+        """Return the kind of result directory: an analysis."""
         from layersurgery.runs.run_directory import ANALYSIS
 
         return ANALYSIS
 
     def arguments(self) -> dict[str, Any]:
-        """Which."""
-        return {"analysis": self.word}
+        """Return the name of the analysis."""
+        return {"analysis": self.name}
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
-        """Measures its signals."""
+        """Make the measurer of the analysis's signals."""
         from layersurgery.analyses.outcomes import signals_of
         from layersurgery.analyses.signal_tables import measurer_of
 
-        return measurer_of(model, signals_of(self.word), self.depth, blocks=options.blocks)
+        return measurer_of(model, signals_of(self.name), self.depth, blocks=options.blocks)
 
-    def outcome(self, measurer: Measurer, source: Source, console: Console) -> RunOutput:
-        """Its tables."""
+    def output(self, measurer: Measurer, source: Source, console: Console) -> RunOutput:
+        """Make the output: the analysis's tables."""
         from layersurgery.analyses.outcomes import AnalysisOutput
 
-        return AnalysisOutput(self.word, measurer, source.label, _on_neurons(console))
+        return AnalysisOutput(self.name, measurer, source.label, _announce_neurons(console))
 
     def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
-        """Its figures."""
+        """Draw the figures; return their paths."""
         return draw_analysis(directory, run.facts)
 
-    def extremes(self, frame: pd.DataFrame) -> str:
-        """Results so far."""
+    def summarize(self, frame: pd.DataFrame) -> str:
+        """Summarize the results so far."""
         return progress_line(frame)
 
     def show(self, run: Run, console: Console) -> None:
-        """Its tables and, for the stages, what they say."""
+        """Print the tables and, for the stages, a summary in words."""
         show_analysis(run, console)
 
 
-def run_analysis(word: str, model: str, options: MeasureOptions, console: Console) -> None:
-    """Measure, showing what happens, and end with the results."""
-    run_task(model, options, console, lambda depth: AnalysisTask(word, depth))
+def run_analysis(name: str, model: str, options: MeasureOptions, console: Console) -> None:
+    """Run an analysis on text, show its progress, and print the results."""
+    run_task(model, options, console, lambda depth: AnalysisTask(name, depth))
 
 
 def run_neurons(model: str, options: MeasureOptions, console: Console) -> None:
-    """Look at all neurons' weights; on a CPU, blocks stay on disk but for the one that is looked at."""
+    """Score all neurons by their weights; on a CPU, only one block is in memory at a time."""
     if os.environ.get("RANK", "0") != "0":
         return
     from layersurgery.analyses.outcomes import NEURONS, SCORES
@@ -91,51 +91,55 @@ def run_neurons(model: str, options: MeasureOptions, console: Console) -> None:
 
     read_model_info(model, options, console)
     source = find_source(model, revision=options.revision)
-    place = _for_a_look(source, options, console)
+    placement = _choose_one_pass_placement(source, options, console)
 
-    def make() -> Made:
+    def make() -> TablesAndFacts:
         with (
             silence_libraries(),
-            load_with_status(source, place, console, SingleProcess()) as there,
+            load_with_status(source, placement, console, SingleProcess()) as loaded,
             counter(console, "blocks") as on_layer,
         ):
-            scores = neuron_scores(there, blocks=options.blocks, progress=on_layer)
+            scores = neuron_scores(loaded, blocks=options.blocks, progress=on_layer)
         console.log(f"{source.label}: {format_count(len(scores))} neurons")
         return {NEURONS: neurons_per_block(scores, source.label), SCORES: scores}, {"skipped": scores.attrs["skipped"]}
 
     arguments = {
         "analysis": NEURONS,
         "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
-        **place.arguments(),
+        **placement.arguments(),
         "blocks": options.blocks,
     }
     directory = options.output or Path(f"{source.name}-{NEURONS}")
     show_analysis(run_once(directory, arguments, console, make, overwrite=options.overwrite), console)
 
 
-def _for_a_look(source: Source, options: MeasureOptions, console: Console) -> Placement:
-    """Where each weight is looked at once, a CPU's memory need not hold them all, nor in another dtype than their own."""
-    own = options.dtype == "auto"
-    place = choose_placement(dataclasses.replace(options, dtype="float32") if own else options, source, console)
-    place = dataclasses.replace(place, dtype="auto") if own else place
-    if place.device != "cpu" or place.device_map is not None:
-        return place
+def _choose_one_pass_placement(source: Source, options: MeasureOptions, console: Console) -> Placement:
+    """Choose where to load a model of which each weight is read once.
+
+    On a CPU, the blocks stay on disk and are loaded one at a time. Weights keep their own dtype unless --dtype is
+    given.
+    """
+    is_auto = options.dtype == "auto"
+    placement = choose_placement(dataclasses.replace(options, dtype="float32") if is_auto else options, source, console)
+    placement = dataclasses.replace(placement, dtype="auto") if is_auto else placement
+    if placement.device != "cpu" or placement.device_map is not None:
+        return placement
     from transformers import AutoConfig
 
     from layersurgery.sweeps.estimate import blocks_on_disk
 
     return dataclasses.replace(
-        place, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks)
+        placement, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks)
     )
 
 
-def _on_neurons(console: Console) -> Any:
-    told = False
+def _announce_neurons(console: Console) -> Any:
+    announced = False
 
-    def on_layer(_done: int, of: int) -> None:
-        nonlocal told
-        if not told:
-            told = True
-            console.log(f"Looking at the neurons of {of} blocks")
+    def on_layer(_done: int, total: int) -> None:
+        nonlocal announced
+        if not announced:
+            announced = True
+            console.log(f"Scoring the neurons of {total} blocks")
 
     return on_layer

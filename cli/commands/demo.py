@@ -1,4 +1,4 @@
-"""`layersurgery demo`: the main job, whole, on the embedded model."""
+"""Run `layersurgery demo`: edit the bundled model and compare it with the original."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
     import torch
 
 _PROMPTS = ("The capital of France is", "Water boils at", "To make bread, you need")
-_TOKENS = 513  # of which 512 have a next one
+_TOKENS = 513  # 512 of them have a next token
 _NEW_TOKENS = 16
 
 
 def run_demo(output: Path, overwrite: bool, console: Console) -> None:
-    """Swap two layers, save, load both models in a pipeline, and compare them."""
-    console.log(f"This swaps blocks 12 and 13 of {EMBEDDED}, a real model of 30 blocks, and looks at what it does.\n")
-    converting = "1. Converting the embedded GGUF file to safetensors (once, about half a minute)"
+    """Swap two layers, write the checkpoint, load both models in pipelines, and compare them."""
+    console.log(f"This swaps blocks 12 and 13 of {EMBEDDED}, a real model of 30 blocks, and measures the effect.\n")
+    converting = "1. Converting the bundled GGUF file to safetensors (once, about half a minute)"
     with console.status(converting if needs_conversion(EMBEDDED) else "1. Finding the model"):
         source = find_source(EMBEDDED)
     check_output(output, source.directory, overwrite=overwrite)
     plan = swap(12)
-    with console.status("2. Checking that a reload of the edited checkpoint would be the model meant"):
-        sketch = prepare_edit(read_checkpoint(source), plan)
-    console.log(f"   {plan}: the stream now visits {sketch.route}")
-    with console.byte_progress(sketch.nbytes) as progress:
-        edited = write_edit(sketch, output, overwrite=overwrite, progress=progress)
-    console.log(f"3. Wrote {output} ({format_bytes(edited.bytes_written)} in {edited.seconds:.1f} s)")
+    with console.status("2. Checking that the edited checkpoint will reload as the intended model"):
+        prepared = prepare_edit(read_checkpoint(source), plan)
+    console.log(f"   {plan}: the residual stream now visits {prepared.route}")
+    with console.byte_progress(prepared.nbytes) as progress:
+        result = write_edit(prepared, output, overwrite=overwrite, progress=progress)
+    console.log(f"3. Wrote {output} ({format_bytes(result.bytes_written)} in {result.seconds:.1f} s)")
     started = time.perf_counter()
-    with console.status('4. Loading both in transformers.pipeline("text-generation")'):
-        continuations, divergence = _compare(source.directory, output)
+    with console.status('4. Loading both models in transformers.pipeline("text-generation")'):
+        continuations, metrics = _compare(source.directory, output)
     console.log(f"   ({time.perf_counter() - started:.0f} s)\n")
     lines = []
     for prompt, (before, after) in continuations.items():
         lines += [f"[dim]{prompt}[/]", escape(f"  before: {before!r}"), escape(f"  after:  {after!r}")]
     lines += [
         "",
-        f"KL between them: {divergence['kl_nats']:.3f} nats a token, and {100 * divergence['agreement']:.0f} % of their next "
-        f"words agree ({divergence['tokens']} tokens of Python's own help text)",
+        f"KL from the original: {metrics['kl_nats']:.3f} nats per token; {100 * metrics['agreement']:.0f} % of the top "
+        f"next tokens agree ({metrics['tokens']} tokens of Python's own help text)",
         "",
         "Try next:",
         f"  layersurgery inspect {EMBEDDED}",
@@ -57,8 +57,8 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
     value = {
         "path": str(output),
         "plan": str(plan),
-        "route": str(sketch.route),
-        **divergence,
+        "route": str(prepared.route),
+        **metrics,
         "continuations": continuations,
     }
     console.result(value, *lines)
@@ -76,16 +76,16 @@ def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dic
     pipes = [
         pipeline("text-generation", model=str(path), device="cpu", dtype=torch.float32) for path in (before, after)
     ]
-    written = [
+    generated = [
         [
             pipe(prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, return_full_text=False)[0]["generated_text"]
             for prompt in _PROMPTS
         ]
         for pipe in pipes
     ]
-    continuations = {prompt: (written[0][i], written[1][i]) for i, prompt in enumerate(_PROMPTS)}
-    found = compare(pipes[0].model, pipes[1].model, _help_text(pipes[0].tokenizer))
-    return continuations, {"kl_nats": found.kl_nats, "agreement": found.agreement, "tokens": found.tokens}
+    continuations = {prompt: (generated[0][i], generated[1][i]) for i, prompt in enumerate(_PROMPTS)}
+    result = compare(pipes[0].model, pipes[1].model, _help_text(pipes[0].tokenizer))
+    return continuations, {"kl_nats": result.kl_nats, "agreement": result.agreement, "tokens": result.tokens}
 
 
 def _help_text(tokenizer: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Running edits, with words and a progress bar."""
+"""Write edited checkpoints, with messages and a progress bar."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..terminal.console import Console, format_bytes
 
 @dataclass(frozen=True, slots=True)
 class EditOptions:
-    """What all writing commands take."""
+    """Options that all writing commands share."""
 
     output: Path | None
     overwrite: bool
@@ -37,60 +37,66 @@ class EditOptions:
 
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
-    """Write an edited checkpoint for each plan, and say so."""
-    results, source = edited(plans, model, options, console)
+    """Write an edited checkpoint for each plan, and print the results."""
+    results, source = write_edits(plans, model, options, console)
     values = [as_json(result, source.label, source.revision) for result in results]
-    shown = [escape(line) for result in results for line in lines(result)]
-    console.result(values[0] if list(plans) == [None] else values, *shown)
+    lines = [escape(line) for result in results for line in describe_result(result)]
+    console.result(values[0] if list(plans) == [None] else values, *lines)
 
 
-def edited(
+def write_edits(
     plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console
 ) -> tuple[list[EditResult], Source]:
-    """Write an edited checkpoint for each plan; every one of them is checked before the first is written."""
+    """Write an edited checkpoint for each plan.
+
+    All plans are checked before the first checkpoint is written.
+
+    Returns:
+        The results, in the order of the plans, and the model's files.
+    """
     if needs_conversion(model):
         with console.status(f"Converting {model} to safetensors (once)"):
             source = find_source(model)
-    else:  # the hub's client has progress bars of its own
+    else:  # the Hub client shows its own progress bars
         source = find_source(model, revision=options.revision)
-    outputs = {name: _output(name, options) or default_output(source, plan) for name, plan in plans.items()}
+    outputs = {name: _output_path(name, options) or default_output(source, plan) for name, plan in plans.items()}
     for out in outputs.values():
         check_output(out, source.directory, overwrite=options.overwrite)
     checkpoint = read_checkpoint(source, blocks=options.blocks)
     files = len(checkpoint.tensors.shards)
-    console.log(
-        f"{model}: {checkpoint.depth} blocks, {format_bytes(checkpoint.tensors.nbytes)} in {files} file{'s'[: files > 1]}"
-    )
-    drafts: dict[str | None, PreparedEdit] = {}
+    size = format_bytes(checkpoint.tensors.nbytes)
+    console.log(f"{model}: {checkpoint.depth} blocks, {size} in {files} file{'s'[: files > 1]}")
+    prepared_edits: dict[str | None, PreparedEdit] = {}
     for name, plan in plans.items():
         route = plan.route(checkpoint.depth)
         console.log(f"{f'{name}: ' if name else ''}{plan}  ->  {route}")
         if options.verify:
-            with console.status("Checking that a reload would be this model"):
-                drafts[name] = prepare_edit(checkpoint, plan, verify=True)
+            with console.status("Checking that the edited checkpoint will reload as this model"):
+                prepared_edits[name] = prepare_edit(checkpoint, plan, verify=True)
         else:
-            drafts[name] = prepare_edit(checkpoint, plan, verify=False)
+            prepared_edits[name] = prepare_edit(checkpoint, plan, verify=False)
     results = []
-    for name, sketch in drafts.items():
-        with console.byte_progress(sketch.nbytes) as progress:
+    for name, prepared in prepared_edits.items():
+        with console.byte_progress(prepared.nbytes) as progress:
             results.append(
-                write_edit(sketch, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress)
+                write_edit(prepared, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress)
             )
     if options.link and not any(result.bytes_linked for result in results):
         console.log(
-            "No file could be linked: each one changes, or the output is on another file system. All was copied"
+            "No file was linked, since every file changes or the output is on another file system; "
+            "all files were copied"
         )
     return results, source
 
 
-def _output(name: str | None, options: EditOptions) -> Path | None:
+def _output_path(name: str | None, options: EditOptions) -> Path | None:
     if name is None:
         return options.output
     return (options.output or Path()) / name
 
 
-def lines(result: EditResult) -> list[str]:
-    """What was written, and how to load it."""
+def describe_result(result: EditResult) -> list[str]:
+    """Describe what was written and how to load it."""
     linked = f", {format_bytes(result.bytes_linked)} of it hard-linked to the source" if result.bytes_linked else ""
     total = format_bytes(result.bytes_written + result.bytes_linked)
     return [
@@ -100,7 +106,7 @@ def lines(result: EditResult) -> list[str]:
 
 
 def as_json(result: EditResult, source: str, revision: str | None) -> dict[str, Any]:
-    """A result for a program."""
+    """Return a result in the form that --json prints."""
     return {
         "path": str(result.path),
         "source": source,

@@ -1,4 +1,4 @@
-"""`layersurgery sweep --estimate`: what it would take, from the config alone."""
+"""Run `layersurgery sweep --estimate`: print the cost of a sweep, computed from the config alone."""
 
 from __future__ import annotations
 
@@ -20,71 +20,71 @@ if TYPE_CHECKING:
 
 
 def show_estimate(model: str, options: MeasureOptions, console: Console) -> None:
-    """Say what a sweep would take."""
+    """Print the memory, traffic and arithmetic that a sweep needs."""
     from transformers import AutoConfig
 
-    asked_edits = edits_of(options)
+    edits = edits_of(options)
     source, depth, positions, _ = read_model_info(model, options, console)
-    chosen = variants(asked_edits, depth, layers_of(options.layers, depth))
-    asked = text_request(model, options, positions)
-    place = choose_placement(options, source, console)
-    # What a run brings into this process is counted with it.
+    chosen = variants(edits, depth, layers_of(options.layers, depth))
+    request = text_request(model, options, positions)
+    placement = choose_placement(options, source, console)
+    # A run imports these modules, so their memory counts in the estimate.
     from layersurgery.figures import sweeps  # noqa: F401
     from layersurgery.runs import runner  # noqa: F401
     from layersurgery.sweeps.estimate import estimate
 
-    found = estimate(
+    result = estimate(
         AutoConfig.from_pretrained(source.directory),
         chosen,
-        tokens=asked.tokens,
-        context=asked.context,
-        dtype="float32" if place.dtype == "auto" else place.dtype,
-        device=place.device,
-        device_map=place.device_map,
-        max_memory=place.max_memory,
+        tokens=request.tokens,
+        context=request.context,
+        dtype="float32" if placement.dtype == "auto" else placement.dtype,
+        device=placement.device,
+        device_map=placement.device_map,
+        max_memory=placement.max_memory,
         batch_size=options.batch_size,
         order=options.schedule,
         blocks=options.blocks,
     )
-    value = dataclasses.asdict(found) | {"model": source.label, "dtype": place.dtype, "peak": found.peak}
-    console.result(value, *_lines(source.label, place.dtype, found))
+    value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtype, "peak": result.peak}
+    console.result(value, *_lines(source.label, placement.dtype, result))
 
 
-def _lines(label: str, dtype: str, found: Estimate) -> list[str | Table]:
-    forecast = found.memory
+def _lines(label: str, dtype: str, cost: Estimate) -> list[str | Table]:
+    memory = cost.memory
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, right in (("memory", False), ("where", False), ("", True)):
-        table.add_column(name, justify="right" if right else "left")
-    for place, count in found.weights.items():
-        table.add_row("weights", place, format_bytes(count))
-    if found.in_flight_bytes:
-        table.add_row("offloaded weights at hand", found.device, format_bytes(found.in_flight_bytes))
-    table.add_row("streams, at the widest point", found.device, format_bytes(forecast.streams))
-    table.add_row("a block, or a readout", found.device, format_bytes(max(forecast.block, forecast.readout)))
-    table.add_row("text", "cpu", format_bytes(found.text))
-    table.add_row("Python and libraries", "cpu", format_bytes(found.program))
-    for place, count in found.peak.items():
-        table.add_row("[bold]in all[/]", f"[bold]{place}[/]", f"[bold]{format_bytes(count)}[/]")
+    for heading, align_right in (("memory", False), ("where", False), ("", True)):
+        table.add_column(heading, justify="right" if align_right else "left")
+    for device, count in cost.weights.items():
+        table.add_row("weights", device, format_bytes(count))
+    if cost.in_flight_bytes:
+        table.add_row("offloaded weights in memory", cost.device, format_bytes(cost.in_flight_bytes))
+    table.add_row("residual streams, at the peak", cost.device, format_bytes(memory.streams))
+    table.add_row("one block or one readout", cost.device, format_bytes(max(memory.block, memory.readout)))
+    table.add_row("text", "cpu", format_bytes(cost.text))
+    table.add_row("Python and libraries", "cpu", format_bytes(cost.program))
+    for device, count in cost.peak.items():
+        table.add_row("[bold]total[/]", f"[bold]{device}[/]", f"[bold]{format_bytes(count)}[/]")
     traffic = ""
-    if found.bytes_loaded_per_batch:
-        home = (
-            f", {found.resident_blocks} block{'s'[: found.resident_blocks != 1]} at hand at a time"
-            if found.resident_blocks
+    if cost.bytes_loaded_per_batch:
+        resident = (
+            f", {cost.resident_blocks} block{'s'[: cost.resident_blocks != 1]} in memory at a time"
+            if cost.resident_blocks
             else ""
         )
-        traffic = f"; weights brought in: {format_bytes(found.bytes_loaded_per_batch)} a batch ({found.order}{home})"
-    plural = "es"[: 2 * (found.batches != 1)]
+        traffic = f"; weights loaded: {format_bytes(cost.bytes_loaded_per_batch)} per batch ({cost.order}{resident})"
+    plural = "es"[: 2 * (cost.batches != 1)]
     return [
-        f"{label}: {format_count(found.parameters)} parameters in {dtype} on {found.devices}",
+        f"{label}: {format_count(cost.parameters)} parameters in {dtype} on {cost.devices}",
         table,
-        f"{found.batches:,} batch{plural} of {found.sequences} sequence{'s'[: found.sequences != 1]}, {found.block_calls:,} block calls and "
-        f"{found.readouts} readouts each{traffic}",
-        f"Multiplications: {flops(found.flops)}",
+        f"{cost.batches:,} batch{plural} of {cost.sequences} sequence{'s'[: cost.sequences != 1]}, "
+        f"{cost.block_calls:,} block calls and {cost.readouts} readouts each{traffic}",
+        f"Arithmetic: {flops(cost.flops)}",
     ]
 
 
 def flops(count: float) -> str:
-    """Multiplications and additions for people."""
+    """Format a number of floating-point operations."""
     unit = ""
     for unit in ("k", "M", "G", "T", "P", "E"):
         count /= 1000

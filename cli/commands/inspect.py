@@ -1,4 +1,4 @@
-"""`plan` and `inspect`: looking without touching."""
+"""Run `layersurgery plan` and `layersurgery inspect`, which change nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..terminal.console import Console, format_bytes, format_count
 def show_plan(
     text: str, model: str | None, depth: int | None, revision: str | None, blocks: str | None, console: Console
 ) -> None:
-    """Explain a plan for a model or a depth."""
+    """Print what a plan does to a model, or to a model of a given depth."""
     plan = Plan.parse(text)
     checkpoint = None if model is None else read_for_inspection(model, revision=revision, blocks=blocks)
     depth = checkpoint.depth if checkpoint else depth or 0
@@ -37,15 +37,16 @@ def show_plan(
     table.add_column("edit")
     table.add_column("route after it")
     for count in range(1, len(plan) + 1):
-        so_far = Plan(plan.edits[:count])
-        table.add_row(escape(str(plan.edits[count - 1])), _route_after(so_far, depth))
-    lines = [f"\n{len(route)} blocks, from {depth}. {_words(route, depth)}"]
+        partial = Plan(plan.edits[:count])
+        table.add_row(escape(str(plan.edits[count - 1])), _route_after(partial, depth))
+    lines = [f"\n{len(route)} blocks, from {depth}. {_describe_route(route, depth)}"]
     if checkpoint is not None:
         change = size_after(checkpoint, route)
         value |= dataclasses.asdict(change)
+        saving = _describe_saving(change.nbytes - change.nbytes_after)
         lines.append(
-            f"{format_count(change.parameters_after)} parameters in {format_bytes(change.nbytes_after)}, from {format_count(change.parameters)} in "
-            f"{format_bytes(change.nbytes)}: {_saved(change.nbytes - change.nbytes_after)}"
+            f"{format_count(change.parameters_after)} parameters in {format_bytes(change.nbytes_after)}, from "
+            f"{format_count(change.parameters)} in {format_bytes(change.nbytes)}: {saving}"
         )
     console.result(value, table, *lines)
 
@@ -57,68 +58,77 @@ def _route_after(plan: Plan, depth: int) -> str:
     return str(route) or "(none)"
 
 
-def _words(route: Route, depth: int) -> str:
+def _describe_route(route: Route, depth: int) -> str:
     if route.is_identity(depth):
         return "This is the unedited model."
     visited = set(route.blocks)
-    gone = sorted(set(range(depth)) - visited)
-    twice = sorted({block for block in visited if route.blocks.count(block) > 1})
-    silent = [str(visit) for visit in route if not visit.whole]
-    parts = [
-        f"Left out: {Route(gone)}." if gone else "",
-        f"Run more than once: {Route(twice)}." if twice else "",
-        f"Silenced: {' '.join(silent)}." if silent else "",
-        "Nothing is left out or repeated." if not gone and not twice and not silent else "",
+    removed = sorted(set(range(depth)) - visited)
+    repeated = sorted({block for block in visited if route.blocks.count(block) > 1})
+    skipped = [str(visit) for visit in route if not visit.whole]
+    sentences = [
+        f"Removed: {Route(removed)}." if removed else "",
+        f"Repeated: {Route(repeated)}." if repeated else "",
+        f"Branch skipped: {' '.join(skipped)}." if skipped else "",
+        "No block is removed, repeated or skipped." if not removed and not repeated and not skipped else "",
     ]
-    return " ".join(part for part in parts if part)
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _saved(nbytes: int) -> str:
+def _describe_saving(nbytes: int) -> str:
     if nbytes > 0:
         return f"{format_bytes(nbytes)} saved"
-    return f"{format_bytes(-nbytes)} more" if nbytes else "the same size"
+    return f"{format_bytes(-nbytes)} more" if nbytes else "same size"
 
 
 def show_anatomy(model: str, revision: str | None, blocks: str | None, console: Console) -> None:
-    """Show a checkpoint's blocks and tensors."""
+    """Print a checkpoint's blocks and tensors."""
     checkpoint: Checkpoint = read_for_inspection(model, revision=revision, blocks=blocks)
-    found = inspect(checkpoint)
-    value = dataclasses.asdict(found)
+    inspection = inspect(checkpoint)
+    value = dataclasses.asdict(inspection)
     for group in value["groups"]:
         group["blocks"] = f"{group['blocks']['start']}:{group['blocks']['stop']}"
-    console.result(value, *_anatomy(found))
+    console.result(value, *_anatomy(inspection))
 
 
-def _anatomy(found: Inspection) -> Iterable[str | Table]:
+def _anatomy(inspection: Inspection) -> Iterable[str | Table]:
     dtypes = ", ".join(
-        f"{dtype} {100 * count / max(found.parameters, 1):.3g}%" for dtype, count in sorted(found.dtypes.items())
+        f"{dtype} {100 * count / max(inspection.parameters, 1):.3g}%"
+        for dtype, count in sorted(inspection.dtypes.items())
     )
-    width = f", width {found.width}" if found.width else ""
-    vocabulary = f", {found.vocabulary} tokens" if found.vocabulary else ""
-    yield f"[bold]{escape(found.name)}[/]  {escape(found.architecture)} ({escape(found.model_type)})"
-    yield f"{found.depth} blocks at {escape(found.prefix)}{width}{vocabulary}"
+    width = f", width {inspection.width}" if inspection.width else ""
+    vocabulary = f", {inspection.vocabulary} tokens" if inspection.vocabulary else ""
+    yield f"[bold]{escape(inspection.name)}[/]  {escape(inspection.architecture)} ({escape(inspection.model_type)})"
+    yield f"{inspection.depth} blocks at {escape(inspection.prefix)}{width}{vocabulary}"
     yield (
-        f"{format_count(found.parameters)} parameters, {format_bytes(found.nbytes)} in {found.files} file{'s'[: found.files > 1]}, {dtypes}\n"
+        f"{format_count(inspection.parameters)} parameters, {format_bytes(inspection.nbytes)} in "
+        f"{inspection.files} file{'s'[: inspection.files > 1]}, {dtypes}\n"
     )
     blocks = Table(
-        "blocks", "kind", "tensors", "parameters", "bytes", title="Blocks, each", title_justify="left", box=None
+        "blocks",
+        "kind",
+        "tensors",
+        "parameters",
+        "bytes",
+        title="Blocks (sizes per block)",
+        title_justify="left",
+        box=None,
     )
-    for group in found.groups:
-        kind = ", ".join(f"{key} {value}" for key, value in group.traits.items()) or "all alike"
+    for group in inspection.groups:
+        kind = ", ".join(f"{key} {value}" for key, value in group.traits.items()) or "identical"
         count = sum(tensor.count for tensor in group.tensors)
         blocks.add_row(
             str(group.blocks), escape(kind), str(count), format_count(group.parameters), format_bytes(group.nbytes)
         )
     yield blocks
     shown: list[tuple[TensorGroup, ...]] = []
-    for group in found.groups:
+    for group in inspection.groups:
         if group.tensors not in shown:
             shown.append(group.tensors)
-            yield _tensors(f"\nIn block {group.blocks.start}", group.tensors)
-    yield _tensors("\nOutside the blocks", found.outside)
+            yield _tensor_table(f"\nIn block {group.blocks.start}", group.tensors)
+    yield _tensor_table("\nOutside the blocks", inspection.outside)
 
 
-def _tensors(title: str, tensors: Iterable[TensorGroup]) -> Table:
+def _tensor_table(title: str, tensors: Iterable[TensorGroup]) -> Table:
     table = Table("tensor", "dtype", "shape", title=title, title_justify="left", box=None)
     for tensor in tensors:
         times = f"  x {tensor.count}" if tensor.count > 1 else ""

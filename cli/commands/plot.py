@@ -1,4 +1,4 @@
-"""`layersurgery plot`."""
+"""Run `layersurgery plot`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from ..terminal.console import Console
 
 
 def run_plot(directories: Sequence[Path], output: Path, console: Console) -> None:
-    """Draw the results of several sweeps, or of analyses of several models, together."""
+    """Plot the results of several sweeps or analyses together, and print the files' names."""
     written = draw_all(directories, output)
     console.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])
 
 
 def draw_all(directories: Sequence[Path], output: Path) -> list[Path]:
-    """Draw all that directories hold together; returns the files."""
+    """Draw the results in several directories together.
+
+    Returns:
+        The figures' paths.
+
+    Raises:
+        OutputError: the output directory cannot be made.
+    """
     from layersurgery.errors import OutputError
     from layersurgery.figures.sweeps import Sweep, draw
     from layersurgery.runs.run_directory import ANALYSIS

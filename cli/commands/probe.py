@@ -1,4 +1,4 @@
-"""`layersurgery analyze probe`."""
+"""Run `layersurgery analyze probe`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..session.model_session import ModelSession
-from ..session.one_shot import Made, run_once
+from ..session.one_shot import TablesAndFacts, run_once
 from ..session.processes import run_tasks
 from ..terminal.analysis_results import show_analysis
 from ..terminal.console import Console
@@ -15,96 +15,129 @@ from ..terminal.progress import counter
 
 if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
-    from layersurgery.runs.text import TextRequest as TextAsked
+    from layersurgery.runs.text import TextRequest
 
     from ..session.run_options import MeasureOptions
 
-WORD, SAMPLES = "probe", 1000
+NAME, SAMPLES = "probe", 1000
 _BATCH = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProbeOptions:
-    """What `probe` is asked for beside the model and the text: a class of tokens, and how many windows of it."""
+    """Options of `probe` other than those of measuring: the class of tokens, and the number of windows per class."""
 
     suffix: str | None = None
     regex: str | None = None
     samples: int = SAMPLES
 
 
-def run_probe(model: str, asked: ProbeOptions, options: MeasureOptions, console: Console) -> None:
-    """Probe neurons for a class of next tokens, and end with the results."""
+def run_probe(model: str, probe_options: ProbeOptions, options: MeasureOptions, console: Console) -> None:
+    """Probe neurons for a class of next tokens, and print the results."""
     from layersurgery.analyses.token_classes import check_class
 
-    check_class(asked.suffix, asked.regex)
+    check_class(probe_options.suffix, probe_options.regex)
     options = dataclasses.replace(options, tokens=options.tokens or "1M")
 
     def lead(session: ModelSession) -> None:
-        directory = options.output or Path(f"{session.source.name}-{WORD}")
-        show_analysis(probe_in(session, directory, asked, anew=options.overwrite), console)
+        directory = options.output or Path(f"{session.source.name}-{NAME}")
+        show_analysis(probe_in(session, directory, probe_options, overwrite=options.overwrite), console)
 
     run_tasks(model, options, console, lead)
 
 
 def probe_in(
-    session: ModelSession, directory: Path, wanted: ProbeOptions, *, asked: TextAsked | None = None, anew: bool
+    session: ModelSession,
+    directory: Path,
+    probe_options: ProbeOptions,
+    *,
+    request: TextRequest | None = None,
+    overwrite: bool,
 ) -> Run:
-    """The run in a directory, made now or found finished; the text is read either way, to see whether it is still the same."""
+    """Run the analysis, or use the finished run in the directory.
+
+    The text is read in both cases, since the run is only reused if the text is unchanged.
+
+    Returns:
+        The finished run.
+    """
     from layersurgery.analyses.token_classes import CONTEXT, find_balanced_windows, token_class
     from layersurgery.runs.text import bos_of, check_data, documents
 
-    asked, options, console = asked or session.asked, session.options, session.console
-    check_data(asked)
+    request, options, console = request or session.request, session.options, session.console
+    check_data(request)
     tokenizer = session.tokenizer
-    first = bos_of(tokenizer) if asked.bos else None
-    chosen = token_class(tokenizer, suffix=wanted.suffix, regex=wanted.regex)
-    some = ", ".join(repr(text) for text in chosen.examples[:8])
-    console.log(f"The text of {chosen.about['tokens']:,} of {chosen.about['of']:,} tokens {chosen.words}: {some}")
-    with console.status(f"Looking for them in {asked.data}"):
+    bos = bos_of(tokenizer) if request.bos else None
+    target = token_class(tokenizer, suffix=probe_options.suffix, regex=probe_options.regex)
+    examples = ", ".join(repr(text) for text in target.examples[:8])
+    counts = f"{target.about['tokens']:,} of {target.about['of']:,} tokens"
+    console.log(f"The text of {counts} {target.words}: {examples}")
+    with console.status(f"Searching for them in {request.data}"):
         windows = find_balanced_windows(
-            documents(asked),
+            documents(request),
             tokenizer,
-            chosen,
-            tokens=asked.tokens,
-            samples=wanted.samples,
-            seed=asked.seed,
-            name=asked.data,
+            target,
+            tokens=request.tokens,
+            samples=probe_options.samples,
+            seed=request.seed,
+            name=request.data,
         )
-    about = windows.about
-    total = about["training"] + about["held_out"]
+    window_facts = windows.about
+    total = window_facts["training"] + window_facts["held_out"]
     session.check_vocabulary(int(max(windows.ids.max(), windows.following.max())))
-    caption = f"next token {chosen.words}; {about['training']} + {about['held_out']} windows of {CONTEXT} tokens, from {about['tokens']:,} tokens of {asked.data}"
+    searched = f"{window_facts['tokens']:,} tokens"
+    caption = (
+        f"next token {target.words}; {window_facts['training']} + {window_facts['held_out']} windows of "
+        f"{CONTEXT} tokens, from {searched} of {request.data}"
+    )
     console.log(
-        f"{about['class_windows_found']:,} windows go on with one of them among {about['tokens']:,} tokens; {total // 2} are taken, none of which shares text "
-        f"with another, and as many that go on otherwise: {about['training']} to train on, {about['held_out']} held out"
+        f"Found {window_facts['class_windows_found']:,} windows followed by one of them in {searched}; "
+        f"using {total // 2} that do not overlap, and as many followed by another token: {window_facts['training']} for training, "
+        f"{window_facts['held_out']} held out"
     )
 
-    def make() -> Made:
+    def make() -> TablesAndFacts:
         from layersurgery.analyses.neuron_probes import describe_probes, fit_probes
         from layersurgery.models.anatomy import anatomy
 
         model = session.load()
         with counter(console, "blocks' neurons") as on_layer, counter(console, "windows") as on_windows:
-            found = fit_probes(
-                model, windows, chosen, first=first, seed=asked.seed, batch_size=options.batch_size or _BATCH,
-                anatomy=anatomy(model, blocks=options.blocks), on_layer=on_layer, progress=on_windows,
-            )  # fmt: skip
+            result = fit_probes(
+                model,
+                windows,
+                target,
+                first=bos,
+                seed=request.seed,
+                batch_size=options.batch_size or _BATCH,
+                anatomy=anatomy(model, blocks=options.blocks),
+                on_layer=on_layer,
+                progress=on_windows,
+            )
         frames = {
-            WORD: found.probes,
-            "single_neurons": found.single_neurons,
-            "top_k": found.top_k,
-            "effects": found.effects,
+            NAME: result.probes,
+            "single_neurons": result.single_neurons,
+            "top_k": result.top_k,
+            "effects": result.effects,
         }
         facts: dict[str, Any] = {
-            "skipped": found.skipped, "windows": about, "class": chosen.about, "caption": caption, "summary": describe_probes(found.probes),
-        }  # fmt: skip
+            "skipped": result.skipped,
+            "windows": window_facts,
+            "class": target.about,
+            "caption": caption,
+            "summary": describe_probes(result.probes),
+        }
         return {table: frame.assign(model=session.source.label) for table, frame in frames.items()}, facts
 
-    text = {name: getattr(asked, name) for name in ("data", "split", "column", "tokens", "bos", "seed")}
+    text = {name: getattr(request, name) for name in ("data", "split", "column", "tokens", "bos", "seed")}
     arguments = {
-        "analysis": WORD,
-        "class": chosen.words,
-        "samples": wanted.samples,
-        "text": {**text, "shuffle": asked.shuffled, "tokenizer": options.tokenizer, "fingerprint": windows.fingerprint},
+        "analysis": NAME,
+        "class": target.words,
+        "samples": probe_options.samples,
+        "text": {
+            **text,
+            "shuffle": request.shuffled,
+            "tokenizer": options.tokenizer,
+            "fingerprint": windows.fingerprint,
+        },
     }
-    return run_once(directory, session.arguments(arguments), console, make, overwrite=anew)
+    return run_once(directory, session.arguments(arguments), console, make, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""`layersurgery rank` and `layersurgery prune`."""
+"""Run `layersurgery rank` and `layersurgery prune`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from ..session.figures import draw_analysis
 from ..session.processes import run_task, run_tasks
 from ..terminal.analysis_results import progress_line, show_analysis
 from ..terminal.console import Console
-from .edit import EditOptions as Writing
-from .edit import as_json, edited, lines
+from .edit import EditOptions, as_json, describe_result, write_edits
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,72 +32,74 @@ if TYPE_CHECKING:
     from ..session.model_session import ModelSession
     from ..session.run_options import MeasureOptions
 
+_CRITERION_NAMES = {"kl": "KL", "influence": "block influence", "angular": "angular distance"}
+
 
 @dataclass(frozen=True, slots=True)
 class _TableTask:
-    """A run that ends in tables of its own."""
+    """Base of the measurements whose results are tables."""
 
     depth: int
 
     @property
-    def word(self) -> str:
-        """What it is called."""
+    def name(self) -> str:
+        """Return the name of the analysis."""
         raise NotImplementedError
 
     @property
     def kind(self) -> str:
-        """An analysis."""
+        """Return the kind of result directory: an analysis."""
         from layersurgery.runs.run_directory import ANALYSIS
 
         return ANALYSIS
 
-    def outcome(self, measurer: Measurer, source: Source, _console: Console) -> RunOutput:
-        """Its tables."""
+    def output(self, measurer: Measurer, source: Source, _console: Console) -> RunOutput:
+        """Make the output: this task's tables."""
         from layersurgery.analyses.outcomes import TableOutput
 
         return TableOutput(measurer, source.label, self.tables)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """What becomes of the sums."""
+        """Make the tables from the measured sums."""
         raise NotImplementedError
 
     def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
-        """Its figures."""
+        """Draw the figures; return their paths."""
         return draw_analysis(directory, run.facts)
 
-    def extremes(self, frame: pd.DataFrame) -> str:
-        """Results so far."""
+    def summarize(self, frame: pd.DataFrame) -> str:
+        """Summarize the results so far."""
         return progress_line(frame)
 
     def show(self, run: Run, console: Console) -> None:
-        """Its tables."""
+        """Print the tables."""
         show_analysis(run, console)
 
 
 @dataclass(frozen=True, slots=True)
 class RankTask(_TableTask):
-    """What removing each layer costs, and two scores that guess it."""
+    """Cost of removing each layer, and two scores that predict it."""
 
     spans: int
 
     @property
-    def word(self) -> str:
-        """What it is called."""
+    def name(self) -> str:
+        """Return the name of the analysis."""
         return "rank"
 
     def arguments(self) -> dict[str, Any]:
-        """Which."""
-        return {"analysis": self.word, "spans": self.spans}
+        """Return the name of the analysis and its parameters."""
+        return {"analysis": self.name, "spans": self.spans}
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
-        """Drops every layer, and sees how far the stream turns."""
+        """Make the measurer: it drops every layer, and measures angular distances over spans."""
         from layersurgery.analyses.layer_ranking import SIGNALS
         from layersurgery.analyses.signal_tables import measurer_of
 
         return measurer_of(model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """Layers, and spans of them."""
+        """Make the tables of layers and of spans."""
         from layersurgery.analyses.layer_ranking import rank_table, span_table
 
         return {"rank": rank_table(tables), "spans": span_table(tables)}
@@ -106,28 +107,28 @@ class RankTask(_TableTask):
 
 @dataclass(frozen=True, slots=True)
 class GreedyStepTask(_TableTask):
-    """The layers that are left, measured anew once some are removed."""
+    """One step of greedy pruning: the remaining layers, measured after some are removed."""
 
     by: str
     removed: tuple[int, ...]
 
     @property
-    def word(self) -> str:
-        """What it is called."""
+    def name(self) -> str:
+        """Return the name of the analysis."""
         return "step"
 
     def arguments(self) -> dict[str, Any]:
-        """Which."""
-        return {"analysis": self.word, "by": self.by, "removed": list(self.removed)}
+        """Return the name of the analysis and its parameters."""
+        return {"analysis": self.name, "by": self.by, "removed": list(self.removed)}
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
-        """Measures each layer that is left."""
+        """Make the measurer of each remaining layer."""
         from layersurgery.analyses.layer_pruning import step_measurer
 
         return step_measurer(model, self.by, self.removed, self.depth, blocks=options.blocks)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """A row for each layer that is left."""
+        """Make a table with a row for each remaining layer."""
         from layersurgery.analyses.layer_pruning import step_table
 
         return {"step": step_table(tables, self.by, self.removed)}
@@ -135,38 +136,38 @@ class GreedyStepTask(_TableTask):
 
 @dataclass(frozen=True, slots=True)
 class CostTask(_TableTask):
-    """What each way of choosing costs, for each number of layers."""
+    """Cost of each criterion, for each number of removed layers."""
 
     orders: Mapping[str, Sequence[tuple[int, ...]]]
 
     @property
-    def word(self) -> str:
-        """What it is called."""
+    def name(self) -> str:
+        """Return the name of the analysis."""
         return "costs"
 
     def arguments(self) -> dict[str, Any]:
-        """Which."""
+        """Return the name of the analysis and its parameters."""
         return {
-            "analysis": self.word,
-            "orders": {way: [list(one) for one in order] for way, order in self.orders.items()},
+            "analysis": self.name,
+            "orders": {criterion: [list(layers) for layers in order] for criterion, order in self.orders.items()},
         }
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
-        """Measures what is left each time."""
+        """Make the measurer of all pruned models."""
         from layersurgery.analyses.layer_pruning import variants_of
         from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, variants_of(self.orders, self.depth), blocks=options.blocks)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """A row for each way and number of layers."""
+        """Make a table with a row for each criterion and number of layers."""
         from layersurgery.analyses.layer_pruning import costs
 
         return {"costs": costs(tables.measurer, tables.sums_by_sequence.sums(), tables.model)}
 
 
 def run_rank(model: str, spans: int | None, options: MeasureOptions, console: Console) -> None:
-    """Measure, showing what happens, and end with the results."""
+    """Rank the layers, show the progress, and print the results."""
     from layersurgery.analyses.layer_ranking import max_span
 
     run_task(model, options, console, lambda depth: RankTask(depth, max_span(depth, spans)))
@@ -174,7 +175,7 @@ def run_rank(model: str, spans: int | None, options: MeasureOptions, console: Co
 
 @dataclass(frozen=True, slots=True)
 class PruneOptions:
-    """What `prune` is asked for beside the model and the text."""
+    """Options of `prune` other than those of measuring."""
 
     remove: int
     by: str
@@ -184,73 +185,84 @@ class PruneOptions:
     verify: bool
 
 
-def run_prune(model: str, asked: PruneOptions, options: MeasureOptions, console: Console) -> None:
-    """Choose layers, measure what that costs, and write what is left."""
-    run_tasks(model, options, console, lambda session: _prune(session, asked, console))
+def run_prune(model: str, prune_options: PruneOptions, options: MeasureOptions, console: Console) -> None:
+    """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
+    run_tasks(model, options, console, lambda session: _prune(session, prune_options, console))
 
 
-def _prune(session: ModelSession, asked: PruneOptions, console: Console) -> None:
+def _prune(session: ModelSession, prune_options: PruneOptions, console: Console) -> None:
     from layersurgery.analyses.layer_pruning import GREEDY, check, next_removal, plan_of, removal_orders
     from layersurgery.analyses.layer_ranking import CRITERIA
     from layersurgery.runs.tables import read_results
 
     options = session.options
-    check(session.depth, asked.remove, asked.by)
-    way = f"{asked.by}{'-greedy' if asked.greedy else ''}"
-    out = options.output or Path(f"{session.source.name}-prune-{asked.remove}-{way}")
-    check_output(out, session.source.directory, overwrite=options.overwrite)  # now, and not after hours of measuring
-    place = asked.results or out.with_name(f"{out.name}-results")
+    check(session.depth, prune_options.remove, prune_options.by)
+    criterion = f"{prune_options.by}{'-greedy' if prune_options.greedy else ''}"
+    out = options.output or Path(f"{session.source.name}-prune-{prune_options.remove}-{criterion}")
+    check_output(out, session.source.directory, overwrite=options.overwrite)  # before hours of measuring
+    directory = prune_options.results or out.with_name(f"{out.name}-results")
     console.log(f"Ranking {session.depth} layers")
-    ranks = _carried(session, RankTask(session.depth, asked.remove), place / "rank").directory
-    ranked, spans = read_results(ranks), read_results(ranks, "spans")
-    ranked.attrs["skipped"] = ranked.attrs["run"]["skipped"]
-    orders = {by: removal_orders(ranked, spans, asked.remove, by) for by in CRITERIA}
-    if asked.greedy:
-        gone: list[int] = []
-        while len(gone) < asked.remove:
-            console.log(f"Choosing layer {len(gone) + 1} of {asked.remove}")
-            step = GreedyStepTask(session.depth, asked.by, tuple(gone))
-            frame = read_results(_carried(session, step, place / f"step-{len(gone) + 1:02}").directory)
-            gone.append(next_removal(frame, asked.by, gone))
-            score = float(frame.set_index("layer")[CRITERIA[asked.by]][gone[-1]])
-            console.log(f"Layer {gone[-1]} goes ({CRITERIA[asked.by]} {score:.3g})")
-        orders[GREEDY] = [tuple(gone[:count]) for count in range(1, asked.remove + 1)]
-    console.log("Measuring what each way of choosing costs")
-    run = _carried(session, CostTask(session.depth, orders), place / "costs")
+    rank_directory = _run_or_reuse(session, RankTask(session.depth, prune_options.remove), directory / "rank").directory
+    ranks, spans = read_results(rank_directory), read_results(rank_directory, "spans")
+    ranks.attrs["skipped"] = ranks.attrs["run"]["skipped"]
+    orders = {by: removal_orders(ranks, spans, prune_options.remove, by) for by in CRITERIA}
+    if prune_options.greedy:
+        removed: list[int] = []
+        while len(removed) < prune_options.remove:
+            console.log(f"Choosing layer {len(removed) + 1} of {prune_options.remove}")
+            step = GreedyStepTask(session.depth, prune_options.by, tuple(removed))
+            frame = read_results(_run_or_reuse(session, step, directory / f"step-{len(removed) + 1:02}").directory)
+            removed.append(next_removal(frame, prune_options.by, removed))
+            score = float(frame.set_index("layer")[CRITERIA[prune_options.by]][removed[-1]])
+            console.log(f"Removing layer {removed[-1]} ({CRITERIA[prune_options.by]} {score:.3g})")
+        orders[GREEDY] = [tuple(removed[:count]) for count in range(1, prune_options.remove + 1)]
+    console.log("Measuring the cost of each criterion")
+    run = _run_or_reuse(session, CostTask(session.depth, orders), directory / "costs")
     frame = read_results(run.directory)
-    layers = orders[GREEDY if asked.greedy else asked.by][-1]
+    layers = orders[GREEDY if prune_options.greedy else prune_options.by][-1]
     plan = plan_of(layers)
-    writing = Writing(out, options.overwrite, asked.link, asked.verify, options.revision, options.blocks)
-    [result], source = edited({None: plan}, session.model, writing, console)
-    before, after = frame.iloc[0], _row(frame, GREEDY if asked.greedy else asked.by, asked.remove)
+    edit_options = EditOptions(
+        out, options.overwrite, prune_options.link, prune_options.verify, options.revision, options.blocks
+    )
+    [result], source = write_edits({None: plan}, session.model, edit_options, console)
+    before, after = (
+        frame.iloc[0],
+        _row(frame, GREEDY if prune_options.greedy else prune_options.by, prune_options.remove),
+    )
     value = {
         **as_json(result, source.label, source.revision),
-        "by": asked.by,
-        "greedy": asked.greedy,
+        "by": prune_options.by,
+        "greedy": prune_options.greedy,
         "layers": list(layers),
         "before": _numbers(before),
         "after": _numbers(after),
-        "results": str(place),
+        "results": str(directory),
         "costs": json.loads(frame.drop(columns=["model"]).to_json(orient="records", double_precision=15)),
     }
-    shown: list[Any] = [_table(frame, orders), *_words(layers, before, after, asked)]
+    lines: list[Any] = [_table(frame, orders), *_describe_cost(layers, before, after, prune_options)]
     figures = [str(name) for name in run.facts["figures"]]
-    shown += [escape(line) for line in (*lines(result), f"What was measured is in {place}: {', '.join(figures)}")]
-    console.result(value, *shown)
+    lines += [
+        escape(line)
+        for line in (*describe_result(result), f"The measurements are in {directory}: {', '.join(figures)}")
+    ]
+    console.result(value, *lines)
 
 
-def _carried(session: ModelSession, task: Any, directory: Path) -> Run:
-    """Measured already, or now; what was measured otherwise is replaced if outputs may be."""
+def _run_or_reuse(session: ModelSession, task: Any, directory: Path) -> Run:
+    """Run a measurement, or use the finished one.
+
+    A measurement made with other arguments is replaced if --overwrite is given.
+    """
     try:
-        return session.run(task, directory, anew=False)
+        return session.run(task, directory, overwrite=False)
     except OutputError:
         if not session.options.overwrite:
             raise
-        return session.run(task, directory, anew=True)
+        return session.run(task, directory, overwrite=True)
 
 
-def _row(frame: pd.DataFrame, way: str, removed: int) -> pd.Series | None:
-    rows = frame[(frame.criterion == way) & (frame.removed == removed)]
+def _row(frame: pd.DataFrame, criterion: str, removed: int) -> pd.Series | None:
+    rows = frame[(frame.criterion == criterion) & (frame.removed == removed)]
     return None if rows.empty else rows.iloc[0]
 
 
@@ -262,11 +274,11 @@ def _numbers(row: pd.Series | None) -> dict[str, float] | None:
 def _table(frame: pd.DataFrame, orders: Mapping[str, Sequence[tuple[int, ...]]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layers\nremoved", justify="right")
-    for way in orders:
-        table.add_column(f"{way}\nKL", justify="right", no_wrap=True)
+    for criterion in orders:
+        table.add_column(f"{criterion}\nKL", justify="right", no_wrap=True)
         table.add_column("\nppl.", justify="right", no_wrap=True)
     for removed in range(max(map(len, orders.values())) + 1):
-        rows = [_row(frame, way, removed) if removed else frame.iloc[0] for way in orders]
+        rows = [_row(frame, criterion, removed) if removed else frame.iloc[0] for criterion in orders]
         table.add_row(str(removed), *[cell for row in rows for cell in _cells(row)])
     return table
 
@@ -275,20 +287,22 @@ def _cells(row: pd.Series | None) -> list[str]:
     return ["-", "-"] if row is None else [f"{row.kl_nats:.3f}", f"{row.perplexity:.4g}"]
 
 
-def _words(layers: Sequence[int], before: pd.Series, after: pd.Series | None, asked: PruneOptions) -> Iterator[str]:
-    order = f"Layer {layers[0]} goes" if len(layers) == 1 else f"Layers {', '.join(map(str, layers))} go"
-    how = (
-        "measured anew after each removal"
-        if asked.greedy
+def _describe_cost(
+    layers: Sequence[int], before: pd.Series, after: pd.Series | None, prune_options: PruneOptions
+) -> Iterator[str]:
+    numbers = f"layer{'s'[: len(layers) != 1]} {', '.join(map(str, layers))}"
+    method = (
+        "measured again after each removal"
+        if prune_options.greedy
         else "as one span"
-        if asked.by == "angular"
-        else "each by itself"
+        if prune_options.by == "angular"
+        else "measured one layer at a time"
     )
-    yield f"\n{order}, chosen by {asked.by}, {how}"
+    yield f"\nRemoved {numbers} (criterion: {_CRITERION_NAMES[prune_options.by]}, {method})"
     if after is None:
-        yield "Without them the model could not be measured in memory"
+        yield "The pruned model was not measured: there was not enough memory"
         return
     yield (
-        f"[bold]Perplexity {before.perplexity:.4g} before, {after.perplexity:.4g} after[/]; KL {after.kl_nats:.3g} nats, "
-        f"{100 * after.agreement:.1f} % of predictions kept ({int(after.tokens):,} tokens)"
+        f"[bold]Perplexity {before.perplexity:.4g} before, {after.perplexity:.4g} after[/]; "
+        f"KL {after.kl_nats:.3g} nats, {100 * after.agreement:.1f} % of predictions kept ({int(after.tokens):,} tokens)"
     )

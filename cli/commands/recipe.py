@@ -1,4 +1,4 @@
-"""Recipes: several named outputs from one YAML file.
+"""Read recipes: YAML files that name several outputs and their plans.
 
 model: EleutherAI/pythia-6.9b-deduped
 outputs:
@@ -17,10 +17,13 @@ from layersurgery.plans.plan import Plan
 
 
 def read_recipe(path: Path) -> tuple[str | None, dict[str | None, Plan]]:
-    """The model a recipe names, if any, and its plans by the name of their output.
+    """Read a recipe.
+
+    Returns:
+        The model that the recipe names, or None; and its plans, by the names of their outputs.
 
     Raises:
-        PlanError: the file cannot be read, or is no recipe; says where.
+        PlanError: the file cannot be read or is not a recipe; the message says where.
     """
     try:
         recipe = yaml.safe_load(path.read_text("utf-8"))
@@ -28,21 +31,21 @@ def read_recipe(path: Path) -> tuple[str | None, dict[str | None, Plan]]:
         raise PlanError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"the recipe {path} is not YAML: {error}") from error
-    form = "it needs 'outputs:', a table of names and plans, and may have 'model:'"
+    expected = "it needs 'outputs:', a mapping from names to plans, and may have 'model:'"
     if not isinstance(recipe, dict) or not isinstance(recipe.get("outputs"), dict) or not recipe["outputs"]:
-        raise PlanError(f"{path} is no recipe: {form}")
+        raise PlanError(f"{path} is not a recipe: {expected}")
     unknown = set(recipe) - {"model", "outputs"}
     if unknown:
-        raise PlanError(f"{path}: unknown entry {sorted(map(str, unknown))[0]!r}; {form}")
+        raise PlanError(f"{path}: unknown entry {sorted(map(str, unknown))[0]!r}; {expected}")
     model = recipe.get("model")
     if model is not None and not isinstance(model, str):
-        raise PlanError(f"{path}: 'model' must be a text, not {model!r}")
+        raise PlanError(f"{path}: 'model' must be a string, not {model!r}")
     plans: dict[str | None, Plan] = {}
     for name, text in recipe["outputs"].items():
         if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise PlanError(f"{path}: the output {name!r} is no plain directory name")
+            raise PlanError(f"{path}: the output {name!r} is not a plain directory name")
         if not isinstance(text, str):
-            raise PlanError(f"{path}: the plan of {name!r} must be a text such as 'swap 12 13', not {text!r}")
+            raise PlanError(f"{path}: the plan of {name!r} must be a string such as 'swap 12 13', not {text!r}")
         try:
             plans[name] = Plan.parse(text)
         except PlanError as error:

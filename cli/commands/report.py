@@ -1,4 +1,4 @@
-"""`layersurgery report`."""
+"""Run `layersurgery report`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from ..terminal.console import Console, format_bytes
 
 
 def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool, console: Console) -> None:
-    """Write the page, and say what is in it and what is not."""
+    """Write the page, and print what it contains and what is missing."""
     from layersurgery import report
 
-    made = report(directories, output, overwrite=overwrite)
+    page = report(directories, output, overwrite=overwrite)
     value = {
-        "path": str(made.path),
-        "bytes": made.bytes,
-        "runs": [str(path) for path in made.runs],
-        "not_shown": {str(path): why for path, why in made.not_shown.items()},
-        "skipped": made.skipped,
+        "path": str(page.path),
+        "bytes": page.bytes,
+        "runs": [str(path) for path in page.runs],
+        "not_shown": {str(path): reason for path, reason in page.not_shown.items()},
+        "skipped": page.skipped,
     }
-    shown = [
-        *(f"[yellow]Not shown:[/] {escape(f'{path}: {why}')}" for path, why in made.not_shown.items()),
-        *(f"[yellow]Left out:[/] {escape(what)}" for what in made.skipped),
+    lines = [
+        *(f"[yellow]Not shown:[/] {escape(f'{path}: {reason}')}" for path, reason in page.not_shown.items()),
+        *(f"[yellow]Left out:[/] {escape(item)}" for item in page.skipped),
         escape(
-            f"Wrote {made.path}: {len(made.runs)} run{'s'[: len(made.runs) != 1]}, {format_bytes(made.bytes)}; open it in any browser"
+            f"Wrote {page.path}: {len(page.runs)} run{'s'[: len(page.runs) != 1]}, {format_bytes(page.bytes)}; "
+            "open it in any browser"
         ),
     ]
-    console.result(value, *shown)
+    console.result(value, *lines)

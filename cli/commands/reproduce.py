@@ -1,4 +1,4 @@
-"""`layersurgery reproduce`: all experiments of the paper, on one model after another."""
+"""Run `layersurgery reproduce`: all experiments of the paper, on one model after another."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from ..session.run_options import MeasureOptions
 
 PAPER = (
-    "EleutherAI/pythia-410m-deduped", "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-2.8b-deduped", "EleutherAI/pythia-6.9b-deduped",
-    "openai-community/gpt2", "openai-community/gpt2-medium", "openai-community/gpt2-large", "openai-community/gpt2-xl",
-    "microsoft/phi-1", "microsoft/phi-1_5", "microsoft/phi-2",
-)  # fmt: skip
+    *(f"EleutherAI/pythia-{size}-deduped" for size in ("410m", "1.4b", "2.8b", "6.9b")),
+    *(f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")),
+    *(f"microsoft/{name}" for name in ("phi-1", "phi-1_5", "phi-2")),
+)
 SWEEP, STAGES, SUBJOINERS, PROBE = EXPERIMENTS = ("sweep", "stages", "subjoiners", "probe")
 FIGURES = {
     SWEEP: "figures 2, 3, 13-15",
@@ -42,25 +42,27 @@ FIGURES = {
     PROBE: "figures 10, 16",
 }
 _EDITS = "swap,drop,skip-attention,skip-mlp"
-_LOOKED_THROUGH = 1_000_000
-_SQUARE = 2048
+_MIN_SEARCHED_TOKENS = 1_000_000
+_MATRIX_SIZE = 2048
 
 
 @dataclass(slots=True)
-class Part:
-    """One model's share of the plan.
+class ModelPlan:
+    """Experiments on one model: what is done, and what the rest costs.
+
+    The field names are the JSON keys of `--json`.
 
     Attributes:
-        model: as it was named.
-        directory: of its runs.
-        states: of its runs, by experiment: "finished", "begun" or "".
-        parameters: of the model.
-        depth: its blocks.
-        tokens: of its text.
-        weights: bytes.
-        flops: of the runs that are not finished.
-        rate: multiplications that this machine does in a second in the model's precision.
-        fault: why it cannot be measured; empty where it can.
+        model: the model's name, as given by the user.
+        directory: directory of the model's runs.
+        states: state of each experiment's run: "finished", "begun" or "".
+        parameters: number of parameters.
+        depth: number of blocks.
+        tokens: number of tokens of text.
+        weights: bytes of weights.
+        flops: floating-point operations of the runs that are not finished.
+        rate: floating-point operations per second of this machine, in the model's dtype.
+        fault: why the model cannot be measured; empty if it can.
     """
 
     model: str
@@ -76,193 +78,215 @@ class Part:
 
     @property
     def left(self) -> list[str]:
-        """Experiments that are not finished."""
+        """List the experiments that are not finished."""
         return [name for name, state in self.states.items() if state != "finished"]
 
     @property
     def seconds(self) -> float:
-        """What is left takes at least."""
+        """Return the minimum time of the experiments that are not finished, in seconds."""
         return self.flops / self.rate
 
 
 @dataclass(slots=True)
-class _Outcome:
+class _Results:
     done: list[Path] = field(default_factory=list)
     not_done: dict[str, str] = field(default_factory=dict)
 
-    def note(self, what: str, error: Exception, console: Console) -> None:
-        self.not_done[what] = str(error)
-        console.print(f"[bold red]Not done:[/] {escape(f'{what}: {error}')}")
+    def record_failure(self, item: str, error: Exception, console: Console) -> None:
+        self.not_done[item] = str(error)
+        console.print(f"[bold red]Not done:[/] {escape(f'{item}: {error}')}")
 
 
 def run_reproduce(models: Sequence[str], output: Path, options: MeasureOptions, console: Console) -> None:
-    """Plan, say what it will cost, do what is not done yet, draw all models together, and write the report.
+    """Plan all experiments, print the cost, run those not done yet, draw the figures, and write the report.
 
-    What one model or experiment cannot be measured by is said, and the others go on; then the exit code is 1.
+    If a model or an experiment fails, the error is printed and the others continue; the exit code is then 1.
     """
-    places = _places(models, output)
+    directories = _model_directories(models, output)
     value: dict[str, Any] = {"path": str(output)}
     if options.estimate:
-        if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-            plan = _plan(places, options, value, console)
-            console.result(value, *_shown(plan))
-            if all(part.fault for part in plan):
+        if os.environ.get("RANK", "0") == "0":  # with several processes, only one prints
+            plan = _make_plan(directories, options, value, console)
+            console.result(value, *_describe_plan(plan))
+            if all(model_plan.fault for model_plan in plan):
                 raise SystemExit(1)
         return
     group = process_group_for(options)
-    outcome = _Outcome()
-    plan = [] if group.rank else _plan(places, options, value, console)
-    console.print(*_shown(plan))
-    faults = {part.model: part.fault for part in plan if part.fault}
-    for model, place in places.items():
-        if model in faults:  # as the plan has said
-            outcome.not_done[model] = faults[model]
+    results = _Results()
+    plan = [] if group.rank else _make_plan(directories, options, value, console)
+    console.print(*_describe_plan(plan))
+    errors = {model_plan.model: model_plan.fault for model_plan in plan if model_plan.fault}
+    for model, directory in directories.items():
+        if model in errors:  # already printed with the plan
+            results.not_done[model] = errors[model]
             group.broadcast(None)
             continue
         try:
-            run_on_model(model, options, console, group, _leader(place, console, outcome))
+            run_on_model(model, options, console, group, _make_lead(directory, console, results))
         except (LayerSurgeryError, OSError) as error:
-            if group.size > 1:  # the others may be in the middle of something
+            if group.size > 1:  # the other processes may be waiting for data
                 raise
-            outcome.note(model, error, console)
+            results.record_failure(model, error, console)
     group.close()
     if group.rank == 0:
-        _finish(output, value, outcome, console)
+        _finish(output, value, results, console)
 
 
-def _places(models: Sequence[str], output: Path) -> dict[str, Path]:
-    names = [name.strip() for given in models for name in given.split(",") if name.strip()]
+def _model_directories(models: Sequence[str], output: Path) -> dict[str, Path]:
+    names = [name.strip() for text in models for name in text.split(",") if name.strip()]
     if not names:
-        raise PlanError("--models is empty: name models, separated by commas")
-    places: dict[str, Path] = {}
+        raise PlanError("--models is empty: name one or more models, comma-separated")
+    directories: dict[str, Path] = {}
     for name in dict.fromkeys(names):
-        place = output / (name.rstrip("/").rpartition("/")[2] or name)
-        if place in places.values():
-            other = next(model for model, there in places.items() if there == place)
+        directory = output / (name.rstrip("/").rpartition("/")[2] or name)
+        if directory in directories.values():
+            other = next(model for model, path in directories.items() if path == directory)
             raise PlanError(
-                f"{other} and {name} would both be written to {place}; reproduce them into two directories, with -o"
+                f"{other} and {name} would both be written to {directory}; reproduce them in two directories, with -o"
             )
-        places[name] = place
-    return places
+        directories[name] = directory
+    return directories
 
 
-def _plan(places: dict[str, Path], options: MeasureOptions, value: dict[str, Any], console: Console) -> list[Part]:
-    with console.status(f"Looking at {len(places)} model{'s'[: len(places) != 1]}"):
-        plan = [_planned(model, place, options) for model, place in places.items()]
-    value["plan"] = [_as_json(part) for part in plan]
+def _make_plan(
+    directories: dict[str, Path], options: MeasureOptions, value: dict[str, Any], console: Console
+) -> list[ModelPlan]:
+    with console.status(f"Reading the configs of {len(directories)} model{'s'[: len(directories) != 1]}"):
+        plan = [_plan_model(model, directory, options) for model, directory in directories.items()]
+    value["plan"] = [_as_json(model_plan) for model_plan in plan]
     return plan
 
 
-def _planned(model: str, place: Path, options: MeasureOptions) -> Part:
-    """What is there, and what the rest takes, from the config alone."""
+def _plan_model(model: str, directory: Path, options: MeasureOptions) -> ModelPlan:
+    """Find the finished runs of a model, and compute the cost of the others from the config alone."""
     from layersurgery.runs.tables import read_run
 
-    part = Part(model, place, {name: str((read_run(place / name) or {}).get("state", "")) for name in EXPERIMENTS})
+    model_plan = ModelPlan(
+        model, directory, {name: str((read_run(directory / name) or {}).get("state", "")) for name in EXPERIMENTS}
+    )
     try:
         with silence_libraries():
-            source, part.depth, positions, _ = read_model_info(model, options, Console(quiet=True))
-            part.tokens = text_request(model, options, positions).tokens
-            _cost(part, source, positions, options)
+            source, model_plan.depth, positions, _ = read_model_info(model, options, Console(quiet=True))
+            model_plan.tokens = text_request(model, options, positions).tokens
+            _add_cost(model_plan, source, positions, options)
     except PlanError:
         raise
     except (LayerSurgeryError, OSError) as error:
-        part.fault = str(error)
-    return part
+        model_plan.fault = str(error)
+    return model_plan
 
 
-def _cost(part: Part, source: Source, positions: int | None, options: MeasureOptions) -> None:
+def _add_cost(model_plan: ModelPlan, source: Source, positions: int | None, options: MeasureOptions) -> None:
     from transformers import AutoConfig
 
     from layersurgery.analyses.signal_tables import FROM_TEXT, variants_of
     from layersurgery.plans.variants import variants
     from layersurgery.sweeps.estimate import estimate
 
-    asked = text_request(part.model, options, positions)
-    place = choose_placement(options, source, Console(quiet=True))
-    dtype = "float32" if place.dtype == "auto" else place.dtype
+    request = text_request(model_plan.model, options, positions)
+    placement = choose_placement(options, source, Console(quiet=True))
+    dtype = "float32" if placement.dtype == "auto" else placement.dtype
     config = AutoConfig.from_pretrained(source.directory)
-    edits = {SWEEP: variants([_EDITS], part.depth), STAGES: variants_of(FROM_TEXT, part.depth)}
+    edits = {SWEEP: variants([_EDITS], model_plan.depth), STAGES: variants_of(FROM_TEXT, model_plan.depth)}
     for name, chosen in edits.items():
-        found = estimate(
-            config, chosen, tokens=asked.tokens, context=asked.context, dtype=dtype, device=place.device, device_map=place.device_map,
-            max_memory=place.max_memory, batch_size=options.batch_size, order=options.schedule, blocks=options.blocks,
-        )  # fmt: skip
-        part.parameters, part.weights = found.parameters, sum(found.weights.values())
-        if name in part.left:
-            part.flops += found.flops
-    part.rate = _rate(place.device, dtype)
+        cost = estimate(
+            config,
+            chosen,
+            tokens=request.tokens,
+            context=request.context,
+            dtype=dtype,
+            device=placement.device,
+            device_map=placement.device_map,
+            max_memory=placement.max_memory,
+            batch_size=options.batch_size,
+            order=options.schedule,
+            blocks=options.blocks,
+        )
+        model_plan.parameters, model_plan.weights = cost.parameters, sum(cost.weights.values())
+        if name in model_plan.left:
+            model_plan.flops += cost.flops
+    model_plan.rate = _measure_rate(placement.device, dtype)
 
 
 _RATES: dict[tuple[str, str], float] = {}
 
 
-def _rate(device: str, dtype: str) -> float:
-    """Multiplications and additions in a second, of products of square matrices."""
+def _measure_rate(device: str, dtype: str) -> float:
+    """Measure the floating-point operations per second of large matrix products."""
     import torch
 
     if (device, dtype) not in _RATES:
-        square = torch.ones(_SQUARE, _SQUARE, dtype=getattr(torch, dtype), device=device)
+        square = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=getattr(torch, dtype), device=device)
         best = float("inf")
         for _ in range(3):
-            began = time.perf_counter()
-            float((square @ square)[0, 0])  # waits for the device
-            best = min(best, time.perf_counter() - began)
-        _RATES[device, dtype] = 2 * _SQUARE**3 / best
+            started = time.perf_counter()
+            float((square @ square)[0, 0])  # wait for the device
+            best = min(best, time.perf_counter() - started)
+        _RATES[device, dtype] = 2 * _MATRIX_SIZE**3 / best
     return _RATES[device, dtype]
 
 
-def _as_json(part: Part) -> dict[str, Any]:
-    return {**dataclasses.asdict(part), "directory": str(part.directory), "left": part.left, "seconds": part.seconds}
+def _as_json(model_plan: ModelPlan) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(model_plan),
+        "directory": str(model_plan.directory),
+        "left": model_plan.left,
+        "seconds": model_plan.seconds,
+    }
 
 
-def _shown(plan: Sequence[Part]) -> Iterator[Any]:
-    whole = [part for part in plan if not part.fault]
-    if whole:
+def _describe_plan(plan: Sequence[ModelPlan]) -> Iterator[Any]:
+    measurable = [model_plan for model_plan in plan if not model_plan.fault]
+    if measurable:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("model", no_wrap=True)
         for heading in ("blocks", "parameters", "tokens", "to do", "FLOP", "at least"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for part in whole:
-            cost = (flops(part.flops), _time(part.seconds)) if part.left else ("-", "-")
-            left = f"{len(part.left)} of {len(EXPERIMENTS)} runs"
+        for model_plan in measurable:
+            cost = (flops(model_plan.flops), _format_time(model_plan.seconds)) if model_plan.left else ("-", "-")
+            left = f"{len(model_plan.left)} of {len(EXPERIMENTS)} runs"
             table.add_row(
-                escape(part.directory.name),
-                str(part.depth),
-                format_count(part.parameters),
-                f"{part.tokens:,}",
+                escape(model_plan.directory.name),
+                str(model_plan.depth),
+                format_count(model_plan.parameters),
+                f"{model_plan.tokens:,}",
                 left,
                 *cost,
             )
         yield table
+        seconds, operations = (
+            sum(model_plan.seconds for model_plan in measurable),
+            sum(model_plan.flops for model_plan in measurable),
+        )
         yield (
-            f"At least {_time(sum(part.seconds for part in whole))} in all: {flops(sum(part.flops for part in whole))}, at the speed of products of large "
-            "matrices on this machine. Stopped, the same command goes on where it was"
+            f"At least {_format_time(seconds)} in total: {flops(operations)} at this machine's speed for large matrix "
+            "products. If interrupted, run the same command again to resume"
         )
     reasons: dict[str, list[str]] = {}
-    for part in plan:
-        if part.fault:
-            reasons.setdefault(part.fault.removeprefix(part.model).lstrip(), []).append(part.model)
+    for model_plan in plan:
+        if model_plan.fault:
+            reasons.setdefault(model_plan.fault.removeprefix(model_plan.model).lstrip(), []).append(model_plan.model)
     for reason, models in reasons.items():
-        yield f"[bold red]Cannot be looked at:[/] {escape(', '.join(models))}: {escape(reason)}"
+        yield f"[bold red]Cannot be read:[/] {escape(', '.join(models))}: {escape(reason)}"
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
     return f"{seconds:.2g} s"
 
 
-def _leader(place: Path, console: Console, outcome: _Outcome) -> Callable[[ModelSession], None]:
+def _make_lead(directory: Path, console: Console, results: _Results) -> Callable[[ModelSession], None]:
     def lead(session: ModelSession) -> None:
-        for name, carry_out in _experiments(session).items():
+        for name, run_experiment in _experiments(session).items():
             console.print(f"\n[bold]{escape(session.source.label)}: {name}[/] ({FIGURES[name]})")
             try:
-                outcome.done.append(carry_out(place / name).directory)
+                results.done.append(run_experiment(directory / name).directory)
             except (LayerSurgeryError, OSError) as error:
-                if not session.waited_for:  # the others are in the middle of something
+                if not session.workers_idle:  # the other processes are waiting for data
                     raise
-                outcome.note(f"{session.model}, {name}", error, console)
+                results.record_failure(f"{session.model}, {name}", error, console)
 
     return lead
 
@@ -274,35 +298,42 @@ def _experiments(session: ModelSession) -> dict[str, Callable[[Path], Run]]:
     from .subjoiners import subjoiners_in
     from .sweep import SweepTask
 
-    anew = session.options.overwrite
-    # Of what is looked through for words, little is run.
-    more = dataclasses.replace(session.asked, tokens=max(session.asked.tokens, _LOOKED_THROUGH))
+    overwrite = session.options.overwrite
+    # These two analyses search much text for windows, but run the model only on the windows.
+    request = dataclasses.replace(session.request, tokens=max(session.request.tokens, _MIN_SEARCHED_TOKENS))
     return {
-        SWEEP: lambda place: session.run(SweepTask(variants([_EDITS], session.depth)), place),
-        STAGES: lambda place: session.run(AnalysisTask(STAGES, session.depth), place),
-        SUBJOINERS: lambda place: subjoiners_in(session, place, asked=more, anew=anew),
-        PROBE: lambda place: probe_in(session, place, ProbeOptions(), asked=more, anew=anew),
+        SWEEP: lambda directory: session.run(SweepTask(variants([_EDITS], session.depth)), directory),
+        STAGES: lambda directory: session.run(AnalysisTask(STAGES, session.depth), directory),
+        SUBJOINERS: lambda directory: subjoiners_in(session, directory, request=request, overwrite=overwrite),
+        PROBE: lambda directory: probe_in(session, directory, ProbeOptions(), request=request, overwrite=overwrite),
     }
 
 
-def _finish(output: Path, value: dict[str, Any], outcome: _Outcome, console: Console) -> None:
+def _finish(output: Path, value: dict[str, Any], results: _Results, console: Console) -> None:
     from layersurgery import report
 
     from .plot import draw_all
 
-    if not outcome.done:
-        raise MeasurementError("nothing could be measured, so there is nothing to report on")
-    figures = draw_all(outcome.done, output / "figures") if len({place.parent for place in outcome.done}) > 1 else []
-    made = report([output], output / "report.html", overwrite=True)
-    value |= {"done": [str(place) for place in outcome.done], "not_done": outcome.not_done, "report": str(made.path)}
-    together = f"; all models together in {output / 'figures'}" if figures else ""
-    lines = [f"[bold red]Not done:[/] {escape(f'{what}: {why}')}" for what, why in outcome.not_done.items()]
-    lines += [f"[yellow]Not in the report:[/] {escape(f'{path}: {why}')}" for path, why in made.not_shown.items()]
+    if not results.done:
+        raise MeasurementError("nothing could be measured, so there is nothing to report")
+    figures = (
+        draw_all(results.done, output / "figures") if len({directory.parent for directory in results.done}) > 1 else []
+    )
+    page = report([output], output / "report.html", overwrite=True)
+    value |= {
+        "done": [str(directory) for directory in results.done],
+        "not_done": results.not_done,
+        "report": str(page.path),
+    }
+    figures_note = f"; figures of all models together are in {output / 'figures'}" if figures else ""
+    lines = [f"[bold red]Not done:[/] {escape(f'{item}: {reason}')}" for item, reason in results.not_done.items()]
+    lines += [f"[yellow]Not in the report:[/] {escape(f'{path}: {reason}')}" for path, reason in page.not_shown.items()]
     lines.append(
         escape(
-            f"{len(outcome.done)} runs are in {output}; the report is {made.path} ({format_bytes(made.bytes)}){together}"
+            f"{len(results.done)} runs are in {output}; the report is {page.path} ({format_bytes(page.bytes)})"
+            f"{figures_note}"
         )
     )
     console.result(value, *lines)
-    if outcome.not_done:
+    if results.not_done:
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""`layersurgery sweep`."""
+"""Run `layersurgery sweep`."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SweepTask:
-    """Edited models to measure."""
+    """Measurement of edited models."""
 
     variants: list[Variant]
-    word: str = "sweep"
+    name: str = "sweep"
 
     @property
     def kind(self) -> str:
-        """A sweep."""
+        """Return the kind of result directory: a sweep."""
         from layersurgery.runs.run_directory import SWEEP
 
         return SWEEP
 
     def arguments(self) -> dict[str, Any]:
-        """The edits."""
+        """Return the edits."""
         return {"edits": [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]}
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
-        """Measures them."""
+        """Make the measurer of all variants."""
         from layersurgery.sweeps.measurer import Measurer
 
         return Measurer(model, self.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
 
-    def outcome(self, measurer: Measurer, source: Source, _console: Console) -> RunOutput:
-        """A row for each."""
+    def output(self, measurer: Measurer, source: Source, _console: Console) -> RunOutput:
+        """Make the output: a table with a row for each variant."""
         from layersurgery.runs.runner import SweepOutput
 
         return SweepOutput(measurer.variants, source.label)
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
-        """Their figures."""
+        """Draw the figures; return their paths."""
         return draw_sweep(frame, directory, run.arguments["text"]["data"])
 
-    def extremes(self, frame: pd.DataFrame) -> str:
-        """What hurts most and least so far."""
+    def summarize(self, frame: pd.DataFrame) -> str:
+        """Name the edits with the highest and the lowest KL so far."""
         edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
         if edited.empty:
             return ""
@@ -68,18 +68,18 @@ class SweepTask:
         return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
 
     def show(self, run: Run, console: Console) -> None:
-        """The table."""
+        """Print the results."""
         show_sweep(run, console)
 
 
 def run_sweep(model: str, options: MeasureOptions, console: Console) -> None:
-    """Measure, or say what it would take."""
+    """Measure the effect of the edits, or print the cost with --estimate."""
     if options.estimate:
-        if os.environ.get("RANK", "0") != "0":  # of several processes, one says it
+        if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
             return
         from .estimate import show_estimate
 
         show_estimate(model, options, console)
         return
-    asked = edits_of(options)
-    run_task(model, options, console, lambda depth: SweepTask(variants(asked, depth, layers_of(options.layers, depth))))
+    edits = edits_of(options)
+    run_task(model, options, console, lambda depth: SweepTask(variants(edits, depth, layers_of(options.layers, depth))))

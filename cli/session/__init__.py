@@ -1,1 +1,1 @@
-"""One model and one text, held for several measurements."""
+"""Hold one model and one text for several measurements."""

@@ -1,4 +1,4 @@
-"""Figures of finished runs."""
+"""Draw the figures of finished runs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,48 @@ if TYPE_CHECKING:
 
     from layersurgery.figures.style import ModelTables
 
+_TABLES = (
+    *(
+        "stages",
+        "lens",
+        "attention",
+        "norms",
+        "neurons",
+        "similarity",
+        "rank",
+        "spans",
+        "costs",
+        "subjoiners",
+        "examples",
+    ),
+    *("probe", "single_neurons", "top_k", "effects"),
+)
+
 
 def model_tables(directory: Path, facts: Mapping[str, Any]) -> ModelTables:
-    """A directory's tables, to draw."""
+    """Read a directory's tables, with a label and a caption, for drawing."""
     from layersurgery.figures.style import ModelTables
     from layersurgery.runs.tables import read_table
 
-    wanted = (
-        "stages", "lens", "attention", "norms", "neurons", "similarity", "rank", "spans", "costs", "subjoiners", "examples",
-        "probe", "single_neurons", "top_k", "effects",
-    )  # fmt: skip
-    tables = {name: read_table(directory, name) for name in wanted if f"{name}.parquet" in facts["files"]}
+    tables = {name: read_table(directory, name) for name in _TABLES if f"{name}.parquet" in facts["files"]}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
     caption = str(facts.get("caption", "from weights alone"))
     if "text" in facts:
         sequences = facts["text"]["sequences"]
-        caption = f"{facts['text']['tokens']:,} tokens of {facts['arguments']['text']['data']} in {sequences} sequence{'s'[: sequences != 1]}"
+        source = facts["arguments"]["text"]["data"]
+        caption = f"{facts['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
     return ModelTables(tables, label, caption)
 
 
 def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Draw one directory's tables into it."""
+    """Draw one directory's tables; write the figures to the same directory."""
     from layersurgery.figures.analyses import draw_signals
 
     return draw_signals([model_tables(directory, facts)], directory)
 
 
 def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output: Path) -> list[Path]:
-    """Draw several directories' tables together."""
+    """Draw several directories' tables together, each under its own label."""
     from layersurgery.figures.analyses import draw_signals
 
     models = [model_tables(path, run) for path, run in directories]
@@ -51,7 +65,7 @@ def draw_together(directories: Sequence[tuple[Path, Mapping[str, Any]]], output:
 
 
 def draw_sweep(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
-    """Draw one sweep's results into its directory."""
+    """Draw one sweep's results; write the figures to its directory."""
     from layersurgery.figures.sweeps import Sweep, draw
 
     return draw([Sweep.of(frame, data)], directory)

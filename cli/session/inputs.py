@@ -1,4 +1,4 @@
-"""What `sweep` is asked for: which model, which edits, which text."""
+"""Resolve the inputs of a measurement from its options: model, edits, layers and text."""
 
 from __future__ import annotations
 
@@ -23,16 +23,25 @@ _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
 def read_model_info(
     model: str, options: MeasureOptions, console: Console
 ) -> tuple[Source, int, int | None, int | None]:
-    """The source, without weights; and its depth, positions and vocabulary."""
+    """Find a model without fetching its weights.
+
+    Returns:
+        The source, the number of blocks, and the numbers of positions and of tokens in the vocabulary (None if the
+        config does not give them).
+    """
     with console.status(
-        f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Looking at {model}"
+        f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Reading the config of {model}"
     ):
         source = find_source(model, revision=options.revision, weights=False)
-        return source, *_config(source)
+        return source, *_read_config(source)
 
 
 def edits_of(options: MeasureOptions) -> list[Any]:
-    """What is to be measured, as `variants` takes it."""
+    """Return the edits to measure, in the form that `variants` takes.
+
+    Raises:
+        PlanError: the file of plans cannot be read.
+    """
     if options.plans is None:
         return ["swap,drop" if options.edits is None else options.edits]
     try:
@@ -44,24 +53,28 @@ def edits_of(options: MeasureOptions) -> list[Any]:
 
 
 def layers_of(text: str | None, depth: int) -> range | None:
-    """The blocks that families may touch; None for all."""
+    """Parse --layers: the blocks that families of edits may touch, or None for all.
+
+    Raises:
+        PlanError: the text is not one range of the model's blocks.
+    """
     if text is None:
         return None
     items = parse_items(text)
     if len(items) != 1 or not isinstance(items[0].ref, Span) or not (items[0].attention and items[0].mlp):
-        raise PlanError(f"--layers takes one half-open range, as in 4:20, not {text!r}")
+        raise PlanError(f"--layers takes one half-open range, for example 4:20, not {text!r}")
     blocks = resolve(items[0].ref, depth)
     return range(blocks[0], blocks[-1] + 1)
 
 
-def _config(source: Source) -> tuple[int, int | None, int | None]:
-    """Depth, positions and vocabulary, from config.json."""
+def _read_config(source: Source) -> tuple[int, int | None, int | None]:
+    """Read depth, positions and vocabulary size from config.json."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(source.directory).get_text_config(decoder=True)
         depth = int(config.num_hidden_layers)
-    except Exception as error:  # a config class may raise anything
+    except Exception as error:  # a config class may raise any exception
         raise SourceError(
             f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}"
         ) from error
@@ -70,20 +83,22 @@ def _config(source: Source) -> tuple[int, int | None, int | None]:
 
 
 def text_request(model: str, options: MeasureOptions, positions: int | None) -> TextRequest:
-    """The text that is asked for, with what is usual where nothing is said."""
+    """Return the text to read, with defaults for the options that are not set.
+
+    Raises:
+        PlanError: --data is empty, or --context is larger than the model's number of positions.
+    """
     from layersurgery.runs.text import PILE, PYDOC, TextRequest, parse_count
 
     if options.data == "":
-        raise PlanError("--data is empty: name a file, a directory, a hub dataset or pydoc")
+        raise PlanError("--data is empty: name a file, a directory, a Hub dataset or pydoc")
     data = options.data or (PYDOC if model == EMBEDDED else PILE)
-    small = data == PYDOC
+    is_small = data == PYDOC
     context = options.context
     if context is None:
-        context = min(_EMBEDDED_CONTEXT if small else _CONTEXT, positions or _CONTEXT)
+        context = min(_EMBEDDED_CONTEXT if is_small else _CONTEXT, positions or _CONTEXT)
     elif positions is not None and context > positions:
-        raise PlanError(
-            f"--context {context} is more than the {positions} positions that the model knows; give at most {positions}"
-        )
-    tokens = parse_count(options.tokens or (_EMBEDDED_TOKENS if small else _TOKENS))
-    given = {name: getattr(options, name) for name in ("split", "column", "pack", "bos", "shuffle", "seed")}
-    return TextRequest(data, tokens, context, **given)
+        raise PlanError(f"--context {context} is more than the model's {positions} positions; give at most {positions}")
+    tokens = parse_count(options.tokens or (_EMBEDDED_TOKENS if is_small else _TOKENS))
+    sampling = {name: getattr(options, name) for name in ("split", "column", "pack", "bos", "shuffle", "seed")}
+    return TextRequest(data, tokens, context, **sampling)

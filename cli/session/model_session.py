@@ -1,4 +1,4 @@
-"""What all runs have in common: a text, a model, a directory, and measuring that goes on where it was stopped."""
+"""Run measurements on one model and one text, and resume interrupted ones."""
 
 from __future__ import annotations
 
@@ -33,171 +33,182 @@ if TYPE_CHECKING:
 
 
 class Task(Protocol):
-    """What is to be measured; all processes get it from the one that leads."""
+    """One measurement; the leading process sends it to all others."""
 
     @property
-    def word(self) -> str:
-        """What it is called, also in the output's name."""
+    def name(self) -> str:
+        """Return the name, which is also part of the output's name."""
 
     @property
     def kind(self) -> str:
-        """Of the directory, one of `runs.KINDS`."""
+        """Return the kind of result directory, one of `run_directory.KINDS`."""
 
     def arguments(self) -> dict[str, Any]:
-        """What its digits depend on, beside model and text."""
+        """Return what the results depend on, in addition to model and text."""
 
     def measurer(self, model: Any, options: MeasureOptions) -> Measurer:
-        """What measures it."""
+        """Make the measurer."""
 
-    def outcome(self, measurer: Measurer, source: Source, console: Console) -> RunOutput:
-        """What becomes of it."""
+    def output(self, measurer: Measurer, source: Source, console: Console) -> RunOutput:
+        """Make the output, which writes the result tables."""
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
-        """Draws its figures."""
+        """Draw the figures; return their paths."""
 
-    def extremes(self, frame: pd.DataFrame) -> str:
-        """Results so far, in a few words."""
+    def summarize(self, frame: pd.DataFrame) -> str:
+        """Summarize the results so far in a few words."""
 
     def show(self, run: Run, console: Console) -> None:
-        """Shows its results."""
+        """Print the results."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """What the leading process tells the others to do."""
+    """Work that the leading process sends to the others."""
 
     task: Task
     text: TokenizedText
     weights: str
-    place: Placement
+    placement: Placement
 
 
 class ModelSession:
-    """One model and one text, for one run after another; the model is loaded when the first run needs it, and once.
+    """One model and one text for several runs; the model is loaded once, when the first run needs it.
 
     Attributes:
-        model: as it was named.
-        options: of the command.
-        console: how it speaks.
-        source: the model's files; weights are among them once one has been asked for a run.
-        depth: blocks of the model.
+        model: the model's name, as given by the user.
+        options: options of the command.
+        console: where to print.
+        group: the processes that measure together.
+        source: the model's files; they include the weights once a run has needed them.
+        depth: number of blocks of the model.
+        request: the text to read.
+        placement: the model's devices and data type.
+        workers_idle: whether the other processes are waiting for the next work item.
     """
 
     def __init__(
-        self, model: str, options: MeasureOptions, console: Console, group: ProcessGroup, hold: ExitStack
+        self, model: str, options: MeasureOptions, console: Console, group: ProcessGroup, exit_stack: ExitStack
     ) -> None:
         self.model, self.options, self.console, self.group = model, options, console, group
-        self._hold = hold
+        self._exit_stack = exit_stack
         self.source, self.depth, positions, self._vocabulary = read_model_info(model, options, console)
-        self.asked = text_request(model, options, positions)
-        self.place = choose_placement(options, self.source, console)
-        self.waited_for = True
+        self.request = text_request(model, options, positions)
+        self.placement = choose_placement(options, self.source, console)
+        self.workers_idle = True
         self._text: TokenizedText | None = None
         self._loaded: Any = None
-        self._whole = False
+        self._has_weights = False
 
-    def run(self, task: Task, directory: Path, *, anew: bool | None = None) -> Run:
-        """Measure, or go on with what is measured, showing what happens; returns the finished run.
+    def run(self, task: Task, directory: Path, *, overwrite: bool | None = None) -> Run:
+        """Run a measurement, or resume it, and show the progress.
 
         Args:
-            task: what.
-            directory: where to.
-            anew: replace what another run has left there; as the command's options have it, if not given.
+            task: what to measure.
+            directory: where to write.
+            overwrite: replace what another run has left in the directory; default: the command's --overwrite.
+
+        Returns:
+            The finished run.
 
         Raises:
-            OutputError: the directory holds something else, or another run.
-            MeasurementError: what cannot be measured.
+            OutputError: the directory holds other files, or a run with other arguments.
+            MeasurementError: the model cannot be measured.
         """
         from layersurgery.runs.run_directory import open_run
         from layersurgery.runs.tables import read_run
         from layersurgery.runs.text import check_data
 
-        check_data(self.asked)
-        anew = self.options.overwrite if anew is None else anew
-        before = read_run(directory) or {}
-        # A finished run need not reach the hub again to say so.
-        done = before.get("state") == "finished" and self.asked.from_hub and not anew
-        text = None if done and self._text is None else self.text
-        arguments = _arguments(self._with_weights(), self.options, self.asked, task, self.place)
+        check_data(self.request)
+        overwrite = self.options.overwrite if overwrite is None else overwrite
+        previous = read_run(directory) or {}
+        # A finished run of a Hub dataset is reported without contacting the Hub again.
+        is_done = previous.get("state") == "finished" and self.request.from_hub and not overwrite
+        text = None if is_done and self._text is None else self.text
+        arguments = _arguments(self._with_weights(), self.options, self.request, task, self.placement)
         arguments["text"]["fingerprint"] = (
-            text.fingerprint if text else before.get("arguments", {}).get("text", {}).get("fingerprint")
+            text.fingerprint if text else previous.get("arguments", {}).get("text", {}).get("fingerprint")
         )
-        with open_run(directory, arguments, kind=task.kind, overwrite=anew, command=recorded_command()) as run:
+        with open_run(directory, arguments, kind=task.kind, overwrite=overwrite, command=recorded_command()) as run:
             if run.finished or text is None:
                 self.console.log(
-                    f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew"
+                    f"The run in {run.directory} has finished; nothing to do. Use --overwrite to measure again"
                 )
             else:
-                self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.place))
-                self.waited_for = False
+                self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.placement))
+                self.workers_idle = False
                 _measure(run, self, task, text)
-                self.waited_for = True
+                self.workers_idle = True
         return run
 
     @property
     def text(self) -> TokenizedText:
-        """The tokens, read when first asked for."""
+        """Return the tokens; read them at the first use."""
         if self._text is None:
-            self._text = _text(self.asked, self.tokenizer, self._vocabulary, self.console)
+            self._text = _read_tokens(self.request, self.tokenizer, self._vocabulary, self.console)
         return self._text
 
     @property
     def tokenizer(self) -> Any:
-        """The model's, or the one that is to be taken."""
+        """Return the model's tokenizer, or the one named with --tokenizer."""
         return tokenizer_of_run(self.source, self.options.tokenizer)
 
-    def check_vocabulary(self, most: int) -> None:
-        """Refuse a token that the model does not have.
+    def check_vocabulary(self, max_token: int) -> None:
+        """Check that the model's vocabulary includes a token.
 
         Raises:
             SourceError: it does not.
         """
-        _check_vocabulary(most, self._vocabulary)
+        _check_vocabulary(max_token, self._vocabulary)
 
     def _with_weights(self) -> Source:
-        if not self._whole:
-            self.source, self._whole = find_source(self.model, revision=self.options.revision), True
+        if not self._has_weights:
+            self.source, self._has_weights = find_source(self.model, revision=self.options.revision), True
         return self.source
 
-    def arguments(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """What digits depend on that one process finds in one go: its own arguments, the model and where it runs."""
+    def arguments(self, analysis: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a one-process analysis depends on: its own arguments, the model and its placement."""
         source = self._with_weights()
         model = {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
-        return {"model": model, **own, **self.place.arguments(), "blocks": self.options.blocks}
+        return {"model": model, **analysis, **self.placement.arguments(), "blocks": self.options.blocks}
 
     def load(self) -> Any:
-        """The model where it is to be."""
+        """Return the model on its devices; load it at the first use."""
         if self._loaded is None:
-            self._loaded = self._hold.enter_context(
-                load_with_status(self._with_weights(), self.place, self.console, self.group)
+            self._loaded = self._exit_stack.enter_context(
+                load_with_status(self._with_weights(), self.placement, self.console, self.group)
             )
         return self._loaded
 
 
 def tokenizer_of_run(source: Source, other: str | None) -> Any:
-    """The tokenizer that text is read with.
+    """Return the tokenizer for the text.
+
+    Args:
+        source: the model.
+        other: another model to take the tokenizer from, or None.
 
     Raises:
-        SourceError: there is none.
+        SourceError: the model has no tokenizer.
     """
     from layersurgery.checkpoints.loading import tokenizer_of
 
     tokenizer = tokenizer_of(find_source(other, weights=False) if other else source)
     if tokenizer is None:
-        raise SourceError(f"{other or source.label} brings no tokenizer; say whose to take: --tokenizer MODEL")
+        raise SourceError(f"{other or source.label} has no tokenizer; name a model that has one: --tokenizer MODEL")
     return tokenizer
 
 
 def _arguments(
-    source: Source, options: MeasureOptions, asked: TextRequest, task: Task, place: Placement
+    source: Source, options: MeasureOptions, request: TextRequest, task: Task, placement: Placement
 ) -> dict[str, Any]:
     from layersurgery.runs.run_directory import versions
 
     return {
         "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
         **task.arguments(),
-        "text": {**dataclasses.asdict(asked), "shuffle": asked.shuffled, "tokenizer": options.tokenizer},
-        **place.arguments(),
+        "text": {**dataclasses.asdict(request), "shuffle": request.shuffled, "tokenizer": options.tokenizer},
+        **placement.arguments(),
         "compiled": options.compile,
         "batch_size": options.batch_size,
         "per_token": options.per_token,
@@ -206,25 +217,25 @@ def _arguments(
     }
 
 
-def _text(asked: TextRequest, tokenizer: Any, vocabulary: int | None, console: Console) -> TokenizedText:
+def _read_tokens(request: TextRequest, tokenizer: Any, vocabulary: int | None, console: Console) -> TokenizedText:
     from layersurgery.runs.text import read_text
 
-    with console.status(f"Reading text: {asked.data}"):
-        text = read_text(asked, tokenizer)
+    with console.status(f"Reading text: {request.data}"):
+        text = read_text(request, tokenizer)
     _check_vocabulary(int(text.ids[text.mask.bool()].max()), vocabulary)
     sequences, length = text.ids.shape
-    console.log(
-        f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {'' if asked.pack else 'up to '}{length}"
-    )
+    at_most = "" if request.pack else "up to "
+    console.log(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {at_most}{length}")
     for note in text.notes:
         console.log(f"Note: {note}")
     return text
 
 
-def _check_vocabulary(most: int, vocabulary: int | None) -> None:
-    if vocabulary is not None and most >= vocabulary:
+def _check_vocabulary(max_token: int, vocabulary: int | None) -> None:
+    if vocabulary is not None and max_token >= vocabulary:
         raise SourceError(
-            f"the tokenizer gives token {most}, and the model has a vocabulary of {vocabulary}: it is another model's tokenizer"
+            f"the tokenizer gave token {max_token}, but the model's vocabulary has {vocabulary} tokens: this is "
+            "another model's tokenizer"
         )
 
 
@@ -234,20 +245,21 @@ def _measure(run: Run, session: ModelSession, task: Task, text: TokenizedText) -
     options, console, group, source = session.options, session.console, session.group, session.source
     model = session.load()
     measurer = task.measurer(model, options)
-    on = describe_placement(model, session.place, measurer.runner.path)
+    devices = describe_placement(model, session.placement, measurer.runner.path)
     console.log(
-        f"{source.label}: {format_count(measurer.parameters)} parameters in {session.place.dtype} on {on}; read out by {measurer.readout.description}"
+        f"{source.label}: {format_count(measurer.parameters)} parameters in {session.placement.dtype} on {devices}; "
+        f"logits computed by {measurer.readout.description}"
     )
     _announce(measurer, text, options.batch_size or run.facts.get("batch_size"), console, group)
     if run.started:
-        console.log("Going on with what is measured already")
+        console.log("Resuming from the results measured so far")
     try:
-        with progress_bar(text, console, task.extremes) as on_progress:
+        with progress_bar(text, console, task.summarize) as on_progress:
             run_measurement(
                 run,
                 measurer,
                 text,
-                task.outcome(measurer, source, console),
+                task.output(measurer, source, console),
                 batch_size=options.batch_size,
                 per_token=options.per_token,
                 tokenizer=session.tokenizer if options.per_token else None,
@@ -256,29 +268,30 @@ def _measure(run: Run, session: ModelSession, task: Task, text: TokenizedText) -
                 group=group,
             )
     except (KeyboardInterrupt, SystemExit) as stop:
-        also = "; if another process has gone, its own message says why" if group.size > 1 else ""
-        print_error("stopped", f"what was measured is in {run.directory}; the same command goes on with it{also}")
+        hint = " If another process has ended, see its own message for the reason" if group.size > 1 else ""
+        end = f".{hint}" if hint else ""
+        print_error("interrupted", f"results so far are in {run.directory}; run the same command to resume{end}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
-    if measurer.runner.compiler is not None and (why := measurer.runner.compiler.refused):
-        console.log(f"Note: {why}; blocks were run as they are")
+    if measurer.runner.compiler is not None and (reason := measurer.runner.compiler.refused):
+        console.log(f"Note: {reason}; blocks were run without compilation")
     if measurer.max_sequences is not None:
-        console.log(
-            f"Note: memory ran out, so batches were measured in parts of {measurer.max_sequences} sequence{'s'[: measurer.max_sequences != 1]}"
-        )
+        count = measurer.max_sequences
+        plural = "s"[: count != 1]
+        console.log(f"Note: memory ran out, so batches were split into parts of {count} sequence{plural}")
 
 
 @contextmanager
-def load_with_status(source: Source, place: Placement, console: Console, group: ProcessGroup) -> Iterator[Any]:
-    """The model where it is to be, with a word while it is loaded."""
+def load_with_status(source: Source, placement: Placement, console: Console, group: ProcessGroup) -> Iterator[Any]:
+    """Load a model onto its devices, with a status message."""
     with ExitStack() as exit_stack:
         with console.status(f"Loading {source.label}"):
-            model = exit_stack.enter_context(load_model(source, place, group))
+            model = exit_stack.enter_context(load_model(source, placement, group))
         yield model
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Without other libraries' advice and bars between our lines."""
+    """Silence other libraries' warnings and progress bars."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -294,22 +307,24 @@ def _announce(
 ) -> None:
     length = text.ids.shape[1]
     batch = min(batch_size or measurer.suggest(length), len(text.ids))
-    forecast, plan = measurer.memory_use(batch, length), measurer.schedule
-    saved = f"{plan.calls_without_sharing:,} without sharing"
-    by = f" by {group.size} processes" if group.size > 1 else ""
+    memory, schedule = measurer.memory_use(batch, length), measurer.schedule
+    without_sharing = f", {schedule.calls_without_sharing:,} without sharing"
+    saving = without_sharing if schedule.calls_without_sharing > schedule.calls else ""
+    processes = f", on {group.size} processes" if group.size > 1 else ""
     edited = f"{len(measurer.routes)} edited models; " if measurer.routes else ""
-    shared = f", {saved}" if plan.calls_without_sharing > plan.calls else ""
-    console.log(f"{edited}{plan.calls:,} block calls a batch{shared}{by}")
+    console.log(f"{edited}{schedule.calls:,} block calls per batch{saving}{processes}")
     if measurer.bytes_to_read:
-        way = (
-            f"layer by layer, {plan.resident_blocks} block{'s'[: plan.resident_blocks != 1]} at hand at a time"
-            if plan.during_trunk
+        resident = schedule.resident_blocks
+        order = (
+            f"layer by layer, {resident} block{'s'[: resident != 1]} in memory at a time"
+            if schedule.during_trunk
             else "route by route"
         )
-        console.log(f"Weights are brought in {way}: {format_bytes(measurer.bytes_to_read)} a batch")
+        console.log(f"Weights are loaded {order}: {format_bytes(measurer.bytes_to_read)} per batch")
     console.log(
-        f"Expecting {format_bytes(forecast.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights {format_bytes(forecast.weights)}, streams "
-        f"{format_bytes(forecast.streams)}, a block {format_bytes(forecast.block)} or a readout {format_bytes(forecast.readout)}"
+        f"Expecting {format_bytes(memory.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: weights "
+        f"{format_bytes(memory.weights)}, residual streams {format_bytes(memory.streams)}, one block "
+        f"{format_bytes(memory.block)} or one readout {format_bytes(memory.readout)}"
     )
     for plan_text, reason in measurer.skipped.items():
-        console.log(f"Left out: {plan_text}: {reason}")
+        console.log(f"Skipped: {plan_text}: {reason}")

@@ -1,4 +1,4 @@
-"""Analyses that one process does in one go: of weights, or of windows cut from text."""
+"""Run analyses that one process does in one step: of weights, or of windows cut from text."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ if TYPE_CHECKING:
 
     from layersurgery.runs.run_directory import Run
 
-Made = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
+TablesAndFacts = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
 
 
 def run_once(
-    directory: Path, arguments: Mapping[str, Any], console: Console, make: Callable[[], Made], *, overwrite: bool
+    directory: Path,
+    arguments: Mapping[str, Any],
+    console: Console,
+    make: Callable[[], TablesAndFacts],
+    *,
+    overwrite: bool,
 ) -> Run:
-    """A directory of tables and figures, made now or found finished.
+    """Make a directory of tables and figures, unless it holds the finished run already.
 
     Args:
-        directory: where to.
-        arguments: all that the digits depend on, but for versions.
-        console: how it speaks.
-        make: the tables, the first one first, and facts for `run.json`.
-        anew: replace what another run has left there.
+        directory: where to write.
+        arguments: everything the results depend on, except versions.
+        console: where to print.
+        make: returns the tables, the main one first, and facts for `run.json`.
+        overwrite: replace what another run has left in the directory.
+
+    Returns:
+        The finished run.
     """
     from layersurgery.analyses.outcomes import write_tables
     from layersurgery.runs.run_directory import ANALYSIS, open_run, versions
@@ -36,12 +44,12 @@ def run_once(
     arguments = {**arguments, "versions": versions()}
     with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=recorded_command()) as run:
         if run.finished:
-            console.log(f"The run in {run.directory} has finished; nothing to do. --overwrite measures it anew")
+            console.log(f"The run in {run.directory} has finished; nothing to do. Use --overwrite to measure again")
             return run
         frames, facts = make()
         run.start()
         run.update(files=write_tables(run.directory, frames), **facts)
         first = next(iter(frames.values()))
-        figures, fault = draw_safely(lambda _, place: draw_analysis(place, run.facts), first, run.directory)
-        run.update(state="finished", figures=figures, figure_error=fault)
+        figures, error = draw_safely(lambda _, path: draw_analysis(path, run.facts), first, run.directory)
+        run.update(state="finished", figures=figures, figure_error=error)
         return run

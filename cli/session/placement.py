@@ -1,4 +1,4 @@
-"""Where and in what precision a model is to run: the options for it, resolved and said out."""
+"""Choose the devices and the data type that a model runs with, and load it there."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from ..terminal.console import Console
     from .run_options import MeasureOptions
 
-_SHARE = 0.9
+_FREE_MEMORY_SHARE = 0.9
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model runs.
+    """Devices and data type of a model.
 
     Attributes:
-        device: of the whole model; of a dispatched one, what the map is made for.
-        dtype: of its weights.
-        device_map: of modules to devices, or a way to make one; None for one device.
-        max_memory: that each device may give.
-        offload_folder: for weights that a checkpoint does not hold as they are wanted.
+        device: device of the whole model, or the main device that a device map is made for.
+        dtype: data type of the weights.
+        device_map: devices by module, or the strategy to choose them; None for a single device.
+        max_memory: memory limit of each device.
+        offload_folder: directory for weights that a checkpoint does not hold in the form needed.
     """
 
     device: str
@@ -50,91 +50,96 @@ class Placement:
     offload_folder: Path | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """What the digits may depend on: the kind of device, not which of several equal ones; and how a model is spread over kinds."""
-        where = {"device": self.device.partition(":")[0], "dtype": self.dtype}
+        """Return what the results may depend on: the type of device (not its index), the dtype and the device map."""
+        arguments = {"device": self.device.partition(":")[0], "dtype": self.dtype}
         return (
-            where if self.device_map is None else where | {"device_map": self.device_map, "max_memory": self.max_memory}
+            arguments
+            if self.device_map is None
+            else arguments | {"device_map": self.device_map, "max_memory": self.max_memory}
         )
 
 
 def choose_placement(options: MeasureOptions, source: Source, console: Console) -> Placement:
-    """Device and dtype, said out.
+    """Resolve the options for devices and data type.
 
     Raises:
-        PlanError: options that cannot be meant.
-        SourceError: a device that is not there.
+        PlanError: the options are invalid or exclude each other.
+        SourceError: the device is not available.
     """
     import torch
 
     if options.device and options.device_map:
-        raise PlanError("give either --device or --device-map")
+        raise PlanError("give either --device or --device-map, not both")
     if (options.max_memory or options.offload_folder) and not options.device_map:
-        raise PlanError("--max-memory and --offload-folder go with --device-map, as in --device-map auto")
+        raise PlanError("--max-memory and --offload-folder need --device-map, for example --device-map auto")
     device_map = read_device_map(options.device_map) if options.device_map else None
     max_memory = read_max_memory(options.max_memory) if options.max_memory else None
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] == "meta":
-        raise PlanError("--device meta computes nothing; write cpu or cuda")
+        raise PlanError("--device meta cannot compute; use cpu or cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SourceError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
     return Placement(
-        device, _dtype(options.dtype, device, source, console), device_map, max_memory, options.offload_folder
+        device, _resolve_dtype(options.dtype, device, source, console), device_map, max_memory, options.offload_folder
     )
 
 
-def _dtype(asked: str, device: str, source: Source, console: Console) -> str:
-    dtype = asked.removeprefix("torch.")
+def _resolve_dtype(requested: str, device: str, source: Source, console: Console) -> str:
+    dtype = requested.removeprefix("torch.")
     if dtype == "auto":
         config = json.loads((source.directory / "config.json").read_text("utf-8"))
         inner = config.get("text_config") or {}
-        named = (owner.get(name) for owner in (inner, config) for name in ("dtype", "torch_dtype"))
-        # Where no config says it, transformers looks at the weights.
-        dtype = str(next(filter(None, named), "auto")).removeprefix("torch.")
+        values = (owner.get(name) for owner in (inner, config) for name in ("dtype", "torch_dtype"))
+        # If the config has no dtype, transformers takes it from the weights.
+        dtype = str(next(filter(None, values), "auto")).removeprefix("torch.")
         if device == "cpu" and dtype == "float16":
             dtype = "float32"
             console.log(
-                "Note: the checkpoint is in float16, which few CPUs multiply at all, so it is loaded in float32; --dtype float16 insists"
+                "Note: the checkpoint is in float16, which few CPUs can multiply, so it is loaded in float32; "
+                "use --dtype float16 to keep float16"
             )
     if dtype not in _DTYPES:
-        raise PlanError(f"--dtype {asked!r} is not one to run a model in; write float32, bfloat16, float16 or auto")
+        raise PlanError(f"--dtype {requested!r} is not supported; use float32, bfloat16, float16 or auto")
     return dtype
 
 
 @contextmanager
-def load_model(source: Source, place: Placement, group: ProcessGroup) -> Iterator[Any]:
-    """The model where it is to be; of several processes, each counts its own share of the GPUs from 0.
+def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Iterator[Any]:
+    """Load the model onto its devices.
+
+    With several processes on a machine, each numbers its own share of the GPUs from 0.
 
     Raises:
-        PlanError: a GPU that this process does not have.
+        PlanError: the placement names a GPU that this process does not have.
     """
     from layersurgery.checkpoints.loading import load
 
-    if place.device_map is None:
-        yield load(source.directory, dtype=place.dtype).model.to(_own(place.device, group))
+    if placement.device_map is None:
+        yield load(source.directory, dtype=placement.dtype).model.to(_local_device(placement.device, group))
         return
-    if place.offload_folder is not None:
-        place.offload_folder.mkdir(parents=True, exist_ok=True)
-    # One's own, for what is written there is named after weights only.
-    with tempfile.TemporaryDirectory(prefix="layersurgery-offload-", dir=place.offload_folder) as folder:
-        given = place.device_map
-        spread: Any = (
-            {name: _own(device, group) for name, device in given.items()}
-            if isinstance(given, dict)
-            else _own(given, group)
+    if placement.offload_folder is not None:
+        placement.offload_folder.mkdir(parents=True, exist_ok=True)
+    # Each process needs a directory of its own: files in it are named after weights only.
+    with tempfile.TemporaryDirectory(prefix="layersurgery-offload-", dir=placement.offload_folder) as folder:
+        device_map = placement.device_map
+        local_map: Any = (
+            {name: _local_device(device, group) for name, device in device_map.items()}
+            if isinstance(device_map, dict)
+            else _local_device(device_map, group)
         )
         yield load(
             source.directory,
-            dtype=place.dtype,
-            device_map=spread,
-            max_memory=_memory(place.max_memory, group),
+            dtype=placement.dtype,
+            device_map=local_map,
+            max_memory=_resolve_max_memory(placement.max_memory, group),
             offload_folder=folder,
         ).model
 
 
-def _own(device: int | str, group: ProcessGroup) -> int | str:
-    """One of this process's own devices."""
+def _local_device(device: int | str, group: ProcessGroup) -> int | str:
+    """Return the machine's device for a device number of this process."""
     import torch
 
     from layersurgery.runs.distributed import own_devices
@@ -142,25 +147,25 @@ def _own(device: int | str, group: ProcessGroup) -> int | str:
     return device if group.size == 1 else local_device(device, own_devices(group, torch.cuda.device_count()))
 
 
-def _memory(asked: MaxMemory | None, group: ProcessGroup) -> MaxMemory | None:
-    """What each device may give to this process; where nothing is asked, most of what is free of its share."""
+def _resolve_max_memory(limits: MaxMemory | None, group: ProcessGroup) -> MaxMemory | None:
+    """Return the memory limits of this process's devices; by default, 90 % of what is free."""
     import psutil
     import torch
 
     from layersurgery.runs.distributed import own_devices
 
     if group.size == 1:
-        return asked
-    if asked is not None:
-        return {_own(device, group): size for device, size in asked.items()}
-    mine = own_devices(group, torch.cuda.device_count())
-    found: MaxMemory = {device: int(_SHARE * torch.cuda.mem_get_info(device)[0]) for device in mine}
-    return found | {"cpu": int(_SHARE * psutil.virtual_memory().available / group.local_size)}
+        return limits
+    if limits is not None:
+        return {_local_device(device, group): size for device, size in limits.items()}
+    devices = own_devices(group, torch.cuda.device_count())
+    free: MaxMemory = {device: int(_FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) for device in devices}
+    return free | {"cpu": int(_FREE_MEMORY_SHARE * psutil.virtual_memory().available / group.local_size)}
 
 
-def describe_placement(model: Any, place: Placement, blocks: str) -> str:
-    """Where a loaded model is, in words."""
+def describe_placement(model: Any, placement: Placement, blocks: str) -> str:
+    """Describe where a loaded model is."""
     devices = getattr(model, "hf_device_map", None)
-    if place.device_map is None or not isinstance(devices, dict):
-        return str(place.device)
+    if placement.device_map is None or not isinstance(devices, dict):
+        return str(placement.device)
     return describe(devices, blocks)

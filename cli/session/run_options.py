@@ -1,4 +1,4 @@
-"""The options of a measuring command."""
+"""Define the options of the measuring commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class MeasureOptions:
-    """What `sweep` takes beside the model; `analyze` and `stages` take some of it."""
+    """Options of `sweep` other than the model; other measuring commands take some of them."""
 
     edits: str | None
     plans: Path | None
@@ -40,10 +40,18 @@ class MeasureOptions:
     estimate: bool
 
     @classmethod
-    def of(cls, **given: Any) -> MeasureOptions:
-        """Those given, and what the others are where nobody says anything."""
-        usual: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__) | {
-            "split": "train", "column": "text", "seed": 0, "pack": True, "bos": False, "dtype": "auto", "compile": False,
-            "overwrite": False, "per_token": False, "estimate": False,
-        }  # fmt: skip
-        return cls(**usual | given)
+    def of(cls, **options: Any) -> MeasureOptions:
+        """Return the given options, with defaults for all others."""
+        defaults: dict[str, Any] = dict.fromkeys(cls.__dataclass_fields__) | {
+            "split": "train",
+            "column": "text",
+            "seed": 0,
+            "pack": True,
+            "bos": False,
+            "dtype": "auto",
+            "compile": False,
+            "overwrite": False,
+            "per_token": False,
+            "estimate": False,
+        }
+        return cls(**defaults | options)

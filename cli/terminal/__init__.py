@@ -1,1 +1,1 @@
-"""Output on the terminal: messages, tables, charts and progress bars."""
+"""Print to the terminal: messages, tables, charts and progress bars."""

@@ -1,4 +1,4 @@
-"""Results of analyses on a terminal: a table with curves, and for the stages what they say."""
+"""Print the results of an analysis: a table, sparklines over depth, and a summary in words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .charts import bar_cell, sparkline
+from .charts import BAR_WIDTH, bar_cell, sparkline
 from .console import Console
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from layersurgery.runs.run_directory import Run
 
-# What is shown of each table: column, heading, factor, digits, whether with a bar and a curve.
+# The columns shown of each table: column, heading, factor, digits, whether it gets a bar and a sparkline.
 _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
     "lens": (
         ("lens_kl_nats", "KL to the end", 1, 3, True),
@@ -63,82 +63,86 @@ _SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
     ),
 }
 _LOG = ("drop_kl_nats", "kl_nats", "block_influence")
-_GUESSES = {"block influence (ShortGPT)": "block_influence", "angular distance (Gromov et al.)": "angular_distance"}
-_BARS_UP_TO = 3
-_HEADS = 10
-_WRAP = 110
+_SCORES = {"block influence (ShortGPT)": "block_influence", "angular distance (Gromov et al.)": "angular_distance"}
+_MAX_BAR_COLUMNS = 3
+_MAX_HEADS = 10
+_WRAP_WIDTH = 110
 
 
 def progress_line(frame: pd.DataFrame) -> str:
-    """A table so far, in a line."""
+    """Summarize a table of results so far in one line."""
     for columns in _SHOWN.values():
-        name, heading, times, _, _ = columns[0]
+        name, heading, factor, _, _ = columns[0]
         if name in frame:
-            return f"{heading} {sparkline((times * frame[name]).tolist())}"
+            return f"{heading} {sparkline((factor * frame[name]).tolist())}"
     return f"self {sparkline(frame[frame.part == 'block'].self.tolist())}" if "part" in frame else ""
 
 
 def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
-    """One table and its curves over depth."""
+    """Yield one table and its sparklines over depth."""
     yield ""
     if name == "similarity":
-        yield from _similarity(frame)
+        yield from _similarity_tables(frame)
         return
     if name == "subjoiners":
-        yield from _heads(frame)
+        yield from _head_table(frame)
         return
     if name == "probe":
-        yield from _probes(frame)
+        yield from _probe_table(frame)
         return
     if name not in _SHOWN:
         return
     columns = [column for column in _SHOWN[name] if column[0] in frame]
-    barred = [column for column in columns if column[4]]
+    bar_columns = [column for column in columns if column[4]]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", justify="right", no_wrap=True)
     for column in columns:
         table.add_column(column[1], justify="right", no_wrap=True)
-        if column in barred and len(barred) <= _BARS_UP_TO:
-            table.add_column("", width=8, no_wrap=True)
+        if column in bar_columns and len(bar_columns) <= _MAX_BAR_COLUMNS:
+            table.add_column("", width=BAR_WIDTH, no_wrap=True)
     for row in frame.to_dict("records"):
         cells = [str(row["layer"])]
         for column in columns:
-            key, _, times, digits, _ = column
+            key, _, factor, digits, _ = column
             value = _float(row[key])
-            cells.append("-" if math.isnan(value) else f"{times * value:.{digits}f}")
-            if column in barred and len(barred) <= _BARS_UP_TO:
+            cells.append("-" if math.isnan(value) else f"{factor * value:.{digits}f}")
+            if column in bar_columns and len(bar_columns) <= _MAX_BAR_COLUMNS:
                 cells.append(bar_cell(value, frame[key].astype(float).max()))
         table.add_row(*cells)
     yield table
     yield ""
-    for key, heading, *_ in barred:
+    for key, heading, *_ in bar_columns:
         label = {"%": key.partition("_")[0]}.get(heading, heading)
         yield Text(f"{label:>16} {sparkline([_float(value) for value in frame[key]], log=key in _LOG)}", no_wrap=True)
 
 
-def _similarity(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
+def _similarity_tables(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("\nlayers", justify="right", no_wrap=True)
-    parts = ("attention", "mlp", "block")
-    for part in parts:
-        for kind in ("self", "index", "adj."):
-            table.add_column(f"{part if kind == 'self' else ''}\n{kind}", justify="right", no_wrap=True)
-    by = frame.set_index(["layer", "part"])
+    branches = ("attention", "mlp", "block")
+    for branch in branches:
+        for measure in ("self", "index", "adj."):
+            table.add_column(f"{branch if measure == 'self' else ''}\n{measure}", justify="right", no_wrap=True)
+    rows_of = frame.set_index(["layer", "part"])
     for layer in dict.fromkeys(frame.layer):
-        values = [_float(by.loc[(layer, part), kind]) for part in parts for kind in ("self", "index", "adjacent")]
+        values = [
+            _float(rows_of.loc[(layer, branch), measure])
+            for branch in branches
+            for measure in ("self", "index", "adjacent")
+        ]
         table.add_row(f"{layer} {layer + 1}", *["-" if math.isnan(value) else f"{value:.2f}" for value in values])
     yield table
     yield ""
-    for part in parts:
-        yield Text(f"{part:>10}, self {sparkline(frame[frame.part == part].self.tolist())}", no_wrap=True)
+    for branch in branches:
+        yield Text(f"{branch:>10}, self {sparkline(frame[frame.part == branch].self.tolist())}", no_wrap=True)
 
 
-def _heads(frame: pd.DataFrame) -> Iterator[Table]:
-    """The heads with the highest scores."""
+def _head_table(frame: pd.DataFrame) -> Iterator[Table]:
+    """Yield a table of the heads with the highest scores."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("rank", "layer", "head", "score", "", "in the word", "elsewhere", "effect size", "held out"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in frame.sort_values("rank").head(_HEADS).to_dict("records"):
+    for row in frame.sort_values("rank").head(_MAX_HEADS).to_dict("records"):
         table.add_row(
             *[str(row[name]) for name in ("rank", "layer", "head")],
             f"{row['score']:.3f}",
@@ -151,10 +155,10 @@ def _heads(frame: pd.DataFrame) -> Iterator[Table]:
     yield table
 
 
-def _probes(frame: pd.DataFrame) -> Iterator[Table]:
-    """What tells the class, and how well."""
+def _probe_table(frame: pd.DataFrame) -> Iterator[Table]:
+    """Yield a table of the probes and their held-out accuracy."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("told by", no_wrap=True)
+    table.add_column("predictor", no_wrap=True)
     for heading in ("neurons", "held out, %", "95 %", "class, %", "rest, %", "windows"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
@@ -174,12 +178,12 @@ def _probes(frame: pd.DataFrame) -> Iterator[Table]:
 def _float(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):  # pandas' NA
+    except (TypeError, ValueError):  # pandas.NA
         return math.nan
 
 
 def show_analysis(run: Run, console: Console) -> None:
-    """The results of a finished run."""
+    """Print the results of a finished analysis."""
     from layersurgery.runs.tables import read_results, tables_in
 
     facts = run.facts
@@ -198,48 +202,50 @@ def show_analysis(run: Run, console: Console) -> None:
         },
     }
     first = names[0]
-    shown: list[Any] = [*lines(first, frames[first])]
+    items: list[Any] = [*lines(first, frames[first])]
     if first == "stages":
         from layersurgery.analyses import describe_stages
 
-        words = describe_stages(frames[first])
-        value |= {"boundaries": frames[first].attrs["boundaries"], "summary": words}
-        shown += ["", *(escape(line) for line in textwrap.wrap(words, _WRAP))]
+        summary = describe_stages(frames[first])
+        value |= {"boundaries": frames[first].attrs["boundaries"], "summary": summary}
+        items += ["", *(escape(line) for line in textwrap.wrap(summary, _WRAP_WIDTH))]
     elif "summary" in facts:
         value["summary"] = facts["summary"]
-        shown += ["", *(escape(line) for line in textwrap.wrap(facts["summary"], _WRAP))]
+        items += ["", *(escape(line) for line in textwrap.wrap(facts["summary"], _WRAP_WIDTH))]
     if first == "rank":
-        shown += ["", *_of_ranks(frames["rank"], frames["spans"])]
-    shown += ["", *_notes(facts)]
+        items += ["", *_describe_ranks(frames["rank"], frames["spans"])]
+    items += ["", *_notes(facts)]
     files = [*facts["files"], *facts["figures"]]
-    shown.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
-    console.result(value, *shown)
+    items.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
+    console.result(value, *items)
 
 
-def _of_ranks(frame: pd.DataFrame, spans: pd.DataFrame) -> Iterator[str]:
-    least = frame.dropna(subset=["kl_nats"]).sort_values("kl_nats").layer[:6]
-    yield f"[bold]Missed least, measured: {', '.join(map(str, least))}[/] (each dropped by itself)"
-    guessed = {name: frame.sort_values(column).layer[:6] for name, column in _GUESSES.items()}
-    for name, layers in guessed.items():
-        found = len(set(layers) & set(least))
-        yield f"By {name}: {', '.join(map(str, layers))} ({found} of {len(least)} the same)"
+def _describe_ranks(frame: pd.DataFrame, spans: pd.DataFrame) -> Iterator[str]:
+    lowest = frame.dropna(subset=["kl_nats"]).sort_values("kl_nats").layer[:6]
+    yield f"[bold]Lowest KL when removed: {', '.join(map(str, lowest))}[/] (measured one layer at a time)"
+    predicted = {name: frame.sort_values(column).layer[:6] for name, column in _SCORES.items()}
+    for name, layers in predicted.items():
+        common = len(set(layers) & set(lowest))
+        yield f"Lowest {name}: {', '.join(map(str, layers))} ({common} of {len(lowest)} in common)"
     rows = spans.dropna(subset=["angular_distance"])
     if len(rows):
         best = rows.loc[rows.groupby("span").angular_distance.idxmin()].head(8)
-        words = (f"{row.layer}:{row.layer + row.span}" for row in best.itertuples())
-        yield f"Spans over which the stream turns least: {', '.join(words)}"
+        ranges = (f"{row.layer}:{row.layer + row.span}" for row in best.itertuples())
+        yield f"Spans with the smallest angular distance: {', '.join(ranges)}"
 
 
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
-    for what, why in facts["skipped"].items():
-        reasons.setdefault(why, []).append(what)
-    for why, whats in reasons.items():
-        more = f" and {len(whats) - 1} more" if len(whats) > 1 else ""
-        yield escape(f"Left out: {whats[0]}{more}: {why}")
-    for what, batches in list(facts.get("non_finite", {}).items())[:8]:
-        yield f"[bold red]Not numbers:[/] {escape(what)} gave NaN or infinity in batch {', '.join(map(str, batches[:8]))}"
+    for name, reason in facts["skipped"].items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield escape(f"Skipped: {names[0]}{more}: {reason}")
+    for name, batches in list(facts.get("non_finite", {}).items())[:8]:
+        numbers = ", ".join(map(str, batches[:8]))
+        yield f"[bold red]Not finite:[/] {escape(name)} gave NaN or infinity in batch {numbers}"
     if facts.get("figure_error"):
         yield escape(f"No figure could be drawn: {facts['figure_error']}")
     if "text" in facts:
-        yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({facts['tokens_per_second']:,.0f} tokens/s)"
+        rate = f"{facts['tokens_per_second']:,.0f} tokens/s"
+        yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({rate})"

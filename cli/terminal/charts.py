@@ -1,4 +1,4 @@
-"""Numbers as bars and curves of block characters."""
+"""Draw bars and sparklines with block characters."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_WIDTH = 8
+BAR_WIDTH = 8
 
 
-def bar_cell(value: float, most: float) -> str:
-    """A bar of eighths of a character."""
-    if not (math.isfinite(value) and math.isfinite(most)) or most <= 0:
+def bar_cell(value: float, maximum: float) -> str:
+    """Return a bar for a table cell, drawn to an eighth of a character; empty for NaN or infinity."""
+    if not (math.isfinite(value) and math.isfinite(maximum)) or maximum <= 0:
         return ""
-    eighths = round(8 * _WIDTH * max(0.0, value) / most)
+    eighths = round(8 * BAR_WIDTH * max(0.0, value) / maximum)
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
 def sparkline(values: Sequence[float], *, log: bool = False) -> str:
-    """A line of one block character a value, from the least to the greatest; a dot for what is no number."""
+    """Return one block character per value, scaled from the minimum to the maximum; a dot for NaN or infinity."""
     scaled = [math.log(value) if log and value > 0 else math.nan if log else value for value in values]
-    known = [value for value in scaled if math.isfinite(value)]
-    if not known:
+    finite = [value for value in scaled if math.isfinite(value)]
+    if not finite:
         return "·" * len(values)
-    low, high = min(known), max(known)
+    low, high = min(finite), max(finite)
     step = (high - low) or 1
     return "".join(_LEVELS[min(7, int(8 * (value - low) / step))] if math.isfinite(value) else "·" for value in scaled)

@@ -1,4 +1,4 @@
-"""What the commands say: talk on stderr, results on stdout, and errors without a traceback."""
+"""Print messages to stderr, results to stdout, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
 
-_GIVEN: ContextVar[str] = ContextVar("given", default="")
+_COMMAND: ContextVar[str] = ContextVar("command", default="")
 
 
 class Commands(TyperGroup):
-    """The command group; turns the package's errors into a line and an exit code: 2 for usage, 1 for failure."""
+    """Command group that turns the package's errors into one line and an exit code: 2 for usage, 1 for failure."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse them, and keep them as they were given."""
+        """Parse the arguments, and record them as they were given."""
         record_command(args)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command; print its errors and set the exit code."""
         try:
             return super().invoke(ctx)
         except LayerSurgeryError as error:
             print_error("error", str(error))
             ctx.exit(2 if isinstance(error, PlanError) else 1)
         except KeyboardInterrupt:
-            print_error("stopped", "nothing half-written was left behind")
+            print_error("interrupted", "no partial output was left")
             ctx.exit(130)
-        except BrokenPipeError:  # the reader, such as head, has seen enough
+        except BrokenPipeError:  # the reader, such as head, has closed the pipe
             sys.stderr.close()
             ctx.exit(141)
 
 
-def print_error(word: str, text: str) -> None:
-    """A line on stderr about what went wrong."""
+def print_error(label: str, text: str) -> None:
+    """Print an error to stderr as one line, `label: text`."""
     from rich.markup import escape
 
-    rich_console(stderr=True).print(f"[bold red]{word}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    rich_console(stderr=True).print(f"[bold red]{label}:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def rich_console(*, stderr: bool = False) -> RichConsole:
-    """A rich console on one of the two streams."""
+    """Return a rich console for stdout or stderr."""
     from rich.console import Console as RichConsole
 
     return RichConsole(stderr=stderr)
 
 
 class Console:
-    """How one command speaks.
+    """Output of one command: messages on stderr, the result on stdout.
 
     Args:
-        quiet: say nothing.
+        quiet: print errors only.
         as_json: print the result as JSON, and nothing else on stdout.
     """
 
@@ -74,20 +74,20 @@ class Console:
         self.out.quiet = quiet and not as_json
 
     def log(self, text: str) -> None:
-        """A line of talk, printed as it is: paths and plans may hold brackets."""
+        """Print a message without markup, since paths and plans may contain brackets."""
         self.err.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def print(self, *shown: RenderableType) -> None:
-        """Talk with markup and tables."""
-        for item in shown:
+    def print(self, *items: RenderableType) -> None:
+        """Print messages with markup, or tables."""
+        for item in items:
             self.err.print(item, highlight=False, soft_wrap=isinstance(item, str))
 
-    def result(self, value: dict[str, Any] | list[Any], *shown: RenderableType) -> None:
-        """The result: JSON for a program, or `shown` for a person."""
+    def result(self, value: dict[str, Any] | list[Any], *items: RenderableType) -> None:
+        """Print the result: `value` as JSON with --json, else `items`."""
         if self.as_json:
             print(json.dumps(value, indent=2, ensure_ascii=False))
             return
-        for item in shown:
+        for item in items:
             if isinstance(item, str):
                 self.out.print(item, highlight=False, soft_wrap=True)
             else:
@@ -95,7 +95,7 @@ class Console:
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
-        """A step that takes a while: a spinner on a terminal, one line elsewhere."""
+        """Announce a slow step: a spinner on a terminal, one line elsewhere."""
         if self.err.is_terminal and not self.err.quiet:
             with self.err.status(text):
                 yield
@@ -105,18 +105,22 @@ class Console:
 
     @contextmanager
     def byte_progress(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
-        """A bar of bytes moved, their rate and the time left; only on a terminal."""
+        """Show a progress bar of bytes written, their rate and the time left; only on a terminal.
+
+        Yields:
+            A function that advances the bar by a number of bytes.
+        """
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        off = self.err.quiet or not self.err.is_terminal
-        with Progress(*columns, console=self.err, disable=off, transient=True) as progress:
+        disabled = self.err.quiet or not self.err.is_terminal
+        with Progress(*columns, console=self.err, disable=disabled, transient=True) as progress:
             task = progress.add_task("writing", total=total_bytes)
             yield lambda count: progress.advance(task, count)
 
 
 def format_bytes(count: int) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
+    """Format a number of bytes in decimal units: 1 kB is 1000 bytes."""
     value = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 1000:
@@ -126,7 +130,7 @@ def format_bytes(count: int) -> str:
 
 
 def format_count(count: int) -> str:
-    """A count of parameters for people."""
+    """Format a large count, such as a number of parameters, with a suffix k, M, B or T."""
     value = float(count)
     for unit in ("", "k", "M", "B"):
         if value < 1000:
@@ -135,11 +139,11 @@ def format_count(count: int) -> str:
     return f"{value:.3g} T"
 
 
-def record_command(words: Sequence[str]) -> None:
-    """Keep the words behind the program's name."""
-    _GIVEN.set(shlex.join(["layersurgery", *words]))
+def record_command(arguments: Sequence[str]) -> None:
+    """Record the arguments after the program's name."""
+    _COMMAND.set(shlex.join(["layersurgery", *arguments]))
 
 
 def recorded_command() -> str:
-    """The whole command, as a shell takes it; empty where there was none."""
-    return _GIVEN.get()
+    """Return the recorded command, quoted for a shell; empty if there is none."""
+    return _COMMAND.get()

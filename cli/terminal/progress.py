@@ -1,4 +1,4 @@
-"""Progress of a run."""
+"""Show the progress of a run."""
 
 from __future__ import annotations
 
@@ -21,55 +21,81 @@ _SECONDS_BETWEEN_LINES = 30
 
 @contextmanager
 def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
-    """One bar: sequences, tokens a second, time left, and results so far in words. Elsewhere, a line now and then."""
-    columns = (
-        BarColumn(bar_width=24), TextColumn("{task.fields[done]}"), TimeElapsedColumn(), TextColumn("<"), TimeRemainingColumn(),
-        TextColumn("{task.fields[extremes]}"),
-    )  # fmt: skip
-    on = console.err.is_terminal and not console.err.quiet
-    tokens = text.tokens / len(text.ids)
-    begin: float | None = None
-    started = spoke = time.monotonic()
-    extremes = ""
-    with Progress(*columns, console=console.err, disable=not on, transient=True, speed_estimate_period=600) as progress:
-        task = progress.add_task("", total=len(text.ids), done="", extremes="")
+    """Show sequences, tokens per second, time left and the results so far.
 
-        def on_progress(now: Any) -> None:
-            nonlocal begin, spoke, extremes
-            begin = now.sequences if begin is None else begin  # those of an earlier start cost no time now
+    On a terminal this is one progress bar; elsewhere, one line every 30 seconds.
+
+    Args:
+        text: the tokens that are measured.
+        console: where to print.
+        describe: summarizes a table of results so far in a few words.
+
+    Yields:
+        A function that takes the run's `Progress`.
+    """
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+        TextColumn("<"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[summary]}"),
+    )
+    is_shown = console.err.is_terminal and not console.err.quiet
+    tokens = text.tokens / len(text.ids)
+    first: float | None = None
+    started = last_line = time.monotonic()
+    summary = ""
+    with Progress(
+        *columns, console=console.err, disable=not is_shown, transient=True, speed_estimate_period=600
+    ) as bar:
+        task = bar.add_task("", total=len(text.ids), done="", summary="")
+
+        def on_progress(progress: Any) -> None:
+            nonlocal first, last_line, summary
+            # Sequences of an earlier, interrupted run took no time in this one.
+            first = progress.sequences if first is None else first
             seconds = max(1e-9, time.monotonic() - started)
-            rate = (now.sequences - begin) * tokens / seconds
-            extremes = describe(now.table()) if now.table is not None else extremes
-            done = f"{now.sequences:.1f}/{now.total} sequences, {rate:,.3g} tokens/s"
-            progress.update(task, completed=now.sequences, done=done, extremes=extremes)
-            if not on and time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
-                spoke = time.monotonic()
-                left = f"{(now.total - now.sequences) * tokens / rate:,.0f} s left" if rate else ""
-                console.log("; ".join(filter(None, [done, left, extremes])))
+            rate = (progress.sequences - first) * tokens / seconds
+            summary = describe(progress.table()) if progress.table is not None else summary
+            done = f"{progress.sequences:.1f}/{progress.total} sequences, {rate:,.3g} tokens/s"
+            bar.update(task, completed=progress.sequences, done=done, summary=summary)
+            if not is_shown and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                left = f"{(progress.total - progress.sequences) * tokens / rate:,.0f} s left" if rate else ""
+                console.log("; ".join(filter(None, [done, left, summary])))
 
         yield on_progress
 
 
 @contextmanager
-def counter(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, from the first count to the last; call it with how many are done, and of how many."""
+def counter(console: Console, noun: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar that counts; only on a terminal.
+
+    Args:
+        console: where to print.
+        noun: what is counted.
+
+    Yields:
+        A function that takes how many are done, and how many there are in total.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         BarColumn(bar_width=24),
-        TextColumn(f"{{task.completed}}/{{task.total}} {what}"),
+        TextColumn(f"{{task.completed}}/{{task.total}} {noun}"),
         TextColumn("<"),
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, console=console.err, transient=True)
     task = progress.add_task("", total=None)
 
-    # On screen only while it counts: older versions of rich refuse two bars, or a bar and a spinner, at once.
-    def count(done: int, of: int) -> None:
+    # The bar is on screen only while it counts: older versions of rich refuse two live displays at once.
+    def count(done: int, total: int) -> None:
         if not console.err.is_terminal or console.err.quiet:
             return
-        progress.update(task, completed=done, total=of)
-        (progress.stop if done >= of else progress.start)()
+        progress.update(task, completed=done, total=total)
+        (progress.stop if done >= total else progress.start)()
 
     try:
         yield count

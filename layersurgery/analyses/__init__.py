@@ -1,8 +1,10 @@
-"""Questions to a model: each function returns a table, and none draws.
+"""Analyses of a model. Each function returns a table and draws nothing.
 
 >>> import layersurgery as ls
->>> ls.analyses.lens(model, tokens).plot("relative_depth", "lens_kl_nats")  # doctest: +SKIP
->>> ls.analyses.in_words(ls.analyses.stages(model, tokens))  # doctest: +SKIP
+>>> model, tokenizer = ls.load("smollm2-135m")
+>>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+>>> ls.analyses.lens(model, tokens)[["layer", "lens_kl_nats", "lens_entropy_bits"]].shape
+(30, 3)
 """
 
 from .inference_stages import describe_stages, stages
@@ -14,6 +16,20 @@ from .prediction_neurons import neuron_scores, neurons
 from .subjoiner_heads import Subjoiners, subjoiners
 
 __all__ = [
-    "Probe", "Pruning", "Subjoiners", "attention", "describe_stages", "lens", "measure", "neuron_scores", "neurons", "norms", "probe", "prune", "rank",
-    "similarity", "stages", "subjoiners",
-]  # fmt: skip
+    "Probe",
+    "Pruning",
+    "Subjoiners",
+    "attention",
+    "describe_stages",
+    "lens",
+    "measure",
+    "neuron_scores",
+    "neurons",
+    "norms",
+    "probe",
+    "prune",
+    "rank",
+    "similarity",
+    "stages",
+    "subjoiners",
+]

@@ -1,4 +1,4 @@
-"""The four stages of inference: all signals of a model side by side over its depth, and what they say of its stages."""
+"""Find the four stages of inference: all signals of a model over its depth, and the stages they support."""
 
 from __future__ import annotations
 
@@ -37,45 +37,46 @@ def stages(
     progress: Callable[[int, int], None] | None = None,
     on_layer: OnLayer | None = None,
 ) -> pd.DataFrame:
-    """All signals of a model over its depth, and the stages that they show (figure 1 and table 1 of the paper).
+    """Measure all signals of a model over its depth, and the stages they show (figure 1 and table 1 of the paper).
 
     Args:
         model: a transformers causal language model, or a wrapper around one; it is not changed.
         tokens: token ids, (sequences, length).
         attention_mask: 1 for a token and 0 for padding, of the same shape.
-        batch_size: sequences at once; by the free memory if not given.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        progress: is called after each batch with the number of sequences done and of all.
-        on_layer: is called after each block's neurons with the number of blocks done and of all.
+        batch_size: sequences per batch; chosen by free memory if not given.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
+        progress: called after each batch with the number of sequences done and the total.
+        on_layer: called after the neurons of each block with the number of blocks done and the total.
 
     Returns:
-        One row for each block: layer, relative_depth, stage, drop_kl_nats, attention_prev5, prediction_percent, suppression_percent,
-        lens_kl_nats, lens_entropy_bits, attention_norm, mlp_norm, attention_to_mlp_ratio; means over text with their standard errors over
-        sequences. `frame.attrs["boundaries"]` holds the limits between stages, as dictionaries (see `staging.Boundary`); `in_words(frame)`
-        says them.
+        One row for each block: layer, relative_depth, stage, drop_kl_nats, attention_prev5, prediction_percent,
+        suppression_percent, lens_kl_nats, lens_entropy_bits, attention_norm, mlp_norm, attention_to_mlp_ratio. Means
+        over text have a standard error over sequences. `frame.attrs["boundaries"]` holds the boundaries between the
+        stages as dictionaries (fields: `analyses.stage_boundaries.Boundary`); `describe_stages(frame)` describes them
+        in words.
 
     Raises:
         PlanError: tokens that cannot be measured.
-        UnsupportedEditError: the model's blocks cannot be told apart.
-        MeasurementError: predictions that are no numbers, or too little memory.
+        UnsupportedEditError: the model's list of blocks cannot be identified.
+        MeasurementError: predictions that are NaN or infinite, or too little memory.
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    known = find_anatomy(model, blocks=blocks)
-    tables = measure_tables(model, ids, mask, [*SIGNALS, LENS, DROP], batch_size, blocks, known, progress)
+    anatomy = find_anatomy(model, blocks=blocks)
+    tables = measure_tables(model, ids, mask, [*SIGNALS, LENS, DROP], batch_size, blocks, anatomy, progress)
     try:
-        found = neurons(model, blocks=blocks, anatomy=known, progress=on_layer)
+        neuron_table = neurons(model, blocks=blocks, anatomy=anatomy, progress=on_layer)
     except UnsupportedEditError as error:
-        warnings.warn(f"neurons are left out: {error}", stacklevel=2)
-        found = None
-    return stage_table(tables, found)
+        warnings.warn(f"neurons were skipped: {error}", stacklevel=2)
+        neuron_table = None
+    return stage_table(tables, neuron_table)
 
 
-def stage_table(tables: SignalTables, found: pd.DataFrame | None) -> pd.DataFrame:
-    """The table of `stages`.
+def stage_table(tables: SignalTables, neuron_table: pd.DataFrame | None) -> pd.DataFrame:
+    """Build the table of `stages`.
 
     Args:
-        tables: of all signals that text tells.
-        found: the table of neurons; None where the model has none.
+        tables: tables of all signals measured on text.
+        neuron_table: the table of neurons; None if the model has none.
     """
     drop = tables.drop()
     dropped = drop[drop.edit == DROP].set_index("layer")
@@ -87,19 +88,19 @@ def stage_table(tables: SignalTables, found: pd.DataFrame | None) -> pd.DataFram
         for column in columns:
             frame[column], frame[f"{column}_sem"] = table[column], table[f"{column}_sem"]
     for kind in ("prediction", "suppression"):
-        frame[f"{kind}_percent"] = np.nan if found is None else found[f"{kind}_percent"].to_numpy(float)
-    counts = _counts(found, tables.depth)
-    limits = boundaries(_signals(frame, counts), _resampling(tables, counts))
-    frame.insert(3, "stage", stage_of(limits, tables.depth))
-    frame.attrs["boundaries"] = as_records(limits)
+        frame[f"{kind}_percent"] = np.nan if neuron_table is None else neuron_table[f"{kind}_percent"].to_numpy(float)
+    counts = _neuron_counts(neuron_table, tables.depth)
+    stage_boundaries = boundaries(_signals(frame, counts), _resampling(tables, counts))
+    frame.insert(3, "stage", stage_of(stage_boundaries, tables.depth))
+    frame.attrs["boundaries"] = as_records(stage_boundaries)
     return frame
 
 
-def _counts(found: pd.DataFrame | None, depth: int) -> dict[str, Array]:
+def _neuron_counts(neuron_table: pd.DataFrame | None, depth: int) -> dict[str, Array]:
     names = ("prediction", "suppression", "neurons")
-    if found is None:
+    if neuron_table is None:
         return {name: np.full(depth, np.nan) for name in names}
-    return {name: found[name].astype("float64").to_numpy(float) for name in names}
+    return {name: neuron_table[name].astype("float64").to_numpy(float) for name in names}
 
 
 def _signals(frame: pd.DataFrame, counts: dict[str, Array]) -> Signals:
@@ -108,84 +109,91 @@ def _signals(frame: pd.DataFrame, counts: dict[str, Array]) -> Signals:
 
 
 def _resampling(tables: SignalTables, counts: dict[str, Array]) -> Callable[[np.random.Generator], Signals] | None:
-    """Draws signals anew from sequences, and neurons, taken with replacement."""
-    sample, depth = tables.sums_by_sequence, tables.depth
-    n = len(sample.counts)
-    if n < 2:
+    """Return a function that draws the signals again from sequences and neurons sampled with replacement.
+
+    Return None if there is only one sequence.
+    """
+    sums_by_sequence, depth = tables.sums_by_sequence, tables.depth
+    sequences = len(sums_by_sequence.counts)
+    if sequences < 2:
         return None
     rows = {(variant.edit, variant.layer): row for row, variant in enumerate(tables.measurer.variants)}
 
     def values(edit: str, metric: str) -> Array:
-        found = np.full((n, depth), np.nan)
+        by_layer = np.full((sequences, depth), np.nan)
         for layer in range(depth):
-            # The lens behind the last block is the unedited model; a block that cannot be dropped has no value.
+            # The lens after the last block is the unedited model. A block that cannot be dropped has no value.
             row = rows.get((edit, layer), 0 if edit == LENS else None)
             if row is not None:
-                found[:, layer] = sample.values[:, row, METRICS.index(metric)]
-        return found
+                by_layer[:, layer] = sums_by_sequence.values[:, row, METRICS.index(metric)]
+        return by_layer
 
-    of_predictions = np.repeat(sample.counts[:, None], depth, 1)
+    predictions = np.repeat(sums_by_sequence.counts[:, None], depth, 1)
     pairs = {
-        "drop_kl_nats": (values(DROP, "kl_nats"), of_predictions),
-        "lens_kl_nats": (values(LENS, "kl_nats"), of_predictions),
-        "lens_entropy_bits": (values(LENS, "entropy_bits"), of_predictions),
+        "drop_kl_nats": (values(DROP, "kl_nats"), predictions),
+        "lens_kl_nats": (values(LENS, "kl_nats"), predictions),
+        "lens_entropy_bits": (values(LENS, "entropy_bits"), predictions),
     }
-    near = [tables.sums(layer, "attention", "attention_prev5") for layer in range(depth)]
-    pairs["attention_prev5"] = np.stack([one for one, _ in near], 1), np.stack([count for _, count in near], 1)
+    attention_sums = [tables.sums(layer, "attention", "attention_prev5") for layer in range(depth)]
+    pairs["attention_prev5"] = (
+        np.stack([sums for sums, _ in attention_sums], 1),
+        np.stack([count for _, count in attention_sums], 1),
+    )
 
     def draw(rng: np.random.Generator) -> Signals:
-        weights = np.bincount(rng.integers(n, size=n), minlength=n).astype(float)
+        weights = np.bincount(rng.integers(sequences, size=sequences), minlength=sequences).astype(float)
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn = {name: (weights @ sums) / (weights @ count) for name, (sums, count) in pairs.items()}
-        return drawn | _drawn_neurons(counts, rng)
+        return drawn | _resample_neurons(counts, rng)
 
     return draw
 
 
-def _drawn_neurons(counts: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
-    of = counts["neurons"]
+def _resample_neurons(counts: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
+    total = counts["neurons"]
     if not all(np.isfinite(values).all() for values in counts.values()):
         return counts
     shares = np.stack(
-        [counts["prediction"], counts["suppression"], of - counts["prediction"] - counts["suppression"]], 1
+        [counts["prediction"], counts["suppression"], total - counts["prediction"] - counts["suppression"]], 1
     )
-    drawn = rng.multinomial(of.astype(int), shares / np.maximum(of, 1)[:, None])
-    return {"prediction": drawn[:, 0].astype(float), "suppression": drawn[:, 1].astype(float), "neurons": of}
+    drawn = rng.multinomial(total.astype(int), shares / np.maximum(total, 1)[:, None])
+    return {"prediction": drawn[:, 0].astype(float), "suppression": drawn[:, 1].astype(float), "neurons": total}
 
 
 def describe_stages(frame: pd.DataFrame) -> str:
-    """What a table of `stages` shows and what it does not, as a paragraph."""
-    limits = [Boundary(**record) for record in frame.attrs["boundaries"]]
+    """Describe in a paragraph which boundaries a table of `stages` shows and which it does not."""
+    stage_boundaries = [Boundary(**record) for record in frame.attrs["boundaries"]]
     depth = len(frame)
-    parts = []
+    sentences = []
     first = 0
-    for limit in limits:
-        if limit.layer is None:
-            parts.append(f"Where {limit.ends} gives way to {limit.begins} was not found: {limit.why}.")
+    for boundary in stage_boundaries:
+        if boundary.layer is None:
+            sentences.append(f"The boundary from {boundary.ends} to {boundary.begins} was not found: {boundary.why}.")
             continue
-        parts.append(
-            f"{limit.ends.capitalize()} ends before layer {limit.layer} of {depth}{_interval(limit)}: {limit.why}."
+        sentences.append(
+            f"{boundary.ends.capitalize()} ends before layer {boundary.layer} of {depth}{_interval(boundary)}: "
+            f"{boundary.why}."
         )
-        first = limit.layer
-    told = sum(limit.layer is not None for limit in limits)
+        first = boundary.layer
+    found = sum(boundary.layer is not None for boundary in stage_boundaries)
     names = list(dict.fromkeys(frame.stage))
-    number = {
-        0: "None of the three limits",
-        1: "One of the three limits",
-        2: "Two of the three limits",
-        3: "All three limits",
-    }[told]
-    head = f"{number} between the four stages {'was' if told < 2 else 'were'} found"
+    count = {
+        0: "None of the three boundaries",
+        1: "One of the three boundaries",
+        2: "Two of the three boundaries",
+        3: "All three boundaries",
+    }[found]
+    head = f"{count} between the four stages {'was' if found < 2 else 'were'} found"
     last = f"Layers {first} to {depth - 1} are" if first < depth - 1 else f"Layer {first} is"
-    tail = f"{last} {names[-1]}." if told else ""
-    return " ".join(filter(None, [f"{head}.", *parts, tail]))
+    tail = f"{last} {names[-1]}." if found else ""
+    return " ".join(filter(None, [f"{head}.", *sentences, tail]))
 
 
-def _interval(limit: Boundary) -> str:
-    if limit.low is None:
-        return " (a single sequence: no interval)"
+def _interval(boundary: Boundary) -> str:
+    if boundary.low is None:
+        return " (no interval: there is only one sequence)"
     return (
-        f" (95 % of resamples: {limit.low})"
-        if limit.low == limit.high
-        else f" (95 % of resamples: {limit.low} to {limit.high})"
+        f" (95 % of resamples: {boundary.low})"
+        if boundary.low == boundary.high
+        else f" (95 % of resamples: {boundary.low} to {boundary.high})"
     )

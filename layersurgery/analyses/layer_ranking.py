@@ -1,4 +1,4 @@
-"""Which layers a model misses least: what their removal costs, beside the cheap scores of the literature."""
+"""Rank layers by the cost of their removal, measured and estimated by cheap scores from the literature."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from ..sweeps.observer import CHANGE
 from .signal_tables import DROP, SignalTables, collect_sums, measurer_of
 
 CRITERIA = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}
-"""Ways of choosing layers to remove, and the score that each goes by; the least is removed first."""
+"""Criteria for choosing layers to remove, and the score of each. The layer with the lowest score is removed first."""
 SIGNALS = (CHANGE, DROP)
 _DROPPED = ("kl_nats", "agreement", "loss_change_nats", "entropy_change_bits")
 
 
 def max_span(depth: int, spans: int | None = None) -> int:
-    """Blocks of the longest span to look at: half of a model, if nothing is asked; at least one stays behind."""
+    """Return the length in blocks of the longest span to measure.
+
+    It is half of the model's depth if not given, and at least one block remains.
+    """
     return max(1, min(spans or depth // 2, depth - 1))
 
 
@@ -37,64 +40,74 @@ def rank(
     anatomy: Anatomy | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Order layers by what their removal costs: measured, and guessed by two cheap scores, in one pass over the data.
+    """Rank layers by the cost of their removal: measured, and estimated by two cheap scores, in one pass over the data.
 
-    Measured: KL from the unedited model when the block is dropped, and what a sweep has beside it. Guessed: block influence, 1 - cosine of
-    the stream before and behind the block (ShortGPT, arXiv 2403.03853), and the angular distance over spans of blocks, arccos(cosine) / pi
-    (The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887). Both means are over all real tokens; the latter's authors take
-    each sequence's last, which is given beside it.
+    Measured: KL from the unedited model when the block is dropped, and the other metrics of a sweep. Estimated: block
+    influence, 1 - cosine between the stream before and after the block (ShortGPT, arXiv 2403.03853), and the angular
+    distance over spans of blocks, arccos(cosine) / pi (The Unreasonable Ineffectiveness of the Deeper Layers, arXiv
+    2403.17887). Both scores are means over all real tokens. The authors of the second use only the last token of each
+    sequence; this value is given as well, as angular_distance_last.
 
     Args:
         model: a transformers causal language model, or a wrapper around one; it is not changed.
         tokens: token ids, (sequences, length).
-        spans: angular distances over up to so many blocks; half of the model's if not given.
+        spans: longest span of blocks to measure angular distances over; half of the model's depth if not given.
         attention_mask: 1 for a token and 0 for padding, of the same shape.
-        batch_size: sequences at once; by the free memory if not given.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        anatomy: the model's, found if not given.
-        progress: is called after each batch with the number of sequences done and of all.
+        batch_size: sequences per batch; chosen by free memory if not given.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
+        anatomy: the model's anatomy; found if not given.
+        progress: called after each batch with the number of sequences done and the total.
 
     Returns:
-        One row for each block: layer, relative_depth, tokens, sequences, kl_nats, agreement, loss_change_nats, entropy_change_bits (of the model
-        without it), block_influence, angular_distance (over the block alone), angular_distance_last, each with its standard error over sequences;
-        and kl_rank, influence_rank, angular_rank (1 is missed least). `frame.attrs["spans"]` has a row for each span of blocks: layer (its
-        first), span (how many), angular_distance and angular_distance_last.
+        One row for each block: layer, relative_depth, tokens, sequences, kl_nats, agreement, loss_change_nats,
+        entropy_change_bits (all four for the model without the block), block_influence, angular_distance (over the
+        block alone), angular_distance_last, each with a standard error over sequences; and kl_rank, influence_rank,
+        angular_rank (1 is removed first). `frame.attrs["spans"]` has a row for each span of blocks: layer (its first
+        block), span (number of blocks), angular_distance and angular_distance_last.
 
     Raises:
         PlanError: tokens that cannot be measured.
         UnsupportedEditError: the model's blocks cannot be run in another order.
-        MeasurementError: predictions that are no numbers, or too little memory.
+        MeasurementError: predictions that are NaN or infinite, or too little memory.
 
     Example:
-        >>> rank(model, tokens).sort_values("kl_rank").layer.head(6)  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> ranks = ls.rank(model, tokens)
+        >>> len(ranks.sort_values("kl_rank").layer.head(6))
+        6
     """
     ids, mask = as_tokens(tokens, attention_mask)
     depth = len(find_decoder_blocks(model, blocks).blocks)
     measurer = measurer_of(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=max_span(depth, spans))
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
-        what, why = next(iter(tables.skipped.items()))
-        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['skipped'])", stacklevel=2)
+        name, reason = next(iter(tables.skipped.items()))
+        warnings.warn(
+            f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])",
+            stacklevel=2,
+        )
     frame = rank_table(tables)
     frame.attrs |= {"spans": span_table(tables), "skipped": tables.skipped}
     return frame
 
 
 def rank_table(tables: SignalTables) -> pd.DataFrame:
-    """The table of `rank`."""
+    """Build the table of `rank`."""
     change = tables.change()
     frame = change[change.span == 1].drop(columns="span").reset_index(drop=True)
     dropped = tables.drop()
     dropped = dropped[dropped.edit == DROP].set_index("layer")
-    place = list(frame.columns).index("sequences") + 1
+    position = list(frame.columns).index("sequences") + 1
     for name in reversed([column for metric in _DROPPED for column in (metric, f"{metric}_sem")]):
-        frame.insert(place, name, dropped[name].reindex(frame.layer).to_numpy(float))
-    for way, score in CRITERIA.items():
-        frame[f"{way}_rank"] = frame[score].rank(method="first").astype("Int64")
+        frame.insert(position, name, dropped[name].reindex(frame.layer).to_numpy(float))
+    for criterion, score in CRITERIA.items():
+        frame[f"{criterion}_rank"] = frame[score].rank(method="first").astype("Int64")
     return frame
 
 
 def span_table(tables: SignalTables) -> pd.DataFrame:
-    """The table of spans."""
+    """Build the table of spans."""
     change = tables.change()
     return change.drop(columns=["block_influence", "block_influence_sem"])

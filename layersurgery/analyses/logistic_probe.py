@@ -1,4 +1,4 @@
-"""Logistic regressions that are trained on one half of the windows and judged on the other."""
+"""Fit logistic regressions on one half of the windows and score them on the other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CHANCE_LEVEL = 0.001
 
 @dataclass(frozen=True, slots=True)
 class ProbeData:
-    """What is to be told, and from what.
+    """Data of a probe.
 
     Attributes:
-        x_WN: numbers to tell it from, (windows, neurons).
-        inside: what is to be told of each window.
-        held_out: windows that nothing is trained on.
-        seed: of whatever is random.
+        x_WN: activations, (windows, neurons).
+        inside: label of each window, (windows,).
+        held_out: True for windows that are not used for training, (windows,).
+        seed: random seed.
     """
 
     x_WN: np.ndarray
@@ -26,34 +26,38 @@ class ProbeData:
     held_out: np.ndarray
     seed: int
 
-    def shuffled(self, picked: np.random.Generator) -> ProbeData:
-        """With labels that mean nothing, in each half as many of each."""
+    def shuffled(self, rng: np.random.Generator) -> ProbeData:
+        """Return the data with labels shuffled within each half."""
         labels = self.inside.copy()
         for half in (~self.held_out, self.held_out):
-            labels[half] = picked.permutation(labels[half])
+            labels[half] = rng.permutation(labels[half])
         return replace(self, inside=labels)
 
     def fit(self, columns: list[int]) -> tuple[np.ndarray, float]:
-        """Whether a probe on some neurons is right, window by window, and its slope for the first: log odds by standard deviation."""
+        """Fit a probe on some neurons.
+
+        Returns:
+            Whether it is right for each window, and its slope for the first neuron (log odds per standard deviation).
+        """
         from sklearn.linear_model import LogisticRegression
         from sklearn.preprocessing import StandardScaler
 
         x, train = self.x_WN[:, columns], ~self.held_out
         scaler = StandardScaler().fit(x[train])
-        fitted = LogisticRegression(random_state=self.seed, max_iter=1000).fit(
+        regression = LogisticRegression(random_state=self.seed, max_iter=1000).fit(
             scaler.transform(x[train]), self.inside[train]
         )
-        return fitted.predict(scaler.transform(x)) == self.inside, float(fitted.coef_[0, 0])
+        return regression.predict(scaler.transform(x)) == self.inside, float(regression.coef_[0, 0])
 
     def score(self, right: np.ndarray) -> dict[str, float]:
-        """Accuracy, held out and not."""
-        held = right[self.held_out]
-        return {**interval(int(held.sum()), len(held)), "train_accuracy": float(right[~self.held_out].mean())}
+        """Return held-out accuracy with its interval, and training accuracy."""
+        held_out = right[self.held_out]
+        return {**interval(int(held_out.sum()), len(held_out)), "train_accuracy": float(right[~self.held_out].mean())}
 
     def row(self, probe: str, right: np.ndarray, k: int | None = None) -> dict[str, Any]:
-        """The same of either class as well, and of how many windows."""
-        train, held = int((~self.held_out).sum()), int(self.held_out.sum())
-        of = {
+        """Return a table row: the scores, accuracy by class, and numbers of windows."""
+        train, held_out = int((~self.held_out).sum()), int(self.held_out.sum())
+        by_class = {
             name: float(right[self.held_out & (self.inside == value)].mean())
             for name, value in (("class", True), ("rest", False))
         }
@@ -61,23 +65,23 @@ class ProbeData:
             "probe": probe,
             "k": k,
             **self.score(right),
-            "on_class": of["class"],
-            "on_rest": of["rest"],
+            "on_class": by_class["class"],
+            "on_rest": by_class["rest"],
             "training": train,
-            "held_out": held,
+            "held_out": held_out,
         }
 
 
-def interval(right: int, of: int) -> dict[str, float]:
-    """A share with its 95 % interval, after Wilson."""
+def interval(right: int, total: int) -> dict[str, float]:
+    """Return a share with its 95 % Wilson interval."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(right, of).proportion_ci(method="wilson")
-    return {"accuracy": right / of, "low": float(low), "high": float(high)}
+    low, high = binomtest(right, total).proportion_ci(method="wilson")
+    return {"accuracy": right / total, "low": float(low), "high": float(high)}
 
 
-def is_chance(accuracy: float, of: int) -> bool:
-    """Whether a coin might be right as often, at a level of 0.1 %."""
+def is_chance(accuracy: float, total: int) -> bool:
+    """Tell whether an accuracy is consistent with guessing, at a level of 0.1 %."""
     from scipy.stats import binomtest
 
-    return bool(binomtest(round(accuracy * of), of).pvalue >= _CHANCE_LEVEL)
+    return bool(binomtest(round(accuracy * total), total).pvalue >= _CHANCE_LEVEL)

@@ -1,4 +1,7 @@
-"""Which neurons speak of a class of tokens, by their weights alone: what one adds to the logits of the class, less what to those of the rest."""
+"""Select the neurons that affect the logits of a class of tokens most, from the weights alone.
+
+The effect of a neuron is what it adds to the logits of the class, minus what it adds to those of the other tokens.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +31,27 @@ def select_neurons(
     count: int,
     seed: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The neurons of either kind with the greatest effect on a class, and others at random, as a control.
+    """Select the prediction and suppression neurons with the largest effect on a class, and random control neurons.
 
-    The effect of a neuron is the mean of W_U w_out over the class less the mean over the rest: w_out are its output weights, behind norms of the
-    MLP's output, and W_U the unembedding with the final norm's scale folded in; both centred as for the scores.
+    The effect of a neuron is the mean of W_U w_out over the class minus the mean over the other tokens. w_out are its
+    output weights, with norms of the MLP's output folded in; W_U is the unembedding with the final norm's scale folded
+    in. Both are centered as for the scores.
 
     Args:
         runner: the model's blocks.
-        scores: of all its neurons (`neuron_scores`).
-        readable: projections whose input can be read; other neurons are not chosen.
+        scores: scores of all neurons (`neuron_scores`).
+        readable: projections with a readable input; neurons of other projections are not selected.
         chosen: the class.
-        count: neurons of each kind, at most.
-        seed: of the random ones, of neither kind's chosen and from blocks that these are from.
+        count: maximum number of neurons of each kind.
+        seed: random seed for the random neurons. These come from the same blocks as the selected neurons, but are not
+            among
+        them.
 
     Returns:
-        Neurons: layer, weight, neuron, kind ("prediction", "suppression" or "random"), effect; the greatest effect of each kind first. And
-        histograms of the up to 36 of the two kinds with the greatest effect: layer, neuron, kind, rank, effect, and for each of 60 bins of
-        equal width low, high, and how many tokens (class_tokens, rest_tokens) have W_U w_out in it.
+        Neurons: layer, weight, neuron, kind ("prediction", "suppression" or "random"), effect; the largest effect of
+        each kind first. And histograms of up to 36 prediction and suppression neurons with the largest effects: layer,
+        neuron, kind, rank, effect, and for each of 60 bins of equal width: low, high, and the number of tokens with W_U
+        w_out in the bin (class_tokens, rest_tokens).
 
     Raises:
         UnsupportedEditError: no prediction or suppression neuron can be read.
@@ -58,63 +65,70 @@ def select_neurons(
         direction_D = u_VD[inside].double().mean(0) - u_VD[rest].double().mean(0)
         effects = [
             (rows_ND.to(direction_D.device).double() @ direction_D).cpu()
-            for _, _, parts in output_rows(runner, {})
-            for rows_ND in parts
+            for _, _, tiles in output_rows(runner, {})
+            for rows_ND in tiles
         ]
-        where = {(one.layer, one.weight) for one in readable}
+        readable_weights = {(projection.layer, projection.weight) for projection in readable}
         scores = scores.assign(effect=torch.cat(effects).numpy())
-        scores = scores[[place in where for place in zip(scores.layer, scores.weight, strict=True)]]
-        kinds = [_greatest(scores[scores.kind == kind], count) for kind in (PREDICTION, SUPPRESSION)]
-        found = pd.concat(kinds)
-        if found.empty:
+        scores = scores[[key in readable_weights for key in zip(scores.layer, scores.weight, strict=True)]]
+        kinds = [_largest_effects(scores[scores.kind == kind], count) for kind in (PREDICTION, SUPPRESSION)]
+        selected = pd.concat(kinds)
+        if selected.empty:
             raise UnsupportedEditError(
-                f"{type(runner.model).__name__} has no prediction and no suppression neurons among the {len(scores):,} whose activations can be "
-                "read, so there is nothing to probe"
+                f"{type(runner.model).__name__} has no prediction or suppression neurons among the {len(scores):,} "
+                "neurons with readable activations, so there is nothing to probe"
             )
-        found = pd.concat([found, _others(scores, found, count, seed)])
-        found = found[["layer", "weight", "neuron", "kind", "effect"]].reset_index(drop=True)
-        shown = _greatest(found[found.kind != RANDOM], SHOWN)
-        return found, _histograms(runner, shown, u_VD, inside.cpu().numpy(), rest.cpu().numpy())
+        selected = pd.concat([selected, _random_neurons(scores, selected, count, seed)])
+        selected = selected[["layer", "weight", "neuron", "kind", "effect"]].reset_index(drop=True)
+        shown = _largest_effects(selected[selected.kind != RANDOM], SHOWN)
+        return selected, _histograms(runner, shown, u_VD, inside.cpu().numpy(), rest.cpu().numpy())
 
 
 def pad_to_vocabulary(mask: np.ndarray, size: int) -> np.ndarray:
-    """Over the model's own vocabulary, which may have rows for no token, or fewer than the tokenizer knows."""
+    """Fit a mask over the tokenizer's tokens to the model's vocabulary.
+
+    The model may have rows without a token, or fewer rows than the tokenizer has tokens.
+    """
     return np.pad(mask[:size], (0, max(0, size - len(mask))))
 
 
-def _greatest(neurons: pd.DataFrame, count: int) -> pd.DataFrame:
+def _largest_effects(neurons: pd.DataFrame, count: int) -> pd.DataFrame:
     return neurons.iloc[np.argsort(-neurons.effect.abs().to_numpy(), kind="stable")[:count]]
 
 
-def _others(scores: pd.DataFrame, chosen: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Neurons at random from the blocks of those chosen, as many of a block in the mean."""
-    picked = np.random.default_rng(seed)
-    left = scores.drop(chosen.index)
-    layers = picked.permutation(chosen.layer.to_numpy(int))[:count]
-    taken = [
-        picked.choice(left.index[left.layer == layer], min(int(times), int((left.layer == layer).sum())), replace=False)
+def _random_neurons(scores: pd.DataFrame, selected: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """Select random neurons from the blocks of the selected ones, on average as many from each block."""
+    rng = np.random.default_rng(seed)
+    candidates = scores.drop(selected.index)
+    layers = rng.permutation(selected.layer.to_numpy(int))[:count]
+    indices = [
+        rng.choice(
+            candidates.index[candidates.layer == layer],
+            min(int(times), int((candidates.layer == layer).sum())),
+            replace=False,
+        )
         for layer, times in zip(*np.unique(layers, return_counts=True), strict=True)
     ]
-    return left.loc[np.concatenate(taken)].assign(kind=RANDOM)
+    return candidates.loc[np.concatenate(indices)].assign(kind=RANDOM)
 
 
 def _histograms(
     runner: BlockRunner, shown: pd.DataFrame, u_VD: torch.Tensor, inside: np.ndarray, rest: np.ndarray
 ) -> pd.DataFrame:
     rows: dict[Any, np.ndarray] = {}
-    for layer, weight, parts in output_rows(runner, {}, layers=set(shown.layer.astype(int))):
-        mine = shown[(shown.layer == layer) & (shown.weight == weight)]
-        if len(mine):
-            w_ND = torch.cat(list(parts))[mine.neuron.to_numpy(int)].to(u_VD.device)
-            rows |= dict(zip(mine.index, (w_ND @ u_VD.T).double().cpu().numpy(), strict=True))
+    for layer, weight, tiles in output_rows(runner, {}, layers=set(shown.layer.astype(int))):
+        of_weight = shown[(shown.layer == layer) & (shown.weight == weight)]
+        if len(of_weight):
+            w_ND = torch.cat(list(tiles))[of_weight.neuron.to_numpy(int)].to(u_VD.device)
+            rows |= dict(zip(of_weight.index, (w_ND @ u_VD.T).double().cpu().numpy(), strict=True))
     frames = []
-    for rank, (index, one) in enumerate(shown.iterrows(), 1):
+    for rank, (index, neuron) in enumerate(shown.iterrows(), 1):
         values = rows[index]
         edges = np.histogram_bin_edges(values[inside | rest], BINS)
         counts = {
             name: np.histogram(values[mask], edges)[0]
             for name, mask in (("class_tokens", inside), ("rest_tokens", rest))
         }
-        told = {name: one[name] for name in ("layer", "neuron", "kind", "effect")}
-        frames.append(pd.DataFrame({**told, "rank": rank, "low": edges[:-1], "high": edges[1:], **counts}))
+        columns = {name: neuron[name] for name in ("layer", "neuron", "kind", "effect")}
+        frames.append(pd.DataFrame({**columns, "rank": rank, "low": edges[:-1], "high": edges[1:], **counts}))
     return pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "neuron": "Int64", "rank": "Int64"})

@@ -1,7 +1,9 @@
-"""Prediction and suppression neurons: what an MLP's output weights say to the vocabulary. Read off weights alone, no text is needed.
+"""Find prediction and suppression neurons from the weights alone, without text.
 
-A neuron whose weights push a few words far up has cosines with the unembedding of high kurtosis and positive skew: it predicts. One that
-pushes a few far down suppresses. After Gurnee et al., Universal Neurons in GPT2 Language Models (arXiv 2401.12181).
+The output weights of a neuron have a cosine with every row of the unembedding. High kurtosis and positive skew mean
+that the neuron raises a few tokens strongly: a prediction neuron. High kurtosis and negative skew mean that it lowers a
+few tokens strongly: a suppression neuron. After Gurnee et al., Universal Neurons in GPT2 Language Models (arXiv
+2401.12181).
 """
 
 from __future__ import annotations
@@ -31,65 +33,71 @@ OnLayer = Callable[[int, int], None]
 def neuron_scores(
     model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, progress: OnLayer | None = None
 ) -> pd.DataFrame:
-    """How the output weights of every neuron lie to the unembedding.
+    """Score every neuron by the cosines between its output weights and the unembedding.
 
-    The final norm's scale is folded into the unembedding, whose mean over the vocabulary is taken away; where every norm takes the mean
-    over channels away (LayerNorm), so are the means over the width of unembedding and output weights. A norm behind the MLP scales what its
-    neurons write. The model is not changed; each block's weights are looked at once, also where they are kept on disk.
+    The final norm's scale is folded into the unembedding, and the unembedding's mean over the vocabulary is subtracted.
+    If every norm subtracts the mean over channels (LayerNorm), this mean is also subtracted from unembedding and output
+    weights. The scale of a norm after the MLP is folded into the output weights. The model is not changed. The weights
+    of each block are loaded once, also if they are offloaded to disk.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        anatomy: the model's, found if not given.
-        progress: is called after each block with the number of blocks done and of all.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
+        anatomy: the model's anatomy; found if not given.
+        progress: called after each block with the number of blocks done and the total.
 
     Returns:
-        One row for each neuron: layer, weight (the parameter, within the block), expert (of weights that stack several), neuron, and of its
-        cosines with the whole vocabulary mean, variance, skew and kurtosis (population moments; Pearson's kurtosis, 3 for a Gaussian);
-        kind ("prediction": kurtosis > 10 and skew > 0; "suppression": kurtosis > 10 and skew < 0; else empty) and partition (variance >
-        0.005). `frame.attrs["skipped"]` says which blocks have no such neurons, and why.
+        One row for each neuron: layer, weight (name of the parameter within the block), expert (for weights that stack
+        several experts), neuron; mean, variance, skew and kurtosis of its cosines with the whole vocabulary (population
+        moments; Pearson's kurtosis, 3 for a Gaussian); kind ("prediction": kurtosis > 10 and skew > 0; "suppression":
+        kurtosis > 10 and skew < 0; otherwise empty) and partition (variance > 0.005). `frame.attrs["skipped"]` names
+        the blocks without such neurons, with the reasons.
 
     Raises:
-        UnsupportedEditError: no neuron's output weights, or no unembedding of the stream's width.
+        UnsupportedEditError: no output weights of neurons are found, or no unembedding of the stream's width.
     """
     runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks))
     skipped: dict[str, str] = {}
     frames = []
     with runner.inference_mode():
         u_VD = unembedding(runner)
-        for layer, name, parts in output_rows(runner, skipped, progress=progress):
-            found = torch.cat([moments(rows_ND, u_VD) for rows_ND in parts], 1)
-            frames.append(_frame(layer, name, runner.blocks[layer], found))
+        for layer, name, tiles in output_rows(runner, skipped, progress=progress):
+            moments_4N = torch.cat([moments(rows_ND, u_VD) for rows_ND in tiles], 1)
+            frames.append(_frame(layer, name, runner.blocks[layer], moments_4N))
     if not frames:
         raise UnsupportedEditError(
-            f"{type(model).__name__} has no neurons to look at: {next(iter(skipped.values()), 'it has no blocks')}"
+            f"{type(model).__name__} has no neurons to score: {next(iter(skipped.values()), 'it has no blocks')}"
         )
-    found = pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "expert": "Int64", "neuron": "Int64"})
-    found.attrs["skipped"] = skipped
-    found.attrs["depth"] = runner.depth
-    return found
+    scores = pd.concat(frames, ignore_index=True).astype({"layer": "Int64", "expert": "Int64", "neuron": "Int64"})
+    scores.attrs["skipped"] = skipped
+    scores.attrs["depth"] = runner.depth
+    return scores
 
 
 def neurons(
     model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, progress: OnLayer | None = None
 ) -> pd.DataFrame:
-    """Prediction, suppression and partition neurons of each block, as in figures 1 and 6 of the paper.
+    """Count prediction, suppression and partition neurons of each block, as in figures 1 and 6 of the paper.
 
     Args:
         model: a transformers causal language model, or a wrapper around one; it is not changed.
-        blocks: path of the list of blocks, where it cannot be found.
-        anatomy: the model's, found if not given.
-        progress: is called after each block with the number of blocks done and of all.
+        blocks: path of the list of blocks, if it cannot be found automatically.
+        anatomy: the model's anatomy; found if not given.
+        progress: called after each block with the number of blocks done and the total.
 
     Returns:
-        One row for each block: layer, relative_depth, neurons, prediction, suppression, partition (numbers of neurons; of a mixture, all
-        experts'), prediction_percent and suppression_percent of all neurons of the block. Blocks without an MLP have no numbers.
+        One row for each block: layer, relative_depth, neurons, prediction, suppression, partition (numbers of neurons;
+        in a mixture of experts, of all experts), prediction_percent and suppression_percent of all neurons of the
+        block. The numbers are missing for blocks without an MLP.
 
     Raises:
-        UnsupportedEditError: no neuron's output weights, or no unembedding of the stream's width.
+        UnsupportedEditError: no output weights of neurons are found, or no unembedding of the stream's width.
 
     Example:
-        >>> neurons(model).plot("relative_depth", ["prediction_percent", "suppression_percent"])  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> model, _ = ls.load("smollm2-135m")
+        >>> ls.analyses.neurons(model)[["layer", "prediction_percent", "suppression_percent"]].shape
+        (30, 3)
     """
     return neurons_per_block(
         neuron_scores(model, blocks=blocks, anatomy=anatomy, progress=progress), type(model).__name__
@@ -97,51 +105,54 @@ def neurons(
 
 
 def neurons_per_block(scores: pd.DataFrame, model: str) -> pd.DataFrame:
-    """The table of `neurons`, from that of `neuron_scores`."""
+    """Build the table of `neurons` from the table of `neuron_scores`."""
     depth = scores.attrs["depth"]
     rows = []
     for layer in range(depth):
-        mine = scores[scores.layer == layer]
-        some = len(mine) > 0
-        row = {"model": model, "layer": layer, "relative_depth": layer / max(1, depth - 1), "neurons": len(mine)}
+        in_block = scores[scores.layer == layer]
+        has_neurons = len(in_block) > 0
+        row = {"model": model, "layer": layer, "relative_depth": layer / max(1, depth - 1), "neurons": len(in_block)}
         for kind in (PREDICTION, SUPPRESSION):
-            row[kind] = int((mine.kind == kind).sum()) if some else None
-        row["partition"] = int(mine.partition.sum()) if some else None
+            row[kind] = int((in_block.kind == kind).sum()) if has_neurons else None
+        row["partition"] = int(in_block.partition.sum()) if has_neurons else None
         for kind in (PREDICTION, SUPPRESSION):
-            row[f"{kind}_percent"] = 100 * float((mine.kind == kind).mean()) if some else None
+            row[f"{kind}_percent"] = 100 * float((in_block.kind == kind).mean()) if has_neurons else None
         rows.append(row)
-    whole = dict.fromkeys(("layer", "neurons", PREDICTION, SUPPRESSION, "partition"), "Int64")
-    frame = pd.DataFrame(rows).astype(whole | {f"{kind}_percent": "float64" for kind in (PREDICTION, SUPPRESSION)})
+    integers = dict.fromkeys(("layer", "neurons", PREDICTION, SUPPRESSION, "partition"), "Int64")
+    frame = pd.DataFrame(rows).astype(integers | {f"{kind}_percent": "float64" for kind in (PREDICTION, SUPPRESSION)})
     frame.attrs["skipped"] = scores.attrs["skipped"]
     return frame
 
 
 def unembedding(runner: BlockRunner, *, unit: bool = True) -> torch.Tensor:
-    """The directions of the stream that words are read along: the final norm's scale folded in, centred, rows of length 1, float32, (V, D).
+    """Return the unembedding directions in the residual stream, (V, D), float32.
+
+    The final norm's scale is folded in, the rows are centered, and they have length 1.
 
     Args:
         runner: the model's blocks.
-        unit: scale rows to length 1; otherwise they keep their own.
+        unit: scale the rows to length 1; if False, they keep their length.
 
     Raises:
-        UnsupportedEditError: there is no matrix of the stream's width, or the norm before it is none that can be folded.
+        UnsupportedEditError: there is no matrix of the stream's width, or the norm before it cannot be folded.
     """
     model, anatomy = runner.model, runner.anatomy
     name = type(unwrap_transformers(model)).__name__
     matrix = None if anatomy.unembedding is None else getattr(model.get_submodule(anatomy.unembedding), "weight", None)
     if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2 or matrix.shape[1] != runner.width:
-        found = "none" if not isinstance(matrix, torch.Tensor) else f"of shape {tuple(matrix.shape)}"
+        shape = "none" if not isinstance(matrix, torch.Tensor) else f"of shape {tuple(matrix.shape)}"
         raise UnsupportedEditError(
-            f"{name}: neurons write a stream of width {runner.width}, and the unembedding is {found}, so they cannot be laid beside each other"
+            f"{name}: neurons write to a stream of width {runner.width}, but the unembedding is {shape}, so cosines "
+            "between them are not defined"
         )
-    gain = _gain(runner, anatomy.final_norm, matrix)
-    # Where a device has no room for it beside the model, main memory has.
-    place = matrix.device if _SPARE * matrix.numel() * 4 < free_memory(matrix.device) else torch.device("cpu")
-    u_VD = torch.empty(matrix.shape, dtype=torch.float32, device=place)
-    sums = torch.zeros(runner.width, dtype=torch.float64, device=place)
+    affine = _norm_affine(runner, anatomy.final_norm, matrix)
+    # Use main memory if the device has no room for the matrix in addition to the model.
+    device = matrix.device if _SPARE * matrix.numel() * 4 < free_memory(matrix.device) else torch.device("cpu")
+    u_VD = torch.empty(matrix.shape, dtype=torch.float32, device=device)
+    sums = torch.zeros(runner.width, dtype=torch.float64, device=device)
     for start in range(0, len(matrix), _ROWS):
-        rows = matrix[start : start + _ROWS].detach().to(place).double() * gain.scale_D.to(place)
-        rows = rows - rows.mean(-1, keepdim=True) if gain.centres else rows
+        rows = matrix[start : start + _ROWS].detach().to(device).double() * affine.scale_D.to(device)
+        rows = rows - rows.mean(-1, keepdim=True) if affine.centres else rows
         u_VD[start : start + _ROWS] = rows
         sums += rows.sum(0)
     for start in range(0, len(matrix), _ROWS):
@@ -157,95 +168,99 @@ def output_rows(
     layers: Collection[int] | None = None,
     progress: OnLayer | None = None,
 ) -> Iterator[tuple[int, str, Iterator[torch.Tensor]]]:
-    """With which neurons write the stream: layer, weight (within the block), and some (neurons, width) after another, float32.
+    """Yield the output weights of neurons: layer, name of the weight in the block, float32 tiles of (neurons, width).
 
-    Behind norms of the MLP's output, and centred where all that reads the stream centres it. A block's weights are there while it is its turn.
+    Norms of the MLP's output are folded in, and rows are centered if all norms that read the stream center it. The
+    weights of a block are only loaded while its turn lasts.
 
     Args:
-        runner: the model's blocks, at rest.
-        skipped: is told which blocks have none, and why.
-        layers: the blocks to look at; all if not given.
-        progress: is called after each block with the number of blocks done and of all.
+        runner: the model's blocks, in inference mode.
+        skipped: receives the blocks without such weights, with the reasons.
+        layers: the blocks to read; all if not given.
+        progress: called after each block with the number of blocks done and the total.
     """
-    centre = reads_are_mean_free(runner)
-    wanted = range(runner.depth) if layers is None else sorted(layers)
-    for done, layer in enumerate(wanted, 1):
+    center = reads_are_mean_free(runner)
+    selected = range(runner.depth) if layers is None else sorted(layers)
+    for done, layer in enumerate(selected, 1):
         block = runner.blocks[layer]
         runner.offloaded.load(block)
         try:
-            for name, parts in _written(runner, layer, skipped):
+            for name, tiles in _block_output_rows(runner, layer, skipped):
                 yield (
                     layer,
                     name,
-                    (rows_ND - rows_ND.mean(-1, keepdim=True) if centre else rows_ND for rows_ND in parts),
+                    (rows_ND - rows_ND.mean(-1, keepdim=True) if center else rows_ND for rows_ND in tiles),
                 )
         finally:
             runner.offloaded.unload(block)
         if progress is not None:
-            progress(done, len(wanted))
+            progress(done, len(selected))
 
 
-def _gain(runner: BlockRunner, path: str | None, like: torch.Tensor) -> NormAffine:
+def _norm_affine(runner: BlockRunner, path: str | None, like: torch.Tensor) -> NormAffine:
     if path is None:
         return NormAffine(
             torch.ones(runner.width, dtype=torch.float64), torch.zeros(runner.width, dtype=torch.float64), centres=False
         )
     norm = runner.model.get_submodule(path)
-    held = next((parameter for parameter in norm.parameters() if not parameter.is_meta), like)
-    gain = fit_norm(norm, runner.width, held.detach())
-    if gain is None:
+    reference = next((parameter for parameter in norm.parameters() if not parameter.is_meta), like)
+    affine = fit_norm(norm, runner.width, reference.detach())
+    if affine is None:
         raise UnsupportedEditError(
-            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm, so it cannot be folded into what reads it"
+            f"{path} ({type(norm).__name__}) is neither a LayerNorm nor an RMSNorm, so it cannot be folded into the "
+            "weights that read its output"
         )
-    return gain
+    return affine
 
 
-def _written(runner: BlockRunner, layer: int, skipped: dict[str, str]) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-    """Weights with which neurons of a block write the stream, by their names: some (neurons, width) after another, float32."""
+def _block_output_rows(
+    runner: BlockRunner, layer: int, skipped: dict[str, str]
+) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    """Yield the output weights of the neurons of a block: name, and tiles of (neurons, width), float32."""
     block, parts = runner.blocks[layer], runner.anatomy.parts(layer)
-    behind = [skip.path for skip in parts.mlp_skips if skip.path in parts.norms_after]
+    output_norms = [skip.path for skip in parts.mlp_skips if skip.path in parts.norms_after]
     names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
     if not names:
         skipped[f"neurons of block {layer}"] = parts.fault or (
-            "the weights with which its MLP writes cannot be told" if parts.mlp else "the block has no mlp"
+            "the output weights of its MLP cannot be identified" if parts.mlp else "the block has no mlp"
         )
     for name in names:
         owner, _, key = name.rpartition(".")
         like = block.get_parameter(name)
-        gains = [_gain(runner, f"{runner.path}.{layer}.{path}", like) for path in behind]
-        yield name, _some(block.get_submodule(owner), key, runner.width, gains)
+        affines = [_norm_affine(runner, f"{runner.path}.{layer}.{path}", like) for path in output_norms]
+        yield name, _scaled_tiles(block.get_submodule(owner), key, runner.width, affines)
 
 
-def _some(module: nn.Module, key: str, width: int, gains: list[NormAffine]) -> Iterator[torch.Tensor]:
+def _scaled_tiles(module: nn.Module, key: str, width: int, affines: list[NormAffine]) -> Iterator[torch.Tensor]:
     for rows_ND in output_weight_rows(module, key, width, NEURON_TILE):
         rows_ND = rows_ND.float()
-        for gain in gains:
-            rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if gain.centres else rows_ND
-            rows_ND = rows_ND * gain.scale_D.to(rows_ND.device, rows_ND.dtype)
+        for affine in affines:
+            rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if affine.centres else rows_ND
+            rows_ND = rows_ND * affine.scale_D.to(rows_ND.device, rows_ND.dtype)
         yield rows_ND
 
 
-def _frame(layer: int, name: str, block: nn.Module, found: torch.Tensor) -> pd.DataFrame:
-    mean, variance, skew, kurtosis = found.cpu().numpy()
+def _frame(layer: int, name: str, block: nn.Module, moments_4N: torch.Tensor) -> pd.DataFrame:
+    mean, variance, skew, kurtosis = moments_4N.cpu().numpy()
     weight = block.get_parameter(name)
     experts = weight.shape[0] if weight.dim() == 3 else None
-    each = found.shape[1] // (experts or 1)
-    places = pd.RangeIndex(found.shape[1])
+    neurons_per_expert = moments_4N.shape[1] // (experts or 1)
+    indices = pd.RangeIndex(moments_4N.shape[1])
     frame = pd.DataFrame(
         {
             "layer": layer,
             "weight": name,
-            "expert": None if experts is None else places // each,
-            "neuron": places % each,
+            "expert": None if experts is None else indices // neurons_per_expert,
+            "neuron": indices % neurons_per_expert,
             "mean": mean,
             "variance": variance,
             "skew": skew,
             "kurtosis": kurtosis,
         }
     )
-    sharp = frame["kurtosis"] > KURTOSIS
+    high_kurtosis = frame["kurtosis"] > KURTOSIS
     frame["kind"] = ""
-    frame.loc[sharp & (frame["skew"] > 0), "kind"] = PREDICTION
-    frame.loc[sharp & (frame["skew"] < 0), "kind"] = SUPPRESSION
+    frame.loc[high_kurtosis & (frame["skew"] > 0), "kind"] = PREDICTION
+    frame.loc[high_kurtosis & (frame["skew"] < 0), "kind"] = SUPPRESSION
     frame["partition"] = frame.variance > VARIANCE
     return frame

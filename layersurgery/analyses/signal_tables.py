@@ -1,4 +1,4 @@
-"""All signals that text tells, in one pass over it, and tables of them."""
+"""Measure the signals of a model in one pass over text, and make tables of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ _LENS_METRICS = {"lens_kl_nats": "kl_nats", "lens_entropy_bits": "entropy_bits",
 
 
 def logit_lens_variants(depth: int) -> list[Variant]:
-    """The model cut off behind each of its blocks but the last, and read: the logit lens. They are on the unedited model's way."""
+    """Return the logit lens as variants: for each block but the last, the model that ends after this block.
+
+    Each of them is a prefix of the unedited model, so none needs extra block calls.
+    """
     return [
         Variant(LENS, f"drop {layer + 1}:", Route.identity(layer + 1), layer, f"lens {layer}")
         for layer in range(depth - 1)
@@ -48,25 +51,28 @@ def logit_lens_variants(depth: int) -> list[Variant]:
 
 
 def variants_of(signals: Collection[str], depth: int) -> list[Variant]:
-    """The edited models that signals need."""
-    found = logit_lens_variants(depth) if LENS in signals else []
-    return found + (family(DROP, depth) if DROP in signals else [])
+    """Return the edited models that the signals need."""
+    variants = logit_lens_variants(depth) if LENS in signals else []
+    return variants + (family(DROP, depth) if DROP in signals else [])
 
 
 def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **options: Any) -> Measurer:
-    """What measures signals.
+    """Make a measurer of signals.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        signals: of `FROM_TEXT`, or "change".
-        depth: blocks of the model.
-        options: of `Measurer`.
+        signals: from `FROM_TEXT`, or "change".
+        depth: number of blocks of the model.
+        options: other arguments of `Measurer`.
+
+    Raises:
+        PlanError: no signal, or an unknown one.
     """
     signals = [signals] if isinstance(signals, str) else signals
     if not signals:
-        raise PlanError(f"no signal is asked for; there are {', '.join(FROM_TEXT)}")
+        raise PlanError(f"no signal is given; choose from {', '.join(FROM_TEXT)}")
     if unknown := set(signals) - {*FROM_TEXT, CHANGE}:
-        raise PlanError(f"{', '.join(sorted(unknown))} is no signal read off text; they are {', '.join(FROM_TEXT)}")
+        raise PlanError(f"unknown signals: {', '.join(sorted(unknown))}; choose from {', '.join(FROM_TEXT)}")
     observe = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
     return Measurer(model, variants_of(signals, depth), observe=observe, check=LENS in signals, **options)
 
@@ -78,12 +84,12 @@ def collect_sums(
     batch_size: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> SequenceSums:
-    """Go once over all tokens."""
+    """Measure all tokens once, batch by batch, and return the sums of each sequence."""
     size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
     batches = []
     for first in range(0, len(ids), size):
-        measured = measurer.measure(ids[first : first + size], mask[first : first + size])
-        batches.append((first, measured.counts, measured.values, measured.observed))
+        result = measurer.measure(ids[first : first + size], mask[first : first + size])
+        batches.append((first, result.counts, result.values, result.observed))
         if progress is not None:
             progress(min(first + size, len(ids)), len(ids))
     return SequenceSums.of(batches)
@@ -91,12 +97,12 @@ def collect_sums(
 
 @dataclass(frozen=True, slots=True)
 class SignalTables:
-    """Tables of what a measurer has summed up.
+    """Tables made from the sums of a measurer.
 
     Attributes:
-        measurer: what was measured.
-        sample: the sums.
-        model: its name.
+        measurer: the measurer.
+        sums_by_sequence: the sums of each sequence.
+        model: name of the model.
     """
 
     measurer: Measurer
@@ -104,7 +110,7 @@ class SignalTables:
     model: str
 
     def of(self, signal: str) -> pd.DataFrame:
-        """The table of one signal; `frame.attrs["skipped"]` says what is not in it, and why."""
+        """Return the table of one signal; `frame.attrs["skipped"]` names what is missing, with the reasons."""
         frame = {
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
             CHANGE: self.change,
@@ -114,62 +120,68 @@ class SignalTables:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """What could not be measured, and why."""
+        """Name what could not be measured, with the reasons."""
         observer = self.measurer.observer
-        found = dict(self.measurer.skipped)
+        skipped = dict(self.measurer.skipped)
         if observer is not None:
-            found |= observer.skipped
+            skipped |= observer.skipped
             if ATTENTION in observer.signals and not self._counts("has_five_previous").any():
-                found["attention_prev5"] = "no token has five before it; sequences need at least six tokens"
-        return found
+                skipped["attention_prev5"] = "no token has five tokens before it; sequences need at least six tokens"
+        return skipped
 
     @property
     def depth(self) -> int:
-        """Blocks of the model."""
+        """Return the number of blocks of the model."""
         return self.measurer.runner.depth
 
     def lens(self) -> pd.DataFrame:
-        """A row for each block: what the model would say behind it."""
+        """Return one row per block: the logit lens after it."""
         rows = []
         for layer in range(self.depth):
-            place = next(
-                (n for n, v in enumerate(self.measurer.variants) if v.edit == LENS and v.layer == layer), 0
-            )  # the last is all of it
-            row = self._begun(layer, self.sums_by_sequence.counts)
+            # The lens after the last block is the unedited model, variant 0.
+            index = next(
+                (
+                    position
+                    for position, variant in enumerate(self.measurer.variants)
+                    if variant.edit == LENS and variant.layer == layer
+                ),
+                0,
+            )
+            row = self._row(layer, self.sums_by_sequence.counts)
             for name, metric in _LENS_METRICS.items():
-                sums = self.sums_by_sequence.values[:, place, METRICS.index(metric)]
+                sums = self.sums_by_sequence.values[:, index, METRICS.index(metric)]
                 row |= _mean(name, sums, self.sums_by_sequence.counts)
             rows.append(row)
         return _typed(rows)
 
     def attention(self) -> pd.DataFrame:
-        """A row for each block: attention to the five tokens before."""
+        """Return one row per block: attention to the five previous tokens."""
         rows = []
-        for layer, member in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
-            row = self._begun(layer, self._counts("has_five_previous")) | {"mixer": member.names}
+        for layer, contributions in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
+            row = self._row(layer, self._counts("has_five_previous")) | {"mixer": contributions.names}
             for name in ("attention_prev5", "attention_prev5_mean"):
                 row |= self._quantity(layer, "attention", name)
             rows.append(row)
         return _typed(rows)
 
     def norms(self) -> pd.DataFrame:
-        """A row for each block: the size of what its attention and its MLP add."""
+        """Return one row per block: the norms of its attention's and its MLP's contributions."""
         rows = []
-        for layer, member in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
-            row = self._begun(layer, self._counts("tokens")) | {"mixer": member.names}
-            for part in ("attention", "mlp"):
-                row |= self._quantity(layer, part, f"{part}_norm")
-            both = [self.sums(layer, part, f"{part}_norm") for part in ("attention", "mlp")]
-            row |= _mean("attention_to_mlp_ratio", both[0][0], both[1][0])
+        for layer, contributions in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
+            row = self._row(layer, self._counts("tokens")) | {"mixer": contributions.names}
+            for branch in ("attention", "mlp"):
+                row |= self._quantity(layer, branch, f"{branch}_norm")
+            sums = [self.sums(layer, branch, f"{branch}_norm") for branch in ("attention", "mlp")]
+            row |= _mean("attention_to_mlp_ratio", sums[0][0], sums[1][0])
             rows.append(row)
         return _typed(rows)
 
     def similarity(self) -> pd.DataFrame:
-        """Three rows for each swap of a block with the next: cosines of what attention, MLP and the whole block add."""
+        """Return three rows per swap of adjacent blocks: cosines of contributions of attention, MLP and whole block."""
         rows = []
         for layer in range(self.depth - 1):
             for part in PARTS:
-                row = self._begun(layer, self._counts("tokens")) | {"part": part}
+                row = self._row(layer, self._counts("tokens")) | {"part": part}
                 for kind in KINDS:
                     row |= self._quantity(layer, part, kind)
                 rows.append(row)
@@ -180,19 +192,23 @@ class SignalTables:
             "tokens",
             "sequences",
             "part",
-            *(n for kind in KINDS for n in (kind, f"{kind}_sem")),
+            *(name for kind in KINDS for name in (kind, f"{kind}_sem")),
         ]
-        return _typed(rows) if rows else pd.DataFrame(columns=empty).astype({"layer": "Int64"})  # a single block
+        # A model of a single block has no swaps.
+        return _typed(rows) if rows else pd.DataFrame(columns=empty).astype({"layer": "Int64"})
 
     def change(self) -> pd.DataFrame:
-        """A row for each span of blocks on the way that is observed, named by its first block: how far the stream turns in it."""
+        """Return one row per span of blocks on the observed route: how far the residual stream turns across it.
+
+        The column `layer` is the first block of the span.
+        """
         observer = self.measurer.observer
         assert observer is not None
         visited = observer.observed_route.blocks
         rows = []
         for span in range(1, min(observer.spans, len(visited)) + 1):
             for first in visited[: len(visited) - span + 1]:
-                row = self._begun(first, self._counts("tokens")) | {"span": span}
+                row = self._row(first, self._counts("tokens")) | {"span": span}
                 for name in ("angular_distance", "angular_distance_last"):
                     row |= self._quantity(first, str(span), name)
                 influence = self._quantity(first, "1", "block_influence")
@@ -200,22 +216,25 @@ class SignalTables:
         return _typed(rows)
 
     def drop(self) -> pd.DataFrame:
-        """The sweep's table of dropped blocks."""
-        chosen = [place for place, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
+        """Return the sweep's table of dropped blocks."""
+        indices = [index for index, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
         return results_table(
-            [self.measurer.variants[place] for place in chosen], self.sums_by_sequence.sums(chosen), self.model
+            [self.measurer.variants[index] for index in indices], self.sums_by_sequence.sums(indices), self.model
         )
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
-        """Sums and counts of one quantity by sequence; NaN and zeros where it is not measured."""
+        """Return the sums and counts of one quantity by sequence.
+
+        Both are NaN where it is not measured.
+        """
         observer = self.measurer.observer
         assert observer is not None
         if not observer.is_measured(layer, part, name):
-            nothing = np.full(len(self.sums_by_sequence.counts), np.nan)
-            return nothing, nothing
-        place = observer.column(layer, part, name)
-        count = counts_of(observer.quantities)[place - first_quantity()]
-        return self.sums_by_sequence.observed[:, place], self.sums_by_sequence.observed[:, count]
+            missing = np.full(len(self.sums_by_sequence.counts), np.nan)
+            return missing, missing
+        column = observer.column(layer, part, name)
+        count = counts_of(observer.quantities)[column - first_quantity()]
+        return self.sums_by_sequence.observed[:, column], self.sums_by_sequence.observed[:, count]
 
     def _quantity(self, layer: int, part: str, name: str) -> dict[str, float]:
         return _mean(name, *self.sums(layer, part, name))
@@ -223,7 +242,7 @@ class SignalTables:
     def _counts(self, name: str) -> Array:
         return self.sums_by_sequence.observed[:, COUNTS.index(name)]
 
-    def _begun(self, layer: int, counts: Array) -> dict[str, Any]:
+    def _row(self, layer: int, counts: Array) -> dict[str, Any]:
         return {
             "model": self.model,
             "layer": layer,
@@ -252,12 +271,15 @@ def measure_tables(
     anatomy: Anatomy | None,
     progress: Callable[[int, int], None] | None,
 ) -> SignalTables:
-    """What `measure` makes its tables of; arguments as there."""
+    """Measure the signals and return their tables; the arguments are those of `measure`."""
     measurer = measurer_of(
         model, signals, len(find_decoder_blocks(model, blocks).blocks), blocks=blocks, anatomy=anatomy
     )
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
-        what, why = next(iter(tables.skipped.items()))
-        warnings.warn(f"{what} is left out: {why} ({len(tables.skipped)} such in frame.attrs['skipped'])", stacklevel=3)
+        name, reason = next(iter(tables.skipped.items()))
+        warnings.warn(
+            f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])",
+            stacklevel=3,
+        )
     return tables

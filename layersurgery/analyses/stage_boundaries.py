@@ -1,7 +1,7 @@
-"""Where one stage of inference ends and the next begins: stated rules, applied to the signals and to resamples of them.
+"""Find the layers where one stage of inference ends and the next begins, by fixed rules on the signals.
 
-The paper draws four stages and calls their limits fuzzy. Here each limit is where stated signals do a stated thing. One that they do not do,
-or do in fewer than nine of ten resamples, is not found, and that is said.
+The paper draws four stages and calls their boundaries fuzzy. Here each boundary has a rule on the signals. A boundary
+counts as found only if the signals follow its rule, and if they do so in at least nine of ten resamples.
 """
 
 from __future__ import annotations
@@ -16,34 +16,40 @@ from ..metrics.aggregation import Array
 
 STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 RULES = (
-    "drop KL (in logarithms) and attention to the previous five, each a median of three layers, both fall below halfway between their highest "
-    "value in the first quarter and their median in the middle half, and stay there up to half depth; KL begins at least twice, attention 1.1 "
-    "times as high as that median",
-    "of two straight lines that meet, fitted to the lens KL by least squares, the second begins here; it falls, at least twice as steeply as "
-    "the first, they leave at most half of one line's squared error, and no later layer is above where it begins",
-    "from here on suppression neurons outnumber prediction neurons in every layer, and in all of them by more than chance (1.96 standard "
-    "deviations of a Poisson count), after layers of the second half where they did not; or else the lens entropy has its highest or lowest "
-    "point of the second half inside it, and from there falls or rises by at least a tenth of its range",
+    "drop KL (in logarithms) and attention to the previous five tokens, each smoothed by a median of three "
+    "layers, both fall below the midpoint between their highest value in the first quarter and their median in "
+    "the middle half, and stay below it up to half depth; before the fall, KL is at least 2 times and attention "
+    "at least 1.1 times that median",
+    "two straight lines that meet are fitted to the lens KL by least squares, and the second begins here; it "
+    "falls, at least twice as steeply as the first, the two lines leave at most half of one line's squared error, "
+    "and no later layer is above the layer where they meet",
+    "from here on, suppression neurons outnumber prediction neurons in every layer, and in total by more than "
+    "chance (1.96 standard deviations of a Poisson count), after layers of the second half where they did not; "
+    "otherwise, the lens entropy has its highest or lowest value of the second half inside it, and then falls or "
+    "rises by at least a tenth of its range",
 )
 RESAMPLES, SHARE, _LEVEL = 1000, 0.9, 95
 Signals = Mapping[str, Array]
-"""By name, (layers,): drop_kl_nats, attention_prev5, lens_kl_nats, lens_entropy_bits, prediction, suppression, neurons."""
+"""Values by name, each of shape (layers,).
+
+The names are drop_kl_nats, attention_prev5, lens_kl_nats, lens_entropy_bits, prediction, suppression and neurons.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """The end of one stage.
+    """Boundary between two stages.
 
     Attributes:
         ends: the stage that ends here.
-        begins: the one that begins.
-        layer: the first layer of the next stage; None where the signals do not support it.
-        low: lower end of the interval that holds 95 % of resamples in which it is found; None without resamples.
-        high: upper end.
-        share: of resamples in which it is found.
-        by: the signal that tells.
-        why: what the signals do, or do not do.
-        rule: what is asked of them.
+        begins: the stage that begins here.
+        layer: the first layer of the next stage; None if the signals do not support a boundary.
+        low: lower end of the interval that holds 95 % of the resamples that find the boundary; None without resamples.
+        high: upper end of the interval.
+        share: share of the resamples that find it.
+        by: the signals that decide.
+        why: what the signals do, or fail to do.
+        rule: what the signals must do.
     """
 
     ends: str
@@ -58,8 +64,8 @@ class Boundary:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """Where a rule finds a limit, or why not."""
+class _RuleResult:
+    """The layer where a rule finds a boundary, or the reason why it finds none."""
 
     layer: int | None
     by: str
@@ -69,38 +75,50 @@ class _Found:
 def boundaries(
     signals: Signals, resample: Callable[[np.random.Generator], Signals] | None = None, *, seed: int = 0
 ) -> list[Boundary]:
-    """The three limits between the four stages.
+    """Find the three boundaries between the four stages.
 
     Args:
-        signals: what was measured.
-        resample: draws the signals anew, from sequences (and neurons) taken with replacement; None where there is but one sequence.
-        seed: of drawing.
+        signals: the measured signals.
+        resample: draws the signals again from sequences (and neurons) sampled with replacement; None if there is only
+            one sequence.
+        seed: random seed of the resamples.
     """
-    found = _all(signals)
-    drawn: list[list[int | None]] = [[], [], []]
+    results = _apply_rules(signals)
+    resampled: list[list[int | None]] = [[], [], []]
     if resample is not None:
         rng = np.random.default_rng(seed)
         for _ in range(RESAMPLES):
-            for layers, one in zip(drawn, _all(resample(rng)), strict=True):
-                layers.append(one.layer)
-    return _ordered(
+            for layers, result in zip(resampled, _apply_rules(resample(rng)), strict=True):
+                layers.append(result.layer)
+    return _in_order(
         [
-            _judged(
-                Boundary(STAGES[n], STAGES[n + 1], one.layer, None, None, None, one.by, one.why, RULES[n]), drawn[n]
+            _with_interval(
+                Boundary(
+                    STAGES[index],
+                    STAGES[index + 1],
+                    result.layer,
+                    None,
+                    None,
+                    None,
+                    result.by,
+                    result.why,
+                    RULES[index],
+                ),
+                resampled[index],
             )
-            for n, one in enumerate(found)
+            for index, result in enumerate(results)
         ]
     )
 
 
-def _judged(boundary: Boundary, drawn: list[int | None]) -> Boundary:
-    if not drawn:
+def _with_interval(boundary: Boundary, resampled: list[int | None]) -> Boundary:
+    if not resampled:
         return boundary
-    some = [layer for layer in drawn if layer is not None]
-    share = len(some) / len(drawn)
+    found = [layer for layer in resampled if layer is not None]
+    share = len(found) / len(resampled)
     low, high = (
-        (int(x) for x in np.percentile(some, [50 - _LEVEL / 2, 50 + _LEVEL / 2], method="nearest"))
-        if some
+        (int(value) for value in np.percentile(found, [50 - _LEVEL / 2, 50 + _LEVEL / 2], method="nearest"))
+        if found
         else (None, None)
     )
     if boundary.layer is None or share >= SHARE:
@@ -111,54 +129,68 @@ def _judged(boundary: Boundary, drawn: list[int | None]) -> Boundary:
     )  # fmt: skip
 
 
-def _all(signals: Signals) -> list[_Found]:
-    return [_detokenization(signals), _engineering(signals), _ensembling(signals)]
+def _apply_rules(signals: Signals) -> list[_RuleResult]:
+    return [_find_detokenization_end(signals), _find_engineering_end(signals), _find_ensembling_end(signals)]
 
 
-def _ordered(found: list[Boundary]) -> list[Boundary]:
-    """Limits that do not lie behind the one before are not believed."""
-    latest, kept = 0, []
-    for limit in found:
-        if limit.layer is not None and limit.layer <= latest:
-            limit = replace(limit, layer=None, why=f"{limit.why}, which is no later than where the stage before ends")
-        latest = limit.layer if limit.layer is not None else latest
-        kept.append(limit)
-    return kept
+def _in_order(stage_boundaries: list[Boundary]) -> list[Boundary]:
+    """Mark a boundary as not found if it is not after the previous one."""
+    previous, result = 0, []
+    for boundary in stage_boundaries:
+        if boundary.layer is not None and boundary.layer <= previous:
+            boundary = replace(
+                boundary, layer=None, why=f"{boundary.why}, which is not after the end of the previous stage"
+            )
+        previous = boundary.layer if boundary.layer is not None else previous
+        result.append(boundary)
+    return result
 
 
-def _detokenization(signals: Signals) -> _Found:
-    kl = _leaves(
-        np.log(np.maximum(signals["drop_kl_nats"], 1e-12)), "drop KL", math.log(2), lambda x: f"{math.exp(x):.2g} nats"
+def _find_detokenization_end(signals: Signals) -> _RuleResult:
+    kl = _find_lasting_fall(
+        np.log(np.maximum(signals["drop_kl_nats"], 1e-12)),
+        "drop KL",
+        math.log(2),
+        lambda value: f"{math.exp(value):.2g} nats",
     )
     attention = signals["attention_prev5"]
     median = np.median(_middle(attention))
-    near = _leaves(attention, "attention to the previous five", 0.1 * float(median), lambda x: f"{x:.2f}")
+    previous_five = _find_lasting_fall(
+        attention, "attention to the previous five tokens", 0.1 * float(median), lambda value: f"{value:.2f}"
+    )
     by = "drop_kl_nats, attention_prev5"
-    layers = [one.layer for one in (kl, near) if one.layer is not None]
-    return _Found(max(layers) if len(layers) == 2 else None, by, f"{kl.why}; {near.why}")
+    layers = [result.layer for result in (kl, previous_five) if result.layer is not None]
+    return _RuleResult(max(layers) if len(layers) == 2 else None, by, f"{kl.why}; {previous_five.why}")
 
 
-def _leaves(values: Array, name: str, least: float, say: Callable[[float], str]) -> _Found:
-    """Where a signal leaves the level that it begins with, for good."""
+def _find_lasting_fall(values: Array, name: str, min_drop: float, format_value: Callable[[float], str]) -> _RuleResult:
+    """Find the layer where a signal falls from its early level and stays low up to half depth."""
     depth = len(values)
     if not np.isfinite(values).all():
-        return _Found(None, name, f"{name} is not known for every layer")
+        return _RuleResult(None, name, f"{name} is not available for every layer")
     smooth = np.median(np.stack([values, np.append(values[0], values[:-1]), np.append(values[1:], values[-1])]), 0)
     start = int(smooth[: max(1, depth // 4)].argmax())
     early, middle = float(smooth[start]), float(np.median(_middle(values)))
-    if early - middle < least:
-        return _Found(None, name, f"{name} begins no higher ({say(early)}) than it goes on ({say(middle)})")
+    if early - middle < min_drop:
+        return _RuleResult(
+            None,
+            name,
+            f"{name} is not clearly higher at the start ({format_value(early)}) than in the middle "
+            f"({format_value(middle)})",
+        )
     half = max(start + 2, depth // 2)
     low = smooth < (early + middle) / 2
     layer = next((layer for layer in range(start + 1, half) if low[layer]), None)
     if layer is None:
-        return _Found(None, name, f"{name} does not leave its early level before half depth")
-    fall = f"{name} falls from {say(early)} towards {say(middle)} by layer {layer}"
-    if back := [number for number in range(layer, half) if not low[number]]:
-        return _Found(
-            None, name, f"{fall}, but is high again at layer{'s'[: len(back) > 1]} {', '.join(map(str, back))}"
+        return _RuleResult(None, name, f"{name} stays at its early level up to half depth")
+    fall = f"{name} falls from {format_value(early)} towards {format_value(middle)} by layer {layer}"
+    if high_again := [later for later in range(layer, half) if not low[later]]:
+        return _RuleResult(
+            None,
+            name,
+            f"{fall}, but is high again at layer{'s'[: len(high_again) > 1]} {', '.join(map(str, high_again))}",
         )
-    return _Found(layer, name, fall)
+    return _RuleResult(layer, name, fall)
 
 
 def _middle(values: Array) -> Array:
@@ -166,95 +198,114 @@ def _middle(values: Array) -> Array:
     return values[depth // 4 : max(depth // 4 + 1, 3 * depth // 4)]
 
 
-def _engineering(signals: Signals) -> _Found:
+def _find_engineering_end(signals: Signals) -> _RuleResult:
     values, name = signals["lens_kl_nats"], "lens_kl_nats"
     depth = len(values)
     if depth < 6 or not np.isfinite(values).all():
-        return _Found(
+        return _RuleResult(
             None,
             name,
-            "the model has too few layers to fit two lines" if depth < 6 else "lens KL is not a number everywhere",
+            "the model has too few layers to fit two lines"
+            if depth < 6
+            else "lens KL is not available for every layer",
         )
     x = np.arange(depth, dtype=float)
-    one = _residual(np.stack([np.ones(depth), x], 1), values)[1]
+    one_line_error = _fit(np.stack([np.ones(depth), x], 1), values)[1]
     fits = []
-    for place in range(1, depth - 2):
-        (_, first, bend), error = _residual(np.stack([np.ones(depth), x, np.maximum(0, x - place)], 1), values)
-        fits.append((error, place, first, first + bend))
-    error, place, first, second = min(fits)
-    slopes = f"slopes {first:+.2g} and {second:+.2g} nats a layer"
-    if second >= 0 or (first < 0 and second > 2 * first):
-        return _Found(None, name, f"lens KL begins no lasting fall: two lines meet at layer {place} with {slopes}")
-    if error > 0.5 * one:
-        return _Found(
+    for layer in range(1, depth - 2):
+        (_, first_slope, slope_change), error = _fit(np.stack([np.ones(depth), x, np.maximum(0, x - layer)], 1), values)
+        fits.append((error, layer, first_slope, first_slope + slope_change))
+    error, layer, first_slope, second_slope = min(fits)
+    slopes = f"slopes {first_slope:+.2g} and {second_slope:+.2g} nats per layer"
+    if second_slope >= 0 or (first_slope < 0 and second_slope > 2 * first_slope):
+        return _RuleResult(
+            None, name, f"lens KL has no lasting fall: the two fitted lines meet at layer {layer} with {slopes}"
+        )
+    if error > 0.5 * one_line_error:
+        return _RuleResult(
             None,
             name,
-            f"lens KL has no clear bend: two lines leave {100 * error / max(one, 1e-30):.0f} % of one line's squared error",
+            f"lens KL has no clear bend: two lines leave {100 * error / max(one_line_error, 1e-30):.0f} % of one "
+            "line's squared error",
         )
-    if values[place + 1 :].max() > values[place]:
-        return _Found(None, name, f"lens KL rises again behind layer {place}")
-    return _Found(place + 1, name, f"lens KL begins to fall for good behind layer {place} ({slopes})")
+    if values[layer + 1 :].max() > values[layer]:
+        return _RuleResult(None, name, f"lens KL rises again after layer {layer}")
+    return _RuleResult(layer + 1, name, f"lens KL begins its lasting fall after layer {layer} ({slopes})")
 
 
-def _residual(design: Array, values: Array) -> tuple[Array, float]:
+def _fit(design: Array, values: Array) -> tuple[Array, float]:
     solution: Array = np.linalg.lstsq(design, values, rcond=None)[0].astype(float)
     return solution, float(((design @ solution - values) ** 2).sum())
 
 
-def _ensembling(signals: Signals) -> _Found:
-    overtaken = _overtaken(signals["prediction"], signals["suppression"])
-    if overtaken.layer is not None:
-        return overtaken
-    turned = _turned(signals["lens_entropy_bits"])
-    return _Found(turned.layer, turned.by if turned.layer is not None else "", f"{overtaken.why}; {turned.why}")
+def _find_ensembling_end(signals: Signals) -> _RuleResult:
+    overtaking = _find_overtaking(signals["prediction"], signals["suppression"])
+    if overtaking.layer is not None:
+        return overtaking
+    entropy_turn = _find_entropy_turn(signals["lens_entropy_bits"])
+    return _RuleResult(
+        entropy_turn.layer,
+        entropy_turn.by if entropy_turn.layer is not None else "",
+        f"{overtaking.why}; {entropy_turn.why}",
+    )
 
 
-def _overtaken(prediction: Array, suppression: Array) -> _Found:
+def _find_overtaking(prediction: Array, suppression: Array) -> _RuleResult:
     depth, name = len(prediction), "prediction, suppression"
     if not (np.isfinite(prediction).all() and np.isfinite(suppression).all()):
-        return _Found(None, name, "neurons are not known for every layer")
-    behind = [layer for layer in range(depth) if suppression[layer] <= prediction[layer]]
-    layer = behind[-1] + 1 if behind else 0
+        return _RuleResult(None, name, "neuron counts are not available for every layer")
+    not_ahead = [layer for layer in range(depth) if suppression[layer] <= prediction[layer]]
+    layer = not_ahead[-1] + 1 if not_ahead else 0
     if layer >= depth:
-        return _Found(None, name, "suppression neurons do not outnumber prediction neurons at the end")
+        return _RuleResult(None, name, "suppression neurons do not outnumber prediction neurons in the last layer")
     if layer <= depth // 2 or not prediction[depth // 2 : layer].any():
-        return _Found(None, name, "prediction neurons are nowhere in the second half ahead of suppression neurons")
-    ahead, less = suppression[layer:].sum(), prediction[layer:].sum()
-    numbers = f"from layer {layer} on, {ahead:.0f} suppression against {less:.0f} prediction neurons"
-    if ahead - less <= 1.96 * math.sqrt(ahead + less):
-        return _Found(None, name, f"{numbers}, which may be chance")
-    return _Found(layer, name, numbers)
+        return _RuleResult(
+            None, name, "prediction neurons do not outnumber suppression neurons anywhere in the second half"
+        )
+    suppressing, predicting = suppression[layer:].sum(), prediction[layer:].sum()
+    numbers = f"from layer {layer} on, there are {suppressing:.0f} suppression and {predicting:.0f} prediction neurons"
+    if suppressing - predicting <= 1.96 * math.sqrt(suppressing + predicting):
+        return _RuleResult(None, name, f"{numbers}, which may be chance")
+    return _RuleResult(layer, name, numbers)
 
 
-def _turned(entropy: Array) -> _Found:
-    """Either way: the paper sees it fall at the end in some models (sharpening), and rise in others (confidence that is blunted)."""
+def _find_entropy_turn(entropy: Array) -> _RuleResult:
+    """Find the layer after which the lens entropy turns, in either direction.
+
+    The paper sees the entropy fall at the end in some models (sharpening), and rise in others.
+    """
     name, depth = "lens_entropy_bits", len(entropy)
     if not np.isfinite(entropy).all() or depth < 4:
-        return _Found(None, name, "lens entropy is not known everywhere")
+        return _RuleResult(None, name, "lens entropy is not available for every layer")
     half = depth // 2
     late = entropy[half:]
-    for place in sorted((half + int(late.argmax()), half + int(late.argmin())), reverse=True):
-        back = float(entropy[-1] - entropy[place])
-        if half < place < depth - 1 and abs(back) >= 0.1 * float(np.ptp(entropy)):
-            way = "rises" if back > 0 else "falls"
-            return _Found(place + 1, name, f"lens entropy turns behind layer {place} and {way} by {abs(back):.2g} bits")
-    return _Found(None, name, "lens entropy does not turn inside the second half")
+    for layer in sorted((half + int(late.argmax()), half + int(late.argmin())), reverse=True):
+        change = float(entropy[-1] - entropy[layer])
+        if half < layer < depth - 1 and abs(change) >= 0.1 * float(np.ptp(entropy)):
+            direction = "rises" if change > 0 else "falls"
+            return _RuleResult(
+                layer + 1, name, f"lens entropy turns after layer {layer} and {direction} by {abs(change):.2g} bits"
+            )
+    return _RuleResult(None, name, "lens entropy has no turning point inside the second half")
 
 
-def stage_of(found: list[Boundary], depth: int) -> list[str]:
-    """The stage of each layer; where a limit between two was not found, both names."""
+def stage_of(stage_boundaries: list[Boundary], depth: int) -> list[str]:
+    """Return the stage of each layer.
+
+    Where the boundary between two stages was not found, the name holds both, joined by "or".
+    """
     names = [""] * depth
-    first, run = 0, [STAGES[0]]
-    for boundary in [*found, None]:
+    first, candidates = 0, [STAGES[0]]
+    for boundary in [*stage_boundaries, None]:
         if boundary is not None and boundary.layer is None:
-            run.append(boundary.begins)
+            candidates.append(boundary.begins)
             continue
         stop = depth if boundary is None or boundary.layer is None else boundary.layer
-        names[first:stop] = [" or ".join(run)] * (stop - first)
-        first, run = stop, [] if boundary is None else [boundary.begins]
+        names[first:stop] = [" or ".join(candidates)] * (stop - first)
+        first, candidates = stop, [] if boundary is None else [boundary.begins]
     return names
 
 
-def as_records(found: list[Boundary]) -> list[dict[str, object]]:
-    """Boundaries as plain values."""
-    return [asdict(boundary) for boundary in found]
+def as_records(stage_boundaries: list[Boundary]) -> list[dict[str, object]]:
+    """Return boundaries as dictionaries."""
+    return [asdict(boundary) for boundary in stage_boundaries]

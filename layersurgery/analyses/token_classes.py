@@ -1,4 +1,7 @@
-"""A class of tokens, and windows of text that go on with a token of it, as many as not: what a probe is trained and judged on."""
+"""Define a class of tokens, and find windows of text before tokens of the class and, as many, before other tokens.
+
+Probes are trained and scored on these windows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 
 from ..errors import MeasurementError, PlanError
 from ..runs.text import pieces
-from .word_windows import rounded
+from .word_windows import round_up
 
 SUFFIX, CONTEXT, SHARED, MIN_WINDOWS = "ing", 24, 12, 16
 _STRETCH, _STRETCHES, _SHOWN = 2048, 32, 24
@@ -23,13 +26,15 @@ _SPARE = 1.2
 
 @dataclass(frozen=True, slots=True)
 class TokenClass:
-    """Tokens that are told by their text; special tokens are neither in it nor in the rest, and added ones are in no class.
+    """Class of tokens, defined by their text.
+
+    Special tokens are neither in the class nor in the rest. Added tokens that are not special are in the rest.
 
     Attributes:
-        words: by what they are told.
-        inside: (vocabulary of the tokenizer,): True for those in the class.
-        rest: True for the others.
-        examples: texts of some that are in it, the most frequent ones first as far as a tokenizer numbers them so.
+        words: the definition in words.
+        inside: True for tokens in the class, (tokenizer's vocabulary,).
+        rest: True for the other tokens.
+        examples: texts of some tokens of the class, by token number, which is by frequency in many tokenizers.
     """
 
     words: str
@@ -39,37 +44,37 @@ class TokenClass:
 
     @property
     def about(self) -> dict[str, Any]:
-        """In words and numbers."""
+        """Return the definition, counts and examples, by name."""
         counts = {"tokens": int(self.inside.sum()), "of": int(self.inside.sum() + self.rest.sum())}
         return {"class": self.words, **counts, "examples": list(self.examples)}
 
 
 def check_class(suffix: str | None, regex: str | None) -> re.Pattern[str] | None:
-    """The expression, if there is one.
+    """Compile the regular expression, if there is one.
 
     Raises:
-        PlanError: there is a suffix, too, or it is no regular expression.
+        PlanError: a suffix is given as well, or the expression is not valid.
     """
     if suffix is not None and regex is not None:
         raise PlanError(
-            "a class of tokens is told by a suffix or by a regular expression; give one of them: --suffix or --regex"
+            "a class of tokens is defined by a suffix or by a regular expression; give one of them: --suffix or --regex"
         )
     try:
         return None if regex is None else re.compile(regex)
     except re.error as error:
-        raise PlanError(f"--regex {regex!r} is no regular expression: {error}") from error
+        raise PlanError(f"--regex {regex!r} is not a valid regular expression: {error}") from error
 
 
 def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None = None) -> TokenClass:
-    """The tokens whose text ends with a suffix, white space and capitals aside; or in which a regular expression is found.
+    """Return the class of tokens whose text ends with a suffix or matches a regular expression.
 
     Args:
-        tokenizer: whose tokens.
-        suffix: "ing" if neither is given.
-        regex: searched for in the text of each token as the tokenizer decodes it by itself, with its white space.
+        tokenizer: the tokenizer.
+        suffix: the suffix, compared without surrounding white space and in lower case; "ing" if neither is given.
+        regex: searched for in the text of each token, decoded alone and with its white space.
 
     Raises:
-        PlanError: both are given, it is no regular expression, or it picks no token or all.
+        PlanError: both are given, the expression is not valid, or the class has no token or every token.
     """
     pattern = check_class(suffix, regex)
     ending = (SUFFIX if suffix is None else suffix).strip().lower()
@@ -78,17 +83,18 @@ def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None 
     def belongs(text: str) -> bool:
         return text.strip().lower().endswith(ending) if pattern is None else pattern.search(text) is not None
 
-    added = {int(token): told.special for token, told in tokenizer.added_tokens_decoder.items()}
-    special = {*tokenizer.all_special_ids, *(token for token, never in added.items() if never)}
+    added = {int(token): token_info.special for token, token_info in tokenizer.added_tokens_decoder.items()}
+    special = {*tokenizer.all_special_ids, *(token for token, is_special in added.items() if is_special)}
     ids = sorted(token for token in tokenizer.get_vocab().values() if token not in special)
     texts = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
     inside, rest = np.zeros((2, ids[-1] + 1 if ids else 1), bool)
     for token, text in zip(ids, texts, strict=True):
         (inside if token not in added and belongs(text) else rest)[token] = True
-    for chosen, every in ((inside, "no token"), (rest, "every token")):
-        if not chosen.any():
+    for mask, which in ((inside, "no token"), (rest, "every token")):
+        if not mask.any():
             raise PlanError(
-                f"of the tokenizer's {len(ids):,} tokens, {every} {words}: nothing could be told apart; choose another class"
+                f"of the tokenizer's {len(ids):,} tokens, {which} {words}, so there are no two classes to tell apart; "
+                "choose another class"
             )
     examples = [text for token, text in zip(ids, texts, strict=True) if inside[token]][:_SHOWN]
     return TokenClass(words, inside, rest, tuple(examples))
@@ -96,15 +102,15 @@ def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None 
 
 @dataclass(frozen=True, slots=True)
 class BalancedWindows:
-    """Windows, in each half as many that go on with a token of the class as with another.
+    """Windows, in each half as many before a token of the class as before another token.
 
     Attributes:
-        ids: the 24 tokens before the one in question, (windows, CONTEXT), int64.
-        following: that one, (windows,).
-        inside: whether it is of the class.
-        held_out: whether the window is of the half that no probe is trained on.
-        tokens: how many tokens of text were looked through.
-        found: how many of them were of the class, and had a whole window before them.
+        ids: the 24 tokens before the following token, (windows, CONTEXT), int64.
+        following: the following token, (windows,).
+        inside: True if the following token is in the class, (windows,).
+        held_out: True for windows of the half that is not used for training, (windows,).
+        tokens: number of tokens of text that were searched.
+        found: number of tokens of the class in this text with a whole window before them.
     """
 
     ids: torch.Tensor
@@ -116,14 +122,14 @@ class BalancedWindows:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens, their classes and halves."""
+        """Return a hash of the tokens, classes and halves."""
         digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
         digest.update(np.stack([self.following, self.inside, self.held_out]).astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def about(self) -> dict[str, int]:
-        """Counts, by name."""
+        """Return counts by name."""
 
         def different(held_out: bool) -> int:
             return len(np.unique(self.following[self.inside & (self.held_out == held_out)]))
@@ -148,83 +154,89 @@ def find_balanced_windows(
     seed: int = 0,
     name: str = "the text",
 ) -> BalancedWindows:
-    """Find windows of 24 tokens of one document that go on with a token of a class, and as many that do not, at random.
+    """Find windows of 24 tokens of one document before a token of a class, and as many before other tokens, at random.
 
-    Documents, the longer ones in stretches, go to one half or the other. No 12 tokens in a row are in two windows, so that nothing of what a probe
-    is judged on was there when it was trained, and no text counts twice, wherever it is repeated.
+    Documents go to one half or the other; long documents are split into stretches first. No two windows share 12 tokens
+    in a row. So no text of a held-out window was in training, and repeated text counts once.
 
     Args:
         documents: texts.
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         chosen: the class.
-        tokens: how many to look through, at most.
-        samples: windows of each class, at most: half of them to train on.
-        seed: of the choice.
-        name: of the text, for errors.
+        tokens: maximum number of tokens to search.
+        samples: maximum number of windows of each class; half of them are for training.
+        seed: random seed of the selection.
+        name: name of the text, for errors.
 
     Raises:
-        MeasurementError: fewer than 16 windows of each class in a half; says how much text it would take.
+        MeasurementError: fewer than 16 windows of each class in a half; the message says how much text is needed.
     """
-    texts = list(_coded(documents, tokenizer, tokens))
+    texts = list(_encode(documents, tokenizer, tokens))
     ids = np.concatenate([np.zeros(0, np.int64), *texts])
     label = np.full(max(len(chosen.inside), 1 + ids.max(initial=0)), -1)
     label[: len(chosen.inside)][chosen.rest], label[: len(chosen.inside)][chosen.inside] = 0, 1
-    starts, stretch = _starts([len(text) for text in texts])
-    told = label[ids[starts + CONTEXT]]
-    picked = np.random.default_rng(seed)
-    other = _dealt(np.bincount(stretch, told == 1), picked)[stretch]
+    starts, stretch = _window_starts([len(text) for text in texts])
+    next_label = label[ids[starts + CONTEXT]]
+    rng = np.random.default_rng(seed)
+    second_half = _assign_halves(np.bincount(stretch, next_label == 1), rng)[stretch]
     seen: set[tuple[int, ...]] = set()
     halves = []
-    for half in (False, True):
-        walks = [_apart(ids, picked.permutation(starts[(told == value) & (other == half)]), seen) for value in (1, 0)]
-        halves.append(list(islice(zip(*walks, strict=False), samples // 2)))
-    _refuse_few(min(map(len, halves)), int((told == 1).sum()), len(ids), chosen, name)
-    at = np.array([pair for pairs in halves for pair in pairs])
+    for is_second in (False, True):
+        candidates = [
+            _without_shared_text(ids, rng.permutation(starts[(next_label == value) & (second_half == is_second)]), seen)
+            for value in (1, 0)
+        ]
+        halves.append(list(islice(zip(*candidates, strict=False), samples // 2)))
+    _refuse_few(min(map(len, halves)), int((next_label == 1).sum()), len(ids), chosen, name)
+    start_pairs = np.array([pair for pairs in halves for pair in pairs])
     return BalancedWindows(
-        torch.from_numpy(ids[at.reshape(-1, 1) + np.arange(CONTEXT)]),
-        ids[at.flatten() + CONTEXT],
-        np.tile([True, False], len(at)),
+        torch.from_numpy(ids[start_pairs.reshape(-1, 1) + np.arange(CONTEXT)]),
+        ids[start_pairs.flatten() + CONTEXT],
+        np.tile([True, False], len(start_pairs)),
         np.repeat([False, True], [2 * len(pairs) for pairs in halves]),
         len(ids),
-        int((told == 1).sum()),
+        int((next_label == 1).sum()),
     )
 
 
-def _coded(documents: Iterable[str], tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
-    room = tokens
+def _encode(documents: Iterable[str], tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
+    remaining = tokens
     for document in documents:
         for piece in pieces(document):
-            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"][:room]
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"][:remaining]
             yield np.array(ids, dtype=np.int64)
-            room -= len(ids)
-            if room <= 0:
+            remaining -= len(ids)
+            if remaining <= 0:
                 return
 
 
-def _starts(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Where a window may begin that has a token behind it, in texts laid end to end; and of which stretch of a text each is."""
-    most = min(_STRETCH, max(4 * CONTEXT, sum(lengths) // _STRETCHES))
+def _window_starts(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return where windows with a following token may start in the joined texts, and the stretch of each start."""
+    stretch_length = min(_STRETCH, max(4 * CONTEXT, sum(lengths) // _STRETCHES))
     starts, stretches, begin = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for length in lengths:
-        for first in range(0, length, most):
-            mine = np.arange(begin + first, begin + min(first + most, length) - CONTEXT)
-            starts.append(mine)
-            stretches.append(np.full(len(mine), len(stretches) - 1))
+        for first in range(0, length, stretch_length):
+            in_stretch = np.arange(begin + first, begin + min(first + stretch_length, length) - CONTEXT)
+            starts.append(in_stretch)
+            stretches.append(np.full(len(in_stretch), len(stretches) - 1))
         begin += length
     return np.concatenate(starts), np.concatenate(stretches)
 
 
-def _dealt(counts: np.ndarray, picked: np.random.Generator) -> np.ndarray:
-    """For each stretch, in random order, whether it goes to the second half: to the one that has less of the class so far."""
-    other, sums = np.zeros(len(counts), bool), [0, 0]
-    for number in picked.permutation(len(counts)):
-        other[number] = sums[1] < sums[0]
-        sums[int(other[number])] += counts[number]
-    return other
+def _assign_halves(counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return for each stretch whether it goes to the second half.
+
+    Stretches are taken in random order, and each goes to the half with fewer tokens of the class so far.
+    """
+    second_half, sums = np.zeros(len(counts), bool), [0, 0]
+    for index in rng.permutation(len(counts)):
+        second_half[index] = sums[1] < sums[0]
+        sums[int(second_half[index])] += counts[index]
+    return second_half
 
 
-def _apart(ids: np.ndarray, starts: np.ndarray, seen: set[tuple[int, ...]]) -> Iterator[int]:
-    """Those windows that share no text with one that was taken before."""
+def _without_shared_text(ids: np.ndarray, starts: np.ndarray, seen: set[tuple[int, ...]]) -> Iterator[int]:
+    """Yield the starts of windows that share no run of tokens with an earlier window."""
     for start in starts.tolist():
         window = ids[start : start + CONTEXT].tolist()
         runs = {tuple(window[first : first + SHARED]) for first in range(CONTEXT - SHARED + 1)}
@@ -233,16 +245,17 @@ def _apart(ids: np.ndarray, starts: np.ndarray, seen: set[tuple[int, ...]]) -> I
             yield start
 
 
-def _refuse_few(least: int, found: int, read: int, chosen: TokenClass, name: str) -> None:
-    if least >= MIN_WINDOWS:
+def _refuse_few(fewest: int, found: int, read: int, chosen: TokenClass, name: str) -> None:
+    if fewest >= MIN_WINDOWS:
         return
-    some = (
-        f"{found} of {read:,} tokens of {name} have {CONTEXT} tokens before them and a text that {chosen.words}; apart enough, that makes {least} windows for a half, "
-        f"and {MIN_WINDOWS} are needed"
+    problem = (
+        f"{found} of {read:,} tokens of {name} have {CONTEXT} tokens before them and a text that {chosen.words}; "
+        f"without shared text, this gives {fewest} windows per half, and {MIN_WINDOWS} are needed"
     )
     if not found:
-        raise MeasurementError(f"{some}. Give more text, other text, or another class: --data, --tokens, --suffix")
-    rate = max(least, found / 8) / read
+        raise MeasurementError(f"{problem}. Give more text, other text, or another class: --data, --tokens, --suffix")
+    rate = max(fewest, found / 8) / read
     raise MeasurementError(
-        f"{some}. At this rate it takes about {rounded(_SPARE * MIN_WINDOWS / rate):,} tokens of text: --data, --tokens"
+        f"{problem}. At this rate, about {round_up(_SPARE * MIN_WINDOWS / rate):,} tokens of text are needed: "
+        "--data, --tokens"
     )

@@ -1,4 +1,4 @@
-"""Windows of running text that end in a word: a word of four tokens in one class, of a single token in the other."""
+"""Find windows of text that end in a word: a word of four tokens in one class, of a single token in the other."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from ..runs.text import pieces
 
 WINDOW, WORD_TOKENS, MIN_WINDOWS = 16, 4, 8
 _SPARE = 1.2
-# Letters with no letter, digit, underscore or apostrophe beside them.
+# Letters without another letter, digit, underscore or apostrophe directly before or after them.
 _WORD = re.compile(r"(?<![\w'\u2019])[^\W\d_]+(?![\w'\u2019])")
-Place = tuple[int, int]
+Position = tuple[int, int]
+"""Index of a text, and index of the word's last token in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WordWindows:
-    """Windows of both classes, as many of one as of the other.
+    """Windows of both classes, with as many of one as of the other.
 
     Attributes:
         ids: tokens, (windows, WINDOW), int64.
-        joined: (windows,): True where the last four tokens are one word, False where the last token is one.
-        other: (windows,): True for words of the half that no head is chosen by.
-        words: the last word of each.
+        multi_token: True if the last four tokens are one word, False if the last token is one, (windows,).
+        held_out: True for words of the half that is not used to choose a head, (windows,).
+        words: the last word of each window.
         texts: the text of each token.
-        tokens: how many tokens of text were looked through.
-        found: how many windows of each class there were in them, and of how many words.
+        tokens: number of tokens of text that were searched.
+        found: numbers of windows and of different words of each class in this text.
     """
 
     ids: torch.Tensor
@@ -48,25 +49,25 @@ class WordWindows:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens and their classes."""
+        """Return a hash of the tokens, classes and halves."""
         digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
         digest.update(np.stack([self.multi_token, self.held_out]).astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def about(self) -> dict[str, int]:
-        """Counts, by name."""
-        taken = {
+        """Return counts by name."""
+        selected = {
             "four_token_windows": int(self.multi_token.sum()),
             "four_token_words": len(
-                {word for word, joined in zip(self.words, self.multi_token, strict=True) if joined}
+                {word for word, multi_token in zip(self.words, self.multi_token, strict=True) if multi_token}
             ),
             "one_token_windows": int((~self.multi_token).sum()),
             "one_token_words": len(
-                {word for word, joined in zip(self.words, self.multi_token, strict=True) if not joined}
+                {word for word, multi_token in zip(self.words, self.multi_token, strict=True) if not multi_token}
             ),
         }
-        return {"tokens": self.tokens, **taken, **{f"{name}_found": count for name, count in self.found.items()}}
+        return {"tokens": self.tokens, **selected, **{f"{name}_found": count for name, count in self.found.items()}}
 
 
 def find_word_windows(
@@ -78,117 +79,131 @@ def find_word_windows(
     seed: int = 0,
     name: str = "the text",
 ) -> WordWindows:
-    """Find windows, and take some at random, no word a second time before every other has been taken once.
+    """Find windows and select some at random; every word is used once before any word is used again.
 
-    A word is letters, all small, with no other letter, digit, underscore or apostrophe beside them. The tokenizer decides of how many tokens
-    it is. A window is the 16 tokens of one document that end with it.
+    A word is a run of lower-case letters without another letter, digit, underscore or apostrophe directly before or
+    after it. The tokenizer determines the number of its tokens. A window is the 16 tokens of one document that end with
+    the word.
 
     Args:
         documents: texts.
-        tokenizer: a fast one, which says where in the text its tokens are.
-        tokens: how many to look through, at most.
-        samples: windows of each class, at most.
-        seed: of the choice.
-        name: of the text, for errors.
+        tokenizer: a fast tokenizer, which gives the position of each token in the text.
+        tokens: maximum number of tokens to search.
+        samples: maximum number of windows of each class.
+        seed: random seed of the selection.
+        name: name of the text, for errors.
 
     Raises:
-        SourceError: the tokenizer cannot say where its tokens are.
-        MeasurementError: fewer than 8 windows of one class; says how much text it would take.
+        SourceError: the tokenizer cannot give the positions of its tokens.
+        MeasurementError: fewer than 8 windows of one class; the message says how much text is needed.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise SourceError(
-            f"{type(tokenizer).__name__} does not say where in a text its tokens are, so words cannot be told; take a fast tokenizer with --tokenizer"
+            f"{type(tokenizer).__name__} does not give the positions of its tokens in a text, so words "
+            "cannot be found; choose a fast tokenizer with --tokenizer"
         )
     texts: list[list[int]] = []
-    places: dict[bool, dict[str, list[Place]]] = {True: {}, False: {}}
+    positions: dict[bool, dict[str, list[Position]]] = {True: {}, False: {}}
     read = 0
-    for ids, ends in _ends(documents, tokenizer):
-        room = tokens - read
+    for ids, ends in _find_word_ends(documents, tokenizer):
+        remaining = tokens - read
         for word, count, end in ends:
-            if end < room:
-                places[count == WORD_TOKENS].setdefault(word, []).append((len(texts), end))
-        texts.append(ids[:room])
+            if end < remaining:
+                positions[count == WORD_TOKENS].setdefault(word, []).append((len(texts), end))
+        texts.append(ids[:remaining])
         read += len(texts[-1])
         if read >= tokens:
             break
-    _refuse_few(places, read, name)
-    picked = random.Random(seed)
-    each = min(samples, *(sum(map(len, words.values())) for words in places.values()))
-    chosen = [
-        (joined, word, place, other)
-        for joined in (True, False)
-        for word, place, other in _chosen(places[joined], each, picked)
+    _refuse_few(positions, read, name)
+    rng = random.Random(seed)
+    count_per_class = min(samples, *(sum(map(len, words.values())) for words in positions.values()))
+    selected = [
+        (multi_token, word, position, held_out)
+        for multi_token in (True, False)
+        for word, position, held_out in _select(positions[multi_token], count_per_class, rng)
     ]
-    rows = [texts[number][end + 1 - WINDOW : end + 1] for _, _, (number, end), _ in chosen]
+    rows = [texts[text][end + 1 - WINDOW : end + 1] for _, _, (text, end), _ in selected]
     vocabulary = {token: tokenizer.decode([token], clean_up_tokenization_spaces=False) for row in rows for token in row}
     return WordWindows(
         torch.tensor(rows),
-        np.array([joined for joined, *_ in chosen]),
-        np.array([other for *_, other in chosen]),
-        [word for _, word, *_ in chosen],
+        np.array([multi_token for multi_token, *_ in selected]),
+        np.array([held_out for *_, held_out in selected]),
+        [word for _, word, *_ in selected],
         [[vocabulary[token] for token in row] for row in rows],
         read,
         {
-            f"{size}_token_{what}": count
-            for size, joined in (("four", True), ("one", False))
-            for what, count in (("windows", sum(map(len, places[joined].values()))), ("words", len(places[joined])))
+            f"{size}_token_{unit}": count
+            for size, multi_token in (("four", True), ("one", False))
+            for unit, count in (
+                ("windows", sum(map(len, positions[multi_token].values()))),
+                ("words", len(positions[multi_token])),
+            )
         },
     )
 
 
-def _ends(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], list[tuple[str, int, int]]]]:
-    """Of each piece of text its tokens and, of each word of four tokens or one, the word, the number and the last token's place."""
+def _find_word_ends(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], list[tuple[str, int, int]]]]:
+    """Yield the tokens of each piece of text, and its words of four tokens or one: word, token count, last index."""
     for document in documents:
         for piece in pieces(document):
-            coded = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            offsets = np.array(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+            encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
             starts, stops = offsets[:, 0], offsets[:, 1]
-            spans = [found.span() for found in _WORD.finditer(piece) if found[0].islower()]
-            begins, finishes = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-            first = np.searchsorted(stops, begins, "right")  # the first token that reaches into the word
-            last = np.searchsorted(starts, finishes, "left") - 1
+            spans = [match.span() for match in _WORD.finditer(piece) if match[0].islower()]
+            word_starts, word_stops = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+            first = np.searchsorted(stops, word_starts, "right")  # the first token that overlaps the word
+            last = np.searchsorted(starts, word_stops, "left") - 1
             count = last + 1 - first
             fits = np.isin(count, (1, WORD_TOKENS)) & (last + 1 >= WINDOW)
-            fits[fits] &= stops[last[fits]] == finishes[fits]
+            fits[fits] &= stops[last[fits]] == word_stops[fits]
             ends = [
-                (piece[begins[place] : finishes[place]], int(count[place]), int(last[place]))
-                for place in np.flatnonzero(fits)
-                if not piece[starts[first[place]] : begins[place]].strip()
+                (piece[word_starts[index] : word_stops[index]], int(count[index]), int(last[index]))
+                for index in np.flatnonzero(fits)
+                if not piece[starts[first[index]] : word_starts[index]].strip()
             ]
-            yield coded["input_ids"], ends
+            yield encoding["input_ids"], ends
 
 
-def _refuse_few(places: dict[bool, dict[str, list[Place]]], read: int, name: str) -> None:
-    for joined, words in ((True, "words of four tokens"), (False, "words of a single token")):
-        found = sum(map(len, places[joined].values()))
-        if found >= MIN_WINDOWS:
+def _refuse_few(positions: dict[bool, dict[str, list[Position]]], read: int, name: str) -> None:
+    for multi_token, words in ((True, "words of four tokens"), (False, "words of a single token")):
+        count = sum(map(len, positions[multi_token].values()))
+        if count >= MIN_WINDOWS:
             continue
-        some = f"{found} windows that end in {words} ({len(places[joined])} different) among {read:,} tokens of {name}; {MIN_WINDOWS} are needed"
-        if not found:
-            raise MeasurementError(f"{some}. Give more text, or text with rarer words: --data, --tokens")
+        problem = (
+            f"{count} windows that end in {words} ({len(positions[multi_token])} different) in {read:,} tokens of "
+            f"{name}; {MIN_WINDOWS} are needed"
+        )
+        if not count:
+            raise MeasurementError(f"{problem}. Give more text, or text with rarer words: --data, --tokens")
         raise MeasurementError(
-            f"{some}. At this rate it takes about {rounded(_SPARE * read * MIN_WINDOWS / found):,} tokens of text: --data, --tokens"
+            f"{problem}. At this rate, about {round_up(_SPARE * read * MIN_WINDOWS / count):,} tokens of "
+            "text are needed: --data, --tokens"
         )
 
 
-def rounded(tokens: float) -> int:
-    """Two digits, upwards."""
+def round_up(tokens: float) -> int:
+    """Round up to two significant digits."""
     step: int = 10 ** max(0, len(str(int(tokens))) - 2)
     return math.ceil(tokens / step) * step
 
 
-def _chosen(places: dict[str, list[Place]], samples: int, picked: random.Random) -> Iterator[tuple[str, Place, bool]]:
-    """Words, where, and whether they are of the other half: each word once, then those that there are a second time, and so on."""
-    words = picked.sample(sorted(places), len(places))
-    turns = {word: picked.sample(places[word], len(places[word])) for word in words}
-    halves = {word: bool(number % 2) for number, word in enumerate(words)}
-    longest = max(map(len, turns.values()))
+def _select(
+    positions: dict[str, list[Position]], samples: int, rng: random.Random
+) -> Iterator[tuple[str, Position, bool]]:
+    """Yield words, positions, and whether each word is held out.
+
+    Each word comes once, then each word that occurs a second time, and so on.
+    """
+    words = rng.sample(sorted(positions), len(positions))
+    shuffled = {word: rng.sample(positions[word], len(positions[word])) for word in words}
+    held_out = {word: bool(index % 2) for index, word in enumerate(words)}
+    most = max(map(len, shuffled.values()))
     yield from islice(
         (
-            (word, turns[word][turn], halves[word])
-            for turn in range(longest)
+            (word, shuffled[word][occurrence], held_out[word])
+            for occurrence in range(most)
             for word in words
-            if turn < len(turns[word])
+            if occurrence < len(shuffled[word])
         ),
         samples,
     )

@@ -1,6 +1,9 @@
-"""Surgery on a checkpoint's files: tensors are renamed in headers and their bytes streamed; no model is built.
+"""Edit the files of a checkpoint: rename tensors in the headers and copy their bytes, without loading the weights.
 
->>> edit_checkpoint("EleutherAI/pythia-6.9b-deduped", swap(12), "pythia-swapped")  # doctest: +SKIP
+>>> import layersurgery as ls
+>>> result = ls.edit_checkpoint("smollm2-135m", ls.swap(12), "swapped")
+>>> ls.load("swapped").model.config.num_hidden_layers
+30
 """
 
 from __future__ import annotations
@@ -37,16 +40,24 @@ from .shard_writer import Progress, link_shard, write_shards
 from .sources import COPIED_FILES, Source, find_source
 from .tensor_index import INDEX, SINGLE, BlockPrefix, TensorIndex, find_block_prefix, read_json, read_tensor_index
 
-# Files that name layers in their quantisation settings, beside config.json.
+# Files other than config.json that name layers in their quantization settings.
 _QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 _QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config"))
-# Quantised formats in which a weight of zero bytes is a weight of zeros.
-_ZERO_IS_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
+# Quantized formats in which zero bytes mean zero weights.
+_ZERO_BYTES_ARE_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint as its files describe it: config, headers, and where the decoder blocks are."""
+    """A checkpoint as its files describe it.
+
+    Attributes:
+        source: the directory of its files and its provenance.
+        config: its config.json.
+        section: the section of the config that describes the decoder.
+        tensors: its tensors.
+        block_prefix: the prefix of the decoder blocks in the tensor names.
+    """
 
     source: Source
     config: Json
@@ -56,35 +67,36 @@ class Checkpoint:
 
     @property
     def depth(self) -> int:
-        """Number of decoder blocks."""
+        """Return the number of decoder blocks."""
         return self.section.depth
 
     @property
     def fields(self) -> Json:
-        """The part of the config that describes the decoder."""
+        """Return the section of the config that describes the decoder."""
         return self.section.of(self.config)
 
 
-def read_checkpoint(source: Source, *, blocks: str | None = None, weights: TensorIndex | None = None) -> Checkpoint:
-    """Read config and headers.
+def read_checkpoint(source: Source, *, blocks: str | None = None, tensors: TensorIndex | None = None) -> Checkpoint:
+    """Read the config and the headers of a checkpoint.
 
     Args:
-        source: where the files are.
-        blocks: prefix of the decoder blocks' tensors, where it cannot be found ("model.layers").
-        weights: the headers, where they were read already.
+        source: the checkpoint.
+        blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically ("model.layers").
+        tensors: the tensors of the checkpoint, if they have already been read.
 
     Raises:
-        SourceError: damaged, incomplete, or config and tensors of different models.
-        UnsupportedEditError: an architecture that cannot be edited.
+        SourceError: files are damaged or missing, or config and tensors belong to different models.
+        UnsupportedEditError: several lists of layers could be the decoder.
     """
     config = read_json(source.directory / "config.json")
-    section = _section(config)
-    weights = read_tensor_index(source.directory) if weights is None else weights
-    prefix = find_block_prefix(weights.names(), section.depth, section.extra, blocks)
-    return Checkpoint(source, config, section, weights, prefix)
+    section = _find_decoder_section(config)
+    tensors = read_tensor_index(source.directory) if tensors is None else tensors
+    prefix = find_block_prefix(tensors.names(), section.depth, section.extra, blocks)
+    return Checkpoint(source, config, section, tensors, prefix)
 
 
-def _section(config: Json) -> DecoderSection:
+def _find_decoder_section(config: Json) -> DecoderSection:
+    # The config class of transformers is asked only if the fields do not suffice, because importing it is slow.
     try:
         return find_section(config)
     except SourceError:
@@ -95,7 +107,16 @@ def _section(config: Json) -> DecoderSection:
 
 @dataclass(frozen=True, slots=True)
 class PreparedEdit:
-    """An edited checkpoint before it is written."""
+    """An edited checkpoint that has been checked but not written.
+
+    Attributes:
+        checkpoint: the source.
+        plan: the edits.
+        route: the source's blocks in the order in which the new model runs them.
+        config: the new config.json.
+        layout: the new safetensors files.
+        verified: whether the reload check was run.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
@@ -106,23 +127,23 @@ class PreparedEdit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights to write or link."""
+        """Return the size of the safetensors files to write or link, in bytes."""
         return self.layout.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class EditResult:
-    """What was written.
+    """An edited checkpoint that was written.
 
     Attributes:
-        path: the new checkpoint's directory.
-        plan: the edits made.
-        route: the source's blocks in the order the new model runs them.
-        depth: blocks of the source.
-        bytes_written: weights' bytes copied (or shared by the file system).
-        bytes_linked: weights' bytes in hard-linked files.
-        seconds: from the first byte to the finished directory.
-        verified: whether the reload check ran.
+        path: directory of the new checkpoint.
+        plan: the edits.
+        route: the source's blocks in the order in which the new model runs them.
+        depth: number of blocks of the source.
+        bytes_written: size of the safetensors files that were copied (or shared by the file system).
+        bytes_linked: size of the safetensors files that were hard-linked.
+        seconds: time from the first byte to the finished directory.
+        verified: whether the reload check was run.
     """
 
     path: Path
@@ -136,88 +157,98 @@ class EditResult:
 
 
 def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PreparedEdit:
-    """Work out everything about the edited checkpoint, and check that a reload would be the model meant; writes nothing.
+    """Compute the config and the file layout of an edited checkpoint, and check that it would reload as intended.
+
+    Nothing is written.
+
+    Args:
+        checkpoint: the source.
+        plan: the edits.
+        verify: run the reload check.
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
-        UnsupportedEditError: no checkpoint of this architecture can say the result.
+        UnsupportedEditError: no checkpoint of this architecture can represent the edited model.
     """
     section = checkpoint.section
     route = plan.route(section.depth)
     if route.is_identity(section.depth):
-        raise PlanError(f"'{plan}' leaves the model as it is: there is nothing to write")
+        raise PlanError(f"'{plan}' leaves the model unchanged, so there is nothing to write")
     fields = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}
     refuse_architecture(fields)
     refuse_route(fields, route)
-    config = _edited_config(checkpoint, route, verify=verify)
+    config = _edit_config(checkpoint, route, verify=verify)
     if verify:
-        _verify(checkpoint, config, route)
-    silent = _tensors_to_zero(checkpoint, route)
+        _check_reload(checkpoint, config, route)
+    to_zero = _tensors_to_zero(checkpoint, route)
     layout = plan_output_files(
         checkpoint.tensors,
         checkpoint.block_prefix,
         new_positions(route, section),
-        lambda place, rest: rest in silent.get(place, ()),
+        lambda position, rest: rest in to_zero.get(position, ()),
     )
     return PreparedEdit(checkpoint, plan, route, config, layout, verify)
 
 
-def _verify(checkpoint: Checkpoint, config: Json, route: Route) -> None:
+def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> None:
+    """Check, without weights, that the new checkpoint would be loaded as the source's blocks along the route."""
     from ..models.block_list import find_block_list
     from ..models.reload_check import ReloadCheck
     from .tensor_names import match_names
 
     splits = map(checkpoint.block_prefix.split, checkpoint.tensors.names())
-    in_files = {split[1] for split in splits if split is not None}
-    twin = ReloadCheck.build(checkpoint.config, config, checkpoint.section, route, in_files)
-    twin.check()
-    path = find_block_list(twin.source, checkpoint.depth).path
-    match_names(twin.source, path, checkpoint.block_prefix, checkpoint.tensors.names())
+    file_tensors = {split[1] for split in splits if split is not None}
+    reload_check = ReloadCheck.build(checkpoint.config, config, checkpoint.section, route, file_tensors)
+    reload_check.check()
+    path = find_block_list(reload_check.source, checkpoint.depth).path
+    match_names(reload_check.source, path, checkpoint.block_prefix, checkpoint.tensors.names())
 
 
-def _edited_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
+def _edit_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
     section = checkpoint.section
     config = rewrite(checkpoint.config, section, route)
-    uniform = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
+    identical_layer_types = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
         checkpoint.fields, POSITIONAL_WITH_LIST
     )
-    if verify or not uniform:
+    if verify or not identical_layer_types:
         from ..models.meta_model import is_known_model_type, write_derived_fields
 
         if verify or is_known_model_type(checkpoint.config):
             config = write_derived_fields(checkpoint.config, config, section, route)
-    left = non_default_fields(checkpoint.fields, POSITIONAL_ONLY)
-    if left and not verify and route.blocks != tuple(range(section.depth)):
+    positional = non_default_fields(checkpoint.fields, POSITIONAL_ONLY)
+    if positional and not verify and route.blocks != tuple(range(section.depth)):
         raise UnsupportedEditError(
-            f"config.json: {', '.join(left)} can make layers differ by position, and without the reload check it cannot be told whether "
-            "the result would be right; leave --no-verify out"
+            f"config.json: {', '.join(positional)} can make layers differ by position, so only the reload check can "
+            "show whether the result would be right; run without --no-verify"
         )
-    for part in (config, section.of(config)) if section.path else (config,):
-        for key in _QUANTIZATION_KEYS & part.keys():
-            part[key] = _renamed_layers(part[key], checkpoint, route)
+    for fields in (config, section.of(config)) if section.path else (config,):
+        for key in _QUANTIZATION_KEYS & fields.keys():
+            fields[key] = _renumber_layers(fields[key], checkpoint, route)
     return config
 
 
-def _renamed_layers(value: Any, checkpoint: Checkpoint, route: Route) -> Any:
-    where = new_positions(route, checkpoint.section)
-    return rename_layers(value, lambda block: where.get(block, []), checkpoint.block_prefix.prefix.rpartition(".")[2])
+def _renumber_layers(value: Any, checkpoint: Checkpoint, route: Route) -> Any:
+    """Renumber the layers that quantization settings name."""
+    positions = new_positions(route, checkpoint.section)
+    list_name = checkpoint.block_prefix.prefix.rpartition(".")[2]
+    return rename_layers(value, lambda block: positions.get(block, []), list_name)
 
 
 def _tensors_to_zero(checkpoint: Checkpoint, route: Route) -> Mapping[int, frozenset[str]]:
-    """Names, within the block, of the tensors to zero at each position where a branch is skipped."""
+    """Return the names, within the block, of the tensors to zero at each position where a branch is skipped."""
     if all(visit.whole for visit in route):
         return {}
-    quantised = [
-        part[key]
-        for part in (checkpoint.config, checkpoint.fields)
-        for key in _QUANTIZATION_KEYS & part.keys()
-        if part[key]
+    settings = [
+        fields[key]
+        for fields in (checkpoint.config, checkpoint.fields)
+        for key in _QUANTIZATION_KEYS & fields.keys()
+        if fields[key]
     ]
-    method = quantised[0].get("quant_method") if quantised and isinstance(quantised[0], dict) else None
-    if quantised and method not in _ZERO_IS_ZERO:
+    method = settings[0].get("quant_method") if settings and isinstance(settings[0], dict) else None
+    if settings and method not in _ZERO_BYTES_ARE_ZERO:
         raise UnsupportedEditError(
-            f"the checkpoint is quantised ({method}), and zero bytes are no zero weights in this format, so a branch cannot be "
-            "silenced in it; skip on the unquantised checkpoint"
+            f"the checkpoint is quantized ({method}), and zero bytes do not mean zero weights in this format, so a "
+            "branch of it cannot be zeroed; skip the branch in the unquantized checkpoint"
         )
     from .zeroed_branches import tensors_to_zero
 
@@ -240,45 +271,64 @@ def edit_checkpoint(
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
+    After an error, the output is unchanged: no partial files remain, and an existing checkpoint at `out` is kept.
+
     Args:
-        model: hub id, local directory, `.gguf` file, or "smollm2-135m".
+        model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
         plan: the edits, or their text.
-        out: the new directory; by default `<name>-<plan>` in the current one.
-        revision: branch, tag or commit on the hub.
+        out: the new directory; by default `<name>-<plan>` in the current directory.
+        revision: branch, tag or commit on the Hub.
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
-        link: hard-link files that do not change. They are then the same files as the source's: who edits one edits both.
+        link: hard-link files that do not change. They are then the same files as the source's: a change to one changes
+            both.
         verify: run the reload check first. It needs torch and transformers; without it, a swap needs neither.
-        blocks: prefix of the decoder blocks' tensors, where it cannot be found.
-        progress: called with the number of bytes moved, time after time, from one thread at a time.
+        blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically.
+        progress: called repeatedly with the number of bytes written since the last call, by one thread at a time.
+
+    Returns:
+        The directory, and how it was made.
 
     Raises:
-        PlanError, SourceError, UnsupportedEditError, OutputError: before a byte is written, or with nothing left behind.
+        PlanError: the plan does not fit the model, or changes nothing.
+        SourceError: the source cannot be found or read.
+        UnsupportedEditError: no checkpoint of this architecture can represent the edited model.
+        OutputError: `out` exists or cannot be written.
 
     Example:
         >>> import layersurgery as ls
-        >>> ls.edit_checkpoint("smollm2-135m", ls.swap(12), "swapped")  # doctest: +SKIP
+        >>> result = ls.edit_checkpoint("smollm2-135m", "drop 20; drop 24", "dropped")
+        >>> print(result.path, result.route)
+        dropped 0:20 21:24 25:30
     """
     if isinstance(plan, str):
         plan = Plan.parse(plan)
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    sketch = prepare_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
-    return write_edit(sketch, target, overwrite=overwrite, link=link, progress=progress)
+    prepared = prepare_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
+    return write_edit(prepared, target, overwrite=overwrite, link=link, progress=progress)
 
 
 def default_output(source: Source, plan: Plan) -> Path:
-    """`./<name>-<plan slug>`."""
+    """Return the default output directory, `./<name>-<plan slug>`."""
     return Path(f"{source.name}-{plan.slug}")
 
 
 def write_edit(
     prepared: PreparedEdit, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None
 ) -> EditResult:
-    """Write a draft to `out`, whole or not at all.
+    """Write a prepared edit to `out`, completely or not at all.
+
+    Args:
+        prepared: the edit.
+        out: the new directory.
+        overwrite: replace an existing checkpoint at `out`, once the new one is complete.
+        link: hard-link files that do not change.
+        progress: called with the number of bytes written since the last call.
 
     Raises:
-        OutputError: the file system's answer; nothing is left behind.
+        SourceError: a source file cannot be read, or was changed after its header was read.
+        OutputError: `out` exists or cannot be written; no partial output remains.
     """
     started = time.perf_counter()
     report = progress or _no_progress
@@ -293,7 +343,7 @@ def write_edit(
                 written.append(shard)
         linked = [shard for shard in linked if shard not in written]
         write_shards(written, directory, report)
-        _write_text(directory / "config.json", _text(prepared.config))
+        _write_text(directory / "config.json", _format_json(prepared.config))
         if prepared.layout.index is not None:
             _write_text(directory / INDEX, prepared.layout.index)
         _copy_other_files(prepared, directory)
@@ -318,11 +368,11 @@ def _no_progress(count: int) -> None:
     pass
 
 
-def _text(value: Any) -> str:
+def _format_json(value: Any) -> str:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON can escape it, but UTF-8 cannot encode it
         text = json.dumps(value, indent=2)
     return text + "\n"
 
@@ -335,18 +385,18 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _copy_other_files(prepared: PreparedEdit, directory: Path) -> None:
-    """Everything else a user of the model needs: tokenizer, templates, generation config, licence, its own code."""
+    """Copy the other files of the model: tokenizer, templates, generation config, license, custom code."""
     root = prepared.checkpoint.source.directory
-    ours = {path.name for path in directory.iterdir()} | {SINGLE, INDEX, "README.md"}
+    written = {path.name for path in directory.iterdir()} | {SINGLE, INDEX, "README.md"}
     for pattern in COPIED_FILES:
         for path in sorted(root.glob(pattern)):
             target = directory / path.relative_to(root)
-            if not path.is_file() or target.exists() or target.name in ours or target.name.endswith(".index.json"):
+            if not path.is_file() or target.exists() or target.name in written or target.name.endswith(".index.json"):
                 continue
             target.parent.mkdir(exist_ok=True)
             if path.name in _QUANTIZATION_FILES:
-                value = _renamed_layers(read_json(path), prepared.checkpoint, prepared.route)
-                _write_text(target, _text(value))
+                value = _renumber_layers(read_json(path), prepared.checkpoint, prepared.route)
+                _write_text(target, _format_json(value))
             else:
                 shutil.copyfile(path, target)
                 with target.open("rb") as copied:

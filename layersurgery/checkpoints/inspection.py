@@ -1,4 +1,4 @@
-"""A checkpoint's anatomy from its config and headers alone: what `inspect` and `plan` show."""
+"""Describe a checkpoint's blocks, tensors and size from its config and its headers alone, for `inspect` and `plan`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors of one name, dtype and shape: one, or one for each expert (`count` of them, N in the name)."""
+    """Tensors that share name, dtype and shape: one, or `count` of them (one per expert), with N in the name."""
 
     name: str
     dtype: str
@@ -32,14 +32,14 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True)
 class BlockGroup:
-    """Neighbouring blocks that are alike.
+    """Consecutive blocks that have the same config values and tensor shapes.
 
     Attributes:
         blocks: the range of blocks.
-        traits: what the config says of each of them, such as its layer type.
-        parameters: of one block.
-        nbytes: of one block.
-        tensors: of one block.
+        traits: the per-layer values of the config, such as the layer type.
+        parameters: number of parameters of one block.
+        nbytes: size of one block in bytes.
+        tensors: the tensors of one block.
     """
 
     blocks: Span
@@ -51,22 +51,22 @@ class BlockGroup:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint's anatomy.
+    """The structure and the size of a checkpoint.
 
     Attributes:
-        name: what the model is called.
-        architecture: the class that loads it.
-        model_type: its type in transformers.
-        prefix: what stands before the block number in tensor names.
+        name: Hub ID or path of the model.
+        architecture: name of the class that loads it.
+        model_type: its model type in transformers.
+        prefix: the name before the block number in tensor names.
         depth: number of blocks.
-        width: width of the residual stream, if the config names it.
-        vocabulary: number of tokens, if the config names it.
-        parameters: in all.
-        nbytes: in all.
-        dtypes: parameters by dtype.
-        files: of weights.
-        groups: the blocks.
-        outside: tensors that belong to no block.
+        width: width of the residual stream; None if the config does not contain it.
+        vocabulary: number of tokens of the vocabulary; None if the config does not contain it.
+        parameters: number of parameters of the whole checkpoint.
+        nbytes: size of all tensors in bytes.
+        dtypes: number of parameters by dtype.
+        files: number of safetensors files.
+        groups: the blocks, in groups of equal blocks.
+        outside: tensors that are not in a block.
     """
 
     name: str
@@ -85,33 +85,39 @@ class Inspection:
 
 
 def read_for_inspection(model: str, *, revision: str | None = None, blocks: str | None = None) -> Checkpoint:
-    """Read a checkpoint's config and headers; for a hub model whose weights are not here, the headers alone are fetched.
+    """Read a checkpoint's config and headers; if the weights are only on the Hub, fetch their headers alone.
+
+    Args:
+        model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
+        revision: branch, tag or commit on the Hub.
+        blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically ("model.layers").
 
     Raises:
-        SourceError: not found, not reachable, or damaged.
+        SourceError: the model is not found, the Hub cannot be reached, or a file is damaged.
+        UnsupportedEditError: several lists of layers could be the decoder.
     """
     source = find_source(model, revision=revision, weights=False)
     try:
-        weights = read_tensor_index(source.directory)
+        tensors = read_tensor_index(source.directory)
     except SourceError:
         if source.revision is None:
             raise
-        weights = TensorIndex(source.directory, remote_headers(source), None)
-    return read_checkpoint(source, blocks=blocks, weights=weights)
+        tensors = TensorIndex(source.directory, remote_headers(source), None)
+    return read_checkpoint(source, blocks=blocks, tensors=tensors)
 
 
 def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Describe a checkpoint."""
-    inside: dict[int, list[tuple[str, TensorInfo]]] = {}
+    """Describe the structure and the size of a checkpoint."""
+    by_block: dict[int, list[tuple[str, TensorInfo]]] = {}
     outside: list[tuple[str, TensorInfo]] = []
     dtypes: Counter[str] = Counter()
-    for name, entry in checkpoint.tensors.tensors():
-        dtypes[entry.dtype] += entry.elements
+    for name, info in checkpoint.tensors.tensors():
+        dtypes[info.dtype] += info.elements
         split = checkpoint.block_prefix.split(name)
         if split is not None and split[0] < checkpoint.depth:
-            inside.setdefault(split[0], []).append((split[1], entry))
+            by_block.setdefault(split[0], []).append((split[1], info))
         else:
-            outside.append((name, entry))
+            outside.append((name, info))
     config, fields = checkpoint.config, checkpoint.fields
     return Inspection(
         name=checkpoint.source.label,
@@ -119,48 +125,52 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         model_type=str(config.get("model_type", "unknown")),
         prefix=checkpoint.block_prefix.prefix,
         depth=checkpoint.depth,
-        width=_first(fields, "hidden_size", "n_embd", "d_model"),
-        vocabulary=_first(fields, "vocab_size"),
+        width=_first_integer(fields, "hidden_size", "n_embd", "d_model"),
+        vocabulary=_first_integer(fields, "vocab_size"),
         parameters=sum(dtypes.values()),
         nbytes=checkpoint.tensors.nbytes,
         dtypes=dict(dtypes),
         files=len(checkpoint.tensors.shards),
-        groups=tuple(_groups(checkpoint, inside)),
-        outside=_tensor_groups(outside),
+        groups=tuple(_group_blocks(checkpoint, by_block)),
+        outside=_group_tensors(outside),
     )
 
 
-def _first(fields: dict[str, Any], *names: str) -> int | None:
+def _first_integer(fields: dict[str, Any], *names: str) -> int | None:
     return next((fields[name] for name in names if isinstance(fields.get(name), int)), None)
 
 
-def _groups(checkpoint: Checkpoint, inside: dict[int, list[tuple[str, TensorInfo]]]) -> Iterable[BlockGroup]:
+def _group_blocks(checkpoint: Checkpoint, by_block: dict[int, list[tuple[str, TensorInfo]]]) -> Iterable[BlockGroup]:
     fields, depth = checkpoint.fields, checkpoint.depth
     lists = {key: value for key, value in fields.items() if is_layerwise(key, value, depth) and len(value) == depth}
     start = 0
-    described = [
-        ({key: value[block] for key, value in lists.items()}, _tensor_groups(inside.get(block, [])))
+    descriptions = [
+        ({key: value[block] for key, value in lists.items()}, _group_tensors(by_block.get(block, [])))
         for block in range(depth)
     ]
     for block in range(1, depth + 1):
-        if block < depth and described[block] == described[start]:
+        if block < depth and descriptions[block] == descriptions[start]:
             continue
-        traits, tensors = described[start]
-        entries = [entry for _, entry in inside.get(start, [])]
+        traits, tensors = descriptions[start]
+        infos = [info for _, info in by_block.get(start, [])]
         yield BlockGroup(
-            Span(start, block), traits, sum(e.elements for e in entries), sum(e.nbytes for e in entries), tensors
+            Span(start, block),
+            traits,
+            sum(info.elements for info in infos),
+            sum(info.nbytes for info in infos),
+            tensors,
         )
         start = block
 
 
-def _tensor_groups(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[TensorGroup, ...]:
-    counted = Counter((_NUMBER.sub("N", name), entry.dtype, entry.shape) for name, entry in tensors)
-    return tuple(TensorGroup(*key, count) for key, count in sorted(counted.items()))
+def _group_tensors(tensors: Iterable[tuple[str, TensorInfo]]) -> tuple[TensorGroup, ...]:
+    counts = Counter((_NUMBER.sub("N", name), info.dtype, info.shape) for name, info in tensors)
+    return tuple(TensorGroup(*key, count) for key, count in sorted(counts.items()))
 
 
 @dataclass(frozen=True, slots=True)
 class SizeChange:
-    """Parameters and bytes of a checkpoint before and after a plan."""
+    """Number of parameters and bytes of a checkpoint before and after an edit."""
 
     parameters: int
     nbytes: int
@@ -169,18 +179,21 @@ class SizeChange:
 
 
 def size_after(checkpoint: Checkpoint, route: Route) -> SizeChange:
-    """What a route makes of a checkpoint's size; a silenced branch keeps its (zero) weights in the file."""
+    """Compute the size of a checkpoint after an edit.
+
+    A zeroed branch still counts, because its zeros stay in the file.
+    """
     layout = plan_output_files(
         checkpoint.tensors,
         checkpoint.block_prefix,
         new_positions(route, checkpoint.section),
-        lambda place, rest: False,  # noqa: ARG005
+        lambda position, rest: False,  # noqa: ARG005
     )
-    before = [entry for _, entry in checkpoint.tensors.tensors()]
-    after = [entry for shard in layout.shards for entry in shard.tensors.values()]
+    before = [info for _, info in checkpoint.tensors.tensors()]
+    after = [info for shard in layout.shards for info in shard.tensors.values()]
     return SizeChange(
-        sum(entry.elements for entry in before),
-        sum(entry.nbytes for entry in before),
-        sum(entry.elements for entry in after),
-        sum(entry.nbytes for entry in after),
+        sum(info.elements for info in before),
+        sum(info.nbytes for info in before),
+        sum(info.elements for info in after),
+        sum(info.nbytes for info in after),
     )

@@ -1,4 +1,4 @@
-"""Loading a model from any source that the command line takes."""
+"""Load a model and its tokenizer from any source: the Hub, a directory, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .sources import Source, find_source
 
 
 class Loaded(NamedTuple):
-    """A model and its tokenizer; None where the checkpoint brings no tokenizer."""
+    """A model and its tokenizer (None if the checkpoint has no tokenizer)."""
 
     model: Any
     tokenizer: Any
@@ -24,49 +24,56 @@ def load(
     revision: str | None = None,
     **options: Any,
 ) -> Loaded:
-    """Load a causal language model in evaluation mode, and its tokenizer, through transformers.
+    """Load a causal language model in evaluation mode, and its tokenizer, with transformers.
 
     Args:
-        model: hub id, local directory, `.gguf` file, or "smollm2-135m".
-        dtype: of the weights: a torch dtype, its name, or "auto" for the checkpoint's own.
-        device_map: where to put them, as accelerate understands it ("auto", "cuda", a map of modules to devices).
-        revision: branch, tag or commit on the hub.
-        options: for `AutoModelForCausalLM.from_pretrained`.
+        model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
+        dtype: dtype of the weights: a torch dtype, its name, or "auto" for the dtype of the checkpoint.
+        device_map: placement of the weights, as in accelerate ("auto", "cuda", or a map from modules to devices).
+        revision: branch, tag or commit on the Hub.
+        options: further arguments for `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model and its tokenizer, as a named tuple.
 
     Raises:
-        SourceError: not found, or transformers cannot load it.
+        SourceError: the model is not found, transformers cannot load it, or weights are missing from the checkpoint.
 
     Example:
-        >>> model, tokenizer = ls.load("smollm2-135m")  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> model.config.num_hidden_layers
+        30
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype != "auto":
-        known = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(known, torch.dtype):
-            raise SourceError(f"{dtype!r} is no dtype of torch; write float32, bfloat16, float16 or auto")
-        dtype = known
+        torch_dtype = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(torch_dtype, torch.dtype):
+            raise SourceError(f"{dtype!r} is not a torch dtype; use float32, bfloat16, float16 or auto")
+        dtype = torch_dtype
     source = find_source(model, revision=revision)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             source.directory, dtype=dtype, device_map=device_map, output_loading_info=True, **options
         )
-    except Exception as error:  # a config class, a constructor or a reader of weights may raise anything
+    except Exception as error:  # config classes, constructors and weight loaders raise any exception
         raise SourceError(f"transformers cannot load {source.label}: {type(error).__name__}: {error}") from error
-    if wrong := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())):
+    if absent := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())):
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise SourceError(
-            f"{source.label} lacks {wrong[0]}" + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "") + f", which "
-            f"{type(loaded).__name__} needs, so the model would be partly random; is it the checkpoint of a causal language model, and whole?"
+            f"{source.label} lacks {absent[0]}{others}, which {type(loaded).__name__} needs, so some weights would be "
+            "random. Check that it is a complete checkpoint of a causal language model"
         )
     return Loaded(loaded.eval(), tokenizer_of(source))
 
 
 def tokenizer_of(source: Source) -> Any:
-    """The tokenizer that a checkpoint brings; None where it brings none.
+    """Load the tokenizer of a checkpoint; return None if it has no tokenizer.
 
     Raises:
-        SourceError: it is there, and transformers cannot load it.
+        SourceError: there is a tokenizer, but transformers cannot load it.
     """
     from transformers import AutoTokenizer
 
@@ -75,7 +82,7 @@ def tokenizer_of(source: Source) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(source.directory)
-    except Exception as error:  # a tokenizer's reader may raise anything
+    except Exception as error:  # tokenizer loaders raise any exception
         raise SourceError(
             f"transformers cannot load the tokenizer of {source.label}: {type(error).__name__}: {error}"
         ) from error

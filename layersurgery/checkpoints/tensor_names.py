@@ -1,6 +1,7 @@
-"""Tensor names in files, matched with the parameters of the model that loads them.
+"""Match tensor names in the files with the parameters of the model that loads them.
 
-The two differ where transformers renames, merges or splits tensors on loading; its own conversion rules say how.
+The two differ where transformers renames, merges or splits tensors on loading. Its own conversion rules are applied
+here.
 """
 
 from __future__ import annotations
@@ -21,68 +22,78 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """The tensors of each block, by the parameter they become.
+    """The tensors of each block, by the parameter that they are loaded into.
 
     Attributes:
-        tensors: block -> parameter within the block's module -> names within the block in the files.
-        cut: patterns of parameters that are cut out of a larger tensor of the files, and share it with others.
+        tensors: block -> name of the parameter in the block's module -> tensor names within the block in the files.
+        merged: regular expressions of parameters that share one merged tensor of the files with other parameters.
     """
 
     tensors: Mapping[int, Mapping[str, tuple[str, ...]]]
     merged: frozenset[str]
 
     def names(self, block: int, parameter: str) -> tuple[str, ...]:
-        """The tensors that hold one parameter of a block, and nothing else; none if there are no such tensors."""
+        """Return the tensors that contain one parameter of a block and nothing else; empty if there are none."""
         if any(re.search(pattern, parameter) for pattern in self.merged):
             return ()
         return self.tensors.get(block, {}).get(parameter, ())
 
 
 def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterable[str]) -> TensorNames:
-    """Match the names of a checkpoint's tensors with the blocks at `path` of the model that loads it.
+    """Match the tensor names of a checkpoint with the parameters of the blocks of the model that loads it.
+
+    Args:
+        model: the model, on any device.
+        path: path of its list of blocks.
+        prefix: prefix of the blocks in the tensor names.
+        names: the tensor names of the checkpoint.
 
     Raises:
-        UnsupportedEditError: the files number the blocks otherwise than the model does.
+        UnsupportedEditError: the files and the model number the blocks differently, or no tensor is loaded into a
+            block.
     """
-    rename, cut = _conversion(model)
-    alike: dict[tuple[int, str], list[str]] = defaultdict(list)
+    rename, merged = _read_conversion_rules(model)
+    similar: dict[tuple[int, str], list[str]] = defaultdict(list)
     for name in names:
         split = prefix.split(name)
         if split is not None and split[0] < prefix.depth:
-            # Experts differ by a number only; one of them tells for all.
-            alike[split[0], _NUMBER.sub("N", split[1])].append(split[1])
+            # Names of experts differ only by a number, so looking up one of them is enough.
+            similar[split[0], _NUMBER.sub("N", split[1])].append(split[1])
     tensors: dict[int, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    inside = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$")
+    in_block = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$")
 
-    def loaded_as(block: int, rest: str) -> str:
-        match = inside.search(rename(prefix.join(block, rest)))
+    def find_parameter(block: int, rest: str) -> str:
+        match = in_block.search(rename(prefix.join(block, rest)))
         if match is not None and int(match[1]) != block:
             raise UnsupportedEditError(
-                f"{prefix.join(block, rest)} is loaded as a part of block {match[1]}: the files of {type(model).__name__} number their "
-                "blocks otherwise than the model does, so they cannot be renamed"
+                f"{prefix.join(block, rest)} is loaded into block {match[1]}: the files of {type(model).__name__} "
+                "number the blocks differently from the model, so their tensors cannot be renamed"
             )
         return rest if match is None else match[2]
 
-    for (block, _), rests in alike.items():
-        first = loaded_as(block, rests[0])
-        apart = _NUMBER.search(f".{first}.") is not None  # the model, too, has a parameter for each expert
+    for (block, _), rests in similar.items():
+        first = find_parameter(block, rests[0])
+        # Whether the model has a parameter for each expert, as the files do.
+        separate = _NUMBER.search(f".{first}.") is not None
         for rest in rests:
-            parameter = loaded_as(block, rest) if apart else first
+            parameter = find_parameter(block, rest) if separate else first
             tensors[block][parameter] = (*tensors[block].get(parameter, ()), rest)
     for block in range(prefix.depth):
-        if not any(inside.search(rename(prefix.join(block, rest))) for rest in _some(alike, block)):
+        if not any(in_block.search(rename(prefix.join(block, rest))) for rest in _one_of_each(similar, block)):
             raise UnsupportedEditError(
-                f"no tensor at {prefix.prefix}.{block} is loaded into {path}.{block} of {type(model).__name__}: the files hold another "
-                "stack there, or the model renames it in a way that is not followed"
+                f"no tensor at {prefix.prefix}.{block} is loaded into {path}.{block} of {type(model).__name__}: these "
+                "are not the tensors of its decoder blocks, or the model renames them in an unsupported way"
             )
-    return TensorNames(tensors, cut)
+    return TensorNames(tensors, merged)
 
 
-def _some(alike: Mapping[tuple[int, str], list[str]], block: int) -> Iterable[str]:
-    return (rests[0] for (number, _), rests in alike.items() if number == block)
+def _one_of_each(similar: Mapping[tuple[int, str], list[str]], block: int) -> Iterable[str]:
+    """Iterate over one name of each group of similar names of a block."""
+    return (rests[0] for (number, _), rests in similar.items() if number == block)
 
 
-def _conversion(model: nn.Module) -> tuple[Callable[[str], str], frozenset[str]]:
+def _read_conversion_rules(model: nn.Module) -> tuple[Callable[[str], str], frozenset[str]]:
+    """Return the renaming function of loading, and the patterns of parameters that share a merged tensor."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -92,10 +103,10 @@ def _conversion(model: nn.Module) -> tuple[Callable[[str], str], frozenset[str]]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     state = dict.fromkeys(model.state_dict(), True)
     prefix = getattr(model, "base_model_prefix", "")
-    cut = frozenset(
+    merged = frozenset(
         re.escape(pattern).replace(r"\*", ".*")
         for rule in converters
         if len(rule.target_patterns) > 1
         for pattern in rule.target_patterns
     )
-    return lambda name: rename_source_key(name, renamings, converters, prefix, state)[0], cut
+    return lambda name: rename_source_key(name, renamings, converters, prefix, state)[0], merged

@@ -1,7 +1,7 @@
-"""Silencing a branch in a checkpoint: which tensors of the files to zero, and proof that zeroing them is what was meant.
+"""Find the tensors of a checkpoint that must be zeroed to skip a branch of a block.
 
-The names come from the model that transformers would build. Which parameters they are is found, and shown to be right, by running
-a single block of it with random weights.
+The names come from the model that transformers would build. Which of its parameters write a branch into the residual
+stream is found, and confirmed, by running a single block of it with random weights.
 """
 
 from __future__ import annotations
@@ -24,115 +24,131 @@ from ..plans.route import Route
 from .tensor_index import BlockPrefix
 from .tensor_names import TensorNames, match_names
 
-# A block above this many parameters is run in bfloat16, and above the second not at all.
-_FLOAT32_LIMIT = 500_000_000
-_RUN_LIMIT = 4_000_000_000
+# A probe model with more parameters runs in bfloat16; with more than the second limit, it does not run.
+_MAX_FLOAT32_PARAMETERS = 500_000_000
+_MAX_PARAMETERS = 4_000_000_000
 _TINY_VOCABULARY = 256
 
 
 def tensors_to_zero(
     config: Json, section: DecoderSection, prefix: BlockPrefix, names: Iterable[str], route: Route
 ) -> dict[int, frozenset[str]]:
-    """Names, within the block, of the tensors to zero at each position of the route where a branch is skipped.
+    """Find the tensors to zero at each position of the route where a branch is skipped.
 
     Args:
         config: the source's config.json.
-        section: its part on the decoder.
-        prefix: where the blocks are among the names.
-        names: the names of the source's tensors.
+        section: the section of it that describes the decoder.
+        prefix: prefix of the blocks in the tensor names.
+        names: the tensor names of the source.
         route: the source's blocks in their new order.
 
+    Returns:
+        Position in the route -> tensor names within the block.
+
     Raises:
-        UnsupportedEditError: they are not known, share a tensor with other weights, or do not behave as they should.
+        UnsupportedEditError: the tensors cannot be found, contain other weights too, or do not write the branch's
+            output.
     """
-    skipping = {place: visit for place, visit in enumerate(route) if not visit.whole}
+    skipping = {position: visit for position, visit in enumerate(route) if not visit.whole}
     if not skipping:
         return {}
     model = build_meta_model(config)
-    found = find_block_list(model, section.depth)
-    naming = match_names(model, found.path, prefix, names)
-    tried: dict[object, BlockParts] = {}
-    silent: dict[int, frozenset[str]] = {}
-    for place, visit in skipping.items():
-        module = found.blocks[visit.block]
-        kind = _kind(module)
-        if kind not in tried:
-            tried[kind] = _probed_parts(config, section, visit.block, module)
-        part: Branch = "attention" if visit.mlp else "mlp"
-        silent[place] = frozenset(_tensors(naming, visit.block, module, part, tried[kind]))
-    return silent
+    block_list = find_block_list(model, section.depth)
+    tensor_names = match_names(model, block_list.path, prefix, names)
+    parts_of_kind: dict[object, BlockParts] = {}
+    to_zero: dict[int, frozenset[str]] = {}
+    for position, visit in skipping.items():
+        module = block_list.blocks[visit.block]
+        kind = _class_and_shapes(module)
+        if kind not in parts_of_kind:
+            parts_of_kind[kind] = _probe_parts(config, section, visit.block, module)
+        branch: Branch = "attention" if visit.mlp else "mlp"
+        to_zero[position] = frozenset(
+            _find_output_tensors(tensor_names, visit.block, module, branch, parts_of_kind[kind])
+        )
+    return to_zero
 
 
-def _tensors(naming: TensorNames, block: int, module: nn.Module, part: Branch, parts: BlockParts) -> list[str]:
-    stubs = parts.skips(part)
-    if not stubs:
+def _find_output_tensors(
+    tensor_names: TensorNames, block: int, module: nn.Module, branch: Branch, parts: BlockParts
+) -> list[str]:
+    """Return the names, within the block, of the tensors that write a branch into the residual stream."""
+    skips = parts.skips(branch)
+    if not skips:
         raise UnsupportedEditError(
-            f"block {block} ({type(module).__name__}) has no {part} that could be skipped; drop it instead"
+            f"block {block} ({type(module).__name__}) has no {branch} that can be skipped; drop the block instead"
         )
-    if not all(stub.savable for stub in stubs):
+    if not all(skip.savable for skip in skips):
         raise UnsupportedEditError(
-            f"block {block} ({type(module).__name__}): which weights write its {part} into the residual stream could not be told; "
-            "skipping is not supported for this architecture"
+            f"block {block} ({type(module).__name__}): cannot determine which weights write its {branch} into the "
+            "residual stream; skipping is not supported for this architecture"
         )
-    found: list[str] = []
-    for parameter in parts.outputs(part):
-        names = naming.names(block, parameter)
+    output_tensors: list[str] = []
+    for parameter in parts.outputs(branch):
+        names = tensor_names.names(block, parameter)
         if not names:
             raise UnsupportedEditError(
-                f"block {block}: no tensor of the checkpoint holds {parameter}, the output of its {part}, and nothing else; skipping is "
-                "not supported for this architecture"
+                f"block {block}: no tensor of the checkpoint contains only {parameter}, the output of its {branch}; "
+                "skipping is not supported for this architecture"
             )
-        found += names
-    return found
+        output_tensors += names
+    return output_tensors
 
 
-def _probed_parts(config: Json, section: DecoderSection, block: int, meant: nn.Module) -> BlockParts:
-    """The parts of a block, found by running one of its architecture with random weights."""
-    name = f"block {block} ({type(meant).__name__})"
+def _probe_parts(config: Json, section: DecoderSection, block: int, module: nn.Module) -> BlockParts:
+    """Find the parts of a block by running a block of the same architecture with random weights."""
+    name = f"block {block} ({type(module).__name__})"
     with torch.no_grad(), silence_transformers():
-        model, place = _single_block(config, section, block, meant)
-        blocks = find_block_list(model, model.config.num_hidden_layers, type(meant)).blocks
-        parts = find_block_parts(blocks[place], record_block(model, blocks, place))
+        model, position = _build_probe_model(config, section, block, module)
+        blocks = find_block_list(model, model.config.num_hidden_layers, type(module)).blocks
+        parts = find_block_parts(blocks[position], record_block(model, blocks, position))
     if parts.fault:
         raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.fault}")
     return parts
 
 
-def _kind(module: nn.Module) -> tuple[object, ...]:
+def _class_and_shapes(module: nn.Module) -> tuple[object, ...]:
+    """Return a module's class and its parameters' names and shapes; modules that agree in them have the same parts."""
     return (type(module), tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters()))
 
 
-def _single_block(config: Json, section: DecoderSection, block: int, meant: nn.Module) -> tuple[Any, int]:
-    """A model of the same classes and widths, of one block and a small vocabulary, with random weights; where that block stands.
+def _build_probe_model(config: Json, section: DecoderSection, block: int, module: nn.Module) -> tuple[Any, int]:
+    """Build a model with only one block, random weights and a small vocabulary, but the source's classes and widths.
 
-    Where the config cannot say a single block, the blocks before it stay.
+    If the config cannot describe this block alone, the blocks before it stay, or all blocks.
+
+    Returns:
+        The model, and the position of the block in it.
     """
     from transformers import AutoModelForCausalLM
 
-    text = copy.deepcopy(section.of(config))
-    text.setdefault("model_type", config.get("model_type"))
-    text |= {"vocab_size": _TINY_VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    alone = find_section(text, section.depth_fields[0])
-    why = "its config cannot say this block alone"
+    fields = copy.deepcopy(section.of(config))
+    fields.setdefault("model_type", config.get("model_type"))
+    fields |= {"vocab_size": _TINY_VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = find_section(fields, section.depth_fields[0])
+    reason = "its config cannot describe this block alone"
     for route in (Route([block]), Route(range(block + 1)), Route.identity(section.depth)):
         try:
-            smaller = load_hf_config(write_derived_fields(text, rewrite(text, alone, route), alone, route))
+            smaller = load_hf_config(write_derived_fields(fields, rewrite(fields, decoder, route), decoder, route))
         except UnsupportedEditError as error:
-            why = str(error)
+            reason = str(error)
             continue
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(smaller)
-        place = route.blocks.index(block)
-        if _kind(find_block_list(empty, len(route), type(meant)).blocks[place]) != _kind(meant):
+            meta_model = AutoModelForCausalLM.from_config(smaller)
+        position = route.blocks.index(block)
+        built = find_block_list(meta_model, len(route), type(module)).blocks[position]
+        if _class_and_shapes(built) != _class_and_shapes(module):
             continue
-        size = sum(parameter.numel() for parameter in empty.parameters())
-        if size > _RUN_LIMIT:
-            why = f"it would take {size / 1e9:.1f} billion parameters"
+        size = sum(parameter.numel() for parameter in meta_model.parameters())
+        if size > _MAX_PARAMETERS:
+            reason = f"it would need {size / 1e9:.1f} billion parameters"
             continue
         model = AutoModelForCausalLM.from_config(
-            smaller, dtype=torch.bfloat16 if size > _FLOAT32_LIMIT else torch.float32
+            smaller, dtype=torch.bfloat16 if size > _MAX_FLOAT32_PARAMETERS else torch.float32
         )
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-        return model.eval(), place
-    raise UnsupportedEditError(f"block {block} cannot be tried out, so no branch of it is skipped: {why}")
+        return model.eval(), position
+    raise UnsupportedEditError(
+        f"no branch of block {block} can be skipped, because the block cannot be run with random weights: {reason}"
+    )

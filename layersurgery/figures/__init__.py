@@ -1,1 +1,1 @@
-"""Draw a table as a matplotlib figure."""
+"""Draw tables as matplotlib figures."""

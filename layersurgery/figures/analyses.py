@@ -1,4 +1,4 @@
-"""Which figures an analysis has, and how they are written."""
+"""List the figures of the analyses, and write them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from .signals import attention, lens, neurons, norms, similarity, stages
 from .style import ModelTables, save
 
 _MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {
-    "stages": stages, "lens": lens, "attention": attention, "norms": norms, "neurons": neurons, "similarity": similarity,
-}  # fmt: skip
+    "stages": stages,
+    "lens": lens,
+    "attention": attention,
+    "norms": norms,
+    "neurons": neurons,
+    "similarity": similarity,
+}
 
 
 def draw_signals(models: Sequence[ModelTables], directory: Path) -> list[Path]:
-    """Draw all that the tables hold, as PNG and SVG; returns the files."""
+    """Draw all figures that the tables allow, as PNG and SVG, and return the files."""
     figures: dict[str, Figure] = {}
-    for name, make in (_MAKERS | pruning.MAKERS | subjoiners.MAKERS | probes.MAKERS).items():
-        some = [model for model in models if name in model.tables and len(model.tables[name])]
-        if some:
-            figures[name] = make(some)
+    for name, maker in (_MAKERS | pruning.MAKERS | subjoiners.MAKERS | probes.MAKERS).items():
+        with_table = [model for model in models if name in model.tables and len(model.tables[name])]
+        if with_table:
+            figures[name] = maker(with_table)
     return save(figures, directory)

@@ -1,8 +1,9 @@
-"""Figures of probes on neurons: tables in, matplotlib Figures out."""
+"""Draw probes on neurons."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,12 @@ from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, new_figur
 _KINDS = {
     "prediction": (2, "prediction neurons"),
     "suppression": (1, "suppression neurons"),
-    "both": (0, "both"),
+    "both": (0, "both kinds"),
     "random": (3, "random neurons"),
 }
-_LINES = {
-    "model, top token": ("the model's top token", "#000000", "--"),
-    "model, probability": ("its probability of the class", "#000000", ":"),
+_REFERENCES = {
+    "model, top token": ("model's top token", "#000000", "--"),
+    "model, probability": ("model's class probability", "#000000", ":"),
     "shuffled labels": ("shuffled labels", "#888888", "-"),
 }
 _COLUMNS = 6
@@ -27,15 +28,18 @@ _CLASS, _REST = COLORS[1], "#B8B8B8"
 
 
 def probe(models: Sequence[ModelTables]) -> Figure:
-    """Neurons one by one and the best of them together, with the model's own accuracy, and what two of them write (figure 10); a row for each model."""
+    """Draw single neurons, the best k neurons, and the output weights of two neurons (figure 10); a row for each model.
+
+    The model's own accuracy is drawn for reference.
+    """
     with new_figure(12, 3.9 * len(models)) as figure:
         grid = figure.subplots(len(models), 3, squeeze=False, gridspec_kw={"width_ratios": [1, 1, 0.8]})
         for axes, model in zip(grid, models, strict=True):
-            _singles(axes[0], model)
-            _together(axes[1], model)
+            _draw_single_neurons(axes[0], model)
+            _draw_top_k(axes[1], model)
             axes[1].sharey(axes[0])
             axes[2].set_axis_off()
-            _two(axes[2], model)
+            _draw_histograms(axes[2], model)
             if len(models) > 1:
                 axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
         handles = {
@@ -48,74 +52,74 @@ def probe(models: Sequence[ModelTables]) -> Figure:
     return figure
 
 
-def _singles(axis: Axes, model: ModelTables) -> None:
+def _draw_single_neurons(axis: Axes, model: ModelTables) -> None:
     table = model.tables["single_neurons"]
-    for kind, (place, label) in _KINDS.items():
+    for kind, (index, label) in _KINDS.items():
         rows = table[table.kind == kind]
         if len(rows):
-            _with_intervals(axis, rows["rank"], rows, place, label, linestyle="none", alpha=0.9)
-    _lines(axis, model)
-    axis.set_xlabel("neuron, by accuracy on the training half")
+            _draw_intervals(axis, rows["rank"], rows, index, label, linestyle="none", alpha=0.9)
+    _draw_references(axis, model)
+    axis.set_xlabel("neuron, ranked by training accuracy")
     axis.set_ylabel("held-out accuracy (%)")
-    axis.text(0.02, 0.98, "a  one neuron", transform=axis.transAxes, va="top", fontweight="bold")
+    axis.text(0.02, 0.98, "a  single neurons", transform=axis.transAxes, va="top", fontweight="bold")
 
 
-def _together(axis: Axes, model: ModelTables) -> None:
+def _draw_top_k(axis: Axes, model: ModelTables) -> None:
     table = model.tables["top_k"]
-    for kind, (place, label) in _KINDS.items():
+    for kind, (index, label) in _KINDS.items():
         rows = table[table.kind == kind]
         if len(rows):
             k = rows.k.to_numpy(float)
-            axis.fill_between(k, 100 * rows.low, 100 * rows.high, color=COLORS[place], alpha=0.15, linewidth=0)
-            axis.plot(k, 100 * rows.accuracy, color=COLORS[place], label=label if kind == "both" else None)
-    _lines(axis, model)
-    axis.set_xlabel("k best neurons together")
-    axis.text(0.02, 0.98, "b  k neurons", transform=axis.transAxes, va="top", fontweight="bold")
+            axis.fill_between(k, 100 * rows.low, 100 * rows.high, color=COLORS[index], alpha=0.15, linewidth=0)
+            axis.plot(k, 100 * rows.accuracy, color=COLORS[index], label=label if kind == "both" else None)
+    _draw_references(axis, model)
+    axis.set_xlabel("number of neurons (k)")
+    axis.text(0.02, 0.98, "b  best k neurons", transform=axis.transAxes, va="top", fontweight="bold")
 
 
-def _with_intervals(axis: Axes, x: pd.Series, rows: pd.DataFrame, place: int, label: str, **style: object) -> None:
+def _draw_intervals(axis: Axes, x: pd.Series, rows: pd.DataFrame, index: int, label: str, **style: Any) -> None:
     y = 100 * rows.accuracy.to_numpy(float)
     error = [y - 100 * rows.low.to_numpy(float), 100 * rows.high.to_numpy(float) - y]
     axis.errorbar(
-        x.to_numpy(float), y, error, color=COLORS[place], marker=MARKERS[place], label=label, elinewidth=0.7, **style
-    )  # type: ignore[arg-type]
+        x.to_numpy(float), y, error, color=COLORS[index], marker=MARKERS[index], label=label, elinewidth=0.7, **style
+    )
 
 
-def _lines(axis: Axes, model: ModelTables) -> None:
+def _draw_references(axis: Axes, model: ModelTables) -> None:
     table = model.tables["probe"]
-    for name, (label, colour, style) in _LINES.items():
+    for name, (label, color, style) in _REFERENCES.items():
         for row in table[table.probe == name].itertuples():
-            axis.axhspan(100 * row.low, 100 * row.high, color=colour, alpha=0.07, linewidth=0, zorder=0.5)
-            axis.axhline(100 * row.accuracy, color=colour, linestyle=style, linewidth=1.1, label=label, zorder=1)
+            axis.axhspan(100 * row.low, 100 * row.high, color=color, alpha=0.07, linewidth=0, zorder=0.5)
+            axis.axhline(100 * row.accuracy, color=color, linestyle=style, linewidth=1.1, label=label, zorder=1)
 
 
-def _two(axis: Axes, model: ModelTables) -> None:
-    """Of either kind, the neuron with the greatest effect."""
+def _draw_histograms(axis: Axes, model: ModelTables) -> None:
+    """Draw the neuron of each kind with the largest effect."""
     table = model.tables["effects"]
     kinds = [kind for kind in ("suppression", "prediction") if (table.kind == kind).any()]
-    for place, kind in enumerate(kinds):
-        inset = axis.inset_axes((0.06, 0.6 - 0.6 * place, 0.94, 0.38))
-        mine = table[table.kind == kind]
-        rows = mine[mine["rank"] == mine["rank"].min()]
-        _histogram(inset, rows)
+    for index, kind in enumerate(kinds):
+        inset = axis.inset_axes((0.06, 0.6 - 0.6 * index, 0.94, 0.38))
+        of_kind = table[table.kind == kind]
+        rows = of_kind[of_kind["rank"] == of_kind["rank"].min()]
+        _draw_histogram(inset, rows)
         first = rows.iloc[0]
         inset.set_title(
-            f"{'c  ' if place == 0 else ''}{kind}: layer {first.layer}, neuron {first.neuron}", loc="left", fontsize=9
+            f"{'c  ' if index == 0 else ''}{kind}: layer {first.layer}, neuron {first.neuron}", loc="left", fontsize=9
         )
         inset.set_ylabel("tokens")
-        if place == len(kinds) - 1:
+        if index == len(kinds) - 1:
             inset.set_xlabel(r"$W_U \cdot w_{out}$")
-        if place == 0:
+        if index == 0:
             inset.legend(fontsize=7, loc="upper right")
 
 
-def _histogram(axis: Axes, rows: pd.DataFrame) -> None:
+def _draw_histogram(axis: Axes, rows: pd.DataFrame) -> None:
     edges = np.append(rows.low.to_numpy(float), float(rows.high.iloc[-1]))
-    for name, label, colour, alpha in (
-        ("rest_tokens", "the rest", _REST, 1.0),
-        ("class_tokens", "the class", _CLASS, 0.75),
+    for name, label, color, alpha in (
+        ("rest_tokens", "other tokens", _REST, 1.0),
+        ("class_tokens", "class tokens", _CLASS, 0.75),
     ):
-        axis.stairs(rows[name].to_numpy(float), edges, fill=True, color=colour, alpha=alpha, label=label, linewidth=0)
+        axis.stairs(rows[name].to_numpy(float), edges, fill=True, color=color, alpha=alpha, label=label, linewidth=0)
     axis.set_yscale("log")
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:,.0f}")
@@ -123,28 +127,28 @@ def _histogram(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def effects(models: Sequence[ModelTables]) -> Figure:
-    """What the neurons with the greatest effects add to the logits of the class and of the rest (figure 16); one grid of panels for each model."""
-    each = [list(model.tables["effects"].groupby("rank")) for model in models]
-    deep = [-(-len(some) // _COLUMNS) for some in each]
-    with new_figure(11, 1.35 * sum(deep) + 0.9) as figure:
-        # Fitting so many panels to their labels takes half a minute; these have all the same.
+    """Draw what the neurons with the largest effects add to the logits (figure 16); a grid for each model."""
+    panels_by_model = [list(model.tables["effects"].groupby("rank")) for model in models]
+    row_counts = [-(-len(panels) // _COLUMNS) for panels in panels_by_model]
+    with new_figure(11, 1.35 * sum(row_counts) + 0.9) as figure:
+        # A constrained layout of so many panels takes half a minute, so the margins are fixed.
         figure.set_layout_engine(None)
         margin = 0.45 / figure.get_figheight()
         figure.subplots_adjust(left=0.06, right=0.99, bottom=1.3 * margin, top=1 - 1.3 * margin, wspace=0.3, hspace=0.5)
-        grid = figure.subplots(sum(deep), _COLUMNS, squeeze=False)
+        grid = figure.subplots(sum(row_counts), _COLUMNS, squeeze=False)
         row = 0
-        for model, some, rows in zip(models, each, deep, strict=True):
+        for model, panels, rows in zip(models, panels_by_model, row_counts, strict=True):
             axes = grid[row : row + rows].ravel()
             row += rows
-            for axis, (_, panel) in zip(axes, some, strict=False):
-                _histogram(axis, panel)
+            for axis, (_, panel) in zip(axes, panels, strict=False):
+                _draw_histogram(axis, panel)
                 first = panel.iloc[0]
-                whose = f"{model.label}\n" if len(models) > 1 and first["rank"] == 1 else ""
+                prefix = f"{model.label}\n" if len(models) > 1 and first["rank"] == 1 else ""
                 axis.set_title(
-                    f"{whose}{first.layer}.{first.neuron} {first.kind}", fontsize=7.5, pad=2, parse_math=False
+                    f"{prefix}{first.layer}.{first.neuron} {first.kind}", fontsize=7.5, pad=2, parse_math=False
                 )
                 axis.tick_params(labelsize=6, pad=1.5)
-            for axis in axes[len(some) :]:
+            for axis in axes[len(panels) :]:
                 axis.set_visible(False)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower right", ncols=2, fontsize=8)

@@ -1,6 +1,6 @@
-"""How figures look, and how they become files.
+"""Set the style of figures, and write them to files.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; lines differ in their markers as well.
+The colors are those of Okabe and Ito, which color-blind readers can distinguish. Lines also differ in their markers.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _STYLE: Any = {
     "lines.linewidth": 1.4,
     "lines.markersize": 3.5,
     "legend.frameon": False,
-    "svg.hashsalt": "layersurgery",  # the same figure, the same bytes
+    "svg.hashsalt": "layersurgery",  # so that the same figure gives the same bytes
     "svg.fonttype": "none",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTables:
-    """A model's tables to draw.
+    """Tables of one model to draw.
 
     Attributes:
-        tables: by the names of analyses.
-        label: the model's name.
-        caption: what it was measured on.
+        tables: tables by the names of analyses.
+        label: name of the model.
+        caption: the text that it was measured on.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -55,16 +55,16 @@ class ModelTables:
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of a size in inches."""
+    """Create a figure with a size in inches."""
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
-    """Write figures as PNG and SVG; returns the files."""
+    """Write figures as PNG and SVG, and return the files."""
     written = []
     for name, figure in figures.items():
-        with matplotlib.rc_context(_STYLE):  # find places for all once, and not for each format again
+        with matplotlib.rc_context(_STYLE):  # compute the layout once, not once for each format
             figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for kind, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
@@ -76,26 +76,26 @@ def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
 
 
 def disable_mathtext(texts: Sequence[Text]) -> None:
-    """Names of models, files and plans may hold a dollar, and mean no formula."""
+    """Draw texts literally: names of models, files and plans may contain a dollar sign."""
     for text in texts:
         text.set_parse_math(False)
 
 
-def line(axis: Axes, x: Any, y: Any, error: Any, place: int, label: str, **style: Any) -> None:
-    """A line with its band of one error to each side."""
+def line(axis: Axes, x: Any, y: Any, error: Any, index: int, label: str, **style: Any) -> None:
+    """Draw a line with a band of one standard error to each side."""
     x, y, error = (np.asarray(values, float) for values in (x, y, error))
-    if not np.isfinite(y).any():  # no line, no legend
+    if not np.isfinite(y).any():  # neither a line nor a legend entry
         return
-    colour = COLORS[place % len(COLORS)]
-    axis.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
-    axis.plot(x, y, **{"color": colour, "marker": MARKERS[place % len(MARKERS)], "label": label} | style)
+    color = COLORS[index % len(COLORS)]
+    axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
+    axis.plot(x, y, **{"color": color, "marker": MARKERS[index % len(MARKERS)], "label": label} | style)
 
 
 def add_title_and_legend(figure: Figure, models: Sequence[ModelTables], axis: Axes, *, legend: bool = True) -> None:
-    """Say whose figure it is, and on what it was measured."""
+    """Add a title with the model and its text, and a legend of several models."""
     if len(models) > 1 and legend:
-        names = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
-        disable_mathtext(names.get_texts())
+        box = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
+        disable_mathtext(box.get_texts())
     captions = list(dict.fromkeys(model.caption for model in models))
     if len(models) == 1:
         text = f"{models[0].label}: {captions[0]}"

@@ -1,7 +1,8 @@
-"""Sums of metrics over sequences, and means with their standard errors.
+"""Keep sums of metrics by sequence, and compute means with standard errors.
 
-A sequence is the unit, since tokens inside one are not independent: what is kept is one float64 sum a sequence, route and metric.
-They are added up exactly (`math.fsum`), so that sums merged in any order, however the data was split, have the same digits.
+The unit is the sequence, since tokens inside one sequence are not independent: one float64 sum is kept for each
+sequence, route and metric. Sums are added exactly (`math.fsum`), so that any order and any split of the data give the
+same digits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class MetricSums:
     """Sums of every metric, for every route, by sequence.
 
     Args:
-        routes: how many routes are measured.
+        routes: number of measured routes.
     """
 
     def __init__(self, routes: int) -> None:
@@ -32,12 +33,12 @@ class MetricSums:
         self._values: dict[int, Array] = {}
 
     def add(self, sequence: int, count: int, values: Array) -> None:
-        """Note one sequence.
+        """Add one sequence.
 
         Args:
             sequence: its number.
-            count: positions that were measured.
-            values: sums over them, (routes, len(METRICS)).
+            count: number of measured positions.
+            values: sums over the positions, (routes, len(METRICS)).
         """
         assert sequence not in self._counts, f"sequence {sequence} is counted twice"
         assert values.shape == (self.routes, len(METRICS))
@@ -45,7 +46,7 @@ class MetricSums:
         self._values[sequence] = values
 
     def merge(self, other: MetricSums) -> MetricSums:
-        """The sums over the sequences of both."""
+        """Return the sums over the sequences of both."""
         merged = MetricSums(self.routes)
         for part in (self, other):
             for sequence, count, values in part:
@@ -61,20 +62,20 @@ class MetricSums:
 
     @property
     def tokens(self) -> int:
-        """Positions measured."""
+        """Return the number of measured positions."""
         return sum(self._counts.values())
 
     def means(self) -> Array:
-        """Mean over all positions: (routes, len(METRICS)); NaN where any position is not a number."""
+        """Return means over all positions, (routes, len(METRICS)); NaN where any position is NaN or infinite."""
         total = self.tokens
-        return self._each(lambda values: _fsum(values) / total)
+        return self._for_each_column(lambda values: _fsum(values) / total)
 
     def errors(self) -> Array:
-        """Standard error of the means over sequences: (routes, len(METRICS)); NaN for a single sequence.
+        """Return standard errors of the means, over sequences, (routes, len(METRICS)); NaN for a single sequence.
 
-        A mean over positions is a ratio of two sums over sequences, whose lengths may differ: with r the ratio, s a sequence's
-        sum and c its count, the error is sqrt(n / (n - 1) * sum (s - r c)^2) / sum c (Cochran, Sampling Techniques, 6.3). For
-        sequences of one length it is the standard deviation of their means over sqrt(n).
+        A mean over positions is a ratio of two sums over sequences, whose lengths may differ. With r the ratio, s a
+        sequence's sum and c its count, the error is sqrt(n / (n - 1) * sum (s - r c)^2) / sum c (Cochran, Sampling
+        Techniques, 6.3). For sequences of one length it is the standard deviation of their means over sqrt(n).
         """
         counts = [count for _, count, _ in self]
         n, total = len(counts), self.tokens
@@ -86,23 +87,23 @@ class MetricSums:
             spread = _fsum((value - mean * count) ** 2 for value, count in zip(values, counts, strict=True))
             return math.sqrt(n / (n - 1) * spread) / total
 
-        return self._each(error)
+        return self._for_each_column(error)
 
-    def _each(self, of: Any) -> Array:
+    def _for_each_column(self, function: Any) -> Array:
         stacked = np.stack([values for _, _, values in self])
         flat = stacked.reshape(len(self), -1).T.tolist()
-        return np.array([of(column) for column in flat]).reshape(self.routes, len(METRICS))
+        return np.array([function(column) for column in flat]).reshape(self.routes, len(METRICS))
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceSums:
-    """Sums by sequence, of all sequences that have a prediction.
+    """Sums by sequence, for all sequences that have a prediction.
 
     Attributes:
-        numbers: of the sequences in the text.
-        counts: predictions in each, (sequences,).
-        values: sums of metrics over them, (sequences, rows, len(METRICS)).
-        observed: sums read off the blocks, (sequences, numbers).
+        numbers: numbers of the sequences in the text.
+        counts: predictions in each sequence, (sequences,).
+        values: sums of metrics, (sequences, rows, len(METRICS)).
+        observed: sums of the observer, (sequences, quantities).
     """
 
     numbers: list[int]
@@ -112,17 +113,20 @@ class SequenceSums:
 
     @classmethod
     def of(cls, batches: Iterable[tuple[int, Sequence[int], Array, Array]]) -> SequenceSums:
-        """From batches: number of the first sequence, counts, values and observed."""
+        """Make it from batches of (number of the first sequence, counts, values, observed)."""
         ordered = sorted(batches, key=lambda batch: batch[0])
         counts = np.array([count for batch in ordered for count in batch[1]], float)
-        values, observed = (np.concatenate([batch[place] for batch in ordered]) for place in (2, 3))
+        values, observed = (np.concatenate([batch[field] for batch in ordered]) for field in (2, 3))
         numbers = [
-            first + offset for first, of_batch, _, _ in ordered for offset, count in enumerate(of_batch) if count
+            first + offset
+            for first, batch_counts, _, _ in ordered
+            for offset, count in enumerate(batch_counts)
+            if count
         ]
         return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
 
     def sums(self, rows: Sequence[int] | None = None) -> MetricSums:
-        """Those of metrics; of some rows only, if given."""
+        """Return the sums of metrics; of some rows only, if given."""
         chosen = range(self.values.shape[1]) if rows is None else rows
         sums = MetricSums(len(chosen))
         for number, count, values in zip(self.numbers, self.counts, self.values, strict=True):
@@ -131,10 +135,10 @@ class SequenceSums:
 
 
 def ratio(sums: Array, counts: Array) -> tuple[float, float]:
-    """A mean over positions, of sums and counts by sequence, both (sequences,); and its standard error over sequences.
+    """Return a mean over positions, from sums and counts by sequence, both (sequences,), and its standard error.
 
-    What is counted may itself be measured: then it is a ratio of means. NaN where nothing was counted; a single sequence has no error.
-    See `Sums.errors` for the formula.
+    The counts may be measured values, too: then the result is a ratio of means. Without counts the mean is NaN; with a
+    single sequence the error is NaN. See `MetricSums.errors` for the formula.
     """
     total, n = _fsum(counts), len(counts)
     if not total or not math.isfinite(total):

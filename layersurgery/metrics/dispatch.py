@@ -1,15 +1,15 @@
-"""All metrics of edited models in one pass over their logits, by the fastest way that there is for a device.
+"""Compute all metrics of an edited model in one pass over its logits, with the fastest kernel for the device.
 
-Names say shapes: T tokens, D width of what is read.
+Suffixes of names give shapes: T tokens, D width of the readout's input.
 
-With p the unedited model's distribution, q the edited one's, and x what each of them reads, the divergence of an affine readout is
-a Bregman divergence of log-sum-exp:
+Let p be the unedited model's distribution, q the edited model's, and x the input of each readout. For an affine
+readout the divergence is a Bregman divergence of log-sum-exp:
 
     KL(p||q) = lse(z_q) - lse(z_p) - (x_q - x_p) . mu,   mu = sum_v p_v w_v
 
-so that mu, one vector a token, stands for all of p, and an edited model needs its own logits only. The difference x_q - x_p keeps it
-exactly zero for equal models, and nearly exact for nearly equal ones. A soft-cap is not affine: there, the logits of both models are
-worked out tile by tile, side by side.
+So mu, one vector per token, replaces p, and an edited model needs only its own logits. The difference x_q - x_p makes
+the result exactly zero for equal models, and accurate for nearly equal ones. A soft-cap is not affine: then the logits
+of both models are computed together, tile by tile.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .tiled import LogitStats
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What edited models are compared with.
+    """The unedited model's predictions, with which edited models are compared.
 
     Attributes:
-        x_TD: what the unedited model reads.
+        x_TD: the input of the unedited model's readout.
         target_T: the true next tokens.
-        summary: of its logits.
-        mean_TD: the expected row of the unembedding, mu, float32; None where the readout is not affine.
-        compiled: whether loops that torch compiles may be used.
+        stats: statistics of its logits.
+        mean_TD: the mean row of the unembedding under p, mu, float32; None if the readout is not affine.
+        compiled: whether loops compiled by torch may be used.
     """
 
     x_TD: torch.Tensor
@@ -49,55 +49,61 @@ class Baseline:
 
 
 @contextmanager
-def _in_full(device: torch.device) -> Iterator[None]:
-    """Single precision in earnest: a difference of large sums would turn a shorter mantissa's noise into divergence."""
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Disable TF32 and autocast: their rounding error would appear as KL."""
     with float32_products("highest"), torch.autocast(device.type, enabled=False):
         yield
 
 
 def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> Baseline:
-    """Read the unedited model at some positions.
+    """Compute the unedited model's statistics at some positions.
 
     Args:
-        readout: how to read.
-        x_TD: what `readout.final` gave.
+        readout: the model's readout.
+        x_TD: the output of `readout.normalize`.
         target_T: the true next tokens.
-        compiled: use loops that torch compiles.
+        compiled: use loops compiled by torch.
     """
-    with _in_full(x_TD.device):
+    with _full_precision(x_TD.device):
         target_T = target_T.to(x_TD.device)
-        summary = _logit_stats(readout, x_TD, target_T, compiled=compiled)
+        stats = _logit_stats(readout, x_TD, target_T, compiled=compiled)
         mean_TD = None
         if readout.affine:
             mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
             for rows in tiled.rows_of(readout, len(x_TD)):
-                lse = summary.lse[rows, None].to(x_TD.device)
+                lse = stats.lse[rows, None].to(x_TD.device)
                 for start, stop in tiled.slices(readout, rows.stop - rows.start):
                     p_TC = readout.logits_tile(x_TD[rows], start, stop).sub_(lse).exp_()
                     mean_TD[rows] += readout.mean_weight_row(p_TC, start, stop)
-        return Baseline(x_TD, target_T, summary, mean_TD, compiled)
+        return Baseline(x_TD, target_T, stats, mean_TD, compiled)
 
 
 def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tensor:
-    """All metrics of an edited model at the positions of the baseline: float64, in the order of `reference.METRICS`, (7, tokens)."""
-    with _in_full(x_TD.device):
+    """Compute all metrics of an edited model at the baseline's positions.
+
+    Returns:
+        float64, (7, tokens), in the order of `reference.METRICS`.
+    """
+    with _full_precision(x_TD.device):
         q = _logit_stats(readout, x_TD, base.target_T, compiled=base.compiled)
         if base.mean_TD is None:
             kl = _kl_not_affine(readout, x_TD, base, q)
         else:
             kl = q.lse - base.stats.lse - _kl_cross_term(readout, x_TD, base.x_TD, base.mean_TD).to(q.lse.device)
-    # Rounding alone can make it negative.
+    # Only rounding can make KL negative.
     return _metrics(kl.clamp(min=0), q, base)
 
 
 def measure_unedited(base: Baseline) -> torch.Tensor:
-    """The baseline's own row: the same, for the model as it is."""
+    """Compute the same metrics for the unedited model itself."""
     return _metrics(torch.zeros_like(base.stats.lse), base.stats, base)
 
 
 def can_fuse(readout: Readout, x_TD: torch.Tensor) -> bool:
-    """Whether the fused kernel is the way: for half precision on CUDA. In float32, cuBLAS with a pass over each tile is left to it: Triton
-    multiplies exact float32 without matrix units."""
+    """Return whether the fused kernel is used: for half precision on CUDA.
+
+    In float32, cuBLAS and a pass over each tile are used, because Triton multiplies exact float32 without tensor cores.
+    """
     return (
         isinstance(readout, Unembedding)
         and x_TD.is_cuda
@@ -111,7 +117,7 @@ def can_fuse(readout: Readout, x_TD: torch.Tensor) -> bool:
 def _triton_kernel() -> ModuleType | None:
     try:
         from . import triton_kernel
-    except ImportError:  # torch brings Triton on Linux only
+    except ImportError:  # torch installs Triton only on Linux
         return None
     return triton_kernel
 
@@ -121,25 +127,25 @@ def _logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *
     if kernel is None:
         return tiled.logit_stats(readout, x_TD, target_T, compiled=compiled)
     assert isinstance(readout, Unembedding)
-    sums = kernel.summed(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
+    sums = kernel.logit_sums(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
     return LogitStats.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
 
 
 def _kl_not_affine(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: LogitStats) -> torch.Tensor:
-    """KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, where the readout is not affine."""
+    """Compute KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, for a readout that is not affine."""
     p, kernel = base.stats, _triton_kernel() if can_fuse(readout, x_TD) else None
     if kernel is None:
-        moved = tiled.kl_cross_term(readout, x_TD, p, base.x_TD)
+        cross_term = tiled.kl_cross_term(readout, x_TD, p, base.x_TD)
     else:
         assert isinstance(readout, Unembedding)
-        moved = kernel.diverged(
+        cross_term = kernel.kl_terms(
             base.x_TD, x_TD, readout.matrix, p.lse, bias_V=readout.bias, scale=readout.scale, cap=readout.cap
         )
-    return moved - p.lse + q.lse
+    return cross_term - p.lse + q.lse
 
 
 def _kl_cross_term(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
-    """(x_q - x_p) . mu, float64."""
+    """Return (x_q - x_p) . mu, float64."""
     parts = [
         (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1)
         for rows in tiled.rows_of(readout, len(x_TD))
@@ -153,5 +159,5 @@ def _metrics(kl: torch.Tensor, q: LogitStats, base: Baseline) -> torch.Tensor:
         kl, (p.top == q.top).double(), q.entropy / bit, (q.entropy - p.entropy) / bit, q.loss, q.loss - p.loss,
         (q.top == base.target_T.to(q.top.device)).double(),
     ]  # fmt: skip
-    # A prediction that is none must not pass for a wrong one.
+    # Report NaN for non-finite logits instead of counting them as wrong.
     return torch.where(q.lse.isfinite() & p.lse.isfinite(), torch.stack(rows), math.nan)

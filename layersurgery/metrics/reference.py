@@ -1,4 +1,4 @@
-"""The definition of every metric: dense, in float64, a few lines each. Faster ways are judged by it."""
+"""Define every metric: dense, in float64, a few lines each. The faster implementations are tested against it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ METRICS = ("kl_nats", "agreement", "entropy_bits", "entropy_change_bits", "loss_
 
 
 def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
-    """All metrics of single predictions.
+    """Compute all metrics of single predictions.
 
     Args:
         p_TV: logits of the unedited model, (tokens, vocabulary).
@@ -19,8 +19,9 @@ def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> t
         target_T: the true next tokens, (tokens,).
 
     Returns:
-        float64, (len(METRICS), tokens): KL(p||q) in nats, whether both have the same most likely token, H(q) and H(q) - H(p) in
-        bits, cross-entropy of q with the target and its excess over p's in nats, whether q's most likely token is the target.
+        float64, (len(METRICS), tokens): KL(p||q) in nats; whether p and q have the same most likely token; H(q) and
+        H(q) - H(p) in bits; cross-entropy of q with the target, and its difference from p's, in nats; whether q's most
+        likely token is the target.
     """
     p_TV, q_TV = p_TV.double().log_softmax(-1), q_TV.double().log_softmax(-1)
     loss_p, loss_q = (-log.gather(-1, target_T[:, None]).squeeze(-1) for log in (p_TV, q_TV))
@@ -39,6 +40,6 @@ def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> t
 
 
 def _weighted(log: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """exp(log) * value, where nothing times anything is nothing; NaN stays NaN, for it must not pass for agreement."""
+    """Return exp(log) * value, and 0 where exp(log) is 0. NaN stays NaN, so that it is not counted as agreement."""
     weight = log.exp()
     return torch.where(weight == 0, 0.0, weight * value)

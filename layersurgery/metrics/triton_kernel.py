@@ -1,10 +1,11 @@
-"""Unembedding and metrics in one kernel (Triton): the logits of a tile live in registers, and never in a device's memory.
+"""Compute unembedding and metrics in one Triton kernel: a tile's logits stay in registers and are never stored.
 
-Names say shapes: T tokens, D width of what is read, V vocabulary, S parts of the vocabulary.
+Suffixes of names give shapes: T tokens, D width of the readout's input, V vocabulary, S parts of the vocabulary.
 
-A program takes a block of tokens and one part of the vocabulary, tile by tile, and keeps for each token the running maximum m,
-S = sum e^(z-m), A = sum e^(z-m) (z-m), the place of the maximum and the target's logit. The parts are put together afterwards, in
-float64 and in their order, so that equal input gives equal digits. Memory beside the result is 20 bytes a token and part.
+A program takes a block of tokens and one part of the vocabulary, tile by tile. For each token it keeps the running
+maximum m, S = sum e^(z-m), A = sum e^(z-m) (z-m), the index of the maximum and the target's logit. Afterwards the
+parts are merged in float64 and in their order, so that equal input gives equal digits. The extra memory is 20 bytes
+for each token and part.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _MAX_SPLITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How the work is cut.
+    """Tile sizes of the kernel.
 
     Attributes:
-        tokens: of a tile.
-        vocabulary: of a tile.
-        width: of what is multiplied at once.
-        warps: of a program.
-        stages: tiles that are loaded ahead.
+        tokens: tokens of a tile.
+        vocabulary: vocabulary entries of a tile.
+        width: width of one product.
+        warps: warps of a program.
+        stages: number of tiles loaded in advance.
     """
 
     tokens: int
@@ -38,24 +39,24 @@ class Tiling:
     stages: int
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory that the tiles loaded ahead need."""
+        """Return the shared memory of the tiles that are loaded in advance, in bytes."""
         return (self.tokens + self.vocabulary) * self.width * itemsize * self.stages
 
 
-# From the largest to the smallest; the first that fits a device's shared memory is taken. Chosen by reasoning, not yet by timing.
+# From the largest to the smallest; the first that fits the device's shared memory is used. Reasoned, not yet timed.
 HALF = (Tiling(128, 256, 64, 8, 3), Tiling(128, 128, 64, 8, 3), Tiling(64, 128, 32, 4, 3), Tiling(32, 64, 32, 4, 2))
 FULL = (Tiling(64, 128, 32, 8, 3), Tiling(32, 64, 32, 4, 2))
 
 
 @dataclass(frozen=True, slots=True)
 class LogitSums:
-    """What one pass keeps of each token: float64, (tokens,); `top` is an index.
+    """Sums of one pass for each token: float64, (tokens,); `top` is an index.
 
     Attributes:
         m: greatest logit.
         S: sum of e^(z-m).
         A: sum of e^(z-m) (z-m).
-        top: place of the greatest logit, the lowest where several are equal.
+        top: index of the greatest logit; the lowest one of equals.
         wanted: the target's logit.
     """
 
@@ -72,9 +73,12 @@ def _logits(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits, float32, minus infinity beyond the vocabulary; x, w and bias point to its beginning, and so much is left of them."""
+    """Compute a tile of logits, float32, minus infinity beyond the vocabulary.
+
+    x, w and bias point to the tile's beginning; `tokens` and `vocabulary` are the rows left from there.
+    """
     in_T, in_V = tl.arange(0, BT) < tokens, tl.arange(0, BV) < vocabulary
-    # Offsets within a tile are small: 32 bits of them spare the registers that wide pointers would take.
+    # Offsets within a tile are small: 32-bit offsets need fewer registers than 64-bit pointers.
     x_at, w_at = tl.arange(0, BT)[:, None] * x_stride, tl.arange(0, BV)[:, None] * w_stride
     sums = tl.zeros((BT, BV), dtype=tl.float32)
     for start in range(0, D, BD):
@@ -120,7 +124,7 @@ def _summing(
             HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
         )  # fmt: skip
         col = begin + tl.arange(0, BV)
-        # What is no number makes S none; it need not be sorted as well.
+        # NaN makes S NaN; it need not be ordered, too.
         known = tl.where(z == z, z, float("-inf"))
         peak = tl.max(known, 1)
         top = tl.where(peak > m, begin + tl.argmax(known, 1, tie_break_left=True), top)
@@ -159,43 +163,13 @@ def _diverging(
         begin = tile * BV
         w_here, left = w + begin.to(tl.int64) * w_stride, V - begin
         p_z = _logits(
-            p_x,
-            w_here,
-            bias + begin,
-            T - place,
-            left,
-            D,
-            p_stride,
-            w_stride,
-            scale,
-            cap,
-            HAS_BIAS,
-            HAS_CAP,
-            EVEN,
-            WIDEN,
-            BT,
-            BV,
-            BD,
-        )
+            p_x, w_here, bias + begin, T - place, left, D, p_stride, w_stride, scale, cap,
+            HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
+        )  # fmt: skip
         q_z = _logits(
-            q_x,
-            w_here,
-            bias + begin,
-            T - place,
-            left,
-            D,
-            q_stride,
-            w_stride,
-            scale,
-            cap,
-            HAS_BIAS,
-            HAS_CAP,
-            EVEN,
-            WIDEN,
-            BT,
-            BV,
-            BD,
-        )
+            q_x, w_here, bias + begin, T - place, left, D, q_stride, w_stride, scale, cap,
+            HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
+        )  # fmt: skip
         inside = (tl.arange(0, BV) < left)[None, :]
         moved += tl.sum(tl.where(inside, tl.exp(p_z - lse[:, None]) * (p_z - q_z), 0.0), 1)
     tl.store(moved_out + part.to(tl.int64) * T + row, moved, mask=in_T)
@@ -211,26 +185,27 @@ def logit_sums(
     cap: float | None = None,
     tiling: Tiling | None = None,
 ) -> LogitSums:
-    """One pass over the logits scale * (x w^T + bias), soft-capped as cap * tanh(logit / cap).
+    """Reduce the logits scale * (x w^T + bias), soft-capped as cap * tanh(logit / cap), in one pass.
 
     Args:
-        x_TD: what is read.
-        w_VD: the unembedding, of the same dtype: bfloat16, float16 or float32 (summed in float32; tf32 is not used).
+        x_TD: the input of the unembedding.
+        w_VD: the unembedding, of the same dtype: bfloat16, float16 or float32 (summed in float32; TF32 is not used).
         target_T: the true next tokens.
-        bias_V: of the unembedding.
-        scale: of the logits.
+        bias_V: bias of the unembedding.
+        scale: scale of the logits.
         cap: soft-cap.
-        tiling: how to cut the work; by the device if not given.
+        tiling: tile sizes; chosen for the device if not given.
     """
-    x_TD, w_VD = _rows_together(x_TD), _rows_together(w_VD)
-    tokens, cut = len(x_TD), _LaunchConfig(x_TD, w_VD, bias_V, scale, cap, tiling)
-    m, S, A, wanted = (x_TD.new_empty((cut.parts, tokens), dtype=torch.float32) for _ in range(4))
-    top = x_TD.new_empty((cut.parts, tokens), dtype=torch.int32)
+    x_TD, w_VD = _row_contiguous(x_TD), _row_contiguous(w_VD)
+    tokens, config = len(x_TD), _LaunchConfig(x_TD, w_VD, bias_V, scale, cap, tiling)
+    m, S, A, wanted = (x_TD.new_empty((config.parts, tokens), dtype=torch.float32) for _ in range(4))
+    top = x_TD.new_empty((config.parts, tokens), dtype=torch.int32)
     target_T = target_T.to(x_TD.device).contiguous()
-    _summing[cut.grid](
-        x_TD, w_VD, cut.bias, target_T, m, S, A, top, wanted, tokens, *cut.sizes, x_TD.stride(0), w_VD.stride(0), *cut.bends, **cut.options,
+    _summing[config.grid](
+        x_TD, w_VD, config.bias, target_T, m, S, A, top, wanted, tokens, *config.sizes,
+        x_TD.stride(0), w_VD.stride(0), *config.scale_and_cap, **config.options,
     )  # fmt: skip
-    return _together(m, S, A, top, wanted)
+    return _merge_parts(m, S, A, top, wanted)
 
 
 def kl_terms(
@@ -244,26 +219,28 @@ def kl_terms(
     cap: float | None = None,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:
-    """sum_v p_v (z_p - z_q), float64, (tokens,), with the logits of two models side by side; arguments as in `summed`."""
-    p_x_TD, q_x_TD, w_VD = map(_rows_together, (p_x_TD, q_x_TD, w_VD))
-    tokens, cut = len(p_x_TD), _LaunchConfig(p_x_TD, w_VD, bias_V, scale, cap, tiling)
-    moved = p_x_TD.new_empty((cut.parts, tokens), dtype=torch.float32)
-    _diverging[cut.grid](
-        p_x_TD, q_x_TD, w_VD, cut.bias, p_lse_T.float().contiguous(), moved, tokens, *cut.sizes,
-        p_x_TD.stride(0), q_x_TD.stride(0), w_VD.stride(0), *cut.bends, **cut.options,
+    """Compute sum_v p_v (z_p - z_q) from the logits of two models: float64, (tokens,). Arguments as in `logit_sums`."""
+    p_x_TD, q_x_TD, w_VD = map(_row_contiguous, (p_x_TD, q_x_TD, w_VD))
+    tokens, config = len(p_x_TD), _LaunchConfig(p_x_TD, w_VD, bias_V, scale, cap, tiling)
+    moved = p_x_TD.new_empty((config.parts, tokens), dtype=torch.float32)
+    _diverging[config.grid](
+        p_x_TD, q_x_TD, w_VD, config.bias, p_lse_T.float().contiguous(), moved, tokens, *config.sizes,
+        p_x_TD.stride(0), q_x_TD.stride(0), w_VD.stride(0), *config.scale_and_cap, **config.options,
     )  # fmt: skip
     return moved.double().sum(0)
 
 
-def _together(m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, top: torch.Tensor, wanted: torch.Tensor) -> LogitSums:
-    """The parts of the vocabulary as one: (parts, tokens) each."""
+def _merge_parts(
+    m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, top: torch.Tensor, wanted: torch.Tensor
+) -> LogitSums:
+    """Merge the parts of the vocabulary, (parts, tokens) each."""
     m, S, A = m.double(), S.double(), A.double()
     peak = m.amax(0)
-    by = (m - peak).exp()
-    first = m.argmax(0, keepdim=True)  # of equal ones the first
+    factor = (m - peak).exp()
+    first = m.argmax(0, keepdim=True)  # the first of equals
     chosen = top.gather(0, first)[0].long()
-    # The target is in one part, and the others have added nothing.
-    return LogitSums(peak, (by * S).sum(0), (by * (A + (m - peak) * S)).sum(0), chosen, wanted.double().sum(0))
+    # The target is in one part; the other parts added zero.
+    return LogitSums(peak, (factor * S).sum(0), (factor * (A + (m - peak) * S)).sum(0), chosen, wanted.double().sum(0))
 
 
 class _LaunchConfig:
@@ -278,38 +255,40 @@ class _LaunchConfig:
         cap: float | None,
         tiling: Tiling | None,
     ) -> None:
-        assert x_TD.dtype == w_VD.dtype, "what is read and the unembedding are of one dtype"
+        assert x_TD.dtype == w_VD.dtype, "the input and the unembedding must have the same dtype"
         assert x_TD.shape[1] == w_VD.shape[1]
         tiling = tiling or tiling_for(x_TD)
         (tokens, width), vocabulary = x_TD.shape, len(w_VD)
         blocks, tiles = triton.cdiv(tokens, tiling.tokens), triton.cdiv(vocabulary, tiling.vocabulary)
-        # Enough programs for every multiprocessor to have several; no part is empty.
+        # Several programs for every multiprocessor; no part is empty.
         wanted = triton.cdiv(4 * _processors(x_TD.device), max(1, blocks))
-        a_part = triton.cdiv(tiles, min(tiles, wanted, _MAX_SPLITS))
-        self.parts = triton.cdiv(tiles, a_part)
+        tiles_a_part = triton.cdiv(tiles, min(tiles, wanted, _MAX_SPLITS))
+        self.parts = triton.cdiv(tiles, tiles_a_part)
         self.grid = (blocks, self.parts)
-        self.sizes = (vocabulary, width, a_part)
-        self.bias = w_VD if bias_V is None else bias_V.contiguous()  # without one, anything: it is not read
-        self.bends = (float(scale), float(cap or 1))
+        self.sizes = (vocabulary, width, tiles_a_part)
+        self.bias = w_VD if bias_V is None else bias_V.contiguous()  # any tensor: without a bias it is not read
+        self.scale_and_cap = (float(scale), float(cap or 1))
         self.options: dict[str, Any] = {
-            # Triton's interpreter multiplies bfloat16's bits as if they were whole numbers.
-            "EVEN": width % tiling.width == 0, "WIDEN": not x_TD.is_cuda, "BT": tiling.tokens, "BV": tiling.vocabulary, "BD": tiling.width,
-            "HAS_BIAS": bias_V is not None, "HAS_CAP": cap is not None, "num_warps": tiling.warps, "num_stages": tiling.stages,
+            # Triton's interpreter multiplies the bits of bfloat16 as integers.
+            "EVEN": width % tiling.width == 0, "WIDEN": not x_TD.is_cuda,
+            "BT": tiling.tokens, "BV": tiling.vocabulary, "BD": tiling.width,
+            "HAS_BIAS": bias_V is not None, "HAS_CAP": cap is not None,
+            "num_warps": tiling.warps, "num_stages": tiling.stages,
         }  # fmt: skip
 
 
 def tiling_for(x_TD: torch.Tensor) -> Tiling:
-    """The largest tiles that the device's shared memory takes."""
+    """Return the largest tiles that fit the device's shared memory."""
     choices = HALF if x_TD.element_size() == 2 else FULL
     if not x_TD.is_cuda:
         return choices[-1]
-    room = torch.cuda.get_device_properties(x_TD.device).shared_memory_per_block_optin
-    return next((tiling for tiling in choices if tiling.shared_bytes(x_TD.element_size()) <= room), choices[-1])
+    available = torch.cuda.get_device_properties(x_TD.device).shared_memory_per_block_optin
+    return next((tiling for tiling in choices if tiling.shared_bytes(x_TD.element_size()) <= available), choices[-1])
 
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _rows_together(tensor: torch.Tensor) -> torch.Tensor:
+def _row_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,9 +1,12 @@
-"""What a loaded transformers model is made of: where its blocks are, what they consist of, and what surrounds them.
+"""Describe a loaded model: where its blocks are, what they contain, and which modules are around them.
 
-Found by structure and confirmed by behaviour: one small forward is watched, and one block of each kind is run a few times on
-random numbers. There is no table of architectures.
+The structure suggests the parts, and running the model confirms them: one small forward pass is recorded, and one
+block of each kind is run a few times on random numbers. There is no table of architectures.
 
->>> print(anatomy(model))  # doctest: +SKIP
+>>> import layersurgery as ls
+>>> model, tokenizer = ls.load("smollm2-135m")
+>>> ls.anatomy(model).depth
+30
 """
 
 from __future__ import annotations
@@ -30,17 +33,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """What a model is made of.
+    """Structure of a model.
 
     Attributes:
-        model: its class.
+        model: name of the model's class.
         blocks: path of the list of decoder blocks.
-        kinds: class and parts of each kind of block.
-        kind_of: for each block, which kind it is.
-        signatures: what all blocks of a kind have in common: classes of modules, names and shapes of parameters.
+        kinds: class name and parts of each kind of block.
+        kind_of: for each block, the index of its kind in `kinds`.
+        signatures: for each kind, what all its blocks have in common: classes of modules, names and shapes of
+            parameters.
         embedding: path of the token embedding.
-        final_norm: path of the norm behind the last block; None where there is none.
-        unembedding: path of the projection to the vocabulary; None where the model has none.
+        final_norm: path of the norm after the last block; None if there is none.
+        unembedding: path of the projection to the vocabulary; None if the model has none.
     """
 
     model: str
@@ -54,42 +58,42 @@ class Anatomy:
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return len(self.kind_of)
 
     def parts(self, block: int) -> BlockParts:
-        """The parts of one block."""
+        """Return the parts of one block."""
         return self.kinds[self.kind_of[block]][1]
 
     def skip_specs(self, visit: Visit) -> tuple[SkipSpec, ...]:
-        """Stand-ins for what a visit leaves out of its block.
+        """Return the specs that replace the branch which a visit skips.
 
         Raises:
-            UnsupportedEditError: it cannot be left out; says why.
+            UnsupportedEditError: the branch cannot be skipped; gives the reason.
         """
         if visit.whole:
             return ()
-        part: Branch = "attention" if visit.mlp else "mlp"
+        branch: Branch = "attention" if visit.mlp else "mlp"
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
         if parts.fault:
             raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
-        skips = parts.skips(part)
+        skips = parts.skips(branch)
         if not skips:
             raise UnsupportedEditError(
-                f"block {visit.block} ({kind}) has no {part} that could be skipped; drop it instead"
+                f"block {visit.block} ({kind}) has no {branch} that could be skipped; drop it instead"
             )
         return skips
 
     def rows(self) -> list[dict[str, str]]:
-        """One row for each run of blocks of one kind, as text."""
+        """Return one row of text for each run of consecutive blocks of one kind."""
         rows = []
         for kind, run in groupby(range(self.depth), key=lambda block: self.kind_of[block]):
-            numbers = list(run)
+            blocks = list(run)
             name, parts = self.kinds[kind]
             layout = {None: "", True: "parallel", False: "in turn"}[parts.parallel]
             rows.append(
                 {
-                    "blocks": f"{numbers[0]}:{numbers[-1] + 1}" if len(numbers) > 1 else str(numbers[0]),
+                    "blocks": f"{blocks[0]}:{blocks[-1] + 1}" if len(blocks) > 1 else str(blocks[0]),
                     "kind": name,
                     "attention": ", ".join(parts.attention) or "none",
                     "MLP": ", ".join(parts.mlp) or "none",
@@ -106,8 +110,8 @@ class Anatomy:
         from rich.table import Table
 
         rows = self.rows()
-        where = f"embedding {self.embedding}, final norm {self.final_norm}, unembedding {self.unembedding}"
-        table = Table(title=f"{self.model}: {self.depth} blocks at {self.blocks}", caption=where)
+        caption = f"embedding {self.embedding}, final norm {self.final_norm}, unembedding {self.unembedding}"
+        table = Table(title=f"{self.model}: {self.depth} blocks at {self.blocks}", caption=caption)
         for name in rows[0]:
             if any(row[name] for row in rows):
                 table.add_column(name, overflow="fold")
@@ -125,47 +129,49 @@ class Anatomy:
 
 
 def _skippable(parts: BlockParts) -> list[str]:
+    """Name the branches that can be skipped."""
     return [name for name, skips in (("attention", parts.attention_skips), ("MLP", parts.mlp_skips)) if skips]
 
 
 def _short(names: list[str]) -> list[str]:
-    """Parameter names, experts' numbers and the ending .weight left out."""
-    short = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name).removesuffix(".weight") for name in names)
-    return [name for name in short if not name.endswith(".bias")]
+    """Shorten parameter names: replace the numbers of experts by N, and omit biases and the ending .weight."""
+    shortened = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name).removesuffix(".weight") for name in names)
+    return [name for name in shortened if not name.endswith(".bias")]
 
 
 def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
-    """Find out what a model is made of, by running it once on seven tokens and one block of each kind a few times more.
+    """Describe a model by running it once on seven tokens, and one block of each kind a few more times.
 
-    The model comes back as it was: mode, gradients, random numbers and modules.
+    The model's mode, gradients and modules, and the state of random number generators, are restored.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
 
     Raises:
-        UnsupportedEditError: it does not run its blocks once each and in order, or cannot be run; with what was found.
+        UnsupportedEditError: the model does not run each block exactly once and in order, or cannot be run; says what
+            was found.
     """
-    found = find_decoder_blocks(model, blocks)
-    # A compiled model would be compiled anew for seven tokens.
+    block_list = find_decoder_blocks(model, blocks)
+    # Without this, a compiled model would be recompiled for seven tokens.
     with eval_no_grad(model), torch.compiler.set_stance("force_eager"):
-        calls, final_norm = _recorded(model, found)
-        _check_order(model, found, calls)
+        calls, final_norm = _record_blocks(model, block_list)
+        _check_order(model, block_list, calls)
         kinds: list[tuple[str, BlockParts]] = []
-        seen: dict[object, int] = {}
+        kind_numbers: dict[object, int] = {}
         kind_of = []
-        for block, call in zip(found.blocks, calls, strict=True):
-            kind = block_signature(block)
-            if kind not in seen:
-                seen[kind] = len(kinds)
+        for block, call in zip(block_list.blocks, calls, strict=True):
+            signature = block_signature(block)
+            if signature not in kind_numbers:
+                kind_numbers[signature] = len(kinds)
                 kinds.append((type(block).__name__, find_block_parts(block, call)))
-            kind_of.append(seen[kind])
+            kind_of.append(kind_numbers[signature])
     return Anatomy(
         model=type(model).__name__,
-        blocks=found.path,
+        blocks=block_list.path,
         kinds=tuple(kinds),
         kind_of=tuple(kind_of),
-        signatures=tuple(seen),
+        signatures=tuple(kind_numbers),
         embedding=_path_of(model, "get_input_embeddings"),
         final_norm=final_norm,
         unembedding=_path_of(model, "get_output_embeddings"),
@@ -173,39 +179,39 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
 
 
 def block_signature(block: nn.Module) -> object:
-    """What two blocks of one kind have in common."""
+    """Return what two blocks of the same kind have in common: classes of modules, names and shapes of parameters."""
     return (
         tuple((name, type(module)) for name, module in block.named_modules()),
         tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()),
     )
 
 
-def _recorded(model: nn.Module, found: BlockList) -> tuple[list[Call], str | None]:
-    """The calls of the blocks in one small forward, and the norm that reads what the last of them returned."""
-    count = len(found.blocks)
-    norms = dict(_beside(model, found.path))
-    places: list[tuple[nn.Module, str, str]] = [
-        (found.blocks, str(number), f"block {number}") for number in range(count)
+def _record_blocks(model: nn.Module, block_list: BlockList) -> tuple[list[Call], str | None]:
+    """Return the blocks' calls in one small forward pass, and the path of the norm that reads the last output."""
+    count = len(block_list.blocks)
+    norms = dict(_modules_around(model, block_list.path))
+    modules: list[tuple[nn.Module, str, str]] = [
+        (block_list.blocks, str(block), f"block {block}") for block in range(count)
     ]
-    places += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in norms]
-    with record_calls(places) as log:
+    modules += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in norms]
+    with record_calls(modules) as log:
         probe_forward(model)
     calls = [call for call in log.calls if call.name.startswith("block ")]
-    last = first_tensor(calls[-1].output) if calls else None
+    last_output = first_tensor(calls[-1].output) if calls else None
     for call in log.calls:
-        where = call.hidden_states_argument()
-        if call.name in norms and where is not None and last is not None:
-            given = call[where].flatten()
-            if given.numel() == last.numel() and torch.equal(given, last.flatten().to(given.device)):
+        argument = call.hidden_states_argument()
+        if call.name in norms and argument is not None and last_output is not None:
+            hidden = call[argument].flatten()
+            if hidden.numel() == last_output.numel() and torch.equal(hidden, last_output.flatten().to(hidden.device)):
                 return calls, call.name
     return calls, None
 
 
 def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
-    """The call of one block in one small forward of its model.
+    """Return the call of one block in one small forward pass of its model.
 
     Raises:
-        UnsupportedEditError: the model raised, or did not run the block.
+        UnsupportedEditError: the model raised an exception, or did not run the block.
     """
     with record_calls([(blocks, str(place), "block")]) as log:
         probe_forward(model)
@@ -214,24 +220,24 @@ def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
     return log.calls[0]
 
 
-def _beside(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
-    """Modules without matrices that stand beside the list of blocks or above it."""
+def _modules_around(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    """List modules without weight matrices that are children of the modules which contain the list of blocks."""
     parts = path.split(".")
-    above = {".".join(parts[:end]) for end in range(len(parts))}
+    ancestors = {".".join(parts[:length]) for length in range(len(parts))}
     return [
         (name, module)
         for name, module in model.named_modules()
-        if name.rpartition(".")[0] in above and name not in above and name != path
+        if name.rpartition(".")[0] in ancestors and name not in ancestors and name != path
         and not isinstance(module, nn.ModuleList | nn.ModuleDict)
         and not any(parameter.dim() > 1 for parameter in module.parameters())
     ]  # fmt: skip
 
 
 def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
-    """One forward without cache on one short sequence.
+    """Run one forward pass without cache on one short sequence.
 
     Raises:
-        UnsupportedEditError: the model raised.
+        UnsupportedEditError: the model raised an exception.
     """
     try:
         model = unwrap_transformers(model)
@@ -240,41 +246,47 @@ def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
         model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
     except Exception as error:  # a model's forward may raise anything
         raise UnsupportedEditError(
-            f"{type(model).__name__} could not be run on {tokens} tokens ({type(error).__name__}: {str(error).partition(chr(10))[0]}), so what it is made of cannot be told"
+            f"{type(model).__name__} could not be run on {tokens} tokens "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}), so its parts cannot be found"
         ) from error
 
 
-def _check_order(model: nn.Module, found: BlockList, calls: list[Call]) -> None:
-    ran = [int(call.name.removeprefix("block ")) for call in calls]
-    if ran != list(range(len(found.blocks))):
-        times = ", ".join(map(str, ran[:12])) + (", ..." if len(ran) > 12 else "") if ran else "none"
+def _check_order(model: nn.Module, block_list: BlockList, calls: list[Call]) -> None:
+    """Refuse a model that does not pass one residual stream through each block once and in order."""
+    order = [int(call.name.removeprefix("block ")) for call in calls]
+    if order != list(range(len(block_list.blocks))):
+        shown = ", ".join(map(str, order[:12])) + (", ..." if len(order) > 12 else "") if order else "none"
         raise UnsupportedEditError(
-            f"{type(model).__name__} does not run the {len(found.blocks)} blocks at {found.path} once each and in order (it ran {times}), so "
-            "moving them would not mean what it says; if the blocks are elsewhere, name their list: blocks=..."
+            f"{type(model).__name__} does not run the {len(block_list.blocks)} blocks at {block_list.path} once each "
+            f"and in order (it ran {shown}), so reordering this list would not reorder the computation; if the decoder "
+            "blocks are in another list, give its path: blocks=..."
         )
-    for number, call in enumerate(calls):
+    for block, call in enumerate(calls):
         if any(
             hasattr(value, "get_seq_length") and value.get_seq_length() for value in (*call.args, *call.kwargs.values())
         ):
             raise UnsupportedEditError(
-                f"{type(model).__name__} gives block {number} a key-value cache although none was asked for (a prefix that was tuned?), and every "
-                "call of a block by itself would add to it; take the model without it"
+                f"{type(model).__name__} gives block {block} a key-value cache although use_cache is False (from "
+                "prefix tuning?), and every separate call of a block would add to it; use the model without that cache"
             )
-    for number, (before, after) in enumerate(pairwise(calls)):
-        output, where = first_tensor(before.output), after.hidden_states_argument()
+    for block, (before, after) in enumerate(pairwise(calls)):
+        output, argument = first_tensor(before.output), after.hidden_states_argument()
         if output is not None and bool(output.isnan().any()):
             raise UnsupportedEditError(
-                f"{type(model).__name__}: block {number} returns NaN on seven tokens; look at its weights, or in half precision try another dtype"
+                f"{type(model).__name__}: block {block} returns NaN on seven tokens; check its weights, or if the "
+                "model is in half precision, try another dtype"
             )
-        if output is None or where is None or not torch.equal(output, after[where].to(output.device)):
+        if output is None or argument is None or not torch.equal(output, after[argument].to(output.device)):
             raise UnsupportedEditError(
-                f"{type(model).__name__}: what block {number + 1} is given is not what block {number} returned, so the blocks are not one stream"
+                f"{type(model).__name__}: the input of block {block + 1} is not the output of block {block}, so the "
+                "blocks do not form one residual stream"
             )
 
 
 def _path_of(model: nn.Module, getter: str) -> str | None:
+    """Return the path of the module that a getter of the model returns; None if there is none."""
     try:
-        wanted = getattr(unwrap_transformers(model), getter)()
+        target = getattr(unwrap_transformers(model), getter)()
     except (AttributeError, NotImplementedError):
         return None
-    return next((name for name, module in model.named_modules() if module is wanted), None)
+    return next((name for name, module in model.named_modules() if module is target), None)

@@ -1,4 +1,7 @@
-"""Watching a model run without forward hooks: modules stand in for others, run them, and keep what was given and returned."""
+"""Record the calls of modules without forward hooks.
+
+Wrappers replace the modules, run them, and keep the arguments and the outputs.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ from torch import nn
 
 TOKENS = 7
 Where = int | str
-"""A positional argument's number, or a keyword argument's name."""
+"""The index of a positional argument, or the name of a keyword argument."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of a module; tensors of the call that the module may overwrite are copies.
+    """One call of a module; tensors are copies, since the module may overwrite them.
 
     Attributes:
-        name: the module watched.
+        name: name under which the module is recorded.
         args: positional arguments.
         kwargs: keyword arguments.
-        output: what it returned.
+        output: the module's return value.
     """
 
     name: str
@@ -32,14 +35,14 @@ class Call:
     output: Any = None
 
     def tensors(self) -> Iterator[tuple[Where, torch.Tensor]]:
-        """Floating-point tensors among the arguments that have a row for each token: (..., TOKENS, width)."""
-        places: list[Where] = [*range(len(self.args)), *self.kwargs]
-        for where in places:
+        """List the floating-point arguments that have one row for each token, of shape (..., TOKENS, width)."""
+        arguments: list[Where] = [*range(len(self.args)), *self.kwargs]
+        for where in arguments:
             if is_per_token(self[where]):
                 yield where, self[where]
 
     def hidden_states_argument(self) -> Where | None:
-        """Where the hidden states are: the first such argument, or the one named so."""
+        """Return the argument with the hidden states: the one of that name, or the first with a row per token."""
         if is_per_token(self.kwargs.get("hidden_states")):
             return "hidden_states"
         return next((where for where, _ in self.tensors()), None)
@@ -48,7 +51,7 @@ class Call:
         return self.args[where] if isinstance(where, int) else self.kwargs[where]
 
     def with_argument(self, where: Where, value: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same arguments but for one, which is copied, for some modules add in place."""
+        """Return the arguments with one replaced by a copy of `value`; some modules add to their input in place."""
         value = value.clone()
         if isinstance(where, int):
             return (*self.args[:where], value, *self.args[where + 1 :]), self.kwargs
@@ -56,7 +59,7 @@ class Call:
 
 
 def is_per_token(value: object) -> bool:
-    """Whether this is a tensor of hidden values with one row for each token."""
+    """Check whether a value is a tensor of hidden values with one row for each token."""
     return (
         isinstance(value, torch.Tensor)
         and value.is_floating_point()
@@ -67,24 +70,24 @@ def is_per_token(value: object) -> bool:
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
-    """The tensor that a module hands on: what it returned, or the first of the tuple it returned."""
+    """Return the tensor that a module returned, alone or first in a tuple; None if there is none."""
     value = output[0] if isinstance(output, tuple | list) and output else output
     return value if isinstance(value, torch.Tensor) else None
 
 
 @dataclass(slots=True)
 class CallLog:
-    """Calls in the order in which they began."""
+    """Recorded calls, in the order in which they started."""
 
     calls: list[Call] = field(default_factory=list)
 
     def of_module(self, name: str) -> list[Call]:
-        """Calls of one module."""
+        """Return the calls of one module."""
         return [call for call in self.calls if call.name == name]
 
 
 class ModuleWrapper(nn.Module):
-    """Stands in a module's place; what others read off the module, they still find."""
+    """Replaces a module in its parent; attributes that the wrapper lacks are read from the module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -99,41 +102,43 @@ class ModuleWrapper(nn.Module):
 
 
 class RecordingWrapper(ModuleWrapper):
-    """Runs a module in its place and keeps what was given and what came out."""
+    """Runs the module that it replaces, and records its arguments and its output."""
 
     def __init__(self, name: str, module: nn.Module, log: CallLog) -> None:
         super().__init__(module)
         self.name, self.log = name, log
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
-        place = len(self.log.calls)
-        before = Call(self.name, _kept(args), _kept(kwargs))
-        self.log.calls.append(before)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
+        index = len(self.log.calls)
+        started = Call(self.name, _copy(args), _copy(kwargs))
+        self.log.calls.append(started)
         output = self.module(*args, **kwargs)
-        self.log.calls[place] = Call(self.name, before.args, before.kwargs, _kept(output))
+        self.log.calls[index] = Call(self.name, started.args, started.kwargs, _copy(output))
         return output
 
 
-def _kept(value: Any) -> Any:
+def _copy(value: Any) -> Any:
+    """Copy the tensors in a value and its containers."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if type(value) in (tuple, list):
-        return type(value)(map(_kept, value))
+        return type(value)(map(_copy, value))
     if type(value) is dict:
-        return {key: _kept(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in value.items()}
     return value
 
 
 @contextmanager
 def record_calls(modules: list[tuple[nn.Module, str, str]]) -> Iterator[CallLog]:
-    """Put a witness in each place (parent module, its child's key, the name to log under), and take it out again."""
+    """Record the calls of modules, each given as (parent module, its child's key, the name to record)."""
     log = CallLog()
-    stand_ins = [RecordingWrapper(name, _child(parent, key), log) for parent, key, name in modules]
-    with replace_modules([(parent, key) for parent, key, _ in modules], stand_ins):
+    wrappers = [RecordingWrapper(name, _child(parent, key), log) for parent, key, name in modules]
+    with replace_modules([(parent, key) for parent, key, _ in modules], wrappers):
         yield log
 
 
 def _child(parent: nn.Module, key: str) -> nn.Module:
+    """Return a child module by its key."""
     module = parent._modules[key]
     assert module is not None
     return module
@@ -141,7 +146,7 @@ def _child(parent: nn.Module, key: str) -> nn.Module:
 
 @contextmanager
 def replace_modules(places: Sequence[tuple[nn.Module, str]], wrappers: Sequence[nn.Module]) -> Iterator[None]:
-    """Put modules into places (parent module, its child's key) while the `with` block lasts."""
+    """Replace modules, each given as (parent module, its child's key), by wrappers inside a `with` block."""
     originals = [(parent, key, parent._modules[key]) for parent, key in places]
     try:
         for (parent, key), module in zip(places, wrappers, strict=True):
@@ -154,7 +159,7 @@ def replace_modules(places: Sequence[tuple[nn.Module, str]], wrappers: Sequence[
 
 @contextmanager
 def eval_no_grad(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients, each module's own mode restored at the end."""
+    """Set evaluation mode and disable gradients; restore each module's mode at the end."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
@@ -167,7 +172,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
 
 
 def random_like(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """Random numbers of the size of the values of `like`, from a generator of our own."""
-    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+    """Draw random numbers on the scale of the values of `like`, with a separate generator."""
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
     scale = like.float().std().item() or 1.0
-    return (drawn * min(max(scale, 1e-3), 1e3)).to(like.device, like.dtype)
+    return (noise * min(max(scale, 1e-3), 1e3)).to(like.device, like.dtype)

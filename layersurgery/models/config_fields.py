@@ -1,7 +1,8 @@
-"""Config fields that speak of single layers, rewritten along a route. Plain dictionaries in and out; no torch.
+"""Rewrite the per-layer fields of a config for a route. Plain dictionaries in and out; no torch.
 
-config.json is edited as the JSON it is: re-saving it through a config class loses keys that older readers need. What is
-known about a field is said in the tables below; an unknown list that is as long as the model is deep is refused by name.
+config.json is edited as JSON: saving it again through a config class would lose keys that older readers need. The
+tables below list the known fields; an unknown list with one value for each layer is refused, and the error gives its
+name.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ LISTS = frozenset(
         "hybrid_override_pattern",
     ]
 )
-# As long as the model is deep by accident only.
+# These may have one entry for each layer only by accident.
 _NOT_PER_LAYER = frozenset(
     ["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference"]
 )
-# Numbers of layers, in any order.
+# Lists of layer numbers, in any order.
 INDEX_LISTS = frozenset(
     [
         "mlp_only_layers",
@@ -68,14 +69,15 @@ INDEX_LISTS = frozenset(
         "kv_reuse_group",
     ]
 )
-# Kinds of layers, repeated over the depth.
+# Cycles of layer kinds, repeated over the depth.
 _CYCLES = frozenset(("block_types",))
-# The first so many layers are of another kind.
+# Counts of layers of another kind at the start of the model.
 _PREFIX_COUNTS = frozenset(("first_k_dense_replace", "num_dense_layers", "num_hash_layers"))
-# The last so many layers are of another kind.
+# Counts of layers of another kind at the end of the model.
 _SUFFIX_COUNTS = frozenset(("num_kv_shared_layers",))
-# One number from which a class works out what each position is, and the value at which all positions are alike. From the
-# first kind it makes a list, and takes that list from the config instead; nothing can be said instead of the second kind.
+# Numbers from which a config class derives the kind of each position, and the value for which all positions are the
+# same. For POSITIONAL_WITH_LIST the class derives a list, and accepts that list from the config instead; for
+# POSITIONAL_ONLY there is no such list.
 POSITIONAL_WITH_LIST: Mapping[str, object] = {
     "sliding_window_pattern": 1,
     "_sliding_window_pattern": 1,
@@ -84,7 +86,7 @@ POSITIONAL_WITH_LIST: Mapping[str, object] = {
     "no_rope_layer_interval": 0,
     "global_attn_every_n_layers": 1,
 }
-# Types whose layers are all alike by their class, so that what config.json says is all there is to say.
+# Model types whose classes treat all layers alike, so that config.json describes each layer completely.
 IDENTICAL_LAYER_TYPES = frozenset(
     [
         "bloom",
@@ -133,10 +135,10 @@ class DecoderSection:
     """The part of config.json that describes the text decoder.
 
     Attributes:
-        path: the keys that lead to it; empty for a plain language model.
+        path: the keys that lead to the section; empty for a plain language model.
         depth_fields: the keys that hold the number of blocks.
-        depth: that number.
-        extra: blocks behind the decoder's own that it does not run.
+        depth: number of blocks.
+        extra: number of blocks after the decoder's own, which it does not run.
     """
 
     path: tuple[str, ...]
@@ -145,7 +147,7 @@ class DecoderSection:
     extra: int
 
     def of(self, config: Json) -> Json:
-        """The section within a config."""
+        """Return the section of a config."""
         for key in self.path:
             config = config[key]
         return config
@@ -156,51 +158,55 @@ def find_section(config: Json, depth_field: str | None = None) -> DecoderSection
 
     Args:
         config: the parsed config.json.
-        depth_field: the name of the depth field, where the usual names are not enough.
+        depth_field: name of the depth field, if it is not one of the usual names.
 
     Raises:
-        SourceError: no field that gives the number of layers.
+        SourceError: no field gives the number of layers.
     """
     for path, section in _sections(config, ()):
-        names = [name for name in (depth_field, *DEPTH_FIELDS) if name and _count(section.get(name))]
+        names = [name for name in (depth_field, *DEPTH_FIELDS) if name and _is_count(section.get(name))]
         if names:
             depth = section[names[0]]
             fields = tuple(dict.fromkeys(name for name in names if section[name] == depth))
-            extra = max((section[name] for name in _EXTRA_FIELDS if _count(section.get(name))), default=0)
+            extra = max((section[name] for name in _EXTRA_FIELDS if _is_count(section.get(name))), default=0)
             return DecoderSection(path, fields, depth, extra)
     raise SourceError(
-        f"config.json has no number of layers: none of {', '.join(DEPTH_FIELDS)} is there. Is it the config of a language model?"
+        f"config.json has no number of layers: it has none of {', '.join(DEPTH_FIELDS)}. Check that this is the config "
+        "of a language model"
     )
 
 
 def _sections(config: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Json]]:
+    """List a config and its nested text sections, with their paths."""
     yield path, config
     for name in _TEXT_SECTIONS:
         if isinstance(config.get(name), dict):
             yield from _sections(config[name], (*path, name))
 
 
-def _count(value: object) -> bool:
+def _is_count(value: object) -> bool:
+    """Check whether a value is a positive whole number."""
     return type(value) is int and value > 0
 
 
 def new_positions(route: Route, section: DecoderSection) -> dict[int, list[int]]:
-    """New positions of each block kept; blocks behind the decoder's own stay behind it."""
-    found: dict[int, list[int]] = {}
-    for place, block in enumerate(route.blocks):
-        found.setdefault(block, []).append(place)
+    """Return the new positions of each block that is kept; the extra blocks stay after the decoder's own."""
+    positions: dict[int, list[int]] = {}
+    for position, block in enumerate(route.blocks):
+        positions.setdefault(block, []).append(position)
     for number in range(section.extra):
-        found[section.depth + number] = [len(route) + number]
-    return found
+        positions[section.depth + number] = [len(route) + number]
+    return positions
 
 
 def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
-    """The config of the edited model: depth, lists, index lists, counts and overrides of single layers.
+    """Rewrite a config for a route: depth, lists, lists of layer numbers, counts and overrides of single layers.
 
-    What one number says for all positions (`DERIVED`, `BARE`) is left as it is: only the config class knows what it reads from it.
+    A number that describes all positions (`POSITIONAL_WITH_LIST`, `POSITIONAL_ONLY`) is not changed: only the config
+    class can interpret it.
 
     Raises:
-        UnsupportedEditError: a field that cannot say the new order, by name.
+        UnsupportedEditError: a field that cannot describe the new order; gives its name.
     """
     config = copy.deepcopy(config)
     for _, fields in list(_sections(config, ())):
@@ -213,27 +219,27 @@ def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
 
 
 def rewrite_fields(fields: Json, depth: int, route: Route, *, reloaded: bool = True) -> Json:
-    """The same for one section's fields, the depth itself apart.
+    """Rewrite the fields of one section for a route, except the depth itself.
 
     Args:
         fields: the section.
         depth: number of blocks.
-        route: their new order.
-        reloaded: whether a model is to be built from the result. What only a constructor reads is otherwise left as it is where
-            it cannot say the new order.
+        route: the new order of blocks.
+        reloaded: whether a model will be built from the result. Otherwise a field that only a constructor reads is
+            left unchanged if it cannot describe the new order.
 
     Raises:
-        UnsupportedEditError: a field that cannot say the new order, by name.
+        UnsupportedEditError: a field that cannot describe the new order; gives its name.
     """
     if route.blocks == tuple(range(depth)):
         return dict(fields)
-    rewritten = {key: _rewritten(key, value, depth, route) for key, value in fields.items()}
+    rewritten = {key: _rewrite_value(key, value, depth, route) for key, value in fields.items()}
     _rewrite_counts(rewritten, depth, route, reloaded)
     return rewritten
 
 
 def is_layerwise(key: str, value: Any, depth: int) -> bool:
-    """Whether a list or string speaks of single layers."""
+    """Check whether a list or string holds one value for each layer, or layer numbers."""
     if not isinstance(value, list | str) or key in _NOT_PER_LAYER:
         return False
     if key in INDEX_LISTS:
@@ -241,89 +247,91 @@ def is_layerwise(key: str, value: Any, depth: int) -> bool:
     return len(value) == depth and (isinstance(value, list) or key in LISTS)
 
 
-def _rewritten(key: str, value: Any, depth: int, route: Route) -> Any:
+def _rewrite_value(key: str, value: Any, depth: int, route: Route) -> Any:
+    """Return the value of one field for the new order of blocks."""
     order = route.blocks
     if isinstance(value, list) and value:
         if key in _CYCLES:
             kinds = [value[block % len(value)] for block in range(depth)]
             new = [kinds[block] for block in order]
-            return value if all(kind == value[place % len(value)] for place, kind in enumerate(new)) else new
+            return value if all(kind == value[position % len(value)] for position, kind in enumerate(new)) else new
         if key in INDEX_LISTS or value == list(range(depth)):
             if not all(type(item) is int and 0 <= item < depth for item in value):
                 raise UnsupportedEditError(
-                    f"config.json: {key!r} should hold layer numbers below {depth}, and holds {value!r}"
+                    f"config.json: {key!r} should hold layer numbers below {depth}, but holds {value!r}"
                 )
-            return [place for place, block in enumerate(order) if block in value]
+            return [position for position, block in enumerate(order) if block in value]
         if len(value) == depth and key not in _NOT_PER_LAYER:
             new = [value[block] for block in order]
             if key not in LISTS and new != value:
                 raise UnsupportedEditError(
-                    f"config.json: {key!r} is a list of {depth} values for {depth} layers, and what it means is not known; "
-                    "if it has one value per layer, ask for it to be added, and edit a copy without the field until then"
+                    f"config.json: {key!r} is a list of {depth} values for {depth} layers, and its meaning is unknown; "
+                    "if it has one value per layer, ask us to add it, and edit a copy without the field until then"
                 )
             return new
-        if key in LISTS and len(value) > depth:  # what follows belongs to prediction heads
+        if key in LISTS and len(value) > depth:  # the values after these belong to prediction heads
             return [value[block] for block in order] + value[depth:]
         if key in LISTS and any(item != value[0] for item in value):
             raise UnsupportedEditError(
-                f"config.json: {key!r} has {len(value)} values for {depth} layers, so it is not clear whose they are"
+                f"config.json: {key!r} has {len(value)} values for {depth} layers, so it is unclear which layers they "
+                "belong to"
             )
     if isinstance(value, str) and key in LISTS and len(value) == depth:
         return "".join(value[block] for block in order)
     if isinstance(value, dict) and value and key != "id2label" and all(_LAYER_NUMBER.fullmatch(str(k)) for k in value):
         if all(int(k) < depth for k in value):
-            given = {int(k): item for k, item in value.items()}
+            values = {int(k): item for k, item in value.items()}
             kind = type(next(iter(value)))  # text in JSON, a number in a config object
-            return {kind(place): given[block] for place, block in enumerate(order) if block in given}
+            return {kind(position): values[block] for position, block in enumerate(order) if block in values}
     if key in _SUFFIX_COUNTS and value:
-        return _suffix_count(key, value, depth, order)
+        return _rewrite_suffix_count(key, value, depth, order)
     return value
 
 
 def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> None:
-    """Prefix counts, and the one step that an index list beside it can stand in for."""
+    """Rewrite, in place, the counts and intervals that describe the first layers or every n-th layer."""
     for key in _PREFIX_COUNTS & fields.keys():
         count = fields[key]
-        if not _count(count):
+        if not _is_count(count):
             continue
-        kept = [block < count for block in route.blocks]
-        if sorted(kept, reverse=True) == kept:
-            fields[key] = sum(kept)
+        in_prefix = [block < count for block in route.blocks]
+        if sorted(in_prefix, reverse=True) == in_prefix:
+            fields[key] = sum(in_prefix)
         elif reloaded and not isinstance(fields.get("mlp_layer_types"), list):
             raise UnsupportedEditError(
-                f"config.json: {key} = {count} says that the first {count} layers are of another kind, and {route} would set "
-                "one of them behind a layer of the other kind, which the field cannot say"
+                f"config.json: {key} = {count} means that the first {count} layers are of another kind, and {route} "
+                "would put one of them after a layer of the other kind, which the field cannot describe"
             )
     _rewrite_interval(fields, route)
     _rewrite_cycle(fields, depth, route)
     if reloaded and fields.get("scale_attn_by_inverse_layer_idx") and route.blocks != tuple(range(len(route))):
-        # Old versions of transformers do this while the model runs, where no comparison of models sees it.
+        # Old versions of transformers do this at run time, so a comparison of the built models cannot detect it.
         raise UnsupportedEditError(
-            "config.json: scale_attn_by_inverse_layer_idx scales the attention of each layer by its position, so a block that "
-            "moves would compute something else"
+            "config.json: scale_attn_by_inverse_layer_idx scales the attention of each layer by its position, so a "
+            "block that moves would compute something else"
         )
     step = fields.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
-        # mlp_only_layers was remapped already; the layers that the step leaves dense join it.
-        dense = {place for place, block in enumerate(route.blocks) if (block + 1) % step}
+        # mlp_only_layers has been remapped already; add the layers that the step leaves dense.
+        dense = {position for position, block in enumerate(route.blocks) if (block + 1) % step}
         fields["mlp_only_layers"] = sorted(dense.union(fields.get("mlp_only_layers") or []))
         fields["decoder_sparse_step"] = 1
 
 
 def _rewrite_interval(fields: Json, route: Route) -> None:
-    """The first and the last layer of a kind that every layer between them is of (ERNIE's mixtures)."""
+    """Rewrite the first and last layer of an interval in which all layers are of one kind (ERNIE's mixtures)."""
     start, end = (fields.get(f"moe_layer_{name}_index") for name in ("start", "end"))
     if not isinstance(start, int) or not isinstance(end, int) or fields.get("moe_layer_interval", 1) != 1:
         return
-    inside = [place for place, block in enumerate(route.blocks) if block >= start and (end < 0 or block <= end)]
+    inside = [position for position, block in enumerate(route.blocks) if block >= start and (end < 0 or block <= end)]
     if inside and inside == list(range(inside[0], inside[-1] + 1)):
         fields["moe_layer_start_index"] = inside[0]
         fields["moe_layer_end_index"] = end if end < 0 and inside[-1] == len(route) - 1 else inside[-1]
-    # Otherwise the reload check says which block would come back as another kind.
+    # Otherwise the reload check reports which block would be built as another kind.
 
 
 def _rewrite_cycle(fields: Json, depth: int, route: Route) -> None:
-    """GPT-Neo's way of writing one kind per layer: [[["global", "local"], 12]] is that pair, twelve times."""
+    """Rewrite GPT-Neo's list of kinds: [[["global", "local"], 12]] repeats that pair twelve times."""
     cycles = fields.get("attention_types")
     if not isinstance(cycles, list) or not all(isinstance(cycle, list) and len(cycle) == 2 for cycle in cycles):
         return
@@ -332,22 +340,23 @@ def _rewrite_cycle(fields: Json, depth: int, route: Route) -> None:
         fields["attention_types"] = [[[kinds[block] for block in route.blocks], 1]]
 
 
-def _suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int:
-    # Layers that share the keys of an earlier layer find it by position, so nothing up to them may move.
+def _rewrite_suffix_count(key: str, count: int, depth: int, order: Sequence[int]) -> int:
+    # Layers that share the keys of an earlier layer find it by its position, so no block before them may move.
+    """Return the number of layers of another kind at the end of the edited model."""
     if tuple(order[: depth - count]) != tuple(range(depth - count)) or any(
         block < depth - count for block in order[depth - count :]
     ):
         raise UnsupportedEditError(
-            f"config.json: {key} = {count} ties the last {count} layers to keys and values of earlier ones, by position; only "
-            f"edits within the last {count} layers keep that"
+            f"config.json: {key} = {count} ties the last {count} layers to keys and values of earlier layers by "
+            f"position; only edits within the last {count} layers preserve that"
         )
     return len(order) - (depth - count)
 
 
 def non_default_fields(fields: Json, table: Mapping[str, object]) -> list[str]:
-    """The fields of `table` that say more than "all layers alike"."""
+    """List the fields of `table` with a value that makes layers differ."""
     return [
         key
-        for key, alike in table.items()
-        if fields.get(key) not in (None, alike) and not isinstance(fields[key], list)
+        for key, default in table.items()
+        if fields.get(key) not in (None, default) and not isinstance(fields[key], list)
     ]

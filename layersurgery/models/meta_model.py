@@ -1,4 +1,4 @@
-"""The model that transformers would build from a config, without memory for its weights."""
+"""Build the model that transformers would build from a config, without allocating its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without
 
 
 def load_hf_config(config: Json) -> Any:
-    """The transformers config object for a config.json; its own code (`auto_map`) is never run.
+    """Return the transformers config object for a config.json; the model's own code (`auto_map`) is never run.
 
     Raises:
         UnsupportedEditError: transformers does not know the model type, or does not accept the config.
@@ -39,28 +39,28 @@ def load_hf_config(config: Json) -> Any:
     }
     model_type = fields.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        remote = " (it brings its own code, which is not run here)" if "auto_map" in config else ""
+        remote = " (it comes with its own code, which is not run here)" if "auto_map" in config else ""
         raise UnsupportedEditError(
-            f"transformers {transformers.__version__} does not know the model type {model_type!r}{remote}, so whether the edited "
-            f"checkpoint would load cannot be told. {_UNVERIFIED}"
+            f"transformers {transformers.__version__} does not know the model type {model_type!r}{remote}, so it "
+            f"cannot be checked whether the edited checkpoint would load. {_UNVERIFIED}"
         )
     try:
-        # By way of a file: reading one undoes what JSON cannot say, such as infinite numbers.
+        # Write a file and read it back: the reader restores values that JSON cannot represent, such as infinity.
         with silence_transformers(), TemporaryDirectory() as directory:
             path = Path(directory) / "config.json"
             path.write_text(json.dumps(fields), "utf-8")
             return CONFIG_MAPPING[model_type].from_json_file(path)
-    except Exception as error:  # whatever a config class raises on values it does not accept
+    except Exception as error:  # a config class may raise anything on values that it does not accept
         raise UnsupportedEditError(f"{model_type}'s config class does not accept the config: {error}") from error
 
 
 def resolve_section(config: Json) -> DecoderSection:
-    """The decoder's section, also of a config that leaves the depth to its class, or names it as only the class knows.
+    """Find the decoder's section, even if only the config class defines the depth or the name of the depth field.
 
     The depth is then written into `config`.
 
     Raises:
-        SourceError: transformers does not know the model type, or the class gives no depth.
+        SourceError: transformers does not know the model type, or the class does not give the depth.
     """
     with suppress(SourceError):
         return find_section(config)
@@ -74,65 +74,66 @@ def resolve_section(config: Json) -> DecoderSection:
 
 
 def is_known_model_type(config: Json) -> bool:
-    """Whether transformers itself has the config's model type."""
+    """Check whether transformers itself defines the config's model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return config.get("model_type") in CONFIG_MAPPING
 
 
 def write_derived_fields(config: Json, edited: Json, section: DecoderSection, route: Route) -> Json:
-    """Write out, in the edited config, what its class would work out wrongly from the position of a layer.
+    """Write the per-layer lists that the config class would derive wrongly from positions into the edited config.
 
-    A class that derives one value per layer from a number (`sliding_window_pattern`, `max_window_layers`) derives it from
-    positions, so after an edit it is given as the list itself.
+    A class that derives one value for each layer from a number (`sliding_window_pattern`, `max_window_layers`) uses
+    positions, so after an edit the config must hold the list itself.
 
     Raises:
-        UnsupportedEditError: a per-layer value that the class does not take from the config.
+        UnsupportedEditError: a per-layer value that the class does not accept from the config.
     """
-    fields = _fields(load_hf_config(config))
+    fields = _read_fields(load_hf_config(config))
     layerwise = [key for key, value in fields.items() if is_layerwise(key, value, section.depth)]
     rewritten = rewrite_fields(fields, section.depth, route)
-    wanted = {key: rewritten[key] for key in layerwise}
-    differing = _differing(wanted, edited)
+    expected = {key: rewritten[key] for key in layerwise}
+    differing = _find_differing(expected, edited)
     if not differing:
         return edited
     edited = copy.deepcopy(edited)
     for key in differing:
-        section.of(edited)[key] = wanted[key]
+        section.of(edited)[key] = expected[key]
     try:
-        taken = not _differing(wanted, edited)
+        accepted = not _find_differing(expected, edited)
     except UnsupportedEditError:  # a property without a setter
-        taken = False
-    if not taken:
+        accepted = False
+    if not accepted:
         raise UnsupportedEditError(
-            f"the config class of {config.get('model_type')!r} works out {', '.join(differing)} from the positions of layers and "
-            f"takes no list instead, so {route} cannot be said in its config"
+            f"the config class of {config.get('model_type')!r} computes {', '.join(differing)} from the positions of "
+            f"layers and accepts no list, so it cannot represent the route {route}"
         )
     return edited
 
 
-def _differing(wanted: Json, edited: Json) -> list[str]:
-    have = _fields(load_hf_config(edited))
-    return [key for key, value in wanted.items() if have.get(key) != value]
+def _find_differing(expected: Json, edited: Json) -> list[str]:
+    """List the fields for which the edited config gives another value than expected."""
+    actual = _read_fields(load_hf_config(edited))
+    return [key for key, value in expected.items() if actual.get(key) != value]
 
 
-def _fields(config: Any) -> Json:
-    """The fields of the text config, lists that a class derives included."""
+def _read_fields(config: Any) -> Json:
+    """Return the fields of the text config, including lists that the class derives."""
     text = config.get_text_config(decoder=True)
     fields = text.to_dict()
     for name in [*fields, *LISTS]:
         try:
             fields[name] = getattr(text, name)
-        except Exception:  # a field of other models, or one that differs by layer and refuses to be read as one
+        except Exception:  # a field of another model type, or one that differs by layer and cannot be read as one value
             continue
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(fields.items())}
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """Makes what constructors fill later on the meta device, and computes the rest.
+    """Creates tensors that constructors fill later on the meta device, and computes all others.
 
-    `torch.device("meta")` would take the buffers' values away as well, and accelerate's `init_empty_weights` first asks for
-    each parameter's memory, which one layer's stacked experts can exceed.
+    `torch.device("meta")` would also discard the values of buffers. accelerate's `init_empty_weights` first allocates
+    each parameter, and the stacked experts of one layer can exceed the memory.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,32 +144,35 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def build_meta_model(config: Json) -> nn.Module:
-    """The model a reload would build, its parameters without memory; buffers are real, for their values are compared.
+    """Build the model that a reload would build, without memory for its parameters.
+
+    Buffers are real, since their values are compared.
 
     Raises:
         UnsupportedEditError: transformers cannot build it.
     """
     import transformers
 
-    class_of = load_hf_config(config)
-    name = next(iter(config.get("architectures") or []), "")
-    architecture = getattr(transformers, name, None)
+    hf_config = load_hf_config(config)
+    architecture_name = next(iter(config.get("architectures") or []), "")
+    architecture = getattr(transformers, architecture_name, None)
     try:
         with silence_transformers(), _EmptyOnMeta():
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
-                model: nn.Module = architecture(class_of)
+                model: nn.Module = architecture(hf_config)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(class_of)
+                model = transformers.AutoModelForCausalLM.from_config(hf_config)
     except Exception as error:  # a model's constructor may raise anything
         raise UnsupportedEditError(
-            f"transformers cannot build {name or class_of.model_type} from the config: {error}. {_UNVERIFIED}"
+            f"transformers cannot build {architecture_name or hf_config.model_type} from the config: {error}. "
+            f"{_UNVERIFIED}"
         ) from error
     return model
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Building a throw-away model warns of things that are no concern of the user's, and draws no random numbers of theirs."""
+    """Suppress warnings while a temporary model is built, and preserve the user's random state."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)

@@ -1,9 +1,9 @@
-"""The twin check: would a reload of the edited checkpoint be the model that was meant?
+"""Check that the edited checkpoint would reload as the intended model.
 
-The model that transformers would build from the edited config is built without memory for its weights and compared, block by
-block, with the one it builds from the source's config. A block that would come back as another class, with other tensors or
-with another constant (a scale that depends on the layer's place, say) is found here, before a byte is written. Nothing that
-the file names tell can do that: such a checkpoint has no missing and no unexpected keys.
+The model that transformers would build from the edited config is built without memory for its weights. It is compared,
+block by block, with the model built from the source's config. The check finds a block that would be built as another
+class, with other tensors or with another constant (for example, a scale that depends on the layer's position), before
+any byte is written. File names cannot reveal this: such a checkpoint has no missing and no unexpected keys.
 """
 
 from __future__ import annotations
@@ -25,154 +25,183 @@ from .meta_model import build_meta_model
 from .skipped_branch import SkippedBranch
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
-# Values that a constructor works out in floating point may differ in the last digits.
+# Values that a constructor computes in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
-# What a model in use is set to, and not what it is.
+# Settings of a model in use, which are not part of its structure.
 _MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled"))
 Modules = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadCheck:
-    """Both empty models of an edit: what the source's config builds, and what the edited config builds."""
+    """The two meta models of an edit, built from the source's config and from the edited config.
+
+    Attributes:
+        source: the model from the source's config, or the model in use.
+        edited: the model from the edited config.
+        section: the decoder's section of the source's config.
+        route: the edit's route.
+        file_tensors: names, relative to a block, of the tensors that the files hold.
+        live: whether `source` is a model in use, which has extra attributes and whose buffers have its own dtype.
+    """
 
     source: nn.Module
     edited: nn.Module
     section: DecoderSection
     route: Route
-    file_tensors: frozenset[str]  # names, within a block, of the tensors that the files bring
-    live: bool = (
-        False  # whether `source` is a model in use, which keeps things of its own and whose buffers have its dtype
-    )
+    file_tensors: frozenset[str]
+    live: bool = False
 
     @classmethod
     def build(
         cls, config: Json, edited: Json, section: DecoderSection, route: Route, file_tensors: Iterable[str]
     ) -> ReloadCheck:
-        """Build both."""
+        """Build both models."""
         return cls(build_meta_model(config), build_meta_model(edited), section, route, frozenset(file_tensors))
 
     def check(self) -> None:
-        """Compare them.
+        """Compare both models.
 
         Raises:
-            UnsupportedEditError: the first things that would come back otherwise, by name.
+            UnsupportedEditError: the reloaded model would differ; lists the first differences.
         """
         before = find_block_list(self.source, self.section.depth)
         after = find_block_list(self.edited, len(self.route))
-        wrong = [
-            f"{after.path}.{place} (block {block}): {difference}"
-            for place, block in enumerate(self.route.blocks)
-            for difference in self._compare(_modules(before.blocks[block]), _modules(after.blocks[place]), block, place)
+        differences = [
+            f"{after.path}.{position} (block {block}): {difference}"
+            for position, block in enumerate(self.route.blocks)
+            for difference in self._compare(
+                _modules_by_path(before.blocks[block]), _modules_by_path(after.blocks[position]), block, position
+            )
         ]
-        outside = _without(self.source, before.blocks), _without(self.edited, after.blocks)
-        wrong += [
-            f"outside the blocks: {found}" for found in self._compare(*outside, self.section.depth, len(self.route))
+        outside = _modules_outside(self.source, before.blocks), _modules_outside(self.edited, after.blocks)
+        differences += [
+            f"outside the blocks: {difference}"
+            for difference in self._compare(*outside, self.section.depth, len(self.route))
         ]
-        if wrong:
-            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-            found = "; ".join(wrong[:3]) + more
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            summary = "; ".join(differences[:3]) + more
             if self.live:
                 raise UnsupportedEditError(
-                    f"reloaded, this model would be another: {found}. Its config does not say so; undo that, or keep the model in memory "
-                    "only (operate_ with verify=False)"
+                    f"this model would reload as another model: {summary}. Its config does not describe this; undo "
+                    "that change, or keep the model in memory only (operate_ with verify=False)"
                 )
             raise UnsupportedEditError(
-                f"reloaded, {self.route} would not be the model meant: {found}. The architecture ties this to a layer's position and its "
-                "config cannot say otherwise"
+                f"{self.route} would not reload as the intended model: {summary}. The architecture derives this from a "
+                "layer's position, and its config cannot change that"
             )
 
-    def _compare(self, source: Modules, twin: Modules, was: int, now: int) -> Iterator[str]:
-        """Differences of two module trees. Whole numbers that are `was` here and `now` there are meant to differ, and so are
-        lists with a value per layer."""
-        for path in sorted(source.keys() | twin.keys()):
+    def _compare(self, source: Modules, edited: Modules, old: int, new: int) -> Iterator[str]:
+        """Describe the differences of two module trees.
+
+        Whole numbers that are `old` in the source and `new` in the edited model are expected to differ, and so are
+        lists with one value for each layer.
+        """
+        for path in sorted(source.keys() | edited.keys()):
             label = path or "the block"
-            if path not in source or path not in twin:
-                yield f"{label} exists only {'after the reload' if path in twin else 'in the source'}"
+            if path not in source or path not in edited:
+                yield f"{label} exists only {'after the reload' if path in edited else 'in the source'}"
                 continue
-            ours, theirs = source[path], twin[path]
-            if (kind := _class(ours)) is not type(theirs):
-                yield f"{label} is a {kind.__name__} in the source and would be a {type(theirs).__name__}"
+            source_module, edited_module = source[path], edited[path]
+            if (kind := _original_class(source_module)) is not type(edited_module):
+                yield f"{label} is a {kind.__name__} in the source and would be a {type(edited_module).__name__}"
                 continue
-            mine, yours = _own_values(ours), _own_values(theirs)
-            for name in sorted(yours.keys() - _MODES if self.live else mine.keys() | yours.keys()):
-                if name not in mine or name not in yours:
-                    yield f"{label}.{name} exists only {'after the reload' if name in yours else 'in the source'}"
-                elif isinstance(mine[name], torch.Tensor) and f"{path}.{name}".lstrip(".") in self.file_tensors:
-                    if mine[name].shape != yours[name].shape:
+            source_values, edited_values = _own_values(source_module), _own_values(edited_module)
+            for name in sorted(
+                edited_values.keys() - _MODES if self.live else source_values.keys() | edited_values.keys()
+            ):
+                if name not in source_values or name not in edited_values:
+                    yield (
+                        f"{label}.{name} exists only {'after the reload' if name in edited_values else 'in the source'}"
+                    )
+                elif (
+                    isinstance(source_values[name], torch.Tensor) and f"{path}.{name}".lstrip(".") in self.file_tensors
+                ):
+                    if source_values[name].shape != edited_values[name].shape:
                         yield f"{label}.{name} has another shape after the reload"
                 elif not (
-                    _same(mine[name], yours[name])
-                    or self._used(mine[name], yours[name])
-                    or self._moved(name, mine[name], yours[name], was, now)
+                    _is_equal(source_values[name], edited_values[name])
+                    or self._changed_in_use(source_values[name], edited_values[name])
+                    or self._follows_route(name, source_values[name], edited_values[name], old, new)
                 ):
-                    yield f"{label}.{name} is {_short(mine[name])} in the source and would be {_short(yours[name])}"
+                    yield (
+                        f"{label}.{name} is {_describe(source_values[name])} in the source and would be "
+                        f"{_describe(edited_values[name])}"
+                    )
 
-    def _used(self, ours: Any, theirs: Any) -> bool:
-        """Whether two values differ only because one of the models has been cast, run, or edited since it was built."""
+    def _changed_in_use(self, source: Any, edited: Any) -> bool:
+        """Check whether two values differ only because a model was cast, run, or edited after it was built."""
         if not self.live:
             return False
-        if isinstance(ours, torch.Tensor):
-            return theirs is None or (
-                ours.shape == theirs.shape and bool(torch.equal(ours.cpu(), theirs.to(ours.dtype)))
+        if isinstance(source, torch.Tensor):
+            return edited is None or (
+                source.shape == edited.shape and bool(torch.equal(source.cpu(), edited.to(source.dtype)))
             )
-        return isinstance(theirs, list) and len(theirs) == self.section.depth
+        return isinstance(edited, list) and len(edited) == self.section.depth
 
-    def _moved(self, name: str, ours: Any, theirs: Any, was: int, now: int) -> bool:
+    def _follows_route(self, name: str, source: Any, edited: Any, old: int, new: int) -> bool:
+        """Check whether two values differ exactly as the route's depth, positions or order require."""
         if name in DEPTH_FIELDS:
-            return bool(ours == self.section.depth and theirs == len(self.route))
-        if type(ours) is int and type(theirs) is int:
-            return bool(_INDEX_NAME.search(name)) and ours - was == theirs - now
-        if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) and len(ours) == self.section.depth:
-            return list(theirs) == [ours[block] for block in self.route.blocks]
+            return bool(source == self.section.depth and edited == len(self.route))
+        if type(source) is int and type(edited) is int:
+            return bool(_INDEX_NAME.search(name)) and source - old == edited - new
+        if isinstance(source, list | tuple) and isinstance(edited, list | tuple) and len(source) == self.section.depth:
+            return list(edited) == [source[block] for block in self.route.blocks]
         return False
 
 
-def _class(module: nn.Module) -> type[nn.Module]:
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class; for a skipped branch, the class of the module that it replaces."""
     return module.stands_for if isinstance(module, SkippedBranch) else type(module)
 
 
-def _modules(block: nn.Module) -> Modules:
+def _modules_by_path(block: nn.Module) -> Modules:
+    """Return the modules of a block by their path."""
     return dict(block.named_modules())
 
 
-def _without(model: nn.Module, blocks: nn.ModuleList) -> Modules:
+def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> Modules:
+    """Return the modules of a model that are not in its blocks, by their path."""
     inside = {id(module) for module in blocks.modules()}
     return {name: module for name, module in model.named_modules() if id(module) not in inside}
 
 
 def _own_values(module: nn.Module) -> dict[str, Any]:
-    """What a module holds itself: shapes of parameters, buffers and plain attributes."""
-    facts: dict[str, Any] = {}
+    """Return a module's own values: shapes of parameters, buffers and plain attributes."""
+    values: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
-        facts[name] = None if parameter is None else tuple(parameter.shape)
+        values[name] = None if parameter is None else tuple(parameter.shape)
     for name, buffer in module._buffers.items():
-        facts[name] = buffer
+        values[name] = buffer
     for name, value in vars(module).items():
-        if not name.startswith("_") and _plain(value):
-            facts[name] = value
-    return facts
+        if not name.startswith("_") and _is_plain(value):
+            values[name] = value
+    return values
 
 
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
+    """Check whether a value is a number, text, dtype or tensor, or a container of these."""
     if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_plain, value))
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Tensor)
 
 
-def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        if ours.is_meta or theirs.is_meta:
-            return ours.shape == theirs.shape
-        return ours.shape == theirs.shape and bool(torch.equal(ours, theirs))
-    if isinstance(ours, float) and isinstance(theirs, float):
-        return math.isclose(ours, theirs, rel_tol=_TOLERANCE) or (math.isnan(ours) and math.isnan(theirs))
-    if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-    return type(ours) is type(theirs) and bool(ours == theirs)
+def _is_equal(source: Any, edited: Any) -> bool:
+    """Check whether two values are equal, up to rounding of floats."""
+    if isinstance(source, torch.Tensor) and isinstance(edited, torch.Tensor):
+        if source.is_meta or edited.is_meta:
+            return source.shape == edited.shape
+        return source.shape == edited.shape and bool(torch.equal(source, edited))
+    if isinstance(source, float) and isinstance(edited, float):
+        return math.isclose(source, edited, rel_tol=_TOLERANCE) or (math.isnan(source) and math.isnan(edited))
+    if isinstance(source, list | tuple) and isinstance(edited, list | tuple):
+        return len(source) == len(edited) and all(map(_is_equal, source, edited))
+    return type(source) is type(edited) and bool(source == edited)
 
 
-def _short(value: Any) -> str:
+def _describe(value: Any) -> str:
+    """Describe a value in at most 60 characters."""
     text = (
         f"a tensor of shape {tuple(value.shape)} with other values" if isinstance(value, torch.Tensor) else repr(value)
     )

@@ -1,4 +1,4 @@
-"""A module that stands where a branch's module stood, computes nothing, and adds exactly nothing to the residual stream."""
+"""Replace a module of a branch by one that computes nothing and adds exactly zero to the residual stream."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from .call_tracing import Where
 
 @dataclass(frozen=True, slots=True)
 class SkipSpec:
-    """What must stand in for one module of a branch.
+    """How to replace one module of a branch.
 
     Attributes:
-        path: the module, within the block.
-        hidden: which of its arguments holds the hidden states.
-        width: width of the tensor it returns; the other dimensions are those of the hidden states.
-        length: length of the tuple it returns with that tensor first; None where it returns the tensor itself.
-        residual: the argument that it adds to its output, where it adds the residual stream itself.
-        hands_on: whether it only prepares input for a later module of the branch, and may return what it was given.
-        keeps_row: whether it answers for the block's row of the key-value cache.
-        outputs: parameters, within the block, that are saved as zeros, so that the branch is silent in any program.
-        savable: whether those are known, where they are needed.
+        path: path of the module, relative to the block.
+        hidden: the argument that holds the hidden states.
+        width: width of the returned tensor; its other dimensions are those of the hidden states.
+        length: length of the returned tuple, which has that tensor first; None if the module returns the tensor
+            itself.
+        residual: the argument that the module adds to its output, if it adds the residual stream itself.
+        passthrough: whether it only prepares input for a later module of the branch, and may return its own input.
+        updates_cache: whether it must update the block's row of the key-value cache.
+        outputs: parameters, relative to the block, that are saved as zeros, so that any program skips the branch.
+        savable: whether those parameters are known, if they are needed.
     """
 
     path: str
@@ -42,59 +43,63 @@ class SkipSpec:
 
 
 class SkippedBranch(nn.Module):
-    """In the place of `original`, under whose names its parameters stay; saved, the branch's output projection is zero."""
+    """Replacement of a module, with the module's parameters under their original names.
+
+    In a state dict, the branch's output projection is zero.
+    """
 
     _original: nn.Module
     _spec: SkipSpec
-    _keeper: tuple[nn.Module | None, str]
+    _position_owner: tuple[nn.Module | None, str]
 
     def __init__(self, original: nn.Module, spec: SkipSpec) -> None:
         super().__init__()
-        # Public attributes (layer_idx, config) are read by other modules and renumbered like any module's.
+        # Other modules read the public attributes (layer_idx, config), and edits renumber them, as in any module.
         vars(self).update(
             {name: value for name, value in vars(original).items() if name[0] != "_" and name != "forward"}
         )
         self._modules, self._parameters, self._buffers = original._modules, original._parameters, original._buffers
         self._non_persistent_buffers_set = original._non_persistent_buffers_set
         self._state_dict_hooks = original._state_dict_hooks
-        keeper = next((module for module in self.modules() if position_name(module)), None)
-        # Past nn.Module's own bookkeeping: neither is a part of this module.
+        owner = next((module for module in self.modules() if position_name(module)), None)
+        # Bypass nn.Module.__setattr__: these modules must not become children of this one.
         vars(self).update(
-            _original=original, _spec=spec, _keeper=(keeper, "" if keeper is None else position_name(keeper))
+            _original=original, _spec=spec, _position_owner=(owner, "" if owner is None else position_name(owner))
         )
 
     @property
     def stands_for(self) -> type[nn.Module]:
-        """The class of the module whose place this is."""
+        """Return the class of the module that this one replaces."""
         return type(self._original)
 
     @property
     def saves_as_zeros(self) -> bool:
-        """Whether what is saved of it is silent, too."""
+        """Return whether the saved model skips this branch, too."""
         return self._spec.savable
 
-    def extra_repr(self) -> str:  # noqa: D102 - torch's own
+    def extra_repr(self) -> str:  # noqa: D102 - documented in torch
         return f"in the place of {self.stands_for.__name__}"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
         skip = self._spec
         hidden = _argument(args, kwargs, skip.hidden)
         if skip.updates_cache:
-            keeper, name = self._keeper
-            _update_cache(args, kwargs, hidden, None if keeper is None else getattr(keeper, name))
+            owner, name = self._position_owner
+            _update_cache(args, kwargs, hidden, None if owner is None else getattr(owner, name))
         if skip.passthrough:
             return hidden
         if skip.residual is not None:
-            nothing = _argument(args, kwargs, skip.residual)
+            output = _argument(args, kwargs, skip.residual)
         else:
-            nothing = hidden.new_zeros((*hidden.shape[:-1], skip.width))
-        return nothing if skip.length is None else (nothing, *[None] * (skip.length - 1))
+            output = hidden.new_zeros((*hidden.shape[:-1], skip.width))
+        return output if skip.length is None else (output, *[None] * (skip.length - 1))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - torch's own
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
         state = super().state_dict(*args, **kwargs)
         if not kwargs.get("keep_vars", False):
-            for name, parameter in self._named().items():
-                # An offloaded tensor is only a name here; its zeros have to be real, or the weight would be fetched.
+            for name, parameter in self._zeroed_parameters().items():
+                # An offloaded tensor is a placeholder here; if its zeros were one, too, the weight would be fetched
+                # instead.
                 device = torch.device("cpu") if parameter.is_meta else parameter.device
                 state[f"{kwargs.get('prefix', '')}{name}"] = torch.zeros_like(
                     parameter, device=device, requires_grad=False
@@ -102,34 +107,36 @@ class SkippedBranch(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # What was saved as zeros is not loaded as zeros: another visit of the block may use these very weights.
-        own = self._named()
-        state_dict.update({f"{prefix}{name}": own[name].detach() for name in own if f"{prefix}{name}" in state_dict})
+        # Do not load the saved zeros: another visit of the block may use the same weights.
+        parameters = self._zeroed_parameters()
+        state_dict.update(
+            {f"{prefix}{name}": parameters[name].detach() for name in parameters if f"{prefix}{name}" in state_dict}
+        )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _named(self) -> dict[str, torch.Tensor]:
-        """The parameters that are saved as zeros, by their names in this module.
+    def _zeroed_parameters(self) -> dict[str, torch.Tensor]:
+        """Return the parameters that are saved as zeros, by their names in this module.
 
         Raises:
-            UnsupportedEditError: one has another name now, so that it would be saved as it is.
+            UnsupportedEditError: a parameter has been renamed, so its zeros would not be saved.
         """
-        held = dict(self.named_parameters(remove_duplicate=False))
-        found: dict[str, torch.Tensor] = {}
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        zeroed: dict[str, torch.Tensor] = {}
         for output in self._spec.outputs:
             name = output.removeprefix(f"{self._spec.path}.")
-            owner, _, tail = name.rpartition(".")
-            name = name if name in held else f"{owner}.base_layer.{tail}"  # where PEFT keeps it
-            if name not in held:
+            owner, _, parameter_name = name.rpartition(".")
+            name = name if name in parameters else f"{owner}.base_layer.{parameter_name}"  # PEFT moves it there
+            if name not in parameters:
                 raise UnsupportedEditError(
-                    f"{output} of a skipped {self.stands_for.__name__} is gone (renamed by a parametrisation?), and would not be saved as zeros; "
-                    "undo that before saving"
+                    f"{output} of a skipped {self.stands_for.__name__} does not exist any more (renamed by a "
+                    "parametrization?) and would not be saved as zeros; undo that before saving"
                 )
-            found[name] = held[name]
-        return found
+            zeroed[name] = parameters[name]
+        return zeroed
 
 
 def install_skips(block: nn.Module, skips: Sequence[SkipSpec]) -> None:
-    """Put stand-ins into `block`, which must be a view: its own tree of modules is changed."""
+    """Replace modules of `block` in place. `block` must be a view, so that the original is not changed."""
     for skip in skips:
         parent, _, name = skip.path.rpartition(".")
         owner = block.get_submodule(parent)
@@ -139,16 +146,17 @@ def install_skips(block: nn.Module, skips: Sequence[SkipSpec]) -> None:
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: Where) -> torch.Tensor:
+    """Return one argument of a call, which must be a tensor."""
     value = args[where] if isinstance(where, int) else kwargs[where]
     assert isinstance(value, torch.Tensor)
     return value
 
 
 def _update_cache(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor, row: int | None) -> None:
-    """Note in the cache how many tokens passed.
+    """Tell the cache how many tokens passed.
 
-    Lengths, masks and positions are read off the first row or the last; an empty one would be silently taken for a new text. The
-    row that is kept is one number wide.
+    Models read lengths, masks and positions from the first or the last row. They would treat an empty row as the start
+    of a new text, without an error. The row that is written is one number wide.
     """
     caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
     if not caches or row is None:
@@ -159,8 +167,8 @@ def _update_cache(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.T
     batch, length = hidden.shape[0], hidden.shape[-2]
     if layer is not None and hasattr(layer, "update_conv_state"):
         for state in range(getattr(layer, "number_of_states", 1)):
-            given = {"state_idx": state} if state else {}
-            cache.update_conv_state(hidden.new_zeros((batch, 1, length)), row, **given)
+            keywords = {"state_idx": state} if state else {}
+            cache.update_conv_state(hidden.new_zeros((batch, 1, length)), row, **keywords)
     if layer is None or hasattr(layer, "get_seq_length"):
-        nothing = hidden.new_zeros((batch, 1, length, 1))
-        cache.update(nothing, nothing, row)
+        zeros = hidden.new_zeros((batch, 1, length, 1))
+        cache.update(zeros, zeros, row)

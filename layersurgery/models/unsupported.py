@@ -1,4 +1,7 @@
-"""Architectures whose layers cannot be moved at all, by model type, and why. Each would be silently wrong."""
+"""List the model types with layers that cannot be moved, and the reasons.
+
+Without a refusal, each of them would silently compute something else.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,33 @@ from ..errors import UnsupportedEditError
 from ..plans.route import Route
 
 _ALWAYS = {
-    "hrm_text": "runs its blocks in nested cycles and not as one stack",
+    "hrm_text": "runs its blocks in nested cycles and not one after another",
     "longcat_flash": "keeps two cache rows for each block",
     "reformer": "is reversible and draws its hash functions by position",
     "xlm": "keeps the parts of its layers in separate lists",
     "inkling2_text": "lets its blocks read the outputs of earlier blocks, by position",
-    "zaya": "hands the state of each layer's router on to the next",
+    "zaya": "passes the state of each layer's router to the next layer",
     "zamba": "shares one block's weights among several positions",
     "zamba2": "shares one block's weights among several positions",
 }
-# Where a "shared" layer attends to the tokens that the full layer before it has picked.
+# In these, a "shared" layer attends to the tokens selected by the last full layer before it.
 _INDEXED = frozenset(("glm_moe_dsa", "glm5_next_text", "hy_v4", "mistral_large4_text"))
 
 
 def refusal_fields(config: Any) -> dict[str, Any]:
-    """Of a config object, the fields that a refusal may turn on."""
+    """Return the fields of a config object that the refusals depend on."""
     names = ("model_type", "hidden_size_per_layer_input", "rescale_every", "indexer_types")
     return {name: getattr(config, name, None) for name in names}
 
 
 def refuse_architecture(fields: dict[str, Any]) -> None:
-    """Refuse an architecture that ties blocks to each other in a way no edit of single layers respects.
+    """Refuse an architecture that ties blocks to each other, so that no edit of single layers is correct.
 
     Args:
-        fields: the config's section on the text decoder, with its model type.
+        fields: the text decoder's section of the config, with the model type.
 
     Raises:
-        UnsupportedEditError: with the reason.
+        UnsupportedEditError: gives the reason.
     """
     model_type = fields.get("model_type")
     reason = _ALWAYS.get(str(model_type))
@@ -45,46 +48,52 @@ def refuse_architecture(fields: dict[str, Any]) -> None:
 
 
 def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) -> None:
-    """Refuse an order in which blocks of an architecture would compute something else than at their own place.
+    """Refuse an order in which some block would compute something else than at its original position.
 
     Args:
-        fields: the config's section on the text decoder, with its model type.
+        fields: the text decoder's section of the config, with the model type.
         route: the new order.
-        live: whether it is the model in memory that is edited, and not its files.
+        live: whether the edit changes a model in memory instead of files.
 
     Raises:
-        UnsupportedEditError: with the reason.
+        UnsupportedEditError: gives the reason.
     """
     step = fields.get("rescale_every")
-    if live and step and any(block // step != place // step for place, block in enumerate(route.blocks)):
+    if live and step and any(block // step != position // step for position, block in enumerate(route.blocks)):
         raise UnsupportedEditError(
-            f"{fields.get('model_type')} halves the weights of its blocks every {step} places once it runs (rescale_every), so a block cannot "
-            "move from one such stretch to another in memory; edit the checkpoint, or set rescale_every to 0 in the config before loading"
+            f"{fields.get('model_type')} halves the weights of its blocks every {step} positions when it runs "
+            "(rescale_every), so a block cannot move between these groups in memory; edit the checkpoint, or set "
+            "rescale_every to 0 in the config before loading"
         )
-    if fields.get("model_type") == "rwkv" and [place for place, block in enumerate(route.blocks) if block == 0] != [0]:
+    if fields.get("model_type") == "rwkv" and [
+        position for position, block in enumerate(route.blocks) if block == 0
+    ] != [0]:
         raise UnsupportedEditError(
-            "rwkv: block 0 holds the norm of the embedding, and works at place 0 only; keep it there, once"
+            "rwkv: block 0 holds the norm of the embedding and works only at position 0; keep it there, once"
         )
     _refuse_indexers(fields, route)
 
 
 def _refuse_indexers(fields: dict[str, Any], route: Route) -> None:
+    """Refuse a route that separates a layer from the layer that selects the tokens for its attention."""
     kinds = fields.get("indexer_types")
     if kinds is None and fields.get("model_type") in _INDEXED:
         raise UnsupportedEditError(
-            f"{fields['model_type']}: write indexer_types out in config.json, one for each layer, so that it can be followed"
+            f"{fields['model_type']}: add indexer_types to config.json, one for each layer, so that the edit can "
+            "follow it"
         )
     if not kinds or "shared" not in kinds:
         return
-    source: list[int | None] = []
+    sources: list[int | None] = []
     for block, kind in enumerate(kinds):
-        source.append(block if kind != "shared" else source[-1] if source else None)
-    picked: int | None = None
+        sources.append(block if kind != "shared" else sources[-1] if sources else None)
+    selecting_block: int | None = None
     for visit in route:
         if visit.block >= len(kinds) or kinds[visit.block] != "shared":
-            picked = visit.block if visit.attention else None
-        elif visit.attention and picked != source[visit.block]:
+            selecting_block = visit.block if visit.attention else None
+        elif visit.attention and selecting_block != sources[visit.block]:
             raise UnsupportedEditError(
-                f"{fields.get('model_type')}: block {visit.block} attends to the tokens that block {source[visit.block]} picks (indexer_types), and "
-                f"on {route} it would get another's; keep them together"
+                f"{fields.get('model_type')}: block {visit.block} attends to the tokens that block "
+                f"{sources[visit.block]} selects (indexer_types), and on {route} another block would select them; keep "
+                "these blocks together"
             )

@@ -1,4 +1,7 @@
-"""What a norm does behind normalising: its scale and shift for each channel, and whether it takes the mean away. Found by running it."""
+"""Find how weights are laid out: a norm's scale and shift, and the dimensions of a projection's weight.
+
+A norm is identified by running it.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 @dataclass(frozen=True, slots=True)
 class NormAffine:
-    """A norm as the function scale * n(x) + shift, where n divides by the root of the mean square and may take the mean away before.
+    """A norm as the function scale * n(x) + shift; n divides by the root mean square, and may subtract the mean first.
 
     Attributes:
         scale_D: float64, (width,).
         shift_D: float64, (width,).
-        centres: whether the mean over channels is taken away (LayerNorm, not RMSNorm).
+        centres: whether n subtracts the mean over channels (LayerNorm, not RMSNorm).
     """
 
     scale_D: torch.Tensor
@@ -30,98 +33,106 @@ class NormAffine:
 
 
 def fit_norm(norm: nn.Module, width: int, like: torch.Tensor) -> NormAffine | None:
-    """Scale and shift of a norm; None where it is another function than LayerNorm or RMSNorm.
+    """Return the scale and shift of a norm; None if it is neither a LayerNorm nor an RMSNorm.
 
     Args:
-        norm: in evaluation mode.
-        width: of what it is given.
-        like: a tensor of the dtype and on the device that it is to be run on.
+        norm: the norm, in evaluation mode.
+        width: width of its input.
+        like: a tensor with the dtype and device to run the norm with.
     """
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        given = x.to(like.device, like.dtype)[None]
-        output = first_tensor(norm(given))
-        if output is None or output.shape != given.shape:
+        batch = x.to(like.device, like.dtype)[None]
+        output = first_tensor(norm(batch))
+        if output is None or output.shape != batch.shape:
             raise ValueError
         return output[0].double().cpu()
 
-    # Away from zero and from their mean, so that nothing is divided by next to nothing; large, so that no epsilon counts; with a mean that
-    # is much larger still, so that taking it away or not cannot be confused in half precision, however wide the model is.
-    drawn = torch.randn(2, width, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    x, other = (1024 + drawn.sign() * (drawn.abs() + 0.5) * 64).to(like.dtype).double()
+    # The inputs are far from zero and from their mean, so that no divisor is tiny, and large, so that epsilon does not
+    # matter. Their mean is much larger still, so that subtracting it makes a clear difference even in half precision,
+    # at any width.
+    noise = torch.randn(2, width, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x, other = (1024 + noise.sign() * (noise.abs() + 0.5) * 64).to(like.dtype).double()
     tolerance = _TOLERANCE.get(like.dtype, 4e-2)
     with torch.no_grad():
         try:
             shift = run(torch.zeros(1, width, dtype=torch.float64))[0]
-            found, checked = run(x[None])[0], run(other[None])[0]
+            output_x, output_other = run(x[None])[0], run(other[None])[0]
         except Exception:  # a module may raise anything on what it does not expect
             return None
     best: tuple[float, NormAffine] | None = None
     for centres in (False, True):
-        scale = (found - shift) / _normed(x, centres)
-        wanted = scale * _normed(other, centres) + shift
-        off = float((checked - wanted).abs().max() / wanted.abs().max())
-        if off <= tolerance and (best is None or off < best[0]):
-            best = off, NormAffine(scale, shift, centres)
+        scale = (output_x - shift) / _normalize(x, centres)
+        expected = scale * _normalize(other, centres) + shift
+        error = float((output_other - expected).abs().max() / expected.abs().max())
+        if error <= tolerance and (best is None or error < best[0]):
+            best = error, NormAffine(scale, shift, centres)
     return None if best is None else best[1]
 
 
-def _normed(x: torch.Tensor, centres: bool) -> torch.Tensor:
+def _normalize(x: torch.Tensor, centres: bool) -> torch.Tensor:
+    """Divide by the root mean square, after subtracting the mean if the norm does."""
     x = x - x.mean() if centres else x
     return x / x.square().mean().sqrt()
 
 
 def output_dim(module: nn.Module, name: str, width: int) -> int:
-    """The dimension along which a weight of a projection writes the residual stream; the others are neurons (and experts).
+    """Return the dimension along which a projection's weight writes the residual stream.
+
+    The other dimensions are neurons (and experts).
 
     Args:
-        module: that holds it.
+        module: the module that holds the weight.
         name: the parameter's name in the module.
-        width: of the stream.
+        width: width of the stream.
 
     Raises:
-        UnsupportedEditError: it cannot be told.
+        UnsupportedEditError: the dimension cannot be determined.
     """
-    return _dim(module, name, width, linear=0)
+    return _find_dim(module, name, width, linear=0)
 
 
 def input_dim(module: nn.Module, name: str, width: int) -> int:
-    """The dimension along which a weight reads something as wide as the residual stream.
+    """Return the dimension along which a weight reads an input as wide as the residual stream.
 
     Raises:
-        UnsupportedEditError: it cannot be told.
+        UnsupportedEditError: the dimension cannot be determined.
     """
-    return _dim(module, name, width, linear=1)
+    return _find_dim(module, name, width, linear=1)
 
 
-def _dim(module: nn.Module, name: str, width: int, linear: int) -> int:
-    """`linear` is the dimension it has in an nn.Linear, (outputs, inputs)."""
+def _find_dim(module: nn.Module, name: str, width: int, linear: int) -> int:
+    """Return the wanted dimension; `linear` is its index in an nn.Linear, (outputs, inputs)."""
     shape = tuple(getattr(module, name).shape)
     first = len(shape) - 2  # experts come before
-    places = [place for place in (first, first + 1) if place >= 0 and shape[place] == width]
-    if not places:
+    dims = [dim for dim in (first, first + 1) if dim >= 0 and shape[dim] == width]
+    if not dims:
         raise UnsupportedEditError(
             f"{name} of {type(module).__name__}, of shape {shape}, has no dimension of the stream's width {width}"
         )
-    if len(places) == 1:
-        return places[0]
-    # As many inputs as outputs.
-    kind = type(module).__name__
-    turned = getattr(module, "is_transposed", None)
-    if isinstance(module, nn.Linear) or turned is False:
+    if len(dims) == 1:
+        return dims[0]
+    # The weight has as many inputs as outputs.
+    class_name = type(module).__name__
+    is_transposed = getattr(module, "is_transposed", None)
+    if isinstance(module, nn.Linear) or is_transposed is False:
         return first + linear
-    if kind == "Conv1D" or turned is True:
+    if class_name == "Conv1D" or is_transposed is True:
         return first + 1 - linear
-    raise UnsupportedEditError(f"{name} of {kind}, of shape {shape}, may lie either way round")
+    raise UnsupportedEditError(
+        f"{name} of {class_name}, of shape {shape}, may be transposed or not: its layout is unknown"
+    )
 
 
 def output_weight_rows(module: nn.Module, name: str, width: int, most: int) -> Iterator[torch.Tensor]:
-    """A projection's weight with a row for each neuron, up to `most` neurons at a time, (neurons, width); experts one after another.
+    """Return a projection's weight with one row for each neuron, at most `most` neurons at a time, (neurons, width).
+
+    Experts follow one after another.
 
     Raises:
-        UnsupportedEditError: it cannot be told which way round it lies.
+        UnsupportedEditError: the weight's layout is unknown.
     """
     weight: torch.Tensor = getattr(module, name).detach()
-    wide = weight.movedim(output_dim(module, name, width), -1)
-    for expert in wide if wide.dim() == 3 else (wide,):
+    rows = weight.movedim(output_dim(module, name, width), -1)
+    for expert in rows if rows.dim() == 3 else (rows,):
         yield from torch.split(expert, most)

@@ -1,7 +1,7 @@
 """The edits: small frozen values, each a function from route to route.
 
-An edit names blocks of the loaded model and not positions: 7 is block 7 wherever it now stands. Edits hold their blocks as
-written; negative numbers and open ranges are resolved when the edit meets a depth.
+An edit names blocks of the loaded model, not positions: 7 is block 7 wherever it is now. Edits keep their blocks as
+written; negative numbers and open ranges are resolved when the edit is applied to a depth.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Edit(ABC):
 
     @abstractmethod
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        """The new route; `apply` has the checks that all edits share."""
+        """Return the new route. `apply` does the checks that all edits share."""
 
     @abstractmethod
     def __str__(self) -> str: ...
@@ -33,17 +33,17 @@ class Edit(ABC):
         """Edit `route`, a route through a model of `depth` blocks.
 
         Raises:
-            PlanError: a block out of range or no longer there, a place that is not unique, or an edit without effect.
+            PlanError: a block is out of range, was removed, or has several positions; or the edit has no effect.
         """
         edited = Route(self._edited(route, depth))
         if edited == route:
-            raise PlanError(f"'{self}' would change nothing; leave it out")
+            raise PlanError(f"'{self}' would change nothing; remove it from the plan")
         return edited
 
 
 @dataclass(frozen=True, slots=True)
 class Swap(Edit):
-    """Exchange the places of two blocks."""
+    """Exchange the positions of two blocks."""
 
     first: int
     second: int
@@ -58,9 +58,9 @@ class Swap(Edit):
             raise PlanError(
                 f"blocks {self.first} and {self.second} are the same block of {depth}; name two different blocks"
             )
-        here, there = _only_position(route, first, self), _only_position(route, second, self)
+        i, j = _only_position(route, first, self), _only_position(route, second, self)
         visits = list(route)
-        visits[here], visits[there] = visits[there], visits[here]
+        visits[i], visits[j] = visits[j], visits[i]
         return visits
 
     def __str__(self) -> str:
@@ -69,23 +69,23 @@ class Swap(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Drop(Edit):
-    """Take blocks out, wherever and however often they stand."""
+    """Remove blocks, at all their positions."""
 
     blocks: tuple[Ref, ...]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        gone = _named(self.blocks, depth)
-        for block in gone:
+        removed = _resolve_all(self.blocks, depth)
+        for block in removed:
             _positions(route, block, self)
-        return (visit for visit in route if visit.block not in gone)
+        return (visit for visit in route if visit.block not in removed)
 
     def __str__(self) -> str:
-        return f"drop {_words(self.blocks)}"
+        return f"drop {_join(self.blocks)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Move(Edit):
-    """Take a block, or blocks that stand together, out and put them back right after or right before another block."""
+    """Move a block, or adjacent blocks, to right after or right before another block."""
 
     blocks: Ref
     after: int | None = None
@@ -93,7 +93,7 @@ class Move(Edit):
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.before is None):
-            raise PlanError("move needs either after= or before=, one of the two")
+            raise PlanError("move needs exactly one of after= and before=")
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         moved = resolve(self.blocks, depth)
@@ -101,12 +101,12 @@ class Move(Edit):
         assert target is not None
         (anchor,) = resolve(target, depth)
         if anchor in moved:
-            raise PlanError(f"'{self}': a block cannot be moved next to itself; name another block to put it by")
+            raise PlanError(f"'{self}': a block cannot be moved next to itself; name another block as the target")
         segment = _segment(route, moved, self)
-        taken = route[segment.start : segment.stop]
+        visits = route[segment.start : segment.stop]
         rest = [*route[: segment.start], *route[segment.stop :]]
-        place = _only_position(rest, anchor, self) + (self.after is not None)
-        return [*rest[:place], *taken, *rest[place:]]
+        position = _only_position(rest, anchor, self) + (self.after is not None)
+        return [*rest[:position], *visits, *rest[position:]]
 
     def __str__(self) -> str:
         where = f"before {self.before}" if self.after is None else f"after {self.after}"
@@ -115,7 +115,7 @@ class Move(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Repeat(Edit):
-    """Let the stream pass several times in all through a block or a span as a whole: 8 9 becomes 8 9 8 9."""
+    """Pass the stream through a block, or a span as a whole, `times` times in total: 8 9 becomes 8 9 8 9."""
 
     blocks: Ref
     times: int = 2
@@ -134,7 +134,7 @@ class Repeat(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Reverse(Edit):
-    """Turn the order of a span around."""
+    """Reverse the order of a span."""
 
     blocks: Ref
 
@@ -148,70 +148,70 @@ class Reverse(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Reorder(Edit):
-    """Write the whole order anew, with omissions and repeats; branches skipped before stay skipped."""
+    """Set the whole order, with omissions and repeats. Branches that were skipped before stay skipped."""
 
     order: tuple[RouteItem, ...]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        now = {visit.block: visit for visit in route}
+        current = {visit.block: visit for visit in route}
         for item in self.order:
-            for wanted in item.visits(depth):
-                _positions(route, wanted.block, self)
-                was = now[wanted.block]
-                yield Visit(wanted.block, wanted.attention and was.attention, wanted.mlp and was.mlp)
+            for visit in item.visits(depth):
+                _positions(route, visit.block, self)
+                before = current[visit.block]
+                yield Visit(visit.block, visit.attention and before.attention, visit.mlp and before.mlp)
 
     def __str__(self) -> str:
-        return f"reorder {_words(self.order)}"
+        return f"reorder {_join(self.order)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Skip(Edit):
-    """Leave out the attention (whatever mixes tokens) or the MLP of blocks, wherever they stand."""
+    """Skip the attention (or other token mixer) or the MLP of blocks, at all their positions."""
 
     branch: Branch
     blocks: tuple[Ref, ...]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        named = _named(self.blocks, depth)
+        named = _resolve_all(self.blocks, depth)
         for block in named:
-            if any(not getattr(route[place], self.branch) for place in _positions(route, block, self)):
+            if any(not getattr(route[position], self.branch) for position in _positions(route, block, self)):
                 raise PlanError(f"'{self}': the {self.branch} of block {block} is already skipped; name it once")
         return (replace(visit, **{self.branch: False}) if visit.block in named else visit for visit in route)
 
     def __str__(self) -> str:
-        return f"skip-{self.branch} {_words(self.blocks)}"
+        return f"skip-{self.branch} {_join(self.blocks)}"
 
 
-def _words(items: Iterable[object]) -> str:
+def _join(items: Iterable[object]) -> str:
     return " ".join(map(str, items))
 
 
-def _named(refs: Sequence[Ref], depth: int) -> frozenset[int]:
+def _resolve_all(refs: Sequence[Ref], depth: int) -> frozenset[int]:
     return frozenset(block for ref in refs for block in resolve(ref, depth))
 
 
 def _positions(route: Sequence[Visit], block: int, edit: Edit) -> list[int]:
-    places = [place for place, visit in enumerate(route) if visit.block == block]
-    if not places:
-        raise PlanError(f"'{edit}': block {block} is no longer there, an earlier edit took it out")
-    return places
+    positions = [position for position, visit in enumerate(route) if visit.block == block]
+    if not positions:
+        raise PlanError(f"'{edit}': block {block} is not in the route any more: an earlier edit removed it")
+    return positions
 
 
 def _only_position(route: Sequence[Visit], block: int, edit: Edit) -> int:
-    places = _positions(route, block, edit)
-    if len(places) > 1:
+    positions = _positions(route, block, edit)
+    if len(positions) > 1:
         raise PlanError(
-            f"'{edit}' needs one place, and block {block} stands in {len(places)} since a repeat; "
+            f"'{edit}' needs one position, and block {block} has {len(positions)} after a repeat; "
             "put this edit before the repeat, or write the order with reorder"
         )
-    return places[0]
+    return positions[0]
 
 
 def _segment(route: Route, blocks: Sequence[int], edit: Edit) -> range:
-    places = sorted(_only_position(route, block, edit) for block in blocks)
-    if places[-1] - places[0] != len(places) - 1:
+    positions = sorted(_only_position(route, block, edit) for block in blocks)
+    if positions[-1] - positions[0] != len(positions) - 1:
         raise PlanError(
-            f"'{edit}' needs blocks that stand together, and an earlier edit set {blocks[0]} to {blocks[-1]} apart "
+            f"'{edit}' needs adjacent blocks, and an earlier edit separated {blocks[0]} to {blocks[-1]} "
             f"(the route is now {route})"
         )
-    return range(places[0], places[-1] + 1)
+    return range(positions[0], positions[-1] + 1)

@@ -1,5 +1,6 @@
-"""Plans: edits in a row, as values and as text.
+"""Plans: sequences of edits, as values and as text.
 
+>>> from layersurgery import Plan, drop, swap
 >>> plan = swap(12) + drop(20)
 >>> str(plan)
 'swap 12 13; drop 20'
@@ -26,13 +27,13 @@ _SLUG_LIMIT = 80
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Edits to make one after another. Plans add, print as text, and give a `Route` once the depth is known."""
+    """A sequence of edits. Plans can be added, print as text, and give a `Route` once the depth is known."""
 
     edits: tuple[Edit, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Read a plan's text: edits separated by semicolons or line ends, `#` starts a comment.
+        """Read a plan's text: edits separated by semicolons or line ends; `#` starts a comment.
 
         Raises:
             PlanError: an unknown edit (with the nearest known one) or arguments that cannot be read.
@@ -44,13 +45,13 @@ class Plan:
         return cls(tuple(edits))
 
     def route(self, depth: int) -> Route:
-        """The route this plan makes through a model of `depth` blocks.
+        """Return the route of this plan through a model of `depth` blocks.
 
-        A block of which both branches are skipped adds nothing and is left out, so that plans which mean the same model
-        give the same route.
+        A block with both branches skipped adds nothing and is removed, so that plans for the same model give the same
+        route.
 
         Raises:
-            PlanError: an edit that does not fit the depth or the edits before it, or a route without any block left.
+            PlanError: an edit does not fit the depth or the edits before it, or the route has no block.
         """
         if depth < 1:
             raise PlanError(f"a model has at least one block, not {depth}")
@@ -58,12 +59,12 @@ class Plan:
         for edit in self.edits:
             route = edit.apply(route, depth)
         if not route.canonical:
-            raise PlanError(f"'{self}' leaves none of the {depth} blocks; keep at least one")
+            raise PlanError(f"'{self}' removes all {depth} blocks; keep at least one")
         return route.canonical
 
     @property
     def slug(self) -> str:
-        """A short name for files: "swap-12-13", "drop-20to24", "swap-12-13_drop-20", "drop-end1"."""
+        """Return a short name for files: "swap-12-13", "drop-20to24", "swap-12-13_drop-20", "drop-end1"."""
         texts = (re.sub(r"(?<=[ :])-(?=\d)", "end", str(edit)).replace(":", "to") for edit in self.edits)
         slug = "_".join(re.sub(r"[^a-z0-9-]+", "-", text).strip("-") for text in texts)
         if len(slug) > _SLUG_LIMIT:
@@ -87,7 +88,7 @@ class Plan:
 
 
 def swap(first: int, second: int | None = None) -> Plan:
-    """Exchange two blocks; with one number, that block and the next."""
+    """Exchange two blocks; with one number, that block and the next one."""
     if second is None:
         if first == -1:
             raise PlanError("block -1 is the last and has no next block to swap with; name both blocks")
@@ -96,27 +97,27 @@ def swap(first: int, second: int | None = None) -> Plan:
 
 
 def drop(*blocks: int | range) -> Plan:
-    """Take blocks out of the model."""
+    """Remove blocks from the model."""
     return Plan((Drop(_refs(blocks, "drop")),))
 
 
 def move(blocks: int | range, *, after: int | None = None, before: int | None = None) -> Plan:
-    """Move a block (or a span that stands together) right after or right before another block."""
+    """Move a block, or a span of adjacent blocks, to right after or right before another block."""
     return Plan((Move(_one_ref(blocks), after, before),))
 
 
 def repeat(blocks: int | range, times: int = 2) -> Plan:
-    """Pass `times` times in all through a block or a span as a whole."""
+    """Pass through a block, or a span as a whole, `times` times in total."""
     return Plan((Repeat(_one_ref(blocks), times),))
 
 
 def reverse(blocks: range) -> Plan:
-    """Turn the order of a span around."""
+    """Reverse the order of a span."""
     return Plan((Reverse(_one_ref(blocks)),))
 
 
 def reorder(order: str | Iterable[int | range | Visit]) -> Plan:
-    """Write the whole order anew: block numbers, ranges or visits, or a route's text."""
+    """Set the whole order: block numbers, ranges or visits, or a route's text."""
     if isinstance(order, str):
         return Plan((Reorder(parse_items(order)),))
     items = [
@@ -130,12 +131,12 @@ def reorder(order: str | Iterable[int | range | Visit]) -> Plan:
 
 
 def skip_attention(*blocks: int | range) -> Plan:
-    """Leave out the attention of blocks, or whatever else mixes tokens there."""
+    """Skip the attention of blocks, or their other token mixer."""
     return Plan((Skip("attention", _refs(blocks, "skip_attention")),))
 
 
 def skip_mlp(*blocks: int | range) -> Plan:
-    """Leave out the MLP of blocks."""
+    """Skip the MLP of blocks."""
     return Plan((Skip("mlp", _refs(blocks, "skip_mlp")),))
 
 
@@ -150,11 +151,11 @@ def _refs(blocks: Iterable[int | range], what: str) -> tuple[Ref, ...]:
 
 def _one_ref(blocks: int | range) -> Ref:
     if isinstance(blocks, bool) or not isinstance(blocks, int | range):
-        raise PlanError(f"blocks are named by a number or a range, not by {blocks!r}")
+        raise PlanError(f"blocks are given as a number or a range, not as {blocks!r}")
     if isinstance(blocks, int):
         return blocks
     if blocks.step != 1 or not blocks:
-        raise PlanError(f"{blocks!r} is not a run of neighbouring blocks; use range(8, 16) for blocks 8 to 15")
+        raise PlanError(f"{blocks!r} is not a range of adjacent blocks; use range(8, 16) for blocks 8 to 15")
     # range(-4, 0) is the last four blocks; as a slice that end is open.
     return Span(blocks.start, None if blocks.stop == 0 else blocks.stop)
 
@@ -164,7 +165,7 @@ def _plain_refs(text: str) -> tuple[Ref, ...]:
     for item in items:
         if not (item.attention and item.mlp):
             raise PlanError(
-                f"{item} is a word of a route; here, name blocks only (skip-attention 5 is an edit of its own)"
+                f"{item} has a suffix, which only routes take; name blocks only (skip-attention 5 is a separate edit)"
             )
     return tuple(item.ref for item in items)
 

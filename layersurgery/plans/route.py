@@ -1,8 +1,8 @@
 """A route: the order in which the residual stream visits the blocks of a loaded model.
 
-A decoder-only transformer is a residual stream that passes through blocks. Every edit of whole layers, and every skip of
-a layer's attention or MLP, is therefore another route through the same blocks. Routes are plain values: two plans that
-give the same route are the same model.
+A decoder-only transformer is a residual stream that passes through blocks. So every edit of whole layers, and every
+skip of a layer's attention or MLP, is a different route through the same blocks. Routes are plain values: two plans
+that give the same route are the same model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Visit:
 
     Attributes:
         block: number of the block in the loaded model, from 0.
-        attention: whether the block's attention (whatever mixes tokens there) adds to the stream.
+        attention: whether the block's attention (or its other token mixer) adds to the stream.
         mlp: whether the block's MLP adds to the stream.
     """
 
@@ -33,16 +33,18 @@ class Visit:
 
     def __post_init__(self) -> None:
         if self.block < 0:
-            raise PlanError(f"a visit needs a block number from 0 on, not {self.block}; resolve it against the depth")
+            raise PlanError(
+                f"a visit needs a block number of at least 0, not {self.block}; resolve it against the depth first"
+            )
 
     @property
     def whole(self) -> bool:
-        """Whether both branches run."""
+        """Return whether both branches run."""
         return self.attention and self.mlp
 
     @property
     def suffix(self) -> str:
-        """What is left out, as routes write it: "", "-attn", "-mlp" or "-attn-mlp"."""
+        """Return the suffix of the skipped branches: "", "-attn", "-mlp" or "-attn-mlp"."""
         return ("" if self.attention else "-attn") + ("" if self.mlp else "-mlp")
 
     def __str__(self) -> str:
@@ -52,6 +54,7 @@ class Visit:
 class Route(tuple[Visit, ...]):
     """The whole depth of an edited model: a tuple of `Visit`.
 
+    >>> from layersurgery import Route
     >>> str(Route.parse("0:12 13 12 14:32"))
     '0:12 13 12 14:32'
     >>> Route.parse("0:3 4-attn 5:8").blocks
@@ -65,42 +68,42 @@ class Route(tuple[Visit, ...]):
 
     @classmethod
     def identity(cls, depth: int) -> Route:
-        """The route of the unedited model: every block once, in order."""
+        """Return the route of the unedited model: every block once, in order."""
         return cls(range(depth))
 
     @classmethod
     def parse(cls, text: str, depth: int | None = None) -> Route:
-        """Read the compact form: numbers, half-open ranges, and the suffixes -attn and -mlp for what is left out.
+        """Read the compact form: numbers, half-open ranges, and the suffixes -attn and -mlp for skipped branches.
 
         Negative numbers and open ends ("20:", "-4:") need `depth`.
 
         Raises:
-            PlanError: naming the item that cannot be read.
+            PlanError: an item cannot be read; names it.
         """
         return cls(visit for item in parse_items(text) for visit in item.visits(depth))
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The blocks visited, in order, without regard to skipped branches."""
+        """Return the visited blocks, in order, regardless of skipped branches."""
         return tuple(visit.block for visit in self)
 
     @property
     def canonical(self) -> Route:
-        """The same model without visits that add nothing: skipping both branches of a block is dropping it."""
+        """Return the same model without visits that add nothing: a block with both branches skipped is dropped."""
         return Route(visit for visit in self if visit.attention or visit.mlp)
 
     def is_identity(self, depth: int) -> bool:
-        """Whether this is the unedited model of `depth` blocks."""
+        """Return whether this is the unedited model of `depth` blocks."""
         return self == Route.identity(depth)
 
-    def _runs(self) -> Iterator[list[Visit]]:
+    def _consecutive(self) -> Iterator[list[Visit]]:
         numbered = enumerate(self)
         for _, run in groupby(numbered, key=lambda item: (item[1].block - item[0], item[1].suffix)):
             yield [visit for _, visit in run]
 
     def __str__(self) -> str:
         words: list[str] = []
-        for run in self._runs():
+        for run in self._consecutive():
             if len(run) > 2:
                 words.append(f"{run[0].block}:{run[-1].block + 1}{run[0].suffix}")
             else:
@@ -110,7 +113,7 @@ class Route(tuple[Visit, ...]):
     def __repr__(self) -> str:
         return f"Route.parse({str(self)!r})"
 
-    # Slices and sums of routes are routes; tuple's own would lose the type.
+    # A sum of routes is a route; tuple's own `+` would lose the type.
     def __add__(self, other: object) -> Route:
         if not isinstance(other, tuple):
             return NotImplemented
@@ -119,7 +122,7 @@ class Route(tuple[Visit, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A half-open range of blocks, as Python slices write it: "8:16", "20:", "-4:"; None is an open end."""
+    """A half-open range of blocks, as a Python slice writes it: "8:16", "20:", "-4:"; None is an open end."""
 
     start: int | None
     stop: int | None
@@ -129,19 +132,19 @@ class Span:
 
 
 Ref = int | Span
-"""How an edit names blocks before the depth is known; negative numbers count from the end."""
+"""A block or a range, before the depth is known. Negative numbers count from the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteItem:
-    """One word of a route's text before the depth is known, with the branches it leaves out."""
+    """One word of a route's text, before the depth is known, with the branches that it skips."""
 
     ref: Ref
     attention: bool = True
     mlp: bool = True
 
     def visits(self, depth: int | None) -> Iterator[Visit]:
-        """The visits this word stands for in a model of `depth` blocks."""
+        """Yield the visits of this word in a model of `depth` blocks."""
         for block in resolve(self.ref, depth):
             yield Visit(block, self.attention, self.mlp)
 
@@ -156,8 +159,8 @@ def parse_items(text: str) -> tuple[RouteItem, ...]:
         match = _ITEM.match(word)
         if match is None or (match[1] is None and match[2] is None) or (match[2] is None and match[3] is not None):
             raise PlanError(
-                f"cannot read {word!r} in {text.strip()!r}: write block numbers (7), half-open ranges (8:16), and -attn "
-                "or -mlp behind a number for a branch left out (5-attn)"
+                f"cannot read {word!r} in {text.strip()!r}: write block numbers (7), half-open ranges (8:16), and "
+                "-attn or -mlp after a number to skip a branch (5-attn)"
             )
         start = None if match[1] is None else int(match[1])
         stop = None if match[3] is None else int(match[3])
@@ -169,31 +172,31 @@ def parse_items(text: str) -> tuple[RouteItem, ...]:
 
 
 def resolve(ref: Ref, depth: int | None) -> tuple[int, ...]:
-    """The block numbers a reference names in a model of `depth` blocks; never empty.
+    """Return the block numbers of a reference in a model of `depth` blocks; never empty.
 
-    Without a depth, only references that do not need one are resolved, and nothing is checked against it. Unlike a Python
-    slice, a range that reaches outside the model is an error and not cut short.
+    Without a depth, only references that do not need one are resolved, and nothing is checked against it. Unlike a
+    Python slice, a range that reaches outside the model is an error; it is not clipped.
 
     Raises:
-        PlanError: out of range (says the range), an empty range, or a depth that is needed and not known.
+        PlanError: out of range (gives the valid range), an empty range, or an unknown depth that is needed.
     """
     ends = (ref.start if ref.start is not None else 0, ref.stop) if isinstance(ref, Span) else (ref, None)
     if depth is None:
         if min(number for number in ends if number is not None) < 0 or (isinstance(ref, Span) and ref.stop is None):
             raise PlanError(f"{ref} counts from the end, so the depth must be known")
         return _between(ref, ref.start or 0, ref.stop or 0) if isinstance(ref, Span) else (ref,)
-    have = f"the model has {depth} blocks, 0 to {depth - 1}"
+    known = f"the model has {depth} blocks, 0 to {depth - 1}"
     if isinstance(ref, int):
         if not -depth <= ref < depth:
-            raise PlanError(f"block {ref} is out of range: {have} (or -{depth} to -1, counted from the end)")
+            raise PlanError(f"block {ref} is out of range: {known} (or -{depth} to -1, counted from the end)")
         return (ref % depth,)
     first, last = ends[0], depth if ref.stop is None else ref.stop
     if not -depth <= first <= depth or not -depth <= last <= depth:
-        raise PlanError(f"the range {ref} is out of range: {have}; ranges are half-open, so the widest is 0:{depth}")
+        raise PlanError(f"the range {ref} is out of range: {known}; ranges are half-open, so the widest is 0:{depth}")
     return _between(ref, first + depth * (first < 0), last + depth * (last < 0))
 
 
 def _between(ref: Ref, first: int, last: int) -> tuple[int, ...]:
     if first >= last:
-        raise PlanError(f"the range {ref} is empty: ranges are half-open, 8:16 means blocks 8 to 15")
+        raise PlanError(f"the range {ref} is empty: ranges are half-open, so 8:16 means blocks 8 to 15")
     return tuple(range(first, last))

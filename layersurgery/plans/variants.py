@@ -1,5 +1,6 @@
-"""The sets of edited models that a sweep measures: every swap, every drop, every skip, or plans of one's own.
+"""The edited models that a sweep measures: every swap, every drop, every skip, or the caller's own plans.
 
+>>> from layersurgery.plans.variants import family
 >>> [variant.plan for variant in family("swap", 4)]
 ['swap 0 1', 'swap 1 2', 'swap 2 3']
 """
@@ -18,11 +19,11 @@ from .plan import Plan, reorder
 from .route import Ref, Route, Span, resolve
 
 FAMILIES = {
-    "swap": "swap every two neighbouring blocks",
+    "swap": "swap every two adjacent blocks",
     "drop": "drop every block",
     "skip-attention": "skip the attention of every block",
     "skip-mlp": "skip the MLP of every block",
-    "drop-span": "drop every N neighbouring blocks; written drop-span:N",
+    "drop-span": "drop every N adjacent blocks; written drop-span:N",
     "swap-pairs": "swap every two blocks",
 }
 _NAMED = re.compile(r"([\w.+-]+)\s*:\s+(.*)")
@@ -33,11 +34,11 @@ class Variant:
     """One edited model of a sweep.
 
     Attributes:
-        edit: the family it is of, "plan" for a plan of one's own, or "none".
+        edit: its family, "plan" for the caller's own plan, or "none" for the unedited model.
         plan: the plan's text; empty for the unedited model.
-        route: what the model becomes.
+        route: the edited model.
         layer: the first block that the plan names; None for the unedited model.
-        name: what the caller calls it; the plan's text otherwise.
+        name: the caller's name for it; the plan's text if there is none.
     """
 
     edit: str
@@ -48,31 +49,31 @@ class Variant:
 
     @classmethod
     def of(cls, edit: str, plan: Plan, depth: int, name: str = "") -> Variant:
-        """The variant that a plan makes of a model of `depth` blocks.
+        """Make the variant of a plan for a model of `depth` blocks.
 
         Raises:
-            PlanError: the plan does not fit, or is empty.
+            PlanError: the plan does not fit the depth, or is empty.
         """
         if not plan.edits:
-            raise PlanError("an empty plan is the unedited model, which is measured in any case; leave it out")
+            raise PlanError("an empty plan is the unedited model, which is always measured; remove this plan")
         return cls(edit, str(plan), plan.route(depth), _first_block(plan.edits[0], depth), name or str(plan))
 
 
 def unedited(depth: int) -> Variant:
-    """The model as it is."""
+    """Make the variant of the unedited model."""
     return Variant("none", "", Route.identity(depth), None, "unedited")
 
 
 def family(name: str, depth: int, layers: range | None = None) -> list[Variant]:
-    """All edits of one kind that leave a model of `depth` blocks at least one, in the order of their first block.
+    """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
     Args:
         name: one of `FAMILIES`; drop-span with the length of the span, "drop-span:4".
         depth: number of blocks.
-        layers: only edits that touch none but these blocks.
+        layers: only edits of these blocks.
 
     Raises:
-        PlanError: an unknown family, with the nearest known one, or a span that is too long.
+        PlanError: an unknown family (names the nearest known one), or a span that is too long.
     """
     kind, span = _parse(name)
     blocks = range(depth) if layers is None else layers
@@ -81,7 +82,9 @@ def family(name: str, depth: int, layers: range | None = None) -> list[Variant]:
             f"layers {blocks.start}:{blocks.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
         )
     if span >= depth:
-        raise PlanError(f"{name}: a model of {depth} blocks has no {span} to drop and one to keep")
+        raise PlanError(
+            f"{name}: a model of {depth} blocks cannot drop {span} and keep at least one; use a shorter span"
+        )
     edits: Iterable[Edit]
     match kind:
         case "swap":
@@ -100,26 +103,26 @@ def family(name: str, depth: int, layers: range | None = None) -> list[Variant]:
 
 
 def is_family(text: str) -> bool:
-    """Whether a text names families, separated by commas, and is no plan."""
+    """Return whether a text names families, separated by commas, and not a plan."""
     return all(word.strip().partition(":")[0] in FAMILIES for word in text.split(","))
 
 
 def variants(edits: object, depth: int, layers: range | None = None) -> list[Variant]:
-    """What to measure, from any form in which it may be asked for.
+    """Make the variants to measure from any accepted form of edits.
 
     Args:
-        wanted: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary of plans by name.
+        edits: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary of plans by name.
         depth: number of blocks of the model.
-        layers: for families, only edits that touch none but these blocks.
+        layers: for families, only edits of these blocks.
 
     Raises:
-        PlanError: something that cannot be read, or nothing to measure.
+        PlanError: an edit cannot be read, or there is nothing to measure.
     """
-    found = list(dict.fromkeys(_variants(edits, depth, layers)))  # what is asked for twice is meant once
-    if not found:
+    unique = list(dict.fromkeys(_variants(edits, depth, layers)))
+    if not unique:
         where = "" if layers is None else f" with layers {layers.start}:{layers.stop}"
         raise PlanError(f"nothing to measure: {edits!r} has no edit of a model of {depth} blocks{where}")
-    return found
+    return unique
 
 
 def _variants(edits: object, depth: int, layers: range | None) -> Iterator[Variant]:
@@ -156,8 +159,12 @@ def _of_route(route: Route, depth: int) -> Variant:
     if wrong := sorted({visit.block for visit in route if visit.block >= depth}):
         raise PlanError(f"the route visits block {wrong[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
     if not route.canonical:
-        raise PlanError("the route leaves no block; keep at least one")
-    changed = (visit.block for visit, own in zip(route.canonical, Route.identity(depth), strict=False) if visit != own)
+        raise PlanError("the route has no block; keep at least one")
+    changed = (
+        visit.block
+        for visit, original in zip(route.canonical, Route.identity(depth), strict=False)
+        if visit != original
+    )
     plan = str(reorder(str(route.canonical)))
     return Variant("plan", plan, route.canonical, next(changed, len(route.canonical) % depth), plan)
 
@@ -166,11 +173,11 @@ def read_plans(text: str, where: str) -> dict[str, Plan]:
     """Read a file of plans: one on each line, `name: plan`, or the plan alone; `#` starts a comment.
 
     Args:
-        text: what the file holds.
-        where: what to call it in errors.
+        text: the content of the file.
+        where: the name of the file, for errors.
 
     Raises:
-        PlanError: with the line's number.
+        PlanError: a line cannot be read; gives its number.
     """
     plans: dict[str, Plan] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -178,16 +185,18 @@ def read_plans(text: str, where: str) -> dict[str, Plan]:
         if not line:
             continue
         match = _NAMED.fullmatch(line)
-        name, written = match.groups() if match else (line, line)
+        name, plan_text = match.groups() if match else (line, line)
         try:
-            plan = Plan.parse(written)
+            plan = Plan.parse(plan_text)
         except PlanError as error:
             raise PlanError(f"{where}, line {number}: {error}") from error
         if name in plans:
-            raise PlanError(f"{where}, line {number}: a second plan is called {name!r}; give each a name of its own")
+            raise PlanError(
+                f"{where}, line {number}: a second plan has the name {name!r}; give each plan a different name"
+            )
         plans[name] = plan
     if not plans:
-        raise PlanError(f"{where} holds no plan: write one on each line, as in 'shallow: drop 20:24'")
+        raise PlanError(f"{where} contains no plan: write one on each line, as in 'shallow: drop 20:24'")
     return plans
 
 
@@ -202,7 +211,7 @@ def _parse(name: str) -> tuple[str, int]:
             raise PlanError(f"{name!r}: {kind} takes no number")
         return kind, 0
     if not re.fullmatch(r"[1-9]\d{0,5}", number):
-        raise PlanError(f"{name!r}: how many blocks? Write drop-span:4 for every four neighbouring ones")
+        raise PlanError(f"{name!r} has no number of blocks; write drop-span:4 for every four adjacent blocks")
     return kind, int(number)
 
 

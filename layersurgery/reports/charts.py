@@ -1,4 +1,4 @@
-"""What a page draws by itself: values over depth, line by line, exactly as the tables hold them."""
+"""Prepare the data of the interactive charts: exact table values over depth."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ _KNOWN: dict[str, tuple[str, str, float, bool]] = {
     "suppression_percent": ("suppression neurons", "%", 1, False),
     "self": ("cosine with itself, not swapped", "", 1, False),
     "index": ("cosine with what was at its place", "", 1, False),
-    "adjacent": ("cosine of two neighbours", "", 1, False),
+    "adjacent": ("cosine of two neighbors", "", 1, False),
 }
 _UNITS = {"nats": "nats", "bits": "bits", "percent": "%", "seconds": "s", "bytes": "bytes"}
 _NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row")
 _MOST_GROUPS = 8
 _OF_WHAT = (
-    "Each point is one edited model, compared with the unedited one over every position that has a next token. KL: how far the predicted "
-    "distribution moves. Predictions kept: how often the most likely next token stays what it was."
+    "Each point is one edited model, compared with the unedited one over every position that has a next token. KL: how "
+    "far the predicted distribution moves. Predictions kept: how often the most likely next token stays what it was."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Views to choose from, each with metrics to choose from.
+    """Chart with selectable views, each with selectable metrics.
 
     Attributes:
-        key: its name within a page.
-        title: what it answers.
+        key: its id within a page.
+        title: its heading.
         about: how to read it.
-        choice: what a view is.
-        axis: what stands at a depth.
-        views: as a page's script takes them.
+        choice: label of the view selector.
+        axis: label of the horizontal axis.
+        views: the data of each view, in the form that the page's script reads.
     """
 
     key: str
@@ -76,7 +76,7 @@ class Chart:
 
     @property
     def data(self) -> dict[str, Any]:
-        """All of it, as a page's script takes it."""
+        """Return the chart in the form that the page's script reads."""
         metrics = dict.fromkeys(name for view in self.views for name in view["metrics"])
         return {
             "choice": self.choice,
@@ -87,7 +87,7 @@ class Chart:
         }
 
     def _deepest(self) -> int | None:
-        """The last layer's number, where all models have the same."""
+        """Return the number of the last layer if all models have the same, else None."""
         lines = [line for view in self.views for line in view["lines"]]
         found = {
             round(layer / x) for line in lines for layer, x in zip(line["layer"], line["x"], strict=True) if layer and x
@@ -96,7 +96,7 @@ class Chart:
 
 
 def metric(name: str) -> dict[str, Any]:
-    """What a column is called, its unit, what it is multiplied by when shown, and whether its axis is logarithmic."""
+    """Return a column's label, unit, display factor, and whether its axis is logarithmic."""
     if name in _KNOWN:
         label, unit, times, log = _KNOWN[name]
     else:
@@ -107,7 +107,7 @@ def metric(name: str) -> dict[str, Any]:
 
 
 def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
-    """One of edits and one of signals, as far as there are any."""
+    """Make a chart of edits and a chart of signals, if the runs have any."""
     edits = _of_edits([run for run in runs if run.is_sweep])
     signals = _of_signals([run for run in runs if not run.is_sweep])
     found = [
@@ -156,7 +156,7 @@ def _of_signals(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Parts of a table in which each layer has one row; none where it cannot be so divided."""
+    """Split a table into groups in which each layer has one row; yield nothing if that is impossible."""
     if not all(name in frame and pd.api.types.is_numeric_dtype(frame[name]) for name in ("layer", "relative_depth")):
         return
     rows = frame[frame.layer.notna()]
@@ -194,7 +194,7 @@ def _line(frame: pd.DataFrame, label: str, columns: Sequence[str]) -> dict[str, 
 
 
 def _numbers(values: Sequence[Any]) -> list[float | int | None]:
-    """As JSON has them: none where it is no number."""
+    """Convert values for JSON; NaN, infinity and other non-numbers become None."""
     found = [plain(value) for value in values]
     return [
         value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None

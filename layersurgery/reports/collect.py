@@ -1,4 +1,4 @@
-"""Finished runs below some directories, and what their tables hold."""
+"""Collect finished runs from directories, and read their tables."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _COLUMNS = ("model", "name", "plan", "edit", "layer", "relative_depth", "depth",
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A finished run, as a page shows it.
+    """Finished run, as a page shows it.
 
     Attributes:
         path: its directory.
-        facts: what its `run.json` says.
-        tables: those that are small, and a sweep's results whatever their size.
-        large: rows of the tables that are not shown.
-        words: what it found, in a sentence; empty where nothing is said.
+        facts: the contents of its `run.json`.
+        tables: the small tables, and a sweep's results regardless of their size.
+        large: number of rows of each table that is too large to show.
+        words: summary of the results in a sentence; empty if there is none.
     """
 
     path: Path
@@ -45,33 +45,33 @@ class FinishedRun:
 
     @property
     def word(self) -> str:
-        """What kind of run: "sweep", or the analysis's name."""
+        """Return the kind of run: "sweep", or the name of the analysis."""
         kind = str(self.facts.get("kind")).removeprefix(_OURS)
         return str(self.fact("arguments", "analysis", default=kind))
 
     @property
     def is_sweep(self) -> bool:
-        """Whether it has results of edits."""
+        """Return whether the run has results of edits."""
         return _CURVES in self.tables
 
     @property
     def model(self) -> str:
-        """The model's name in full."""
+        """Return the model's full name."""
         return str(self.fact("arguments", "model", "name", default=None) or self._named() or "a model without a name")
 
     @property
     def short(self) -> str:
-        """The last part of the model's name."""
+        """Return the last part of the model's name."""
         return self.model.rstrip("/").rpartition("/")[2] or self.model
 
     def fact(self, *names: str, default: Any = "") -> Any:
-        """One fact, however deep, or the default; other programs' and later versions' files may have others."""
-        found: Any = self.facts
+        """Return a nested entry of `run.json`, or the default; files of other versions may lack entries."""
+        value: Any = self.facts
         for name in names:
-            if not isinstance(found, Mapping) or found.get(name) is None:
+            if not isinstance(value, Mapping) or value.get(name) is None:
                 return default
-            found = found[name]
-        return found
+            value = value[name]
+        return value
 
     def _named(self) -> str:
         for frame in self.tables.values():
@@ -82,11 +82,11 @@ class FinishedRun:
 
 @dataclass(slots=True)
 class CollectedRuns:
-    """What lies below directories.
+    """Runs collected in directories.
 
     Attributes:
-        runs: those that have finished.
-        others: directories of runs that are not shown, and why.
+        runs: the finished runs.
+        others: directories of runs that are not shown, and the reasons.
     """
 
     runs: list[FinishedRun] = field(default_factory=list)
@@ -94,67 +94,67 @@ class CollectedRuns:
 
 
 def collect(directories: Sequence[str | os.PathLike[str]]) -> CollectedRuns:
-    """Every finished run in directories of results, or in directories of such directories, three levels down.
+    """Collect the finished runs in directories, searched three levels deep.
 
     Raises:
-        SourceError: a directory that is none or holds no run, or no run that has finished.
+        SourceError: a path is not a directory or holds no run, or no run has finished.
     """
-    found = CollectedRuns()
-    places: dict[Path, Path] = {}
-    for given in map(Path, directories):
-        if not given.is_dir():
-            what = "is no directory" if given.exists() else "is not there"
+    collected = CollectedRuns()
+    directories_by_path: dict[Path, Path] = {}
+    for path in map(Path, directories):
+        if not path.is_dir():
+            problem = "is not a directory" if path.exists() else "does not exist"
             raise SourceError(
-                f"{given} {what}; give directories that `layersurgery sweep`, `analyze` or `stages` wrote"
+                f"{path} {problem}; give directories that `layersurgery sweep`, `analyze` or `stages` wrote"
             )
-        before = len(found.others)
-        below = [*_runs_below(given, _DEPTH, found)]
-        if not below and len(found.others) == before:
+        before = len(collected.others)
+        below = [*_runs_below(path, _DEPTH, collected)]
+        if not below and len(collected.others) == before:
             raise SourceError(
-                f"{given} holds no results, and neither does a directory in it ({_DEPTH} levels were looked at); give directories that "
-                "`layersurgery sweep`, `analyze` or `stages` wrote"
+                f"{path} holds no results, and neither does a directory in it ({_DEPTH} levels were searched); "
+                "give directories that `layersurgery sweep`, `analyze` or `stages` wrote"
             )
-        for place in below:
-            places.setdefault(place.resolve(), place)
-    for place in places.values():
-        _take(place, found)
-    if not found.runs:
-        why = "; ".join(f"{path}: {reason}" for path, reason in found.others[:4])
-        raise SourceError(f"no finished run to report on. {why or 'Give a directory of results'}")
-    return found
+        for directory in below:
+            directories_by_path.setdefault(directory.resolve(), directory)
+    for directory in directories_by_path.values():
+        _take(directory, collected)
+    if not collected.runs:
+        reasons = "; ".join(f"{path}: {reason}" for path, reason in collected.others[:4])
+        raise SourceError(f"no finished run to report on. {reasons or 'Give a directory of results'}")
+    return collected
 
 
-def _runs_below(place: Path, depth: int, found: CollectedRuns) -> Iterator[Path]:
-    if (place / RUN).is_file():
-        yield place
+def _runs_below(directory: Path, depth: int, collected: CollectedRuns) -> Iterator[Path]:
+    if (directory / RUN).is_file():
+        yield directory
         return
     if not depth:
         return
     try:
-        inside = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inside = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
-        found.others.append((place, f"cannot be listed: {error.strerror or error}"))
+        collected.others.append((directory, f"cannot be listed: {error.strerror or error}"))
         return
     for path in inside:
-        yield from _runs_below(path, depth - 1, found)
+        yield from _runs_below(path, depth - 1, collected)
 
 
-def _take(place: Path, found: CollectedRuns) -> None:
+def _take(directory: Path, collected: CollectedRuns) -> None:
     try:
-        facts = read_run(place) or {}
+        facts = read_run(directory) or {}
         if not str(facts.get("kind")).startswith(_OURS):
-            found.others.append((place, f"its {RUN} is another program's"))
+            collected.others.append((directory, f"its {RUN} was written by another program"))
         elif facts.get("state") != "finished":
-            found.others.append((place, "has not finished; the command that began it, given again, goes on with it"))
+            collected.others.append((directory, "has not finished; run the same command again to resume it"))
         else:
-            found.runs.append(_read(place, facts))
+            collected.runs.append(_read(directory, facts))
     except SourceError as error:
-        found.others.append((place, str(error)))
+        collected.others.append((directory, str(error)))
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        found.others.append((place, f"its tables are not what they should be: {type(error).__name__}: {error}"))
+        collected.others.append((directory, f"its tables cannot be read: {type(error).__name__}: {error}"))
 
 
-def _read(place: Path, facts: Mapping[str, Any]) -> FinishedRun:
+def _read(directory: Path, facts: Mapping[str, Any]) -> FinishedRun:
     tables: dict[str, pd.DataFrame] = {}
     large = {}
     files = [str(name) for name in facts.get("files") or ([RESULTS] if facts["kind"] == SWEEP else [])]
@@ -163,20 +163,20 @@ def _read(place: Path, facts: Mapping[str, Any]) -> FinishedRun:
         if name == file or name in _NOT_SHOWN or Path(file).name != file:
             continue
         try:
-            shape = pq.read_metadata(place / file)
+            shape = pq.read_metadata(directory / file)
         except (OSError, ValueError) as error:
-            raise SourceError(f"cannot read {place / file}: {getattr(error, 'strerror', None) or error}") from error
+            raise SourceError(f"cannot read {directory / file}: {getattr(error, 'strerror', None) or error}") from error
         if name != _CURVES and shape.num_rows * shape.num_columns > _CELLS:
             large[name] = shape.num_rows
             continue
-        tables[name] = read_table(place, name) if name in ("stages", _CURVES) else pd.read_parquet(place / file)
+        tables[name] = read_table(directory, name) if name in ("stages", _CURVES) else pd.read_parquet(directory / file)
     if _CURVES in tables:
         _check(tables[_CURVES])
-    return FinishedRun(place, facts, tables, large, _words(facts, tables))
+    return FinishedRun(directory, facts, tables, large, _words(facts, tables))
 
 
 def _check(frame: pd.DataFrame) -> None:
-    """Refuse results that another program, or another version, wrote otherwise."""
+    """Check that the results have the columns and routes expected."""
     if missing := [column for column in _COLUMNS if column not in frame]:
         raise ValueError(f"its results have no column {missing[0]!r}")
     for route in frame.route:
@@ -190,20 +190,23 @@ def _words(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> str:
         from ..analyses.inference_stages import describe_stages
 
         return describe_stages(tables["stages"])
-    said = facts.get("summary")
-    return said if isinstance(said, str) else ""
+    summary = facts.get("summary")
+    return summary if isinstance(summary, str) else ""
 
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:
-    """A short name for each, no two alike: the model's, with the directory where models have several runs, or that one alone."""
+    """Return a short, unique label for each run.
+
+    It is the model's name, with the directory if a model has several runs; runs of one model are named by directory.
+    """
     names = [run.short for run in runs]
     if len({run.model for run in runs}) == 1 and len(runs) > 1 and len({run.path.name for run in runs}) == len(runs):
         return [run.path.name for run in runs]
-    for tell in (lambda run: run.path.name, lambda run: str(run.path)):
+    for describe in (lambda run: run.path.name, lambda run: str(run.path)):
         if len(set(names)) == len(names):
             break
         names = [
-            f"{run.short} ({tell(run)})" if names.count(name) > 1 else name
+            f"{run.short} ({describe(run)})" if names.count(name) > 1 else name
             for run, name in zip(runs, names, strict=True)
         ]
     return names

@@ -1,4 +1,4 @@
-"""HTML as values: text becomes markup in one place only, and is escaped there."""
+"""Build HTML from values; text is escaped in one place only."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ _EMPTY = ("link", "meta", "img", "input")
 
 
 class Html(str):
-    """Markup, put into a page as it is; every other text is made visible and escaped."""
+    """Markup that is inserted without escaping; all other text is escaped."""
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """An element.
+    """Make an element.
 
     Args:
-        name: of it.
-        children: markup, text, or iterables of these; None is nothing.
-        attributes: underscores stand for hyphens, one at the end is dropped; True stands alone, None and False are left out.
+        name: name of the element.
+        children: markup, text, or iterables of these; None adds nothing.
+        attributes: underscores become hyphens, and one at the end is dropped; True makes an attribute without a value,
+            None and False omit it.
 
     Example:
+        >>> from layersurgery.reports.html import tag
         >>> tag("a", "1 < 2", class_="x", hidden=True)
         '<a class="x" hidden>1 &lt; 2</a>'
     """
-    given = "".join(_attribute(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    return Html(f"<{name}{given}>" if name in _EMPTY else f"<{name}{given}>{joined(children)}</{name}>")
+    attribute_text = "".join(_attribute(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    return Html(
+        f"<{name}{attribute_text}>" if name in _EMPTY else f"<{name}{attribute_text}>{joined(children)}</{name}>"
+    )
 
 
 def joined(children: Iterable[object]) -> Html:
-    """Children of an element, one behind the other."""
+    """Join children of an element in order."""
     return Html("".join(map(_child, children)))
 
 
@@ -57,15 +61,18 @@ def _attribute(name: str, value: object) -> str:
 
 
 def data(key: str, value: Any) -> Html:
-    """Data for the page's script, in which no text can end the element or begin another."""
+    """Embed data for the page's script; no text in it can end the script element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
     return tag("script", Html(text), type="application/json", id=key)
 
 
 def document(title: str, body: Html) -> str:
-    """A page that may load nothing, and run nothing but its own script."""
+    """Return a page that may load nothing and may run only its own script."""
     style, script = (files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
+        "form-action 'none'"
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -1,4 +1,4 @@
-"""Figures that runs drew, to be put into a page."""
+"""Embed the figures of runs in a page."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from .collect import FinishedRun, labels
 _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 _MAGIC = {".svg": (b"<?xml", b"<svg"), ".png": (b"\x89PNG\r\n\x1a\n",)}
 _ABOUT = {
-    "robustness": "KL from the unedited model, predictions kept and change of entropy over relative depth, a row of panels for each kind of edit",
+    "robustness": "KL from the unedited model, predictions kept and change of entropy over relative depth, a row of "
+    "panels for each kind of edit",
     "swap-pairs": "KL from the unedited model when two blocks are swapped, a cell for each pair",
     "plans": "KL from the unedited model and predictions kept, a bar for each plan",
     "stages": "the signals of the stages of inference over relative depth, the stages shaded",
-    "lens": "what the logit lens says behind each block: KL to the end, entropy, share of the model's own top token",
+    "lens": "what the logit lens predicts after each block: KL to the end, entropy, share of the model's own top token",
     "attention": "attention to the previous five tokens over relative depth",
     "norms": "norms of what attention and MLP add, and their ratio, over relative depth",
     "neurons": "shares of prediction and suppression neurons over relative depth",
-    "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell for each head",
+    "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell "
+    "for each head",
     "examples": "what the best head attends to, a window of text a row",
     "similarity": "cosines of what blocks add when swapped and when not, over relative depth",
 }
@@ -30,15 +32,15 @@ _AROUND = 2000  # bytes: markup, caption, alternative text
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure.
+    """Figure of a run.
 
     Attributes:
-        label: of the run that drew it.
-        name: without its ending.
+        label: label of the run that drew it.
+        name: file name without its extension.
         about: what it shows.
-        path: of the file that is smaller, or the one that is missing.
-        source: a data URI; empty where it is left out.
-        why: it is left out; empty where it is not.
+        path: the smallest file of the figure, or the missing one.
+        source: data URI; empty if the figure is left out.
+        why: why the figure is left out; empty if it is shown.
     """
 
     label: str
@@ -50,15 +52,17 @@ class Picture:
 
     @property
     def alt(self) -> str:
-        """What to read instead of it."""
+        """Return the alternative text."""
         return f"{self.label}: {self.about}. The numbers are in the tables below."
 
 
 def pictures(runs: Sequence[FinishedRun], room: int) -> list[Picture]:
-    """All figures of all runs in their order, the stages first; where room is short, the largest of the others are left out before them.
+    """Read the figures of all runs, the stages first.
+
+    If they need too much space, the largest of the other figures are left out first.
 
     Args:
-        runs: that drew them.
+        runs: the runs that drew them.
         room: bytes that they may take in the page.
     """
     found = [(*one, _smaller(*one)) for one in _named(runs)]
@@ -95,14 +99,14 @@ def _named(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, str, str]]:
 
 
 def _smaller(run: FinishedRun, _label: str, name: str) -> list[Path]:
-    """The files that it is in, the smallest first."""
+    """Return the files of a figure, the smallest first."""
     paths = [path for path in (run.path / f"{name}{kind}" for kind in _KINDS) if path.is_file()]
     return sorted(paths, key=lambda path: path.stat().st_size)
 
 
 def _read(paths: Sequence[Path]) -> tuple[bytes, str]:
-    """The smallest that is what its name says; or why there is none."""
-    why = "its file is not there any more"
+    """Read the smallest file whose content matches its extension; else return the reason."""
+    why = "its file no longer exists"
     for path in paths:
         try:
             data = path.read_bytes()
@@ -111,5 +115,5 @@ def _read(paths: Sequence[Path]) -> tuple[bytes, str]:
             continue
         if data.lstrip().startswith(_MAGIC[path.suffix]):
             return data, ""
-        why = f"{path} is no {path.suffix[1:].upper()} file"
+        why = f"{path} is not a valid {path.suffix[1:].upper()} file"
     return b"", why

@@ -1,4 +1,4 @@
-"""How a run came about, and the command that does it again."""
+"""Describe how a run was made, and the command that reproduces it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _BEGIN = {
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How one run came about.
+    """Description of how one run was made.
 
     Attributes:
-        command: the words that do it again, as a shell takes them; none where they are not known.
-        note: what the command does not say; empty where it says all.
+        command: the words of the command that reproduces the run, quoted for a shell; empty if unknown.
+        note: what the command does not state; empty if it is complete.
         facts: names and values.
-        skipped: reasons, and what each kept out.
-        non_finite: what gave values that are none, and in which batches.
+        skipped: reasons, and what was skipped for each.
+        non_finite: what gave NaN or infinity, and in which batches.
     """
 
     command: list[str]
@@ -39,14 +39,14 @@ class Provenance:
 
 
 def provenance(run: FinishedRun) -> Provenance:
-    """How a run came about."""
+    """Describe how a run was made."""
     words, note = _command(run)
     reasons: dict[str, list[str]] = {}
     for what, why in _pairs(run.fact("skipped", default={})):
         reasons.setdefault(str(why), []).append(what)
-    broken = [(what, _batches(batches)) for what, batches in _pairs(run.fact("non_finite", default={}))]
+    non_finite = [(what, _batches(batches)) for what, batches in _pairs(run.fact("non_finite", default={}))]
     facts = [(name, text) for name, text in _facts(run) if text]
-    return Provenance([*map(_quoted, words)], note, facts, [*reasons.items()], broken)
+    return Provenance([*map(_quoted, words)], note, facts, [*reasons.items()], non_finite)
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]]:
@@ -59,31 +59,34 @@ def _batches(value: Any) -> str:
 
 
 def _command(run: FinishedRun) -> tuple[list[str], str]:
-    """Its words, and a remark; no words where they cannot be told."""
+    """Return the words of the command, and a note; no words if they cannot be reconstructed."""
     revision = run.fact("arguments", "model", "revision", default=None)
     try:
         words = shlex.split(str(run.fact("command", default="")))
-    except ValueError:  # somebody has cut it
+    except ValueError:  # the recorded command was truncated
         words = []
     if words[:1] == [_PROGRAM]:
-        untold = revision and not any(word.partition("=")[0] == "--revision" for word in words)
-        return words, f"The model's revision was {revision}; --revision {revision} makes sure of it." if untold else ""
+        missing = revision and not any(word.partition("=")[0] == "--revision" for word in words)
+        return (
+            words,
+            f"The model's revision was {revision}; add --revision {revision} to use the same." if missing else "",
+        )
     begin = ["sweep"] if run.is_sweep else _BEGIN.get(run.word)
     if begin is None:
-        return [], "This run did not note its command, and what it noted does not tell it."
+        return [], "This run did not record its command, and it cannot be reconstructed."
     edits, note = _edits(run) if run.is_sweep else ([], "")
     words = [_PROGRAM, *begin, run.model, *edits, *_options(run)]
     words += ["--revision", str(revision)] if revision else []
-    return words, f"This run did not note its command: it was put together from the arguments noted. {note}".strip()
+    return words, f"This run did not record its command; its arguments were used to reconstruct one. {note}".strip()
 
 
 def _options(run: FinishedRun) -> Iterator[str]:
     text = run.fact("arguments", "text", default={})
     text = text if isinstance(text, Mapping) else {}
-    usual = {"split": "train", "column": "text", "seed": 0}
+    defaults = {"split": "train", "column": "text", "seed": 0}
     for name in ("data", "tokens", "context", "split", "column", "seed", "tokenizer"):
         value = text.get(name)
-        if value is not None and value != usual.get(name):
+        if value is not None and value != defaults.get(name):
             yield from (f"--{name}", str(value))
     yield from (
         word for word, on in (("--no-pack", text.get("pack") is False), ("--bos", text.get("bos") is True)) if on
@@ -100,7 +103,7 @@ def _options(run: FinishedRun) -> Iterator[str]:
 
 
 def _quoted(word: str) -> str:
-    """A word as bash takes it, with all that is in it to be seen."""
+    """Quote a word for bash, with every invisible character escaped."""
     if not any(map(is_hidden, word)):
         return shlex.quote(word)
     text = "".join(
@@ -122,7 +125,7 @@ def _edits(run: FinishedRun) -> tuple[list[str], str]:
     note = "If only some layers were edited, add --layers."
     if (frame.edit == "plan").any():
         words += ["--plans", "plans.txt"]
-        note += " plans.txt stands for a file of the plans in the table, one a line, as in “name: drop 20:24”."
+        note += " plans.txt stands for a file of the plans in the table, one per line, for example “name: drop 20:24”."
     return words, note
 
 

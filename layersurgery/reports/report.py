@@ -1,4 +1,4 @@
-"""From directories of results to one file."""
+"""Write one HTML page about the runs in directories of results."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .images import pictures
 from .sections import build_sections
 
 NAME = "report.html"
-_MOST_BYTES = 3_000_000
-_MOST_ROWS = (2000, 800, 300, 100)
-_FOR_TEXT = 0.75
+_MAX_BYTES = 3_000_000
+_MAX_ROWS = (2000, 800, 300, 100)
+_TEXT_SHARE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A page that was written.
+    """Page that was written.
 
     Attributes:
-        path: of it.
+        path: the file.
         bytes: its size.
-        runs: directories that are in it.
-        not_shown: directories that hold a run and are not in it, and why.
-        skipped: tables, rows and figures that had no room in it.
+        runs: directories of the runs that the page shows.
+        not_shown: directories that hold a run that the page does not show, and the reasons.
+        skipped: tables, rows and figures that were left out to limit the page's size.
     """
 
     path: Path
@@ -45,47 +45,52 @@ def report(
     *,
     overwrite: bool = False,
 ) -> Report:
-    """Write one self-contained page about all finished runs in some directories: no network, no server, under 3 MB.
+    """Write one self-contained HTML page about all finished runs in some directories.
 
-    It says in words what was found, draws every edit and signal with values on hover, shows all figures and tables, how each run was
-    made, and the command that repeats it. What has no room is named in it.
+    The page needs no network and no server, and has less than 3 MB. It summarizes the results in words, draws every
+    edit and signal with values on hover, and shows all figures and tables, how each run was made, and the command that
+    reproduces it. It lists everything that was left out to limit its size.
 
     Args:
-        directories: what `layersurgery sweep`, `analyze`, `stages`, `rank` or `prune` wrote, or directories of such, three levels down.
-        output: file to write, or directory to write report.html into; the present one if not given.
-        overwrite: replace a file that exists.
+        directories: results of `layersurgery sweep`, `analyze`, `stages`, `rank` or `prune`, or parent directories of
+            them (searched three levels deep).
+        output: file to write, or directory to write report.html to; by default, the current directory.
+        overwrite: replace an existing file.
 
     Returns:
-        What was written, and what is not in it.
+        The page, and what it does not show.
 
     Raises:
-        SourceError: no results there, or none that have finished.
+        SourceError: a directory has no results, or no run has finished.
         OutputError: the output exists (without `overwrite`) or cannot be written, or the page would be too large.
 
     Example:
-        >>> report(["smollm2-135m-sweep", "smollm2-135m-stages"]).path  # doctest: +SKIP
-        PosixPath('report.html')
+        >>> import layersurgery as ls
+        >>> ls.report("nowhere")
+        Traceback (most recent call last):
+        ...
+        layersurgery.errors.SourceError: nowhere does not exist; give directories that ...
     """
-    some = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
+    paths = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
     out = Path(output or NAME)
     out = out / NAME if out.is_dir() else out
     if os.path.lexists(out) and not overwrite:
-        raise OutputError(f"{out} exists already; choose another output with -o, or say --overwrite to replace it")
-    found = collect(some)
-    for rows in _MOST_ROWS:
-        size = len(document(*build_sections(found, rows, [])[:2]).encode())
-        if size <= _FOR_TEXT * _MOST_BYTES:
+        raise OutputError(f"{out} already exists; choose another output with -o, or replace it with --overwrite")
+    collected = collect(paths)
+    for rows in _MAX_ROWS:
+        size = len(document(*build_sections(collected, rows, [])[:2]).encode())
+        if size <= _TEXT_SHARE * _MAX_BYTES:
             break
-    drawn = pictures(found.runs, _MOST_BYTES - size)
-    title, body, left = build_sections(found, rows, drawn)
+    images = pictures(collected.runs, _MAX_BYTES - size)
+    title, body, skipped = build_sections(collected, rows, images)
     page = document(title, body).encode()
-    if len(page) > _MOST_BYTES:
+    if len(page) > _MAX_BYTES:
         raise OutputError(
-            f"a page on {len(found.runs)} runs would have {len(page):,} bytes; give fewer directories at once"
+            f"a page about {len(collected.runs)} runs would have {len(page):,} bytes; give fewer directories"
         )
-    left += [f"{picture.label}, {picture.name}: {picture.why}" for picture in drawn if picture.why]
+    skipped += [f"{picture.label}, {picture.name}: {picture.why}" for picture in images if picture.why]
     _write(out, page)
-    return Report(out, len(page), [run.path for run in found.runs], dict(found.others), left)
+    return Report(out, len(page), [run.path for run in collected.runs], dict(collected.others), skipped)
 
 
 def _write(out: Path, page: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The page's sections, in the order in which somebody who was sent it will ask."""
+"""Build the sections of a page, the summary first and the details last."""
 
 from __future__ import annotations
 
@@ -14,21 +14,29 @@ from .tables import Cell, Column, Table, of_frame, of_routes
 
 _CELLS_A_ROUTE = 12
 _LONG = 40
-_BANDS = "Bands are one standard error over sequences to each side. Point at a curve for its values, or focus the chart and use the arrow keys."
-_NO_SCRIPT = "Drawing these curves takes the page's own script, which does not run here; the figures and tables hold the same numbers."
+_BANDS = (
+    "Bands show one standard error over sequences on each side. Point at a curve for its values, or focus the chart "
+    "and use the arrow keys."
+)
+_NO_SCRIPT = (
+    "These curves need the page's own script, which does not run here; the figures and tables show the same numbers."
+)
 _COLUMNS = (
-    "KL is that of the edited model's predictions from the unedited one's; changes are edited minus unedited; ± is one standard error over "
-    "sequences. Headings sort by the exact values."
+    "KL is measured from the unedited model's predictions to the edited model's; changes are edited minus unedited; ± "
+    "is one standard error over sequences. Headings sort by the exact values."
 )
 
 
 def build_sections(found: CollectedRuns, most_rows: int, pictures: Sequence[Picture]) -> tuple[str, Html, list[str]]:
-    """A page's title and body, and what is not in it for its size.
+    """Build a page's title and body.
 
     Args:
         found: the runs.
-        most_rows: of routes; other tables together have as many cells as these.
-        pictures: to show.
+        most_rows: maximum number of routes; all other tables together get as many cells as these.
+        pictures: figures to show.
+
+    Returns:
+        The title, the body, and descriptions of what is left out to limit the size.
     """
     models = list(dict.fromkeys(run.model for run in found.runs))
     names = list(dict.fromkeys(run.short for run in found.runs))
@@ -44,7 +52,11 @@ def build_sections(found: CollectedRuns, most_rows: int, pictures: Sequence[Pict
             tag("main", [_section(*one) for one in sections], id="main"),
             tag(
                 "footer",
-                tag("p", f"Made by layersurgery {__version__}. This page is whole: it loads nothing.", class_="note"),
+                tag(
+                    "p",
+                    f"Made by layersurgery {__version__}. This page is self-contained: it loads nothing.",
+                    class_="note",
+                ),
             ),
         ]
     )
@@ -103,7 +115,7 @@ def _lead(found: CollectedRuns, models: Sequence[str]) -> Iterator[Html]:
 
 
 def _words(runs: Sequence[FinishedRun]) -> Iterator[Html]:
-    """What sweeps found in large letters, then the longer sentences."""
+    """Yield the summaries of the runs, those of sweeps first and in large type."""
     for run, label in sorted(zip(runs, labels(runs), strict=True), key=lambda one: not one[0].is_sweep):
         if run.words:
             words = f"{run.words[0].upper()}{run.words[1:].removesuffix('.')}."
@@ -123,12 +135,12 @@ def _chart(chart: Chart) -> list[Html]:
 def _figure(picture: Picture) -> Html:
     caption = tag("figcaption", tag("b", f"{picture.label}: "), f"{picture.about}.")
     if picture.why:
-        return tag("p", tag("b", f"{picture.label}, {picture.name}: "), f"left out, as {picture.why}.", class_="warn")
+        return tag("p", tag("b", f"{picture.label}, {picture.name}: "), f"left out: {picture.why}.", class_="warn")
     return tag("figure", tag("img", src=picture.source, alt=picture.alt, loading="eager"), caption)
 
 
 def _tables(runs: Sequence[FinishedRun], most_cells: int) -> tuple[list[Table], list[str]]:
-    """All tables but those of routes, as far as they have room; and those that have none."""
+    """Return all tables except those of routes, and descriptions of those that are too large."""
     shown, left = [], []
     for run, label in zip(runs, labels(runs), strict=True):
         for name, frame in run.tables.items():
@@ -188,7 +200,7 @@ def _accounts(runs: Sequence[FinishedRun]) -> Iterator[Html]:
             ("Left out", f"{', '.join(whats[:6])}{f' and {len(whats) - 6} more' if len(whats) > 6 else ''}: {why}")
             for why, whats in told.skipped
         ]
-        facts += [("Not numbers", f"{what}: NaN or infinity in batch {batches}") for what, batches in told.non_finite]
+        facts += [("Not finite", f"{what}: NaN or infinity in batch {batches}") for what, batches in told.non_finite]
         yield tag("dl", [(tag("dt", name), tag("dd", value)) for name, value in facts])
 
 

@@ -1,4 +1,4 @@
-"""Tables as a page shows them: headings and cells, an error beside its value, the exact number behind the rounded one."""
+"""Format tables for a page: headings and cells, with errors and exact values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MANY = ("swap-pairs", "plan", "drop-span")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column.
+    """Column of a table.
 
     Attributes:
         title: its heading.
-        unit: of its numbers; empty where there is none.
+        unit: unit of its numbers; empty if there is none.
         numeric: whether it holds numbers.
     """
 
@@ -35,11 +35,11 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell.
+    """Cell of a table.
 
     Attributes:
-        text: what is read.
-        value: the number behind it in full, as text; empty where there is none.
+        text: the displayed text.
+        value: the exact number as text; empty if the cell has no number.
         error: one standard error.
     """
 
@@ -50,13 +50,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table to show.
+    """Table to show.
 
     Attributes:
-        name: of it.
-        columns: their headings.
-        rows: the cells.
-        notes: what is not in it.
+        name: name of the table.
+        columns: its columns.
+        rows: its cells.
+        notes: descriptions of what is left out.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Table:
 
 
 def of_frame(name: str, frame: pd.DataFrame) -> Table:
-    """Any table, its columns of errors beside their values."""
+    """Format any table; columns of standard errors are merged with their values."""
     frame = frame.set_axis([str(column) for column in frame.columns], axis=1)
     errors = {column for column in frame if column.endswith("_sem") and column.removesuffix("_sem") in frame}
     kept = [
@@ -74,18 +74,23 @@ def of_frame(name: str, frame: pd.DataFrame) -> Table:
     ]
     columns = [Column(column.replace("_", " "), "", _numeric(frame[column])) for column in kept]
     rows = [
-        [_cell(row[column], row.get(f"{column}_sem")) if about.numeric else Cell(rounded(row[column])) for column, about in zip(kept, columns, strict=True)]
+        [
+            _cell(row[column], row.get(f"{column}_sem")) if about.numeric else Cell(rounded(row[column]))
+            for column, about in zip(kept, columns, strict=True)
+        ]
         for row in frame.to_dict("records")
-    ]  # fmt: skip
+    ]
     return Table(name, columns, rows, [])
 
 
 def of_routes(runs: Sequence[FinishedRun], most: int) -> Table:
-    """Every route of every sweep; of sweeps with more than their share, edits of single layers first and then the mildest.
+    """Make a table of every route of every sweep.
+
+    If a sweep has more routes than its share of rows, edits of single layers come first, then those with the lowest KL.
 
     Args:
-        runs: of sweeps.
-        most: rows in all.
+        runs: finished sweeps.
+        most: maximum number of rows in total.
     """
     frames = [run.tables["results"] for run in runs]
     metrics = [column for column in _OF_ROUTES if all(column in frame for frame in frames)]
@@ -101,7 +106,8 @@ def of_routes(runs: Sequence[FinishedRun], most: int) -> Table:
         frame, share = run.tables["results"], max(1, most // len(runs))
         if len(frame) > share:
             notes.append(
-                f"{label}: {share} of {len(frame)} routes, edits of single layers and then the mildest; all are in {run.path / 'results.csv'}"
+                f"{label}: {share} of {len(frame)} routes, edits of single layers and then those with the lowest KL; "
+                f"all are in {run.path / 'results.csv'}"
             )
             many = frame.edit.isin(_MANY)
             chosen = pd.concat([frame[~many], frame[many].sort_values("kl_nats", kind="stable")]).index[:share]

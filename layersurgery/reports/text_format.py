@@ -1,4 +1,4 @@
-"""Names, plans and tokens as text that shows all that is in it, and numbers as people read them."""
+"""Format text so that every character is visible, and numbers so that they are easy to read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 NOTHING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
-_MOST_WRITTEN_OUT = 1e9
-_MOST_PLACES = 7
+_MAX_FULL_INTEGER = 1e9
+_MAX_DECIMALS = 7
 _HIDDEN = (
     "Cc",
     "Cf",
@@ -18,24 +18,25 @@ _HIDDEN = (
     "Co",
     "Zl",
     "Zp",
-)  # controls, marks of direction, halves of characters, separators of lines
+)  # controls, direction marks, surrogates, line separators
 
 
 def show_control_characters(text: str) -> str:
-    """Text with everything shown that would not be seen, or would change the order of what is.
+    """Replace characters that are invisible or change the reading direction.
 
-    A control character becomes its picture, any other such character its number; so a token of a line break is seen, an override of
-    direction turns nothing around, and half a character can be written as UTF-8.
+    A control character becomes its Unicode symbol; any other such character becomes its code point. Line breaks in
+    tokens become visible, direction overrides have no effect, and lone surrogates can be encoded as UTF-8.
 
     Example:
-        >>> visible("a\\nb\\u202ec")
+        >>> from layersurgery.reports.text_format import show_control_characters
+        >>> show_control_characters("a\\nb\\u202ec")
         'a␊b⟨U+202E⟩c'
     """
     return "".join(_shown(letter) if is_hidden(letter) else letter for letter in text)
 
 
 def is_hidden(letter: str) -> bool:
-    """Whether a character would not be seen, or would move others."""
+    """Return whether a character is invisible or changes the reading direction."""
     return unicodedata.category(letter) in _HIDDEN
 
 
@@ -47,12 +48,12 @@ def _shown(letter: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, however pandas or numpy write it; a truth value is none."""
+    """Return whether a value is a number of Python, numpy or pandas; booleans are not numbers."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def plain(value: Any) -> Any:
-    """A cell of a table as None, bool, int, float or str; a float that is no number stays one."""
+    """Convert a table cell to None, bool, int, float or str; NaN and infinity stay floats."""
     if value is None or isinstance(value, bool | str):
         return value
     if is_number(value):
@@ -64,9 +65,13 @@ def plain(value: Any) -> Any:
 
 
 def rounded(value: Any, digits: int = 4) -> str:
-    """A cell as a person reads it: so many digits of a number that is not whole, all of one that is, spaces at a text's ends as ␣.
+    """Format a table cell for reading.
+
+    Floats are rounded to `digits` significant digits, integers are printed in full, and spaces at the ends of a text
+    become ␣.
 
     Example:
+        >>> from layersurgery.reports.text_format import rounded
         >>> rounded(7.413232929707758), rounded(44580.2), rounded(0.00012345), rounded(float("nan")), rounded(" the")
         ('7.413', '44580', '0.0001234', 'NaN', '␣the')
     """
@@ -78,8 +83,8 @@ def rounded(value: Any, digits: int = 4) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else f"{_MINUS}∞"
     if isinstance(value, float):
-        whole = len(str(int(abs(value)))) if abs(value) < _MOST_WRITTEN_OUT else 0
-        text = f"{value:.{max(digits, whole)}g}"
+        integer_digits = len(str(int(abs(value)))) if abs(value) < _MAX_FULL_INTEGER else 0
+        text = f"{value:.{max(digits, integer_digits)}g}"
         return f"{_MINUS}{text[1:]}" if value < 0 else text
     text = str(value)
     inner = text.strip(" ")
@@ -88,17 +93,18 @@ def rounded(value: Any, digits: int = 4) -> str:
 
 
 def format_with_error(value: Any, error: Any) -> tuple[str, str]:
-    """A number to the digits that its error leaves it, and the error to two; as `rounded` where there is none.
+    """Round a number to the precision of its error, and the error to two digits; without an error, use `rounded`.
 
     Example:
-        >>> measured(7.413232929707758, 0.1166), measured(1536, None)
+        >>> from layersurgery.reports.text_format import format_with_error
+        >>> format_with_error(7.413232929707758, 0.1166), format_with_error(1536, None)
         (('7.41', '0.12'), ('1536', ''))
     """
     value, error = plain(value), plain(error)
     if not (is_number(value) and is_number(error) and math.isfinite(value) and math.isfinite(error)):
         return rounded(value), ""
-    places = 1 - math.floor(math.log10(error)) if error > 0 else 99
-    if not 0 <= places <= _MOST_PLACES:
+    decimals = 1 - math.floor(math.log10(error)) if error > 0 else 99
+    if not 0 <= decimals <= _MAX_DECIMALS:
         return rounded(value), rounded(error, 2)
-    text = f"{value:.{places}f}"
-    return f"{_MINUS}{text[1:]}" if value < 0 else text, f"{error:.{places}f}"
+    text = f"{value:.{decimals}f}"
+    return f"{_MINUS}{text[1:]}" if value < 0 else text, f"{error:.{decimals}f}"

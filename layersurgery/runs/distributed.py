@@ -1,7 +1,7 @@
-"""Several processes that measure one text together: who they are, and how they tell each other what they found.
+"""Connect several processes that measure one text together, so that they can exchange their results.
 
-Processes are started by `accelerate launch` or torchrun, and found by accelerate. What they say to each other is small (sums of a batch, and
-with `--per-token` its rows), and goes over gloo whatever devices they compute on.
+Processes are started by `accelerate launch` or torchrun, and found by accelerate. The messages are small (the sums of a batch and, with
+`--per-token`, its rows) and are sent over gloo, whatever devices the processes compute on.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, Protocol, TypeVar
 from ..errors import MeasurementError
 
 T = TypeVar("T")
-# A process may wait for another one's longest batch.
-_PATIENCE = timedelta(days=2)
+# A process may have to wait until another process has finished a long batch.
+_TIMEOUT = timedelta(days=2)
 
 
 class ProcessGroup(Protocol):
     """The processes of a run.
 
     Attributes:
-        rank: this one's number; 0 leads, reads text and writes results.
-        size: how many there are.
-        local_rank: this one's number on its machine.
-        local_size: how many there are on this machine.
+        rank: number of this process; process 0 leads: it reads the text and writes the results.
+        size: number of processes.
+        local_rank: number of this process on its machine.
+        local_size: number of processes on this machine.
     """
 
     rank: int
@@ -35,34 +35,42 @@ class ProcessGroup(Protocol):
     local_size: int
 
     def broadcast(self, value: T) -> T:
-        """What the leader gave, for all."""
+        """Send the leader's value to all processes, and return it."""
 
     def gather(self, value: T) -> list[T]:
-        """What each process gave, in their order; for the leader, nothing for the others."""
+        """Send each process's value to the leader.
+
+        Returns:
+            In the leader, all values in the order of ranks; in other processes, an empty list.
+        """
 
     def close(self) -> None:
-        """Say goodbye, at the end."""
+        """Close the process group."""
 
 
 class SingleProcess:
-    """One process by itself."""
+    """Process group of one process."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
 
     def broadcast(self, value: T) -> T:
-        """The value itself."""
+        """Return the value."""
         return value
 
     def gather(self, value: T) -> list[T]:
-        """The value itself."""
+        """Return a list of the value."""
         return [value]
 
     def close(self) -> None:
-        """There is nobody."""
+        """Do nothing: there is one process."""
 
 
 class DistributedGroup:
-    """Several, connected by torch.distributed."""
+    """Process group of several processes, connected by torch.distributed.
+
+    Args:
+        state: accelerate's state of this process.
+    """
 
     def __init__(self, state: Any) -> None:
         import torch.distributed as dist
@@ -71,30 +79,33 @@ class DistributedGroup:
         self.rank, self.size = int(state.process_index), int(state.num_processes)
         self.local_rank = int(os.environ.get("LOCAL_RANK", state.local_process_index))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def broadcast(self, value: T) -> T:
-        """What the leader gave, for all.
+        """Send the leader's value to all processes, and return it.
 
         Raises:
-            MeasurementError: a process has gone.
+            MeasurementError: another process has ended.
         """
-        held: list[Any] = [value]
-        with _together():
-            self._dist.broadcast_object_list(held, src=0, group=self._group)
-        shared: T = held[0]
-        return shared
+        values: list[Any] = [value]
+        with _refuse_lost_process():
+            self._dist.broadcast_object_list(values, src=0, group=self._group)
+        leaders_value: T = values[0]
+        return leaders_value
 
     def gather(self, value: T) -> list[T]:
-        """What each process gave, in their order; for the leader.
+        """Send each process's value to the leader.
+
+        Returns:
+            In the leader, all values in the order of ranks; in other processes, an empty list.
 
         Raises:
-            MeasurementError: a process has gone.
+            MeasurementError: another process has ended.
         """
-        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with _together():
-            self._dist.gather_object(value, found, dst=0, group=self._group)
-        return found or []
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with _refuse_lost_process():
+            self._dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
 
     def close(self) -> None:
         """Close the connections."""
@@ -102,39 +113,44 @@ class DistributedGroup:
 
 
 class LostProcessError(MeasurementError):
-    """Another process of the run has gone."""
+    """Error of a run of which another process has ended."""
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _refuse_lost_process() -> Iterator[None]:
+    """Turn the errors of a broken connection into a `LostProcessError`."""
     try:
         yield
     except RuntimeError as error:
         raise LostProcessError(
-            f"another process of this run has gone ({str(error).strip().partition(chr(10))[0]}). What was measured stays: the same command goes "
-            "on with it, with as many processes as you like"
+            f"another process of this run has ended ({str(error).strip().partition(chr(10))[0]}). The results so far are kept: "
+            "run the same command again to resume, with any number of processes"
         ) from error
 
 
 def find_process_group(cpu: bool) -> ProcessGroup:
-    """The processes that this one was started with.
+    """Find the processes that were started together with this one.
 
     Args:
         cpu: whether they compute on the CPU.
 
+    Returns:
+        Their group; a `SingleProcess` if there is only this one.
+
     Raises:
-        MeasurementError: they cannot be reached.
+        MeasurementError: the other processes cannot be reached.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return SingleProcess()
     from accelerate import PartialState
 
-    with _reached():
+    with _refuse_unreachable():
         return DistributedGroup(PartialState(cpu=cpu))
 
 
 @contextmanager
-def _reached() -> Iterator[None]:
+def _refuse_unreachable() -> Iterator[None]:
+    """Turn the errors of a connection that cannot be made into a `MeasurementError`."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -144,9 +160,10 @@ def _reached() -> Iterator[None]:
 
 
 def chunked(items: list[T], size: int) -> Iterator[list[T]]:
-    """Work for `size` processes at a time.
+    """Split a list into chunks of `size` items, one item for each process.
 
-    >>> list(rounds([1, 2, 3, 4, 5], 2))
+    >>> from layersurgery.runs.distributed import chunked
+    >>> list(chunked([1, 2, 3, 4, 5], 2))
     [[1, 2], [3, 4], [5]]
     """
     for start in range(0, len(items), size):
@@ -154,15 +171,22 @@ def chunked(items: list[T], size: int) -> Iterator[list[T]]:
 
 
 def own_devices(group: ProcessGroup, devices: int) -> range:
-    """The GPUs of this process, where each machine's are shared out among the processes on it; some share one if there are too few.
+    """Return the numbers of the GPUs that this process uses.
 
-    >>> class Third(Alone):
+    The GPUs of a machine are divided among its processes. If there are fewer GPUs than processes, several processes share one.
+
+    Args:
+        group: the processes.
+        devices: number of GPUs on this machine.
+
+    >>> from layersurgery.runs.distributed import SingleProcess, own_devices
+    >>> class ThirdOfFour(SingleProcess):
     ...     local_rank, local_size = 2, 4
-    >>> own_devices(Third(), 8), own_devices(Third(), 2)
+    >>> own_devices(ThirdOfFour(), devices=8), own_devices(ThirdOfFour(), devices=2)
     (range(4, 6), range(0, 1))
     """
     if not devices:
         return range(0)
-    each = max(1, devices // group.local_size)
-    first = group.local_rank * each % devices
-    return range(first, min(devices, first + each))
+    per_process = max(1, devices // group.local_size)
+    first = group.local_rank * per_process % devices
+    return range(first, min(devices, first + per_process))

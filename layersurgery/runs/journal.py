@@ -1,7 +1,7 @@
-"""What a run has measured so far, on disk: a file that only grows, and that a kill at any moment leaves readable.
+"""Store the measured batches of a run in an append-only file, so that a run that is killed at any moment can resume.
 
-Each record holds one batch and its checksum, and is durable when `append` returns. A record that is cut off ends the file; one that
-is damaged is passed over. Either way its batch is measured again.
+Each record holds one batch and its checksum, and is on the disk when `append` returns. Reading stops at a truncated record and skips a
+damaged one. In both cases the batch is measured again.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _CHECK = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One batch.
+    """Result of one batch, as the journal stores it.
 
     Attributes:
         first: number of its first sequence.
-        counts: positions measured in each sequence.
-        values: sums over them, (sequences, rows, metrics).
-        observed: what was read off the blocks, (sequences, numbers).
-        seconds: that it took.
+        counts: number of positions measured in each sequence.
+        values: sums over these positions, (sequences, rows, metrics).
+        observed: counts and sums of the observer, (sequences, numbers).
+        seconds: time that the batch took.
     """
 
     first: int
@@ -47,7 +47,7 @@ class Record:
 
 @contextmanager
 def _durable(path: Path, mode: str) -> Iterator[Any]:
-    """A file that is on the disk when the `with` block ends."""
+    """Open a file whose content is on the disk when the `with` block ends."""
     try:
         with path.open(mode) as file:
             yield file
@@ -55,21 +55,24 @@ def _durable(path: Path, mode: str) -> Iterator[Any]:
             os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}. What was measured before stays; once that is mended, the same command goes on "
-            "with it"
+            f"cannot write {path}: {error.strerror or error}. The batches measured before are kept; fix this problem, "
+            "then run the same command again to resume"
         ) from error
 
 
 class Journal:
-    """The measured batches of a run.
+    """Journal of the measured batches of a run.
 
     Args:
-        path: the file; made if it is not there. What is unreadable at its end is cut off.
-        rows: how many models are measured.
-        observed: numbers read off the blocks of each sequence.
+        path: the file; created if it does not exist. An unreadable end is truncated.
+        rows: number of measured models.
+        observed: how many numbers the observer stores for each sequence.
+
+    Attributes:
+        records: the measured batches by number.
 
     Raises:
-        OutputError: it cannot be written; also `append`.
+        OutputError: the file cannot be written; `append` raises it too.
     """
 
     def __init__(self, path: Path, rows: int, observed: int = 0) -> None:
@@ -80,30 +83,38 @@ class Journal:
             file.truncate(self._read(file.read()))
 
     def _read(self, data: bytes) -> int:
-        """Take in all whole records; returns where the last of them ends."""
+        """Read all complete records, and return the offset at which the last of them ends."""
         end = 0
         while end + _HEAD.size <= len(data):
             magic, batch, first, sequences, seconds = _HEAD.unpack_from(data, end)
-            each = self.rows * len(METRICS) + self.observed
-            stop = end + _HEAD.size + 8 * sequences * (1 + each) + _CHECK.size
+            numbers_per_sequence = self.rows * len(METRICS) + self.observed
+            stop = end + _HEAD.size + 8 * sequences * (1 + numbers_per_sequence) + _CHECK.size
             if magic != _MAGIC or stop > len(data):
                 break
             (check,) = _CHECK.unpack_from(data, stop - _CHECK.size)
             if check == zlib.crc32(data[end : stop - _CHECK.size]):
                 start = end + _HEAD.size
                 counts = np.frombuffer(data, "<i8", sequences, start).tolist()
-                found = (
-                    np.frombuffer(data, "<f8", sequences * each, start + 8 * sequences)
-                    .reshape(sequences, each)
+                numbers = (
+                    np.frombuffer(data, "<f8", sequences * numbers_per_sequence, start + 8 * sequences)
+                    .reshape(sequences, numbers_per_sequence)
                     .astype(float)
                 )
-                values, observed = np.split(found, [each - self.observed], axis=1)
+                values, observed = np.split(numbers, [numbers_per_sequence - self.observed], axis=1)
                 self.records[batch] = Record(first, counts, values.reshape(sequences, self.rows, -1), observed, seconds)
             end = stop
         return end
 
     def append(self, batch: int, record: Record) -> None:
-        """Note a batch; it is on the disk when this returns."""
+        """Append a batch. It is on the disk when this returns.
+
+        Args:
+            batch: its number.
+            record: its result.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         assert record.values.shape == (len(record.counts), self.rows, len(METRICS))
         assert record.observed.shape == (len(record.counts), self.observed)
         head = _HEAD.pack(_MAGIC, batch, record.first, len(record.counts), record.seconds)
@@ -115,11 +126,11 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Time that measuring has taken."""
+        """Return the time that all measured batches took together."""
         return sum(record.seconds for record in self.records.values())
 
     def sums(self) -> MetricSums:
-        """All sums so far."""
+        """Return the sums of metrics of all measured batches."""
         sums = MetricSums(self.rows)
         for record in self.records.values():
             for offset, count in enumerate(record.counts):
@@ -128,23 +139,23 @@ class Journal:
         return sums
 
     def sequence_sums(self) -> SequenceSums:
-        """All sequences so far, in their order."""
+        """Return the sums of all measured sequences, in the order of the sequences."""
         return SequenceSums.of(
             [(record.first, record.counts, record.values, record.observed) for record in self.records.values()]
         )
 
     def non_finite(self) -> dict[int, list[int]]:
-        """Rows with values that are no numbers, and the batches in which they came up."""
-        found: dict[int, list[int]] = {}
+        """Return for each row with NaN or infinite values the batches that have them."""
+        batches_by_row: dict[int, list[int]] = {}
         for batch, record in sorted(self.records.items()):
             for row in np.flatnonzero(~np.isfinite(record.values).all((0, 2))).tolist():
-                found.setdefault(row, []).append(batch)
-        return found
+                batches_by_row.setdefault(row, []).append(batch)
+        return batches_by_row
 
     def non_finite_observed(self) -> dict[int, list[int]]:
-        """The same for numbers read off the blocks."""
-        found: dict[int, list[int]] = {}
+        """Return for each column of the observer with NaN or infinite values the batches that have them."""
+        batches_by_column: dict[int, list[int]] = {}
         for batch, record in sorted(self.records.items()):
-            for number in np.flatnonzero(~np.isfinite(record.observed).all(0)).tolist():
-                found.setdefault(number, []).append(batch)
-        return found
+            for column in np.flatnonzero(~np.isfinite(record.observed).all(0)).tolist():
+                batches_by_column.setdefault(column, []).append(batch)
+        return batches_by_column

@@ -1,4 +1,4 @@
-"""Rows for each single token, written as the sweep goes: one file a batch, joined into one table at the end."""
+"""Write a table with a row for each token and model: one file per batch during the run, joined into one table at its end."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ PARTS = "tokens.parts"
 
 
 class TokenRows:
-    """The rows of one batch.
+    """Rows of one batch.
 
     Args:
-        variants: the models measured, the unedited one first.
+        variants: the measured models, the unedited one first.
         ids: tokens of the batch, (sequences, length).
         mask: 1 for a token and 0 for padding, the same shape.
         first: number of its first sequence.
-        tokenizer: to write tokens as text; None to leave that out.
+        tokenizer: writes tokens as text; if None, the column "token" is empty.
     """
 
     def __init__(
         self, variants: Sequence[Variant], ids: torch.Tensor, mask: torch.Tensor, first: int, tokenizer: Any = None
     ) -> None:
         self.variants = variants
-        sequence, position = (place.numpy() for place in torch.where(has_next_token(mask)))
+        sequence, position = (index.numpy() for index in torch.where(has_next_token(mask)))
         tokens = ids.numpy()
-        text = _decoder(tokenizer)
-        here = tokens[sequence, position]
+        decode = _make_decoder(tokenizer)
+        token_ids = tokens[sequence, position]
         self._columns: dict[str, Any] = {
             "sequence": pa.array(sequence + first, pa.int32()),
             "position": pa.array(position, pa.int32()),
-            "token_id": pa.array(here, pa.int32()),
-            "token": pa.array([text(int(token)) for token in here], pa.string()),
+            "token_id": pa.array(token_ids, pa.int32()),
+            "token": pa.array([decode(int(token)) for token in token_ids], pa.string()),
             "next_token_id": pa.array(tokens[sequence, position + 1], pa.int32()),
         }
         self._metrics: dict[int, np.ndarray[Any, Any]] = {}
 
     def __call__(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
-        """Take in the metrics of some models at all positions, (len(METRICS), positions)."""
+        """Store the metrics of some rows' models at all positions, (len(METRICS), positions)."""
         values = metrics.float().cpu().numpy()
         self._metrics.update(dict.fromkeys(rows, values))
 
     def write(self, path: Path) -> None:
-        """Write the rows, by model, sequence and position."""
+        """Write the rows in the order of models, sequences and positions."""
         with (
             atomic_file(path) as partial,
             pq.ParquetWriter(partial, self._table(0).schema, compression="zstd") as writer,
@@ -66,16 +66,16 @@ class TokenRows:
     def _table(self, row: int) -> pa.Table:
         variant, values = self.variants[row], self._metrics[row]
         count = values.shape[1]
-        named = {"edit": variant.edit, "plan": variant.plan, "name": variant.name}
+        labels = {"edit": variant.edit, "plan": variant.plan, "name": variant.name}
         columns = {"row": pa.array(np.full(count, row), pa.int32())}
-        columns |= {key: pa.array([value] * count, pa.string()) for key, value in named.items()}
+        columns |= {key: pa.array([value] * count, pa.string()) for key, value in labels.items()}
         columns |= self._columns
-        columns |= {metric: pa.array(values[place]) for place, metric in enumerate(METRICS)}
+        columns |= {metric: pa.array(values[index]) for index, metric in enumerate(METRICS)}
         return pa.table(columns)
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a batch's file is there and can be read."""
+    """Return whether a batch's file exists and can be read."""
     try:
         pq.read_metadata(path)
     except (OSError, pa.ArrowInvalid):
@@ -83,14 +83,15 @@ def is_complete(path: Path) -> bool:
     return True
 
 
-def _decoder(tokenizer: Any) -> Any:
+def _make_decoder(tokenizer: Any) -> Any:
+    """Return a function from a token id to its text, with a cache; it returns None if there is no tokenizer."""
     if tokenizer is None:
         return lambda _: None
     return lru_cache(maxsize=None)(lambda token: tokenizer.decode([token]))
 
 
 def join_parts(parts: Sequence[Path], path: Path) -> None:
-    """Write one table of the batches' files, a row group at a time."""
+    """Join the batches' files into one table, with one row group for each batch, so that one batch at a time is in memory."""
     with atomic_file(path) as partial:
         schema = pq.read_schema(parts[0])
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:

@@ -1,6 +1,6 @@
-"""The directory that a sweep writes into, and goes on in when it was stopped.
+"""Open the output directory of a sweep or an analysis, so that an interrupted run can resume in it.
 
-The same arguments, given again, find what was measured; other arguments are refused.
+A run with the same arguments continues from the batches that were measured. A run with other arguments is refused.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ KINDS = {SWEEP: "a sweep", ANALYSIS: "an analysis"}
 
 @dataclass(slots=True)
 class Run:
-    """A directory that a sweep or an analysis writes into, held by this process.
+    """Output directory of a sweep or an analysis, locked by this process.
 
     Attributes:
-        directory: where.
+        directory: its path.
         kind: one of `KINDS`.
-        arguments: everything that the digits depend on.
-        facts: what `run.json` says.
-        command: the command line that a new run notes, to be repeated; empty where there was none.
+        arguments: all arguments that affect the digits of the results.
+        facts: the content of `run.json`.
+        command: the command line that a new run records, so that it can be repeated; empty if there is none.
     """
 
     directory: Path
@@ -45,16 +45,19 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its results are there already."""
+        """Return whether the results have been written."""
         return self.facts.get("state") == "finished"
 
     @property
     def started(self) -> bool:
-        """Whether an earlier start has left something to go on with."""
+        """Return whether an earlier run with the same arguments can be resumed."""
         return bool(self.facts) and (self.directory / JOURNAL).exists()
 
     def start(self) -> None:
-        """Make room for a new run, unless there is one to go on with. An earlier one is removed only now, when all is ready."""
+        """Clear the directory for a new run, unless there is a run to resume.
+
+        Earlier results are removed only here, when the new run is ready to measure.
+        """
         if not self.started:
             _clear(self.directory)
             self.update(
@@ -65,7 +68,7 @@ class Run:
             )
 
     def update(self, **facts: Any) -> None:
-        """Write facts to `run.json`."""
+        """Add facts to `run.json`."""
         self.facts |= facts
         with atomic_file(self.directory / RUN) as partial:
             partial.write_text(json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -75,90 +78,112 @@ class Run:
 def open_run(
     directory: Path, arguments: dict[str, Any], *, kind: str = SWEEP, overwrite: bool = False, command: str = ""
 ) -> Iterator[Run]:
-    """Hold a directory for a run of a kind with these arguments: a new one, or one that such a run has begun or finished.
+    """Open and lock the output directory of a run while the `with` block runs.
+
+    The directory may be new or empty, or contain an unfinished or finished run with the same arguments.
+
+    Args:
+        directory: its path; created if it does not exist.
+        arguments: all arguments that affect the digits of the results.
+        kind: one of `KINDS`.
+        overwrite: accept a run with other arguments, which is removed when the new run starts.
+        command: the command line to record in a new run.
 
     Raises:
-        OutputError: it holds something else, or a run with other arguments (says which), or another process writes to it.
+        OutputError: the directory contains something else, or a run with other arguments (the message names them), or another process
+            is writing to it.
     """
     arguments = json.loads(json.dumps(arguments))
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
-        raise OutputError(f"{directory} exists and is no directory; choose another output with -o")
-    fresh = not directory.exists()
+        raise OutputError(f"{directory} exists and is not a directory; choose another output with -o")
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot make {directory}: {error.strerror or error}") from error
+        raise OutputError(f"cannot create {directory}: {error.strerror or error}") from error
     with directory_lock(directory):
-        run = _run_in(directory, kind, arguments, overwrite)
+        run = _find_run(directory, kind, arguments, overwrite)
         run.command = command
         try:
             yield run
         except BaseException:
-            if fresh:  # goes only if it is empty
+            if is_new:  # rmdir removes it only if it is empty
                 with suppress(OSError):
                     directory.rmdir()
             raise
 
 
-def _run_in(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool) -> Run:
-    before = read_run(directory)
-    if any(directory.iterdir()) and not _ours(before, kind):
-        raise OutputError(f"{directory} holds something else than {KINDS[kind]}; choose another output with -o")
-    run = Run(directory, kind, arguments, before or {})
-    if before is None or overwrite or not (run.finished or run.started):
+def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool) -> Run:
+    """Return the run to resume or the finished run in a directory, or a new run; arguments as for `open_run`."""
+    earlier = read_run(directory)
+    if any(directory.iterdir()) and not _is_our_run(earlier, kind):
+        raise OutputError(f"{directory} contains something other than {KINDS[kind]}; choose another output with -o")
+    run = Run(directory, kind, arguments, earlier or {})
+    if earlier is None or overwrite or not (run.finished or run.started):
         return Run(directory, kind, arguments)
-    there = before.get("arguments", {})
-    if there.get("analysis") != arguments.get("analysis"):  # then nothing else is worth comparing
-        there, arguments = ({"analysis": given.get("analysis")} for given in (there, arguments))
-    if changed := _changed(there, arguments):
+    recorded = earlier.get("arguments", {})
+    if recorded.get("analysis") != arguments.get("analysis"):  # different analyses have different arguments
+        recorded, arguments = ({"analysis": values.get("analysis")} for values in (recorded, arguments))
+    if differences := _describe_differences(recorded, arguments):
         raise OutputError(
-            f"{directory} holds {KINDS[kind]} with other arguments: {changed}. Say --overwrite to start anew, or choose another output with -o"
+            f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Use --overwrite to start again, "
+            "or choose another output with -o"
         )
-    if run.finished:  # and was killed before it had cleared up
+    if run.finished:  # the run may have been killed after it finished, before it removed these files
         clear_progress(directory)
     return run
 
 
-def _ours(run: dict[str, Any] | None, kind: str) -> bool:
-    """Whether a run.json is one of this kind; other programs call files so, too."""
+def _is_our_run(run: dict[str, Any] | None, kind: str) -> bool:
+    """Return whether a run.json was written by a run of this kind; other programs use this file name too."""
     return run is not None and run.get("kind") == kind and isinstance(run.get("arguments"), dict)
 
 
 def clear_progress(directory: Path) -> None:
-    """Remove what only an unfinished run needs."""
+    """Remove the files that only an unfinished run needs."""
     (directory / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(directory / PARTS, ignore_errors=True)
 
 
 def _clear(directory: Path) -> None:
-    before = read_run(directory) or {}
+    """Remove the files of an earlier run, and no others."""
+    earlier = read_run(directory) or {}
     tables = (
         [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv", "png", "svg")]
-        if before.get("kind") == ANALYSIS
+        if earlier.get("kind") == ANALYSIS
         else []
     )
-    for name in (*tables, *before.get("figures", []), *before.get("files", []), RESULTS, CSV, SEQUENCES, TOKENS, RUN):
+    written = (*earlier.get("figures", []), *earlier.get("files", []))
+    for name in (*tables, *written, RESULTS, CSV, SEQUENCES, TOKENS, RUN):
         (directory / Path(str(name)).name).unlink(missing_ok=True)
     clear_progress(directory)
 
 
-def _changed(before: Any, now: Any, where: str = "") -> str:
-    """What differs, in words; empty where nothing does."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(name for name in now if name not in before)]
-        found = [_changed(before.get(name), now.get(name), f"{where}{name} ") for name in names]
-        return "; ".join(filter(None, found))
-    if before == now:
+def _describe_differences(recorded: Any, current: Any, prefix: str = "") -> str:
+    """Describe how two values of arguments differ; empty if they are equal.
+
+    Args:
+        recorded: the value in the directory's `run.json`.
+        current: the value now.
+        prefix: names of the arguments that lead to the values, each followed by a space.
+    """
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        names = [*recorded, *(name for name in current if name not in recorded)]
+        differences = [
+            _describe_differences(recorded.get(name), current.get(name), f"{prefix}{name} ") for name in names
+        ]
+        return "; ".join(filter(None, differences))
+    if recorded == current:
         return ""
-    if len(str(before)) + len(str(now)) > 120:
-        return f"{where.strip()} differ"
-    return f"{where}{_say(before)} there, {_say(now)} now"
+    if len(str(recorded)) + len(str(current)) > 120:
+        return f"{prefix.strip()} differ"
+    return f"{prefix}{_as_text(recorded)} there, {_as_text(current)} now"
 
 
-def _say(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return "nothing" if value is None else str(value)
 
 
 def versions() -> dict[str, str]:
-    """Of what the digits depend on."""
+    """Return the versions of the packages that affect the digits of the results."""
     return {"layersurgery": __version__, **{name: version(name) for name in ("torch", "transformers")}}

@@ -1,4 +1,4 @@
-"""Carrying out a run: batch after batch, each on the disk when it is done, and the results at the end."""
+"""Run a measurement batch by batch, store each batch on the disk at once, and write the results at the end."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ OnProgress = Callable[["Progress"], None]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands.
+    """Progress of a run.
 
     Attributes:
-        sequences: measured so far, those of an earlier start included; a share of one is one that is under way.
-        of: in all.
-        table: gives the results so far; None within a batch.
+        sequences: number of sequences measured so far, including those of an interrupted run; fractional within a batch.
+        total: number of all sequences.
+        table: returns the results so far; None within a batch.
     """
 
     sequences: float
@@ -45,33 +45,33 @@ class Progress:
 
 
 class RunOutput(Protocol):
-    """What becomes of the sums."""
+    """Output of a run: makes tables of the measured sums."""
 
     def table(self, journal: Journal) -> pd.DataFrame:
-        """Results so far, as far as a bar shows them."""
+        """Return the part of the results so far that a progress bar shows."""
 
     def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
-        """Write all results; returns the first table, and the files' names."""
+        """Write all results; return the first table, and the names of the written files."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepOutput:
-    """The results of a sweep.
+    """Output of a sweep.
 
     Attributes:
         variants: the models, the unedited one first.
-        name: of the model.
+        name: the model's name.
     """
 
     variants: Sequence[Variant]
     name: str
 
     def table(self, journal: Journal) -> pd.DataFrame:
-        """A row for each model."""
+        """Return a table with a row for each model."""
         return results_table(self.variants, journal.sums(), self.name)
 
     def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
-        """The table, and the sums of each sequence."""
+        """Write the table of results and the sums of each sequence; return the table and the names of the files."""
         frame = self.table(journal)
         write_sweep(directory, frame, sequence_table(self.variants, journal.sums()))
         return frame, [RESULTS, CSV, SEQUENCES]
@@ -79,7 +79,12 @@ class SweepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What all processes of a run need to know: sequences of a batch, and the numbers of the batches to measure."""
+    """Work that all processes of a run share.
+
+    Attributes:
+        size: number of sequences in a batch.
+        missing: numbers of the batches to measure.
+    """
 
     size: int
     missing: list[int]
@@ -87,7 +92,15 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class _MeasuredBatch:
-    """A batch that one process has measured, or why it has not; and how many sequences its memory held at once, where that was asked."""
+    """Result of a batch that one process measured.
+
+    Attributes:
+        batch: its number.
+        record: its sums; None after an error.
+        max_sequences: number of sequences that fit into memory, if memory ran out.
+        rows: its rows for each token, if they are wanted.
+        error: why it could not be measured; empty if it was.
+    """
 
     batch: int
     record: Record | None
@@ -109,178 +122,197 @@ def run_measurement(
     on_progress: OnProgress | None = None,
     group: ProcessGroup | None = None,
 ) -> pd.DataFrame:
-    """Measure what is still missing, and write the results.
+    """Measure the batches that are still missing, and write the results.
 
     Args:
-        run: the directory.
+        run: the output directory.
         measurer: the model and its variants.
         text: the tokens.
-        outcome: makes results of what is measured.
-        batch_size: sequences at once; by the free memory if not given.
-        per_token: write `tokens.parquet` as well, a row for each token and model.
-        tokenizer: to write its tokens as text.
-        draw: draws figures from the results into the directory, and returns their paths.
-        on_progress: is called at the beginning, now and then, and after each batch.
-        group: the processes that measure together; this one leads, and the others `help_along`.
+        output: makes tables of the measured sums.
+        batch_size: number of sequences in a batch; by default chosen from the free memory.
+        per_token: also write `tokens.parquet`, with a row for each token and model.
+        tokenizer: writes the tokens in `tokens.parquet` as text.
+        draw: draws figures of the results into the directory, and returns their paths.
+        on_progress: called at the beginning, from time to time, and after each batch.
+        group: the processes that measure together; this one leads, and the others call `run_worker`.
 
     Returns:
         The table of results.
 
     Raises:
-        MeasurementError: the unedited model's predictions are no numbers, memory does not suffice, or another process has gone.
-        OutputError: the directory cannot be written; what was measured stays.
+        MeasurementError: the unedited model returns NaN or infinite logits, memory is too small, or another process has ended.
+        OutputError: the directory cannot be written. The measured batches are kept.
     """
     group = group or SingleProcess()
     work = _Work(run, measurer, text, output, batch_size, per_token, on_progress)
     missing = work.missing()
     group.broadcast(Assignment(work.size, missing))
-    work.tell(work.measured())
-    for together in chunked(missing, group.size):
-        before, of_round = work.measured(), sum(map(work.sequences, together))
+    work.report_progress(work.measured())
+    for batches in chunked(missing, group.size):
+        before, in_chunk = work.measured(), sum(map(work.sequences, batches))
 
-        def tick(share: float, before: int = before, of_round: int = of_round) -> None:
-            work.tell(before + share * of_round)
+        def on_fraction(fraction: float, before: int = before, in_chunk: int = in_chunk) -> None:
+            work.report_progress(before + fraction * in_chunk)
 
-        done = group.gather(_measured(measurer, text, together[0], work.size, per_token, tokenizer, tick))
-        faults = [one.error for one in done if one is not None and one.error]
+        results = group.gather(_measure_batch(measurer, text, batches[0], work.size, per_token, tokenizer, on_fraction))
+        errors = [result.error for result in results if result is not None and result.error]
         stop = True
         try:
-            for one in done:
-                work.take(one)
-            stop = bool(faults)
+            for result in results:
+                work.store(result)
+            stop = bool(errors)
         finally:
             group.broadcast(stop)
         if stop:
-            raise MeasurementError(faults[0])
+            raise MeasurementError(errors[0])
     return work.finish(draw)
 
 
 def run_worker(
     measurer: Measurer, text: TokenizedText, *, per_token: bool = False, tokenizer: Any = None, group: ProcessGroup
 ) -> bool:
-    """Measure this process's share of a run that another one leads; arguments as for `perform`.
+    """Measure this process's share of a run that another process leads; arguments as for `run_measurement`.
 
     Returns:
-        Whether it came to its end; the leader says what went wrong.
+        True if the run was completed; False if the leader stopped it. Then the leader raises the error.
 
     Raises:
-        MeasurementError: another process has gone.
+        MeasurementError: another process has ended.
     """
-    job: Assignment = group.broadcast(Assignment(0, []))
-    for together in chunked(job.missing, group.size):
-        mine = together[group.rank] if group.rank < len(together) else None
-        group.gather(None if mine is None else _measured(measurer, text, mine, job.size, per_token, tokenizer, None))
+    work: Assignment = group.broadcast(Assignment(0, []))
+    for batches in chunked(work.missing, group.size):
+        batch = batches[group.rank] if group.rank < len(batches) else None
+        group.gather(
+            None if batch is None else _measure_batch(measurer, text, batch, work.size, per_token, tokenizer, None)
+        )
         if group.broadcast(False):
             return False
     return True
 
 
-def _measured(
+def _measure_batch(
     measurer: Measurer,
     text: TokenizedText,
     batch: int,
     size: int,
     per_token: bool,
     tokenizer: Any,
-    tick: OnFraction | None,
+    on_fraction: OnFraction | None,
 ) -> _MeasuredBatch | None:
-    begun = time.perf_counter()
+    """Measure one batch; return its result, or the error message if it cannot be measured."""
+    started = time.perf_counter()
     first = batch * size
     ids, mask = text.ids[first : first + size], text.mask[first : first + size]
     rows = TokenRows(measurer.variants, ids, mask, first, tokenizer) if per_token else None
     try:
-        measured = measurer.measure(ids, mask, rows, tick)
+        result = measurer.measure(ids, mask, rows, on_fraction)
     except MeasurementError as error:
         return _MeasuredBatch(batch, None, error=f"batch {batch}: {error}")
-    record = Record(first, measured.counts, measured.values, measured.observed, time.perf_counter() - begun)
-    return _MeasuredBatch(batch, record, measurer.max_sequences, rows if any(measured.counts) else None)
+    record = Record(first, result.counts, result.values, result.observed, time.perf_counter() - started)
+    return _MeasuredBatch(batch, record, measurer.max_sequences, rows if any(result.counts) else None)
 
 
 class _Work:
-    """A run on the disk, as its leader sees it."""
+    """Work of the leading process: finds missing batches, stores measured ones, and writes the results."""
 
     def __init__(
-        self, run: Run, measurer: Measurer, text: TokenizedText, outcome: RunOutput, batch_size: int | None, per_token: bool, on_progress: OnProgress | None
-    ) -> None:  # fmt: skip
-        self.run, self.measurer, self.text, self.outcome = run, measurer, text, outcome
+        self,
+        run: Run,
+        measurer: Measurer,
+        text: TokenizedText,
+        output: RunOutput,
+        batch_size: int | None,
+        per_token: bool,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.run, self.measurer, self.text, self.output = run, measurer, text, output
         self.per_token, self.on_progress = per_token, on_progress
         observer = measurer.observer
         run.start()
         self.journal = Journal(
             run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size
         )
-        known: int | None = run.facts.get("batch_size")
-        self.size = known or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
-        if known is None:
+        # A resumed run keeps its batch size, because the journal stores whole batches.
+        recorded_size: int | None = run.facts.get("batch_size")
+        self.size = recorded_size or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
+        if recorded_size is None:
             run.update(batch_size=self.size)
         self.batches = -(-len(text.ids) // self.size)
         self.done: set[int] = set()
-        self.at_once = self.size
+        self.max_sequences = self.size
         self.parts = run.directory / PARTS
         if per_token:
             try:
                 self.parts.mkdir(exist_ok=True)
             except OSError as error:
-                raise OutputError(f"cannot make {self.parts}: {error.strerror or error}") from error
+                raise OutputError(f"cannot create {self.parts}: {error.strerror or error}") from error
 
     def table(self) -> pd.DataFrame:
-        return self.outcome.table(self.journal)
+        return self.output.table(self.journal)
 
-    def tell(self, sequences: float, *, table: bool = False) -> None:
+    def report_progress(self, sequences: float, *, table: bool = False) -> None:
         if self.on_progress is not None:
             self.on_progress(Progress(sequences, len(self.text.ids), self.table if table else None))
 
-    def part(self, batch: int) -> Path:
+    def part_path(self, batch: int) -> Path:
+        """Return the path of a batch's rows for each token."""
         return self.parts / f"{batch:06}.parquet"
 
     def missing(self) -> list[int]:
-        """Batches that are not measured, or whose tokens' rows are not there, if they are wanted and it has any."""
+        """Return the batches to measure.
+
+        They are the batches without a record, and those without their file of rows for each token if such rows are wanted.
+        """
         for batch, record in self.journal.records.items():
-            if not self.per_token or not any(record.counts) or is_complete(self.part(batch)):
+            if not self.per_token or not any(record.counts) or is_complete(self.part_path(batch)):
                 self.done.add(batch)
         return [batch for batch in range(self.batches) if batch not in self.done]
 
     def sequences(self, batch: int) -> int:
-        """Of a batch; the last one may have fewer."""
+        """Return the number of sequences in a batch. The last batch may have fewer than the others."""
         return min(self.size, len(self.text.ids) - batch * self.size)
 
     def measured(self) -> int:
-        """Sequences that are measured."""
+        """Return the number of measured sequences."""
         return sum(map(self.sequences, self.done))
 
-    def take(self, done: _MeasuredBatch | None) -> None:
-        """Note a batch."""
-        if done is None or done.record is None:
+    def store(self, result: _MeasuredBatch | None) -> None:
+        """Store a measured batch on the disk; do nothing if there is none."""
+        if result is None or result.record is None:
             return
-        if done.rows is not None:
-            done.rows.write(self.part(done.batch))
-        self.at_once = min(self.at_once, done.max_sequences or self.size)
-        self.journal.append(done.batch, done.record)
-        self.done.add(done.batch)
-        self.tell(self.measured(), table=True)
+        if result.rows is not None:
+            result.rows.write(self.part_path(result.batch))
+        self.max_sequences = min(self.max_sequences, result.max_sequences or self.size)
+        self.journal.append(result.batch, result.record)
+        self.done.add(result.batch)
+        self.report_progress(self.measured(), table=True)
 
     def finish(self, draw: Draw | None) -> pd.DataFrame:
-        """Write the results, then say that they are there, then clear up; in this order, so that a kill loses nothing."""
-        frame, files = self.outcome.write(self.run.directory, self.journal)
+        """Write the results, then mark the run as finished, then remove temporary files. In this order, a kill loses nothing."""
+        frame, files = self.output.write(self.run.directory, self.journal)
         if self.per_token:
-            parts = [self.part(batch) for batch in range(self.batches)]
-            join_parts([part for part in parts if part.exists()], self.run.directory / TOKENS)
+            paths = [self.part_path(batch) for batch in range(self.batches)]
+            join_parts([path for path in paths if path.exists()], self.run.directory / TOKENS)
             files.append(TOKENS)
-        self.run.update(files=files, **self._facts())
-        drawn, fault = draw_safely(draw, frame, self.run.directory)
-        self.run.update(state="finished", figures=drawn, figure_error=fault)
+        self.run.update(files=files, **self._describe_run())
+        figures, error = draw_safely(draw, frame, self.run.directory)
+        self.run.update(state="finished", figures=figures, figure_error=error)
         clear_progress(self.run.directory)
         return frame
 
-    def _broken(self) -> dict[str, list[int]]:
-        """What gave values that are no numbers, and in which batches."""
-        found = {self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite().items()}
+    def _find_non_finite(self) -> dict[str, list[int]]:
+        """Return for each plan or quantity with NaN or infinite values the batches that have them."""
+        batches_by_name = {
+            self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite().items()
+        }
         if self.measurer.observer is not None:
             names = self.measurer.observer.names
-            found |= {names[number]: batches for number, batches in self.journal.non_finite_observed().items()}
-        return found
+            observed = self.journal.non_finite_observed()
+            batches_by_name |= {names[column]: batches for column, batches in observed.items()}
+        return batches_by_name
 
-    def _facts(self) -> dict[str, Any]:
+    def _describe_run(self) -> dict[str, Any]:
+        """Return the facts about the model, the text and the run for `run.json`."""
         text, measurer, seconds = self.text, self.measurer, self.journal.seconds
         sequences, length = text.ids.shape
         parameters = list(measurer.model.parameters())
@@ -302,12 +334,12 @@ class _Work:
                 "block_calls_apart": measurer.schedule.calls_without_sharing,
                 "bytes_read_a_batch": measurer.bytes_to_read,
             },
-            "sequences_at_once": self.at_once,
+            "sequences_at_once": self.max_sequences,
             "readout": measurer.readout.description,
-            "compiled": _compiled(measurer),
+            "compiled": _compiled_or_reason(measurer),
             "skipped": measurer.skipped | ({} if measurer.observer is None else measurer.observer.skipped),
             "centred": None if measurer.observer is None else measurer.observer.reads_are_mean_free,
-            "non_finite": self._broken(),
+            "non_finite": self._find_non_finite(),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),
             "machine": {
@@ -316,17 +348,21 @@ class _Work:
         }  # fmt: skip
 
 
-def _compiled(measurer: Measurer) -> bool | str:
-    """Whether blocks were compiled, or why not."""
+def _compiled_or_reason(measurer: Measurer) -> bool | str:
+    """Return whether blocks were compiled, or the reason why compiled blocks were refused."""
     compiler = measurer.runner.compiler
     return False if compiler is None else compiler.refused or True
 
 
 def draw_safely(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:
-    """Names of the figures, or why there are none: a picture that fails must not cost the numbers."""
+    """Draw figures; return their names and an error message, so that an error while drawing does not stop the run.
+
+    Raises:
+        OutputError: a figure cannot be written.
+    """
     try:
         return ([] if draw is None else [path.name for path in draw(frame, directory)]), ""
     except OutputError:
         raise
-    except Exception as error:  # matplotlib may raise anything
+    except Exception as error:  # matplotlib may raise any exception
         return [], f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Results as tables: what their columns are, how they are written, read back and summed up in a sentence."""
+"""Write the tables of a run, and read the results of a finished run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ TABLES = (
     "rank", "spans", "step", "costs", "subjoiners", "attention_to_words", "examples",
     "probe", "single_neurons", "top_k", "effects",
 )  # fmt: skip
-"""Of analyses; also their figures are called so."""
+"""Names of the tables of analyses. Their figures have the same names."""
 
 
 def write_sweep(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
-    """Write the results, each file whole or not at all.
+    """Write the results of a sweep. Each file is written completely or not at all.
 
     Args:
-        directory: where.
-        frame: what `results` gave.
-        sequences: what `by_sequence` gave.
+        directory: the directory to write to.
+        frame: the table of `results_table`.
+        sequences: the table of `sequence_table`.
     """
     import pyarrow.parquet as pq
 
@@ -43,7 +43,10 @@ def write_sweep(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> No
 
 
 def write_table(directory: Path, name: str, frame: pd.DataFrame, *, csv: bool = True) -> list[str]:
-    """Write one table as parquet, and as csv if wanted, each file whole or not at all; returns the files' names."""
+    """Write one table as parquet, and as csv if wanted; return the files' names.
+
+    Each file is written completely or not at all.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,83 +59,90 @@ def write_table(directory: Path, name: str, frame: pd.DataFrame, *, csv: bool = 
 
 
 def read_results(directory: str | os.PathLike[str], table: str | None = None) -> pd.DataFrame:
-    """The results of a finished sweep or analysis; `frame.attrs["run"]` says how they came about.
+    """Read a table of a finished sweep or analysis; `frame.attrs["run"]` holds the content of its `run.json`.
 
     Args:
-        directory: the one that was written.
-        table: which of its tables ("lens", "attention", ...); its first one if not given: a sweep's, an analysis's own, or "stages", whose
-            `frame.attrs["boundaries"]` holds the limits between stages.
+        directory: the output directory of the run.
+        table: name of the table ("lens", "attention", ...); by default the run's first table. The table "stages" has the boundaries
+            between stages in `frame.attrs["boundaries"]`.
+
+    Returns:
+        The table.
 
     Raises:
-        SourceError: no results there, no such table, or a run that has not finished.
+        SourceError: the directory contains no results or no such table, or the run has not finished.
 
     Example:
-        >>> frame = read_results("smollm2-135m-sweep")  # doctest: +SKIP
-        >>> frame[frame.edit == "swap"].plot("layer", "kl_nats", logy=True)  # doctest: +SKIP
-        >>> read_results("smollm2-135m-stages", "lens").lens_kl_nats  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> ls.read_results("nowhere")
+        Traceback (most recent call last):
+        ...
+        layersurgery.errors.SourceError: nowhere contains no results: ...
     """
-    place = Path(directory)
-    run = read_run(place)
+    path = Path(directory)
+    run = read_run(path)
     if run is None or not str(run.get("kind")).startswith("layersurgery "):
         raise SourceError(
-            f"{place} holds no results: give a directory that `layersurgery sweep`, `analyze` or `stages` wrote"
+            f"{path} contains no results: give a directory that `layersurgery sweep`, `analyze` or `stages` wrote"
         )
     if run.get("state") != "finished":
-        raise SourceError(f"the run in {place} has not finished; the same command, given again, goes on with it")
+        raise SourceError(f"the run in {path} has not finished; run the same command again to resume")
     tables = tables_in(run)
     name = tables[0] if table is None else table
     if name not in (*tables, *(["boundaries"] if "stages" in tables else [])):
-        raise SourceError(f"{place} holds no table {name!r}; it holds {', '.join(tables)}")
-    frame = read_table(place, name)
+        raise SourceError(f"{path} contains no table {name!r}; it contains {', '.join(tables)}")
+    frame = read_table(path, name)
     frame.attrs["run"] = run
     return frame
 
 
-def read_table(place: Path, name: str) -> pd.DataFrame:
-    """One table of a directory; a table of stages with the limits between them as `frame.attrs["boundaries"]`.
+def read_table(directory: Path, name: str) -> pd.DataFrame:
+    """Read one table of a directory; "stages" has the boundaries between stages in `frame.attrs["boundaries"]`.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the table cannot be read.
     """
-    frame = _read(place, name)
+    frame = _read_parquet(directory, name)
     frame = frame.astype({"layer": "Int64"}) if "layer" in frame else frame
     if name == "stages":
-        limits = _read(place, "boundaries")
+        boundaries = _read_parquet(directory, "boundaries")
         frame.attrs["boundaries"] = [
-            {key: _plain(value, whole=key in ("layer", "low", "high")) for key, value in record.items()}
-            for record in limits.to_dict("records")
+            {key: _plain_value(value, is_integer=key in ("layer", "low", "high")) for key, value in record.items()}
+            for record in boundaries.to_dict("records")
         ]
     return frame
 
 
-def _plain(value: Any, *, whole: bool) -> Any:
-    """A cell as a plain value, None where there is none."""
+def _plain_value(value: Any, *, is_integer: bool) -> Any:
+    """Return a cell as a Python value; None for a missing value."""
     if pd.isna(value):
         return None
-    return int(value) if whole else value
+    return int(value) if is_integer else value
 
 
-def _read(place: Path, name: str) -> pd.DataFrame:
+def _read_parquet(directory: Path, name: str) -> pd.DataFrame:
+    path = directory / f"{name}.parquet"
     try:
-        return pd.read_parquet(place / f"{name}.parquet")
+        return pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise SourceError(
-            f"cannot read {place / f'{name}.parquet'}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def tables_in(run: dict[str, Any]) -> list[str]:
-    """Names of the tables that a finished run has written, the first one first; limits of stages go with the stages."""
+    """Return the names of the tables that a finished run wrote, the main one first.
+
+    The boundaries are not listed, because they are read together with the stages.
+    """
     files = [str(name) for name in run.get("files") or [RESULTS]]
     names = [name.removesuffix(".parquet") for name in files if name.endswith(".parquet")]
     return [name for name in names if name not in ("sequences", "tokens", "boundaries")]
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:
-    """What `run.json` says; None where there is none.
+    """Read the `run.json` of a directory; return None if there is none.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the file cannot be read.
     """
     try:
         run = json.loads((directory / RUN).read_text("utf-8"))
@@ -140,8 +150,8 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"cannot read {directory / RUN}: {error}. If it is a sweep's, remove the directory and begin anew"
+            f"cannot read {directory / RUN}: {error}. If a sweep wrote it, remove the directory and start again"
         ) from error
     if not isinstance(run, dict):
-        raise SourceError(f"{directory / RUN} is no table of facts on a run")
+        raise SourceError(f"{directory / RUN} is not a JSON object with facts about a run")
     return run

@@ -1,6 +1,6 @@
-"""Text to measure on: from Python's own help, local files or the hub, as token ids in contexts of one length.
+"""Read text from Python's help, local files or the Hugging Face Hub, and tokenize it into sequences.
 
-The same arguments give the same tokens on any machine; a fingerprint says whether they did. (Python's help differs a little
+The same arguments give the same tokens on any machine, and a fingerprint shows whether they did. (Python's help differs slightly
 between versions of Python.)
 """
 
@@ -24,26 +24,26 @@ PILE = "EleutherAI/the_pile_deduplicated"
 _KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _PACKED = (".zst", ".gz")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+)?")
-_PIECE = 1_000_000  # characters tokenised at once
+_PIECE = 1_000_000  # characters tokenized at once
 _POOL = 16
 _BUFFER = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class TextRequest:
-    """What text is asked for.
+    """Request for text.
 
     Attributes:
-        data: "pydoc", a file (.txt, .jsonl, these packed by zst or gz, .parquet), a directory of these, or a hub dataset's id
-            ("id:configuration" where it has several).
-        tokens: how many tokens; rounded up to whole contexts.
-        context: tokens of one sequence, at most.
-        split: of a hub dataset.
-        column: that holds the text, in tables.
-        pack: join documents by the end-of-text token and cut them into contexts; otherwise each document is a sequence.
+        data: "pydoc", a file (.txt or .jsonl, also compressed as .zst or .gz, or .parquet), a directory of such files, or the id of
+            a Hub dataset ("id:configuration" if it has several configurations).
+        tokens: number of tokens; rounded up to whole contexts.
+        context: largest number of tokens of one sequence.
+        split: split of the Hub dataset.
+        column: the column that contains the text, for tables.
+        pack: join documents with the end-of-text token and cut them into contexts; otherwise each document is one sequence.
         bos: begin each context with the tokenizer's beginning-of-text token.
-        shuffle: take contexts at random, and not from the start; None: a hub dataset's yes, others no.
-        seed: of the shuffling.
+        shuffle: take contexts in random order instead of from the start; None means yes for a Hub dataset, no for other text.
+        seed: seed for shuffling.
     """
 
     data: str
@@ -58,27 +58,27 @@ class TextRequest:
 
     @property
     def from_hub(self) -> bool:
-        """Whether the text comes from the hub."""
+        """Return whether the text comes from the Hub."""
         try:
             return self.data != PYDOC and not Path(self.data).expanduser().exists()
-        except (OSError, RuntimeError):  # a name too long, no such user
+        except (OSError, RuntimeError):  # the name is too long, or "~user" names no user
             return True
 
     @property
     def shuffled(self) -> bool:
-        """Whether contexts are taken at random."""
+        """Return whether contexts are taken in random order."""
         return self.from_hub if self.shuffle is None else self.shuffle
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedText:
-    """Tokens to measure on.
+    """Tokenized text to measure on.
 
     Attributes:
-        ids: (sequences, length), int64.
+        ids: token ids, (sequences, length), int64.
         mask: 1 for a token and 0 for padding, the same shape.
-        fingerprint: of both.
-        notes: what was otherwise than asked.
+        fingerprint: hash of the ids and the mask.
+        notes: messages about differences from the request.
     """
 
     ids: torch.Tensor
@@ -88,30 +88,37 @@ class TokenizedText:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all, without padding."""
+        """Return the number of tokens, without padding."""
         return int(self.mask.sum())
 
 
 def parse_count(text: str) -> int:
-    """A count as people write it: "4096", "100k", "1M", "2.5M".
+    """Parse a count such as "4096", "100k", "1M" or "2.5M".
 
     Raises:
-        PlanError: it is none.
+        PlanError: the text is not a positive whole number.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", text.strip().replace("_", "").replace(",", ""))
     value = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()] if match else 0
     if value < 1 or value != int(value):
-        raise PlanError(f"{text!r} is no number of tokens: write 4096, 100k or 1M")
+        raise PlanError(f"{text!r} is not a number of tokens: write for example 4096, 100k or 1M")
     return int(value)
 
 
 def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
-    """Tokenise the text that is asked for.
+    """Read and tokenize the requested text.
+
+    Args:
+        request: the text, and how to cut it into sequences.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        The tokens, padded on the right to one length.
 
     Raises:
-        SourceError: it is not there, cannot be read, is no text, or has no such column.
-        MeasurementError: it holds no two tokens.
-        PlanError: a context too short.
+        SourceError: the data does not exist, cannot be read, is not text, or has no such column.
+        MeasurementError: the data contains no text of at least two tokens.
+        PlanError: the context is too short, or the tokenizer has no beginning-of-text token.
     """
     if request.context < 2:
         raise PlanError(f"a context of {request.context} has no next token to predict; give at least 2")
@@ -119,36 +126,37 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     notes = []
     if request.pack and tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-text token, so documents are joined without one")
-    sequences = (
-        _contexts(request, context, tokenizer) if request.pack else _documents_alone(request, context, tokenizer)
+    source = (
+        _pack_documents(request, context, tokenizer) if request.pack else _read_separately(request, context, tokenizer)
     )
-    wanted = context * -(-request.tokens // context) if request.pack else request.tokens
-    taken = _taken(sequences, wanted * (_POOL if request.shuffled and not request.from_hub else 1))
-    if request.pack and len(taken) > 1 and len(taken[-1]) < context:
-        taken.pop()  # the rest of a text that ended early
+    needed = context * -(-request.tokens // context) if request.pack else request.tokens
+    sequences = _take_tokens(source, needed * (_POOL if request.shuffled and not request.from_hub else 1))
+    if request.pack and len(sequences) > 1 and len(sequences[-1]) < context:
+        sequences.pop()  # the incomplete context at the end of a text that is too short
     if request.shuffled and not request.from_hub:
-        taken = _taken(random.Random(request.seed).sample(taken, len(taken)), wanted)
-    if not taken:
-        raise MeasurementError(f"{request.data} holds no text of at least two tokens")
-    total = sum(map(len, taken))
+        sequences = _take_tokens(random.Random(request.seed).sample(sequences, len(sequences)), needed)
+    if not sequences:
+        raise MeasurementError(f"{request.data} contains no text of at least two tokens")
+    total = sum(map(len, sequences))
     if total < request.tokens:
-        notes.append(f"the text ended early: {total:,} tokens, of {request.tokens:,} asked")
-    length = max(map(len, taken))
-    # Padding is masked, and a tokenizer's own padding may be a token that the model does not have.
-    ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in taken])
-    mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in taken])
+        notes.append(f"the text is too short: it has {total:,} tokens of the {request.tokens:,} requested")
+    length = max(map(len, sequences))
+    # Pad with 0, not with the tokenizer's padding token, which the model may not have. Padding is masked.
+    ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences])
+    mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences])
     return TokenizedText(ids, mask, _fingerprint(ids, mask), tuple(notes))
 
 
-def _taken(sequences: Iterable[list[int]], tokens: int) -> list[list[int]]:
-    taken, total = [], 0
-    for sequence in sequences:
+def _take_tokens(source: Iterable[list[int]], tokens: int) -> list[list[int]]:
+    """Take sequences of at least two tokens until they have `tokens` tokens together."""
+    sequences, total = [], 0
+    for sequence in source:
         if len(sequence) > 1:
-            taken.append(sequence)
+            sequences.append(sequence)
             total += len(sequence)
         if total >= tokens:
             break
-    return taken
+    return sequences
 
 
 def _fingerprint(ids: torch.Tensor, mask: torch.Tensor) -> str:
@@ -158,45 +166,45 @@ def _fingerprint(ids: torch.Tensor, mask: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _contexts(asked: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
-    """Documents joined by the end-of-text token and cut; what is left at the end is shorter."""
-    head = [bos_of(tokenizer)] if asked.bos else []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    step = length - len(head)
-    rest: list[int] = []
-    for document in documents(asked):
+def _pack_documents(request: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
+    """Join documents with the end-of-text token and cut them into contexts. The last context may be shorter."""
+    prefix = [bos_of(tokenizer)] if request.bos else []
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    step = length - len(prefix)
+    remaining: list[int] = []
+    for document in documents(request):
         for piece in pieces(document):
-            rest += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            whole = len(rest) // step * step
-            yield from ([*head, *rest[start : start + step]] for start in range(0, whole, step))
-            rest = rest[whole:]
-        rest += end
-    if rest:
-        yield [*head, *rest[:step]]
+            remaining += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            complete = len(remaining) // step * step
+            yield from ([*prefix, *remaining[start : start + step]] for start in range(0, complete, step))
+            remaining = remaining[complete:]
+        remaining += separator
+    if remaining:
+        yield [*prefix, *remaining[:step]]
 
 
 def bos_of(tokenizer: Any) -> int:
-    """The beginning-of-text token.
+    """Return the id of the tokenizer's beginning-of-text token.
 
     Raises:
-        PlanError: there is none.
+        PlanError: the tokenizer has none.
     """
     if tokenizer.bos_token_id is None:
         raise PlanError("--bos: this tokenizer has no beginning-of-text token; leave it out")
     return int(tokenizer.bos_token_id)
 
 
-def _documents_alone(asked: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
-    """Each document as its tokenizer would begin and end it, cut off at `length`."""
-    for document in documents(asked):
+def _read_separately(request: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
+    """Yield each document with the special tokens that its tokenizer adds, cut off at `length`."""
+    for document in documents(request):
         ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
-        if asked.bos and ids[:1] != [bos_of(tokenizer)]:
+        if request.bos and ids[:1] != [bos_of(tokenizer)]:
             ids = [bos_of(tokenizer), *ids]
         yield ids[:length]
 
 
 def pieces(document: str) -> Iterator[str]:
-    """A long document in parts that end with a line, so that no more is tokenised than is needed."""
+    """Split a long document into pieces that end with a line, so that only as many as needed are tokenized."""
     start = 0
     while start < len(document):
         stop = start + _PIECE
@@ -206,40 +214,43 @@ def pieces(document: str) -> Iterator[str]:
         start = stop
 
 
-def documents(asked: TextRequest) -> Iterator[str]:
-    """The documents themselves, those without any text left out.
+def documents(request: TextRequest) -> Iterator[str]:
+    """Yield the requested documents, except those that contain only white space.
 
     Raises:
-        SourceError: they are not there, or cannot be read.
+        SourceError: the data does not exist or cannot be read.
     """
-    if asked.data == PYDOC:
+    if request.data == PYDOC:
         from pydoc_data.topics import topics
 
         found: Iterable[str] = (topics[name] for name in sorted(topics))
-    elif not asked.from_hub:
+    elif not request.from_hub:
         found = (
-            document for file in _files(Path(asked.data).expanduser()) for document in _from_file(file, asked.column)
+            document
+            for file in _files(Path(request.data).expanduser())
+            for document in _from_file(file, request.column)
         )
     else:
-        found = _from_hub(asked)
+        found = _from_hub(request)
     return (document for document in found if document.strip())
 
 
-def check_data(asked: TextRequest) -> None:
-    """Refuse text that cannot be there, before anything is loaded.
+def check_data(request: TextRequest) -> None:
+    """Check that the requested data can exist, before anything is loaded.
 
     Raises:
-        SourceError: no such file or directory, none of a kind that is read, or no hub id.
+        SourceError: there is no such file or directory, its format is not supported, or the name is not a Hub dataset id.
     """
-    if asked.data == PYDOC:
+    if request.data == PYDOC:
         return
-    if not asked.from_hub:
-        _files(Path(asked.data).expanduser())
-    elif not _HUB_ID.fullmatch(asked.data) or asked.data.endswith((*_KINDS, *_PACKED)):
-        raise SourceError(f"{asked.data} does not exist on this machine and is no hub dataset (organisation/name)")
+    if not request.from_hub:
+        _files(Path(request.data).expanduser())
+    elif not _HUB_ID.fullmatch(request.data) or request.data.endswith((*_KINDS, *_PACKED)):
+        raise SourceError(f"{request.data} does not exist on this machine and is not a Hub dataset (organization/name)")
 
 
 def _kind(path: Path) -> str | None:
+    """Return the file's format ("text", "json" or "parquet"); None if it is not supported."""
     suffixes = path.suffixes[-2:]
     if suffixes and suffixes[-1] in _PACKED:
         kind = _KINDS.get((suffixes[-2:-1] or [""])[0])
@@ -248,17 +259,20 @@ def _kind(path: Path) -> str | None:
 
 
 def _files(path: Path) -> list[Path]:
-    known = f"{', '.join(_KINDS)}, or .txt and .jsonl packed as {' or '.join(_PACKED)}"
+    """Return the readable files of a directory in a fixed order, or the file itself."""
+    formats = f"{', '.join(_KINDS)}, or .txt and .jsonl compressed as {' or '.join(_PACKED)}"
     if path.is_dir():
         files = sorted(
             file for file in path.rglob("*")
             if file.is_file() and _kind(file) and not any(part[0] == "." for part in file.relative_to(path).parts)
         )  # fmt: skip
         if not files:
-            raise SourceError(f"{path} holds no text: none of its files ends in {known}")
+            raise SourceError(f"{path} contains no text: none of its files ends in {formats}")
         return files
     if _kind(path) is None:
-        raise SourceError(f"{path} is not read: text comes as {known}, as {PYDOC!r}, or as the id of a hub dataset")
+        raise SourceError(
+            f"{path} has a format that is not supported: give {formats}, {PYDOC!r}, or the id of a Hub dataset"
+        )
     return [path]
 
 
@@ -278,49 +292,52 @@ def _from_file(path: Path, column: str) -> Iterator[str]:
     except (SourceError, GeneratorExit):
         raise
     except UnicodeDecodeError as error:
-        raise SourceError(f"{path} is no UTF-8 text: {error}") from error
-    except Exception as error:  # readers of several formats raise what they like
+        raise SourceError(f"{path} is not UTF-8 text: {error}") from error
+    except Exception as error:  # the readers of the formats may raise any exception
         raise SourceError(f"cannot read {path} as {kind}: {type(error).__name__}: {error}") from error
 
 
-def _from_hub(asked: TextRequest) -> Iterator[str]:
+def _from_hub(request: TextRequest) -> Iterator[str]:
     import datasets
 
-    name, _, configuration = asked.data.partition(":")
+    name, _, configuration = request.data.partition(":")
     try:
         with _silence_datasets():
-            rows = datasets.load_dataset(name, configuration or None, split=asked.split, streaming=True)
-            if asked.shuffled:
-                rows = rows.shuffle(seed=asked.seed, buffer_size=_BUFFER)
-            yield from _texts(rows, asked.column, name)
+            rows = datasets.load_dataset(name, configuration or None, split=request.split, streaming=True)
+            if request.shuffled:
+                rows = rows.shuffle(seed=request.seed, buffer_size=_BUFFER)
+            yield from _texts(rows, request.column, name)
     except (SourceError, GeneratorExit):
         raise
-    except Exception as error:  # so does the hub's client
+    except Exception as error:  # the Hub's client may raise any exception
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
-            f"cannot read the dataset {asked.data} (split {asked.split}): {first}. Go online, check the spelling, or take local text: --data "
-            f"FILE, or --data {PYDOC}"
+            f"cannot read the dataset {request.data} (split {request.split}): {first}. Go online, check the spelling, "
+            f"or use local text: --data FILE, or --data {PYDOC}"
         ) from error
 
 
-def _texts(rows: Any, column: str, where: str) -> Iterator[str]:
+def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
+    """Yield the texts of a column; `source` names the data in errors."""
     for row in rows:
         if column not in row:
             raise SourceError(
-                f"{where} has no column {column!r}; it has {', '.join(map(str, row))}. Say which holds the text: --column"
+                f"{source} has no column {column!r}; it has {', '.join(map(str, row))}. "
+                "Name the column that contains the text: --column"
             )
         text = row[column]
         if text is None:
             continue
         if not isinstance(text, str):
             raise SourceError(
-                f"the column {column!r} of {where} holds {type(text).__name__}, not text; say which holds text: --column"
+                f"the column {column!r} of {source} contains {type(text).__name__}, not text; "
+                "name the column that contains the text: --column"
             )
         yield text
 
 
-class _silence_datasets:  # noqa: N801 - it reads as a word
-    """Without the progress bars and the log of the library that reads."""
+class _silence_datasets:  # noqa: N801 - it is used like a function
+    """Context manager that turns off the progress bars and the log of the datasets library."""
 
     def __enter__(self) -> None:
         import logging

@@ -1,9 +1,9 @@
-"""How much of its attention a token pays to those before it, read off the attention kernel while the model runs.
+"""Record the attention weights of tokens on the tokens before them while the model runs.
 
-The kernel that scaled_dot_product_attention chooses is given queries, keys and a mask, and tells the logarithm of each query's sum over all
-keys. So the few weights that are wanted are worked out from queries and keys alone: tokens x tokens is never in memory, and what the
-model computes stays what it was, for its own kernel computes it. Where a model makes its matrix of weights itself (eager attention), they
-are read off that.
+The kernel that scaled_dot_product_attention chooses takes queries, keys and a mask, and returns for each query the
+log-sum-exp of its scores over all keys. A few attention weights can therefore be computed from queries and keys alone: a
+tokens x tokens matrix is never in memory, and the model's own output does not change, because its own kernel computes it. If
+a model computes the matrix of weights itself (eager attention), the weights are read from that matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .float32_matmul import float32_products
 REACH = 5
 _CHUNK = 32
 _aten = torch.ops.aten
-# Kernels, and where among their positional arguments the mask and the wish for the logarithm of sums are.
+# For each kernel, the positions of two arguments: the mask, and the flag that requests log-sum-exp. None: not positional.
 _KERNELS: dict[Any, tuple[int | None, int | None]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: (None, None),
     _aten._scaled_dot_product_flash_attention.default: (None, None),
@@ -31,17 +31,19 @@ _SOFTMAX = {_aten._softmax.default, _aten._safe_softmax.default}
 
 
 class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
-    """Inside, attention kernels are run as always, and what their queries give to the last `reach` keys is added up over heads.
+    """Context that sums, over heads, the attention of each token on the `reach` tokens before it.
+
+    Attention kernels run unchanged inside the context.
 
     Args:
-        tokens: of a sequence; a softmax over anything else is passed by.
-        reach: how many tokens to look back.
+        tokens: length of a sequence; a softmax of another size is ignored.
+        reach: number of previous tokens.
 
     Attributes:
-        weights_BTK: summed over heads, (batch, tokens, reach), float32: place k - 1 is the weight of the token k before; None before a
-            kernel has run.
-        heads: how many were added up.
-        unknown: kernels that do not tell.
+        weights_BTK: attention weights summed over heads, (batch, tokens, reach), float32. Index k - 1 holds the weight of the
+            token k positions before. None until a kernel has run.
+        heads: number of heads in the sum.
+        unknown: names of kernels from which attention weights cannot be computed.
     """
 
     def __init__(self, tokens: int, reach: int = REACH) -> None:
@@ -54,12 +56,12 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _KERNELS:
-            return self._kernel(func, args, kwargs)
+            return self._run_kernel(func, args, kwargs)
         if func in _SOFTMAX:
             output = func(*args, **kwargs)
-            self._matrix(output)
+            self._record_softmax(output)
             return output
-        with self:  # in inference mode, functions come here before they are taken apart
+        with self:  # in inference mode, composite functions arrive here before they are decomposed
             output = func.decompose(*args, **kwargs)
         if output is not NotImplemented:
             return output
@@ -67,30 +69,30 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
             self.unknown.add(func.__name__.partition(".")[0])
         return func(*args, **kwargs)
 
-    def _kernel(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mask_at, wish_at = _KERNELS[func]
-        if wish_at is not None:
-            args = (*args[:wish_at], True, *args[wish_at + 1 :])
+    def _run_kernel(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask_index, lse_flag_index = _KERNELS[func]
+        if lse_flag_index is not None:
+            args = (*args[:lse_flag_index], True, *args[lse_flag_index + 1 :])
         output = func(*args, **kwargs)
         query, key = args[:2]
         if query.shape[-2] == key.shape[-2] == self.tokens:
-            mask = kwargs.get("attn_mask") if mask_at is None else args[mask_at]
+            mask = kwargs.get("attn_mask") if mask_index is None else args[mask_index]
             lse_BHT = output[1].flatten(2)[..., : self.tokens]
             scale = kwargs.get("scale")
-            self._of_kernel(query, key, lse_BHT, mask, query.shape[-1] ** -0.5 if scale is None else scale)
+            self._add_from_kernel(query, key, lse_BHT, mask, query.shape[-1] ** -0.5 if scale is None else scale)
         return output
 
-    def _matrix(self, weights: torch.Tensor) -> None:
-        """A softmax over (batch, heads, queries, keys); some have a column more, which takes up what no token gets."""
+    def _record_softmax(self, weights: torch.Tensor) -> None:
+        """Record a softmax over (batch, heads, queries, keys); some models add one column for a sink that is not a token."""
         if (
             weights.dim() < 3
             or weights.shape[-2] != self.tokens
             or weights.shape[-1] not in (self.tokens, self.tokens + 1)
         ):
             return
-        self._of_matrix(weights if weights.dim() > 3 else weights[:, None])
+        self._add_from_weights(weights if weights.dim() > 3 else weights[:, None])
 
-    def _of_kernel(
+    def _add_from_kernel(
         self,
         query_BHTC: torch.Tensor,
         key_BHTC: torch.Tensor,
@@ -100,37 +102,39 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
     ) -> None:
         self._add(banded_attention(query_BHTC, key_BHTC, lse_BHT, mask, scale, self.reach).sum(1), query_BHTC.shape[1])
 
-    def _of_matrix(self, weights: torch.Tensor) -> None:
+    def _add_from_weights(self, weights: torch.Tensor) -> None:
         band = [
             functional.pad(
-                weights.diagonal(-back, -2, -1)[..., : max(0, self.tokens - back)], (min(back, self.tokens), 0)
+                weights.diagonal(-distance, -2, -1)[..., : max(0, self.tokens - distance)],
+                (min(distance, self.tokens), 0),
             )
-            for back in range(1, self.reach + 1)
+            for distance in range(1, self.reach + 1)
         ]
         self._add(torch.stack(band, -1).float().sum(1), weights.shape[1])
 
     def _add(self, weights_BTK: torch.Tensor, heads: int) -> None:
-        held = self.weights_BTK
-        if held is not None and held.shape != weights_BTK.shape:
-            # (batch * heads, tokens, tokens) beside (batch, heads, ...): not known to occur
+        total = self.weights_BTK
+        if total is not None and total.shape != weights_BTK.shape:
+            # (batch * heads, tokens, tokens) as well as (batch, heads, ...) in one block: not known to occur
             self.unknown.add("kernels of several shapes")
             return
-        self.weights_BTK = weights_BTK if held is None else held + weights_BTK
+        self.weights_BTK = weights_BTK if total is None else total + weights_BTK
         self.heads += heads
 
 
 class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-call] # torch's own
-    """The same, and it keeps what each head's last query gives to every key.
+    """Context that keeps, for each head, the attention weights of the last token on every token.
 
     Attributes:
-        last_BHT: one after another, (batch, heads, tokens) or, where a kernel has them so, (batch * heads, 1, tokens); float32.
+        last_BHT: one float32 tensor for each kernel call, (batch, heads, tokens), or (batch * heads, 1, tokens) if the kernel
+            merges batch and heads.
     """
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens)
         self.last_BHT: list[torch.Tensor] = []
 
-    def _of_kernel(
+    def _add_from_kernel(
         self,
         query_BHTC: torch.Tensor,
         key_BHTC: torch.Tensor,
@@ -138,20 +142,20 @@ class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-cal
         mask: torch.Tensor | None,
         scale: float,
     ) -> None:
-        key_BHTC = _repeated(key_BHTC, query_BHTC)
+        key_BHTC = _repeat_keys(key_BHTC, query_BHTC)
         with float32_products("highest"), torch.autocast(query_BHTC.device.type, enabled=False):
             score = torch.matmul(query_BHTC[:, :, -1:].float(), key_BHTC.float().mT)[:, :, 0] * scale
         if mask is not None:
-            given = mask[..., -1, :]
-            score = score.masked_fill(~given, -torch.inf) if mask.dtype == torch.bool else score + given
+            mask_row = mask[..., -1, :]
+            score = score.masked_fill(~mask_row, -torch.inf) if mask.dtype == torch.bool else score + mask_row
         self.last_BHT.append((score - lse_BHT[..., -1:]).exp())
 
-    def _of_matrix(self, weights: torch.Tensor) -> None:
+    def _add_from_weights(self, weights: torch.Tensor) -> None:
         self.last_BHT.append(weights[:, :, -1, : self.tokens].float())
 
 
-def _repeated(key_BHTC: torch.Tensor, query_BHTC: torch.Tensor) -> torch.Tensor:
-    """Keys, one for each head of queries."""
+def _repeat_keys(key_BHTC: torch.Tensor, query_BHTC: torch.Tensor) -> torch.Tensor:
+    """Repeat the keys so that each query head has its own."""
     heads = query_BHTC.shape[1]
     return key_BHTC if key_BHTC.shape[1] == heads else key_BHTC.repeat_interleave(heads // key_BHTC.shape[1], 1)
 
@@ -164,38 +168,46 @@ def banded_attention(
     scale: float,
     reach: int,
 ) -> torch.Tensor:
-    """Attention weights of each query on the `reach` keys before its own: float32, (batch, heads, tokens, reach).
+    """Compute the attention weights of each query on the `reach` keys before its own position.
 
     Args:
         query_BHTC: queries, (batch, heads, tokens, channels).
-        key_BHTC: keys, of as many heads or of fewer that several share.
-        lse_BHT: logarithm of each query's sum over all keys.
-        mask: that the kernel was given, (batch or 1, heads or 1, tokens, tokens): of type bool, or added to scores. None: causal.
-        scale: of scores.
-        reach: how many keys.
+        key_BHTC: keys, with as many heads as the queries, or with fewer heads that several query heads share.
+        lse_BHT: log-sum-exp of each query's scores over all keys.
+        mask: the kernel's mask, (batch or 1, heads or 1, tokens, tokens): bool, or numbers that are added to the scores. None
+            means causal attention.
+        scale: factor of the scores.
+        reach: number of keys before the query's own.
+
+    Returns:
+        Weights, float32, (batch, heads, tokens, reach).
     """
     batch, heads, tokens, _ = query_BHTC.shape
-    key_BHTC = _repeated(key_BHTC, query_BHTC)
+    key_BHTC = _repeat_keys(key_BHTC, query_BHTC)
     with float32_products("highest"), torch.autocast(query_BHTC.device.type, enabled=False):
-        scores = _near(query_BHTC, key_BHTC, reach)
+        scores = _chunked_scores(query_BHTC, key_BHTC, reach)
     band = []
-    for back in range(1, reach + 1):
-        score = scores.diagonal(reach - back, -2, -1).reshape(batch, heads, -1)[..., :tokens] * scale
+    for distance in range(1, reach + 1):
+        score = scores.diagonal(reach - distance, -2, -1).reshape(batch, heads, -1)[..., :tokens] * scale
         if mask is not None:
-            given = functional.pad(mask.diagonal(-back, -2, -1), (min(back, tokens), 0))
-            score = score.masked_fill(~given, -torch.inf) if mask.dtype == torch.bool else score + given
+            mask_band = functional.pad(mask.diagonal(-distance, -2, -1), (min(distance, tokens), 0))
+            score = score.masked_fill(~mask_band, -torch.inf) if mask.dtype == torch.bool else score + mask_band
         weight = (score - lse_BHT).exp()
-        weight[..., : min(back, tokens)] = 0
+        weight[..., : min(distance, tokens)] = 0
         band.append(weight)
     return torch.stack(band, -1)
 
 
-def _near(query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, reach: int) -> torch.Tensor:
-    """Scores of queries on keys near them: (batch, heads, chunks, queries of a chunk, keys from `reach` before its first)."""
+def _chunked_scores(query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, reach: int) -> torch.Tensor:
+    """Multiply chunks of queries with the keys near them.
+
+    Returns:
+        Scores, float32, (batch, heads, chunks, queries of a chunk, keys that start `reach` before the chunk's first query).
+    """
     batch, heads, tokens, channels = query_BHTC.shape
     chunks = -(-tokens // _CHUNK)
-    behind = chunks * _CHUNK - tokens
-    # Chunks of queries against the keys from `reach` before their first to their last: a narrow band as a few small products.
-    query = functional.pad(query_BHTC.float(), (0, 0, 0, behind)).view(batch, heads, chunks, _CHUNK, channels)
-    keys = functional.pad(key_BHTC.float(), (0, 0, reach, behind)).unfold(2, _CHUNK + reach, _CHUNK)
+    padding_length = chunks * _CHUNK - tokens
+    # Each chunk needs only the keys from `reach` before its first query to its last query: a few small products.
+    query = functional.pad(query_BHTC.float(), (0, 0, 0, padding_length)).view(batch, heads, chunks, _CHUNK, channels)
+    keys = functional.pad(key_BHTC.float(), (0, 0, reach, padding_length)).unfold(2, _CHUNK + reach, _CHUNK)
     return torch.matmul(query, keys)

@@ -1,7 +1,8 @@
-"""A model's blocks, to be called one by one and in any order, each with the arguments that it gets at its own place.
+"""Call a model's blocks one by one, in any order, each with its own recorded arguments.
 
-The model's own forward runs once; stand-ins in the list of blocks keep what each block is given (mask, positions, rotary
-embedding: right for that very block), and the list is as it was before any block is called by hand. No forward hooks.
+The model's own forward runs once. During it, wrappers in the list of blocks record each block's arguments (mask, positions
+and rotary embedding, which may differ between blocks). The list is restored before any block is called by hand. No forward
+hooks are used.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from .offload import OffloadedWeights, offload_hooks, offloaded_outside_blocks
 
 @dataclass(frozen=True, slots=True)
 class CallConvention:
-    """How one block is called.
+    """How one block is called, and how it returns the residual stream.
 
     Attributes:
         stream: the argument that holds the residual stream.
-        beside: what it returns beside the stream, where it returns a tuple or list; None where it returns the stream itself.
-        overwrites: whether it adds to its input in place.
+        extra_outputs: values that the block returns after the stream, if it returns a tuple or list; None if it returns the
+            stream itself.
+        overwrites: whether the block adds to its input in place.
     """
 
     stream: Where
@@ -42,12 +44,13 @@ class CallConvention:
 
 @dataclass(slots=True)
 class ForwardRecord:
-    """What one forward of the unedited model has left.
+    """Values recorded during one forward of the unedited model.
 
     Attributes:
-        given: for each block, its arguments but for the stream.
-        states: residual streams that were asked for, by number: k is what block k is given, `depth` what the last returned.
-        passed: the residual stream before and after the block that has just been run, while its context (`Beside`) ends.
+        arguments: each block's arguments, without the stream.
+        states: the requested residual streams by number: k is the input of block k, `depth` is the output of the last block.
+        last_block: the residual stream before and after the block that just ran, available while its context
+            (`AroundBlock`) exits.
     """
 
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -59,67 +62,69 @@ AroundBlock = Callable[[int, ForwardRecord], AbstractContextManager[None]]
 
 
 class _StopForwardError(Exception):
-    """Ends a forward behind the last block; what follows is done otherwise."""
+    """Stop a forward after the last block: the caller computes the logits itself."""
 
 
 class BlockRunner:
-    """The blocks of a model in evaluation mode.
+    """The blocks of a model, callable in any order in evaluation mode.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        anatomy: the model's.
-        compiled: call blocks compiled by torch where they are called one by one.
+        anatomy: the model's anatomy.
+        compiled: compile the blocks with torch when they are called one by one.
 
     Attributes:
-        blocks: themselves.
-        habits: how each block is called.
-        width: numbers of the residual stream for each token.
-        compiler: calls blocks compiled, if that was asked for.
-        residence: brings weights in that are elsewhere.
-        around: modules outside the blocks whose weights are elsewhere.
+        blocks: the block modules, in the model's order.
+        conventions: how each block is called.
+        width: size of the residual stream for each token.
+        compiler: calls the blocks in compiled form; None if `compiled` is False.
+        offloaded: loads and unloads weights that are kept in main memory or on disk.
+        offloaded_outside: modules outside the blocks that have offloaded weights.
 
     Raises:
-        UnsupportedEditError: blocks hand on more than the stream to each other.
+        UnsupportedEditError: a block passes more than the residual stream to another block.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False) -> None:
         self.model, self.anatomy = model, anatomy
         self.compiler = Compiler() if compiled else None
-        found = find_decoder_blocks(model, anatomy.blocks)
-        self.path, self._list = found.path, found.blocks
-        self.blocks = tuple(found.blocks)  # while stand-ins are in the list, these are still the blocks
+        block_list = find_decoder_blocks(model, anatomy.blocks)
+        self.path, self._list = block_list.path, block_list.blocks
+        self.blocks = tuple(block_list.blocks)  # stays the same while wrappers replace the entries of the list
         self.offloaded = OffloadedWeights()
-        self.offloaded_outside = offloaded_outside_blocks(model, found.blocks)
-        self.conventions, self.width = self._observed()
+        self.offloaded_outside = offloaded_outside_blocks(model, block_list.blocks)
+        self.conventions, self.width = self._observe_conventions()
         self._views: dict[Visit, nn.Module] = {}
 
     @property
     def depth(self) -> int:
-        """Number of blocks."""
+        """Return the number of blocks."""
         return len(self.blocks)
 
-    def _places(self) -> list[tuple[nn.Module, str]]:
+    def _slots(self) -> list[tuple[nn.Module, str]]:
         return [(self._list, str(number)) for number in range(self.depth)]
 
-    def _observed(self) -> tuple[tuple[CallConvention, ...], int]:
+    def _observe_conventions(self) -> tuple[tuple[CallConvention, ...], int]:
         observers = [_Observer(block) for block in self.blocks]
-        with self.inference_mode(), replace_modules(self._places(), observers):
+        with self.inference_mode(), replace_modules(self._slots(), observers):
             probe_forward(self.model)
         earlier: dict[tuple[int, torch.Size], int] = {}
         for number, observer in enumerate(observers):
             for tensor in _tensors([value for where, value in observer.arguments() if where != observer.where]):
                 if (source := earlier.get((tensor.data_ptr(), tensor.shape))) is not None:
                     raise UnsupportedEditError(
-                        f"{type(self.model).__name__}: block {source} hands block {number} more than the residual stream (a tensor of shape "
-                        f"{tuple(tensor.shape)}), so blocks cannot be run in another order by themselves"
+                        f"{type(self.model).__name__}: block {source} hands block {number} more than the residual stream "
+                        f"(a tensor of shape {tuple(tensor.shape)}), so the blocks cannot be run in another order"
                     )
-            beside = observer.output[1:] if isinstance(observer.output, tuple | list) else ()
-            earlier |= {(tensor.data_ptr(), tensor.shape): number for tensor in _tensors(beside) if tensor.numel()}
-        return tuple(observer.habit() for observer in observers), observers[0].before.shape[-1]
+            extra_outputs = observer.output[1:] if isinstance(observer.output, tuple | list) else ()
+            earlier |= {
+                (tensor.data_ptr(), tensor.shape): number for tensor in _tensors(extra_outputs) if tensor.numel()
+            }
+        return tuple(observer.convention() for observer in observers), observers[0].before.shape[-1]
 
     @contextmanager
     def inference_mode(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, nothing compiled anew; what surrounds the blocks has its weights at hand."""
+        """Set evaluation mode without gradients or new compilation, with the weights outside the blocks loaded."""
         with (
             eval_no_grad(self.model),
             torch.compiler.set_stance("force_eager"),
@@ -128,68 +133,71 @@ class BlockRunner:
             yield
 
     def record(self, inputs: dict[str, Any], keep: Collection[int], around: AroundBlock | None = None) -> ForwardRecord:
-        """Run the model up to its last block, once, and keep what the blocks are given.
+        """Run the model once, up to its last block, and record the arguments of the blocks.
 
         Args:
             inputs: keyword arguments of the model's forward.
-            keep: numbers of the residual streams to keep.
-            beside: makes a context for each block's number, in which the block is run.
+            keep: numbers of the residual streams to keep, see `ForwardRecord.states`.
+            around: returns, for a block's number and the record, a context in which the block is run.
         """
         record = ForwardRecord()
-        recorders = [_Recorder(block, place, self, record, keep, around) for place, block in enumerate(self.blocks)]
-        with replace_modules(self._places(), recorders), suppress(_StopForwardError):
+        recorders = [_Recorder(block, number, self, record, keep, around) for number, block in enumerate(self.blocks)]
+        with replace_modules(self._slots(), recorders), suppress(_StopForwardError):
             self.model(**inputs)
         return record
 
     def run(self, record: ForwardRecord, visit: Visit, stream: torch.Tensor) -> torch.Tensor:
-        """The residual stream after one visit of a block, (batch, length, width); `stream` is left as it is."""
-        habit, block = self.conventions[visit.block], self.block(visit)
+        """Return the residual stream after one visit of a block, (batch, length, width); `stream` is not changed."""
+        convention, block = self.conventions[visit.block], self.block(visit)
         args, kwargs = record.arguments[visit.block]
 
         def bind(stream: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if isinstance(habit.stream, int):
-                return (*args[: habit.stream], stream, *args[habit.stream + 1 :]), kwargs
-            return args, {**kwargs, habit.stream: stream}
+            if isinstance(convention.stream, int):
+                return (*args[: convention.stream], stream, *args[convention.stream + 1 :]), kwargs
+            return args, {**kwargs, convention.stream: stream}
 
-        place = next((parameter.device for parameter in block.parameters() if not parameter.is_meta), stream.device)
-        stream = stream.to(place)
-        given = stream.clone() if habit.overwrites else stream
-        version = _version(given)
+        device = next((parameter.device for parameter in block.parameters() if not parameter.is_meta), stream.device)
+        stream = stream.to(device)
+        block_input = stream.clone() if convention.overwrites else stream
+        version = _version(block_input)
         if self.compiler is None:
-            given_args, given_kwargs = bind(given)
-            output = block(*given_args, **given_kwargs)
+            call_args, call_kwargs = bind(block_input)
+            output = block(*call_args, **call_kwargs)
         else:
-            output = self.compiler(block, given, bind)
+            output = self.compiler(block, block_input, bind)
         after = first_tensor(output)
         assert after is not None
-        assert habit.overwrites or _version(given) == version, f"block {visit.block} has overwritten its input"
+        assert convention.overwrites or _version(block_input) == version, (
+            f"block {visit.block} has overwritten its input"
+        )
         return after
 
     def block(self, visit: Visit) -> nn.Module:
-        """The module of a visit: the block itself, or a view of it in which a branch is silent."""
+        """Return the module of a visit: the block itself, or a view of the block in which a branch is skipped."""
         if visit.whole:
             return self.blocks[visit.block]
         if visit in self._views:
             return self._views[visit]
-        silent = share_parameters(self.blocks[visit.block])
-        install_skips(silent, self.anatomy.skip_specs(visit))
-        # Where weights come and go, a view has those that are there when it is made.
-        if not any(True for module in silent.modules() for _ in offload_hooks(module)):
-            self._views[visit] = silent
-        return silent
+        view = share_parameters(self.blocks[visit.block])
+        install_skips(view, self.anatomy.skip_specs(visit))
+        # A view refers to the weights that are loaded when it is made, so a view of offloaded weights is not cached.
+        if not any(True for module in view.modules() for _ in offload_hooks(module)):
+            self._views[visit] = view
+        return view
 
     @contextmanager
     def with_final_stream(self, stream: torch.Tensor) -> Iterator[None]:
-        """Inside, the model's own forward computes no block: whatever it is given, its blocks end in `stream`."""
-        ends = [
-            _End(block, stream, habit.extra_outputs) for block, habit in zip(self.blocks, self.conventions, strict=True)
+        """Make the model's own forward skip all blocks and use `stream` as the output of the last one."""
+        wrappers = [
+            _FinalStream(block, stream, convention.extra_outputs)
+            for block, convention in zip(self.blocks, self.conventions, strict=True)
         ]
-        with replace_modules(self._places(), ends):
+        with replace_modules(self._slots(), wrappers):
             yield
 
 
 class _Observer(ModuleWrapper):
-    """Runs a block once, and looks at how it treats its arguments."""
+    """Wrapper that runs a block once and observes its calling convention."""
 
     where: Where
     output: Any
@@ -209,63 +217,63 @@ class _Observer(ModuleWrapper):
     def arguments(self) -> list[tuple[Where, Any]]:
         return [*enumerate(self.args), *self.kwargs.items()]
 
-    def habit(self) -> CallConvention:
-        beside = tuple(self.output[1:]) if isinstance(self.output, tuple | list) else None
-        return CallConvention(self.where, beside, not torch.equal(self.before, self.stream))
+    def convention(self) -> CallConvention:
+        extra_outputs = tuple(self.output[1:]) if isinstance(self.output, tuple | list) else None
+        return CallConvention(self.where, extra_outputs, not torch.equal(self.before, self.stream))
 
 
 class _Recorder(ModuleWrapper):
-    """Runs a block and notes on the tape what it was given."""
+    """Wrapper that runs a block and adds its arguments to a forward record."""
 
     def __init__(
         self,
         module: nn.Module,
-        place: int,
+        number: int,
         runner: BlockRunner,
         record: ForwardRecord,
         keep: Collection[int],
-        beside: AroundBlock | None,
+        around: AroundBlock | None,
     ) -> None:
         super().__init__(module)
-        # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_place=place, _runner=runner, _record=record, _keep=keep, _beside=beside)
+        # Bypass nn.Module's attribute handling: the runner must not become a submodule of this wrapper.
+        vars(self).update(_number=number, _runner=runner, _record=record, _keep=keep, _around=around)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        place, record = self._place, self._record
-        habit: CallConvention = self._runner.conventions[place]
-        where = habit.stream
+        number, record = self._number, self._record
+        convention: CallConvention = self._runner.conventions[number]
+        where = convention.stream
         stream = args[where] if isinstance(where, int) else kwargs[where]
-        if place in self._keep:
-            record.states[place] = stream.clone() if habit.overwrites else stream
+        if number in self._keep:
+            record.states[number] = stream.clone() if convention.overwrites else stream
         if isinstance(where, int):
             record.arguments.append(((*args[:where], None, *args[where + 1 :]), kwargs))
         else:
             record.arguments.append((args, {name: value for name, value in kwargs.items() if name != where}))
-        with nullcontext() if self._beside is None else self._beside(place, record):
-            before = stream.clone() if habit.overwrites and self._beside is not None else stream
+        with nullcontext() if self._around is None else self._around(number, record):
+            before = stream.clone() if convention.overwrites and self._around is not None else stream
             output = self.module(*args, **kwargs)
             if (after := first_tensor(output)) is not None:
                 record.last_block = before, after
         record.last_block = None
-        if place < self._runner.depth - 1:
+        if number < self._runner.depth - 1:
             return output
-        record.states[place + 1] = first_tensor(output)
+        record.states[number + 1] = first_tensor(output)
         raise _StopForwardError
 
 
-class _End(ModuleWrapper):
-    """Stands for a block, computes nothing, and returns one given stream."""
+class _FinalStream(ModuleWrapper):
+    """Wrapper that does not run its block and returns a fixed stream."""
 
-    def __init__(self, module: nn.Module, stream: torch.Tensor, beside: tuple[Any, ...] | None) -> None:
+    def __init__(self, module: nn.Module, stream: torch.Tensor, extra_outputs: tuple[Any, ...] | None) -> None:
         super().__init__(module)
-        self.stream, self.beside = stream, beside
+        self.stream, self.extra_outputs = stream, extra_outputs
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.stream if self.beside is None else (self.stream, *self.beside)
+        return self.stream if self.extra_outputs is None else (self.stream, *self.extra_outputs)
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """Counts what was written to a tensor, where torch keeps count."""
+    """Return torch's count of in-place writes to a tensor; 0 for an inference tensor, which has no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 

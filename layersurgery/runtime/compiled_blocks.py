@@ -1,9 +1,9 @@
-"""Blocks compiled by torch, each shown equal to itself before it is believed.
+"""Compile blocks with torch, and check that each compiled block equals the original before using it.
 
-Norms, rotary embeddings and gates are many passes over a stream; compiled, they are few. Blocks of one kind share one compiled
-function, for their parameters are its arguments. Each shape has a function of its own: one for all of them would depend on which
-came first, and so would the last digits of a run that was stopped and goes on. CUDA graphs are not asked for: they would hand out the
-same memory at each call, and with thousands of tokens at once there is no launching to save.
+Norms, rotary embeddings and gates take many passes over the stream; compiled, they take few. Blocks of one kind share one
+compiled function, because their parameters are its arguments. Each input shape gets its own function: a function for all
+shapes would depend on the shape that came first, and so would the last digits of a resumed run. CUDA graphs are not used:
+they reuse the same output memory at each call, and with thousands of tokens at once kernel launches cost little.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from torch import nn
 
 from ..models.call_tracing import first_tensor
 
-# What rounding in another order may change, as a share of what a block adds to the stream.
+# Largest difference that a different order of rounding may cause, relative to the block's change of the stream.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-_KINDS = 64
+_MAX_BLOCK_KINDS = 64
 
 Bind = Callable[[torch.Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Compiler:
-    """Calls blocks, compiled where torch can do it and the result is right, as they are where not, which is said once.
+    """Calls blocks in compiled form; uncompiled, with one warning, if torch cannot compile them or the result is wrong.
 
     Attributes:
-        refused: why blocks are called as they are; None while all are compiled.
+        refused: why blocks are called uncompiled; None while all are compiled.
     """
 
     def __init__(self) -> None:
         self.refused: str | None = None
-        self._ready: dict[nn.Module, Any] = {}
+        self._compiled: dict[nn.Module, Any] = {}
 
     def __call__(self, block: nn.Module, stream: torch.Tensor, bind: Bind) -> Any:
-        """What a block returns for a stream.
+        """Call a block on a stream and return its output.
 
         Args:
-            block: to be called.
-            stream: (batch, length, width); the block may overwrite it.
-            bind: gives the block's arguments for a stream.
+            block: the block to call.
+            stream: residual stream, (batch, length, width); the block may overwrite it.
+            bind: returns the block's arguments for a stream.
         """
-        if self.refused is None and block not in self._ready:
-            self._prove(block, stream, bind)
+        if self.refused is None and block not in self._compiled:
+            self._compile_and_check(block, stream, bind)
         if self.refused is not None:
             return _call(block, stream, bind)
         with _compiling():
-            return _call(self._ready[block], stream, bind)
+            return _call(self._compiled[block], stream, bind)
 
-    def _prove(self, block: nn.Module, stream: torch.Tensor, bind: Bind) -> None:
-        name, call = type(block).__name__, torch.compile(block, fullgraph=True, dynamic=False)
-        plain = first_tensor(_call(block, stream.clone(), bind))
+    def _compile_and_check(self, block: nn.Module, stream: torch.Tensor, bind: Bind) -> None:
+        name, compiled = type(block).__name__, torch.compile(block, fullgraph=True, dynamic=False)
+        eager_output = first_tensor(_call(block, stream.clone(), bind))
         try:
             with _compiling():
-                fast = first_tensor(_call(call, stream.clone(), bind))
+                compiled_output = first_tensor(_call(compiled, stream.clone(), bind))
         except Exception as error:  # torch, its compiler and a C++ compiler may raise anything
-            self._give_up(
+            self._stop_compiling(
                 f"torch cannot compile {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             )
             return
-        if fast is None or plain is None or not _same(fast, plain, stream):
-            self._give_up(f"compiled by torch, {name} computes something else")
+        if compiled_output is None or eager_output is None or not _is_equal(compiled_output, eager_output, stream):
+            self._stop_compiling(f"compiled by torch, {name} returns different values")
             return
-        self._ready[block] = call
+        self._compiled[block] = compiled
 
-    def _give_up(self, why: str) -> None:
-        self.refused = why
-        self._ready.clear()
-        warnings.warn(f"{why}; blocks are run as they are", stacklevel=2)
+    def _stop_compiling(self, reason: str) -> None:
+        self.refused = reason
+        self._compiled.clear()
+        warnings.warn(f"{reason}; blocks are run uncompiled", stacklevel=2)
 
 
 def _call(block: Any, stream: torch.Tensor, bind: Bind) -> Any:
@@ -80,14 +80,18 @@ def _call(block: Any, stream: torch.Tensor, bind: Bind) -> Any:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """A model may have more kinds of blocks than torch compiles by default before it gives up."""
-    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=_KINDS):
+    """Allow compilation, for more kinds of blocks than torch's default limit."""
+    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(recompile_limit=_MAX_BLOCK_KINDS):
         yield
 
 
-def _same(fast: torch.Tensor, plain: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether what is added to the stream is the same but for rounding, of which the stream itself brings some."""
-    if not bool(plain.isfinite().all()):
-        return True  # that is found, and said, where predictions are measured
-    off, added, whole = (float(part.double().norm()) for part in (fast - plain, plain - before, plain))
-    return off <= _TOLERANCE.get(plain.dtype, 1e-3) * added + 2 * torch.finfo(plain.dtype).eps * whole
+def _is_equal(compiled_output: torch.Tensor, eager_output: torch.Tensor, before: torch.Tensor) -> bool:
+    """Check whether both outputs are equal up to rounding of the block's change and of the stream itself."""
+    if not bool(eager_output.isfinite().all()):
+        return True  # the measurement of predictions reports NaN and infinite values
+    difference, added, total = (
+        float(part.double().norm()) for part in (compiled_output - eager_output, eager_output - before, eager_output)
+    )
+    return (
+        difference <= _TOLERANCE.get(eager_output.dtype, 1e-3) * added + 2 * torch.finfo(eager_output.dtype).eps * total
+    )

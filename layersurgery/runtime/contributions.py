@@ -1,8 +1,9 @@
-"""What each branch of a block adds to the residual stream, caught while the block runs.
+"""Capture what each branch of a block adds to the residual stream while the block runs.
 
-A branch's module may return something else than what is added: a norm or a multiplier comes behind it, or it adds the residual itself.
-So every block is run once on random numbers, and what it adds is explained as a weighted sum of what its parts return; a block where
-that leaves a remainder is left out by name.
+The output of a branch's module may differ from what the block adds to the stream: a norm or a multiplier may follow it, or
+the module may add the residual itself. So every block is run once on random numbers, and its change of the stream is
+explained as a weighted sum of its branches' outputs. If the sum does not explain the change, the block gets an error and is
+not captured.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from .block_runner import BlockRunner
 
 BRANCHES: tuple[Branch, Branch] = ("attention", "mlp")
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
-_HALF = 0.03
-_ONE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_SMALL = 0.1
+_HALF_TOLERANCE = 0.03
+_SNAP_TO_ONE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_PROBE_STD = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class CapturePoint:
-    """A place in a block where something that is added to the stream can be caught.
+    """A module in a block that returns a contribution to the residual stream.
 
     Attributes:
-        part: the branch.
-        path: the module that returns it, within the block.
-        residual: the argument that it adds to its output itself.
-        times: what the block multiplies it by.
+        branch: the branch that the module belongs to.
+        path: path of the module within the block.
+        residual: the module's argument that it adds to its output itself; None if it does not.
+        scale: the factor by which the block multiplies the module's output.
     """
 
     branch: Branch
@@ -50,15 +51,15 @@ class CapturePoint:
 
 @dataclass(frozen=True, slots=True)
 class BlockContributions:
-    """A block, as far as its branches can be told apart.
+    """The contributions of one block that can be captured.
 
     Attributes:
-        taps: of the branches that can be caught; a branch without any adds nothing.
-        mixers: modules that mix tokens.
-        names: their classes.
-        attends: whether a kernel tells what its tokens attend to.
-        fault: why contributions cannot be caught; empty where they can.
-        blind: why attention cannot be read; empty where it can.
+        capture_points: capture points of the branches; a branch without any adds nothing.
+        mixers: paths of the modules that mix tokens.
+        names: class names of the mixers, separated by commas.
+        attends: whether attention weights can be read from the block's attention kernel.
+        error: why contributions cannot be captured; empty if they can.
+        attention_error: why attention cannot be read; empty if it can.
     """
 
     capture_points: tuple[CapturePoint, ...]
@@ -69,30 +70,39 @@ class BlockContributions:
     attention_error: str = ""
 
     def has(self, branch: Branch) -> bool:
-        """Whether there is such a branch, to be caught."""
-        return any(tap.branch == branch for tap in self.capture_points)
+        """Check whether the contribution of a branch can be captured."""
+        return any(point.branch == branch for point in self.capture_points)
 
 
 def find_contributions(runner: BlockRunner, *, check_attention: bool = True) -> list[BlockContributions]:
-    """All blocks of a model, found by running it once on seven tokens, with each block running twice.
+    """Find the capture points of every block by running the model once on seven tokens; each block runs twice.
 
     Args:
-        runner: the blocks.
-        look: see whether attention tells what it attends to.
+        runner: the model's blocks.
+        check_attention: also check whether the attention weights of each block can be read.
+
+    Returns:
+        One entry for each block, in the model's order.
     """
-    trials = [
-        _ContributionProbe(block, runner, number, look=check_attention) for number, block in enumerate(runner.blocks)
+    probes = [
+        _ContributionProbe(block, runner, number, check_attention=check_attention)
+        for number, block in enumerate(runner.blocks)
     ]
-    places = [(runner.model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
-    with runner.inference_mode(), replace_modules(places, trials):
+    capture_slots = [(runner.model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
+    with runner.inference_mode(), replace_modules(capture_slots, probes):
         probe_forward(runner.model)
-    return [trial.found for trial in trials]
+    return [probe.result for probe in probes]
 
 
 def reads_are_mean_free(runner: BlockRunner) -> bool:
-    """Whether all that reads the stream takes its mean over channels away first, so that the mean of what is written means nothing."""
+    """Check whether every reader of the stream first subtracts the mean over channels.
+
+    If so, the mean of a contribution over channels has no effect.
+    """
     model = runner.model
-    like = next((parameter for parameter in model.parameters() if not parameter.is_meta), torch.zeros(1)).detach()
+    first_parameter = next(
+        (parameter for parameter in model.parameters() if not parameter.is_meta), torch.zeros(1)
+    ).detach()
     kind_of = runner.anatomy.kind_of
     names = [
         f"{runner.path}.{kind_of.index(kind)}.{path}"
@@ -105,152 +115,163 @@ def reads_are_mean_free(runner: BlockRunner) -> bool:
     with runner.inference_mode():
         for name in (final, *names):
             norm = model.get_submodule(name)
-            held = next(iter(norm.parameters()), like)
-            gain = fit_norm(norm, runner.width, like if held.is_meta else held.detach())
-            if gain is None or not gain.centres:
+            parameter = next(iter(norm.parameters()), first_parameter)
+            affine = fit_norm(norm, runner.width, first_parameter if parameter.is_meta else parameter.detach())
+            if affine is None or not affine.centres:
                 return False
     return True
 
 
 class _ContributionProbe(ModuleWrapper):
-    """Stands for a block in one small forward, and finds its taps on random numbers beside it."""
+    """Wrapper that runs its block on random numbers during one small forward, to find the capture points."""
 
-    found: BlockContributions
+    result: BlockContributions
 
-    def __init__(self, block: nn.Module, runner: BlockRunner, number: int, *, look: bool) -> None:
+    def __init__(self, block: nn.Module, runner: BlockRunner, number: int, *, check_attention: bool) -> None:
         super().__init__(block)
-        # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_runner=runner, _number=number, _look=look)
+        # Bypass nn.Module's attribute handling: the runner must not become a submodule of this wrapper.
+        vars(self).update(_runner=runner, _number=number, _check_attention=check_attention)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         runner: BlockRunner = self._runner
         parts = runner.anatomy.parts(self._number)
-        habit = runner.conventions[self._number]
+        convention = runner.conventions[self._number]
         call = Call("", args, kwargs)
-        stream = random_like(call[habit.stream], 7)
-        # Small beside what the block adds, so that little of that is lost in rounding.
-        stream = (stream * (_SMALL / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
-        given_args, given_kwargs = call.with_argument(habit.stream, stream)
+        stream = random_like(call[convention.stream], 7)
+        # The stream is small compared with what the block adds, so that the sum of both rounds off little of the addition.
+        stream = (stream * (_PROBE_STD / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
+        call_args, call_kwargs = call.with_argument(convention.stream, stream)
 
         def run() -> torch.Tensor | None:
-            return first_tensor(self.module(*given_args, **given_kwargs))
+            return first_tensor(self.module(*call_args, **call_kwargs))
 
-        self.found = _block_contributions(self.module, parts, stream, run, look=self._look)
+        self.result = _block_contributions(self.module, parts, stream, run, check_attention=self._check_attention)
         return self.module(*args, **kwargs)
 
 
 def _block_contributions(
-    block: nn.Module, parts: BlockParts, stream: torch.Tensor, run: Callable[[], torch.Tensor | None], *, look: bool
+    block: nn.Module,
+    parts: BlockParts,
+    stream: torch.Tensor,
+    run: Callable[[], torch.Tensor | None],
+    *,
+    check_attention: bool,
 ) -> BlockContributions:
-    taps = [] if parts.fault else [*_capture_points(parts, "attention"), *_capture_points(parts, "mlp")]
+    points = [] if parts.fault else [*_capture_points(parts, "attention"), *_capture_points(parts, "mlp")]
     mixers = parts.attention
     returned: dict[int, torch.Tensor] = {}
 
     def keep(number: int) -> Callable[[torch.Tensor], None]:
         return lambda value: returned.__setitem__(number, value.clone())
 
-    looking: list[PreviousTokenAttention] = []
-    places = [(tap, keep(number)) for number, tap in enumerate(taps)]
-    unseen = ""
+    recorders: list[PreviousTokenAttention] = []
+    capture_slots = [(point, keep(number)) for number, point in enumerate(points)]
+    undispatched = ""
     try:
-        with capture_contributions(block, places, mixers, looking.append if look else None, stream.shape[:-1]):
+        with capture_contributions(
+            block, capture_slots, mixers, recorders.append if check_attention else None, stream.shape[:-1]
+        ):
             after = run()
-    except NotImplementedError as error:  # a kernel that cannot be watched at all
-        if not look:
+    except NotImplementedError as error:  # a kernel that does not run in a dispatch mode
+        if not check_attention:
             raise
-        looking, unseen = [], str(error).partition(":")[0].partition(chr(10))[0]
-        with capture_contributions(block, places, mixers, None, stream.shape[:-1]):
+        recorders, undispatched = [], str(error).partition(":")[0].partition(chr(10))[0]
+        with capture_contributions(block, capture_slots, mixers, None, stream.shape[:-1]):
             after = run()
     names = ", ".join(dict.fromkeys(type(block.get_submodule(path)).__name__ for path in mixers))
-    blind = ", ".join(sorted(set().union(*(seen.unknown for seen in looking)))) or unseen
-    attends = not blind and any(seen.weights_BTK is not None for seen in looking)
-    blind = (
-        f"its attention kernel ({blind}) does not tell; attn_implementation='sdpa' on cpu or cuda does, and 'eager'"
-        if blind
+    attention_error = ", ".join(sorted(set().union(*(recorder.unknown for recorder in recorders)))) or undispatched
+    attends = not attention_error and any(recorder.weights_BTK is not None for recorder in recorders)
+    attention_error = (
+        f"its attention kernel ({attention_error}) does not report its weights; "
+        "load the model with attn_implementation='sdpa' (on cpu or cuda) or 'eager'"
+        if attention_error
         else ""
     )
-    fault = parts.fault
-    if not fault and after is not None and taps:
-        times = _explained(after - stream, [returned.get(number) for number in range(len(taps))])
-        if times is None:
-            fault = "what it adds to the stream is not a weighted sum of what its parts return"
+    reason = parts.fault
+    if not reason and after is not None and points:
+        scales = _fit_scales(after - stream, [returned.get(number) for number in range(len(points))])
+        if scales is None:
+            reason = "its change of the residual stream is not a weighted sum of its branches' outputs"
         else:
-            taps = [
-                CapturePoint(tap.branch, tap.path, tap.residual, value) for tap, value in zip(taps, times, strict=True)
+            points = [
+                CapturePoint(point.branch, point.path, point.residual, value)
+                for point, value in zip(points, scales, strict=True)
             ]
-    return BlockContributions(() if fault else tuple(taps), mixers, names, attends, fault, blind)
+    return BlockContributions(() if reason else tuple(points), mixers, names, attends, reason, attention_error)
 
 
-def _capture_points(parts: BlockParts, part: Branch) -> Iterator[CapturePoint]:
-    """The last modules of a branch: those that write, or the norms behind them."""
-    skips = list(parts.skips(part))
+def _capture_points(parts: BlockParts, branch: Branch) -> Iterator[CapturePoint]:
+    """Yield capture points at the last modules of a branch: its output modules, or the norms that follow them."""
+    skips = list(parts.skips(branch))
     for number, skip in enumerate(skips):
         if (
             skip.passthrough
             or skip.path in parts.norms_after
-            or (skip.residual is None and _normed(skips[number + 1 :], parts))
+            or (skip.residual is None and _precedes_norm(skips[number + 1 :], parts))
         ):
             continue
-        yield CapturePoint(part, skip.path, skip.residual)
+        yield CapturePoint(branch, skip.path, skip.residual)
     for skip in skips:
         if skip.path in parts.norms_after:
-            yield CapturePoint(part, skip.path, None)
+            yield CapturePoint(branch, skip.path, None)
 
 
-def _normed(following: Sequence[SkipSpec], parts: BlockParts) -> bool:
-    """Whether the stub before these is followed by a norm of its own."""
+def _precedes_norm(following: Sequence[SkipSpec], parts: BlockParts) -> bool:
+    """Check whether the first of the following modules is a norm after the branch."""
     return bool(following) and following[0].path in parts.norms_after
 
 
-def _explained(added: torch.Tensor, values: Sequence[torch.Tensor | None]) -> list[float] | None:
-    """Factors with which `values` add up to what a block has added, by least squares; None if they do not."""
+def _fit_scales(added: torch.Tensor, values: Sequence[torch.Tensor | None]) -> list[float] | None:
+    """Fit by least squares the factors with which `values` sum up to `added`; None if the fit leaves a remainder."""
     if any(value is None or value.shape != added.shape for value in values):
         return None
-    given = torch.stack([value.flatten() for value in values if value is not None], 1).double().cpu()
-    wanted = added.flatten().double().cpu()
-    if not bool(given.isfinite().all()) or not bool(wanted.isfinite().all()):
+    columns = torch.stack([value.flatten() for value in values if value is not None], 1).double().cpu()
+    target = added.flatten().double().cpu()
+    if not bool(columns.isfinite().all()) or not bool(target.isfinite().all()):
         return None
-    times = torch.linalg.lstsq(given, wanted[:, None], driver="gelsd").solution[:, 0]
-    near = (times - 1).abs() <= _ONE.get(added.dtype, _HALF)
-    times = torch.where(near, 1.0, times)
-    tolerance = _TOLERANCE.get(added.dtype, _HALF)
-    return times.tolist() if bool((given @ times - wanted).norm() <= tolerance * wanted.norm()) else None
+    scales = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
+    near = (scales - 1).abs() <= _SNAP_TO_ONE.get(added.dtype, _HALF_TOLERANCE)
+    scales = torch.where(near, 1.0, scales)
+    tolerance = _TOLERANCE.get(added.dtype, _HALF_TOLERANCE)
+    return scales.tolist() if bool((columns @ scales - target).norm() <= tolerance * target.norm()) else None
 
 
 class _Capturing(ModuleWrapper):
-    """Runs a module, tells what it adds to the stream, and looks at its attention."""
+    """Wrapper that runs a module and reports its contribution to the stream and its attention weights."""
 
     def __init__(
         self,
         module: nn.Module,
-        tap: CapturePoint | None,
-        tell: Callable[[torch.Tensor], None] | None,
-        looks: Callable[[PreviousTokenAttention], None] | None,
+        point: CapturePoint | None,
+        on_value: Callable[[torch.Tensor], None] | None,
+        on_attention: Callable[[PreviousTokenAttention], None] | None,
         shape: Callable[[], torch.Size | None],
-        looking: type[PreviousTokenAttention],
+        recorder_class: type[PreviousTokenAttention],
     ) -> None:
         super().__init__(module)
-        vars(self).update(_tap=tap, _tell=tell, _looks=looks, _shape=shape, _looking=looking)
+        vars(self).update(
+            _point=point, _on_value=on_value, _on_attention=on_attention, _shape=shape, _recorder_class=recorder_class
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shape = self._shape()
-        if shape is None:  # not now
+        if shape is None:  # capturing is switched off at present
             return self.module(*args, **kwargs)
-        tap: CapturePoint | None = self._tap
+        point: CapturePoint | None = self._point
         residual = None
-        if tap is not None and tap.residual is not None:
-            residual = (args[tap.residual] if isinstance(tap.residual, int) else kwargs[tap.residual]).clone()
-        if self._looks is None:
+        if point is not None and point.residual is not None:
+            residual = (args[point.residual] if isinstance(point.residual, int) else kwargs[point.residual]).clone()
+        if self._on_attention is None:
             output = self.module(*args, **kwargs)
         else:
-            with self._looking(shape[-1]) as look:
+            with self._recorder_class(shape[-1]) as recorder:
                 output = self.module(*args, **kwargs)
-            self._looks(look)
-        if tap is not None:
+            self._on_attention(recorder)
+        if point is not None:
             value = first_tensor(output)
             assert value is not None
             value = value.view(*shape, -1)
-            self._tell(value if residual is None else value - residual.view(value.shape))
+            self._on_value(value if residual is None else value - residual.view(value.shape))
         return output
 
 
@@ -259,29 +280,34 @@ def capture_contributions(
     block: nn.Module,
     capture_points: Sequence[tuple[CapturePoint, Callable[[torch.Tensor], None]]],
     mixers: Sequence[str],
-    looks: Callable[[PreviousTokenAttention], None] | None,
+    on_attention: Callable[[PreviousTokenAttention], None] | None,
     shape: torch.Size | Callable[[], torch.Size | None],
-    looking: type[PreviousTokenAttention] = PreviousTokenAttention,
+    recorder_class: type[PreviousTokenAttention] = PreviousTokenAttention,
 ) -> Iterator[None]:
-    """Inside, a block's taps tell what passes, as long as it is (batch, tokens, width) and before anybody adds to it in place.
+    """Call functions with the contributions of a block each time it runs inside the context.
+
+    A contribution is passed on as (batch, tokens, width), before anything is added to it in place.
 
     Args:
         block: the block.
-        taps: places, and whom to tell; a module that adds the residual itself tells what it adds beside that.
-        mixers: modules whose attention to look at.
-        looks: is given what was seen of a mixer's attention; None not to look.
-        shape: (batch, tokens) of the stream, or a function that gives it, or None while nobody wants to know.
-        looking: how to look at them.
+        capture_points: each capture point with the function that is called with its contribution. If the module adds the
+            residual itself, the residual is subtracted first.
+        mixers: paths of the modules whose attention is recorded.
+        on_attention: called with the recorder of each mixer after the mixer has run; None to record no attention.
+        shape: (batch, tokens) of the stream, or a function that returns it, or returns None while nothing is to be captured.
+        recorder_class: the class that records attention.
     """
-    told = {tap.path: (tap, tell) for tap, tell in capture_points}
-    paths = list(dict.fromkeys([*told, *(mixers if looks is not None else ())]))
-    places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
-    asked = shape if callable(shape) else lambda: shape
-    stand_ins = []
-    for (parent, key), path in zip(places, paths, strict=True):
+    point_by_path = {point.path: (point, on_value) for point, on_value in capture_points}
+    paths = list(dict.fromkeys([*point_by_path, *(mixers if on_attention is not None else ())]))
+    capture_slots = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
+    current_shape = shape if callable(shape) else lambda: shape
+    wrappers = []
+    for (parent, key), path in zip(capture_slots, paths, strict=True):
         module = parent._modules[key]
         assert module is not None
-        tap, tell = told.get(path, (None, None))
-        stand_ins.append(_Capturing(module, tap, tell, looks if path in mixers else None, asked, looking))
-    with replace_modules(places, stand_ins):
+        point, on_value = point_by_path.get(path, (None, None))
+        wrappers.append(
+            _Capturing(module, point, on_value, on_attention if path in mixers else None, current_shape, recorder_class)
+        )
+    with replace_modules(capture_slots, wrappers):
         yield

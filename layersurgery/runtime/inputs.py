@@ -1,4 +1,4 @@
-"""What a model is given: token ids, and where some are padding, what it must be told of it."""
+"""Prepare a model's inputs: token ids, and for padded batches an attention mask and position ids."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..models.block_list import text_config, unwrap_transformers
 def as_tokens(
     tokens: torch.Tensor | Sequence[Sequence[int]], attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask (1 for a token, 0 for padding), both (sequences, length), int64, in main memory.
+    """Convert token ids and their mask (1 for a token, 0 for padding) to int64 tensors of (sequences, length) on the CPU.
 
     Raises:
-        PlanError: another shape, or none of the positions has a next token.
+        PlanError: the shapes are wrong, or no position has a next token.
     """
     try:
         ids = torch.as_tensor(tokens)
@@ -28,7 +28,8 @@ def as_tokens(
     mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
     if ids.dim() != 2 or mask.shape != ids.shape:
         raise PlanError(
-            f"tokens have the shape (sequences, length), and a mask the same; found {tuple(ids.shape)} and {tuple(mask.shape)}"
+            f"tokens and mask must have the same shape (sequences, length); found {tuple(ids.shape)} and "
+            f"{tuple(mask.shape)}"
         )
     if not bool(has_next_token(mask).any()):
         raise PlanError("no position has a next token: give sequences of at least two tokens")
@@ -36,21 +37,21 @@ def as_tokens(
 
 
 def has_next_token(mask: torch.Tensor) -> torch.Tensor:
-    """Positions that have a next token inside their sequence: (sequences, length - 1), of type bool."""
+    """Mark the positions that have a next token in their sequence: bool, (sequences, length - 1)."""
     return (mask[:, :-1] * mask[:, 1:]).bool()
 
 
 def model_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
-    """Keyword arguments for one forward without a cache, on the device of the model's embedding."""
+    """Return the keyword arguments for one forward without a cache, on the device of the model's embedding."""
     inner = unwrap_transformers(model)
-    place = inner.get_input_embeddings().weight.device
-    device = torch.device("cpu") if place.type == "meta" else place
-    given: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
+    embedding_device = inner.get_input_embeddings().weight.device
+    device = torch.device("cpu") if embedding_device.type == "meta" else embedding_device
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
     if getattr(text_config(model), "output_router_logits", False):
-        given["output_router_logits"] = False  # they would be gathered from blocks that may stand aside
+        inputs["output_router_logits"] = False  # they would be collected from blocks that may be skipped
     if not bool(mask.all()):
-        given["attention_mask"] = mask.to(device)
+        inputs["attention_mask"] = mask.to(device)
     if not bool(mask[:, 0].all()) and "position_ids" in signature(inner.forward).parameters:
-        # Otherwise models with learned positions number the padding on the left, too.
-        given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-    return given
+        # Without position ids, models with learned positions would also count the padding on the left.
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+    return inputs

@@ -1,4 +1,4 @@
-"""What the neurons of an MLP do: the input of its output projection, read where the projection is given it. No forward hooks."""
+"""Capture the activations of MLP neurons: the input of the MLP's output projection. No forward hooks are used."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..models.call_tracing import ModuleWrapper, replace_modules
 from ..models.weight_conventions import output_dim
 from .block_runner import BlockRunner
 
-# So many that no expert of a mixture is given all of them by chance.
+# Enough tokens that no expert of a mixture receives all of them by chance.
 _TOKENS = 25
 OnActivations = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """An MLP's output projection, which is given a number for each neuron and token.
+    """An MLP's output projection; its input holds one number for each neuron and token.
 
     Attributes:
-        layer: the block.
-        weight: its weight, within the block.
-        neurons: how many.
+        layer: number of the block.
+        weight: name of the projection's weight within the block.
+        neurons: number of neurons.
     """
 
     layer: int
@@ -36,7 +36,11 @@ class Projection:
 
 
 def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
-    """Those that can be read, found by running the model once on 25 tokens; and of others why not, by their names."""
+    """Find the output projections whose inputs can be captured, by running the model once on 25 tokens.
+
+    Returns:
+        The projections, and for everything that cannot be captured its name with the reason.
+    """
     skipped: dict[str, str] = {}
     found: list[Projection] = []
     for layer, block in enumerate(runner.blocks):
@@ -44,55 +48,68 @@ def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
         names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
         if not names:
             skipped[f"activations of block {layer}"] = parts.fault or (
-                "the weights with which its MLP writes cannot be told" if parts.mlp else "the block has no mlp"
+                "the output weights of its MLP cannot be identified" if parts.mlp else "the block has no mlp"
             )
         for name in names:
             weight = block.get_parameter(name)
             if weight.dim() != 2:
                 skipped[f"activations of block {layer} ({name})"] = (
-                    "its experts' weights are one tensor, and no module is given their input"
+                    "its experts' weights are one tensor, and no module receives their input"
                 )
                 continue
             owner, _, key = name.rpartition(".")
             written = output_dim(block.get_submodule(owner), key, runner.width)
             found.append(Projection(layer, name, weight.shape[1 - written]))
-    seen: dict[Projection, list[tuple[int, ...]]] = {one: [] for one in found}
+    shapes_by_projection: dict[Projection, list[tuple[int, ...]]] = {projection: [] for projection in found}
 
-    def note(one: Projection) -> OnActivations:
-        return lambda value: seen[one].append(tuple(value.shape))
+    def record_shape(projection: Projection) -> OnActivations:
+        return lambda value: shapes_by_projection[projection].append(tuple(value.shape))
 
-    with runner.inference_mode(), capture_neurons(runner, {one: note(one) for one in found}):
+    with (
+        runner.inference_mode(),
+        capture_neurons(runner, {projection: record_shape(projection) for projection in found}),
+    ):
         probe_forward(runner.model, _TOKENS)
-    whole = []
-    for one, shapes in seen.items():
-        if len(shapes) == 1 and shapes[0][-1] == one.neurons and torch.Size(shapes[0]).numel() == _TOKENS * one.neurons:
-            whole.append(one)
+    readable = []
+    for projection, shapes in shapes_by_projection.items():
+        if (
+            len(shapes) == 1
+            and shapes[0][-1] == projection.neurons
+            and torch.Size(shapes[0]).numel() == _TOKENS * projection.neurons
+        ):
+            readable.append(projection)
         else:
-            why = "it is given some of the tokens only, as an expert is" if shapes else "it is not run as a module"
-            skipped[f"activations of block {one.layer} ({one.weight})"] = why
-    return whole, skipped
+            reason = "it receives only some of the tokens, like an expert" if shapes else "it is not run as a module"
+            skipped[f"activations of block {projection.layer} ({projection.weight})"] = reason
+    return readable, skipped
 
 
 @contextmanager
 def capture_neurons(runner: BlockRunner, wanted: Mapping[Projection, OnActivations]) -> Iterator[None]:
-    """Inside, projections tell what they are given: (..., neurons), of the model's dtype, a row for each token."""
-    places, stand_ins = [], []
-    for one, tell in wanted.items():
-        parent, _, key = one.weight.rpartition(".")[0].rpartition(".")
-        owner = runner.blocks[one.layer].get_submodule(parent)
-        places.append((owner, key))
-        stand_ins.append(_Capturing(owner.get_submodule(key), tell))
-    with replace_modules(places, stand_ins):
+    """Call functions with the inputs of projections each time these run inside the context.
+
+    Args:
+        runner: the model's blocks.
+        wanted: the projections, each with the function that is called with its input: (..., neurons), in the model's dtype,
+            one row for each token.
+    """
+    slots, wrappers = [], []
+    for projection, on_activations in wanted.items():
+        parent, _, key = projection.weight.rpartition(".")[0].rpartition(".")
+        owner = runner.blocks[projection.layer].get_submodule(parent)
+        slots.append((owner, key))
+        wrappers.append(_Capturing(owner.get_submodule(key), on_activations))
+    with replace_modules(slots, wrappers):
         yield
 
 
 class _Capturing(ModuleWrapper):
-    """Runs a module, and tells what it is given."""
+    """Wrapper that reports the input of a module and runs it."""
 
-    def __init__(self, module: nn.Module, tell: OnActivations) -> None:
+    def __init__(self, module: nn.Module, on_activations: OnActivations) -> None:
         super().__init__(module)
-        vars(self).update(_tell=tell)
+        vars(self).update(_on_activations=on_activations)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._tell(args[0] if args else next(iter(kwargs.values())))
+        self._on_activations(args[0] if args else next(iter(kwargs.values())))
         return self.module(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""From the residual stream to logits: final norm, unembedding, and what a model does to logits afterwards (scale, soft-cap).
+"""Compute logits from the residual stream: final norm, unembedding, then the model's scale and soft-cap.
 
-Two ways. The model's own tail, run on any stream, works for every model. The fast one takes the unembedding's weight, so that the
-vocabulary can be worked through in tiles; it is used where it was first shown equal to the model's own tail.
+There are two readouts. The model's own head works for every model. The fast readout multiplies with the unembedding's weight,
+so that the vocabulary can be processed in tiles; it is used only if it was shown equal to the model's own head.
 """
 
 from __future__ import annotations
@@ -27,37 +27,42 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torc
 
 
 class Readout(Protocol):
-    """How streams become logits."""
+    """Computes logits from a residual stream."""
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
+        """Return the number of logits for each token."""
 
     @property
     def affine(self) -> bool:
-        """Whether logits are an affine function of what `final` returns, with the slope `weight`."""
+        """Return whether logits are an affine function of the output of `normalize`."""
 
     @property
     def rows(self) -> int | None:
-        """Tokens to read at once, with all of the vocabulary; None where the vocabulary is read in tiles."""
+        """Return how many tokens are read at once over the whole vocabulary; None if the vocabulary is read in tiles."""
 
     @property
     def description(self) -> str:
-        """How it reads, in words."""
+        """Describe the readout in words."""
 
     def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """What is read, (tokens, width), of a stream (batch, length, width): `chosen` are numbers of positions in the flattened batch."""
+        """Return the input of the unembedding, (tokens, width), at some positions of a stream.
+
+        Args:
+            stream: residual stream, (batch, length, width).
+            chosen: positions as indices into the flattened batch, (tokens,).
+        """
 
     def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Logits of a slice of the vocabulary: float32, (tokens, stop - start)."""
+        """Return the logits of a slice of the vocabulary, float32, (tokens, stop - start)."""
 
     def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """For affine readouts: sum_v p_v (d logit_v / d x) over a slice of the vocabulary, float32, (tokens, width)."""
+        """Return sum_v p_v (d logit_v / d x) over a slice of the vocabulary, float32, (tokens, width); affine readouts only."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelHead:
-    """The model's own forward, its blocks standing aside; all of the vocabulary at once, a few tokens at a time."""
+    """Readout by the model's own forward with its blocks skipped: the whole vocabulary at once, a few tokens at a time."""
 
     runner: BlockRunner
     vocabulary: int
@@ -66,24 +71,32 @@ class ModelHead:
     description: str = "by the model's own forward, a few tokens at a time"
 
     def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The stream itself."""
-        return _at(stream, chosen)
+        """Return the stream at the chosen positions, without a norm: the model's own forward applies it."""
+        return _select_positions(stream, chosen)
 
     def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """All logits."""
+        """Return all logits; the slice must be the whole vocabulary."""
         assert (start, stop) == (0, self.vocabulary)
         return head_logits(self.runner, x_TD[None])[0].float()
 
     def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """There is none."""
+        """Raise NotImplementedError: this readout is not affine."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Unembedding:
-    """A linear map of the normed stream, summed in float32, then a scale and a soft-cap: cap * tanh(logit / cap).
+    """Readout by a linear map of the normalized stream with float32 sums, then a scale and a soft-cap: cap * tanh(logit / cap).
 
-    The map's `weight` and `bias` are looked up each time: weights that are kept elsewhere are there only for a while.
+    Attributes:
+        runner: the model's blocks.
+        norm: the final norm; None if the unembedding reads the stream itself, or if `own_norm` is set.
+        linear: the unembedding module. Its `weight` and `bias` are looked up at each use, because offloaded weights are
+            loaded only for a while.
+        scale: factor of the logits.
+        cap: soft-cap of the logits; None without one.
+        own_norm: take the input of the unembedding from the model's own forward, because no single module computes it.
+        rows: None, since the vocabulary is read in tiles.
     """
 
     runner: BlockRunner
@@ -96,29 +109,29 @@ class Unembedding:
 
     @property
     def matrix(self) -> torch.Tensor:
-        """(vocabulary, width)."""
+        """Return the unembedding matrix, (vocabulary, width)."""
         weight: torch.Tensor = self.linear.weight
         return weight.detach()
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """(vocabulary,)."""
+        """Return the unembedding's bias, (vocabulary,); None without one."""
         bias: torch.Tensor | None = self.linear.bias if hasattr(self.linear, "bias") else None
         return None if bias is None else bias.detach()
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
+        """Return the number of logits for each token."""
         return self.matrix.shape[0]
 
     @property
     def affine(self) -> bool:
-        """Whether there is no soft-cap."""
+        """Return whether logits are an affine function of what is read: true without a soft-cap."""
         return self.cap is None
 
     @property
     def description(self) -> str:
-        """In words."""
+        """Describe the readout in words."""
         parts = [
             "unembedding with float32 sums",
             f"scale {self.scale:g}" if self.scale != 1 else "",
@@ -127,64 +140,69 @@ class Unembedding:
         return ", ".join(filter(None, parts)) + ", in tiles"
 
     def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The normed stream, in the model's own dtype."""
+        """Return the normalized stream at the chosen positions, in the model's dtype, on the unembedding's device."""
         if self.own_norm:
-            x = _at(_unembedded(self.runner, stream), chosen)
+            x = _select_positions(_unembedded(self.runner, stream), chosen)
         else:
-            x = _at(stream, chosen)
+            x = _select_positions(stream, chosen)
             x = x if self.norm is None else self.norm(x)
         return x.to(self.matrix.device)
 
     def logits_tile(self, x_TD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Logits of a slice of the vocabulary."""
+        """Return the logits of a slice of the vocabulary."""
         logits = matmul(x_TD, self.matrix[start:stop], None if self.bias is None else self.bias[start:stop], self.scale)
         return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The mean row of a slice of the unembedding, scaled."""
+        """Return the probability-weighted sum of a slice of the unembedding's rows, multiplied by the scale."""
         sums = probability_times_weights(p_TC, self.matrix[start:stop])
         return sums if self.scale == 1 else sums.mul_(self.scale)
 
 
-def _at(stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def _select_positions(stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return stream.flatten(0, 1).index_select(0, chosen.to(stream.device))
 
 
 class _Intercept(ModuleWrapper):
-    """Stands for the unembedding: keeps what it was given, and returns something else."""
+    """Wrapper of the unembedding that keeps its input and returns `answer`, or a cheap placeholder, as logits."""
 
     def __init__(self, module: nn.Module, answer: torch.Tensor | None = None) -> None:
         super().__init__(module)
         self.answer = answer
-        self.given: torch.Tensor | None = None
+        self.received: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.given = x
+        self.received = x
         return x[..., :1] if self.answer is None else self.answer.to(x.device, x.dtype)
 
 
 def find_readout(runner: BlockRunner, *, use_model_head: bool = False) -> Readout:
-    """The fast readout where it is shown equal to the model's own tail on seven random tokens, else that tail itself.
+    """Return the fast readout if it equals the model's own head on seven random tokens, else the model's own head.
 
     Args:
         runner: the model's blocks.
-        own: take the model's own tail in any case.
+        use_model_head: return the model's own head in any case.
+
+    Raises:
+        UnsupportedEditError: the model does not return logits for each token, or its logits at one position depend on others.
     """
     with runner.inference_mode():
         probe = _probe(runner)
-        logits = _checked(runner, probe)
+        logits = _check_head_logits(runner, probe)
         fast = None if use_model_head else _unembedding(runner, probe, logits)
     if fast is not None:
         return fast
-    longest = getattr(text_config(runner.model), "max_position_embeddings", None)
-    return ModelHead(runner, logits.shape[-1], min(_HEAD_ROWS, longest) if isinstance(longest, int) else _HEAD_ROWS)
+    max_positions = getattr(text_config(runner.model), "max_position_embeddings", None)
+    return ModelHead(
+        runner, logits.shape[-1], min(_HEAD_ROWS, max_positions) if isinstance(max_positions, int) else _HEAD_ROWS
+    )
 
 
-def _checked(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor:
-    """The model's own logits.
+def _check_head_logits(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the model's own head after checking that they can be read token by token.
 
     Raises:
-        UnsupportedEditError: it gives none for each token.
+        UnsupportedEditError: the model does not return logits for each token, or its logits at one position depend on others.
     """
     name = type(unwrap_transformers(runner.model)).__name__
     try:
@@ -193,25 +211,27 @@ def _checked(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor:
         logits = None
     except RuntimeError as error:
         raise UnsupportedEditError(
-            f"{name} cannot be run behind its blocks: {str(error).partition(chr(10))[0]}"
+            f"{name}: the model's head cannot be run after its blocks: {str(error).partition(chr(10))[0]}"
         ) from error
     if logits is None or logits.dim() != 3 or logits.shape[:2] != probe.shape[:2]:
-        found = "none" if logits is None else f"a tensor of shape {tuple(logits.shape)} for {probe.shape[1]} tokens"
+        result = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)} for {probe.shape[1]} tokens"
         raise UnsupportedEditError(
-            f"{name} predicts no next tokens: as logits it gives {found}. Load the model as a causal language model (AutoModelForCausalLM)"
+            f"{name} predicts no next tokens: it returns {result}. Load the model as a causal language model "
+            "(AutoModelForCausalLM)"
         )
-    # Weights may be no numbers; that is found where the model itself is measured.
-    some, same = (values.nan_to_num(0, 0, 0) for values in (head_logits(runner, probe[:, ::2]), logits[:, ::2]))
-    if not _close(some, same, TOLERANCE.get(probe.dtype, 3e-2)):
+    # Weights may be NaN or infinite; the measurement of the unedited model reports that.
+    partial, expected = (values.nan_to_num(0, 0, 0) for values in (head_logits(runner, probe[:, ::2]), logits[:, ::2]))
+    if not _is_close(partial, expected, TOLERANCE.get(probe.dtype, 3e-2)):
         raise UnsupportedEditError(
-            f"{name}: behind its blocks, what it predicts at one position depends on others, so it cannot be read token by token"
+            f"{name}: after its last block, the logits at one position depend on other positions, so the model cannot be "
+            "read token by token"
         )
     return logits
 
 
 def head_logits(runner: BlockRunner, stream: torch.Tensor) -> torch.Tensor:
-    """What the model makes of a residual stream (batch, length, width) behind its last block: (batch, length, vocabulary)."""
-    ids = torch.full(stream.shape[:2], 1)  # any token: its embedding goes nowhere
+    """Compute logits (batch, length, vocabulary) from a final residual stream (batch, length, width) by the model's own head."""
+    ids = torch.full(stream.shape[:2], 1)  # any token: its embedding is not used
     with runner.with_final_stream(stream):
         logits: torch.Tensor = runner.model(**model_inputs(runner.model, ids, torch.ones_like(ids))).logits
     return logits
@@ -228,21 +248,21 @@ def _intercept(runner: BlockRunner, answer: torch.Tensor | None = None) -> Itera
     path = runner.anatomy.unembedding
     assert path is not None
     parent, _, name = path.rpartition(".")
-    stand_in = _Intercept(runner.model.get_submodule(path), answer)
-    with replace_modules([(runner.model.get_submodule(parent), name)], [stand_in]):
-        yield stand_in
+    intercept = _Intercept(runner.model.get_submodule(path), answer)
+    with replace_modules([(runner.model.get_submodule(parent), name)], [intercept]):
+        yield intercept
 
 
 def _unembedded(runner: BlockRunner, stream: torch.Tensor) -> torch.Tensor:
-    """What the model would give its unembedding."""
-    with _intercept(runner) as stand_in:
+    """Return the input of the model's unembedding for a final residual stream."""
+    with _intercept(runner) as intercept:
         head_logits(runner, stream)
-    assert stand_in.given is not None
-    return stand_in.given
+    assert intercept.received is not None
+    return intercept.received
 
 
 def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor) -> Unembedding | None:
-    """The fast readout, if the model's own logits can be had by it."""
+    """Return the fast readout if it gives the model's own logits, else None."""
     path = runner.anatomy.unembedding
     if path is None:
         return None
@@ -258,62 +278,69 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
     if not matrix.is_floating_point() or not (bias is None or isinstance(bias, torch.Tensor)):
         return None
     tolerance = TOLERANCE.get(matrix.dtype, 3e-2)
-    with _intercept(runner) as stand_in:
+    with _intercept(runner) as intercept:
         try:
             head_logits(runner, probe)
-        except (RuntimeError, IndexError, ValueError):  # it needs all the vocabulary
+        except (RuntimeError, IndexError, ValueError):  # the code after the unembedding needs the whole vocabulary
             return None
-    x = stand_in.given
+    x = intercept.received
     if x is None or x.shape[:2] != probe.shape[:2] or x.shape[-1] != matrix.shape[1]:
         return None
-    # The same operation on the same numbers: equal to the last bit, or there is an adapter or something else in it.
+    # The same operation on the same numbers is equal to the last bit; if not, the module does more (an adapter, for example).
     if not torch.equal(module(x), functional.linear(x, matrix, bias)):
         return None
-    shape = _afterwards(runner, probe, matrix.shape[0], tolerance)
+    shape = _fit_scale_and_cap(runner, probe, matrix.shape[0], tolerance)
     if shape is None:
         return None
     norm = runner.model.get_submodule(runner.anatomy.final_norm) if runner.anatomy.final_norm else None
     plain = torch.equal(x, probe) or (norm is not None and torch.equal(x, norm(probe)))
-    found = Unembedding(
+    candidate = Unembedding(
         runner, None if torch.equal(x, probe) else norm if plain else None, module, *shape, own_norm=not plain
     )  # fmt: skip
-    everything = torch.arange(probe.shape[1])
+    all_positions = torch.arange(probe.shape[1])
     return (
-        found
-        if _close(found.logits_tile(found.normalize(probe, everything), 0, found.vocabulary), logits[0], tolerance)
+        candidate
+        if _is_close(
+            candidate.logits_tile(candidate.normalize(probe, all_positions), 0, candidate.vocabulary),
+            logits[0],
+            tolerance,
+        )
         else None
     )
 
 
-def _afterwards(
+def _fit_scale_and_cap(
     runner: BlockRunner, probe: torch.Tensor, vocabulary: int, tolerance: float
 ) -> tuple[float, float | None] | None:
-    """Scale and soft-cap that the model applies behind its unembedding, tried on numbers of all sizes; None if it is another function."""
+    """Fit the scale and the soft-cap that the model applies after its unembedding.
+
+    Numbers of all sizes are tried. Returns None if the model applies another function.
+    """
     sizes = 10.0 ** torch.arange(-3, TOKENS - 3)
-    given = (torch.linspace(-1, 1, vocabulary)[None] * sizes[:, None])[None]
-    with _intercept(runner, given) as stand_in:
+    logits = (torch.linspace(-1, 1, vocabulary)[None] * sizes[:, None])[None]
+    with _intercept(runner, logits) as intercept:
         after = head_logits(runner, torch.zeros_like(probe))
-    if stand_in.given is None or after.shape != given.shape:
+    if intercept.received is None or after.shape != logits.shape:
         return None
-    given = given.to(stand_in.given.dtype).double()  # as the model got it
+    logits = logits.to(intercept.received.dtype).double()  # rounded as the model received it
     after = after.double().cpu()
     if not after.isfinite().all():
         return None
-    # Least squares over the smallest numbers, where no soft-cap bends yet.
-    x, y = given[0, 0], after[0, 0]
+    # Least squares over the smallest numbers, where a soft-cap is still linear.
+    x, y = logits[0, 0], after[0, 0]
     scale = float(x @ y / (x @ x))
     if scale == 0:
         return None
-    if _close(after, scale * given, tolerance):
+    if _is_close(after, scale * logits, tolerance):
         return scale, None
     cap = float(after.abs().max())
-    return (scale, cap) if _close(after, cap * torch.tanh(scale * given / cap), tolerance) else None
+    return (scale, cap) if _is_close(after, cap * torch.tanh(scale * logits / cap), tolerance) else None
 
 
-def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Equal up to rounding, judged row by row by each row's largest value."""
-    one, other = one.double().cpu(), other.double().cpu()
-    if one.shape != other.shape:
+def _is_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Check whether two tensors are equal up to rounding, relative to the largest value of each row."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    if actual.shape != expected.shape:
         return False
-    scale = other.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return bool(((one - other).abs() <= tolerance * scale).all())
+    scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    return bool(((actual - expected).abs() <= tolerance * scale).all())

@@ -1,9 +1,10 @@
-"""What transformers leaves on a model when it has run, and what would be wrong once the list of blocks is another.
+"""Clear the state that transformers keeps on a model after a run and that is wrong for another list of blocks.
 
-Recorders of hidden states and attentions: transformers puts them on the modules the first time they are asked for, once in a
-model's life. A block that joins or rejoins the model later has none, and would be silently missing from
-`output_hidden_states`. And the static cache of the last text, which some versions use again, with a row for each old block. Both
-are taken off whenever the list changes; transformers makes them anew when it needs them.
+There are two kinds of such state. transformers installs recorders of hidden states and attentions on the modules
+once, when they are first requested. A block that is added later has no recorder, and would be missing from
+`output_hidden_states` without an error. Some versions also keep the static cache of the last text, which has one row
+for each old block. Both are removed whenever the list of blocks changes; transformers creates them again when it
+needs them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CACHE = "_cache"
 
 
 def clear_cached_state(model: nn.Module, others: Iterable[nn.Module] = ()) -> None:
-    """Take recorders and caches off a model, and recorders off `others`, modules that are about to join it."""
+    """Remove recorders and caches from a model, and recorders from `others`, modules that will be added to it."""
     flagged = []
     for module in model.modules():
         attributes = vars(module)

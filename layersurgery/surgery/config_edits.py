@@ -1,8 +1,8 @@
-"""Where a model remembers the position of its layers outside the list itself: in its modules and in its config object.
+"""Edit the positions, depths and per-layer lists that a model keeps in its modules and in its config object.
 
-The row of the key-value cache that a block writes is `layer_idx`; which mask it gets, which cache class its row has and how many
-rows there are is read off the config by position. All of them change together with the list, or generation with a cache is
-silently wrong. Changes are kept in a log that undoes them exactly.
+A block writes the row `layer_idx` of the key-value cache. Its attention mask, the class of its cache row and the number
+of rows are read from the config by position. All of them must change together with the list of blocks, or generation
+with a cache gives wrong tokens without an error. Changes are recorded in a log that undoes them exactly.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ..models.block_view import positions
 from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
 from ..plans.route import Route
 
-_BORDER = re.compile(r"(layer|block)_?(idx|index)$")
+_LAYER_INDEX_NAME = re.compile(r"(layer|block)_?(idx|index)$")
 _MISSING = object()
 
 
 class UndoLog:
-    """Changes of attributes, to be undone in reverse. A value that somebody else changed since is noticed."""
+    """A log of attribute changes that can undo them, and can detect values that other code changed later."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[dict[str, Any], str, Any, Any, str]] = []
 
     def set(self, owner: dict[str, Any], name: str, value: Any, label: str) -> None:
-        """Set a key of a dictionary (an object's attributes), and remember what was there."""
-        # Noted before it is made, so that no interrupt can fall between.
+        """Set a key of a dictionary (the attributes of an object), and record the previous value."""
+        # Record the change before making it, so that an interrupt between the two loses nothing.
         self.changes.append((owner, name, owner.get(name, _MISSING), value, label))
         owner[name] = value
 
     def changed_since(self) -> list[str]:
-        """What no longer has the value that was set here."""
+        """Return the labels of attributes that no longer have the value that was set here."""
         latest = {(id(owner), name): (owner, name, value, label) for owner, name, _, value, label in self.changes}
         return [
             label for owner, name, value, label in latest.values()
@@ -44,7 +44,7 @@ class UndoLog:
         ]  # fmt: skip
 
     def undo(self) -> None:
-        """Put back the very objects that were there."""
+        """Restore the original objects, not copies of them."""
         for owner, name, before, _, _ in reversed(self.changes):
             if before is _MISSING:
                 owner.pop(name, None)
@@ -54,7 +54,7 @@ class UndoLog:
 
 
 def renumber_block(block: nn.Module, was: int, now: int, log: UndoLog | None = None) -> None:
-    """Tell a block's modules their new position."""
+    """Set the new position of a block in its modules."""
     if was == now:
         return
     for attributes, name, value in list(positions(block)):
@@ -65,10 +65,11 @@ def renumber_block(block: nn.Module, was: int, now: int, log: UndoLog | None = N
 
 
 def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
-    """Give a decoder's config object the depth and the lists of the edited model.
+    """Set the depth and the per-layer lists of the edited model in a decoder's config object.
 
     Raises:
-        UnsupportedEditError: a field that cannot say the new order, by name; what was changed until then is in the log.
+        UnsupportedEditError: a field cannot represent the new order. The error names it, and the log contains the
+            changes made before the error.
     """
     attributes = vars(config)
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
@@ -76,7 +77,7 @@ def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
     derived = {
         name: value
         for name in sorted(LISTS - attributes.keys())
-        if is_layerwise(name, value := _read(config, name), depth)
+        if is_layerwise(name, value := _read_field(config, name), depth)
     }
     for name, value in rewritten.items():
         if value is not fields[name] and value != fields[name]:
@@ -88,30 +89,31 @@ def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
     _edit_overrides(attributes, route, log)
     if config.num_hidden_layers != len(route):
         raise UnsupportedEditError(
-            f"the config class {type(config).__name__} works out its number of layers itself and takes no other, so {route} cannot be said in it"
+            f"the config class {type(config).__name__} computes its number of layers and accepts no other value, so it "
+            f"cannot represent the route {route}"
         )
     for name, value in rewrite_fields(derived, depth, route, reloaded=False).items():
-        if list(_read(config, name) or []) != list(value):
+        if list(_read_field(config, name) or []) != list(value):
             raise UnsupportedEditError(
-                f"the config class {type(config).__name__} works out {name} from the positions of layers and takes no list instead, so {route} "
-                "cannot be said in it, and the model reads it while it runs"
+                f"the config class {type(config).__name__} computes {name} from the positions of layers and accepts no "
+                f"list, so it cannot represent the route {route}, and the model reads this field when it runs"
             )
 
 
-def _read(config: Any, name: str) -> Any:
+def _read_field(config: Any, name: str) -> Any:
     try:
         value = getattr(config, name)
-    except Exception:  # a field of other models, or one that differs by layer and refuses to be read as one
+    except Exception:  # a field of other models, or one that differs by layer and raises when read
         return None
     return list(value) if isinstance(value, tuple) else value
 
 
 def _edit_overrides(attributes: dict[str, Any], route: Route, log: UndoLog) -> None:
-    """Fields that transformers keeps for single layers, beside the config's own."""
+    """Move the per-layer overrides that transformers keeps in addition to the config's fields."""
     spec = attributes.get("_heterogeneity_spec")
     overrides = getattr(spec, "per_layer_overrides", None)
     if overrides and dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        moved = {place: overrides[block] for place, block in enumerate(route.blocks) if block in overrides}
+        moved = {position: overrides[block] for position, block in enumerate(route.blocks) if block in overrides}
         log.set(
             attributes,
             "_heterogeneity_spec",
@@ -121,54 +123,57 @@ def _edit_overrides(attributes: dict[str, Any], route: Route, log: UndoLog) -> N
 
 
 def edit_parent_modules(modules: Iterator[nn.Module], depth: int, route: Route, log: UndoLog) -> None:
-    """The same for what the modules above the blocks keep: the depth, and lists with one value per layer.
+    """Set the depth and the per-layer lists of the edited model in the modules that contain the list of blocks.
 
     Raises:
-        UnsupportedEditError: a list as long as the model is deep of which it is not known what it means.
+        UnsupportedEditError: a list has one value per layer, but its meaning is unknown.
     """
     for module in modules:
         attributes = vars(module)
         for name, value in list(attributes.items()):
             if name in DEPTH_FIELDS and value == depth:
                 log.set(attributes, name, len(route), f"{name} of {type(module).__name__}")
-            elif type(value) is int and _BORDER.search(name):
-                border = _border(module, name, value, depth, route)
-                if border != value:
-                    log.set(attributes, name, border, f"{name} of {type(module).__name__}")
+            elif type(value) is int and _LAYER_INDEX_NAME.search(name):
+                index = _edit_layer_index(module, name, value, depth, route)
+                if index != value:
+                    log.set(attributes, name, index, f"{name} of {type(module).__name__}")
             elif name in INDEX_LISTS and type(value) in (list, tuple, set, frozenset):
-                new = type(value)(place for place, block in enumerate(route.blocks) if block in value)
+                new = type(value)(position for position, block in enumerate(route.blocks) if block in value)
                 if new != value:
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
             elif (
                 type(value) in (list, tuple)
                 and len(value) == depth
                 and name[0] != "_"
-                and all(map(_plain, value))
-                and not _names(value)
+                and all(map(_is_plain, value))
+                and not _are_module_paths(value)
             ):
-                new = _moved(module, name, value, depth, route)
+                new = _reorder_list(module, name, value, depth, route)
                 if new != value:
                     log.set(attributes, name, new, f"{name} of {type(module).__name__}")
 
 
-def _border(module: nn.Module, name: str, place: int, depth: int, route: Route) -> int:
-    """Where a model above its blocks keeps the place at which layers of another kind begin; the depth, if none do."""
-    if place == depth:
+def _edit_layer_index(module: nn.Module, name: str, index: int, depth: int, route: Route) -> int:
+    """Return the new value of an attribute that holds a layer index.
+
+    It is assumed to be the index at which layers of another kind begin, or the depth if there are none.
+    """
+    if index == depth:
         return len(route)
-    if 0 <= place < depth and (
-        route.blocks[:place] != tuple(range(place))
-        or any(block < place for block in route.blocks[place:])
-        or len(route) <= place
+    if 0 <= index < depth and (
+        route.blocks[:index] != tuple(range(index))
+        or any(block < index for block in route.blocks[index:])
+        or len(route) <= index
     ):
         raise UnsupportedEditError(
-            f"{type(module).__name__}.{name} = {place} names a place among the layers, and what it means is not known, so only layers behind it "
-            "can be moved, among themselves"
+            f"{type(module).__name__}.{name} = {index} is the index of a layer, but its meaning is unknown, so only "
+            f"the layers from {index} on can be rearranged, among themselves"
         )
-    return place
+    return index
 
 
 def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, now: int, log: UndoLog) -> None:
-    """Tell modules inside the blocks how many blocks there are, where they keep it under one of `names`."""
+    """Set the new depth in modules inside the blocks that keep it in an attribute of one of `names`."""
     if depth == now:
         return
     for block in blocks:
@@ -179,23 +184,23 @@ def edit_depth(blocks: Iterable[nn.Module], names: Iterable[str], depth: int, no
                     log.set(attributes, name, now, f"{name} of {type(module).__name__}")
 
 
-def _names(values: Any) -> bool:
-    """Whether these are paths of modules (PEFT keeps those it has wrapped), and no facts on layers."""
+def _are_module_paths(values: Any) -> bool:
+    """Return whether the values are module paths (PEFT keeps the paths that it wrapped), not properties of layers."""
     return all(isinstance(value, str) and "." in value for value in values)
 
 
-def _plain(value: object) -> bool:
+def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _moved(module: nn.Module, name: str, value: Any, depth: int, route: Route) -> Any:
-    kind: Callable[[Any], Any] = type(value)
+def _reorder_list(module: nn.Module, name: str, value: Any, depth: int, route: Route) -> Any:
+    list_type: Callable[[Any], Any] = type(value)
     if list(value) == list(range(depth)):
-        return kind(range(len(route)))
-    new = kind(value[block] for block in route.blocks)
+        return list_type(range(len(route)))
+    new = list_type(value[block] for block in route.blocks)
     if name not in LISTS and new != value and any(item != value[0] for item in value):
         raise UnsupportedEditError(
-            f"{type(module).__name__}.{name} is a list of {depth} values for {depth} layers, and what it means is not known, so the layers "
-            "cannot be moved"
+            f"{type(module).__name__}.{name} is a list of {depth} values for {depth} layers, but its meaning is "
+            "unknown, so the layers cannot be rearranged"
         )
     return new

@@ -1,6 +1,7 @@
-"""Folding norms into the weights behind them, and centring what reads and writes the stream: another set of weights for one function.
+"""Fold norms into the weights that read them and center weights, without changing the function of the model.
 
-Weights are easier to look at that way: what a norm scales is in the matrix that reads it, and directions that nobody reads are gone.
+The weights are then easier to interpret: the scale of a norm is part of the matrix that reads the norm, and directions
+that no module reads are removed.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 @dataclass(slots=True)
 class FoldResult:
-    """What `fold` has done.
+    """Result of `fold`.
 
     Attributes:
-        folded: norms whose scale and shift are in the weights behind them now.
-        centred: weights from which a mean was taken away.
-        left: what could not be folded or centred, and why.
+        folded: norms whose scale and shift were folded into the weights that read them.
+        centered: weights from which a mean was subtracted.
+        not_folded: norms and weights that could not be folded or centered, with the reason.
     """
 
     folded: list[str] = field(default_factory=list)
@@ -44,67 +45,83 @@ class FoldResult:
 def fold(
     model: nn.Module, *, blocks: str | None = None, anatomy: Anatomy | None = None, unembedding: bool = True
 ) -> FoldResult:
-    """Fold the scale and shift of each norm into the weights that read it, and centre weights, in place; the function stays the same.
+    """Fold each norm's scale and shift into the weights that read it, and center weights, in place.
 
-    As in appendix D of the paper and in TransformerLens: (1) norms before attention and MLP and before the unembedding get the scale 1
-    and the shift 0, and what reads them takes these over; (2) what reads a LayerNorm loses its mean over the inputs; (3) where all that
-    reads the stream is a LayerNorm, what writes it (embeddings, output projections and their biases) loses its mean over the width; (4)
-    the unembedding loses its mean over the vocabulary, which moves all logits of a token by the same number and changes no probability.
-    Each step is tried on random numbers, and taken back and named where it changes what a block gives. A tied unembedding is untied, and the
-    config says so. In half precision, weights are rounded anew: fold in float32.
+    The function of the model stays the same. The steps are those of appendix D of the paper and of TransformerLens:
+
+    1. Norms before attention, before MLP and before the unembedding get scale 1 and shift 0. The weights that read them
+       absorb the old scale and shift.
+    2. Weights that read a LayerNorm lose their mean over the inputs.
+    3. If only LayerNorms read the residual stream, the weights that write it (embeddings, output projections and their
+       biases) lose their mean over the width.
+    4. The unembedding loses its mean over the vocabulary. This shifts all logits of a token by the same number, and
+       changes no probability.
+
+    Each step is tested on random numbers. If it changes the output of a block, it is undone and reported. A tied
+    unembedding is untied, also in the config. In half precision, weights are rounded again, so fold in float32.
 
     Args:
-        model: a transformers causal language model, all of it in memory.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        anatomy: the model's, found if not given.
-        unembedding: take step (4).
+        model: a transformers causal language model that is completely in memory.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
+        anatomy: anatomy of the model; found by default.
+        unembedding: perform step 4.
+
+    Returns:
+        What was folded, what was centered, and what was not folded and why.
 
     Raises:
-        UnsupportedEditError: its weights are kept elsewhere, or its blocks cannot be told apart.
+        UnsupportedEditError: weights are not in memory, or the parts of the model cannot be identified.
 
     Example:
-        >>> fold(model).left  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m", dtype="float32")
+        >>> result = ls.fold(model)
+        >>> result.folded[:2]
+        ['model.layers.0.input_layernorm', 'model.layers.0.post_attention_layernorm']
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedEditError("weights are kept on disk or elsewhere; load the model into memory to fold it")
+        raise UnsupportedEditError(
+            "some weights are not in memory (offloaded to disk, for example); load the whole model into memory to "
+            "fold it"
+        )
     runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks))
-    done = FoldResult()
-    centre = reads_are_mean_free(runner)
+    result = FoldResult()
+    center_writers = reads_are_mean_free(runner)
     with runner.inference_mode():
-        trials = [_FoldProbe(block, runner, number) for number, block in enumerate(runner.blocks)]
-        places = [(model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
-        with replace_modules(places, trials):
+        probes = [_FoldProbe(block, runner, number) for number, block in enumerate(runner.blocks)]
+        children = [(model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
+        with replace_modules(children, probes):
             probe_forward(model)
-        for number, trial in enumerate(trials):
+        for number, probe in enumerate(probes):
             for norm in runner.anatomy.parts(number).norms_before:
-                _fold_norm(runner.blocks[number], f"{runner.path}.{number}.", norm, trial.run, runner.width, done)
-        _fold_end(runner, done, unembedding=unembedding)
-        if centre:
-            _centre_writers(runner, trials, done)
+                _fold_norm(runner.blocks[number], f"{runner.path}.{number}.", norm, probe.run, runner.width, result)
+        _fold_final_norm(runner, result, unembedding=unembedding)
+        if center_writers:
+            _center_writers(runner, probes, result)
         else:
-            done.not_folded["what writes the stream"] = (
-                "an RMSNorm reads the mean over channels, so it cannot be taken away"
+            result.not_folded["what writes the stream"] = (
+                "an RMSNorm reads the mean over channels, so the mean cannot be subtracted"
             )
-    return done
+    return result
 
 
 class _FoldProbe(ModuleWrapper):
-    """Stands for a block in one small forward, and keeps how to run it on random numbers."""
+    """Wrapper that records how a block is called in one small forward, and then runs the block on random numbers."""
 
     def __init__(self, block: nn.Module, runner: BlockRunner, number: int) -> None:
         super().__init__(block)
-        # Past nn.Module's own bookkeeping: the stack is no part of this module.
-        vars(self).update(_habit=runner.conventions[number])
+        # Bypass the attribute handling of nn.Module, because this is not part of the module's state.
+        vars(self).update(_convention=runner.conventions[number])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call, where = Call("", args, kwargs), self._habit.stream
+        call, where = Call("", args, kwargs), self._convention.stream
         stream = random_like(call[where], 8)
         vars(self).update(_call=call, _where=where, _stream=stream)
         return self.module(*args, **kwargs)
 
     def run(self) -> torch.Tensor:
-        """What the block adds to a stream of random numbers."""
-        args, kwargs = self._call.given(self._where, self._stream)
+        """Return what the block adds to a residual stream of random numbers."""
+        args, kwargs = self._call.with_argument(self._where, self._stream)
         after, stream = first_tensor(self.module(*args, **kwargs)), self._stream
         assert after is not None
         assert isinstance(stream, torch.Tensor)
@@ -112,87 +129,98 @@ class _FoldProbe(ModuleWrapper):
 
 
 def _fold_norm(
-    block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, done: FoldResult
+    block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, result: FoldResult
 ) -> None:
+    """Fold one norm of a block into the weights that read it, or undo that and record the reason."""
     norm, name = block.get_submodule(path), f"{prefix}{path}"
     before = run()
-    gain = fit_norm(norm, width, before)
-    if gain is None:
-        done.not_folded[name] = f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm"
+    affine = fit_norm(norm, width, before)
+    if affine is None:
+        result.not_folded[name] = f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm"
         return
-    readers = _readers(block, path, run)
+    readers = _find_readers(block, path, run)
     undo = _Undo()
     try:
         if not readers:
-            raise UnsupportedEditError("nothing reads it directly")
+            raise UnsupportedEditError("no module reads it directly")
         for reader in readers:
-            _fold_into(block.get_submodule(reader), gain.scale_D, gain.shift_D, width, undo, centre=gain.centres)
-        _reset_norm(norm, gain.scale_D, undo)
-        if not _same(run(), before):
-            raise UnsupportedEditError("something else than these matrices reads it")
+            _fold_into(block.get_submodule(reader), affine.scale_D, affine.shift_D, width, undo, center=affine.centres)
+        _reset_norm(norm, affine.scale_D, undo)
+        if not _is_close(run(), before):
+            raise UnsupportedEditError("other modules than these matrices read it")
     except UnsupportedEditError as error:
-        undo.all()
-        done.not_folded[name] = str(error)
+        undo.run()
+        result.not_folded[name] = str(error)
         return
     if any(True for _ in norm.parameters()):
-        done.folded.append(name)
-    if gain.centres:
-        done.centered += [f"{prefix}{reader}" for reader in readers]
+        result.folded.append(name)
+    if affine.centres:
+        result.centered += [f"{prefix}{reader}" for reader in readers]
 
 
-def _readers(block: nn.Module, norm: str, run: Callable[[], torch.Tensor]) -> list[str]:
-    """Modules with matrices of their own that are given just what a norm returns."""
+def _find_readers(block: nn.Module, norm: str, run: Callable[[], torch.Tensor]) -> list[str]:
+    """Find the modules that have weight matrices and whose first input is exactly the output of a norm."""
     paths = [
         name
         for name, module in block.named_modules()
         if name and any(p.dim() > 1 for p in module._parameters.values() if p is not None)
     ]
-    places = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in (norm, *paths)]
-    with record_calls(places) as log:
+    children = [
+        (block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in (norm, *paths)
+    ]
+    with record_calls(children) as log:
         run()
     outputs = [output for call in log.of_module(norm) if (output := first_tensor(call.output)) is not None]
-    found = []
+    readers = []
     for call in log.calls:
-        given = [
+        inputs = [
             value
             for value in (*call.args, *call.kwargs.values())
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
         if call.name != norm and any(
             value.numel() == output.numel() and torch.equal(value.flatten(), output.flatten())
-            for value in given[:1]
+            for value in inputs[:1]
             for output in outputs
         ):
-            found.append(call.name)
-    # A module that only hands it on to matrices inside does not read it itself.
-    return [name for name in dict.fromkeys(found) if not any(inner.startswith(f"{name}.") for inner in found)]
+            readers.append(call.name)
+    # A module that only passes the output to matrices inside it does not read the output itself.
+    return [name for name in dict.fromkeys(readers) if not any(inner.startswith(f"{name}.") for inner in readers)]
 
 
 def _fold_into(
-    module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, width: int, undo: _Undo, *, centre: bool
+    module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, width: int, undo: _Undo, *, center: bool
 ) -> None:
-    """Have what reads a norm scale and shift by itself; where the norm centres, nobody misses its weights' mean over inputs."""
+    """Fold a norm's scale and shift into the weights of a module that reads it.
+
+    If the norm subtracts the mean, the mean of the weights over the inputs has no effect, and is subtracted too
+    (`center`).
+    """
     shifted = bool(shift.abs().max() > 0)
-    for name in _reading(module, width):
+    for name in _find_input_weights(module, width):
         weight = undo.keep(module, name)
         dim = input_dim(module, name, width)
-        wide = weight.detach().double().movedim(dim, -1)
-        moved = wide @ shift.to(weight.device)
-        wide = wide * scale.to(weight.device)
-        wide = wide - wide.mean(-1, keepdim=True) if centre else wide
-        weight.copy_(wide.movedim(-1, dim))
+        weight64 = weight.detach().double().movedim(dim, -1)
+        bias_change = weight64 @ shift.to(weight.device)
+        weight64 = weight64 * scale.to(weight.device)
+        weight64 = weight64 - weight64.mean(-1, keepdim=True) if center else weight64
+        weight.copy_(weight64.movedim(-1, dim))
         if shifted:
             if name != "weight" or weight.dim() != 2 or not hasattr(module, "bias"):
-                raise UnsupportedEditError(f"{type(module).__name__}, which reads it, has no bias to take its shift")
+                raise UnsupportedEditError(
+                    f"{type(module).__name__}, which reads it, has no bias that can absorb its shift"
+                )
             if isinstance(module.bias, torch.Tensor):
                 bias = undo.keep(module, "bias")
-                bias.copy_(bias.double() + moved)
+                bias.copy_(bias.double() + bias_change)
             else:
-                undo.add(module, "bias", nn.Parameter(moved.to(weight.dtype), requires_grad=weight.requires_grad))
+                undo.set_parameter(
+                    module, "bias", nn.Parameter(bias_change.to(weight.dtype), requires_grad=weight.requires_grad)
+                )
 
 
-def _reading(module: nn.Module, width: int) -> list[str]:
-    """Weights of a module that read something as wide as the stream: its matrix; of experts, all but those that write."""
+def _find_input_weights(module: nn.Module, width: int) -> list[str]:
+    """Return the weights of a module that read the stream: its only matrix, or all of an expert but its output."""
     names = [
         name
         for name, value in module._parameters.items()
@@ -201,31 +229,31 @@ def _reading(module: nn.Module, width: int) -> list[str]:
     if len(names) == 1:
         return names
     outputs = ("down_proj", "w2", "output_linear", "wo", "fc2")
-    found = [name for name in names if name not in outputs and width in module._parameters[name].shape[-2:]]  # type: ignore[union-attr]
-    if not found:
-        raise UnsupportedEditError(f"{type(module).__name__}, which reads it, has no weight that is known to")
-    return found
+    input_names = [name for name in names if name not in outputs and width in module._parameters[name].shape[-2:]]  # type: ignore[union-attr]
+    if not input_names:
+        raise UnsupportedEditError(f"{type(module).__name__}, which reads it, has no weight that is known to read it")
+    return input_names
 
 
 def _reset_norm(norm: nn.Module, scale: torch.Tensor, undo: _Undo) -> None:
-    """Give a norm the scale 1 and the shift 0, however it writes them down (Gemma's scale is 1 + weight)."""
+    """Set the scale of a norm to 1 and its shift to 0, also where the scale is 1 + weight (Gemma)."""
     weight = norm._parameters.get("weight")
     if weight is not None:
         offset = scale - weight.detach().double().cpu()
         nearest = offset.mean().round()
         if bool((offset - nearest).abs().max() > 0.02 * scale.abs().max()):
-            raise UnsupportedEditError(f"how the weight of {type(norm).__name__} makes its scale is not known")
+            raise UnsupportedEditError(f"how {type(norm).__name__} computes its scale from its weight is unknown")
         undo.keep(norm, "weight").fill_(1 - float(nearest))
     if norm._parameters.get("bias") is not None:
         undo.keep(norm, "bias").zero_()
 
 
-def _fold_end(runner: BlockRunner, done: FoldResult, *, unembedding: bool) -> None:
-    """The final norm into the unembedding."""
+def _fold_final_norm(runner: BlockRunner, result: FoldResult, *, unembedding: bool) -> None:
+    """Fold the final norm into the unembedding, and center the unembedding."""
     model, path, head = runner.model, runner.anatomy.final_norm, runner.anatomy.unembedding
     readout = find_readout(runner)
     if head is None or path is None or not isinstance(readout, Unembedding) or readout.norm is None:
-        done.not_folded[head or "unembedding"] = "the unembedding is not a plain matrix right behind the final norm"
+        result.not_folded[head or "unembedding"] = "the unembedding is not a plain matrix directly after the final norm"
         return
     module: Any = model.get_submodule(head)
     norm = model.get_submodule(path)
@@ -237,63 +265,66 @@ def _fold_end(runner: BlockRunner, done: FoldResult, *, unembedding: bool) -> No
         return logits.log_softmax(-1)
 
     before = run()
-    gain = fit_norm(norm, runner.width, module.weight.detach())
+    affine = fit_norm(norm, runner.width, module.weight.detach())
     undo = _Undo()
     try:
-        if gain is None:
+        if affine is None:
             raise UnsupportedEditError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
         _untie(model, module, undo)
-        _fold_into(module, gain.scale_D, gain.shift_D, runner.width, undo, centre=gain.centres)
-        _reset_norm(norm, gain.scale_D, undo)
+        _fold_into(module, affine.scale_D, affine.shift_D, runner.width, undo, center=affine.centres)
+        _reset_norm(norm, affine.scale_D, undo)
         if unembedding and readout.cap is None:
             for name in ("weight", "bias"):
                 if isinstance(getattr(module, name, None), torch.Tensor):
-                    held = undo.keep(module, name)
-                    held.copy_(held.double() - held.double().mean(0))
-        if not _same(run(), before):
-            raise UnsupportedEditError("something else than the unembedding reads it")
+                    parameter = undo.keep(module, name)
+                    parameter.copy_(parameter.double() - parameter.double().mean(0))
+        if not _is_close(run(), before):
+            raise UnsupportedEditError("other modules than the unembedding read it")
     except UnsupportedEditError as error:
-        undo.all()
-        done.not_folded[path] = str(error)
+        undo.run()
+        result.not_folded[path] = str(error)
         return
-    done.folded.append(path)
+    result.folded.append(path)
     if unembedding and readout.cap is not None:
-        done.not_folded[f"mean of {head} over the vocabulary"] = (
-            "a soft-cap behind it does not let a common number pass"
+        result.not_folded[f"mean of {head} over the vocabulary"] = (
+            "the soft-cap after it does not preserve a shift common to all logits"
         )
-    elif gain.centres or unembedding:
-        done.centered.append(head)
+    elif affine.centres or unembedding:
+        result.centered.append(head)
 
 
 def _untie(model: nn.Module, head: Any, undo: _Undo) -> None:
+    """Give a tied unembedding its own weight, and set the config accordingly."""
     inner: Any = unwrap_transformers(model)
     embedding = inner.get_input_embeddings()
     if embedding.weight is not head.weight:
         return
-    undo.add(head, "weight", nn.Parameter(head.weight.detach().clone(), requires_grad=embedding.weight.requires_grad))
+    undo.set_parameter(
+        head, "weight", nn.Parameter(head.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
+    )
     for config in {id(config): config for config in (inner.config, text_config(model))}.values():
         if getattr(config, "tie_word_embeddings", False):
-            undo.also(lambda config=config: setattr(config, "tie_word_embeddings", True))  # type: ignore[misc]
+            undo.add_step(lambda config=config: setattr(config, "tie_word_embeddings", True))  # type: ignore[misc]
             config.tie_word_embeddings = False
 
 
-def _centre_writers(runner: BlockRunner, trials: Sequence[_FoldProbe], done: FoldResult) -> None:
-    """Take away the mean over the width of all that writes the stream; whoever reads it does not see that."""
+def _center_writers(runner: BlockRunner, probes: Sequence[_FoldProbe], result: FoldResult) -> None:
+    """Subtract the mean over the width from all weights that write the residual stream."""
     model = runner.model
     inside = {id(module) for block in runner.blocks for module in block.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and id(module) not in inside and module.weight.shape[1] == runner.width:
-            _centre(module, "weight", 1)
-            done.centered.append(f"{name}.weight")
-    for number, trial in enumerate(trials):
+            _center(module, "weight", 1)
+            result.centered.append(f"{name}.weight")
+    for number, probe in enumerate(probes):
         block, parts = runner.blocks[number], runner.anatomy.parts(number)
         names = [*parts.outputs("attention"), *parts.outputs("mlp")]
         if parts.fault or not names or any(not skip.savable for skip in (*parts.attention_skips, *parts.mlp_skips)):
-            done.not_folded[f"what block {number} writes"] = (
-                parts.fault or "the weights with which it writes cannot be told"
+            result.not_folded[f"what block {number} writes"] = (
+                parts.fault or "cannot determine which weights write the stream"
             )
             continue
-        before = trial.run()
+        before = probe.run()
         undo = _Undo()
         for path in names:
             owner, _, key = path.rpartition(".")
@@ -301,51 +332,54 @@ def _centre_writers(runner: BlockRunner, trials: Sequence[_FoldProbe], done: Fol
             undo.keep(module, key)
             weight = block.get_parameter(path)
             bias = weight.dim() == 1 or key.endswith("bias")
-            _centre(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
-        after = trial.run()
-        if _same(after, before - before.mean(-1, keepdim=True)):
-            done.centered += [f"{runner.path}.{number}.{path}" for path in names]
+            _center(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
+        after = probe.run()
+        if _is_close(after, before - before.mean(-1, keepdim=True)):
+            result.centered += [f"{runner.path}.{number}.{path}" for path in names]
         else:
-            undo.all()
-            done.not_folded[f"what block {number} writes"] = "it does not leave the block as it is written"
+            undo.run()
+            result.not_folded[f"what block {number} writes"] = (
+                "centering these weights does not center the output of the block"
+            )
 
 
-def _centre(module: nn.Module, name: str, dim: int) -> None:
+def _center(module: nn.Module, name: str, dim: int) -> None:
+    """Subtract the mean of a parameter over one dimension."""
     weight = module._parameters[name]
     assert weight is not None
-    wide = weight.detach().double()
-    weight.copy_(wide - wide.mean(dim, keepdim=True))
+    weight64 = weight.detach().double()
+    weight.copy_(weight64 - weight64.mean(dim, keepdim=True))
 
 
-def _same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= _TOLERANCE.get(wanted.dtype, 6e-2) * wanted.abs().max())
+def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).abs().max() <= _TOLERANCE.get(expected.dtype, 6e-2) * expected.abs().max())
 
 
 class _Undo:
-    """What was there before."""
+    """The changes of parameters that can be unresult."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
 
     def keep(self, module: nn.Module, name: str) -> nn.Parameter:
-        """A parameter that is going to be overwritten."""
-        held = module._parameters[name]
-        assert held is not None
-        copy = held.detach().clone()
-        self._steps.append(lambda: held.copy_(copy))
-        return held
+        """Return a parameter that will be overwritten, after saving a copy of it."""
+        parameter = module._parameters[name]
+        assert parameter is not None
+        copy = parameter.detach().clone()
+        self._steps.append(lambda: parameter.copy_(copy))
+        return parameter
 
-    def add(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        """Put a new parameter into a module."""
+    def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        """Set a new parameter of a module."""
         before = module._parameters.get(name)
         self._steps.append(lambda: module._parameters.__setitem__(name, before))
         module._parameters[name] = parameter
 
-    def also(self, step: Callable[[], object]) -> None:
-        """Something else to do."""
+    def add_step(self, step: Callable[[], object]) -> None:
+        """Add another step of the undo."""
         self._steps.append(step)
 
-    def all(self) -> None:
-        """Put everything back, the last change first."""
+    def run(self) -> None:
+        """Undo all changes, the last one first."""
         for step in reversed(self._steps):
             step()

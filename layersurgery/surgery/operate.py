@@ -1,8 +1,12 @@
-"""Surgery on a live model: its own `nn.ModuleList` is rewritten, for a while or for good.
+"""Edit a model in memory by rewriting its `nn.ModuleList`, temporarily or permanently.
 
->>> with operate(model, "swap 12 13; drop 20"):  # doctest: +SKIP
-...     model.generate(**inputs)  # an ordinary transformers model, two layers exchanged and one left out
->>> # here it is what it was, bit for bit
+>>> import layersurgery as ls
+>>> model, tokenizer = ls.load("smollm2-135m")
+>>> with ls.operate(model, "swap 12 13; drop 20"):  # inside, an ordinary transformers model with 29 blocks
+...     print(model.config.num_hidden_layers, len(model.model.layers))
+29 29
+>>> print(model.config.num_hidden_layers, len(model.model.layers))  # after it, exactly the original model
+30 30
 """
 
 from __future__ import annotations
@@ -34,26 +38,36 @@ Model = TypeVar("Model", bound=nn.Module)
 def operate(
     model: Model, plan: Plan | Route | str, *, blocks: str | None = None, anatomy: Anatomy | None = None
 ) -> Iterator[Model]:
-    """Edit a model while the `with` block lasts, and put back the very objects that were there at its end, whatever happens.
+    """Edit a model inside a `with` block, and restore the original objects at its end, also after an exception.
 
-    No weight is copied. A block that the route visits is the same object; a second visit, or one without attention or MLP, is a
-    view that shares its parameters. Operating inside `operate` composes: there, block numbers are those of the edited model.
+    No weight is copied. At its first visit, a block is the original object. A second visit, or a visit without
+    attention or MLP, is a view that shares its parameters. `operate` can be nested: inside, plans use the block numbers
+    of the edited model.
 
     Args:
-        model: a transformers causal language model, or a wrapper around one (PEFT, DDP, torch.compile). Its config object is
-            edited too, so another model built on the very same object sees the new depth meanwhile.
+        model: a transformers causal language model, or a wrapper around one (PEFT, DDP, torch.compile). Its config
+            object is edited too, so another model with the same config object also has the new depth inside the `with`
+            block.
         plan: the edits, their text, or the route itself.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        anatomy: the model's, which a skipped branch needs; by default it is found by running the model once on seven tokens.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
+        anatomy: anatomy of the model, needed to skip a branch. By default, it is found by running the model once on
+            seven tokens.
+
+    Yields:
+        The same model, edited.
 
     Raises:
         PlanError: the plan does not fit the model.
-        UnsupportedEditError: the architecture cannot be edited in this way; the model is as it was.
-        UndoError: at the end, if somebody else changed the list of blocks meanwhile; their change is left alone.
+        UnsupportedEditError: the architecture cannot be edited in this way; the model is unchanged.
+        UndoError: at the end, if other code has changed the list of blocks inside the `with` block. That change is
+            kept.
 
     Example:
-        >>> with ls.operate(model, ls.drop(20)):  # doctest: +SKIP
-        ...     loss = model(ids, labels=ids).loss
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> with ls.operate(model, ls.drop(20)):
+        ...     loss = model(tokens, labels=tokens).loss
     """
     surgery = Surgery(model, plan, blocks=blocks)
     try:
@@ -71,26 +85,35 @@ def operate_(
     anatomy: Anatomy | None = None,
     verify: bool = True,
 ) -> Model:
-    """Edit a model for good, in place. It stays an ordinary transformers model: it generates, trains, saves and reloads.
+    """Edit a model permanently, in place.
 
-    Repeats share their parameters, so their gradients add up; saved, each has its own copy. A skipped branch keeps its weights
-    and is saved with output projections of zeros.
+    It remains an ordinary transformers model that generates, trains, saves and reloads.
+
+    Repeated blocks share their parameters, so their gradients add up; in a saved checkpoint, each has its own copy. A
+    skipped branch keeps its weights, and is saved with output projections of zeros.
 
     Args:
         model: as for `operate`.
         plan: the edits, their text, or the route itself.
-        blocks: path of the list of blocks, where it cannot be found.
-        anatomy: the model's, which a skipped branch needs.
-        verify: refuse what `save_pretrained` and a reload would not bring back as the same function. Without it, save with
-            `layersurgery.save`, which checks as well.
+        blocks: path of the list of blocks, if it cannot be found automatically.
+        anatomy: anatomy of the model, needed to skip a branch; found by default.
+        verify: refuse an edit after which `save_pretrained` and a reload would not give the same function. Without this
+            check, save with `layersurgery.save`, which checks too.
 
     Returns:
         The model.
 
     Raises:
         PlanError: the plan does not fit the model.
-        UnsupportedEditError: the architecture cannot be edited in this way, or no checkpoint of it can say the result; the model
-            is as it was.
+        UnsupportedEditError: the architecture cannot be edited in this way, or no checkpoint of it can represent the
+            edited model; the model is unchanged.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> model = ls.operate_(model, "drop 20; repeat 12")
+        >>> len(model.model.layers)
+        30
     """
     before = config_dict(model) if verify else None
     surgery = Surgery(model, plan, blocks=blocks)
@@ -108,144 +131,149 @@ def operate_(
 
 
 class Surgery:
-    """One edit of a live model, and how to undo it."""
+    """One edit of a model in memory that can be undone."""
 
     def __init__(self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None) -> None:
-        self.model = model
-        self.found = find_decoder_blocks(model, blocks)
-        self.original = list(self.found.blocks)
-        self.mode = self.found.blocks.training
+        self.trainingl = model
+        self.block_list = find_decoder_blocks(model, blocks)
+        self.original = list(self.block_list.blocks)
+        self.training = self.block_list.blocks.training
         self.route = as_route(plan, len(self.original))
         self.log = UndoLog()
         self.installed: list[nn.Module] = []
-        self.state: Literal["whole", "cutting", "edited", "restoring"] = "whole"
+        self.state: Literal["original", "applying", "edited", "restoring"] = "original"
 
     def apply(self, anatomy: Anatomy | None = None) -> None:
-        """Make the edit. If this raises, `undo` puts back whatever was changed until then.
+        """Make the edit; if this raises, `undo` restores what was changed before the error.
 
         Raises:
             UnsupportedEditError: the architecture cannot be edited in this way.
         """
-        model, depth, route = self.model, len(self.original), self.route
+        model, depth, route = self.trainingl, len(self.original), self.route
         config = text_config(model)
-        facts = refusal_fields(config)
-        refuse_architecture(facts)
-        refuse_route(facts, route, live=True)
-        self.state = "cutting"
+        fields = refusal_fields(config)
+        refuse_architecture(fields)
+        refuse_route(fields, route, live=True)
+        self.state = "applying"
         clear_cached_state(model)
-        self.installed = self._build(anatomy)
-        for owner in _configs(model, self.found, config):
-            edit_config(owner, depth, route, self.log)
-        edit_parent_modules(_above(model, self.found), depth, route, self.log)
+        self.installed = self._build_blocks(anatomy)
+        for decoder_config in _find_configs(model, self.block_list, config):
+            edit_config(decoder_config, depth, route, self.log)
+        edit_parent_modules(_parent_modules(model, self.block_list), depth, route, self.log)
         field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         edit_depth(self.installed, {field, "num_hidden_layers"}, depth, len(route), self.log)
-        _rename_devices(model, self.found, route, self.log)
-        _fill(self.found.blocks, self.installed)
+        _edit_device_map(model, self.block_list, route, self.log)
+        _set_blocks(self.block_list.blocks, self.installed)
         self.state = "edited"
 
-    def _build(self, anatomy: Anatomy | None) -> list[nn.Module]:
-        """The modules of the new list. What must be refused is refused before a number is changed."""
-        for place, block in enumerate(self.original):
-            if any(visit.block == place and (now != place or not visit.whole) for now, visit in enumerate(self.route)):
-                check_positions(block, place)
+    def _build_blocks(self, anatomy: Anatomy | None) -> list[nn.Module]:
+        """Return the modules of the new list; every refusal comes before the first position is changed."""
+        for number, block in enumerate(self.original):
+            if any(
+                visit.block == number and (position != number or not visit.whole)
+                for position, visit in enumerate(self.route)
+            ):
+                check_positions(block, number)
         skips = self._skip_specs(anatomy)
-        owners = _owners(self.route)
+        original_positions = _positions_of_originals(self.route)
         built: list[nn.Module] = []
-        held = {self.route[place].block for place in owners}
-        for place, visit in enumerate(self.route):
+        included = {self.route[position].block for position in original_positions}
+        for position, visit in enumerate(self.route):
             block = self.original[visit.block]
-            if place not in owners:
+            if position not in original_positions:
                 block = share_parameters(block)
                 install_skips(block, skips.get((visit.block, visit.attention), ()) if not visit.whole else ())
-                renumber_block(block, visit.block, place)
-                if visit.block in held:
+                renumber_block(block, visit.block, position)
+                if visit.block in included:
                     clone_in_state_dict(block)
-            held.add(visit.block)
+            included.add(visit.block)
             built.append(block)
-        for place in owners:
-            renumber_block(built[place], self.route[place].block, place, self.log)
+        for position in original_positions:
+            renumber_block(built[position], self.route[position].block, position, self.log)
         return built
 
     def _skip_specs(self, anatomy: Anatomy | None) -> dict[tuple[int, bool], tuple[SkipSpec, ...]]:
-        silenced = {visit for visit in self.route if not visit.whole}
-        if not silenced:
+        """Return the skips of each visit without attention or MLP, by its block and whether attention runs."""
+        skipping = {visit for visit in self.route if not visit.whole}
+        if not skipping:
             return {}
         if anatomy is None:
-            anatomy = find_anatomy(self.model, blocks=self.found.path)
-        for visit in silenced:
+            anatomy = find_anatomy(self.trainingl, blocks=self.block_list.path)
+        for visit in skipping:
             if anatomy.depth <= visit.block or anatomy.signatures[anatomy.kind_of[visit.block]] != block_signature(
                 self.original[visit.block]
             ):
                 raise PlanError(
-                    f"block {visit.block} is not what the anatomy given says of it: it is that of another model, or of this one before an "
-                    "edit; leave it out, or take it anew"
+                    f"block {visit.block} differs from the anatomy argument, which belongs to another model or to this "
+                    "model before an edit; omit the argument, or compute the anatomy again"
                 )
-        return {(visit.block, visit.attention): anatomy.skip_specs(visit) for visit in silenced}
+        return {(visit.block, visit.attention): anatomy.skip_specs(visit) for visit in skipping}
 
     def undo(self) -> None:
-        """Put back what was there; nothing where nothing was changed.
+        """Restore the original model; do nothing if there is no edit to undo.
 
         Raises:
-            UndoError: the list or the config was changed by somebody else since; nothing is touched.
+            UndoError: other code has changed the list or the config since the edit; nothing is restored.
         """
         interruption: BaseException | None = None
         for _ in range(5):
             try:
-                self._undo()
+                self._undo_once()
                 break
             except UndoError:
                 raise
-            except BaseException as error:  # an interrupt or a timer's exception: finish first, then let it through
+            except BaseException as error:  # an interrupt or an exception of a timer: finish the undo, then raise it
                 interruption = error
         if interruption is not None:
             raise interruption
 
-    def _undo(self) -> None:
-        if self.state == "whole":
+    def _undo_once(self) -> None:
+        if self.state == "original":
             return
         if self.state == "edited":
-            self._check()
+            self._check_unchanged()
         self.state = "restoring"
         self._restore()
-        self.state = "whole"
+        self.state = "original"
 
-    def _check(self) -> None:
-        blocks, now = self.found.blocks, list(self.found.blocks)
-        wrong = self.log.changed_since()
-        if self.model.get_submodule(self.found.path) is not blocks:
-            wrong = [f"the list at {self.found.path} was replaced by another"]
+    def _check_unchanged(self) -> None:
+        blocks, now = self.block_list.blocks, list(self.block_list.blocks)
+        changes = self.log.changed_since()
+        if self.trainingl.get_submodule(self.block_list.path) is not blocks:
+            changes = [f"the list at {self.block_list.path} was replaced by another"]
         elif len(now) != len(self.installed) or any(
-            one is not other for one, other in zip(now, self.installed, strict=False)
+            current is not installed for current, installed in zip(now, self.installed, strict=False)
         ):
-            wrong = [f"the list at {self.found.path} holds other modules"]
-        if wrong:
+            changes = [f"the list at {self.block_list.path} contains other modules"]
+        if changes:
             raise UndoError(
-                f"the edit {self.route} was not undone, because the model was edited by somebody else since: {'; '.join(wrong[:3])}. "
-                "Nothing was overwritten. Undo edits in the reverse order in which they were made"
+                f"the edit {self.route} was not undone, because other code has edited the model since: "
+                f"{'; '.join(changes[:3])}. Nothing was overwritten. Undo edits in the reverse order in which they "
+                "were made"
             )
 
     def _restore(self) -> None:
-        clear_cached_state(self.model, self.original)
+        clear_cached_state(self.trainingl, self.original)
         self.log.undo()
-        _fill(self.found.blocks, self.original)
-        self._follow_mode()
+        _set_blocks(self.block_list.blocks, self.original)
+        self._apply_training_mode()
 
-    def _follow_mode(self) -> None:
-        """`train()` and `eval()` inside did not reach the modules that were out."""
-        if self.found.blocks.training == self.mode:
+    def _apply_training_mode(self) -> None:
+        """Apply a `train()` or `eval()` made during the edit to the modules that were not in the model then."""
+        if self.block_list.blocks.training == self.training:
             return
         reached = {id(module) for block in self.installed for module in block.modules()}
         for block in self.original:
             for module in block.modules():
                 if id(module) not in reached:
-                    module.training = self.found.blocks.training
+                    module.training = self.block_list.blocks.training
 
 
 def as_route(plan: Plan | Route | str, depth: int) -> Route:
-    """The route that a plan, its text or a route means in a model of `depth` blocks.
+    """Return the route of a plan, its text or a route in a model of `depth` blocks.
 
     Raises:
-        PlanError: it does not fit.
+        PlanError: the plan or route does not fit the model.
     """
     if isinstance(plan, str):
         plan = Plan.parse(plan)
@@ -253,59 +281,66 @@ def as_route(plan: Plan | Route | str, depth: int) -> Route:
         return plan.route(depth)
     if not isinstance(plan, Route):
         raise PlanError(f'expected a plan, its text ("swap 1 2; drop 3") or a Route, not {plan!r}')
-    if wrong := sorted({visit.block for visit in plan if visit.block >= depth}):
-        raise PlanError(f"the route visits block {wrong[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
+    if missing := sorted({visit.block for visit in plan if visit.block >= depth}):
+        raise PlanError(f"the route visits block {missing[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
     if not plan.canonical:
         raise PlanError("the route leaves no block; keep at least one")
     return plan.canonical
 
 
-def _owners(route: Route) -> frozenset[int]:
-    """Places that get the block itself: its own place if it still stands there, else the first whole visit."""
-    owners: dict[int, int] = {}
-    for place, visit in enumerate(route):
-        if visit.whole and (place == visit.block or visit.block not in owners):
-            owners[visit.block] = place
-    return frozenset(owners.values())
+def _positions_of_originals(route: Route) -> frozenset[int]:
+    """Return the positions that get an original block, one per block.
+
+    This is the position of the block in the original model if the route visits it there, else that of its first visit.
+    Only visits with attention and MLP count.
+    """
+    position_of: dict[int, int] = {}
+    for position, visit in enumerate(route):
+        if visit.whole and (position == visit.block or visit.block not in position_of):
+            position_of[visit.block] = position
+    return frozenset(position_of.values())
 
 
-def _fill(blocks: nn.ModuleList, modules: list[nn.Module]) -> None:
+def _set_blocks(blocks: nn.ModuleList, modules: list[nn.Module]) -> None:
     blocks._modules.clear()
     blocks._modules.update({str(number): module for number, module in enumerate(modules)})
 
 
-def _configs(model: nn.Module, found: BlockList, config: Any) -> list[Any]:
-    """The decoder's config object, and copies of it that modules above the blocks keep."""
+def _find_configs(model: nn.Module, block_list: BlockList, config: Any) -> list[Any]:
+    """Return the decoder's config object, and its copies in the modules that contain the list of blocks."""
     configs = {id(config): config}
-    for module in _above(model, found):
-        held = vars(module).get("config")
-        get = getattr(held, "get_text_config", None)
-        if get is not None:
-            text = get(decoder=True)
-            if getattr(text, "num_hidden_layers", None) == config.num_hidden_layers:
-                configs.setdefault(id(text), text)
+    for module in _parent_modules(model, block_list):
+        module_config = vars(module).get("config")
+        get_text_config = getattr(module_config, "get_text_config", None)
+        if get_text_config is not None:
+            decoder_config = get_text_config(decoder=True)
+            if getattr(decoder_config, "num_hidden_layers", None) == config.num_hidden_layers:
+                configs.setdefault(id(decoder_config), decoder_config)
     return list(configs.values())
 
 
-def _above(model: nn.Module, found: BlockList) -> Iterator[nn.Module]:
+def _parent_modules(model: nn.Module, block_list: BlockList) -> Iterator[nn.Module]:
+    """Iterate over the modules that contain the list of blocks, from the model inwards."""
     yield model
     module = model
-    for name in found.path.split(".")[:-1]:
+    for name in block_list.path.split(".")[:-1]:
         module = module.get_submodule(name)
         yield module
 
 
-def _rename_devices(model: nn.Module, found: BlockList, route: Route, log: UndoLog) -> None:
-    """accelerate's map of which block is on which device, by the blocks' paths."""
-    names = found.path.split(".")
-    for level, module in enumerate(_above(model, found)):
+def _edit_device_map(model: nn.Module, block_list: BlockList, route: Route, log: UndoLog) -> None:
+    """Edit accelerate's map from the paths of the blocks to their devices."""
+    names = block_list.path.split(".")
+    for level, module in enumerate(_parent_modules(model, block_list)):
         devices = vars(module).get("hf_device_map")
         if isinstance(devices, dict):
-            block = re.compile(rf"{re.escape('.'.join(names[level:]))}\.(\d+)(.*)")
+            block_path = re.compile(rf"{re.escape('.'.join(names[level:]))}\.(\d+)(.*)")
             moved: dict[str, Any] = {}
             for path, device in devices.items():
-                match = block.fullmatch(path)
-                places = [place for place, number in enumerate(route.blocks) if match and number == int(match[1])]
-                paths = [f"{path[: match.start(1)]}{place}{match[2]}" for place in places] if match else [path]
+                match = block_path.fullmatch(path)
+                positions = [
+                    position for position, block in enumerate(route.blocks) if match and block == int(match[1])
+                ]
+                paths = [f"{path[: match.start(1)]}{position}{match[2]}" for position in positions] if match else [path]
                 moved.update(dict.fromkeys(paths, device))
             log.set(vars(module), "hf_device_map", moved, "hf_device_map")

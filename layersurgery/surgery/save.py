@@ -1,4 +1,4 @@
-"""Saving an edited model so that it surely comes back as itself."""
+"""Save an edited model only if a reload gives the same model."""
 
 from __future__ import annotations
 
@@ -16,27 +16,38 @@ from .live_check import adapters, check_reloads_equal, transformers_model
 def save(
     model: nn.Module, out: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False, **options: Any
 ) -> Path:
-    """`save_pretrained`, guarded: what would not reload to the same function is refused, and the directory appears whole or not at all.
+    """Save a model with `save_pretrained`, and refuse a model that would not reload to the same function.
+
+    The directory is written completely or not at all.
 
     Args:
         model: a transformers model, edited or not, or a wrapper around one.
         out: the new directory.
-        tokenizer: saved beside it, so that a pipeline needs nothing else.
+        tokenizer: saved to the same directory, so that a pipeline needs no other files.
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
-        options: for `save_pretrained`, such as `max_shard_size`.
+        options: further arguments for `save_pretrained`, such as `max_shard_size`.
 
     Returns:
         The directory.
 
     Raises:
-        UnsupportedEditError: no checkpoint of this architecture can say this model; says which block and what differs.
-        OutputError: `out` exists, or cannot be written; nothing is left behind.
+        UnsupportedEditError: no checkpoint of this architecture can represent this model. The error names the block and
+            the difference.
+        OutputError: `out` exists or cannot be written; no partial output remains.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> model = ls.operate_(model, "drop 20")
+        >>> print(ls.save(model, "without-20", tokenizer=tokenizer))
+        without-20
     """
     target = Path(out)
     check_output(target, None, overwrite=overwrite)
-    if found := adapters(model):
+    if adapter_paths := adapters(model):
         raise UnsupportedEditError(
-            f"{found[-1]} is an adapter of PEFT, which a checkpoint of the model does not hold; merge it first (merge_and_unload)"
+            f"{adapter_paths[-1]} is a PEFT adapter, which a checkpoint of the model does not contain; merge it first "
+            "(merge_and_unload)"
         )
     check_reloads_equal(model)
     inner = transformers_model(model)

@@ -1,4 +1,4 @@
-"""Measuring one batch: what was summed up over it, and the readout of streams at the ends of routes."""
+"""Read the logits at the end of each route for one batch, and sum the metrics of every sequence."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
 from ..runtime.unembedding import TOLERANCE, Readout
 
-_PROOF = 64  # tokens
+_CHECKED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What one batch gave.
+    """Result of one batch.
 
     Attributes:
-        counts: positions measured in each sequence.
-        values: sums over them, (sequences, rows, len(METRICS)); row 0 is the unedited model, the others are the variants.
-        observed: what the observer has summed up, (sequences, its size).
-        calls: block calls made.
-        states_at_peak: residual streams that were alive together.
-        bytes_read: weights that were brought in from elsewhere.
+        counts: number of positions measured in each sequence.
+        values: sums over these positions, (sequences, rows, len(METRICS)). Row 0 is the unedited model, the others are the variants.
+        observed: counts and sums of the observer, (sequences, the observer's size).
+        calls: number of block calls.
+        states_at_peak: largest number of residual streams that were in memory together.
+        bytes_read: bytes of offloaded weights that were loaded.
     """
 
     counts: list[int]
@@ -40,33 +40,33 @@ class BatchResult:
     bytes_read: int = 0
 
     @classmethod
-    def of(cls, parts: Sequence[BatchResult]) -> BatchResult:
-        """Several parts of a batch as one."""
+    def concatenate(cls, results: Sequence[BatchResult]) -> BatchResult:
+        """Return the results of consecutive parts of a batch as one result."""
         return cls(
-            [count for part in parts for count in part.counts],
-            np.concatenate([part.values for part in parts]),
-            np.concatenate([part.observed for part in parts]),
-            sum(part.calls for part in parts),
-            max(part.states_at_peak for part in parts),
-            sum(part.bytes_read for part in parts),
+            [count for result in results for count in result.counts],
+            np.concatenate([result.values for result in results]),
+            np.concatenate([result.observed for result in results]),
+            sum(result.calls for result in results),
+            max(result.states_at_peak for result in results),
+            sum(result.bytes_read for result in results),
         )
 
 
 class BatchMetrics:
-    """Streams of one batch, read and measured against the unedited model's end.
+    """Metrics of one batch: every final stream is read as logits and compared with those of the unedited model.
 
     Args:
-        readout: how streams become logits.
-        rows: rows of the result that the route of a number fills.
+        readout: maps streams to logits.
+        rows: returns the rows of the result that belong to the route of a number.
         ids: tokens, (sequences, length).
-        follow: positions that have a next token, (sequences, length - 1).
-        states: streams by number, as they come and go.
-        end: the unedited model's last one.
-        kept: takes the metrics of single positions, if they are wanted.
+        has_next: True for positions that have a next token, (sequences, length - 1).
+        states: the streams that are in memory, by number; streams are added and removed while the batch runs.
+        final_stream: the unedited model's stream after its last block.
+        token_metrics: receives the metrics of single positions by rows of the result; None if they are not wanted.
         compiled: use loops that torch compiles.
 
     Attributes:
-        sums: for each row of the result, (sequences, len(METRICS)).
+        sums: for each row of the result, sums over the measured positions, (sequences, len(METRICS)).
     """
 
     def __init__(
@@ -74,67 +74,69 @@ class BatchMetrics:
         readout: Readout,
         rows: Callable[[int], Sequence[int]],
         ids: torch.Tensor,
-        follow: torch.Tensor,
+        has_next: torch.Tensor,
         states: dict[int, torch.Tensor],
-        end: torch.Tensor,
-        kept: dict[tuple[int, ...], torch.Tensor] | None,
+        final_stream: torch.Tensor,
+        token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
         *,
         compiled: bool = False,
     ) -> None:
-        self.readout, self.rows, self.states, self.kept = readout, rows, states, kept
+        self.readout, self.rows, self.states, self.token_metrics = readout, rows, states, token_metrics
         self.sums: dict[int, torch.Tensor] = {}
-        self._counts = follow.sum(-1).tolist()
-        chosen = functional.pad(follow, (0, 1)).flatten().nonzero()[:, 0]
-        x = readout.normalize(end, chosen)
-        self._chosen = chosen.to(x.device)
-        target = ids[:, 1:][follow].to(x.device)
-        self._base = dispatch.baseline(readout, x, target, compiled=compiled)
-        self._note([0], dispatch.measure_unedited(self._base))
+        self._counts = has_next.sum(-1).tolist()
+        positions = functional.pad(has_next, (0, 1)).flatten().nonzero()[:, 0]
+        x = readout.normalize(final_stream, positions)
+        self._positions = positions.to(x.device)
+        target = ids[:, 1:][has_next].to(x.device)
+        self._baseline = dispatch.baseline(readout, x, target, compiled=compiled)
+        self._add([0], dispatch.measure_unedited(self._baseline))
 
     def read(self, state: int, routes: Sequence[int]) -> None:
-        """Measure a stream, which is the end of these routes."""
+        """Measure the stream of this number, which is the final stream of these routes."""
         rows = [row for route in routes for row in self.rows(route)]
         if rows:
-            self._note(
-                rows,
-                dispatch.measure(self.readout, self.readout.normalize(self.states[state], self._chosen), self._base),
-            )
+            x = self.readout.normalize(self.states[state], self._positions)
+            self._add(rows, dispatch.measure(self.readout, x, self._baseline))
 
-    def _note(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
-        if self.kept is not None:
-            self.kept[tuple(rows)] = metrics.cpu()
-        # One sequence at a time, so that its digits do not depend on the others in the batch.
-        parts = torch.stack([part.contiguous().sum(-1) for part in torch.split(metrics, self._counts, -1)])
-        self.sums.update(dict.fromkeys(rows, parts))
+    def _add(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
+        """Sum the metrics of all positions, (len(METRICS), positions), by sequence, for these rows of the result."""
+        if self.token_metrics is not None:
+            self.token_metrics[tuple(rows)] = metrics.cpu()
+        # Sum each sequence separately, so that its digits do not depend on the other sequences in the batch.
+        sums = torch.stack([sequence.contiguous().sum(-1) for sequence in torch.split(metrics, self._counts, -1)])
+        self.sums.update(dict.fromkeys(rows, sums))
 
 
 def check_readout(runner: BlockRunner, readout: Readout, ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Show on real text that the stream behind the last block, as it is read here, is what the model itself predicts.
+    """Check on real text that reading the stream after the last block gives the model's own logits.
 
     Args:
-        runner: the blocks.
-        readout: how streams become logits.
-        ids: one sequence, (1, length); its first tokens are taken.
+        runner: runs the model's blocks.
+        readout: maps streams to logits.
+        ids: one sequence, (1, length); its first tokens are used.
         mask: 1 for a token and 0 for padding, the same shape.
 
     Raises:
-        MeasurementError: it is not.
+        MeasurementError: the logits differ by more than the dtype's rounding error.
     """
-    real = int(mask[0].nonzero()[0])
-    span = slice(real, real + _PROOF)
+    start = int(mask[0].nonzero()[0])
+    span = slice(start, start + _CHECKED_TOKENS)
     inputs = model_inputs(runner.model, ids[:, span], mask[:, span])
-    own = runner.model(**inputs).logits[0]
-    end = runner.record(inputs, ()).states[runner.depth]
-    x = readout.normalize(end, torch.arange(end.shape[1]))
-    read = torch.cat([readout.logits_tile(x[rows], 0, readout.vocabulary) for rows in tiled.rows_of(readout, len(x))])
-    # Some return float32 logits of half-precision products, of a stream that is kept in float32.
-    dtypes = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()} | {own.dtype}
-    tolerance = max(TOLERANCE.get(dtype, 3e-2) for dtype in dtypes)
-    own = own.float()
-    finite = own.abs() < torch.finfo(torch.float16).max  # others stand for words that are ruled out
-    off = torch.where(finite, read.to(own.device) - own, 0).abs().amax(-1)
-    if bool((off > tolerance * torch.where(finite, own, 0).abs().amax(-1)).any()):
+    model_logits = runner.model(**inputs).logits[0]
+    final_stream = runner.record(inputs, ()).states[runner.depth]
+    x = readout.normalize(final_stream, torch.arange(final_stream.shape[1]))
+    read_logits = torch.cat(
+        [readout.logits_tile(x[rows], 0, readout.vocabulary) for rows in tiled.rows_of(readout, len(x))]
+    )
+    # Some models keep the stream in float32, multiply in half precision, and return float32 logits. So the coarsest dtype counts.
+    dtypes = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
+    tolerance = max(TOLERANCE.get(dtype, 3e-2) for dtype in dtypes | {model_logits.dtype})
+    model_logits = model_logits.float()
+    # Larger logits mark tokens that the model never predicts.
+    comparable = model_logits.abs() < torch.finfo(torch.float16).max
+    error = torch.where(comparable, read_logits.to(model_logits.device) - model_logits, 0).abs().amax(-1)
+    if bool((error > tolerance * torch.where(comparable, model_logits, 0).abs().amax(-1)).any()):
         raise MeasurementError(
-            f"{type(runner.model).__name__}: what is read behind its last block differs from its own logits by up to {float(off.max()):.3g}, so "
-            "its earlier blocks cannot be read that way"
+            f"{type(runner.model).__name__}: the logits read from the stream after its last block differ from the model's "
+            f"own logits by up to {float(error.max()):.3g}, so its earlier blocks cannot be read in this way"
         )

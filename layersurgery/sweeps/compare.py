@@ -1,4 +1,7 @@
-"""What an edit does to a model's predictions, worked out the plain dense way: for small jobs, and to judge faster ways by."""
+"""Compare the predictions of two models, or of a model with and without an edit, from their full logits.
+
+This is the simple way, for small amounts of text and as a reference for the faster ways.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,17 @@ Edit = Plan | Route | str
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Means over all positions that have a next token inside their sequence; p is the first model, q the second.
+    """Means over all positions that have a next token in their sequence; p is the first model, q the second.
 
     Attributes:
-        tokens: how many positions.
+        tokens: number of positions.
         kl_nats: KL(p||q).
-        agreement: share of positions where both have the same most likely token.
+        agreement: share of positions where both models have the same most likely token, 0 to 1.
         loss_nats: cross-entropy of q with the true next token.
-        loss_change_nats: the same, q minus p.
+        loss_change_nats: cross-entropy of q minus that of p.
         entropy_bits: H(q).
         entropy_change_bits: H(q) - H(p).
-        accuracy: share of positions where q's most likely token is the true next one.
+        accuracy: share of positions where q's most likely token is the true next token, 0 to 1.
     """
 
     tokens: int
@@ -51,7 +54,7 @@ class Comparison:
 
     @property
     def perplexity(self) -> float:
-        """exp of the second model's loss."""
+        """Return the second model's perplexity, exp(loss_nats)."""
         return math.exp(self.loss_nats)
 
 
@@ -63,53 +66,61 @@ def compare(
     attention_mask: torch.Tensor | None = None,
     batch_size: int = 1,
 ) -> Comparison:
-    """Compare two models, or one with an edit of itself, on the same tokens.
+    """Compare two models, or a model with an edit of itself, on the same tokens.
 
-    Logits become float64 before anything is summed; a whole sequence's logits are held at a time.
+    Logits are converted to float64 before they are summed. The logits of one whole batch are in memory at a time.
 
     Args:
-        model: a causal language model, p.
-        other: another one over the same vocabulary, or a plan, its text or a route for `model`: q.
+        model: a causal language model: p.
+        other: another model with the same vocabulary, or an edit of `model` (a plan, its text or a route): q.
         tokens: token ids, (sequences, length).
         attention_mask: 1 for a token and 0 for padding, of the same shape.
-        batch_size: sequences in one forward.
+        batch_size: number of sequences in one forward.
+
+    Returns:
+        The means of all metrics over all positions that have a next token.
 
     Raises:
-        PlanError: no position has a next token, the vocabularies differ, or the plan does not fit.
+        PlanError: no position has a next token, the vocabularies differ, or the plan does not fit the model.
 
     Example:
-        >>> compare(model, "drop 20", tokens).kl_nats  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> comparison = ls.compare(model, "drop 20", tokens)
+        >>> comparison.kl_nats > 0
+        True
     """
     ids, mask = as_tokens(tokens, attention_mask)
     sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)
-    with ExitStack() as runner:
-        runner.enter_context(eval_no_grad(model))
-        edited, editing = _second(model, other, runner)
-        for rows, real in zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True):
-            p = _logits(model, rows, real)
+    with ExitStack() as contexts:
+        contexts.enter_context(eval_no_grad(model))
+        second, editing = _second_model(model, other, contexts)
+        for batch_ids, batch_mask in zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True):
+            p = _logits(model, batch_ids, batch_mask)
             with editing():
-                q = _logits(edited, rows, real)
+                q = _logits(second, batch_ids, batch_mask)
             if p.shape != q.shape:
                 raise PlanError(
                     f"the models' logits have the shapes {tuple(p.shape)} and {tuple(q.shape)}, so they cannot be compared"
                 )
-            for sequence in zip(p, q, rows, real, strict=True):
-                sums += _sums(*sequence)
+            for sequence in zip(p, q, batch_ids, batch_mask, strict=True):
+                sums += _sum_metrics(*sequence)
     count, *totals = sums.tolist()
     return Comparison(tokens=int(count), **{name: total / count for name, total in zip(METRICS, totals, strict=True)})
 
 
-def _second(
-    model: nn.Module, other: nn.Module | Edit, runner: ExitStack
+def _second_model(
+    model: nn.Module, other: nn.Module | Edit, contexts: ExitStack
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]:
-    """The model that gives q, and what to do around each of its forwards."""
+    """Return the model that gives q, and a context manager to enter around each of its forwards."""
     if isinstance(other, nn.Module):
-        runner.enter_context(eval_no_grad(other))
+        contexts.enter_context(eval_no_grad(other))
         return other, nullcontext
     route = as_route(other, len(find_decoder_blocks(model).blocks))
-    # A skipped branch needs it; once is enough.
-    known = None if all(visit.whole for visit in route) else anatomy(model)
-    return model, partial(operate, model, route, anatomy=known)
+    # Only a skipped branch needs the anatomy. Find it once, not in every batch.
+    known_anatomy = None if all(visit.whole for visit in route) else anatomy(model)
+    return model, partial(operate, model, route, anatomy=known_anatomy)
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -117,9 +128,16 @@ def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _sums(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The number of positions and the sum of each metric over one sequence; p and q are logits, (length, vocabulary)."""
-    following = has_next_token(mask[None])[0]
-    p, q = (logits[:-1].cpu()[following] for logits in (p, q))
-    sums = measure(p, q, ids[1:].cpu()[following]).sum(-1)
-    return torch.cat([following.sum()[None].double(), sums])
+def _sum_metrics(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the number of positions, then the sum of each metric, for one sequence.
+
+    Args:
+        p: logits of the first model, (length, vocabulary).
+        q: logits of the second model, the same shape.
+        ids: tokens, (length,).
+        mask: 1 for a token and 0 for padding, (length,).
+    """
+    has_next = has_next_token(mask[None])[0]
+    p, q = (logits[:-1].cpu()[has_next] for logits in (p, q))
+    sums = measure(p, q, ids[1:].cpu()[has_next]).sum(-1)
+    return torch.cat([has_next.sum()[None].double(), sums])

@@ -1,4 +1,4 @@
-"""What a sweep would take in memory, traffic and arithmetic, from a config alone: no weight is read, and nothing is run."""
+"""Estimate the memory, loaded bytes and floating-point operations of a sweep from a config, without reading any weights."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ CPU, DISK = "cpu", "disk"
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a sweep would take. Bytes, unless a name says otherwise.
+    """Estimated cost of a sweep. Sizes are in bytes.
 
     Attributes:
-        parameters: of the model.
-        device: where blocks compute; those kept elsewhere are brought there.
-        devices: the device map in words.
-        weights: on each place (devices, "cpu", "disk").
-        passing: weights of offloaded blocks that are on the device for a while: those at hand, and the next one.
-        forecast: what a batch takes while it is measured.
+        parameters: number of the model's parameters.
+        device: the device on which blocks are computed; offloaded weights are loaded to it.
+        devices: description of the device map.
+        weights: bytes of weights by location (a device, "cpu" or "disk").
+        in_flight_bytes: offloaded weights that are on the device together: the resident blocks and the prefetched one.
+        memory: memory that one batch needs while it is measured.
         text: all token ids and their mask, in main memory.
-        program: Python, torch and what else this process holds already.
-        order: "depth-first" or "layer-major".
-        at_home: layer by layer, blocks at hand together.
-        read_a_batch: weights brought in for each batch.
-        sequences: measured at once.
-        batches: so many there are.
-        block_calls: for a batch.
-        readouts: for a batch.
-        flops: of multiplications, for all of the text.
+        program: memory that this process uses already (Python, torch and more).
+        order: order of the schedule, "depth-first" or "layer-major".
+        resident_blocks: layer by layer: number of blocks that are loaded at the same time; else None.
+        bytes_loaded_per_batch: bytes of offloaded weights that one batch loads.
+        sequences: number of sequences in a batch.
+        batches: number of batches.
+        block_calls: number of block calls in a batch.
+        readouts: number of readouts in a batch.
+        flops: floating-point operations of matrix products for the whole text (two for each multiplication and addition).
     """
 
     parameters: int
@@ -63,12 +63,12 @@ class Estimate:
 
     @property
     def peak(self) -> dict[str, int]:
-        """The most that each place holds at a time, disks left out."""
-        found = {place: count for place, count in self.weights.items() if place != DISK}
-        found.setdefault(CPU, 0)
-        found[self.device] = found.get(self.device, 0) + self.in_flight_bytes + self.memory.working
-        found[CPU] += self.text + self.program
-        return found
+        """Return the largest number of bytes in use at the same time on each device, without disks."""
+        peak = {location: size for location, size in self.weights.items() if location != DISK}
+        peak.setdefault(CPU, 0)
+        peak[self.device] = peak.get(self.device, 0) + self.in_flight_bytes + self.memory.working
+        peak[CPU] += self.text + self.program
+        return peak
 
 
 def estimate(
@@ -85,84 +85,96 @@ def estimate(
     order: str | None = None,
     blocks: str | None = None,
 ) -> Estimate:
-    """What it would take to measure edited models on text.
+    """Estimate the cost of measuring edited models on text.
 
     Args:
         config: a transformers config.
-        variants: the edited models, the unedited one left out.
-        tokens: of the text.
-        context: tokens of a sequence.
-        dtype: of the weights.
-        device: where to compute, where there is no device map.
-        device_map: of modules to devices, or a way to make one.
-        max_memory: that each device may give, for making one.
-        batch_size: sequences at once; otherwise by the memory that is free here now.
-        order: which way to go, as for `sweep`.
-        blocks: path of the list of blocks, where it cannot be found.
+        variants: the edited models, without the unedited one.
+        tokens: number of tokens of the text.
+        context: number of tokens of one sequence.
+        dtype: dtype of the weights.
+        device: the device to compute on if there is no device map.
+        device_map: a map from modules to devices, or the name of a method that makes one ("auto").
+        max_memory: memory that each device may use, if a device map is made.
+        batch_size: number of sequences in a batch; by default chosen from the memory that is free on this machine now.
+        order: order of the schedule, as for `sweep`.
+        blocks: path of the list of blocks, if it cannot be found automatically.
+
+    Returns:
+        The estimated cost.
 
     Raises:
         SourceError: transformers cannot build the model.
-        PlanError: the device map does not fit it.
+        PlanError: the device map does not cover the model.
     """
-    model = _unfilled(config, dtype)
-    found = find_decoder_blocks(model, blocks)
-    path, runner = found.path, list(found.blocks)
-    placed = {"": device} if device_map is None else _mapped(model, device_map, max_memory, dtype)
-    main = next((str(place) for place in placed.values() if str(place) not in (CPU, DISK)), CPU)
-    weights = _by_place(model, placed, main)
-    elsewhere = (DISK,) if main == CPU else (CPU, DISK)
-    blocks_at = [_by_place(block, placed, main, f"{path}.{number}") for number, block in enumerate(runner)]
-    away = [sum(at.get(place, 0) for place in elsewhere) for at in blocks_at]
+    model = _build_meta_model(config, dtype)
+    block_list = find_decoder_blocks(model, blocks)
+    path, decoder_blocks = block_list.path, list(block_list.blocks)
+    placement = {"": device} if device_map is None else _resolve_device_map(model, device_map, max_memory, dtype)
+    main = next((str(location) for location in placement.values() if str(location) not in (CPU, DISK)), CPU)
+    weights = _bytes_by_location(model, placement, main)
+    offload_locations = (DISK,) if main == CPU else (CPU, DISK)
+    block_weights = [
+        _bytes_by_location(block, placement, main, f"{path}.{number}") for number, block in enumerate(decoder_blocks)
+    ]
+    offloaded = [sum(sizes.get(location, 0) for location in offload_locations) for sizes in block_weights]
     context = min(context, max(2, tokens))
     routes = list(dict.fromkeys(variant.route for variant in variants))
-    lazily = any(away) if order is None else order == LAYER_MAJOR
-    plan = layer_major(routes, len(runner)) if lazily else schedule(routes, len(runner))
-    width = _width(model)
+    by_layer = any(offloaded) if order is None else order == LAYER_MAJOR
+    plan = layer_major(routes, len(decoder_blocks)) if by_layer else schedule(routes, len(decoder_blocks))
+    width = _stream_width(model)
     output = model.get_output_embeddings()
     vocabulary = int(text_config(model).vocab_size if output is None else output.weight.shape[0])
-    needs = MemoryModel.of(model, runner, width=width, vocabulary=vocabulary)
+    needs = MemoryModel.of(model, decoder_blocks, width=width, vocabulary=vocabulary)
     sequences = math.ceil(tokens / context)
-    here = torch.device((int(main) if main.isdecimal() else main) if torch.cuda.is_available() else CPU)
-    at_once = min(sequences, batch_size or suggest_batch_size(needs, plan, context, here))
-    outside = sum(weights.get(place, 0) for place in elsewhere) - sum(away)
+    compute_device = torch.device((int(main) if main.isdecimal() else main) if torch.cuda.is_available() else CPU)
+    batch_sequences = min(sequences, batch_size or suggest_batch_size(needs, plan, context, compute_device))
+    offloaded_outside = sum(weights.get(location, 0) for location in offload_locations) - sum(offloaded)
     readouts = len(routes) + 1
+    block_flops = _flops_per_token(config, decoder_blocks, width, context)
     return Estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         device=main,
-        devices=describe(placed, path) if device_map is not None else device,
+        devices=describe(placement, path) if device_map is not None else device,
         weights=weights,
-        in_flight_bytes=plan.bytes_in_flight(away) + outside,
-        memory=needs.predict(plan, at_once, context),
+        in_flight_bytes=plan.bytes_in_flight(offloaded) + offloaded_outside,
+        memory=needs.predict(plan, batch_sequences, context),
         text=2 * 8 * sequences * context,
         program=int(psutil.Process().memory_info().rss),
         order=plan.name,
         resident_blocks=plan.resident_blocks,
-        bytes_loaded_per_batch=plan.bytes_read(away, outside),
-        sequences=at_once,
-        batches=math.ceil(sequences / at_once),
+        bytes_loaded_per_batch=plan.bytes_read(offloaded, offloaded_outside),
+        sequences=batch_sequences,
+        batches=math.ceil(sequences / batch_sequences),
         block_calls=plan.calls,
         readouts=readouts,
-        flops=sequences * context * (plan.calls * _block_flops(config, runner, width, context) + readouts * 2.0 * width * needs.vocabulary),
-    )  # fmt: skip
+        flops=sequences * context * (plan.calls * block_flops + readouts * 2.0 * width * needs.vocabulary),
+    )
 
 
 def blocks_on_disk(config: Any, blocks: str | None = None) -> DeviceMap:
-    """A device map with all blocks on disk, and the rest in main memory: for weights that are looked at once each.
+    """Make a device map with all blocks on disk and all other modules in main memory.
+
+    It suits work that reads each block's weights only once.
 
     Args:
         config: a transformers config.
-        blocks: path of the list of blocks, where it cannot be found.
+        blocks: path of the list of blocks, if it cannot be found automatically.
+
+    Returns:
+        A map from module names to "disk" or "cpu".
 
     Raises:
         SourceError: transformers cannot build the model.
     """
-    model = _unfilled(config, "float32")
-    found = find_decoder_blocks(model, blocks)
-    above = {".".join(found.path.split(".")[:end]) for end in range(found.path.count(".") + 2)} | {""}
-    spread: dict[str, int | str] = {f"{found.path}.{number}": DISK for number in range(len(found.blocks))}
-    for owner in sorted(above - {found.path}):
-        module = model.get_submodule(owner)
-        beside = [
+    model = _build_meta_model(config, "float32")
+    block_list = find_decoder_blocks(model, blocks)
+    path = block_list.path
+    parents = {".".join(path.split(".")[:end]) for end in range(path.count(".") + 2)} | {""}
+    device_map: dict[str, int | str] = {f"{path}.{number}": DISK for number in range(len(block_list.blocks))}
+    for parent in sorted(parents - {path}):
+        module = model.get_submodule(parent)
+        child_names = [
             name
             for name, _ in (
                 *module.named_children(),
@@ -170,13 +182,13 @@ def blocks_on_disk(config: Any, blocks: str | None = None) -> DeviceMap:
                 *module.named_buffers(recurse=False),
             )
         ]
-        names = [f"{owner}.{name}" if owner else name for name in beside]
-        spread |= {name: CPU for name in names if name not in above}
-    return spread
+        names = [f"{parent}.{name}" if parent else name for name in child_names]
+        device_map |= {name: CPU for name in names if name not in parents}
+    return device_map
 
 
-def _unfilled(config: Any, dtype: str) -> Any:
-    """The model without memory for its weights."""
+def _build_meta_model(config: Any, dtype: str) -> Any:
+    """Build the model on the meta device, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -188,19 +200,21 @@ def _unfilled(config: Any, dtype: str) -> Any:
         ) from error
 
 
-def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dtype: str) -> dict[str, Any]:
+def _resolve_device_map(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dtype: str) -> dict[str, Any]:
+    """Return a device map as a dictionary; let accelerate make it if only the name of a method is given."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
     if isinstance(device_map, dict):
         names = [name for name, _ in model.named_parameters()]
-        if lost := [
+        if missing := [
             name
             for name in names
             if not any(not key or name == key or name.startswith(f"{key}.") for key in device_map)
         ]:
             raise PlanError(
-                f"--device-map says nothing of {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else "")
+                f"--device-map gives no device for {missing[0]}"
+                + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
             )
         return device_map
     if device_map not in AUTO:
@@ -209,32 +223,45 @@ def _mapped(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dty
         "no_split_module_classes": list(getattr(model, "_no_split_modules", None) or ()),
         "dtype": getattr(torch, dtype),
     }
-    if max_memory is None:  # as transformers does, some is left free
+    if max_memory is None:  # leave some memory free, as transformers does
         max_memory = {device: int(0.9 * size) for device, size in get_max_memory().items()}
     if device_map != "sequential":
         max_memory = get_balanced_memory(model, max_memory, low_zero=device_map == "balanced_low_0", **options)
     return dict(infer_auto_device_map(model, max_memory=max_memory, **options))
 
 
-def _by_place(module: nn.Module, placed: dict[str, Any], main: str, prefix: str = "") -> dict[str, int]:
-    """Bytes of parameters by where a map puts them, and of buffers, which stay where they are worked with."""
-    found: dict[str, int] = {}
+def _bytes_by_location(module: nn.Module, placement: dict[str, Any], main: str, prefix: str = "") -> dict[str, int]:
+    """Sum the bytes of a module's tensors by location.
+
+    Parameters are where the device map puts them. Buffers stay on the device that computes.
+
+    Args:
+        module: the module.
+        placement: the device map.
+        main: the device that computes.
+        prefix: the module's path in the model.
+    """
+    sizes: dict[str, int] = {}
     parameters = dict(module.named_parameters())
     for name, tensor in (*parameters.items(), *module.named_buffers()):
         path = f"{prefix}.{name}" if prefix else name
-        keys = [key for key in placed if not key or path == key or path.startswith(f"{key}.")]
-        place = str(placed[max(keys, key=len)]) if keys and name in parameters else main
-        found[place] = found.get(place, 0) + tensor.nbytes
-    return found
+        keys = [key for key in placement if not key or path == key or path.startswith(f"{key}.")]
+        location = str(placement[max(keys, key=len)]) if keys and name in parameters else main
+        sizes[location] = sizes.get(location, 0) + tensor.nbytes
+    return sizes
 
 
-def _width(model: Any) -> int:
-    """Of the residual stream."""
+def _stream_width(model: Any) -> int:
+    """Return the width of the residual stream."""
     return int(getattr(text_config(model), "hidden_size", 0) or model.get_input_embeddings().weight.shape[1])
 
 
-def _block_flops(config: Any, blocks: Sequence[nn.Module], width: int, context: int) -> float:
-    """Of one token through the mean block: its matrices, of a mixture's only the chosen experts, and attention to half of the context."""
+def _flops_per_token(config: Any, blocks: Sequence[nn.Module], width: int, context: int) -> float:
+    """Return the floating-point operations of one token in the average block.
+
+    They are the products with the block's matrices (in a mixture of experts, only with the active experts), and attention to half of
+    the context.
+    """
     text = config.get_text_config(decoder=True)
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     experts = next((value for name in names if isinstance(value := getattr(text, name, None), int) and value), 1)

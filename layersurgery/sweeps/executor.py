@@ -1,4 +1,4 @@
-"""Going through a schedule upon one batch: block calls and readouts, streams and weights that come and go."""
+"""Run a schedule on one batch: call blocks, measure final streams, release streams, load and unload weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ OnFraction = Callable[[float], None]
 
 
 class BlockObserver(Protocol):
-    """Somebody who looks on."""
+    """Observer that is called around every block call."""
 
     def trunk(self, block: int, record: ForwardRecord) -> AbstractContextManager[None]:
-        """While a block of the unedited model runs."""
+        """Return a context manager to enter while a block of the unedited model runs."""
 
     def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run a block of an edited model, by `call`."""
+        """Run a block of an edited model with `call`, and return the stream after it."""
 
 
 class ScheduleExecutor:
-    """Goes through a schedule: block calls, readouts, and weights that come and go.
+    """Runner of a schedule on one batch.
+
+    Args:
+        runner: runs the model's blocks.
+        plan: the schedule.
+        on_fraction: called with the fraction of the steps that are done; None if nobody needs it.
+        observer: called around every block call; None if nothing is observed.
 
     Attributes:
-        calls: of blocks.
-        peak: streams that were alive together.
+        calls: number of block calls.
+        peak: largest number of streams that were in memory together.
     """
 
     def __init__(
@@ -38,13 +44,13 @@ class ScheduleExecutor:
     ) -> None:
         self.runner, self.plan, self.on_fraction, self.observer = runner, plan, on_fraction, observer
         self.calls, self.peak = runner.depth, 0
-        self._done, self._steps = 0, sum(1 for _ in plan.all_steps)
+        self._steps_done, self._steps = 0, sum(1 for _ in plan.all_steps)
         self._load_order = iter(plan.load_order)
         next(self._load_order, None)
 
     @contextmanager
     def cleanup(self) -> Iterator[None]:
-        """Inside, blocks come and go; at the end all of them are away that were."""
+        """Unload all offloaded blocks when the `with` block ends, also after an exception."""
         try:
             yield
         finally:
@@ -52,12 +58,12 @@ class ScheduleExecutor:
             self.runner.offloaded.unload(*self.runner.blocks)
 
     def track_peak(self, states: dict[int, torch.Tensor]) -> None:
-        """Count the streams that are alive."""
+        """Update the peak with the number of streams that are in memory."""
         self.peak = max(self.peak, len(states))
 
     @contextmanager
     def around_block(self, block: int, record: ForwardRecord) -> Iterator[None]:
-        """While the trunk goes through a block: what has it brought in before, and the routes that go through it afterwards."""
+        """Load the weights before the trunk runs a block, and run the routes that wait for this block after it."""
         steps = self.plan.during_trunk[block] if self.plan.during_trunk else ()
         self.run_steps(steps[:1], record)
         with nullcontext() if self.observer is None else self.observer.trunk(block, record):
@@ -67,13 +73,19 @@ class ScheduleExecutor:
     def run_steps(
         self, steps: Sequence[Step], record: ForwardRecord, read: Callable[[int, Sequence[int]], None] | None = None
     ) -> None:
-        """Do some steps."""
+        """Run some steps of the schedule.
+
+        Args:
+            steps: the steps, in order.
+            record: the record of the unedited model's forward; its `states` are updated.
+            read: measures the stream of a number, which is the final stream of these routes.
+        """
         states = record.states
         self.track_peak(states)
         for step in steps:
             match step.action:
-                case LoadWeights(block, instead_of):
-                    self._load(block, instead_of)
+                case LoadWeights(block, evict):
+                    self._load(block, evict)
                 case RunBlock(visit, state, result):
                     call = partial(self.runner.run, record, visit, states[state])
                     states[result] = (
@@ -86,13 +98,14 @@ class ScheduleExecutor:
                     read(state, routes)
             for state in step.release:
                 del states[state]
-            self._done += 1
+            self._steps_done += 1
             if self.on_fraction is not None and not isinstance(step.action, LoadWeights):
-                self.on_fraction(self._done / self._steps)
+                self.on_fraction(self._steps_done / self._steps)
 
-    def _load(self, block: int, instead_of: Sequence[int]) -> None:
-        home, blocks = self.runner.offloaded, self.runner.blocks
-        home.unload(*(blocks[number] for number in instead_of))
-        home.load(blocks[block])
-        if (following := next(self._load_order, None)) is not None:
-            home.prefetch(blocks[following])
+    def _load(self, block: int, evict: Sequence[int]) -> None:
+        """Unload the evicted blocks, load a block's weights, and prefetch those of the block that is loaded next."""
+        offloaded, blocks = self.runner.offloaded, self.runner.blocks
+        offloaded.unload(*(blocks[number] for number in evict))
+        offloaded.load(blocks[block])
+        if (next_block := next(self._load_order, None)) is not None:
+            offloaded.prefetch(blocks[next_block])

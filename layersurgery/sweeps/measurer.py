@@ -1,4 +1,4 @@
-"""One batch of text through many edited models at once: trunk, trie, readout."""
+"""Measure one batch of text on many edited models: run the unedited model, run the schedule, read the logits."""
 
 from __future__ import annotations
 
@@ -31,33 +31,34 @@ from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observer
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 
-EachToken = Callable[[Sequence[int], torch.Tensor], None]
+OnTokenRows = Callable[[Sequence[int], torch.Tensor], None]
 _SHARE_FOR_BLOCKS = 0.25
-_SHORTEST = 64
+_MIN_COMPILED_LENGTH = 64
 
 
 class Measurer:
-    """A model, and the edited models to measure beside it. The model is as it was between any two calls.
+    """Measurer of a model and its edited variants, one batch at a time. The model itself is unchanged after each call.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        variants: the edited models; those of one route are run once.
-        blocks: path of the list of blocks, where it cannot be found.
-        anatomy: the model's; found by running it on seven tokens if not given.
-        own_tail: read with the model's own tail, and not with the fast readout.
-        compiled: have torch compile the blocks, and the loop over logits on a CPU.
-        order: "depth-first" or "layer-major" (see `trie`); by default layer by layer where weights of blocks are kept elsewhere, and
-            where swapped blocks are observed.
-        observe: signals to read off the blocks while they run (see `observing`); then there need be no variants.
-        spans: of changes that are observed, up to how many blocks together.
-        along: the route on which changes are observed; the unedited model if not given.
-        prove: show first, on some of the text, that what is read off the last block is what the model itself returns.
+        variants: the edited models. Variants with the same route are run once.
+        blocks: path of the list of blocks, if it cannot be found automatically.
+        anatomy: the model's anatomy; found by running the model on seven tokens if not given.
+        use_model_head: read logits with the model's own head instead of the fast readout.
+        compiled: let torch compile the blocks and, on a CPU, the loop over logits.
+        order: "depth-first" or "layer-major" (see `schedule`). The default is depth-first, and layer-major if weights of blocks are
+            offloaded or if the observer needs additional routes.
+        observe: signals to measure on the blocks while they run (see `observer`). Then `variants` may be empty.
+        spans: largest number of consecutive blocks for which the change of the stream is observed.
+        observed_route: the route on which changes are observed; the unedited model's if not given.
+        check: check on the first text that reading the stream after the last block gives the model's own logits.
 
     Attributes:
-        variants: the unedited model, then those measured.
-        observer: reads them; None where there are none.
-        skipped: plans of families that this architecture cannot run, and why.
-        at_once: sequences that memory holds, once it has run out; batches are measured in parts of so many.
+        variants: the unedited model, then the measured variants.
+        observer: measures the signals; None if no signal is observed.
+        skipped: reasons by plan, for variants of a family that this architecture cannot run.
+        max_sequences: number of sequences that fit into memory, set after memory ran out. Batches are then measured in parts of
+            this size.
 
     Raises:
         UnsupportedEditError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
@@ -85,50 +86,55 @@ class Measurer:
         if observed_route is not None:
             refuse_route(refusal_fields(text_config(model)), observed_route, live=True)
         self.observer = Observer(self.runner, observe, spans=spans, observed_route=observed_route) if observe else None
-        self._reads = bool(variants) or check
-        kept, self.skipped = self._supported(variants)
-        self.variants = (unedited(self.runner.depth), *kept)
+        self._reads_logits = bool(variants) or check
+        supported, self.skipped = self._supported(variants)
+        self.variants = (unedited(self.runner.depth), *supported)
         self.max_sequences: int | None = None
         self._device = device_of(model)
-        self._unproven, self._prove = True, check
-        self.routes = list(dict.fromkeys(variant.route for variant in kept))
+        self._is_first_batch, self._check_pending = True, check
+        self.routes = list(dict.fromkeys(variant.route for variant in supported))
         assert self.observer is None or all(visit.whole for route in self.routes for visit in route), (
-            "a skip is run by a view"
+            "a skip runs on a view of the block, which is not observed"
         )
-        # Run as well, and not read.
-        self._walked = (
+        # Routes that the observer needs. They are run, but their logits are not read.
+        self._run_only = (
             [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
         )
-        self._away = [bytes_of(offloaded(block)) for block in self.runner.blocks]
+        self._offloaded_bytes = [bytes_of(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
-        self._needs = MemoryModel.of(
+        self._memory_model = MemoryModel.of(
             model,
             self.runner.blocks,
             width=self.runner.width,
             vocabulary=self.readout.vocabulary,
             head_rows=self.readout.rows,
         )
-        # Rows of the result that each route fills.
+        # Rows of the result that belong to each route.
         self._rows = [
             [row for row, variant in enumerate(self.variants) if row and variant.route == route]
             for route in self.routes
         ]
 
     def _supported(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
-        """Those that can be run, and for the others of a family, why not. A plan of the caller's own is never left out."""
-        facts, depth = refusal_fields(text_config(self.model)), self.runner.depth
+        """Return the variants that the model can run, and the reason for each one of a family that it cannot run.
+
+        An unsupported plan that the caller wrote is an error; it is never skipped.
+        """
+        fields, depth = refusal_fields(text_config(self.model)), self.runner.depth
         trunk = Route(tuple(map(Visit, range(depth))))
-        kept: list[Variant] = []
+        supported: list[Variant] = []
         skipped: dict[str, str] = {}
         for variant in variants:
             if any(visit.block >= depth for visit in variant.route):
-                raise PlanError(f"{variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}")
-            if variant.route == trunk[: len(variant.route)]:  # it is on the way
-                kept.append(variant)
+                raise PlanError(
+                    f"the route {variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}"
+                )
+            if variant.route == trunk[: len(variant.route)]:  # the trunk computes it
+                supported.append(variant)
                 continue
             try:
-                refuse_route(facts, variant.route, live=True)
+                refuse_route(fields, variant.route, live=True)
                 for visit in variant.route:
                     self.runner.anatomy.skip_specs(visit)
             except UnsupportedEditError as error:
@@ -136,197 +142,219 @@ class Measurer:
                     raise
                 skipped[variant.plan] = str(error)
             else:
-                kept.append(variant)
-        if not kept and (variants or (self.observer is None and not self._reads)):
+                supported.append(variant)
+        if not supported and (variants or (self.observer is None and not self._reads_logits)):
             raise UnsupportedEditError(next(iter(skipped.values()), "there is no edit to measure"))
-        return kept, skipped
+        return supported, skipped
 
     def _make_schedule(self, order: str | None) -> Schedule:
-        if (order or (LAYER_MAJOR if any(self._away) or self._walked else DEPTH_FIRST)) == DEPTH_FIRST:
-            return schedule(self.routes, self.runner.depth, self._walked)
-        room = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._away)
-        return layer_major(
-            self.routes, self.runner.depth, max(2 if self._walked else 1, min(room, self.runner.depth)), self._walked
-        )
+        if (order or (LAYER_MAJOR if any(self._offloaded_bytes) or self._run_only else DEPTH_FIRST)) == DEPTH_FIRST:
+            return schedule(self.routes, self.runner.depth, self._run_only)
+        fitting = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._offloaded_bytes)
+        max_resident = max(2 if self._run_only else 1, min(fitting, self.runner.depth))
+        return layer_major(self.routes, self.runner.depth, max_resident, self._run_only)
 
     @property
     def bytes_to_read(self) -> int:
-        """Weights that a batch brings in from elsewhere, in bytes; 0 where all are at hand."""
+        """Return the bytes of offloaded weights that one batch loads; 0 if no weights are offloaded."""
         return self.schedule.bytes_read(
-            self._away, bytes_of(part for module in self.runner.offloaded_outside for part in own_tensors(module))
+            self._offloaded_bytes,
+            bytes_of(tensor for module in self.runner.offloaded_outside for tensor in own_tensors(module)),
         )
 
     @property
     def parameters(self) -> int:
-        """Numbers that the model has, tied ones counted once."""
+        """Return the model's number of parameters, with tied parameters counted once."""
         return sum(tensor.numel() for tensor in distinct_tensors(self.model) if isinstance(tensor, nn.Parameter))
 
     def memory_use(self, sequences: int, length: int) -> MemoryUse:
-        """What a batch of `sequences` of `length` tokens will take; of weights kept elsewhere, those at hand together and the next ones."""
-        found = self._needs.predict(self.schedule, sequences, length)
+        """Predict the memory for a batch of `sequences` sequences of `length` tokens.
+
+        Of the offloaded weights, only those that are in memory together are counted: the resident blocks and the prefetched one.
+        """
+        memory = self._memory_model.predict(self.schedule, sequences, length)
         if self.observer is not None:
-            found = replace(
-                found, streams=found.streams + self.observer.streams * sequences * length * self.runner.width * 4
-            )
-        return replace(
-            found, weights=found.weights - max(0, sum(self._away) - self.schedule.bytes_in_flight(self._away))
-        )
+            observer_bytes = self.observer.streams * sequences * length * self.runner.width * 4
+            memory = replace(memory, streams=memory.streams + observer_bytes)
+        in_flight = self.schedule.bytes_in_flight(self._offloaded_bytes)
+        return replace(memory, weights=memory.weights - max(0, sum(self._offloaded_bytes) - in_flight))
 
     def measure(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
-        on_token_rows: EachToken | None = None,
+        on_token_rows: OnTokenRows | None = None,
         on_fraction: OnFraction | None = None,
     ) -> BatchResult:
-        """Measure one batch, in halves and halves of halves where memory does not suffice for all of it at once.
+        """Measure one batch. If memory runs out, halve the number of sequences and continue, as often as needed.
 
         Args:
             ids: tokens, (sequences, length).
             mask: 1 for a token and 0 for padding, the same shape.
-            each: is called with the rows of the result, and the metrics (len(METRICS), positions) of each single position.
-            tick: is called now and then with the share of the work that is done.
+            on_token_rows: called with rows of the result and their metrics at each position, (len(METRICS), positions).
+            on_fraction: called from time to time with the fraction of the work that is done.
+
+        Returns:
+            The sums of the batch.
 
         Raises:
-            MeasurementError: the unedited model's own predictions are no numbers, or memory does not suffice for one sequence.
+            MeasurementError: the unedited model returns NaN or infinite logits, or memory is too small for one sequence.
         """
-        parts: list[BatchResult] = []
-        rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        results: list[BatchResult] = []
+        metrics_by_rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
         start = 0
         while start < len(ids):
             span = slice(start, start + (self.max_sequences or len(ids)))
-            kept: dict[tuple[int, ...], torch.Tensor] = {}
-            part = self._measure_or_halve(ids, mask, span, None if on_token_rows is None else kept, on_fraction)
-            if part is None:
+            token_metrics: dict[tuple[int, ...], torch.Tensor] = {}
+            result = self._try_measure(ids, mask, span, None if on_token_rows is None else token_metrics, on_fraction)
+            if result is None:
                 self._halve(len(ids[span]), ids.shape[1])
                 continue
-            parts.append(part)
-            for key, metrics in kept.items():
-                rows.setdefault(key, []).append(metrics)
+            results.append(result)
+            for rows, metrics in token_metrics.items():
+                metrics_by_rows.setdefault(rows, []).append(metrics)
             start = span.stop
         if on_token_rows is not None:
-            for key, found in rows.items():
-                on_token_rows(key, torch.cat(found, -1))
-        return BatchResult.of(parts)
+            for rows, parts in metrics_by_rows.items():
+                on_token_rows(rows, torch.cat(parts, -1))
+        return BatchResult.concatenate(results)
 
-    def _measure_or_halve(
+    def _try_measure(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
         span: slice,
-        kept: dict[tuple[int, ...], torch.Tensor] | None,
-        tick: OnFraction | None,
+        token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
+        on_fraction: OnFraction | None,
     ) -> BatchResult | None:
-        """A part of a batch; None where memory ran out."""
-        done, all_of_it = span.start / len(ids), len(ids[span]) / len(ids)
+        """Measure some sequences of a batch; return None if memory ran out."""
+        start, share = span.start / len(ids), len(ids[span]) / len(ids)
         try:
             return self._measure(
-                ids[span], mask[span], kept, None if tick is None else lambda share: tick(done + share * all_of_it)
+                ids[span],
+                mask[span],
+                token_metrics,
+                None if on_fraction is None else lambda fraction: on_fraction(start + fraction * share),
             )
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
-        return None  # behind the handler, which holds on to what filled the memory
+        # Return outside the handler: the exception keeps the tensors alive that filled the memory.
+        return None
 
     def _halve(self, sequences: int, length: int) -> None:
+        """Halve the number of sequences that are measured at once, after memory ran out."""
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
-            fewer = (
-                ", --schedule depth-first, which holds fewer streams"
-                if self.schedule.during_trunk and not self._walked
+            another_order = (
+                ", --schedule depth-first, which keeps fewer streams in memory"
+                if self.schedule.during_trunk and not self._run_only
                 else ""
             )
             raise MeasurementError(
-                f"memory does not suffice for one sequence of {length} tokens: take a shorter --context, fewer edits at once{fewer}, or "
-                "half precision (--dtype bfloat16)"
+                f"memory is too small for one sequence of {length} tokens: use a shorter --context, fewer edits at once"
+                f"{another_order}, or half precision (--dtype bfloat16)"
             )
         self.max_sequences = sequences // 2
         warnings.warn(
-            f"memory ran out with {sequences} sequences at once; going on with {self.max_sequences}", stacklevel=3
+            f"memory ran out with {sequences} sequences at once; continuing with {self.max_sequences}", stacklevel=3
         )
 
     def _measure(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
-        kept: dict[tuple[int, ...], torch.Tensor] | None,
-        tick: OnFraction | None,
+        token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
+        on_fraction: OnFraction | None,
     ) -> BatchResult:
-        follow = has_next_token(mask)
-        if not bool(follow.any()):
+        """Measure all these sequences at once; arguments as for `measure`."""
+        has_next = has_next_token(mask)
+        if not bool(has_next.any()):
             size = 0 if self.observer is None else self.observer.size
             return BatchResult(
                 [0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size))
             )
-        longest = self._length(mask)
-        ids, mask, follow = ids[:, :longest], mask[:, :longest], follow[:, : longest - 1]
-        already = self.runner.offloaded.bytes_read
+        length = self._trimmed_length(mask)
+        ids, mask, has_next = ids[:, :length], mask[:, :length], has_next[:, : length - 1]
+        bytes_read_before = self.runner.offloaded.bytes_read
         observed = np.zeros((len(ids), 0))
         with self.runner.inference_mode(), reuse_cpu_memory() if self._device.type == "cpu" else nullcontext():
-            if self._prove:
-                check_readout(self.runner, self.readout, ids[follow.any(-1)][:1], mask[follow.any(-1)][:1])
-                self._prove = False
+            if self._check_pending:
+                check_readout(self.runner, self.readout, ids[has_next.any(-1)][:1], mask[has_next.any(-1)][:1])
+                self._check_pending = False
             with nullcontext() if self.observer is None else self.observer.observing(mask):
-                walk = ScheduleExecutor(self.runner, self.schedule, tick, self.observer)
-                with walk.cleanup():
+                executor = ScheduleExecutor(self.runner, self.schedule, on_fraction, self.observer)
+                with executor.cleanup():
                     record = self.runner.record(
-                        model_inputs(self.model, ids, mask), self.schedule.saved_states, walk.around_block
+                        model_inputs(self.model, ids, mask), self.schedule.saved_states, executor.around_block
                     )
-                    walk.track_peak(record.states)
-                    reading = self._reading(ids, follow, record.states, kept) if self._reads else None
+                    executor.track_peak(record.states)
+                    metrics = (
+                        self._read_unedited(ids, has_next, record.states, token_metrics) if self._reads_logits else None
+                    )
                     if not self.schedule.needs_final_state:
                         del record.states[self.runner.depth]
-                    walk.run_steps(self.schedule.steps, record, _no_output if reading is None else reading.read)
+                    executor.run_steps(self.schedule.steps, record, _no_output if metrics is None else metrics.read)
                     assert not record.states
                 if self.observer is not None:
                     observed = self.observer.sums()
-        counts = follow.sum(-1).tolist()
+        counts = has_next.sum(-1).tolist()
         values = np.zeros((len(ids), 1, len(METRICS)))
-        if reading is not None:
-            _refuse_non_finite(self.model, reading.sums[0])
-            values = torch.stack([reading.sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
-        return BatchResult(counts, values, observed, walk.calls, walk.peak, self.runner.offloaded.bytes_read - already)
+        if metrics is not None:
+            _refuse_non_finite(self.model, metrics.sums[0])
+            values = torch.stack([metrics.sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
+        bytes_read = self.runner.offloaded.bytes_read - bytes_read_before
+        return BatchResult(counts, values, observed, executor.calls, executor.peak, bytes_read)
 
-    def _reading(
+    def _read_unedited(
         self,
         ids: torch.Tensor,
-        follow: torch.Tensor,
+        has_next: torch.Tensor,
         states: dict[int, torch.Tensor],
-        kept: dict[tuple[int, ...], torch.Tensor] | None,
+        token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
     ) -> BatchMetrics:
-        """The unedited model's predictions, read, and what is to be done with the edited ones'."""
+        """Read the unedited model's logits; return the metrics to which the edited models are added."""
         compiled = self.runner.compiler is not None
-        reading = BatchMetrics(
-            self.readout, self.rows, ids, follow, states, states[self.runner.depth], kept, compiled=compiled
+        metrics = BatchMetrics(
+            self.readout, self.rows, ids, has_next, states, states[self.runner.depth], token_metrics, compiled=compiled
         )
-        if self._unproven:  # later batches say so at their end: a device is not kept waiting for an answer
-            _refuse_non_finite(self.model, reading.sums[0])
-            self._unproven = False
-        return reading
+        # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later batches are
+        # checked at their end.
+        if self._is_first_batch:
+            _refuse_non_finite(self.model, metrics.sums[0])
+            self._is_first_batch = False
+        return metrics
 
     def rows(self, route: int) -> list[int]:
-        """Rows of the result that the route of this number fills."""
+        """Return the rows of the result that belong to the route of this number."""
         return self._rows[route]
 
-    def _length(self, mask: torch.Tensor) -> int:
-        """Where padding begins in every sequence; rounded up for compiled blocks, which take a while to make for each length."""
+    def _trimmed_length(self, mask: torch.Tensor) -> int:
+        """Return the length of the longest sequence without the padding at its end.
+
+        For compiled blocks it is rounded up, because torch compiles them again for each new length.
+        """
         longest = int(mask.any(0).nonzero().max()) + 1
         if self.runner.compiler is None:
             return longest
-        return min(mask.shape[1], max(_SHORTEST, 1 << (longest - 1).bit_length()))
+        return min(mask.shape[1], max(_MIN_COMPILED_LENGTH, 1 << (longest - 1).bit_length()))
 
     def suggest(self, length: int) -> int:
-        """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
-        return suggest_batch_size(self._needs, self.schedule, length, self._device)
+        """Suggest how many sequences of `length` tokens to measure in one batch.
+
+        A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory.
+        """
+        return suggest_batch_size(self._memory_model, self.schedule, length, self._device)
 
 
 def _no_output(_state: int, _routes: Sequence[int]) -> None:
-    """Nobody reads."""
+    """Do nothing: this schedule has no outputs to measure."""
 
 
-def _refuse_non_finite(model: nn.Module, unedited: torch.Tensor) -> None:
-    if bool(unedited[:, METRICS.index("kl_nats")].isnan().any()):
+def _refuse_non_finite(model: nn.Module, sums: torch.Tensor) -> None:
+    """Raise an error if the unedited model's sums, (sequences, len(METRICS)), contain NaN."""
+    if bool(sums[:, METRICS.index("kl_nats")].isnan().any()):
         raise MeasurementError(
-            f"{type(model).__name__}'s own predictions are no numbers (NaN or infinite), before any edit; in half precision, try bfloat16 or "
-            "float32"
+            f"{type(model).__name__}, unedited, returns NaN or infinite logits for this text; if it runs in half precision, "
+            "try bfloat16 or float32"
         )

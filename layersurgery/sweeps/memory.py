@@ -1,4 +1,4 @@
-"""What a sweep will take in memory, said before it runs; for a model that is loaded as for one that is a config alone."""
+"""Predict the memory that a sweep needs before it runs, for a loaded model or for a model built from its config only."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..models.block_list import text_config
 from ..runtime.offload import distinct_tensors
 from .schedule import Schedule
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_PER_BATCH = 2048
 _SHARE_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """What a batch will take, in bytes.
+    """Memory that one batch needs, in bytes.
 
     Attributes:
-        weights: parameters and buffers, wherever they are.
-        streams: residual streams alive together at the widest point.
-        block: inside the largest block, while it runs.
-        readout: what is read of both models, and one tile of logits.
+        weights: parameters and buffers, on any device.
+        streams: the residual streams that are in memory together, at their largest number.
+        block: activations inside the largest block while it runs.
+        readout: the inputs of the readout for both models, and one tile of logits.
     """
 
     weights: int
@@ -36,28 +36,28 @@ class MemoryUse:
 
     @property
     def working(self) -> int:
-        """All but the weights; a block and a readout never work together."""
+        """Return all bytes except the weights. A block and a readout never run at the same time."""
         return self.streams + max(self.block, self.readout)
 
     @property
     def total(self) -> int:
-        """In all."""
+        """Return all bytes, the weights included."""
         return self.weights + self.working
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """What of a model the memory depends on.
+    """Sizes of a model from which its memory use is predicted.
 
     Attributes:
-        weights: bytes of parameters and buffers.
-        blocks: bytes of each block's.
-        width: of the residual stream.
-        widest: numbers that the widest block makes for each token beside the stream.
+        weights: bytes of all parameters and buffers.
+        blocks: bytes of each block's parameters and buffers.
+        width: width of the residual stream.
+        widest: numbers that the widest block computes for each token, without the stream itself.
         vocabulary: number of logits.
-        heads: of attention, where it writes its matrix down (eager), else 0.
-        itemsize: bytes of a number.
-        head_rows: tokens that are read at once by the model's own tail; None where logits are read in tiles.
+        heads: number of attention heads if attention stores its full matrix (eager attention), else 0.
+        itemsize: bytes of one number.
+        head_rows: number of tokens that the model's own head reads at once; None if logits are read in tiles.
     """
 
     weights: int
@@ -73,15 +73,15 @@ class MemoryModel:
     def of(
         cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, vocabulary: int, head_rows: int | None = None
     ) -> MemoryModel:
-        """Of a model, which may be without memory for its weights (on the device meta)."""
+        """Read the sizes of a model, which may be on the meta device (without memory for its weights)."""
         config = text_config(model)
         eager = getattr(config, "_attn_implementation", "") == "eager"
-        chosen = getattr(config, "num_experts_per_tok", None) or 1
+        active_experts = getattr(config, "num_experts_per_tok", None) or 1
         return cls(
             weights=_bytes(model),
             blocks=tuple(map(_bytes, blocks)),
             width=width,
-            widest=max(_widest(block, chosen) for block in blocks),
+            widest=max(_count_widest_matrices(block, active_experts) for block in blocks),
             vocabulary=vocabulary,
             heads=getattr(config, "num_attention_heads", 0) if eager else 0,
             itemsize=next(model.parameters()).element_size(),
@@ -89,7 +89,7 @@ class MemoryModel:
         )
 
     def predict(self, plan: Schedule, sequences: int, length: int) -> MemoryUse:
-        """What a batch of `sequences` of `length` tokens will take."""
+        """Predict the memory for a batch of `sequences` sequences of `length` tokens."""
         tokens = sequences * length
         rows = self.head_rows or min(tokens, tiled.ROWS)
         tile = rows * self.vocabulary
@@ -104,15 +104,24 @@ class MemoryModel:
 
 
 def suggest_batch_size(needs: MemoryModel, plan: Schedule, length: int, device: torch.device) -> int:
-    """How many sequences of `length` tokens to take at once: a few thousand tokens, or what half of the free memory holds."""
-    one, two = (needs.predict(plan, count, length).total for count in (1, 2))
-    fits = int(_SHARE_OF_MEMORY * free_memory(device) / max(1, two - one))
-    wanted = _TOKENS_AT_ONCE * (16 if device.type == "cuda" else 1) // length
-    return max(1, min(fits, wanted))
+    """Suggest how many sequences of `length` tokens to measure in one batch.
+
+    A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory.
+
+    Args:
+        needs: the model's sizes.
+        plan: the schedule.
+        length: tokens of one sequence.
+        device: the device to compute on.
+    """
+    one_sequence, two_sequences = (needs.predict(plan, count, length).total for count in (1, 2))
+    fitting = int(_SHARE_OF_MEMORY * free_memory(device) / max(1, two_sequences - one_sequence))
+    useful = _TOKENS_PER_BATCH * (16 if device.type == "cuda" else 1) // length
+    return max(1, min(fitting, useful))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device has left."""
+    """Return the bytes of free memory on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
@@ -122,10 +131,10 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in distinct_tensors(module))
 
 
-def _widest(block: nn.Module, experts: int) -> int:
-    """Numbers a token that the matrices of a block are given or give, the largest three together: what is alive in a gated MLP.
+def _count_widest_matrices(block: nn.Module, experts: int) -> int:
+    """Return how many numbers per token the three widest matrices of a block read or write; a gated MLP holds that many.
 
-    Matrices of experts that are kept as one tensor, (experts, outputs, inputs), work for `experts` of them for each token.
+    If the matrices of all experts are one tensor, (experts, outputs, inputs), each token uses `experts` of them.
     """
     matrices = [parameter for parameter in block.parameters() if parameter.dim() in (2, 3)]
     widths = sorted(

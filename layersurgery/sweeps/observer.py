@@ -1,7 +1,8 @@
-"""What is read off a model's blocks while they run: attention to the tokens right before, sizes of contributions, their similarity.
+"""Measure signals on a model's blocks while they run: attention to previous tokens, and norms and similarity of contributions.
 
-Everything is summed up by sequence as it passes; no activation outlives the batch, and none but those of two neighbouring blocks is kept
-where blocks are swapped. The swaps are the first steps of the sweep's own routes: block l + 1 upon the stream before l, then l.
+A contribution is what a branch or a whole block adds to the residual stream. Every signal is summed by sequence at once. Activations are
+kept for two neighboring blocks at most, which the similarity of swapped blocks needs. A swap runs block l + 1 on the stream before
+block l, then block l. Both are the first steps of routes that a sweep runs in any case.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ COUNTS = ("tokens", "has_five_previous", "pairs", "last_tokens")
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A mean that is measured: one column of sums, and the column that counts what was summed.
+    """A measured mean: a column of sums, and the column that counts the summed values.
 
     Attributes:
-        signal: which analysis it belongs to.
-        layer: the block; of a swap, the first of the two.
-        part: "attention", "mlp" or "block"; of a change, the number of blocks that make it.
+        signal: the signal that it belongs to.
+        layer: the block; for a swap, the first of the two blocks.
+        part: "attention", "mlp" or "block"; for a change of the stream, the number of consecutive blocks, as text.
         name: the column of the table.
-        count: what is counted: real tokens ("tokens"), those with five before them ("has_five_previous"), pairs of a token and one of the five before
-            it ("pairs"), or last tokens of sequences ("last_tokens").
+        count: what is counted, one of `COUNTS`: real tokens ("tokens"), tokens with at least five previous tokens ("has_five_previous"),
+            pairs of a token and one of its five previous tokens ("pairs"), or last tokens of sequences ("last_tokens").
     """
 
     signal: str
@@ -58,19 +59,20 @@ class Quantity:
 
 
 class Observer:
-    """Watches a model's blocks.
+    """Observer that measures signals on a model's blocks.
 
     Args:
-        runner: the blocks.
-        signals: what to observe, of `SIGNALS`, or "change".
-        spans: of changes, up to how many blocks together.
-        along: of changes, the route that is observed, which visits no block twice; the unedited model if not given.
+        runner: runs the model's blocks.
+        signals: the signals to measure, some of `SIGNALS`, or only "change" (of the stream).
+        spans: for "change": the largest number of consecutive blocks.
+        observed_route: for "change": the route to observe, which visits no block twice; the unedited model's if not given.
 
     Attributes:
-        members: the blocks, as far as their parts can be told apart.
-        centred: whether contributions are taken without their mean over channels, because all that reads them takes it away (LayerNorm).
-        quantities: what is measured, in the order of the sums; what a block does not have is not among them.
-        skipped: what cannot be observed, and why.
+        contributions: for each block, where the contributions of its branches can be captured.
+        reads_are_mean_free: whether the mean over channels is removed from contributions. It is removed if everything that reads the
+            stream removes it too (LayerNorm).
+        quantities: the measured means, in the order of their sums. Means that a block does not have are not included.
+        skipped: reasons by name, for each mean that cannot be measured.
     """
 
     def __init__(
@@ -82,26 +84,29 @@ class Observer:
             Route.identity(runner.depth) if observed_route is None else observed_route,
         )
         assert observed_route is None or (self.signals == {CHANGE} and spans == 1)
-        whole = self.signals <= {CHANGE}  # of blocks as wholes, parts need not be known
+        only_change = self.signals <= {CHANGE}  # the change of the stream needs no contributions of branches
         self.contributions = (
             [BlockContributions((), (), "", False)] * runner.depth
-            if whole
+            if only_change
             else find_contributions(runner, check_attention=ATTENTION in self.signals)
         )
-        self.reads_are_mean_free = not whole and reads_are_mean_free(runner)
+        self.reads_are_mean_free = not only_change and reads_are_mean_free(runner)
         self.skipped: dict[str, str] = {}
-        self.quantities = tuple(self._quantities())
-        self._place = {(q.layer, q.part, q.name): number for number, q in enumerate(self.quantities, len(COUNTS))}
-        self._context: _Context | None = None
+        self.quantities = tuple(self._find_quantities())
+        self._columns = {(q.layer, q.part, q.name): column for column, q in enumerate(self.quantities, len(COUNTS))}
+        self._batch: _BatchObservation | None = None
 
     @property
     def size(self) -> int:
-        """Numbers kept of each sequence: counts, and a sum for each quantity."""
+        """Return how many numbers are stored for each sequence: the counts, and a sum for each quantity."""
         return len(COUNTS) + len(self.quantities)
 
     @property
     def routes(self) -> list[Route]:
-        """What is to be run beside the unedited model: each swap of neighbours, as far as the second of the two; or the route observed."""
+        """Return the routes to run in addition to the unedited model.
+
+        They are the observed route; or, for the similarity, each swap of neighboring blocks up to the second one of the two.
+        """
         if self.observed_route != Route.identity(self.runner.depth):
             return [self.observed_route]
         if SIMILARITY not in self.signals:
@@ -110,116 +115,127 @@ class Observer:
             Route((*map(Visit, range(layer)), Visit(layer + 1), Visit(layer))) for layer in range(self.runner.depth - 1)
         ]
 
-    def _quantities(self) -> Iterator[Quantity]:
-        for layer, member in enumerate(self.contributions):
+    def _find_quantities(self) -> Iterator[Quantity]:
+        """Yield what can be measured, and note in `skipped` why the rest cannot."""
+        for layer, contributions in enumerate(self.contributions):
             if ATTENTION in self.signals:
-                if member.attends:
+                if contributions.attends:
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5", "has_five_previous")
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5_mean", "pairs")
                 else:
-                    why = member.attention_error or f"{member.names or 'the block'} attends to no tokens by softmax"
-                    self.skipped[f"attention of block {layer}"] = why
+                    mixer = contributions.names or "the block"
+                    reason = contributions.attention_error or f"{mixer} attends to no tokens by softmax"
+                    self.skipped[f"attention of block {layer}"] = reason
             if NORMS in self.signals:
-                for part in BRANCHES:
-                    if member.has(part):
-                        yield Quantity(NORMS, layer, part, f"{part}_norm", "tokens")
+                for branch in BRANCHES:
+                    if contributions.has(branch):
+                        yield Quantity(NORMS, layer, branch, f"{branch}_norm", "tokens")
                     else:
-                        self.skipped[f"{part} norm of block {layer}"] = member.error or f"the block has no {part}"
+                        reason = contributions.error or f"the block has no {branch}"
+                        self.skipped[f"{branch} norm of block {layer}"] = reason
         if SIMILARITY in self.signals:
             if self.runner.depth < 2:
-                self.skipped["similarity"] = "the model has one block, and none to swap it with"
+                self.skipped["similarity"] = "the model has only one block, so there is no neighbor to swap it with"
             for layer in range(self.runner.depth - 1):
-                for name in PARTS:
-                    why = self._not_comparable(layer, name)
-                    if why:
-                        self.skipped[f"{name} similarity of blocks {layer} and {layer + 1}"] = why
+                for part in PARTS:
+                    reason = self._not_comparable(layer, part)
+                    if reason:
+                        self.skipped[f"{part} similarity of blocks {layer} and {layer + 1}"] = reason
                     else:
-                        yield from (Quantity(SIMILARITY, layer, name, kind, "tokens") for kind in KINDS)
+                        yield from (Quantity(SIMILARITY, layer, part, kind, "tokens") for kind in KINDS)
 
         if CHANGE in self.signals:
             visited = self.observed_route.blocks
-            for place, layer in enumerate(visited):
+            for position, layer in enumerate(visited):
                 yield Quantity(CHANGE, layer, "1", "block_influence", "tokens")
-                for span in range(1, min(self.spans, len(visited) - place) + 1):
+                for span in range(1, min(self.spans, len(visited) - position) + 1):
                     yield Quantity(CHANGE, layer, str(span), "angular_distance", "tokens")
                     yield Quantity(CHANGE, layer, str(span), "angular_distance_last", "last_tokens")
 
     def _not_comparable(self, layer: int, part: str) -> str:
-        """Why a part of two neighbours cannot be compared."""
+        """Return why a part of two neighboring blocks cannot be compared; empty if it can."""
         for number in (layer, layer + 1):
-            member = self.contributions[number]
-            if part in BRANCHES and not member.has(part):
-                return member.error or f"one of the blocks has no {part}"
+            contributions = self.contributions[number]
+            if part in BRANCHES and not contributions.has(part):
+                return contributions.error or f"one of the blocks has no {part}"
         return ""
 
     @contextmanager
     def observing(self, mask: torch.Tensor) -> Iterator[None]:
-        """Inside, a batch with this mask, (sequences, length), is observed."""
-        self._context = _Context(self, mask)
+        """Observe one batch while the `with` block runs.
+
+        Args:
+            mask: 1 for a token and 0 for padding, (sequences, length).
+        """
+        batch = self._batch = _BatchObservation(self, mask)
         try:
-            with ExitStack() as runner:
+            with ExitStack() as contexts:
                 for number, block in enumerate(self.runner.blocks):
-                    member = self.contributions[number]
-                    looks = (
-                        partial(self._context.look, number) if ATTENTION in self.signals and member.attends else None
+                    contributions = self.contributions[number]
+                    on_attention = (
+                        partial(batch.add_attention, number)
+                        if ATTENTION in self.signals and contributions.attends
+                        else None
                     )
-                    taps = [
-                        (tap, partial(self._context.caught, tap.branch, tap.scale)) for tap in member.capture_points
+                    points = [
+                        (point, partial(batch.capture, point.branch, point.scale))
+                        for point in contributions.capture_points
                     ]
-                    wanted = taps if self.signals & {NORMS, SIMILARITY} else []
-                    runner.enter_context(
-                        capture_contributions(block, wanted, member.mixers, looks, self._context.shape)
+                    needed = points if self.signals & {NORMS, SIMILARITY} else []
+                    contexts.enter_context(
+                        capture_contributions(block, needed, contributions.mixers, on_attention, batch.shape)
                     )
                 yield
         finally:
-            self._context = None
+            self._batch = None
 
     @contextmanager
     def trunk(self, block: int, record: ForwardRecord) -> Iterator[None]:
-        """While a block of the unedited model runs."""
-        context = self._now()
-        with context.catching(looks=True):
+        """Observe a block of the unedited model while the `with` block runs it."""
+        batch = self._current_batch()
+        with batch.capturing(attention=True):
             yield
         assert record.last_block is not None
-        context.trunk(block, *record.last_block)
+        batch.add_unedited(block, *record.last_block)
 
     def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run a block of an edited model; `call` does it."""
-        context = self._now()
+        """Run a block of an edited model with `call`, observe it if a signal needs it, and return the stream after it."""
+        batch = self._current_batch()
         if CHANGE in self.signals and not self.observed_route.is_identity(self.runner.depth):
             after = call()
-            context.changed(step.visit.block, stream, after)
+            batch.add_change(step.visit.block, stream, after)
             return after
-        first, second = step.state == step.visit.block - 1, context.moved.get(step.state) == step.visit.block
-        if SIMILARITY not in self.signals or not step.visit.whole or not (first or second):
+        is_first = step.state == step.visit.block - 1
+        is_second = batch.second_of_swap.get(step.state) == step.visit.block
+        if SIMILARITY not in self.signals or not step.visit.whole or not (is_first or is_second):
             return call()
-        with context.catching():
+        with batch.capturing():
             after = call()
-        context.swapped(step, stream, after)
+        batch.add_swapped(step, stream, after)
         return after
 
     def sums(self) -> Array:
-        """Of the batch that is being watched: (sequences, size), float64.
+        """Return the counts and sums of the observed batch, (sequences, size), float64.
 
         Raises:
-            MeasurementError: something was to be seen, and was not.
+            MeasurementError: a quantity was not captured.
         """
-        found = self._now().sums
-        for number, quantity in enumerate(self.quantities, len(COUNTS)):
-            if number not in found:
+        sums = self._current_batch().sums
+        for column, quantity in enumerate(self.quantities, len(COUNTS)):
+            if column not in sums:
                 raise MeasurementError(
-                    f"block {quantity.layer}: its {quantity.part} ran otherwise than on seven tokens, so {quantity.name} was not seen; with "
-                    "attn_implementation='eager' it may be"
+                    f"block {quantity.layer}: {quantity.name} was not captured, because its {quantity.part} ran in another way "
+                    "than in the test run on seven tokens; try attn_implementation='eager'"
                 )
-        return torch.stack([found[number].cpu() for number in range(self.size)], 1).numpy()
+        return torch.stack([sums[column].cpu() for column in range(self.size)], 1).numpy()
 
-    def _now(self) -> _Context:
-        assert self._context is not None, "no batch is being watched"
-        return self._context
+    def _current_batch(self) -> _BatchObservation:
+        assert self._batch is not None, "no batch is being observed"
+        return self._batch
 
     @property
     def names(self) -> list[str]:
-        """What each number of a sequence is, in words."""
+        """Return a description of each number that is stored for a sequence."""
         return [
             *COUNTS,
             *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self.quantities),
@@ -227,146 +243,170 @@ class Observer:
 
     @property
     def streams(self) -> int:
-        """How many tensors as large as the stream, in float32, are alive at once beside it."""
+        """Return how many more tensors of the stream's size, in float32, are in memory at the same time."""
         changes = self.spans + 2 if CHANGE in self.signals else 0
         return changes + (9 if SIMILARITY in self.signals else 3 if NORMS in self.signals else 0)
 
     def column(self, layer: int, part: str, name: str) -> int:
-        """Where among the numbers of a sequence a quantity's sum is."""
-        return self._place[layer, part, name]
+        """Return the index of a quantity's sum among the numbers that are stored for a sequence."""
+        return self._columns[layer, part, name]
 
     def is_measured(self, layer: int, part: str, name: str) -> bool:
-        """Whether a quantity is measured."""
-        return (layer, part, name) in self._place
+        """Return whether a quantity is measured."""
+        return (layer, part, name) in self._columns
 
 
-class _Context:
-    """One batch."""
+class _BatchObservation:
+    """Counts and sums of the batch that is being observed.
+
+    Attributes:
+        is_token: True for real tokens of sequences that have a prediction, (sequences, length).
+        has_five_previous: True for tokens with at least five previous tokens, (sequences, length).
+        pairs: True if the token has a token k positions before it, k = 1 to 5, (sequences, length, 5).
+        is_last: True for the last token of each sequence, (sequences, length).
+        sums: counts and sums by column, each (sequences,), float64.
+        unedited: contributions of blocks of the unedited model, by block and part, as long as they are needed.
+        second_of_swap: by the number of the stream after the first block of a swap: the block that the swap runs second.
+    """
 
     def __init__(self, observer: Observer, mask: torch.Tensor) -> None:
         self.observer = observer
         self.sequences, self.length = mask.shape
-        # A sequence of a single token has no prediction, and is in none of the means.
-        self.real = mask.bool() & has_next_token(mask).any(-1, keepdim=True)
-        # Padding in front does not count as text before a token.
-        place = (mask.cumsum(-1) - 1).masked_fill(~self.real, -1)
-        back = torch.arange(1, REACH + 1)
-        self.late = place >= REACH
-        self.pairs = place[..., None] >= back
-        last = place == place.amax(-1, keepdim=True)
-        self.ends = last & self.real
-        counted = (self.real, self.late, self.pairs, self.ends)
-        self.sums = {number: some.flatten(1).sum(-1).double() for number, some in enumerate(counted)}
-        self.own: dict[int, dict[str, torch.Tensor]] = {}
-        self.moved: dict[int, int] = {}
-        self._caught: dict[str, torch.Tensor] = {}
-        self._heads: dict[int, tuple[torch.Tensor, int]] = {}
-        self._open = self._looking = False
-        self.changes = SpanDistances(observer.spans)
+        # A sequence of a single token has no prediction, so it is not part of any mean.
+        self.is_token = mask.bool() & has_next_token(mask).any(-1, keepdim=True)
+        # Positions count tokens, so that padding on the left does not count as previous text.
+        positions = (mask.cumsum(-1) - 1).masked_fill(~self.is_token, -1)
+        offsets = torch.arange(1, REACH + 1)
+        self.has_five_previous = positions >= REACH
+        self.pairs = positions[..., None] >= offsets
+        self.is_last = (positions == positions.amax(-1, keepdim=True)) & self.is_token
+        counted = (self.is_token, self.has_five_previous, self.pairs, self.is_last)
+        self.sums = {column: flags.flatten(1).sum(-1).double() for column, flags in enumerate(counted)}
+        self.unedited: dict[int, dict[str, torch.Tensor]] = {}
+        self.second_of_swap: dict[int, int] = {}
+        self._captured: dict[str, torch.Tensor] = {}
+        self._attention: dict[int, tuple[torch.Tensor, int]] = {}  # weights summed over heads, and the number of heads
+        self._is_capturing = self._is_capturing_attention = False
+        self._changes = SpanDistances(observer.spans)
 
     def shape(self) -> torch.Size | None:
-        return self.real.shape if self._open else None
+        """Return the batch's shape while contributions are to be captured, else None."""
+        return self.is_token.shape if self._is_capturing else None
 
     @contextmanager
-    def catching(self, *, looks: bool = False) -> Iterator[None]:
-        self._open, self._looking = True, looks
+    def capturing(self, *, attention: bool = False) -> Iterator[None]:
+        """Capture contributions, and attention weights if wanted, while the `with` block runs."""
+        self._is_capturing, self._is_capturing_attention = True, attention
         try:
             yield
         finally:
-            self._open = self._looking = False
+            self._is_capturing = self._is_capturing_attention = False
 
-    def caught(self, part: str, times: float, value: torch.Tensor) -> None:
-        value = value.float().mul(times)  # a copy of its own: others may add to it in place
-        held = self._caught.get(part)
-        self._caught[part] = value if held is None else held.add_(value.to(held.device))
+    def capture(self, branch: str, scale: float, value: torch.Tensor) -> None:
+        """Add a captured value, multiplied by `scale`, to the contribution of a branch."""
+        value = value.float().mul(scale)  # makes a copy: the model may change the original in place
+        captured = self._captured.get(branch)
+        self._captured[branch] = value if captured is None else captured.add_(value.to(captured.device))
 
-    def look(self, block: int, seen: PreviousTokenAttention) -> None:
-        if not self._looking:
+    def add_attention(self, block: int, recorded: PreviousTokenAttention) -> None:
+        """Add the attention weights that one attention module of a block gave to the previous tokens."""
+        if not self._is_capturing_attention:
             return
-        if seen.unknown:
+        if recorded.unknown:
             raise MeasurementError(
-                f"block {block}: this text's attention ran by a kernel ({', '.join(sorted(seen.unknown))}) that does not tell; "
-                "attn_implementation='eager' does"
+                f"block {block}: for this text, attention ran in a kernel ({', '.join(sorted(recorded.unknown))}) from which "
+                "the weights cannot be read; use attn_implementation='eager'"
             )
-        if seen.weights_BTK is None:
+        if recorded.weights_BTK is None:
             return
-        heads = seen.heads * len(seen.weights_BTK) // self.sequences
-        weights = seen.weights_BTK.view(self.sequences, -1, self.length, REACH).sum(1).double()
-        # Of several modules that attend, the mean over all heads.
-        before = self._heads.pop(block, None)
-        if before is not None:
-            weights, heads = weights + before[0].to(weights.device), heads + before[1]
-        self._heads[block] = weights, heads
+        heads = recorded.heads * len(recorded.weights_BTK) // self.sequences
+        weights = recorded.weights_BTK.view(self.sequences, -1, self.length, REACH).sum(1).double()
+        # If a block has several attention modules, take the mean over the heads of all of them.
+        previous = self._attention.pop(block, None)
+        if previous is not None:
+            weights, heads = weights + previous[0].to(weights.device), heads + previous[1]
+        self._attention[block] = weights, heads
         weights = weights / heads
-        late, pairs = self.late.to(weights.device), self.pairs.to(weights.device)
-        self._add(block, "attention", "attention_prev5", torch.where(late[..., None], weights, 0).flatten(1))
+        has_five_previous, pairs = self.has_five_previous.to(weights.device), self.pairs.to(weights.device)
+        summed = torch.where(has_five_previous[..., None], weights, 0)
+        self._add(block, "attention", "attention_prev5", summed.flatten(1))
         self._add(block, "attention", "attention_prev5_mean", torch.where(pairs, weights, 0).flatten(1))
 
-    def trunk(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        observer, parts = self.observer, self._parts(before, after)
-        self._heads.clear()
+    def add_unedited(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a block of the unedited model, which ran between the streams `before` and `after`."""
+        observer, contributions = self.observer, self._take_contributions(before, after)
+        self._attention.clear()
         if CHANGE in observer.signals and observer.observed_route[: block + 1] == Route.identity(block + 1):
-            self.changed(block, before, after)
+            self.add_change(block, before, after)
         if NORMS in observer.signals:
-            for part in BRANCHES:
-                if part in parts:
-                    self._add_tokens(block, part, f"{part}_norm", parts[part].norm(dim=-1))
+            for branch in BRANCHES:
+                if branch in contributions:
+                    self._add_tokens(block, branch, f"{branch}_norm", contributions[branch].norm(dim=-1))
         if SIMILARITY in observer.signals:
-            self.own[block] = parts
-            self._compare(block - 1, "adjacent", parts)
+            self.unedited[block] = contributions
+            self._add_similarity(block - 1, "adjacent", contributions)
 
-    def changed(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """A block of the route that is observed has run."""
+    def add_change(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add the change of the stream by a block of the observed route, and by every span of blocks that it ends."""
         self._add_tokens(block, "1", "block_influence", block_influence(before.to(after.device), after))
-        for first, span, stream in self.changes.add_block(block, before, after):
+        for first, span, stream in self._changes.add_block(block, before, after):
             distance = angular_distance(stream, after)
             self._add_tokens(first, str(span), "angular_distance", distance)
-            at_end = torch.where(self.ends.to(distance.device), distance.double(), 0)
-            self._add(first, str(span), "angular_distance_last", at_end)
+            at_last_token = torch.where(self.is_last.to(distance.device), distance.double(), 0)
+            self._add(first, str(span), "angular_distance_last", at_last_token)
 
-    def swapped(self, step: RunBlock, before: torch.Tensor, after: torch.Tensor) -> None:
+    def add_swapped(self, step: RunBlock, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a block that ran as the first or second one of a swap."""
         block = step.visit.block
-        parts = self._parts(before, after)
-        if self.moved.get(step.state) == block:
-            self._compare(block, "self", parts)
-            self.own.pop(block)
-        else:  # the block that has come forward
-            self.moved[step.result] = block - 1
-            self._compare(block - 1, "index", parts)
+        contributions = self._take_contributions(before, after)
+        if self.second_of_swap.get(step.state) == block:
+            self._add_similarity(block, "self", contributions)
+            self.unedited.pop(block)
+        else:  # the first block of a swap, which has moved one position forward
+            self.second_of_swap[step.result] = block - 1
+            self._add_similarity(block - 1, "index", contributions)
 
-    def _parts(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a block has added to the stream, by part, float32; the whole as the sum of its parts where they are known."""
-        parts, self._caught = self._caught, {}
+    def _take_contributions(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the contributions of the block that has just run, by part, float32, and forget them.
+
+        The whole block's contribution is the sum over its branches, or the change of the stream if no branch was captured.
+        """
+        contributions, self._captured = self._captured, {}
         if SIMILARITY in self.observer.signals:
-            known = list(parts.values())
-            parts["block"] = (
-                sum((part.to(known[0].device) for part in known[1:]), known[0])
-                if known
+            branches = list(contributions.values())
+            contributions["block"] = (
+                sum((branch.to(branches[0].device) for branch in branches[1:]), branches[0])
+                if branches
                 else after.float() - before.to(after.device).float()
             )
         if self.observer.reads_are_mean_free:
-            parts = {name: value - value.mean(-1, keepdim=True) for name, value in parts.items()}
-        return parts
+            contributions = {part: value - value.mean(-1, keepdim=True) for part, value in contributions.items()}
+        return contributions
 
-    def _compare(self, layer: int, kind: str, parts: dict[str, torch.Tensor]) -> None:
-        for part, own in self.own.get(layer, {}).items():
+    def _add_similarity(self, layer: int, kind: str, contributions: dict[str, torch.Tensor]) -> None:
+        """Add the cosine between contributions and those of block `layer` in the unedited model."""
+        for part, unedited in self.unedited.get(layer, {}).items():
             if self.observer.is_measured(layer, part, kind):
-                cosine = functional.cosine_similarity(own, parts[part].to(own.device), dim=-1, eps=1e-30)
+                cosine = functional.cosine_similarity(
+                    unedited, contributions[part].to(unedited.device), dim=-1, eps=1e-30
+                )
                 self._add_tokens(layer, part, kind, cosine)
 
     def _add_tokens(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
-        self._add(layer, part, name, torch.where(self.real.to(values.device), values.double(), 0))
+        """Add values of all real tokens, (sequences, length)."""
+        self._add(layer, part, name, torch.where(self.is_token.to(values.device), values.double(), 0))
 
     def _add(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
-        # One sequence at a time, so that its digits do not depend on the others in the batch.
+        """Store the sums of values over each sequence, (sequences, any number)."""
+        # Sum each sequence separately, so that its digits do not depend on the other sequences in the batch.
         self.sums[self.observer.column(layer, part, name)] = torch.stack([row.sum() for row in values])
 
 
 def counts_of(quantities: Sequence[Quantity]) -> list[int]:
-    """For each quantity, which number of a sequence counts what was summed."""
+    """Return for each quantity the index in `COUNTS` of the count that its sum is divided by."""
     return [COUNTS.index(quantity.count) for quantity in quantities]
 
 
 def first_quantity() -> int:
-    """Where the sums of quantities begin, behind the counts."""
+    """Return the index of the first quantity's sum, which follows the counts."""
     return len(COUNTS)

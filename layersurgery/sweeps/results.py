@@ -1,4 +1,4 @@
-"""Results of a sweep as tables: their columns, and a sentence that sums them up."""
+"""Build the result tables of a sweep, and summarize them in a sentence."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def results_table(variants: Sequence[Variant], sums: MetricSums, model: str) -> pd.DataFrame:
-    """One row for each model measured, the unedited one first.
+    """Build the table of results: one row for each measured model, the unedited one first.
 
     Args:
         variants: the models, in the order of the sums' routes; the first is the unedited one.
-        sums: what was measured.
-        model: its name.
+        sums: the measured sums.
+        model: the model's name.
     """
     means, errors = sums.means(), sums.errors()
     depth = len(variants[0].route)
@@ -39,16 +39,19 @@ def results_table(variants: Sequence[Variant], sums: MetricSums, model: str) -> 
             "tokens": sums.tokens,
             "sequences": len(sums),
         }
-        for place, metric in enumerate(METRICS):
-            row[metric] = means[number, place]
-            row[f"{metric}_sem"] = errors[number, place]
+        for column, metric in enumerate(METRICS):
+            row[metric] = means[number, column]
+            row[f"{metric}_sem"] = errors[number, column]
         rows.append(row)
     frame = pd.DataFrame(rows)
     return frame.astype({"layer": "Int64", "relative_depth": "float64"})
 
 
 def sequence_table(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
-    """Sums of each sequence: one row for each sequence and model, from which the results' means and errors can be had again."""
+    """Build the table of sums: one row for each sequence and model.
+
+    The means and standard errors of the results can be computed again from it.
+    """
     import numpy as np
     import pyarrow as pa
 
@@ -62,26 +65,42 @@ def sequence_table(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
         "plan": pa.array([variant.plan for variant in variants] * len(sequences)).dictionary_encode(),
         "tokens": pa.array(np.repeat([count for _, count, _ in sums], each), pa.int32()),
     }
-    for place, metric in enumerate(METRICS):
-        columns[f"{metric}_sum"] = pa.array(values[:, :, place].reshape(-1))
+    for column, metric in enumerate(METRICS):
+        columns[f"{metric}_sum"] = pa.array(values[:, :, column].reshape(-1))
     return pa.table(columns)
 
 
 def intermediate(frame: pd.DataFrame, edit: str) -> pd.DataFrame:
-    """Rows of one family of edits that touch neither the first two blocks nor the last two."""
+    """Return the rows of one family of edits that change neither the first two blocks nor the last two."""
     rows = frame[frame.edit == edit]
-    reach = 1 if edit == "swap" else 0
-    return rows[(rows.layer >= 2) & (rows.layer + reach <= rows.depth - 3)]
+    last_offset = 1 if edit == "swap" else 0  # a swap also changes the next block
+    return rows[(rows.layer >= 2) & (rows.layer + last_offset <= rows.depth - 3)]
 
 
 def summary_sentence(frame: pd.DataFrame) -> str:
-    """How much of the predictions intermediate layers keep, in a sentence; empty where no layer is intermediate."""
-    parts = []
+    """Summarize in a sentence how many predictions stay the same when intermediate layers are edited.
+
+    Args:
+        frame: results of a sweep.
+
+    Returns:
+        The range and median of the agreement for each family of edits. Empty if the model has no layers other than the first two and
+        the last two.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> ls.summary_sentence(ls.sweep(model, "drop", tokens))
+        'intermediate layers keep ... % of predictions under drop, median ... %'
+    """
+    clauses = []
     for edit in ("swap", "drop", "skip-attention", "skip-mlp"):
-        kept = 100 * intermediate(frame, edit).agreement
-        if len(kept) and kept.notna().all():
-            parts.append(f"{kept.min():.0f}-{kept.max():.0f} % under {edit}, median {kept.median():.0f} %")
-    if not parts:
+        agreement = 100 * intermediate(frame, edit).agreement
+        if len(agreement) and agreement.notna().all():
+            low, high, median = agreement.min(), agreement.max(), agreement.median()
+            clauses.append(f"{low:.0f}-{high:.0f} % under {edit}, median {median:.0f} %")
+    if not clauses:
         return ""
-    first = parts[0].replace(" % under", " % of predictions under", 1)
-    return "intermediate layers keep " + "; ".join([first, *parts[1:]])
+    first = clauses[0].replace(" % under", " % of predictions under", 1)
+    return "intermediate layers keep " + "; ".join([first, *clauses[1:]])

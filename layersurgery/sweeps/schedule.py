@@ -1,15 +1,19 @@
-"""Many routes at once: a prefix that routes share is run once, and the unedited model is a prefix of nearly all.
+"""Schedule the block calls of many routes so that a prefix that several routes share is run only once.
 
-The unedited model is the *trunk*: state k is the residual stream before its block k, and state `depth` that behind the last.
-Routes leave the trunk where they first differ from it. What follows is a tree. There are two ways through it, which compute the same:
+The unedited model is the *trunk*: state k is the residual stream before its block k, and state `depth` is the stream after
+the last block. Each route leaves the trunk at the first visit that differs from it. The visits after that form a tree (a trie).
+There are two orders in which to run it, and both compute the same streams:
 
-- *depth first*, from the trunk's end to its beginning, so that the trunk's states are given up one after another. It needs the least
-  memory for streams, and all blocks at hand.
-- *layer by layer*, while the trunk itself runs: at each block, all routes that have come to it go through it. Each block is brought
-  in once, or a few times where routes go back, whatever the number of routes; but all routes' streams are alive together.
+- *depth first*, from the trunk's end to its beginning, so that the trunk's states are released one after another. This needs the
+  least memory for streams, but the weights of all blocks in memory.
+- *layer by layer*, while the trunk itself runs: at each block, every route that has reached this block is run through it. Each
+  block's weights are loaded once, or a few times where routes go back to earlier blocks, however many routes there are. But the
+  streams of all routes are in memory together.
 
+>>> from layersurgery.plans.route import Route
+>>> from layersurgery.sweeps.schedule import schedule
 >>> swap_and_drop = schedule([Route.parse("1 0 2"), Route.parse("1 2")], depth=3)
->>> swap_and_drop.calls, swap_and_drop.calls_apart  # block 1 upon the embedding is shared
+>>> swap_and_drop.calls, swap_and_drop.calls_without_sharing  # both routes begin with block 1, which is run once
 (7, 8)
 """
 
@@ -27,7 +31,7 @@ _MAX_RESIDENT = 8
 
 @dataclass(frozen=True, slots=True)
 class RunBlock:
-    """Run a block on the stream `state`, which gives the stream `result`."""
+    """Run a block on the stream number `state`, and store its output as the stream number `result`."""
 
     visit: Visit
     state: int
@@ -36,7 +40,7 @@ class RunBlock:
 
 @dataclass(frozen=True, slots=True)
 class ReadLogits:
-    """Measure the stream `state`, which is the end of these routes."""
+    """Measure the stream number `state`, which is the final stream of these routes."""
 
     state: int
     routes: tuple[int, ...]
@@ -44,7 +48,7 @@ class ReadLogits:
 
 @dataclass(frozen=True, slots=True)
 class LoadWeights:
-    """Have a block's weights at hand; those of `instead_of` are let go."""
+    """Load a block's weights, after unloading the weights of the blocks in `evict`."""
 
     block: int
     evict: tuple[int, ...]
@@ -52,7 +56,7 @@ class LoadWeights:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing to do, and the states that nobody needs afterwards."""
+    """One action, and the streams to release after it because no later step needs them."""
 
     action: RunBlock | ReadLogits | LoadWeights
     release: tuple[int, ...] = ()
@@ -60,16 +64,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What to do upon a batch, in order.
+    """The steps to run on each batch, in order.
 
     Attributes:
-        depth: blocks of the unedited model.
-        steps: block calls and measurements, once the trunk has run.
-        kept: states of the trunk that routes leave it from; its end is always one, which the unedited model is read from first.
-        calls_apart: block calls of all routes and the trunk, if each was run by itself.
-        states_at_peak: streams that are alive together at the widest point.
-        during: layer by layer, what to do at each block while the trunk runs: first bring it in; the rest when the trunk is through it.
-        at_home: blocks whose weights are at hand together; None where all are.
+        depth: number of blocks of the unedited model.
+        steps: block calls and measurements to run after the trunk.
+        saved_states: numbers of the trunk's states that routes start from. The final state is always among them, because the unedited
+            model's predictions are read from it first.
+        calls_without_sharing: block calls of the trunk and all routes, if each was run separately.
+        states_at_peak: the largest number of streams in memory at the same time.
+        during_trunk: layer by layer only: the steps at each block while the trunk runs. The first one loads the block's weights; the
+            others run after the trunk's own call of the block.
+        resident_blocks: layer by layer only: the number of blocks whose weights are loaded at the same time; None if all are.
     """
 
     depth: int
@@ -82,31 +88,38 @@ class Schedule:
 
     @property
     def name(self) -> str:
-        """Which way it goes."""
+        """Return the name of the order, "depth-first" or "layer-major"."""
         return LAYER_MAJOR if self.during_trunk else DEPTH_FIRST
 
     @property
     def needs_final_state(self) -> bool:
-        """Whether the trunk's end is needed after the unedited model was read from it: a route ends there, or goes on from there."""
+        """Return whether the trunk's final state is needed after the unedited model was measured.
+
+        It is needed if a route ends there or continues from there.
+        """
         return any(
             isinstance(step.action, RunBlock | ReadLogits) and step.action.state == self.depth for step in self.steps
         )
 
     @property
     def all_steps(self) -> Iterator[Step]:
-        """Those beside the trunk and those after it."""
+        """Yield the steps during the trunk, then the steps after it."""
         for steps in (*self.during_trunk, self.steps):
             yield from steps
 
     @property
     def calls(self) -> int:
-        """Block calls in all, the trunk's included."""
+        """Return the total number of block calls, including those of the trunk."""
         return self.depth + sum(isinstance(step.action, RunBlock) for step in self.all_steps)
 
     def bytes_read(self, blocks: Sequence[int], around: int) -> int:
-        """Bytes that a batch brings in: for offloaded bytes of each block, and of what is around them.
+        """Return the bytes of offloaded weights that one batch loads.
 
-        Depth first, a block is brought in for each call.
+        In depth-first order, a block is loaded for each call.
+
+        Args:
+            blocks: offloaded bytes of each block.
+            around: offloaded bytes of the modules outside the blocks.
         """
         visits = self.load_order
         if not self.during_trunk:
@@ -117,61 +130,78 @@ class Schedule:
         return sum(blocks[block] for block in visits) + around
 
     def bytes_in_flight(self, blocks: Sequence[int]) -> int:
-        """Bytes of offloaded blocks that are at hand together, with the one that is read ahead."""
+        """Return the bytes of offloaded blocks that are in memory together, including the one that is prefetched.
+
+        Args:
+            blocks: offloaded bytes of each block.
+        """
         return max(blocks) * ((self.resident_blocks or 0) + 1)
 
     @property
     def load_order(self) -> tuple[int, ...]:
-        """Layer by layer, the blocks that are brought in, in their order."""
+        """Return the blocks in the order in which their weights are loaded (layer by layer only)."""
         return tuple(step.action.block for step in self.all_steps if isinstance(step.action, LoadWeights))
 
 
 @dataclass(slots=True)
 class _Node:
-    """A place in the tree, reached by one prefix of routes."""
+    """A node of the tree: the stream after one prefix of routes."""
 
     children: dict[Visit, _Node] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
-    width: int = 1  # states alive together below it, its own included
+    width: int = 1  # largest number of streams in memory while its subtree runs, its own stream included
 
     def ordered(self) -> list[tuple[Visit, _Node]]:
-        """The widest child last: then this node's own state is no longer held beside it."""
+        """Return the children with the widest last, because this node's own stream is released before the last child runs."""
         return sorted(self.children.items(), key=lambda item: item[1].width)
 
 
 def schedule(routes: Sequence[Route], depth: int, run_only: Sequence[Route] = ()) -> Schedule:
-    """Plan how to run `routes` through a model of `depth` blocks, depth first, with as few block calls as sharing prefixes allows.
+    """Schedule routes depth first, with as few block calls as sharing prefixes allows.
 
-    Routes are numbered as given; one that occurs twice is run once. Those of `walked` are run as well, and their ends are not measured.
+    Args:
+        routes: the routes to run and measure, numbered in this order. A route that occurs twice is run once.
+        depth: number of blocks of the model.
+        run_only: routes to run as well, without measuring their final streams.
     """
     trunk, order = _build_trie(routes, depth, run_only)
     for node in reversed(order):
         widths = [child.width for _, child in node.ordered()]
         node.width = max([1, *(width + 1 for width in widths[:-1]), *(max(2, width) for width in widths[-1:])])
     steps = tuple(_steps(trunk, depth))
-    kept, alive = _saved_states(trunk, depth)
-    apart = depth + sum(map(len, {*routes, *run_only}))
-    return Schedule(depth, steps, kept, apart, max(len(kept), _peak(steps, alive)))
+    saved, needed_by_routes = _saved_states(trunk, depth)
+    calls_without_sharing = depth + sum(map(len, {*routes, *run_only}))
+    return Schedule(depth, steps, saved, calls_without_sharing, max(len(saved), _peak(steps, needed_by_routes)))
 
 
 def layer_major(
     routes: Sequence[Route], depth: int, max_resident: int = _MAX_RESIDENT, run_only: Sequence[Route] = ()
 ) -> Schedule:
-    """Plan the same, layer by layer: so that blocks are brought in as seldom as possible, with `most` of them at hand together.
+    """Schedule routes layer by layer, so that the blocks' weights are loaded as few times as possible.
 
-    No more are kept at hand than help: one for drops, two for swaps of neighbours, which go back one block.
+    No more blocks are resident than is useful: one for drops, two for swaps of neighbors, which go back one block.
+
+    Args:
+        routes: the routes to run and measure, numbered in this order. A route that occurs twice is run once.
+        depth: number of blocks of the model.
+        max_resident: the largest number of blocks whose weights may be loaded at the same time.
+        run_only: routes to run as well, without measuring their final streams.
     """
     best = _schedule_by_layer(routes, depth, 1, run_only)
-    for at_home in range(2, min(max_resident, depth) + 1):
+    for resident_blocks in range(2, min(max_resident, depth) + 1):
         if len(best.load_order) == depth:
             break
-        plan = _schedule_by_layer(routes, depth, at_home, run_only)
+        plan = _schedule_by_layer(routes, depth, resident_blocks, run_only)
         best = plan if len(plan.load_order) < len(best.load_order) else best
     return best
 
 
 def _build_trie(routes: Sequence[Route], depth: int, run_only: Sequence[Route]) -> tuple[list[_Node], list[_Node]]:
-    """The trunk's nodes, whose children are the branches off it, and all nodes, parents first."""
+    """Build the tree of all routes.
+
+    Returns:
+        The trunk's nodes, of which the children are where routes leave the trunk; and all nodes, parents first.
+    """
     root = _Node()
     order = [root]
     for number, route in enumerate((*routes, *run_only)):
@@ -190,32 +220,34 @@ def _build_trie(routes: Sequence[Route], depth: int, run_only: Sequence[Route]) 
 
 
 def _saved_states(trunk: list[_Node], depth: int) -> tuple[frozenset[int], int]:
-    """States of the trunk to keep, and how many of them for routes."""
+    """Return the trunk's states to save, and how many of them the routes need."""
     needed = {state for state, node in enumerate(trunk) if node.children or node.ends}
     return frozenset({depth, *needed}), len(needed)
 
 
 def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
-    fresh = depth
-    for state in reversed(range(depth + 1)):
-        # (visit that leads to the node, its parent's state, whether the parent's state is then done with, the node)
-        waiting: list[tuple[Visit | None, int, bool, _Node]] = [(None, state, False, trunk[state])]
-        while waiting:
-            visit, parent, last, node = waiting.pop()
-            own = parent
+    """Yield the steps of the depth-first order."""
+    last_state = depth
+    for trunk_state in reversed(range(depth + 1)):
+        # (visit that leads to the node, its parent's state, whether to release the parent's state after it, the node)
+        stack: list[tuple[Visit | None, int, bool, _Node]] = [(None, trunk_state, False, trunk[trunk_state])]
+        while stack:
+            visit, parent, is_last_child, node = stack.pop()
+            state = parent
             if visit is not None:
-                fresh += 1
-                own = fresh
-                unread = () if node.children or node.ends else (own,)
-                yield Step(RunBlock(visit, parent, own), ((parent,) if last else ()) + unread)
+                last_state += 1
+                state = last_state
+                unread = () if node.children or node.ends else (state,)
+                yield Step(RunBlock(visit, parent, state), ((parent,) if is_last_child else ()) + unread)
             children = node.ordered()
             if node.ends:
-                yield Step(ReadLogits(own, tuple(node.ends)), () if children else (own,))
-            for place, (onward, child) in reversed(list(enumerate(children))):
-                waiting.append((onward, own, place == len(children) - 1, child))
+                yield Step(ReadLogits(state, tuple(node.ends)), () if children else (state,))
+            for index, (child_visit, child) in reversed(list(enumerate(children))):
+                stack.append((child_visit, state, index == len(children) - 1, child))
 
 
 def _peak(steps: Sequence[Step], alive: int) -> int:
+    """Return the largest number of streams in memory during these steps, from `alive` at their beginning."""
     peak = alive
     for step in steps:
         alive += isinstance(step.action, RunBlock)
@@ -227,77 +259,81 @@ def _peak(steps: Sequence[Step], alive: int) -> int:
 def _schedule_by_layer(
     routes: Sequence[Route], depth: int, resident_blocks: int, run_only: Sequence[Route]
 ) -> Schedule:
+    """Schedule routes layer by layer, with `resident_blocks` blocks loaded at the same time."""
     trunk, _ = _build_trie(routes, depth, run_only)
-    walk = _LayerByLayer(resident_blocks, depth)
-    during = []
+    builder = _LayerByLayer(resident_blocks, depth)
+    during_trunk = []
     for block in range(depth):
-        walk.reach(block, trunk[block])
-        during.append(tuple(walk.at(block)))
-    walk.reach(depth, trunk[depth])
-    kept, _ = _saved_states(trunk, depth)
-    steps = tuple(walk.rest())
-    plan = Schedule(depth, steps, kept, depth + sum(map(len, {*routes, *run_only})), 0, tuple(during), resident_blocks)
+        builder.add_stream(block, trunk[block])
+        during_trunk.append(tuple(builder.load_and_run(block)))
+    builder.add_stream(depth, trunk[depth])
+    saved, _ = _saved_states(trunk, depth)
+    steps = tuple(builder.run_remaining())
+    calls_without_sharing = depth + sum(map(len, {*routes, *run_only}))
+    plan = Schedule(depth, steps, saved, calls_without_sharing, 0, tuple(during_trunk), resident_blocks)
     return replace(plan, states_at_peak=_peak_by_layer(plan))
 
 
 class _LayerByLayer:
-    """Walks the tree block by block; what it yields is what a sweep does."""
+    """Builder of a layer-by-layer schedule, which goes through the tree block by block."""
 
     def __init__(self, resident_blocks: int, depth: int) -> None:
         self.resident_blocks = resident_blocks
         self.resident: OrderedDict[int, None] = OrderedDict()
-        self.waiting: dict[int, list[tuple[Visit, int, _Node]]] = {}
-        self.uses: dict[int, int] = {}
+        self.waiting: dict[int, list[tuple[Visit, int, _Node]]] = {}  # by the block that they visit next
+        self.uses: dict[int, int] = {}  # how many later steps need each stream
         self.ended: list[tuple[int, _Node]] = []
-        self.fresh = depth
+        self.last_state = depth
 
-    def reach(self, state: int, node: _Node) -> None:
-        """A stream is there: its routes wait for the blocks that they visit next."""
+    def add_stream(self, state: int, node: _Node) -> None:
+        """Add a stream that has been computed; its routes wait for the blocks that they visit next."""
         self.uses[state] = len(node.children) + bool(node.ends)
         if node.ends:
             self.ended.append((state, node))
         for visit, child in node.ordered():
             self.waiting.setdefault(visit.block, []).append((visit, state, child))
 
-    def at(self, block: int) -> Iterator[Step]:
-        """Bring a block in, and have everybody go on who can."""
+    def load_and_run(self, block: int) -> Iterator[Step]:
+        """Load a block's weights, then run every waiting route through the resident blocks as far as possible."""
         if block not in self.resident:
-            away = []
+            evicted = []
             while len(self.resident) >= self.resident_blocks:
-                away.append(self.resident.popitem(last=False)[0])
+                evicted.append(self.resident.popitem(last=False)[0])
             self.resident[block] = None
-            yield Step(LoadWeights(block, tuple(away)))
+            yield Step(LoadWeights(block, tuple(evicted)))
         while ready := [number for number in self.resident if self.waiting.get(number)]:
-            yield from self._through(ready[-1])
+            yield from self._run_waiting(ready[-1])
 
-    def _through(self, block: int) -> Iterator[Step]:
+    def _run_waiting(self, block: int) -> Iterator[Step]:
         for visit, state, node in self.waiting.pop(block):
-            self.fresh += 1
-            unread = () if node.children or node.ends else (self.fresh,)
-            yield Step(RunBlock(visit, state, self.fresh), self._used(state) + unread)
-            self.reach(self.fresh, node)
+            self.last_state += 1
+            unread = () if node.children or node.ends else (self.last_state,)
+            yield Step(RunBlock(visit, state, self.last_state), self._use(state) + unread)
+            self.add_stream(self.last_state, node)
 
-    def _used(self, state: int) -> tuple[int, ...]:
+    def _use(self, state: int) -> tuple[int, ...]:
+        """Count one use of a stream; return it if this was the last one, to be released."""
         self.uses[state] -= 1
         return () if self.uses[state] else (state,)
 
     def read(self) -> Iterator[Step]:
-        """Measure what has come to its end."""
+        """Measure the routes that have reached their end."""
         for state, node in self.ended:
-            yield Step(ReadLogits(state, tuple(node.ends)), self._used(state))
+            yield Step(ReadLogits(state, tuple(node.ends)), self._use(state))
         self.ended.clear()
 
-    def rest(self) -> Iterator[Step]:
-        """What is left when the trunk has run: round after round through the blocks that somebody waits for."""
+    def run_remaining(self) -> Iterator[Step]:
+        """Yield the steps after the trunk: go through the blocks that routes wait for, repeatedly, until none waits."""
         yield from self.read()
         block = -1
         while waiting := sorted(number for number, routes in self.waiting.items() if routes):
             block = next((number for number in waiting if number > block), waiting[0])
-            yield from self.at(block)
+            yield from self.load_and_run(block)
             yield from self.read()
 
 
 def _peak_by_layer(plan: Schedule) -> int:
+    """Return the largest number of streams in memory at the same time, in a layer-by-layer schedule."""
     alive = peak = 0
     for block, steps in enumerate(plan.during_trunk):
         alive += block in plan.saved_states

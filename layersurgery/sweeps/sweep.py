@@ -1,4 +1,4 @@
-"""A sweep: what every edit does to a model, in one pass over the data."""
+"""Measure the effect of many edits on a model's predictions in one pass over the tokens."""
 
 from __future__ import annotations
 
@@ -33,54 +33,63 @@ def sweep(
     order: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Measure edited models against the unedited one, on the same tokens, sharing every block call that can be shared.
+    """Measure many edited models against the unedited one on the same tokens, sharing block calls between the edits.
 
-    What is measured equals `compare` with each of the edits, up to rounding. The model is not changed.
+    The results equal those of `compare` with each of the edits, up to rounding. The model is not changed.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        routes: what to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a plan, its text, a route, a list
-            of these, or a dictionary of plans by name.
+        routes: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a plan, its text, a
+            route, a list of these, or a dictionary of plans by name.
         tokens: token ids, (sequences, length).
         attention_mask: 1 for a token and 0 for padding, of the same shape.
-        layers: for families, only edits that touch none but these blocks.
-        batch_size: sequences at once; by the free memory if not given. Where memory runs out, batches are halved, and a warning says so.
-        blocks: path of the list of blocks ("model.layers"), where it cannot be found.
-        anatomy: the model's, found if not given.
-        compiled: have torch compile the blocks; takes some seconds once, and each block is first shown equal to itself uncompiled.
-        order: which way to go through the edited models, "depth-first" or "layer-major"; the digits are the same. By default layer by layer
-            where accelerate keeps weights of blocks on disk or in main memory, so that each block is brought in once a batch.
-        progress: is called after each batch with the number of sequences done and of all.
+        layers: for families: measure only the edits that change no blocks except these.
+        batch_size: number of sequences in a batch; by default chosen from the free memory. If memory runs out, batches are halved, with
+            a warning.
+        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
+        anatomy: the model's anatomy; found if not given.
+        compiled: let torch compile the blocks. This takes some seconds once, and each compiled block is first checked against the
+            uncompiled one.
+        order: order in which the edited models are run, "depth-first" or "layer-major"; the digits are the same. The default is
+            depth-first, and layer-major if accelerate keeps weights of blocks on disk or in main memory, so that each block is loaded once
+            per batch.
+        progress: called after each batch with the number of sequences done and the number of all sequences.
 
     Returns:
-        One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block named), relative_depth,
-        depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits, entropy_change_bits, loss_nats, loss_change_nats,
-        accuracy (0 to 1), each with its standard error over sequences (kl_nats_sem).
+        One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that the edit names),
+        relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits, entropy_change_bits, loss_nats,
+        loss_change_nats, accuracy (0 to 1), each with its standard error over sequences (kl_nats_sem).
 
     Raises:
-        PlanError: an edit that does not fit the model, or tokens that cannot be measured.
+        PlanError: an edit does not fit the model, or the tokens cannot be measured.
         UnsupportedEditError: blocks of this architecture cannot be run in another order.
-        MeasurementError: predictions that are no numbers, or too little memory.
+        MeasurementError: the unedited model's predictions are NaN or infinite, or memory is too small for one sequence.
 
     Example:
-        >>> frame = sweep(model, "swap,drop", tokens)  # doctest: +SKIP
-        >>> frame[frame.edit == "drop"].set_index("layer").kl_nats  # doctest: +SKIP
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> frame = ls.sweep(model, "swap,drop", tokens)
+        >>> frame[frame.edit == "drop"].set_index("layer").kl_nats.shape
+        (30,)
     """
     ids, mask = as_tokens(tokens, attention_mask)
-    chosen = variants(routes, len(find_decoder_blocks(model, blocks).blocks), layers)
-    measurer = Measurer(model, chosen, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order)
+    edited_models = variants(routes, len(find_decoder_blocks(model, blocks).blocks), layers)
+    measurer = Measurer(model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order)
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
-        warnings.warn(f"{len(measurer.skipped)} edits are left out, '{plan}' first: {reason}", stacklevel=2)
+        warnings.warn(
+            f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}", stacklevel=2
+        )
     sums = MetricSums(len(measurer.variants))
     size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
     done = 0
     while done < len(ids):
-        measured = measurer.measure(ids[done : done + size], mask[done : done + size])
-        for offset, count in enumerate(measured.counts):
+        result = measurer.measure(ids[done : done + size], mask[done : done + size])
+        for offset, count in enumerate(result.counts):
             if count:
-                sums.add(done + offset, count, measured.values[offset])
-        done += len(measured.counts)
+                sums.add(done + offset, count, result.values[offset])
+        done += len(result.counts)
         if progress is not None:
             progress(done, len(ids))
     return results_table(measurer.variants, sums, getattr(model, "name_or_path", "") or type(model).__name__)

@@ -1,4 +1,4 @@
-"""The limits between stages: found where they were planted, and not found where nothing is."""
+"""Boundaries between stages are found where they were planted, and not found where there is none."""
 
 from __future__ import annotations
 
@@ -37,17 +37,23 @@ def _fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def noisy(size: float) -> Any:
-    return lambda rng: {name: values * (1 + size * rng.normal(size=L)) if name.endswith(("nats", "bits", "prev5")) else values for name, values in planted().items()}  # fmt: skip
+    def draw(rng: np.random.Generator) -> dict[str, Any]:
+        return {
+            name: values * (1 + size * rng.normal(size=L)) if name.endswith(("nats", "bits", "prev5")) else values
+            for name, values in planted().items()
+        }
+
+    return draw
 
 
 def test_planted_stages_are_found_with_their_intervals() -> None:
     found = boundaries(planted(), noisy(0.01))
-    assert [limit.layer for limit in found] == [DETOKENIZED, BENT, OVERTAKEN]
-    for limit in found:
-        assert limit.low is not None
-        assert limit.low <= limit.layer <= limit.high  # type: ignore[operator]
-        assert limit.high - limit.low <= 2  # type: ignore[operator]
-        assert limit.share == 1
+    assert [boundary.layer for boundary in found] == [DETOKENIZED, BENT, OVERTAKEN]
+    for boundary in found:
+        assert boundary.low is not None
+        assert boundary.low <= boundary.layer <= boundary.high  # type: ignore[operator]
+        assert boundary.high - boundary.low <= 2  # type: ignore[operator]
+        assert boundary.share == 1
     assert stage_of(found, L) == [STAGES[0]] * 3 + [STAGES[1]] * 9 + [STAGES[2]] * 8 + [STAGES[3]] * 4
     assert boundaries(planted(), noisy(0.01)) == found
 
@@ -64,19 +70,23 @@ def test_noise_widens_intervals_and_in_the_end_nothing_is_found() -> None:
 @pytest.mark.parametrize(
     ("changed", "place", "why"),
     [
-        ({"attention_prev5": np.full(L, 0.3)}, 0, "attention to the previous five begins no higher"),
-        ({"drop_kl_nats": np.full(L, 0.1)}, 0, "drop KL begins no higher"),
-        ({"attention_prev5": np.full(L, np.nan)}, 0, "is not known for every layer"),
+        (
+            {"attention_prev5": np.full(L, 0.3)},
+            0,
+            "attention to the previous five tokens is not clearly higher at the start",
+        ),
+        ({"drop_kl_nats": np.full(L, 0.1)}, 0, "drop KL is not clearly higher at the start"),
+        ({"attention_prev5": np.full(L, np.nan)}, 0, "is not available for every layer"),
         (
             {"attention_prev5": np.where((np.arange(L) < 3) | (np.arange(L) // 3 == 2), 0.8, 0.3)},
             0,
             "but is high again at layers 6, 7, 8",
         ),
-        ({"lens_kl_nats": np.linspace(10, 0, L)}, 1, "lens KL begins no lasting fall"),
-        ({"lens_kl_nats": np.linspace(0, 10, L)}, 1, "lens KL begins no lasting fall"),
-        ({"suppression": np.zeros(L)}, 2, "suppression neurons do not outnumber prediction neurons at the end"),
+        ({"lens_kl_nats": np.linspace(10, 0, L)}, 1, "lens KL has no lasting fall"),
+        ({"lens_kl_nats": np.linspace(0, 10, L)}, 1, "lens KL has no lasting fall"),
+        ({"suppression": np.zeros(L)}, 2, "suppression neurons do not outnumber prediction neurons in the last layer"),
         ({"suppression": planted()["prediction"] + (np.arange(L) >= OVERTAKEN)}, 2, "which may be chance"),
-        ({"prediction": np.full(L, np.nan)}, 2, "neurons are not known"),
+        ({"prediction": np.full(L, np.nan)}, 2, "neuron counts are not available"),
     ],
 )
 def test_what_signals_do_not_support_is_not_found(changed: dict[str, Any], place: int, why: str) -> None:
@@ -85,7 +95,7 @@ def test_what_signals_do_not_support_is_not_found(changed: dict[str, Any], place
     assert why in found[place].why
     assert found[place].low is found[place].share is None
     others = [DETOKENIZED, BENT, OVERTAKEN]
-    assert [limit.layer for number, limit in enumerate(found) if number != place] == [
+    assert [boundary.layer for number, boundary in enumerate(found) if number != place] == [
         layer for number, layer in enumerate(others) if number != place
     ]
 
@@ -96,7 +106,7 @@ def test_one_spike_does_not_count_as_a_level() -> None:
     assert boundaries(planted(drop_kl_nats=values))[0].layer == DETOKENIZED
 
 
-def test_entropy_may_tell_the_last_limit_where_neurons_do_not() -> None:
+def test_entropy_may_give_the_last_boundary_where_neurons_do_not() -> None:
     layers = np.arange(L)
     found = boundaries(
         planted(suppression=np.zeros(L), lens_entropy_bits=np.where(layers <= 18, layers / 4, 4.5 - (layers - 18) / 2))
@@ -105,19 +115,20 @@ def test_entropy_may_tell_the_last_limit_where_neurons_do_not() -> None:
     rising = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=np.abs(layers - 17) / 4))
     assert (rising[2].layer, rising[2].why.rpartition("; ")[2]) == (
         18,
-        "lens entropy turns behind layer 17 and rises by 1.5 bits",
+        "lens entropy turns after layer 17 and rises by 1.5 bits",
     )
     steady = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=layers / 4))
     assert steady[2].layer is None
-    assert "lens entropy does not turn inside the second half" in steady[2].why
+    assert "lens entropy has no turning point inside the second half" in steady[2].why
 
 
 def test_stages_come_in_their_order() -> None:
     late = np.where(np.arange(L) < 11, 6.0, 0.1)
-    found = boundaries(planted(drop_kl_nats=late, attention_prev5=late / 6, lens_kl_nats=np.maximum(0, np.where(np.arange(L) < 6, 10, 10 - 0.5 * (np.arange(L) - 5.0)))))  # fmt: skip
+    lens_kl = np.maximum(0, np.where(np.arange(L) < 6, 10, 10 - 0.5 * (np.arange(L) - 5.0)))
+    found = boundaries(planted(drop_kl_nats=late, attention_prev5=late / 6, lens_kl_nats=lens_kl))
     assert found[0].layer == 11
     assert found[1].layer is None
-    assert "no later than where the stage before ends" in found[1].why
+    assert "not after the end of the previous stage" in found[1].why
     assert stage_of(found, L)[12] == "feature engineering or prediction ensembling"
 
 
@@ -130,19 +141,19 @@ def test_the_table_of_a_model() -> None:
     assert list(frame.attention_to_mlp_ratio) == list(parts["norms"].attention_to_mlp_ratio)
     assert list(frame.drop_kl_nats) == list(parts["drop"].kl_nats[1:])
     assert list(frame.prediction_percent) == list(ls.analyses.neurons(model).prediction_percent)
-    limits = frame.attrs["boundaries"]
-    assert [limit["ends"] for limit in limits] == list(STAGES[:3])
+    stage_boundaries = frame.attrs["boundaries"]
+    assert [boundary["ends"] for boundary in stage_boundaries] == list(STAGES[:3])
     assert len(frame.stage) == DEPTH
     words = ls.analyses.describe_stages(frame)
-    for limit in limits:
-        assert limit["why"] in words
-    assert all(limit["share"] is not None for limit in limits)
+    for boundary in stage_boundaries:
+        assert boundary["why"] in words
+    assert all(boundary["share"] is not None for boundary in stage_boundaries)
     alone = ls.analyses.stages(model, ids[:1])
-    assert all(limit["share"] is None for limit in alone.attrs["boundaries"])
+    assert all(boundary["share"] is None for boundary in alone.attrs["boundaries"])
 
 
 def test_a_model_without_neurons_has_stages_all_the_same() -> None:
-    with pytest.warns(UserWarning, match="neurons are left out: MambaForCausalLM"):
+    with pytest.warns(UserWarning, match="neurons were skipped: MambaForCausalLM"):
         frame = ls.analyses.stages(tiny_model("mamba"), tokens(3, 12))
     assert frame.prediction_percent.isna().all()
     assert "neurons are not known for every layer" in ls.analyses.describe_stages(frame)

@@ -1,4 +1,4 @@
-"""Prediction and suppression neurons, against scipy over the whole matrix of neurons and words."""
+"""Prediction and suppression neurons are compared with scipy on the whole matrix of neurons and tokens."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_neuron_of_zeros_has_no_shape() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral"])
 def test_a_planted_neuron_is_found_and_its_negative_suppresses(name: str) -> None:
-    """One that writes the direction of a rare class of words, among which it lifts a few of many, predicts."""
+    """A neuron that writes the direction of a rare class of tokens raises a few of many, so it predicts."""
     model = tiny_model(name, vocab_size=2000, **{"n_embd" if name == "gpt2" else "hidden_size": 128})
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_()
@@ -155,12 +155,10 @@ def test_blocks_without_an_mlp_are_named() -> None:
     assert list(table.neurons > 0) == [False, False, True] * 2
     assert table.prediction.isna().tolist() == [True, True, False] * 2
     assert table.attrs["skipped"]["neurons of block 0"] == "the block has no mlp"
-    with pytest.raises(
-        ls.UnsupportedEditError, match="MambaForCausalLM has no neurons to look at: the block has no mlp"
-    ):
+    with pytest.raises(ls.UnsupportedEditError, match="MambaForCausalLM has no neurons to score: the block has no mlp"):
         ls.analyses.neurons(tiny_model("mamba"))
     with pytest.raises(
-        ls.UnsupportedEditError, match="neurons write a stream of width 32, and the unembedding is of shape"
+        ls.UnsupportedEditError, match="neurons write to a stream of width 32, but the unembedding is of shape"
     ):
         ls.analyses.neurons(tiny_model("opt-postnorm"))
 
@@ -178,17 +176,24 @@ def test_which_way_round_a_weight_lies() -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(8, 8))
 
-    with pytest.raises(ls.UnsupportedEditError, match="may lie either way round"):
+    with pytest.raises(ls.UnsupportedEditError, match="may be transposed or not"):
         output_dim(Odd(), "weight", 8)
 
 
 def test_the_model_may_be_on_disk_and_memory_holds_a_block_at_a_time(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")
-    there = ls.load(tmp_path / "model", device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}, offload_folder=tmp_path / "folder").model  # fmt: skip
-    assert next(there.model.layers[2].parameters()).is_meta
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    offloaded = ls.load(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "folder").model
+    assert next(offloaded.model.layers[2].parameters()).is_meta
     seen: list[tuple[int, int]] = []
-    found = ls.analyses.neuron_scores(there, progress=lambda done, of: seen.append((done, of)))
-    assert next(there.model.layers[2].parameters()).is_meta
+    found = ls.analyses.neuron_scores(offloaded, progress=lambda done, of: seen.append((done, of)))
+    assert next(offloaded.model.layers[2].parameters()).is_meta
     assert seen == [(done, DEPTH) for done in range(1, DEPTH + 1)]
     pd.testing.assert_frame_equal(found, ls.analyses.neuron_scores(model))

@@ -1,4 +1,8 @@
-"""Probes on neurons: the class of tokens, windows that share nothing, activations against hooks, effects against dense sums, a neuron made by hand."""
+"""Probes on neurons.
+
+The tests cover token classes, windows that share no text, activations against hooks, effects against dense sums, and a
+neuron made by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from layersurgery_cli.terminal.console import Talk
-from layersurgery_cli.terminal.progress import counting
-from rich.console import Console
+from layersurgery_cli.terminal.console import Console
+from layersurgery_cli.terminal.progress import counter
+from rich.console import Console as RichConsole
 
 import layersurgery as ls
 from layersurgery.analyses.logistic_probe import ProbeData
@@ -33,14 +37,14 @@ PLACE = {letter: number for number, letter in enumerate(LETTERS, 4)}
 
 
 def story(letters: int = 9000, seed: int = 0) -> str:
-    """Letters at random, and an x behind every q and nowhere else."""
-    picked = random.Random(seed)
+    """Return random letters, with an x after every q and nowhere else."""
+    rng = random.Random(seed)
     others = [letter for letter in LETTERS[1:40] if letter not in "qx"]
-    return "".join(picked.choice(["qx", *picked.choices(others, k=12)]) for _ in range(letters))
+    return "".join(rng.choice(["qx", *rng.choices(others, k=12)]) for _ in range(letters))
 
 
 def knowing() -> Any:
-    """Neuron 5 of block 2 is awake after a q, and speaks for an x."""
+    """Return a model where neuron 5 of block 2 is active after a q and raises the logit of x."""
     model = tiny_model("gpt2", tie_word_embeddings=False)
     q, x = torch.zeros(32), torch.zeros(32)
     q[0], q[1], x[2], x[3] = 1, -1, 1, -1
@@ -81,7 +85,10 @@ def test_the_class_is_told_by_the_text_of_tokens() -> None:
     ("given", "said"),
     [
         ({"suffix": "ing", "regex": "ing"}, "give one of them"),
-        ({"regex": "(ing"}, r"'\(ing' is no regular expression: missing \), unterminated subpattern at position 0"),
+        (
+            {"regex": "(ing"},
+            r"'\(ing' is not a valid regular expression: missing \), unterminated subpattern at position 0",
+        ),
         ({"suffix": "qqqq"}, "of the tokenizer's 76 tokens, no token ends with 'qqqq'"),
         ({"regex": "(?s)."}, "every token matches"),
     ],
@@ -118,7 +125,7 @@ def test_too_little_text_says_how_much_it_would_take() -> None:
     chosen = token_class(tiny_tokenizer(), regex="^x$")
     with pytest.raises(
         ls.MeasurementError,
-        match=r"of 600 tokens of the text .* 16 are needed. At this rate it takes about [\d,]+ tokens",
+        match=r"of 600 tokens of the text .* 16 are needed. At this rate, about [\d,]+ tokens",
     ):
         find_balanced_windows([story()[:600]], tiny_tokenizer(), chosen)
     with pytest.raises(ls.MeasurementError, match="^0 of 400 tokens .* Give more text, other text, or another class"):
@@ -130,7 +137,8 @@ def test_too_little_text_says_how_much_it_would_take() -> None:
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("gpt2", "mlp.c_proj"), ("llama", "mlp.down_proj"), ("gpt_neox", "mlp.dense_4h_to_h"), ("gemma2", "mlp.down_proj"),
+        ("gpt2", "mlp.c_proj"), ("llama", "mlp.down_proj"), ("gpt_neox", "mlp.dense_4h_to_h"),
+        ("gemma2", "mlp.down_proj"),
         ("phi", "mlp.fc2"), ("opt", "fc2"), ("bloom", "mlp.dense_4h_to_h"),
     ],
 )  # fmt: skip
@@ -214,7 +222,7 @@ def test_a_neuron_made_to_know_is_found(found: Any) -> None:
 
 
 def test_effects_are_the_dense_ones(found: Any) -> None:
-    """With the final norm folded in, rows centred over the width, and the mean over the vocabulary taken away."""
+    """Fold in the final norm, center rows over the width, and subtract the mean over the vocabulary."""
     model = knowing().double()
     with torch.no_grad():
         rows = model.lm_head.weight * model.transformer.ln_f.weight
@@ -237,10 +245,10 @@ def test_the_same_seed_gives_the_same_digits(found: Any) -> None:
 
 
 def test_labels_that_mean_nothing_are_told_by_chance_and_a_leak_is_seen() -> None:
-    """On random numbers held-out accuracy is chance, whatever it is on the training half; and where halves share windows it is not."""
-    picked = np.random.default_rng(0)
+    """Held-out accuracy is chance on random numbers, and above chance if the halves share windows."""
+    rng = np.random.default_rng(0)
     inside, held_out = np.tile([True, False], 100), np.repeat([False, True], 100)
-    alone = ProbeData(picked.normal(size=(200, 60)), inside, held_out, 0)
+    alone = ProbeData(rng.normal(size=(200, 60)), inside, held_out, 0)
     right, _ = alone.fit(list(range(60)))
     judged = alone.score(right)
     assert judged["train_accuracy"] > 0.8
@@ -307,9 +315,9 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
     ("given", "code", "said"),
     [
         (["--suffix", "x", "--regex", "x"], 2, "give one of them"),
-        (["--regex", "[x"], 2, "'[x' is no regular expression: unterminated character set at position 0"),
+        (["--regex", "[x"], 2, "'[x' is not a valid regular expression: unterminated character set at position 0"),
         (["--suffix", "ing"], 2, "no token ends with 'ing'"),
-        (["--suffix", "x", "-n", 500], 1, "tokens of text: --data, --tokens"),
+        (["--suffix", "x", "-n", 500], 1, "tokens of text are needed: --data, --tokens"),
     ],
 )
 def test_what_is_refused_on_the_command_line(
@@ -322,11 +330,11 @@ def test_what_is_refused_on_the_command_line(
 
 
 def test_one_bar_at_a_time() -> None:
-    """rich before 14.1 refuses a second bar, and a spinner beside a bar."""
-    console = Talk()
+    """Versions of rich before 14.1 refuse a second bar, and a spinner while a bar is shown."""
+    console = Console()
     shown = io.StringIO()
-    console.err = Console(file=shown, force_terminal=True)
-    with counting(console, "blocks") as on_layer, counting(console, "windows") as on_window:
+    console.err = RichConsole(file=shown, force_terminal=True)
+    with counter(console, "blocks") as on_layer, counter(console, "windows") as on_window:
         assert shown.getvalue() == ""
         on_layer(1, 2)
         assert "blocks" in shown.getvalue()

@@ -1,4 +1,4 @@
-"""Ranking layers and choosing some to remove: scores against their definitions, choices against a loop by hand."""
+"""Layer ranking and pruning: scores match their definitions, choices match a plain loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tokens(seed: int = 0) -> torch.Tensor:
 
 
 def streams(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Before each block and behind the last, the plain way."""
+    """Return the stream before each block and after the last, caught by hooks."""
     path = ls.anatomy(model).blocks
     caught: list[torch.Tensor] = []
     handles = []
@@ -93,7 +93,7 @@ def test_angles_keep_their_digits_however_small() -> None:
             block_influence(x, turned), torch.full((1, 4), 1 - math.cos(angle)), rtol=2e-3, atol=0
         )
     assert float(block_influence(x, x).max()) == 0
-    large = (x * 1e4).half()  # whose squares half precision does not hold
+    large = (x * 1e4).half()  # its squares overflow in half precision
     assert bool(angular_distance(large, -large).isfinite().all())
 
 
@@ -105,7 +105,7 @@ def test_the_measured_score_is_that_of_a_sweep() -> None:
 
 
 def by_hand(model: Any, ids: torch.Tensor, remove: int, by: str) -> list[int]:
-    """Greedy choice by operating, measuring and undoing."""
+    """Choose greedily by operating, measuring and undoing."""
     depth = model.config.num_hidden_layers
     gone: list[int] = []
     while len(gone) < remove:
@@ -155,7 +155,7 @@ def test_the_first_layer_is_the_same_greedily_or_not() -> None:
 
 def test_what_cannot_be_meant_is_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ls.PlanError, match="cannot be chosen by 'size'; write kl, influence, angular"):
+    with pytest.raises(ls.PlanError, match="unknown criterion 'size'; choose from kl, influence, angular"):
         ls.prune(model, tokens(), remove=1, by="size")
     for remove in (0, 6):
         with pytest.raises(ls.PlanError, match=f"cannot remove {remove} of 6 layers; give 1 to 5"):

@@ -1,4 +1,4 @@
-"""Signals read off text, against what hooks, eager attention and dense tensors give."""
+"""Signals measured on text match hooks, eager attention and dense tensors."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from layersurgery.runtime.block_runner import BlockRunner
 from layersurgery.runtime.contributions import capture_contributions, find_contributions
 from layersurgery.sweeps.batch_metrics import check_readout
 from tests.runtime.test_offload import dispatched, on_disk
-from tests.support.dense import HAND, blocks_of, contributions, matrices, model_of, previous_five
+from tests.support.dense import BRANCH_MODULES, blocks_of, contributions, matrices, model_of, previous_five
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 from tests.surgery.test_zoo import state
 
 SIGNALS = ["lens", "attention", "norms", "similarity"]
-# transformers' eager attention of the first is not causal where no mask is given; of the last, Mamba mixes tokens as well.
+# Without a mask, transformers' eager attention of falcon is not causal; in falcon_h1, Mamba mixes tokens as well.
 NO_EAGER = ("falcon", "falcon_h1")
 
 
-@pytest.mark.parametrize("name", HAND)
+@pytest.mark.parametrize("name", BRANCH_MODULES)
 def test_every_signal_is_what_the_dense_way_gives(name: str) -> None:
     model, ids = model_of(name), tokens(2, 11)
     final = logits_of(model, ids)
@@ -83,7 +83,7 @@ def test_every_signal_is_what_the_dense_way_gives(name: str) -> None:
                 )
 
 
-@pytest.mark.parametrize("name", [name for name in HAND if name not in NO_EAGER])
+@pytest.mark.parametrize("name", [name for name in BRANCH_MODULES if name not in NO_EAGER])
 def test_attention_is_read_off_the_kernel_as_eager_attention_writes_it(name: str) -> None:
     model, ids = model_of(name), tokens(2, 11)
     table = ls.analyses.attention(model, ids)
@@ -105,7 +105,7 @@ def test_short_text_without_five_tokens_before_any(name: str) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_contributions_are_all_that_a_block_adds(name: str) -> None:
-    """What is caught sums up to what leaves a block minus what came in; or the block is left out by name."""
+    """Captured contributions sum to a block's output minus its input, or the block is named as skipped."""
     model, ids = tiny_model(name), tokens(2, 9)
     found = find_contributions(BlockRunner(model, ls.anatomy(model)))
     caught: dict[int, torch.Tensor] = {}
@@ -196,7 +196,7 @@ def test_swapped_blocks_are_compared_in_either_order(order: str) -> None:
 
 
 def test_the_cosine_of_a_thing_with_itself_is_one() -> None:
-    """Two blocks of the same weights: swapped, the model is the same, and each stands where the other would do the same."""
+    """Swap two blocks with the same weights: the model stays the same, and so do their contributions."""
     model, ids = tiny_model("llama"), tokens(2, 10)
     model.model.layers[3].load_state_dict(model.model.layers[2].state_dict())
     table = ls.analyses.similarity(model, ids).set_index(["layer", "part"]).loc[2]
@@ -206,7 +206,7 @@ def test_the_cosine_of_a_thing_with_itself_is_one() -> None:
 
 
 def test_what_it_costs() -> None:
-    """Lenses cost no block calls; a swap costs two; nothing of the swaps stays."""
+    """A lens costs no block calls, a swap costs two, and no state of a swap is kept."""
     model, ids = tiny_model("llama"), tokens(2, 10)
     mask = torch.ones_like(ids)
     for signals, calls in (
@@ -223,7 +223,7 @@ def test_what_it_costs() -> None:
     final = type(measurer.readout).normalize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(measurer.readout), "normalize", lambda *given: (readouts.append(1), final(*given))[1])  # type: ignore[func-returns-value]
-        measurer._prove = False
+        measurer._check_pending = False
         measurer.measure(ids, mask)
     assert len(readouts) == DEPTH
 
@@ -247,7 +247,7 @@ def test_no_matrix_of_tokens_by_tokens_is_made() -> None:
 
 
 def test_a_head_that_attends_to_the_token_before_scores_one() -> None:
-    """Queries and keys of one head made from positions: each token finds the one before it."""
+    """Make queries and keys of a head from positions, so that each token attends to the previous one."""
     model = tiny_model("gpt2", n_positions=64)
     width, length = 32, 12
     with torch.no_grad():
@@ -260,7 +260,7 @@ def test_a_head_that_attends_to_the_token_before_scores_one() -> None:
         places = places - places.mean(-1, keepdim=True)
         model.transformer.wpe.weight[:width] = places
         normed = first.ln_1(places)
-        # In every head, queries are the position's own direction, keys the direction of the position behind.
+        # In every head, queries are the position's own direction, keys the direction of the next position.
         project = torch.randn(width, 3 * width)
         wanted = 40 * torch.randn(length, 8, generator=torch.Generator().manual_seed(4))
         solve = torch.linalg.lstsq(normed[:length], torch.nn.functional.normalize(wanted) * 10).solution
@@ -282,7 +282,7 @@ def test_the_lens_must_end_in_the_models_own_output() -> None:
     with torch.no_grad():
         check_readout(measurer.runner, measurer.readout, ids[:1], torch.ones_like(ids[:1]))
     model.register_forward_hook(lambda _m, _a, output: setattr(output, "logits", output.logits * 1.01))
-    with pytest.raises(ls.MeasurementError, match="what is read behind its last block differs from its own logits"):
+    with pytest.raises(ls.MeasurementError, match="after its last block differ from the model's own logits"):
         measurer.measure(ids, torch.ones_like(ids))
 
 
@@ -297,7 +297,7 @@ def test_half_precision() -> None:
 
 
 def test_errors_cover_sequences_of_different_lengths() -> None:
-    """Means weigh tokens, not sequences, and their errors are those of a ratio."""
+    """Means weigh tokens, not sequences, and their errors are errors of a ratio."""
     model, ids = tiny_model("gpt2"), tokens(6, 12)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
@@ -312,7 +312,7 @@ def test_errors_cover_sequences_of_different_lengths() -> None:
 
 
 def test_what_cannot_be_asked() -> None:
-    with pytest.raises(ls.PlanError, match="loss is no signal read off text; they are lens, attention"):
+    with pytest.raises(ls.PlanError, match="unknown signals: loss; choose from lens, attention"):
         ls.analyses.measure(tiny_model("llama"), tokens(), ["loss"])
     model = tiny_model("llama")
     with pytest.raises(ls.PlanError, match="no position has a next token"):
@@ -369,7 +369,7 @@ def test_a_model_of_one_block() -> None:
 
 def test_what_is_left_out_is_said() -> None:
     with pytest.warns(
-        UserWarning, match="attention of block 0 is left out: JambaMambaMixer attends to no tokens by softmax"
+        UserWarning, match="attention of block 0 was skipped: JambaMambaMixer attends to no tokens by softmax"
     ):
         table = ls.analyses.attention(tiny_model("jamba"), tokens(2, 8))
     assert len(table.attrs["skipped"]) == 4
@@ -385,7 +385,7 @@ def test_what_is_left_out_is_said() -> None:
         blind = measurer_of(model, ["attention"], DEPTH).observer
         assert blind is not None
         assert (
-            "its attention kernel (_scaled_dot_product_flash_attention_for_cpu) does not tell"
+            "its attention kernel (_scaled_dot_product_flash_attention_for_cpu) does not report its weights"
             in blind.skipped["attention of block 3"]
         )
 
@@ -396,17 +396,19 @@ def test_a_kernel_that_is_chosen_for_this_text_only_is_named() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_weights, "_KERNELS", {})
         with pytest.raises(
-            ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"
+            ls.MeasurementError,
+            match="block 0: for this text, attention ran in a kernel .* from which the weights cannot be read",
         ):
             measurer.measure(ids, torch.ones_like(ids))
     assert not any("Tapped" in type(module).__name__ for module in model.modules())
 
 
 def test_single_precision_of_products_is_kept() -> None:
-    """Where the CPU multiplies bfloat16, "medium" rounds the model's own products; the attention weights must not be."""
+    """On CPUs with bfloat16 products, "medium" rounds the model's products; attention weights must stay exact."""
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn((2, 3, 40, 16), generator=random) for _ in range(2))
-    scores = (query.double() @ key.double().transpose(-1, -2) / 4).masked_fill(torch.ones(40, 40).triu(1).bool(), -np.inf)
+    causal = torch.ones(40, 40).triu(1).bool()
+    scores = (query.double() @ key.double().transpose(-1, -2) / 4).masked_fill(causal, -np.inf)
     lse = scores.logsumexp(-1)
     before = torch.get_float32_matmul_precision()
     try:

@@ -1,4 +1,4 @@
-"""Windows that end in words, and heads that join these: against the rule by hand, eager attention, a head made by hand, and scipy."""
+"""Word windows and subjoiner heads: tested by a plain rule, eager attention, a head made by hand, and scipy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from layersurgery.runtime.contributions import find_contributions
 from tests.analyses.test_signals import NO_EAGER
 from tests.cli.test_cli import result_of, run
 from tests.runtime.test_offload import dispatched
-from tests.support.dense import HAND, matrices, model_of
+from tests.support.dense import BRANCH_MODULES, matrices, model_of
 from tests.support.tiny_checkpoint import LETTERS, checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
@@ -33,7 +33,7 @@ LETTER_PLACES = range(LETTERS.index("a") + 4, LETTERS.index("Z") + 5)
 
 
 def story(lines: int = 400, seed: int = 0) -> str:
-    """Numbers, and among them words of four small letters, of one, and of what is no word."""
+    """Return numbers mixed with words of four lower-case letters, words of one, and strings that are not words."""
     picked = random.Random(seed)
     letters = LETTERS[1:27]
 
@@ -46,7 +46,7 @@ def story(lines: int = 400, seed: int = 0) -> str:
 
 
 def joiner() -> Any:
-    """Head 2 of layer 1 attends to letters and to nothing else; what all other parts add is nothing, and places are not known."""
+    """Return a model where head 2 of layer 1 attends to letters only; other branches add almost nothing."""
     model = tiny_model("gpt2")
     width, each = 32, 8
     direction = torch.randn(width, generator=torch.Generator().manual_seed(1))
@@ -56,10 +56,8 @@ def joiner() -> Any:
         model.transformer.wte.weight.copy_(-direction.expand_as(model.transformer.wte.weight))
         model.transformer.wte.weight[list(LETTER_PLACES)] = direction
         for block in model.transformer.h:
-            for projection in (
-                block.attn.c_proj,
-                block.mlp.c_proj,
-            ):  # so little that it shows in nothing but that there is such a branch
+            # The branches stay detectable, but add too little to change anything else.
+            for projection in (block.attn.c_proj, block.mlp.c_proj):
                 projection.weight.mul_(1e-4)
                 projection.bias.zero_()
             block.attn.c_attn.weight[:, : 2 * width] = 0
@@ -74,7 +72,7 @@ def joiner() -> Any:
 
 
 def test_windows_follow_the_rule() -> None:
-    """Word for word as a person would look for them: every token is a letter here."""
+    """Find the words with a plain loop; every token is a letter here."""
     text = story()
     found = find_word_windows([text], tiny_tokenizer(), samples=10_000)
     words = {4: set(), 1: set()}  # type: dict[int, set[str]]
@@ -104,8 +102,8 @@ def test_windows_follow_the_rule() -> None:
 def test_windows_of_a_real_tokenizer() -> None:
     tokenizer = tokenizer_of(find_source("smollm2-135m", weights=False))
     text = (
-        "The hexadecimal, the unparenthesized and the alphanumeric; xhexadecimal'x Hexadecimal hexadecimal2 it is disambiguated\n"
-        * 9
+        "The hexadecimal, the unparenthesized and the alphanumeric; xhexadecimal'x Hexadecimal hexadecimal2 it is "
+        "disambiguated\n" * 9
     )
     found = find_word_windows([text, text[:300]], tokenizer)
     ends = {"hexadecimal", "unparenthesized", "alphanumeric", "disambiguated"}
@@ -143,7 +141,7 @@ def test_words_are_spread_and_halves_share_none() -> None:
 def test_windows_stay_in_their_document_and_within_the_tokens_asked() -> None:
     alone = [f"123456789012 {word} x" for word in ("abcd", "bcde")]
     with pytest.raises(
-        ls.MeasurementError, match=r"2 windows that end in words of four tokens \(2 different\) among 38 tokens"
+        ls.MeasurementError, match=r"2 windows that end in words of four tokens \(2 different\) in 38 tokens"
     ):
         find_word_windows(alone, tiny_tokenizer())
     text = story()
@@ -155,8 +153,8 @@ def test_windows_stay_in_their_document_and_within_the_tokens_asked() -> None:
 def test_too_few_words_say_how_much_text_it_would_take() -> None:
     text = "1234567890123456 a " * 30 + "1234567890 abcd bcde "
     needed = (
-        rf"^2 windows that end in words of four tokens \(2 different\) among {len(text)} tokens of my.txt; {MIN_WINDOWS} are needed. At this rate it "
-        r"takes about 2,900 tokens of text"
+        rf"^2 windows that end in words of four tokens \(2 different\) in {len(text)} tokens of my.txt; "
+        rf"{MIN_WINDOWS} are needed. At this rate, about 2,900 tokens of text are needed"
     )
     with pytest.raises(ls.MeasurementError, match=needed):
         find_word_windows([text], tiny_tokenizer(), name="my.txt")
@@ -164,18 +162,18 @@ def test_too_few_words_say_how_much_text_it_would_take() -> None:
         find_word_windows(["1234567890123456 a " * 30], tiny_tokenizer())
     with pytest.raises(ls.MeasurementError, match="^0 windows that end in words of four tokens"):
         find_word_windows([], tiny_tokenizer())
-    with pytest.raises(ls.SourceError, match="object does not say where in a text its tokens are"):
+    with pytest.raises(ls.SourceError, match="object does not give the positions of its tokens in a text"):
         find_word_windows([text], object())
 
 
 def made(ids: torch.Tensor) -> WordWindows:
-    """Windows of any tokens, in classes and halves by turns."""
+    """Make windows of any tokens, alternating between classes and halves."""
     rows = np.arange(len(ids))
     texts = [[str(token) for token in row] for row in ids.tolist()]
     return WordWindows(ids, rows % 2 == 0, rows % 4 < 2, [str(row) for row in rows], texts, 0, {})
 
 
-@pytest.mark.parametrize("name", [name for name in HAND if name not in NO_EAGER])
+@pytest.mark.parametrize("name", [name for name in BRANCH_MODULES if name not in NO_EAGER])
 def test_scores_are_those_of_eager_attention(name: str) -> None:
     model, ids = model_of(name), tokens(16, WINDOW)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -203,7 +201,7 @@ def test_scores_are_those_of_eager_attention(name: str) -> None:
     best = found.heads.loc[found.heads.score_chosen.idxmax()]
     assert set(shown.layer) == {best.layer}
     matrix = matrices(model, ids)[best.layer][:, best["head"], -1, :WINDOW]
-    # The first windows whose words no head is chosen by.
+    # The first windows of held-out words.
     np.testing.assert_allclose(shown[shown.word_tokens == 4].attention, matrix[0], atol=3e-6)
     np.testing.assert_allclose(shown[shown.word_tokens == 1].attention, matrix[1], atol=3e-6)
     assert shown[shown.word_tokens == 4].token.tolist() == [str(token) for token in ids[0].tolist()]
@@ -219,7 +217,7 @@ def test_a_head_made_to_join_words_is_found() -> None:
     assert is_supported(first)
     assert (found.heads.score[1:].abs() < 1e-6).all()
     assert describe_subjoiners(found.heads).startswith(
-        "A subjoiner head: layer 1, head 2, the best on half of the words. On the other half"
+        "Found a subjoiner head: layer 1, head 2, the best head on half of the words. On the other half"
     )
     mine = found.attention[(found.attention.layer == 1) & (found.attention["head"] == 2)].set_index("word_tokens")
     np.testing.assert_allclose(mine.loc[4, BACK].astype(float), [*[0] * 12, *[0.25] * 4], atol=0.01)
@@ -238,7 +236,7 @@ def test_heads_that_look_at_places_alone_join_nothing() -> None:
     assert (found.heads.in_word > 0.05).any()
     assert (found.heads.score.abs() < 1e-6).all()
     assert describe_subjoiners(found.heads).startswith(
-        "No subjoiner head here. The best on half of the words is layer "
+        "No subjoiner head was found. The best head on half of the words is layer "
     )
 
 
@@ -272,9 +270,9 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     assert seen[0] == (7, len(found[0].windows.ids))
     assert seen[-1] == (seen[-1][1], seen[-1][1])
     assert len(found[0].skipped) == 4
-    assert found[0].skipped["attention of block 0"] == "JambaMambaMixer attends to no tokens by softmax"
+    assert found[0].skipped["attention of block 0"] == "JambaMambaMixer has no softmax attention"
     with pytest.raises(
-        ls.UnsupportedEditError, match="MambaForCausalLM has no heads to look at: MambaMixer attends to no tokens"
+        ls.UnsupportedEditError, match="MambaForCausalLM has no heads to score: MambaMixer has no softmax attention"
     ):
         ls.analyses.subjoiners(tiny_model("mamba"), tiny_tokenizer(), [story()])
     model = tiny_model("llama")
@@ -283,7 +281,7 @@ def test_batches_do_not_matter_and_what_cannot_be_read_is_said(monkeypatch: pyte
     monkeypatch.setattr("layersurgery.analyses.subjoiner_heads.find_contributions", lambda _runner: found_members)
     monkeypatch.setattr(attention_weights, "_KERNELS", {})
     with pytest.raises(
-        ls.MeasurementError, match="block 0: this text's attention ran by a kernel .* that does not tell"
+        ls.MeasurementError, match="block 0: attention on this text ran in a kernel .* that cannot be read"
     ):
         score_heads(model, windows, anatomy=anatomy)
     assert not any("Tapped" in type(module).__name__ for module in model.modules())
@@ -293,7 +291,7 @@ def test_numbers_that_are_none_are_refused() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[2].self_attn.q_proj.weight.fill_(torch.nan)
-    with pytest.raises(ls.LayerSurgeryError, match=r"block 2: its attention is no numbers|no numbers|not finite|NaN"):
+    with pytest.raises(ls.LayerSurgeryError, match=r"block 2: its attention is NaN or infinite|not finite|NaN"):
         ls.analyses.subjoiners(model, tiny_tokenizer(), [story()], anatomy=ls.anatomy(tiny_model("llama")))
 
 
@@ -329,7 +327,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     again = run(*words)
     assert again.exit_code == 0
     assert "has finished; nothing to do" in again.stderr
-    assert "A subjoiner head: layer 1, head 2" in again.stdout
+    assert "Found a subjoiner head: layer 1, head 2" in again.stdout
     assert next(line.split()[:3] for line in again.stdout.splitlines() if line.strip()[:1].isdigit()) == ["1", "1", "2"]
     other = run(*words, "--samples", 20)
     assert other.exit_code == 1
@@ -352,8 +350,8 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path) -> Non
     (tmp_path / "short.txt").write_text("1234567890123456 a abcd " * 3)
     found = run("analyze", "subjoiners", place / "tiny", "--data", tmp_path / "short.txt", "-o", tmp_path / "out")
     assert found.exit_code == 1
-    assert "3 windows that end in words of four tokens (1 different) among 72 tokens" in " ".join(found.stderr.split())
-    assert "it takes about" in " ".join(found.stderr.split())
+    assert "3 windows that end in words of four tokens (1 different) in 72 tokens" in " ".join(found.stderr.split())
+    assert "At this rate, about" in " ".join(found.stderr.split())
     assert not (tmp_path / "out").exists()
     assert run("analyze", "subjoiners", place / "tiny", "--samples", 3).exit_code == 2
     other = run(
@@ -368,14 +366,14 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path) -> Non
         tmp_path / "out",
     )
     assert other.exit_code == 1
-    assert "the model has a vocabulary of 128: it is another model's tokenizer" in other.stderr
+    assert "the model's vocabulary has 128 tokens: this is another model's tokenizer" in other.stderr
     missing = run("analyze", "subjoiners", place / "tiny", "--data", tmp_path / "nothing.txt")
     assert missing.exit_code == 1
     assert "does not exist" in missing.stderr
 
 
 def test_the_head_of_the_real_model() -> None:
-    """Layer 3, head 2 of SmolLM2-135M, found on Python's help and judged on words that it was not chosen by."""
+    """Layer 3, head 2 of SmolLM2-135M, found on Python's help and tested on held-out words."""
     from pydoc_data.topics import topics
 
     model, tokenizer = ls.load("smollm2-135m", dtype="float32")

@@ -1,4 +1,4 @@
-"""What the files of an edited checkpoint hold, down to the byte."""
+"""The files of an edited checkpoint have the expected contents, byte by byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.checkpoints.quantization import rename_layers
-from layersurgery.checkpoints.safetensors_header import BLOCK, read_header
+from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_header
 from layersurgery.checkpoints.tensor_index import find_block_prefix
 from layersurgery.models.config_fields import find_section, rewrite
 from layersurgery.plans.route import Route
@@ -45,21 +45,23 @@ def test_a_swap_changes_headers_only(sharded: Path, tmp_path: Path) -> None:
     assert len(names) > 2
     for name in names:
         old, new = read_header(sharded / name), read_header(tmp_path / "out" / name)
-        assert new.data_offset % BLOCK == old.data_offset % BLOCK
+        assert new.data_offset % DISK_BLOCK_BYTES == old.data_offset % DISK_BLOCK_BYTES
         data = [(d / name).read_bytes()[h.data_offset :] for d, h in ((sharded, old), (tmp_path / "out", new))]
         assert data[0] == data[1]
         assert new.metadata == old.metadata
 
 
-def test_the_index_follows(sharded: Path, tmp_path: Path) -> None:
+def test_the_index_matches_the_files(sharded: Path, tmp_path: Path) -> None:
     ls.edit_checkpoint(sharded, "drop 2; repeat 4", tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    held = {name: file.name for file in (tmp_path / "out").glob("*.safetensors") for name in read_header(file).tensors}
-    assert index["weight_map"] == held
+    file_of = {
+        name: file.name for file in (tmp_path / "out").glob("*.safetensors") for name in read_header(file).tensors
+    }
+    assert index["weight_map"] == file_of
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors_of(tmp_path / "out").values())
 
 
-def test_shards_that_become_empty_vanish_and_the_rest_is_counted_anew(sharded: Path, tmp_path: Path) -> None:
+def test_empty_shards_are_removed_and_the_others_renumbered(sharded: Path, tmp_path: Path) -> None:
     before = len(list(sharded.glob("*.safetensors")))
     ls.edit_checkpoint(sharded, "drop 1:5", tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -71,9 +73,9 @@ def test_shards_that_become_empty_vanish_and_the_rest_is_counted_anew(sharded: P
 def test_a_repeat_is_written_twice_and_a_drop_not_at_all(llama: Path, tmp_path: Path) -> None:
     ls.edit_checkpoint(llama, "repeat 3; drop 0", tmp_path / "out")
     old, new = tensors_of(llama), tensors_of(tmp_path / "out")
-    for place, block in enumerate([1, 2, 3, 3, 4, 5]):
-        for name in (n for n in new if n.startswith(f"model.layers.{place}.")):
-            assert torch.equal(new[name], old[name.replace(f"layers.{place}.", f"layers.{block}.")])
+    for position, block in enumerate([1, 2, 3, 3, 4, 5]):
+        for name in (n for n in new if n.startswith(f"model.layers.{position}.")):
+            assert torch.equal(new[name], old[name.replace(f"layers.{position}.", f"layers.{block}.")])
     assert len(new) == len(old)
     assert new.keys() == {name for name in old if not name.startswith("model.layers.9")}
 
@@ -90,8 +92,8 @@ def test_nothing_else_in_the_config_changes(llama: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "x.py").read_text() == (llama / "x.py").read_text()
 
 
-def test_the_rest_of_the_directory_is_carried_over(llama: Path, tmp_path: Path) -> None:
-    carried = [
+def test_the_other_files_of_the_directory_are_copied(llama: Path, tmp_path: Path) -> None:
+    copied = [
         "generation_config.json",
         "tokenizer.json",
         "chat_template.jinja",
@@ -99,14 +101,14 @@ def test_the_rest_of_the_directory_is_carried_over(llama: Path, tmp_path: Path) 
         "merges.txt",
         "spiece.model",
     ]
-    left = ["optimizer.pt", "pytorch_model.bin", "training.log", "events.out"]
-    for name in carried[1:] + left:
+    not_copied = ["optimizer.pt", "pytorch_model.bin", "training.log", "events.out"]
+    for name in copied[1:] + not_copied:
         (llama / name).write_text(name)
     (llama / "additional_chat_templates").mkdir()
     (llama / "additional_chat_templates" / "rag.jinja").write_text("rag")
     ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    expected = {"config.json", "model.safetensors", "README.md", "additional_chat_templates/rag.jinja", *carried}
+    expected = {"config.json", "model.safetensors", "README.md", "additional_chat_templates/rag.jinja", *copied}
     assert names == expected
 
 
@@ -127,17 +129,17 @@ def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool]
 )
-def test_every_dtype_is_carried_bit_for_bit(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_dtype_is_copied_bit_for_bit(llama: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     resave(llama, lambda tensors: {name: value.to(dtype) for name, value in tensors.items()})
     ls.edit_checkpoint(llama, "move 1 after 4; drop 2", tmp_path / "out")
     old, new = tensors_of(llama), tensors_of(tmp_path / "out")
-    for place, block in enumerate([0, 3, 4, 1, 5]):
+    for position, block in enumerate([0, 3, 4, 1, 5]):
         name = "model.layers.{}.mlp.up_proj.weight"
-        assert new[name.format(place)].dtype == dtype
-        assert torch.equal(new[name.format(place)].view(torch.uint8), old[name.format(block)].view(torch.uint8))
+        assert new[name.format(position)].dtype == dtype
+        assert torch.equal(new[name.format(position)].view(torch.uint8), old[name.format(block)].view(torch.uint8))
 
 
-def test_buffers_and_side_tensors_of_a_block_go_with_it(llama: Path, tmp_path: Path) -> None:
+def test_all_tensors_of_a_block_move_with_it(llama: Path, tmp_path: Path) -> None:
     def with_extras(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for block in range(DEPTH):
             tensors[f"model.layers.{block}.self_attn.rotary_emb.inv_freq"] = torch.full((4,), float(block))
@@ -155,7 +157,7 @@ def test_buffers_and_side_tensors_of_a_block_go_with_it(llama: Path, tmp_path: P
     assert torch.equal(new["model.layers_extra.1.weight"], torch.ones(2))
 
 
-def test_prediction_heads_behind_the_last_block_stay_behind_it(llama: Path, tmp_path: Path) -> None:
+def test_prediction_heads_after_the_last_block_stay_after_it(llama: Path, tmp_path: Path) -> None:
     change_config(llama, num_nextn_predict_layers=1)
     resave(llama, lambda tensors: tensors | {f"model.layers.{DEPTH}.eh_proj.weight": torch.full((2,), 7.0)})
     ls.edit_checkpoint(llama, "drop 1", tmp_path / "dropped")
@@ -227,7 +229,7 @@ def test_a_vision_tower_of_the_same_depth_is_not_the_decoder(tmp_path: Path) -> 
     assert not any(info.values())
 
 
-def test_a_sliding_pattern_is_written_out_as_the_list_its_class_reads(tmp_path: Path) -> None:
+def test_a_sliding_pattern_is_written_as_the_list_that_its_class_reads(tmp_path: Path) -> None:
     model = tiny_model("gemma3_text")
     model.save_pretrained(tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())
@@ -242,7 +244,7 @@ def test_a_sliding_pattern_is_written_out_as_the_list_its_class_reads(tmp_path: 
         assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, ls.swap(1).route(DEPTH), tokens()))
 
 
-def test_kinds_that_a_class_has_by_default_are_written_out_without_the_check_too(tmp_path: Path) -> None:
+def test_default_layer_types_are_written_also_without_the_check(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     model.save_pretrained(tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())
@@ -254,7 +256,7 @@ def test_kinds_that_a_class_has_by_default_are_written_out_without_the_check_too
     assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, ls.swap(1).route(DEPTH), tokens()))
 
 
-def test_layer_names_inside_quantisation_settings() -> None:
+def test_layer_names_in_quantization_settings() -> None:
     where = {0: [0], 1: [2], 2: [1, 3]}
     value = {
         "quant_method": "fp8",
@@ -354,7 +356,7 @@ def test_depth_under_its_other_names() -> None:
     assert rewrite(nested, find_section(nested), Route([0]))["text_config"] == {"num_hidden_layers": 1}
 
 
-def test_the_stack_is_found_among_other_numbered_names() -> None:
+def test_the_block_prefix_is_found_among_other_numbered_names() -> None:
     names = [f"m.layers.{i}.moe.experts.{e}.w" for i in range(3) for e in range(3)]
     names += [f"vision.blocks.{i}.w" for i in range(3)]
     assert find_block_prefix(names, 3).prefix == "m.layers"
@@ -380,13 +382,13 @@ def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path:
     assert changed == {name for name in changed if touched & set(read_header(sharded / name).tensors)}
 
 
-def test_silenced_branches_take_no_room_on_disk(tmp_path: Path) -> None:
+def test_zeroed_branches_take_no_space_on_disk(tmp_path: Path) -> None:
     tiny_model("llama", intermediate_size=8192).save_pretrained(tmp_path / "source")
     ls.edit_checkpoint(tmp_path / "source", f"skip-mlp 0:{DEPTH}", tmp_path / "out")
-    whole, holes = ((tmp_path / d / "model.safetensors").stat() for d in ("source", "out"))
-    assert holes.st_size - whole.st_size < BLOCK
-    if whole.st_blocks * 512 >= whole.st_size:  # the file system tells
-        assert holes.st_blocks < 0.8 * whole.st_blocks
+    original, zeroed = ((tmp_path / d / "model.safetensors").stat() for d in ("source", "out"))
+    assert zeroed.st_size - original.st_size < DISK_BLOCK_BYTES
+    if original.st_blocks * 512 >= original.st_size:  # the file system reports allocated blocks
+        assert zeroed.st_blocks < 0.8 * original.st_blocks
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert not file.get_tensor("model.layers.3.mlp.down_proj.weight").any()
         assert file.get_tensor("model.layers.3.mlp.up_proj.weight").any()

@@ -1,4 +1,4 @@
-"""Bad input and bad luck: a clear error, and nothing lost or half-written."""
+"""Invalid input and failures give a clear error, lose no data and leave no partial output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nothing_written(parent: Path, *allowed: str) -> None:
 
 def test_no_config(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
-    with pytest.raises(ls.SourceError, match=r"has no config.json; give the directory"):
+    with pytest.raises(ls.SourceError, match=r"has no config.json; give a directory"):
         ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
     (tmp_path / "source" / "model.gguf").touch()
     with pytest.raises(ls.SourceError, match=r"give the file .*model.gguf itself"):
@@ -53,7 +53,7 @@ def test_no_safetensors(llama: Path, tmp_path: Path, name: str, message: str) ->
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{'a': 1}", "[" * 100_000])
-def test_a_config_that_is_no_json_object(llama: Path, tmp_path: Path, content: str) -> None:
+def test_a_config_that_is_not_a_json_object(llama: Path, tmp_path: Path, content: str) -> None:
     (llama / "config.json").write_text(content)
     with pytest.raises(ls.SourceError, match="config.json"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
@@ -71,10 +71,10 @@ def test_a_truncated_shard(sharded: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("../secret.safetensors", "no file name of this directory"),
-        ("/etc/passwd", "no file name of this directory"),
-        ("a\\b.safetensors", "no file name of this directory"),
-        (7, "no file name of this directory"),
+        ("../secret.safetensors", "not a file name in this directory"),
+        ("/etc/passwd", "not a file name in this directory"),
+        ("a\\b.safetensors", "not a file name in this directory"),
+        (7, "not a file name in this directory"),
         ("model-00009-of-00009.safetensors", "which is missing"),
     ],
 )
@@ -101,7 +101,7 @@ def test_an_index_that_disagrees_with_its_files(sharded: Path, tmp_path: Path) -
 
 def test_a_block_count_that_is_not_the_configs(llama: Path, tmp_path: Path) -> None:
     change_config(llama, num_hidden_layers=8)
-    with pytest.raises(ls.SourceError, match=r"announces 8 layers.*model.layers.0 to model.layers.5 \(6\)"):
+    with pytest.raises(ls.SourceError, match=r"declares 8 layers.*model.layers.0 to model.layers.5 \(6\)"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
 
 
@@ -123,7 +123,7 @@ def test_an_unknown_per_layer_field(llama: Path, tmp_path: Path) -> None:
 def test_a_model_type_that_transformers_does_not_know(llama: Path, tmp_path: Path) -> None:
     change_config(llama, model_type="from_the_future", auto_map={"AutoModelForCausalLM": "remote.Code"})
     with pytest.raises(
-        ls.UnsupportedEditError, match=r"does not know the model type 'from_the_future' \(it brings its own code"
+        ls.UnsupportedEditError, match=r"does not know the model type 'from_the_future' \(it comes with its own code"
     ):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     assert ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False).verified is False
@@ -138,19 +138,19 @@ def test_architectures_that_share_across_layers(llama: Path, tmp_path: Path, mod
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
 
 
-def test_positions_that_only_the_class_knows_need_the_check(llama: Path, tmp_path: Path) -> None:
+def test_positions_read_by_the_class_only_need_the_check(llama: Path, tmp_path: Path) -> None:
     change_config(llama, interleave_moe_layer_step=2)
     with pytest.raises(ls.UnsupportedEditError, match="interleave_moe_layer_step can make layers differ by position"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
 
 
-def test_quantised_branches_are_not_silenced_by_guess(llama: Path, tmp_path: Path) -> None:
+def test_a_branch_of_a_quantized_checkpoint_is_not_zeroed(llama: Path, tmp_path: Path) -> None:
     change_config(llama, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ls.UnsupportedEditError, match=r"quantised \(gptq\)"):
+    with pytest.raises(ls.UnsupportedEditError, match=r"quantized \(gptq\)"):
         ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
 
 
-def test_the_checks_draw_none_of_the_callers_random_numbers(llama: Path, tmp_path: Path) -> None:
+def test_the_checks_do_not_use_the_callers_random_state(llama: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -159,7 +159,7 @@ def test_the_checks_draw_none_of_the_callers_random_numbers(llama: Path, tmp_pat
 
 
 def test_a_plan_that_changes_nothing(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ls.PlanError, match="leaves the model as it is"):
+    with pytest.raises(ls.PlanError, match="leaves the model unchanged"):
         ls.edit_checkpoint(llama, "swap 1 2; swap 1 2", tmp_path / "out")
 
 
@@ -175,7 +175,7 @@ def test_an_output_that_exists(llama: Path, tmp_path: Path) -> None:
     nothing_written(tmp_path, "llama", "out")
 
 
-def test_what_is_no_checkpoint_is_never_replaced(llama: Path, tmp_path: Path) -> None:
+def test_only_checkpoints_are_replaced(llama: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
@@ -202,39 +202,39 @@ def test_a_run_killed_between_its_two_renames_is_mended_by_the_next(llama: Path,
     out = tmp_path / "out"
     ls.edit_checkpoint(llama, ls.swap(1), out)
     out.rename(tmp_path / ".out.replaced-01234567")
-    with pytest.raises(ls.OutputError, match="made by somebody else meanwhile"):
-        ls.edit_checkpoint(llama, ls.swap(2), out)  # the old one is back in its place, and is not replaced unasked
+    with pytest.raises(ls.OutputError, match="created by another process in the meantime"):
+        ls.edit_checkpoint(llama, ls.swap(2), out)  # the old checkpoint is restored, and not replaced without overwrite
     assert "`swap 1 2`" in (out / "README.md").read_text()
     nothing_written(tmp_path, "llama", "out")
 
 
-def test_a_source_saved_anew_while_it_is_read(llama: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_saved_again_while_it_is_read(llama: Path, tmp_path: Path) -> None:
     from layersurgery.checkpoints.edit_checkpoint import prepare_edit, read_checkpoint, write_edit
     from layersurgery.checkpoints.sources import find_source
 
-    sketch = prepare_edit(read_checkpoint(find_source(llama)), ls.swap(1))
+    prepared = prepare_edit(read_checkpoint(find_source(llama)), ls.swap(1))
     resave(llama, lambda tensors: {name: value + 1 for name, value in tensors.items()})
-    with pytest.raises(ls.SourceError, match="not the file whose header was read"):
-        write_edit(sketch, tmp_path / "out")
+    with pytest.raises(ls.SourceError, match="not the file from which the header was read"):
+        write_edit(prepared, tmp_path / "out")
     nothing_written(tmp_path, "llama")
 
 
 def test_output_and_source_within_each_other(llama: Path, tmp_path: Path) -> None:
     for out in (llama, llama / "inside", tmp_path, llama / ".." / "llama"):
-        with pytest.raises(ls.OutputError, match="lie within each other"):
+        with pytest.raises(ls.OutputError, match="overlap: one contains the other"):
             ls.edit_checkpoint(llama, ls.swap(1), out, overwrite=True)
 
 
 def test_too_little_room_is_said_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
-    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; make room.*--link"):
+    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; free some space.*--link"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "llama")
 
 
 @pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "is full; nothing was left behind"), (errno.EIO, "Input/output error")]
+    ("number", "message"), [(errno.ENOSPC, "is full; no partial output was left"), (errno.EIO, "Input/output error")]
 )
 def test_a_disk_that_fails_midway(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
@@ -262,7 +262,7 @@ def test_a_really_full_disk(llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
         # Another process takes the room after it was looked at.
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
-        with pytest.raises(ls.OutputError, match="is full; nothing was left behind"):
+        with pytest.raises(ls.OutputError, match="is full; no partial output was left"):
             ls.edit_checkpoint(llama, ls.swap(1), small / "out")
         nothing_written(small)
     finally:
@@ -361,7 +361,7 @@ def test_killed_in_the_middle(sharded: Path, tmp_path: Path, wait: float) -> Non
     assert not out.exists()
     partial = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial-")]
     assert len(partial) == 1
-    # What it left is no checkpoint, and the next run clears it away.
+    # Its leftovers are not a checkpoint, and the next run removes them.
     assert not (partial[0] / "config.json").exists()
     ls.edit_checkpoint(sharded, ls.swap(1), out)
     nothing_written(tmp_path, "sharded", "out")
@@ -374,7 +374,7 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(llama: Path, tmp_path:
         out.mkdir(exist_ok=True)
         (out / "config.json").write_text("theirs")
 
-    with pytest.raises(ls.OutputError, match="made by somebody else meanwhile"):
+    with pytest.raises(ls.OutputError, match="created by another process in the meantime"):
         ls.edit_checkpoint(llama, ls.swap(1), out, progress=appear)
     assert (out / "config.json").read_text() == "theirs"
     nothing_written(tmp_path, "llama", "out")

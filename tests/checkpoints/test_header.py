@@ -1,4 +1,4 @@
-"""Headers: what is sound is read as the safetensors library reads it, and what lies is refused with our own error."""
+"""Valid headers are read as the safetensors library reads them; invalid headers are refused with a SourceError."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from layersurgery.checkpoints.safetensors_header import BLOCK, DTYPE_BITS, encode_header, read_header
+from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, DTYPE_BITS, encode_header, read_header
 from layersurgery.errors import SourceError
 
 _TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(4, dtype=torch.int64), "empty": torch.zeros(0, 5)}
@@ -36,14 +36,13 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt"}
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert set(file.keys()) == set(header.tensors)
-        for name, entry in header.tensors.items():
-            piece = file.get_slice(name)
-            assert (piece.get_dtype(), piece.get_shape()) == (entry.dtype, list(entry.shape))
+        for name, info in header.tensors.items():
+            tensor_slice = file.get_slice(name)
+            assert (tensor_slice.get_dtype(), tensor_slice.get_shape()) == (info.dtype, list(info.shape))
     raw = (tmp_path / "a.safetensors").read_bytes()
-    for name, entry in header.tensors.items():
-        assert (
-            raw[header.data_offset + entry.start : header.data_offset + entry.stop] == _TENSORS[name].numpy().tobytes()
-        )
+    for name, info in header.tensors.items():
+        start, stop = header.data_offset + info.start, header.data_offset + info.stop
+        assert raw[start:stop] == _TENSORS[name].numpy().tobytes()
 
 
 @pytest.mark.parametrize("offset", [0, 8, 1234, 4095])
@@ -52,7 +51,7 @@ def test_writes_what_the_library_reads_with_the_data_where_it_was(tmp_path: Path
     header = read_header(tmp_path / "a.safetensors")
     data = (tmp_path / "a.safetensors").read_bytes()[header.data_offset :]
     front = encode_header(header.tensors, {"format": "pt"}, congruent_to=offset)
-    assert len(front) % BLOCK == offset
+    assert len(front) % DISK_BLOCK_BYTES == offset
     (tmp_path / "b.safetensors").write_bytes(front + data)
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert all(torch.equal(file.get_tensor(name), value) for name, value in _TENSORS.items())
@@ -60,7 +59,7 @@ def test_writes_what_the_library_reads_with_the_data_where_it_was(tmp_path: Path
 
 
 def test_every_dtype_of_the_format_is_known() -> None:
-    # The library's own error names them all.
+    # The error message of the library lists all dtypes.
     from safetensors import SafetensorError, deserialize
 
     text = json.dumps({"x": tensor(0, 0, "NONE", [0])}).encode()
@@ -70,41 +69,47 @@ def test_every_dtype_of_the_format_is_known() -> None:
     assert listed <= set(DTYPE_BITS), listed - set(DTYPE_BITS)
 
 
-_LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
+_INVALID: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty file": (lambda p: written(p, b"", length=0), "not a JSON object"),
-    "seven bytes": (lambda p: [p.write_bytes(b"1234567"), p][-1], "7 bytes long, too short"),
-    "terabytes": (lambda p: written(p, b"{}", length=2**42), "announces a header of 4,398,046,511,104 bytes"),
+    "seven bytes": (lambda p: [p.write_bytes(b"1234567"), p][-1], "7 bytes long, which is too short"),
+    "terabytes": (lambda p: written(p, b"{}", length=2**42), "declares a header of 4,398,046,511,104 bytes"),
     "longer than the file": (lambda p: written(p, b"{}", length=99), "truncated"),
     "not json": (lambda p: written(p, b"{nonsense}"), "not JSON"),
     "not an object": (lambda p: written(p, b"[1]"), "not a JSON object"),
     "not utf-8": (lambda p: written(p, b'{"\xff":1}'), "not JSON"),
-    "lone surrogate": (lambda p: written(p, b'{"\\ud800":{}}'), "not text"),
+    "lone surrogate": (lambda p: written(p, b'{"\\ud800":{}}'), "not valid text"),
     "deep": (lambda p: written(p, b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "not JSON"),
     "digits": (
         lambda p: written(p, b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'),
         "not JSON",
     ),
-    "twice": (lambda p: written(p, b'{"a":1,"a":2}'), "names 'a' twice"),
-    "dtype": (lambda p: written(p, {"a": tensor(0, 1, "F12")}, b"x"), "dtype 'F12'; known are"),
-    "no dtype": (lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"), "lacks dtype"),
+    "twice": (lambda p: written(p, b'{"a":1,"a":2}'), "contains the name 'a' twice"),
+    "dtype": (lambda p: written(p, {"a": tensor(0, 1, "F12")}, b"x"), "unknown dtype 'F12'; known dtypes are"),
+    "no dtype": (
+        lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"),
+        "must have exactly the fields dtype",
+    ),
     "negative": (lambda p: written(p, {"a": tensor(0, 1, shape=[-1])}, b"x"), r"shape \[-1\]"),
     "true": (lambda p: written(p, {"a": tensor(0, 1, shape=[True])}, b"x"), r"shape \[True\]"),
-    "huge": (lambda p: written(p, {"a": tensor(0, 1, shape=[2**62] * 400)}, b"x"), "would not fit any disk"),
+    "huge": (lambda p: written(p, {"a": tensor(0, 1, shape=[2**62] * 400)}, b"x"), "would not fit on any disk"),
     "backwards": (lambda p: written(p, {"a": tensor(1, 0, shape=[0])}, b"x"), r"byte range \[1, 0\]"),
     "three ends": (lambda p: written(p, {"a": {**tensor(0, 1), "data_offsets": [0, 1, 2]}}, b"x"), "byte range"),
-    "wrong size": (lambda p: written(p, {"a": tensor(0, 3, "F16", [2])}, b"xyz"), "needs 4 bytes and has 3"),
+    "wrong size": (
+        lambda p: written(p, {"a": tensor(0, 3, "F16", [2])}, b"xyz"),
+        "needs 4 bytes, but its byte range has 3",
+    ),
     "overlap": (lambda p: written(p, {"a": tensor(0, 2), "b": tensor(1, 3)}, b"xyz"), "overlaps"),
     "hole": (lambda p: written(p, {"a": tensor(0, 1), "b": tensor(2, 3)}, b"xyz"), "leaves a hole"),
-    "beyond": (lambda p: written(p, {"a": tensor(0, 9)}, b"xyz"), "need 9 bytes of data and it holds 3"),
+    "beyond": (lambda p: written(p, {"a": tensor(0, 9)}, b"xyz"), "need 9 bytes of data, but it has 3"),
     "trailing": (lambda p: written(p, {"a": tensor(0, 1)}, b"xyz"), "2 bytes of data belong to no tensor"),
-    "metadata": (lambda p: written(p, {"__metadata__": {"a": 1}}), "__metadata__ is not a table of texts"),
+    "metadata": (lambda p: written(p, {"__metadata__": {"a": 1}}), "__metadata__ is not an object with text values"),
     "missing": (lambda p: p, "cannot read"),
 }
 
 
-@pytest.mark.parametrize("lie", _LIES)
-def test_a_lying_header_is_refused(tmp_path: Path, lie: str) -> None:
-    make, message = _LIES[lie]
+@pytest.mark.parametrize("name", _INVALID)
+def test_an_invalid_header_is_refused(tmp_path: Path, name: str) -> None:
+    make, message = _INVALID[name]
     path = make(tmp_path / "x.safetensors")
     with pytest.raises(SourceError, match=message) as caught:
         read_header(path)
@@ -129,22 +134,22 @@ _json = st.recursive(
 @given(
     header=st.binary(max_size=60) | st.dictionaries(st.text(max_size=3), _json, max_size=3), data=st.binary(max_size=9)
 )
-def test_no_bytes_make_it_crash(tmp_path: Path, header: Any, data: bytes) -> None:
+def test_arbitrary_bytes_do_not_crash_it(tmp_path: Path, header: Any, data: bytes) -> None:
     path = written(tmp_path / "fuzz.safetensors", header, data)
     try:
-        found = read_header(path)
+        header_read = read_header(path)
     except SourceError:
         return
-    assert sum(entry.nbytes for entry in found.tensors.values()) == found.data_bytes == len(data)
+    assert sum(info.nbytes for info in header_read.tensors.values()) == header_read.data_bytes == len(data)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
-@given(place=st.integers(0, 250), byte=st.integers(0, 255))
-def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path, place: int, byte: int) -> None:
+@given(index=st.integers(0, 250), byte=st.integers(0, 255))
+def test_a_flipped_byte_is_refused_or_harmless(tmp_path: Path, index: int, byte: int) -> None:
     path = tmp_path / "flip.safetensors"
     save_file(_TENSORS, path)
     raw = bytearray(path.read_bytes())
-    raw[place % len(raw)] = byte
+    raw[index % len(raw)] = byte
     path.write_bytes(raw)
     try:
         header = read_header(path)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from layersurgery_cli.session.figures import analysed
+from layersurgery_cli.session.figures import model_tables
 from PIL import Image
 
 import layersurgery as ls
@@ -122,8 +122,8 @@ def test_what_is_missing_is_said_once(place: Path, tmp_path: Path) -> None:
     checkpoint(tmp_path / "jamba", "jamba")
     found = run("analyze", "attention", tmp_path / "jamba", *words(place), "-o", tmp_path / "out")
     assert found.exit_code == 0
-    assert "Left out: attention of block 0 and 3 more: JambaMambaMixer attends to no tokens by softmax" in found.stdout
-    assert found.stdout.count("Left out") == 1
+    assert "Skipped: attention of block 0 and 3 more: JambaMambaMixer attends to no tokens by softmax" in found.stdout
+    assert found.stdout.count("Skipped") == 1
     line = next(line for line in found.stdout.splitlines() if line.startswith("    0"))
     assert line.split() == ["0", "-", "-"]
 
@@ -167,7 +167,7 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(
             run_measurement(run, measurer, text(), AnalysisOutput("stages", measurer, "tiny"), batch_size=4, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outcomes, "by_sequence", lambda _tables: 1 / 0)
+        patch.setattr(outcomes, "sums_table", lambda _tables: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             do()
     do()
@@ -177,14 +177,14 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(
 def test_other_arguments_and_other_kinds_are_refused(place: Path) -> None:
     other = run("stages", place / "tiny", *words(place), "--seed", 7, "-o", place / "stages")
     assert other.exit_code == 1
-    assert "holds an analysis with other arguments: text seed 0 there, 7 now" in other.stderr
+    assert "contains an analysis with other arguments: text seed 0 there, 7 now" in other.stderr
     sweep = run("sweep", place / "tiny", *words(place), "-o", place / "stages")
     assert sweep.exit_code == 1
-    assert "holds something else than a sweep" in sweep.stderr
+    assert "contains something other than a sweep" in sweep.stderr
     lens = run("analyze", "lens", place / "tiny", *words(place), "-o", place / "stages")
     assert lens.exit_code == 1
     assert "analysis stages there, lens now" in lens.stderr
-    with pytest.raises(ls.SourceError, match="holds no table 'probe'; it holds stages, lens, attention"):
+    with pytest.raises(ls.SourceError, match="contains no table 'probe'; it contains stages, lens, attention"):
         ls.read_results(place / "stages", "probe")
     nothing = run("analyze", "neurons", place / "nowhere")
     assert nothing.exit_code == 1
@@ -195,7 +195,7 @@ def test_a_model_without_neurons(tmp_path: Path, place: Path) -> None:
     checkpoint(tmp_path / "mamba", "mamba")
     found = run("analyze", "neurons", tmp_path / "mamba", "-o", tmp_path / "out")
     assert found.exit_code == 1
-    assert "MambaForCausalLM has no neurons to look at: the block has no mlp" in found.stderr
+    assert "MambaForCausalLM has no neurons to score: the block has no mlp" in found.stderr
     value = result_of("stages", tmp_path / "mamba", *words(place), "-o", tmp_path / "stages")
     assert value["skipped"]["neurons"].startswith("MambaForCausalLM has no neurons")
     assert "neurons" not in value["tables"]
@@ -218,14 +218,14 @@ def test_a_model_of_one_block(tmp_path: Path, place: Path) -> None:
     checkpoint(tmp_path / "one", "gpt2", n_layer=1)
     value = result_of("stages", tmp_path / "one", *words(place), "-o", tmp_path / "stages")
     assert value["tables"]["similarity"] == []
-    assert value["skipped"]["similarity"] == "the model has one block, and none to swap it with"
+    assert value["skipped"]["similarity"] == "the model has only one block, so there is no neighbor to swap it with"
     assert len(value["tables"]["lens"]) == 1
 
 
 def test_captions_and_labels_say_which_run_it_was(place: Path, tmp_path: Path) -> None:
     result_of("analyze", "lens", place / "tiny", *words(place), "-o", tmp_path / "lens")
     facts = ls.read_results(tmp_path / "lens").attrs["run"]
-    one = analysed(tmp_path / "lens", facts)
+    one = model_tables(tmp_path / "lens", facts)
     assert one.caption == f"120 tokens of {place / 'story.txt'} in 4 sequences"
     shutil.copytree(tmp_path / "lens", tmp_path / "again")
     result_of("plot", tmp_path / "lens", tmp_path / "again", tmp_path / "lens", "-o", tmp_path / "figures")
@@ -235,7 +235,7 @@ def test_captions_and_labels_say_which_run_it_was(place: Path, tmp_path: Path) -
     (tmp_path / "again" / "run.json").write_text('{"kind": "other", "state": "finished"}')
     found = run("plot", tmp_path / "again", "-o", tmp_path / "figures")
     assert found.exit_code == 1
-    assert "holds no results" in found.stderr
+    assert "contains no results" in found.stderr
 
 
 def test_too_short_for_five_tokens_before(place: Path, tmp_path: Path) -> None:
@@ -252,4 +252,6 @@ def test_too_short_for_five_tokens_before(place: Path, tmp_path: Path) -> None:
         "-o",
         tmp_path / "out",
     )
-    assert value["skipped"] == {"attention_prev5": "no token has five before it; sequences need at least six tokens"}
+    assert value["skipped"] == {
+        "attention_prev5": "no token has five tokens before it; sequences need at least six tokens"
+    }

@@ -105,15 +105,15 @@ def test_a_recipe_of_several_outputs(llama: Path, tmp_path: Path, monkeypatch: p
     [
         ("outputs: [1]", "it needs 'outputs:'"),
         ("outputs: {a: swap 1 2}\nlayers: 3", "unknown entry 'layers'"),
-        ("outputs: {../a: swap 1 2}", "no plain directory name"),
-        ("outputs: {a: 3}", "must be a text"),
+        ("outputs: {../a: swap 1 2}", "is not a plain directory name"),
+        ("outputs: {a: 3}", "must be a string"),
         ("outputs: {a: swpa 1 2}", "output 'a': unknown edit 'swpa'"),
         ("outputs: {a: [", "is not YAML"),
-        ("model: 3\noutputs: {a: swap 1 2}", "'model' must be a text"),
-        ("outputs: {a: swap 1 2}", "names a model"),
+        ("model: 3\noutputs: {a: swap 1 2}", "'model' must be a string"),
+        ("outputs: {a: swap 1 2}", "no model given: name it in the command or in"),
     ],
 )
-def test_recipes_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_recipes(tmp_path: Path, text: str, message: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     found = run("edit", "--recipe", recipe)
@@ -127,17 +127,17 @@ def test_recipes_that_are_none(tmp_path: Path, text: str, message: str) -> None:
         (["swap", "MODEL", "--layer", 9], 2, "block 9 is out of range: the model has 6 blocks, 0 to 5"),
         (["swap", "MODEL", "--layer", 3, "--with", 3], 2, "cannot be swapped with itself"),
         (["drop", "MODEL"], 2, "name at least one block"),
-        (["drop", "MODEL", "--layer", "1; drop 2"], 2, "names no blocks"),
-        (["drop", "MODEL", "--layers", "0:6"], 2, "leaves none of the 6 blocks"),
+        (["drop", "MODEL", "--layer", "1; drop 2"], 2, "is not a list of blocks"),
+        (["drop", "MODEL", "--layers", "0:6"], 2, "removes all 6 blocks"),
         (["reverse", "MODEL", "--layers", "nine"], 2, "cannot read 'nine'"),
         (["move", "MODEL", "--layer", 1], 2, "either after= or before="),
-        (["edit", "MODEL"], 2, "give either --plan or --recipe"),
-        (["edit", "--plan", "swap 1 2"], 2, "which model?"),
+        (["edit", "MODEL"], 2, "give exactly one of --plan and --recipe"),
+        (["edit", "--plan", "swap 1 2"], 2, "no model given; name one"),
         (["edit", "MODEL", "--plan", "swpa 1 2"], 2, "did you mean 'swap'"),
-        (["plan", "--plan", "swap 1 2"], 2, "give either a MODEL or --depth"),
+        (["plan", "--plan", "swap 1 2"], 2, "give exactly one of MODEL and --depth"),
         (["skip", "MODEL", "--layer", 1, "--part", "head"], 2, "'head' is not one of"),
         (["swap", "MODEL", "--layer", "one"], 2, "integer"),
-        (["swap", "nowhere/to be found", "--layer", 1], 1, "is no hub id"),
+        (["swap", "nowhere/to be found", "--layer", 1], 1, "is not a Hub ID"),
         (["swap", "./missing", "--layer", 1], 1, "does not exist on this machine"),
         (["inspect", "./missing"], 1, "does not exist on this machine"),
     ],
@@ -168,7 +168,7 @@ def test_plan_explains(llama: Path) -> None:
     assert value["parameters"] - value["parameters_after"] == block
     assert value["nbytes"] - value["nbytes_after"] == 4 * block
     text = run("plan", llama, "--plan", "drop 2; repeat 3; skip-mlp 4").stdout
-    assert "6 blocks, from 6. Left out: 2. Run more than once: 3. Silenced: 4-mlp." in text
+    assert "6 blocks, from 6. Removed: 2. Repeated: 3. Branch skipped: 4-mlp." in text
 
 
 def test_inspect(llama: Path, tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def test_ranks_and_spans_are_those_of_python(place: Path, tmp_path: Path) -> Non
     assert Image.open(tmp_path / "out" / "rank.png").width > 1500
     seen = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 3)
     assert "has finished; nothing to do" in seen.stderr
-    assert "Missed least, measured: 1, " in seen.stdout
-    assert "By block influence (ShortGPT): " in seen.stdout
+    assert "Lowest KL when removed: 1, " in seen.stdout
+    assert "Lowest block influence (ShortGPT): " in seen.stdout
     assert "…" not in seen.stdout
     other = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 2)
     assert other.exit_code == 1
@@ -106,9 +106,9 @@ def test_the_checkpoint_is_the_model_without_those_layers(place: Path, tmp_path:
 def test_what_a_person_sees(place: Path, tmp_path: Path) -> None:
     found = run("prune", place / "tiny", *words(place), "--remove", 1, "-o", tmp_path / "out")
     assert found.exit_code == 0, found.stderr
-    assert "Layer 1 goes, chosen by kl, each by itself" in found.stdout
+    assert "Removed layer 1 (criterion: KL, measured one layer at a time)" in found.stdout
     assert "Perplexity" in found.stdout
-    assert f"What was measured is in {tmp_path / 'out-results'}" in found.stdout
+    assert f"The measurements are in {tmp_path / 'out-results'}" in found.stdout
     assert "of predictions kept (116 tokens)" in found.stdout
     table = found.stdout.splitlines()[:5]
     assert table[0].split() == ["layers", "kl", "influence", "angular"]

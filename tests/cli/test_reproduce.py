@@ -102,7 +102,7 @@ def test_plan_run_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     again = run(*words)
     assert again.exit_code == 0
     assert again.stderr.count("has finished; nothing to do") == 7
-    assert "At least 0 s in all" in again.stderr
+    assert "At least 0 s in total" in again.stderr
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert (place / "out" / "two" / "probe" / "probe.parquet").exists()
     assert "8 runs are in" in again.stdout
@@ -111,7 +111,7 @@ def test_plan_run_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_cannot_be_done_is_said_and_the_rest_is_done(place: Path, tmp_path: Path) -> None:
     found = run(*asked(place, place / "one", tmp_path / "missing"))
     assert found.exit_code == 1
-    assert "Cannot be looked at" in found.stderr
+    assert "Cannot be read" in found.stderr
     assert f"Not done: {tmp_path / 'missing'}" in found.stdout
     assert "4 runs are in" in found.stdout
     other = run(*[word if word != 120 else 90 for word in asked(place, place / "one")])

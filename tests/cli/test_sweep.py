@@ -61,7 +61,7 @@ def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
     found = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs")
     assert found.exit_code == 0
     for words in (
-        "120 tokens in 4 sequences of 30", "parameters in float32 on cpu", "block calls a batch", "without sharing", "of memory for 4 sequences",
+        "120 tokens in 4 sequences of 30", "parameters in float32 on cpu", "block calls per batch", "without sharing", "of memory for 4 sequences",
     ):  # fmt: skip
         assert words in found.stderr, words
     shown = found.stdout
@@ -131,12 +131,15 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
     tiny_model("llama").save_pretrained(tmp_path / "bare")
     bare = [*small[:1], tmp_path / "bare", *small[2:]]
     found = run(*bare)
-    assert (found.exit_code, "brings no tokenizer; say whose to take: --tokenizer MODEL" in found.stderr) == (1, True)
+    assert (found.exit_code, "has no tokenizer; name a model that has one: --tokenizer MODEL" in found.stderr) == (
+        1,
+        True,
+    )
     assert not (tmp_path / "out").exists()
     assert result_of(*bare, "--tokenizer", model)["text"]["tokens"] == 120
     tiny_model("llama", vocab_size=20).save_pretrained(tmp_path / "few")
     few = run("sweep", tmp_path / "few", *small[2:-1], tmp_path / "other", "--tokenizer", model)
-    assert (few.exit_code, "the model has a vocabulary of 20: it is another model's tokenizer" in few.stderr) == (
+    assert (few.exit_code, "the model's vocabulary has 20 tokens: this is another model's tokenizer" in few.stderr) == (
         1,
         True,
     )
@@ -150,8 +153,8 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
         (["--edits", "drop-span:6"], 2, "has no 6 to drop and one to keep"),
         (["--layers", "4:9"], 2, "the range 4:9 is out of range: the model has 6 blocks"),
         (["--layers", "4"], 2, "--layers takes one half-open range"),
-        (["--tokens", "lots"], 2, "'lots' is no number of tokens"),
-        (["--context", "65"], 2, "--context 65 is more than the 64 positions that the model knows"),
+        (["--tokens", "lots"], 2, "'lots' is not a number of tokens"),
+        (["--context", "65"], 2, "--context 65 is more than the model's 64 positions"),
         (["--context", "1"], 2, "Invalid value for '--context'"),
         (["--dtype", "float12"], 2, "float12"),
         (["--device", "warp"], 1, "--device warp cannot be used"),
@@ -159,8 +162,8 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
         (["--data", "gone.txt"], 1, "gone.txt does not exist on this machine"),
         (["--data", "someone/nowhere"], 1, "cannot read the dataset someone/nowhere"),
         (["--tokenizer", "/nowhere"], 1, "/nowhere does not exist on this machine"),
-        (["--revision", "main"], 1, "a revision was given"),
-        (["--blocks", "model.nothing"], 1, "blocks='model.nothing' names no list"),
+        (["--revision", "main"], 1, "only Hub models have revisions"),
+        (["--blocks", "model.nothing"], 1, "blocks='model.nothing' is not the path of a list"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_model_is_loaded(
@@ -181,7 +184,7 @@ def test_a_column_that_is_not_there(small: list[Any], tmp_path: Path) -> None:
     assert (found.exit_code, "has no column 'text'; it has body" in " ".join(found.stderr.split())) == (1, True)
     found = run(*small, "--data", tmp_path / "a.jsonl", "--column", "body")
     assert found.exit_code == 0
-    assert "the text ended early: 10 tokens, of 120 asked" in found.stderr
+    assert "the text is too short: it has 10 tokens of the 120 requested" in found.stderr
 
 
 def test_drawing_several_sweeps_together(small: list[Any], model: Path, tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_drawing_several_sweeps_together(small: list[Any], model: Path, tmp_path
     found = run("plot", tmp_path / "drawn")
     assert (
         found.exit_code,
-        "holds no results: give a directory that `layersurgery sweep`, `analyze` or `stages` wrote" in found.stderr,
+        "contains no results: give a directory that `layersurgery sweep`, `analyze` or `stages` wrote" in found.stderr,
     ) == (1, True)
 
 
@@ -217,13 +220,13 @@ def test_stopped_by_hand_it_says_how_to_go_on(
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "the same command goes on with it" in errors
+    assert "run the same command to resume" in errors
     assert "Traceback" not in errors
     if stop == signal.SIGTERM:
         return
     found = run(*words)
     assert found.exit_code == 0
-    assert "Going on with what is measured already" in found.stderr
+    assert "Resuming from the results measured so far" in found.stderr
     done = ls.read_results(tmp_path / "out")
     assert run(*words[:-1], tmp_path / "whole").exit_code == 0
     pd.testing.assert_frame_equal(done, ls.read_results(tmp_path / "whole"), check_exact=True)

@@ -1,4 +1,4 @@
-"""Figures of analyses say what the tables say."""
+"""Figures of analyses show the values of the tables."""
 
 from __future__ import annotations
 
@@ -43,16 +43,18 @@ def test_lines_are_columns(tables: dict[str, pd.DataFrame]) -> None:
 
 
 def test_stages_are_shaded_where_they_were_found() -> None:
-    limits = boundaries(planted())
+    stage_boundaries = boundaries(planted())
     signals = planted()
-    table = pd.DataFrame({"layer": range(L), "relative_depth": np.arange(L) / (L - 1), "stage": stage_of(limits, L)})
+    table = pd.DataFrame(
+        {"layer": range(L), "relative_depth": np.arange(L) / (L - 1), "stage": stage_of(stage_boundaries, L)}
+    )
     for name in ("drop_kl_nats", "attention_prev5", "lens_kl_nats", "lens_entropy_bits"):
         table[name], table[f"{name}_sem"] = signals[name], 0.0
     for name in ("mlp_norm", "attention_to_mlp_ratio"):
         table[name], table[f"{name}_sem"] = 1.0, 0.0
     for kind in ("prediction", "suppression"):
         table[f"{kind}_percent"] = signals[kind] / 10
-    table.attrs["boundaries"] = as_records(limits)
+    table.attrs["boundaries"] = as_records(stage_boundaries)
     top = figures.stages([ModelTables({"stages": table}, "planted", "no text")]).axes[0]
     spans = sorted(patch.get_x() for patch in top.patches)  # type: ignore[attr-defined]
     np.testing.assert_allclose(spans, [(layer - 0.5) / (L - 1) for layer in (0, 3, 12, 20)])

@@ -1,4 +1,4 @@
-"""Figures say what the table says."""
+"""Figures of sweeps show the values of the table."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ What one pass keeps may be off by what the ordinary way in float32 is off, and a
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import subprocess
@@ -23,10 +24,11 @@ from layersurgery.runtime.unembedding import Unembedding
 from tests.metrics.test_tiled import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-fused: Any = pytest.importorskip("layersurgery.metrics.fused", reason="needs Triton")
+pytest.importorskip("triton", reason="needs Triton")
+triton_kernel: Any = importlib.import_module("layersurgery.metrics.triton_kernel")
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = fused.Tiling(16, 32, 16, 4, 2)
+SMALL = triton_kernel.Tiling(16, 32, 16, 4, 2)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -75,7 +77,7 @@ def found(sums: Any) -> dict[str, torch.Tensor]:
 
 
 def check(given: Case, tiling: Any = SMALL, tolerance: float = 2e-6) -> None:
-    sums = fused.summed(given.x, given.w, given.target, tiling=tiling, **given.options)
+    sums = triton_kernel.logit_sums(given.x, given.w, given.target, tiling=tiling, **given.options)
     exact, ordinary = (read(given.logits(dtype), given.target) for dtype in (torch.float64, torch.float32))
     size = float(given.logits(torch.float64).abs().max())
     for name, value in found(sums).items():
@@ -97,7 +99,7 @@ def test_awkward_shapes(tokens: int, vocabulary: int, width: int, dtype: torch.d
 
 @pytest.mark.parametrize("vocabulary", [50257, 50304, 151936, 256000])
 def test_vocabularies_of_real_models(vocabulary: int) -> None:
-    check(case(3, vocabulary, 24, torch.bfloat16), tiling=fused.Tiling(16, 4096, 32, 4, 2) if DEVICE == "cpu" else None)
+    check(case(3, vocabulary, 24, torch.bfloat16), tiling=triton_kernel.Tiling(16, 4096, 32, 4, 2) if DEVICE == "cpu" else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,7 +124,7 @@ def test_the_first_of_equal_logits_wins() -> None:
     w = torch.zeros(200, 16, device=DEVICE)
     w[[45, 46, 77, 199]] = 1.0
     x = torch.ones(2, 16, device=DEVICE)
-    sums = fused.summed(x, w, torch.tensor([0, 45], device=DEVICE), tiling=SMALL)
+    sums = triton_kernel.logit_sums(x, w, torch.tensor([0, 45], device=DEVICE), tiling=SMALL)
     assert sums.top.tolist() == [45, 45]
     assert sums.wanted.tolist() == [0, 16]
 
@@ -144,7 +146,7 @@ def test_padding_is_never_read_and_every_number_is_written(monkeypatch: pytest.M
 
 def test_the_same_input_gives_the_same_digits() -> None:
     given = case(40, 700, 48, torch.bfloat16)
-    one, other = (fused.summed(given.x, given.w, given.target) for _ in range(2))
+    one, other = (triton_kernel.logit_sums(given.x, given.w, given.target) for _ in range(2))
     for name in ("m", "S", "A", "top", "wanted"):
         assert torch.equal(getattr(one, name), getattr(other, name))
 
@@ -153,7 +155,7 @@ def test_the_same_input_gives_the_same_digits() -> None:
 def test_what_is_no_number_shows(bad: float) -> None:
     given = case(20, 75, 16)
     given.x[3, 5] = bad
-    lse = found(fused.summed(given.x, given.w, given.target, tiling=SMALL))["lse"]
+    lse = found(triton_kernel.logit_sums(given.x, given.w, given.target, tiling=SMALL))["lse"]
     assert not lse[3].isfinite()
     assert lse[[0, 1, 2, 4, 19]].isfinite().all()
 
@@ -165,7 +167,7 @@ def test_divergence_side_by_side(options: dict[str, Any], dtype: torch.dtype) ->
     other = (given.x + drawn(35, 30, seed=9, scale=0.3).to(DEVICE)).to(dtype)
     p, q = given.logits(torch.float64), given.logits(torch.float64, other)
     meant = (p.softmax(-1) * (p - q)).sum(-1)
-    moved = fused.diverged(given.x, other, given.w, p.logsumexp(-1), tiling=SMALL, **given.options)
+    moved = triton_kernel.kl_terms(given.x, other, given.w, p.logsumexp(-1), tiling=SMALL, **given.options)
     torch.testing.assert_close(moved, meant, rtol=1e-5, atol=2e-5)
 
 
@@ -202,4 +204,4 @@ def test_it_compiles_for_real_devices(capability: int, choices: str) -> None:
     command = [sys.executable, "-m", "tests.support.compile_fused", str(capability), choices]
     found = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.count("mma" if choices == "HALF" else "fma") == 2 * len(getattr(fused, choices))
+    assert found.stdout.count("mma" if choices == "HALF" else "fma") == 2 * len(getattr(triton_kernel, choices))

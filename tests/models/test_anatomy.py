@@ -1,4 +1,4 @@
-"""What a model is made of."""
+"""Test what `anatomy` finds in a model, and that it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_attention_and_mlp_in_parallel() -> None:
     assert parts_of("gpt_neox", use_parallel_residual=False).parallel is False
 
 
-def test_norms_behind_the_branches() -> None:
+def test_norms_after_the_branches() -> None:
     assert parts_of("gemma2").norms_after == ("post_attention_layernorm", "post_feedforward_layernorm")
     assert parts_of("olmo2").norms_before == ()
 
 
-def test_an_mlp_that_is_no_module_of_its_own() -> None:
+def test_an_mlp_without_its_own_module() -> None:
     parts = parts_of("opt")
     assert parts.mlp == ("fc1", "fc2")
     assert parts.outputs("mlp") == ("fc2.weight", "fc2.bias")
@@ -75,8 +75,8 @@ def test_kinds_of_blocks() -> None:
     assert len(found.kinds) == 2
 
 
-def test_a_norm_with_a_bias_behind_a_branch_is_silenced_with_it() -> None:
-    """Norm of nothing is the bias, which would leak into the stream."""
+def test_a_norm_with_a_bias_after_a_branch_is_skipped_with_it() -> None:
+    """The norm of zeros is its bias, which would be added to the stream."""
     model = tiny_model("gpt2")
     for block in model.transformer.h:
         block.norm_after = nn.LayerNorm(32)
@@ -100,7 +100,7 @@ class _WithNormAfter(type(tiny_model("gpt2").transformer.h[0])):  # type: ignore
         return self.norm_after(self.mlp(self.ln_2(attended))) + attended
 
 
-def test_a_table_for_a_person() -> None:
+def test_printed_table() -> None:
     found = ls.anatomy(tiny_model("deepseek_v3"))
     assert isinstance(found.__rich__(), Table)
     text = str(found)
@@ -115,7 +115,7 @@ def test_a_table_for_a_person() -> None:
     assert "\x1b" not in text
 
 
-def test_the_model_comes_back_as_it_was() -> None:
+def test_the_model_is_restored() -> None:
     model = tiny_model("llama").train()
     model.model.layers[2].eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -129,7 +129,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_compiled_model_is_not_compiled_for_it() -> None:
+def test_a_compiled_model_is_not_recompiled() -> None:
     compilations = []
 
     def backend(graph: Any, _inputs: Any) -> Any:
@@ -143,7 +143,7 @@ def test_a_compiled_model_is_not_compiled_for_it() -> None:
     assert len(compilations) > 0
 
 
-def test_also_when_it_fails() -> None:
+def test_the_model_is_restored_after_an_error() -> None:
     model = tiny_model("llama")
     model.model.layers[3].forward = _raise
     modules = [id(module) for module in model.modules()]
@@ -156,10 +156,10 @@ def _raise(*_: Any, **__: Any) -> None:
     raise ValueError("no")
 
 
-def test_two_lists_that_could_be_it() -> None:
+def test_two_possible_lists_of_blocks() -> None:
     model = tiny_model("llama")
     model.model.more = nn.ModuleList(nn.Linear(2, 2) for _ in range(DEPTH))
-    with pytest.raises(ls.UnsupportedEditError, match=r'model.layers, model.more. Say which: blocks="model.layers"'):
+    with pytest.raises(ls.UnsupportedEditError, match=r'model.layers, model.more. Choose one: blocks="model.layers"'):
         ls.anatomy(model)
     assert ls.anatomy(model, blocks="model.layers").depth == DEPTH
     with ls.operate(model, "skip-mlp 2", blocks="model.layers"):
@@ -167,12 +167,13 @@ def test_two_lists_that_could_be_it() -> None:
     with pytest.raises(ls.UnsupportedEditError, match=r"does not run the 6 blocks at model.more .*\(it ran none\)"):
         ls.anatomy(model, blocks="model.more")
     with pytest.raises(
-        ls.UnsupportedEditError, match=r"blocks='model.mine' names no list of 6 modules .*model.layers \(6\)"
+        ls.UnsupportedEditError,
+        match=r"blocks='model.mine' is not the path of a list of 6 modules .*model.layers \(6\)",
     ):
         ls.anatomy(model, blocks="model.mine")
 
 
-def test_no_list() -> None:
+def test_no_list_of_blocks() -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 4
     with pytest.raises(ls.UnsupportedEditError, match=r"no list of 4 modules.*model.layers \(6\)"):
@@ -200,20 +201,20 @@ def test_blocks_that_are_not_one_stream() -> None:
             return [lambda x, block=block, **kwargs: block(x + 1, **kwargs) for block in super().__getitem__(index)]
 
     model.model.layers = Shifted(model.model.layers)
-    with pytest.raises(ls.UnsupportedEditError, match="what block 1 is given is not what block 0 returned"):
+    with pytest.raises(ls.UnsupportedEditError, match="the input of block 1 is not the output of block 0"):
         ls.anatomy(model)
 
 
 def test_a_view_shares_parameters_and_no_module() -> None:
     block = tiny_model("mixtral").model.layers[0]
-    twin = share_parameters(block)
-    assert type(twin) is type(block)
-    assert [name for name, _ in twin.named_modules()] == [name for name, _ in block.named_modules()]
-    assert not {id(module) for module in twin.modules()} & {id(module) for module in block.modules()}
-    assert all(one is other for one, other in zip(twin.parameters(), block.parameters(), strict=True))
+    view = share_parameters(block)
+    assert type(view) is type(block)
+    assert [name for name, _ in view.named_modules()] == [name for name, _ in block.named_modules()]
+    assert not {id(module) for module in view.modules()} & {id(module) for module in block.modules()}
+    assert all(shared is original for shared, original in zip(view.parameters(), block.parameters(), strict=True))
 
 
-def test_noise_is_our_own() -> None:
+def test_random_like_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     like = torch.full((1, 7, 4), 3.0)
     assert torch.equal(random_like(like, 1), random_like(like, 1))
@@ -221,7 +222,7 @@ def test_noise_is_our_own() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_where_the_stream_is_in_a_call() -> None:
+def test_which_argument_holds_the_hidden_states() -> None:
     hidden, other = torch.zeros(1, 7, 4), torch.ones(1, 7, 4)
     assert Call("m", (other,), {"hidden_states": hidden}).hidden_states_argument() == "hidden_states"
     assert Call("m", (torch.zeros(3), other), {}).hidden_states_argument() == 1

@@ -70,17 +70,17 @@ def test_any_form() -> None:
     [
         ("swap,dorp", "unknown family of edits 'dorp'; did you mean 'drop'"),
         ("zzz", "unknown family of edits 'zzz'; they are swap, drop"),
-        ("drop-span", "how many blocks. Write drop-span:4"),
-        ("drop-span:0", "how many blocks"),
-        ("drop-span:6", "a model of 6 blocks has no 6 to drop and one to keep"),
+        ("drop-span", "has no number of blocks; write drop-span:4"),
+        ("drop-span:0", "has no number of blocks"),
+        ("drop-span:6", "a model of 6 blocks cannot drop 6 and keep at least one"),
         ("swap:2", "swap takes no number"),
         ("wsap 1 2", "unknown edit 'wsap'.*did you mean 'swap'"),
         (ls.Route((7,)), "the route visits block 7, and the model has 6 blocks"),
-        (ls.Route(()), "the route leaves no block"),
+        (ls.Route(()), "the route has no block"),
         ([], "nothing to measure"),
         (7, "expected families"),
         (ls.Plan(), "an empty plan is the unedited model"),
-        (["drop 0:6"], "leaves none of the 6 blocks"),
+        (["drop 0:6"], "removes all 6 blocks"),
     ],
 )
 def test_what_cannot_be_meant(wanted: Any, words: str) -> None:
@@ -105,9 +105,9 @@ def test_a_file_of_plans() -> None:
         "long-one.2": "repeat 8:16 x3",
     }
     for wrong, words in {
-        "a: drop 1\na: drop 2": "f, line 2: a second plan is called 'a'",
+        "a: drop 1\na: drop 2": "f, line 2: a second plan has the name 'a'",
         "\nb: dorp 1": "f, line 2: unknown edit 'dorp'.*did you mean 'drop'",
-        "# nothing": "f holds no plan",
+        "# nothing": "f contains no plan",
     }.items():
         with pytest.raises(ls.PlanError, match=words):
             read_plans(wrong, "f")

@@ -1,4 +1,4 @@
-"""The page on architectures says what is so."""
+"""Check that ARCHITECTURES.md matches what the edits do."""
 
 from __future__ import annotations
 

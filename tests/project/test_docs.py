@@ -1,4 +1,4 @@
-"""What the pages claim: tests that they name exist, commands that they show are understood, tables are what the commands print."""
+"""Check what the pages claim: named tests exist, shown commands have those options, tables are what commands print."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", generate_docs.PAGES)
-def test_what_is_made_is_fresh(page: str) -> None:
-    """Made of docstrings and of the commands' help: who changes one of these makes the page anew."""
+def test_generated_pages_are_up_to_date(page: str) -> None:
+    """Check that a generated page matches the docstrings and the commands' help; if not, generate it again."""
     assert (ROOT / "docs" / page).read_text("utf-8") == generate_docs.PAGES[page](), (
-        f"docs/{page} is not what docstrings and help say now; run: uv run python -m tests.support.generate_docs"
+        f"docs/{page} differs from docstrings and help; run: uv run python -m tests.support.generate_docs {page}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Each example runs and says something, on a small model under the real one's name; the notebook, too."""
+"""Run each example and the notebook on a small model under the real one's name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.demo_model import stand_in
+from tests.support.demo_model import use_demo_model
 
 HERE = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(HERE.glob("*.py"))
@@ -19,7 +19,7 @@ NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 
 @pytest.fixture(autouse=True)
 def _undisturbed() -> Iterator[None]:
-    """An example may train, silence the log, and choose a seed."""
+    """Restore the random state and the log, which an example may change."""
     import torch
 
     before = logging.root.manager.disable
@@ -31,7 +31,7 @@ def _undisturbed() -> Iterator[None]:
 
 @pytest.fixture
 def small(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in(monkeypatch, tmp_path_factory.getbasetemp() / "stand-in")
+    use_demo_model(monkeypatch, tmp_path_factory.getbasetemp() / "demo-model")
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,7 +72,7 @@ def cells(notebook: Path) -> list[str]:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebooks_cells_run(notebook: Path, small: None) -> None:
-    """In this process: a kernel would import torch once more."""
+    """Run the cells in this process, because a kernel would import torch again."""
     shell: Any = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
     capture: Any = pytest.importorskip("IPython.utils.capture").capture_output
     for number, source in enumerate(cells(notebook)):

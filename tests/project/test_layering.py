@@ -1,4 +1,4 @@
-"""The order of packages: imports point only to those before."""
+"""Check the order of packages: a package imports only packages before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Packages of one group do not import each other. Figures read tables and know plans only.
+# Packages of one group do not import each other. Figures import plans only; they get tables.
 ORDER = [
     {"errors", "version", "atomic_io"},
     {"plans"},
@@ -32,7 +32,7 @@ COMMAND_LINE = {
 
 
 def imports(path: Path, root: Path) -> Iterator[tuple[str, ...]]:
-    """Import targets below `root`, as parts of their path; lazy imports and those for type checkers are included."""
+    """Yield a file's imports from `root` as parts of their path, with lazy imports and imports for type checkers."""
     package = path.relative_to(root.parent).parent.parts
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:

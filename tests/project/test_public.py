@@ -1,4 +1,4 @@
-"""Public names are listed, and what needs no torch starts without it."""
+"""Check the list of public names, and that modules that need no torch do not import it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import layersurgery as ls
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
-# Plans, edits of files up to the reload check, schedules, and what the command line reads of devices and processes.
+# Plans, edits of files up to the reload check, schedules, and the devices and processes that the command line reads.
 LIGHT = [
     *(f"plans.{name}" for name in ("edits", "plan", "route", "variants")),
     *("checkpoints.edit_checkpoint", "checkpoints.inspection", "checkpoints.loading", "checkpoints.model_card"),

@@ -1,7 +1,7 @@
-"""The pages' commands and Python run as written, in the order in which they stand, on small models under the real ones' names.
+"""Run the pages' commands and Python as written, in their order, on small models under the real ones' names.
 
-A command that says in its comment that it takes minutes, hours or a GPU is run all the same, with `--tokens 128 --context 64` behind what is
-written. Blocks marked `sh` and `python` are run; `text` is output, `console`, `py` and `yaml` are not run.
+A command with a comment that says minutes, hours or GPU runs with `--tokens 128 --context 64` added. Blocks marked `sh`
+and `python` run; `text` is output; `console`, `py` and `yaml` do not run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from layersurgery_cli.app import app
 from typer.main import get_command
 
 from tests.cli.test_cli import run
-from tests.support.demo_model import stand_in
+from tests.support.demo_model import use_demo_model
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -26,7 +26,7 @@ PAGES = [
     README,
     *(ROOT / "docs" / name for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md")),
 ]
-# What sets the project up has been done where this runs.
+# These commands set up the project, which is already done where the tests run.
 DONE = {"git clone", "cd", "source", "uv run pytest", "uv sync"}
 
 
@@ -35,7 +35,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> Iterator[tuple[list[str], bool]]:
-    """The words of each command, and whether it is too long to be run whole."""
+    """Yield the words of each command, and whether it takes too long to run as written."""
     for line in text.replace("\\\n", " ").splitlines():
         command, _, comment = line.partition("  #")
         if not command.strip() or command.startswith("#"):
@@ -55,7 +55,7 @@ def shortened(words: list[str]) -> list[str]:
 
 
 def perform(page: Path, *, long: bool = False) -> None:
-    """Do what a page says, in the current directory."""
+    """Run a page's commands and Python in the current directory."""
     names: dict[str, object] = {"__name__": "page"}
     for number, (language, text) in enumerate(blocks(page)):
         if language == "python":
@@ -64,11 +64,11 @@ def perform(page: Path, *, long: bool = False) -> None:
             continue
         for words, takes_long in commands(text):
             assert words[0] == "layersurgery", words
-            given = shortened(words) if takes_long and not long else words
+            actual = shortened(words) if takes_long and not long else words
             started = time.process_time()
-            result = run(*given[1:])
-            print(f"{time.process_time() - started:5.1f} s of the processor: {shlex.join(given)}")
-            assert result.exit_code == 0, f"{page.name}: {shlex.join(given)}\n{result.output}\n{result.stderr}"
+            result = run(*actual[1:])
+            print(f"{time.process_time() - started:5.1f} s of CPU time: {shlex.join(actual)}")
+            assert result.exit_code == 0, f"{page.name}: {shlex.join(actual)}\n{result.output}\n{result.stderr}"
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def quiet() -> Iterator[None]:
 def test_a_page_does_what_it_says(
     page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, quiet: None
 ) -> None:
-    stand_in(monkeypatch, tmp_path_factory.getbasetemp() / "stand-in")
+    use_demo_model(monkeypatch, tmp_path_factory.getbasetemp() / "demo-model")
     monkeypatch.chdir(tmp_path)
     perform(page)
 
@@ -92,13 +92,13 @@ def test_a_page_does_what_it_says(
 def test_a_page_does_what_it_says_on_the_real_model(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: None
 ) -> None:
-    stand_in(monkeypatch, tmp_path / "stand-in", real=True)
+    use_demo_model(monkeypatch, tmp_path / "demo-model", real=True)
     monkeypatch.chdir(tmp_path)
     perform(page, long=page != README)
 
 
 def test_the_first_thing_a_new_user_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's first command, on the real model, says what the README shows."""
+    """Check that the README's first command prints on the real model what the README shows."""
     setup = next(text for language, text in blocks(README) if language == "sh").splitlines()
     assert [line.split("  #")[0].strip() for line in setup] == [
         "pip install uv && uv run layersurgery demo",

@@ -1,4 +1,4 @@
-"""The main job on the real model that the project carries."""
+"""Test the main features on the real model that the project contains."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def loaded() -> Any:
 
 @pytest.fixture(scope="module")
 def text(loaded: Any) -> torch.Tensor:
-    """Python's own help, which every Python has: (2, 256) tokens."""
+    """Return Python's help text, which every Python has, as (2, 256) tokens."""
     help_text = "\n\n".join(topics[name] for name in sorted(topics))
     ids: torch.Tensor = loaded.tokenizer(help_text[:8000], return_tensors="pt").input_ids
     return ids[0, :512].view(2, 256)
@@ -126,10 +126,10 @@ def test_a_sweep_finds_what_the_paper_found(loaded: Any, text: torch.Tensor) -> 
     frame = ls.sweep(loaded.model, "swap,drop", ids)
     by = {edit: frame[frame.edit == edit].set_index("layer") for edit in ("swap", "drop")}
     print(ls.summary_sentence(frame))
-    # Catastrophic: the first block, and the order of the last two.
+    # Very large: the first block, and the order of the last two.
     assert min(by["swap"].kl_nats[0], by["drop"].kl_nats[0], by["swap"].kl_nats[28]) > 3
     assert max(by["swap"].agreement[0], by["drop"].agreement[0], by["swap"].agreement[28]) < 0.2
-    # Calm: the middle, but for one or two.
+    # Small: the middle, except for one or two blocks.
     assert (by["swap"].agreement[2:27] > 0.65).sum() >= 23
     assert (by["drop"].kl_nats[2:27] < 1).sum() >= 23
     assert (by["swap"].kl_nats < by["drop"].kl_nats[:29]).sum() >= 20

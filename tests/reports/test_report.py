@@ -429,8 +429,8 @@ def test_runs_that_noted_no_command(tmp_path: Path) -> None:
     assert text.find(
         "layersurgery sweep some/model --edits drop --data pydoc --tokens 4096 --context 512 --no-shuffle --per-token --revision abc"
     )
-    assert text.find("it was put together from the arguments noted")
-    assert text.find("and what it noted does not tell it")
+    assert text.find("its arguments were used to reconstruct one")
+    assert text.find("and it cannot be reconstructed")
 
 
 def test_from_the_command_line(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +442,7 @@ def test_from_the_command_line(runs: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "report.html").write_text("mine")
     found = run("report", runs)
     assert found.exit_code == 1
-    assert "report.html exists already" in found.stderr
+    assert "report.html already exists" in found.stderr
     assert (tmp_path / "report.html").read_text() == "mine"
     value = result_of("report", runs / "sweep", runs / "stages", "-o", tmp_path, "--overwrite")
     assert value["runs"] == [str(runs / "sweep"), str(runs / "stages")]
@@ -455,7 +455,7 @@ def test_what_cannot_be_reported_on(runs: Path, tmp_path: Path) -> None:
     assert run("report").exit_code == 2
     (tmp_path / "empty").mkdir()
     for place, words in (
-        ("nowhere", "nowhere is not there"),
+        ("nowhere", "nowhere does not exist"),
         ("empty", "holds no results"),
         (runs / "deeper", "no finished run to report on"),
     ):

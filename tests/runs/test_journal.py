@@ -93,5 +93,5 @@ def test_rows_that_are_no_numbers_are_named_with_their_batches(tmp_path: Path) -
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot write .*gone/j: No such file.*the same command goes on"):
+    with pytest.raises(OutputError, match=r"cannot write .*gone/j: No such file.*run the same command again"):
         Journal(tmp_path / "gone" / "j", ROWS, OBSERVED)

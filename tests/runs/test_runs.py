@@ -132,7 +132,7 @@ def test_stopped_after_any_batch_it_goes_on(undisturbed: Path, tmp_path: Path, b
 
     with pytest.raises(StopError):
         do(tmp_path / "run", on_progress=stop)
-    with pytest.raises(ls.SourceError, match="has not finished; the same command, given again, goes on"):
+    with pytest.raises(ls.SourceError, match="has not finished; run the same command again"):
         ls.read_results(tmp_path / "run")
     measured: list[float] = []
     do(tmp_path / "run", on_progress=lambda now: measured.append(now.sequences))
@@ -184,7 +184,7 @@ def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
     other = {"model": {"name": "huge"}, "text": {"data": "made up", "seed": 3}, "per_token": True}
     with (
         pytest.raises(
-            ls.OutputError, match=r"model name tiny there, huge now; text seed nothing there, 3 now. Say --overwrite"
+            ls.OutputError, match=r"model name tiny there, huge now; text seed nothing there, 3 now. Use --overwrite"
         ),
         open_run(tmp_path / "run", other),
     ):
@@ -229,11 +229,11 @@ def test_what_goes_wrong_in_a_batch_names_it(tmp_path: Path, monkeypatch: pytest
 
     def fail(self: Measurer, ids: torch.Tensor, *args: Any) -> Any:
         if torch.equal(ids[0], tokens(7, 10)[4]):
-            raise ls.MeasurementError("own predictions are no numbers")
+            raise ls.MeasurementError("NaN or infinite logits")
         return measure(self, ids, *args)
 
     monkeypatch.setattr(Measurer, "measure", fail)
-    with pytest.raises(ls.MeasurementError, match="batch 2: own predictions are no numbers"):
+    with pytest.raises(ls.MeasurementError, match="batch 2: NaN or infinite logits"):
         do(tmp_path / "run", per_token=False)
     assert len(Journal(tmp_path / "run" / JOURNAL, 12).records) == 2
 
@@ -251,7 +251,7 @@ def test_memory_that_runs_out_costs_no_batch(
         return run(self, *args)
 
     monkeypatch.setattr(BlockRunner, "run", crowded)
-    with pytest.warns(UserWarning, match="memory ran out with 2 sequences at once; going on with 1"):
+    with pytest.warns(UserWarning, match="memory ran out with 2 sequences at once; continuing with 1"):
         frame = do(tmp_path / "run")
     meant = ls.read_results(undisturbed)
     pd.testing.assert_frame_equal(frame, meant, check_exact=False, atol=1e-6)
@@ -264,16 +264,19 @@ def test_memory_that_runs_out_costs_no_batch(
 def test_what_else_is_in_a_place_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
-    with pytest.raises(ls.OutputError, match="holds something else than a sweep"), open_run(tmp_path / "thesis", {}):
+    with (
+        pytest.raises(ls.OutputError, match="contains something other than a sweep"),
+        open_run(tmp_path / "thesis", {}),
+    ):
         pass
-    with pytest.raises(ls.OutputError, match="is no directory"), open_run(tmp_path / "thesis" / "chapter.tex", {}):
+    with pytest.raises(ls.OutputError, match="is not a directory"), open_run(tmp_path / "thesis" / "chapter.tex", {}):
         pass
     begin(tmp_path / "run", {})
     (tmp_path / "run" / "mine.txt").touch()
     with open_run(tmp_path / "run", {"a": 1}, overwrite=True):
         pass
     assert (tmp_path / "run" / "mine.txt").exists()
-    with pytest.raises(ls.SourceError, match="holds no results"):
+    with pytest.raises(ls.SourceError, match="contains no results"):
         ls.read_results(tmp_path / "thesis")
 
 
@@ -284,7 +287,7 @@ def test_other_programs_have_a_run_json_too(tmp_path: Path, overwrite: bool) -> 
     for name, content in {"run.json": '{"experiment": "mine"}', "results.csv": "a,b", "tokens.parts/x": "x"}.items():
         (theirs / name).write_text(content)
     with (
-        pytest.raises(ls.OutputError, match="holds something else than a sweep"),
+        pytest.raises(ls.OutputError, match="contains something other than a sweep"),
         open_run(theirs, {}, overwrite=overwrite),
     ):
         pass

@@ -112,7 +112,7 @@ def test_one_document_a_sequence(jsonl: Path) -> None:
     assert [row[mask.bool()].tolist() for row, mask in zip(text.ids, text.mask, strict=True)] == kept
     assert text.ids.shape == (3, 20)
     assert text.ids[0, 12:].eq(0).all()
-    assert text.notes == ("the text ended early: 47 tokens, of 1,000 asked",)
+    assert text.notes == ("the text is too short: it has 47 tokens of the 1,000 requested",)
     assert len(read(jsonl, 13, 20, pack=False).ids) == 2
 
 
@@ -157,7 +157,7 @@ def test_a_text_that_ends_early_is_said(jsonl: Path) -> None:
     text = read(jsonl, 100)
     assert len(JOINED) == 75 + 1
     assert text.ids.shape == (7, 10)
-    assert text.notes == ("the text ended early: 70 tokens, of 100 asked",)
+    assert text.notes == ("the text is too short: it has 70 tokens of the 100 requested",)
     short = read(jsonl, 1000, 500)
     assert short.ids.tolist() == [JOINED]
 
@@ -182,47 +182,48 @@ def test_numbers_as_people_write_them(text: str, value: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "many", "1Q", "0.0001k"])
 def test_what_is_no_number(text: str) -> None:
-    with pytest.raises(PlanError, match="is no number of tokens: write 4096, 100k or 1M"):
+    with pytest.raises(PlanError, match="is not a number of tokens: write for example 4096, 100k or 1M"):
         parse_count(text)
 
 
 def test_wrong_columns(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        SourceError, match=r"some.jsonl has no column 'body'; it has text, meta. Say which holds the text: --column"
+        SourceError,
+        match=r"some.jsonl has no column 'body'; it has text, meta. Name the column that contains the text: --column",
     ):
         read(jsonl, column="body")
-    with pytest.raises(SourceError, match="the column 'meta' of .* holds dict, not text"):
+    with pytest.raises(SourceError, match="the column 'meta' of .* contains dict, not text"):
         read(jsonl, column="meta")
 
 
 def test_what_is_no_text(tmp_path: Path) -> None:
     cases: dict[str, tuple[bytes, str]] = {
-        "bad.txt": (b"ok\n\xff\xfe\x00", "bad.txt is no UTF-8 text"),
+        "bad.txt": (b"ok\n\xff\xfe\x00", "bad.txt is not UTF-8 text"),
         "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "cannot read .*bad.jsonl as json"),
         "bad.parquet": (b"PAR1 not really", "cannot read .*bad.parquet as parquet"),
         "bad.jsonl.zst": (b"not packed", "cannot read .*bad.jsonl.zst as json"),
-        "empty.jsonl": (b"", "(holds no text|cannot read)"),
-        "blank.jsonl": (b'{"text": "  "}\n{"text": null}\n', "holds no text of at least two tokens"),
+        "empty.jsonl": (b"", "(contains no text|cannot read)"),
+        "blank.jsonl": (b'{"text": "  "}\n{"text": null}\n', "contains no text of at least two tokens"),
     }
     for name, (content, words) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises((SourceError, MeasurementError), match=words):
             read(tmp_path / name)
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(MeasurementError, match="empty.txt holds no text of at least two tokens"):
+    with pytest.raises(MeasurementError, match="empty.txt contains no text of at least two tokens"):
         read(tmp_path / "empty.txt")
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").touch()
     cases: dict[Path | str, str] = {
-        tmp_path / "a.pdf": "a.pdf is not read: text comes as .txt, .jsonl, .parquet",
-        tmp_path / "gone.txt": "gone.txt does not exist on this machine and is no hub dataset",
+        tmp_path / "a.pdf": "a.pdf has a format that is not supported: give .txt, .jsonl, .parquet",
+        tmp_path / "gone.txt": "gone.txt does not exist on this machine and is not a Hub dataset",
         "gone.jsonl": "gone.jsonl does not exist on this machine",
         "not a name": "not a name does not exist on this machine",
         "~nobody-of-this-name/text.txt": "does not exist on this machine",
         "long/" + "x" * 5000: "cannot read the dataset",
-        tmp_path: "holds no text: none of its files ends in .txt",
+        tmp_path: "contains no text: none of its files ends in .txt",
         "someone/nowhere": r"cannot read the dataset someone/nowhere \(split train\).*--data FILE, or --data pydoc",
     }
     for data, words in cases.items():

@@ -20,11 +20,11 @@ def test_device_maps(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(text)
     assert read_device_map(str(tmp_path / "map.json")) == meant
     for wrong, said in {
-        "atuo": "is no map and no file: write auto, balanced",
-        '{"a": 1,}': "is no JSON",
-        "{}": "maps names of modules to devices",
-        '{"a": [1]}': "maps names of modules to devices",
-        '{"a": true}': "maps names of modules to devices",
+        "atuo": "is not a map and not a file: write auto, balanced",
+        '{"a": 1,}': "is not valid JSON",
+        "{}": "must map names of modules to devices",
+        '{"a": [1]}': "must map names of modules to devices",
+        '{"a": true}': "must map names of modules to devices",
     }.items():
         with pytest.raises(PlanError, match=said):
             read_device_map(wrong)
@@ -43,7 +43,7 @@ def test_each_process_counts_its_own_devices() -> None:
     ]  # fmt: skip
     for device in (2, "cuda:2"):
         with pytest.raises(
-            PlanError, match=r"GPU 2 is asked for, and each process has 2 of this machine's .*start fewer processes"
+            PlanError, match=r"GPU 2 is requested, but each process has 2 of this machine's GPUs .*start fewer processes"
         ):
             local_device(device, range(2, 4))
 

@@ -190,7 +190,7 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
     frame, whole = ls.read_results(tmp_path / "away"), ls.read_results(tmp_path / "out")
     pd.testing.assert_frame_equal(frame, whole, check_exact=True)
     assert "float32 on disk and cpu" in found.stderr
-    assert "Weights are brought in layer by layer, 2 blocks at hand at a time: 2" in found.stderr
+    assert "Weights are loaded layer by layer, 2 blocks in memory at a time: 2" in found.stderr
     assert frame.attrs["run"]["schedule"]["order"] == "layer-major"
     assert frame.attrs["run"]["schedule"]["bytes_read_a_batch"] > 200_000
     assert frame.attrs["run"]["model"]["parameters"] == whole.attrs["run"]["model"]["parameters"]
@@ -204,11 +204,11 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
     ("more", "said"),
     [
         (["--device", "cpu", "--device-map", "auto"], "give either --device or --device-map"),
-        (["--max-memory", "cpu=1GB"], "go with --device-map"),
-        (["--device-map", "auto", "--max-memory", "lots"], "--max-memory 'lots' is no DEVICE=SIZE"),
-        (["--device-map", "nowhere.json"], "is no map and no file"),
-        (["--schedule", "breadth"], "--schedule 'breadth' is none; write depth-first or layer-major"),
-        (["--estimate", "--device-map", '{"model": "cpu"}'], "--device-map says nothing of lm_head.weight"),
+        (["--max-memory", "cpu=1GB"], "need --device-map"),
+        (["--device-map", "auto", "--max-memory", "lots"], "--max-memory 'lots' is not DEVICE=SIZE"),
+        (["--device-map", "nowhere.json"], "is not a map and not a file"),
+        (["--schedule", "breadth"], "--schedule 'breadth' is unknown; use depth-first or layer-major"),
+        (["--estimate", "--device-map", '{"model": "cpu"}'], "--device-map gives no device for lm_head.weight"),
     ],
 )
 def test_options_that_cannot_be_meant(small: list[Any], tmp_path: Path, more: list[str], said: str) -> None:

@@ -125,8 +125,8 @@ def test_a_model_that_predicts_no_tokens_is_refused() -> None:
 
     config = tiny_config("llama")
     for kind, words in {
-        transformers.LlamaForSequenceClassification: "LlamaForSequenceClassification .*(predicts no next tokens|cannot be run behind its blocks)",
-        transformers.LlamaModel: "LlamaModel predicts no next tokens: as logits it gives none. Load .*AutoModelForCausalLM",
+        transformers.LlamaForSequenceClassification: "LlamaForSequenceClassification.*(predicts no next tokens|head cannot be run after its blocks)",
+        transformers.LlamaModel: "LlamaModel predicts no next tokens: it returns no logits. Load .*AutoModelForCausalLM",
     }.items():
         with pytest.raises(ls.UnsupportedEditError, match=words):
             ls.sweep(kind(config).eval(), "drop", tokens())

@@ -1,8 +1,9 @@
-"""Small models under the names that the pages use, so that their commands run as written, and in seconds.
+"""Make small models under the names that the pages use, so that the pages' commands run as written, in seconds.
 
-`smollm2-135m` becomes a llama of 30 random blocks, 32 wide, with a tokenizer of 600 words made from Python's help text;
-`EleutherAI/pythia-6.9b-deduped` a GPT-NeoX of 32 blocks in an offline hub cache. What the pages show was said by the real model;
-`pytest -m weekly -n 0 tests/project/test_readme.py tests/project/test_examples.py` runs them all on it.
+`smollm2-135m` becomes a llama of 30 random blocks of width 32, with a tokenizer of 600 tokens trained on Python's help
+text. `EleutherAI/pythia-6.9b-deduped` becomes a GPT-NeoX of 32 blocks in an offline hub cache. The output that the
+pages show comes from the real model. To run the pages on it:
+`pytest -m weekly -n 0 tests/project/test_readme.py tests/project/test_examples.py`
 """
 
 from __future__ import annotations
@@ -18,31 +19,35 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.random_checkpoint import make as make_pythia
+from benchmarks.random_checkpoint import write_random_checkpoint
 from layersurgery.analyses import neuron_probes
 from layersurgery.checkpoints import sources
 
-DEPTH, WIDTH, WORDS = 30, 32, 600
+DEPTH, WIDTH, VOCAB_SIZE = 30, 32, 600
 
 
-def tokenizer() -> Any:
-    """Pairs of bytes, merged as Python's help text suggests."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+def make_tokenizer() -> Any:
+    """Return a byte-pair tokenizer that was trained on Python's help text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=WORDS, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False, max_token_length=8
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<end>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+        max_token_length=8,
     )
-    made.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", bos_token="<end>", pad_token="<end>")
+    bpe.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<end>", bos_token="<end>", pad_token="<end>")
 
 
-def make(cache: Path) -> None:
-    """Put it where the conversion of the embedded model would be kept."""
+def make_demo_model(cache: Path) -> None:
+    """Write the small model to the directory in `cache` that holds the converted embedded model."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=WORDS,
+        vocab_size=VOCAB_SIZE,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=DEPTH,
@@ -55,40 +60,45 @@ def make(cache: Path) -> None:
         initializer_range=0.3,
     )
     target = cache / sources._conversion_of(sources.embedded_file()).name
-    words = tokenizer()
+    tokenizer = make_tokenizer()
     model = LlamaForCausalLM(config)
-    plant(model, [number for word, number in words.get_vocab().items() if word.endswith("ing")])
+    add_prediction_neurons(
+        model, [token_id for token, token_id in tokenizer.get_vocab().items() if token.endswith("ing")]
+    )
     model.save_pretrained(target)
-    words.save_pretrained(target)
+    tokenizer.save_pretrained(target)
     origin = sources._EMBEDDED_ORIGIN
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\nbase_model: {origin}\n---\n", "utf-8")
 
 
 @torch.no_grad()
-def plant(model: LlamaForCausalLM, tokens: list[int]) -> None:
-    """Neurons that promote and that suppress some tokens: random weights in a width of 32 have none that would be called so."""
-    words = model.model.embed_tokens.weight
-    words[:, -1] = 0
-    words[tokens] = torch.eye(WIDTH)[-1]
+def add_prediction_neurons(model: LlamaForCausalLM, token_ids: list[int]) -> None:
+    """Set neurons of the last four blocks so that they promote or suppress some tokens.
+
+    Random weights of width 32 have no neurons that the analyses would count as prediction or suppression neurons.
+    """
+    embeddings = model.model.embed_tokens.weight
+    embeddings[:, -1] = 0
+    embeddings[token_ids] = torch.eye(WIDTH)[-1]
     for block in model.model.layers[-4:]:
         for neuron in range(12):
             block.mlp.down_proj.weight[:, neuron] = torch.eye(WIDTH)[-1] * (-1) ** neuron
 
 
-def stand_in(patch: pytest.MonkeyPatch, place: Path, *, real: bool = False) -> None:
-    """From now on the names mean the small models.
+def use_demo_model(patch: pytest.MonkeyPatch, directory: Path, *, real: bool = False) -> None:
+    """Make the names refer to the small models.
 
     Args:
-        patch: that undoes it.
-        place: a directory for them.
-        real: the embedded model by its name, all the same.
+        patch: undoes it at the end of the test.
+        directory: where the small models are, or are written to.
+        real: keep the real model under the name smollm2-135m.
     """
     if not real:
-        if not (place / "cache").exists():
-            make(place / "cache")
-        patch.setenv("LAYERSURGERY_CACHE", str(place / "cache"))
-        patch.setattr(neuron_probes, "NEURONS", 4)  # fits of regressions are what a probe takes its time for
+        if not (directory / "cache").exists():
+            make_demo_model(directory / "cache")
+        patch.setenv("LAYERSURGERY_CACHE", str(directory / "cache"))
+        patch.setattr(neuron_probes, "NEURONS", 4)  # probes spend their time on fitting regressions
         patch.setattr(neuron_probes, "SHUFFLES", 2)
     with redirect_stdout(io.StringIO()):
-        make_pythia(place / "hub", width=128, depth=32, shard_bytes=10_000_000)
-    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+        write_random_checkpoint(directory / "hub", width=128, depth=32, shard_bytes=10_000_000)
+    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(directory / "hub"))

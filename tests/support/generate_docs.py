@@ -1,6 +1,6 @@
-"""`uv run python -m tests.support.generate_docs` writes docs/reference.md and docs/commands.md from docstrings, signatures and the commands' own help.
+"""Generate docs/reference.md and docs/commands.md from docstrings, signatures and the commands' help.
 
-Nothing in these two pages is written by hand.
+Run `uv run python -m tests.support.generate_docs`, with a page's name to generate only that page.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ _ENTRY = re.compile(r"^([\w.*]+): (.*)$", re.DOTALL)
 
 
 def reference() -> str:
-    """The page on Python's names."""
+    """Return the page about the Python API."""
     import layersurgery as ls
 
     names = [name for name in ls.__all__ if name not in ("analyses", "__version__")]
-    whose = {name: getattr(ls, name) for name in names}
-    errors = {name: value for name, value in whose.items() if isinstance(value, type) and issubclass(value, Exception)}
-    classes = {name: value for name, value in whose.items() if isinstance(value, type) and name not in errors}
-    functions = {name: value for name, value in whose.items() if name not in errors and name not in classes}
+    values = {name: getattr(ls, name) for name in names}
+    errors = {name: value for name, value in values.items() if isinstance(value, type) and issubclass(value, Exception)}
+    classes = {name: value for name, value in values.items() if isinstance(value, type) and name not in errors}
+    functions = {name: value for name, value in values.items() if name not in errors and name not in classes}
     analyses = {name: getattr(ls.analyses, name) for name in ls.analyses.__all__ if name not in names}
     lines = [
-        "# Reference of Python's names\n",
-        "Made from docstrings and signatures by `uv run python -m tests.support.generate_docs`. `import layersurgery as ls` imports no torch; what needs it does so\n"
-        "when it is first asked for. What else is in the package may change without notice.\n",
+        "# Python reference\n",
+        "This page is generated from docstrings and signatures by `uv run python -m tests.support.generate_docs`.\n"
+        "`import layersurgery as ls` does not import torch; names that need torch import it when they are first used.\n"
+        "Only the names on this page are public; everything else in the package may change without notice.\n",
     ]
-    parts = (("Functions", "ls.", functions), ("Analyses", "ls.analyses.", analyses), ("Values", "ls.", classes))
-    for title, prefix, group in parts:
+    sections = (("Functions", "ls.", functions), ("Analyses", "ls.analyses.", analyses), ("Values", "ls.", classes))
+    for title, prefix, group in sections:
         lines.append(f"## {title}\n")
         for name, value in sorted(group.items(), key=lambda item: item[0].lower()):
             lines += _entry(f"{prefix}{name}", value)
@@ -48,10 +49,10 @@ def reference() -> str:
 
 
 def _entry(name: str, value: Any) -> Iterator[str]:
-    """One function or class, with the methods of its own that are explained."""
+    """Yield the text about a function or a class, with the methods that have a docstring."""
     yield f"### `{name}`\n"
     yield f"```py\n{_signature(name, value)}\n```\n"
-    yield from _explained(inspect.getdoc(value) or "")
+    yield from _format_docstring(inspect.getdoc(value) or "")
     if not isinstance(value, type):
         return
     for key, member in vars(value).items():
@@ -65,40 +66,40 @@ def _entry(name: str, value: Any) -> Iterator[str]:
 
 def _signature(name: str, value: Any) -> str:
     try:
-        found = inspect.signature(value)
+        signature = inspect.signature(value)
     except (TypeError, ValueError):
         return name
-    parameters = [parameter for parameter in found.parameters.values() if parameter.name != "self"]
-    # Annotations are written as they stand in the source; a class's constructor says no return.
-    found = found.replace(parameters=parameters, return_annotation=found.return_annotation)
-    text = re.sub(r"(?<=[:>] )'([^']*)'", r"\1", str(found))
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
+    # Annotations stay as they are in the source. The constructor of a class shows no return type.
+    signature = signature.replace(parameters=parameters, return_annotation=signature.return_annotation)
+    text = re.sub(r"(?<=[:>] )'([^']*)'", r"\1", str(signature))
     text = text.removesuffix(" -> None") if isinstance(value, type) else text
-    whole = f"{name}{text}"
-    if len(whole) <= 110 or not parameters:
-        return whole
-    inside, _, behind = text[1:].rpartition(")")
-    return f"{name}(\n" + textwrap.indent(_lines(inside), "    ") + f"\n){behind}"
+    line = f"{name}{text}"
+    if len(line) <= 110 or not parameters:
+        return line
+    inside, _, returns = text[1:].rpartition(")")
+    return f"{name}(\n" + textwrap.indent(_lines(inside), "    ") + f"\n){returns}"
 
 
 def _lines(inside: str) -> str:
-    """Parameters, one a line: cut at commas outside brackets."""
-    depth, cut = 0, ""
-    for sign in inside:
-        depth += (sign in "([{") - (sign in ")]}")
-        cut += ",\n" if sign == "," and not depth else sign
-    return "\n".join(line.strip() for line in cut.splitlines()) + ","
+    """Put each parameter on its own line: split at commas outside brackets."""
+    depth, text = 0, ""
+    for character in inside:
+        depth += (character in "([{") - (character in ")]}")
+        text += ",\n" if character == "," and not depth else character
+    return "\n".join(line.strip() for line in text.splitlines()) + ","
 
 
-def _explained(doc: str) -> Iterator[str]:
-    """A docstring in Markdown: text, lists of arguments, what comes of it, an example."""
+def _format_docstring(doc: str) -> Iterator[str]:
+    """Yield a docstring as Markdown: text, lists of arguments, returned value, example."""
     section = ""
-    held: list[str] = []
+    lines: list[str] = []
     for line in [*doc.splitlines(), "Args:"]:
         if head := _SECTION.match(line):
-            yield from _section(section, textwrap.dedent("\n".join(held)).strip("\n"))
-            section, held = head[1], []
+            yield from _section(section, textwrap.dedent("\n".join(lines)).strip("\n"))
+            section, lines = head[1], []
         else:
-            held.append(line)
+            lines.append(line)
 
 
 def _section(name: str, text: str) -> Iterator[str]:
@@ -117,7 +118,7 @@ def _section(name: str, text: str) -> Iterator[str]:
             yield "Raises:\n"
         yield (
             "\n".join(
-                f"- `{found[1]}`: {found[2]}" if (found := _ENTRY.match(entry)) else f"- {entry}" for entry in entries
+                f"- `{match[1]}`: {match[2]}" if (match := _ENTRY.match(entry)) else f"- {entry}" for entry in entries
             )
             + "\n"
         )
@@ -128,55 +129,59 @@ def _text(text: str) -> str:
 
 
 def commands() -> str:
-    """The page on the command line."""
+    """Return the page about the command line."""
     from layersurgery_cli.app import app
     from typer.main import get_command
 
     lines = [
-        "# Reference of the command line\n",
-        "Made from the commands' own help by `uv run python -m tests.support.generate_docs`. `layersurgery COMMAND --help` says the same on a terminal.\n"
-        "Exit codes: 0 done, 1 failed, 2 wrong use, 130 stopped by hand.\n",
+        "# Command line reference\n",
+        "This page is generated from the commands' help by `uv run python -m tests.support.generate_docs`.\n"
+        "`layersurgery COMMAND --help` prints the same in a terminal.\n"
+        "Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.\n",
     ]
     group: Any = get_command(app)
     panels: dict[str, list[tuple[str, Any]]] = {}
     for name, command in group.commands.items():
         panels.setdefault(str(getattr(command, "rich_help_panel", None) or "Others"), []).append((name, command))
-    for panel, found in panels.items():
+    for panel, members in panels.items():
         lines.append(f"## {panel}\n")
-        for name, command in found:
+        for name, command in members:
             lines += _command(f"layersurgery {name}", command)
-            for inner, of in sorted(getattr(command, "commands", {}).items()):
-                lines += _command(f"layersurgery {name} {inner}", of)
+            for inner, subcommand in sorted(getattr(command, "commands", {}).items()):
+                lines += _command(f"layersurgery {name} {inner}", subcommand)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _command(name: str, command: Any) -> Iterator[str]:
-    given = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-    words = " ".join(str(parameter.metavar or (parameter.name or "").upper()) for parameter in given)
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    words = " ".join(str(parameter.metavar or (parameter.name or "").upper()) for parameter in arguments)
     yield f"### `{' '.join(f'{name} {words}'.split())}`\n"
     yield f"{_text(command.help or '')}\n"
     rows = [_row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
     rows = [row for row in rows if row]
     if rows and not hasattr(command, "commands"):
-        yield "| | | if not given |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        yield "| | | default |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _row(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        what = f"`{parameter.metavar or (parameter.name or '').upper()}`"
+        usage = f"`{parameter.metavar or (parameter.name or '').upper()}`"
     else:
         metavar = "" if parameter.is_flag else f" {parameter.metavar or _kind(parameter)}"
         options = ", ".join([*parameter.opts, *parameter.secondary_opts])
-        what = f"`{options}{metavar}`"
+        usage = f"`{options}{metavar}`"
         if "--help" in parameter.opts:
             return ""
-    return f"| {_cell(what)} | {_cell(getattr(parameter, 'help', '') or '')} | {_cell(_default(parameter))} |"
+    return f"| {_cell(usage)} | {_cell(getattr(parameter, 'help', '') or '')} | {_cell(_default(parameter))} |"
 
 
 def _kind(parameter: Any) -> str:
-    """What an option that names no metavar takes. Typer keeps the annotation; older ones keep click's type."""
-    if (found := getattr(parameter, "type_descriptor", None)) is not None:
-        kind = found.annotation
+    """Return the kind of value that an option without metavar takes.
+
+    New versions of Typer keep the annotation; older ones keep click's type.
+    """
+    if (descriptor := getattr(parameter, "type_descriptor", None)) is not None:
+        kind = descriptor.annotation
         return (
             "|".join(member.value for member in kind)
             if issubclass(kind, Enum)
@@ -190,7 +195,7 @@ def _default(parameter: Any) -> str:
     if isinstance(parameter.show_default, str):
         return parameter.show_default
     if parameter.required:
-        return "must be given"
+        return "required"
     value = parameter.default
     if isinstance(value, bool):
         return "" if not value else f"`{parameter.opts[0]}`"
@@ -198,13 +203,13 @@ def _default(parameter: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    # Words in angle brackets would be taken for HTML, and vanish.
+    # Put words in angle brackets in backticks; Markdown would take them for HTML and hide them.
     return re.sub(r"(?<!`)\S*<\w+>\S*(?!`)", r"`\g<0>`", _text(text)).replace("|", "\\|")
 
 
 PAGES = {"reference.md": reference, "commands.md": commands}
 
 if __name__ == "__main__":
-    for page, make in PAGES.items():
+    for page, generate in PAGES.items():
         if len(sys.argv) < 2 or page in sys.argv[1:]:
-            (DOCS / page).write_text(make(), "utf-8")
+            (DOCS / page).write_text(generate(), "utf-8")

@@ -1,4 +1,4 @@
-"""What an edited model must compute, worked out by hand: each block is called with the arguments it got at its own place."""
+"""Compute what an edited model must return: call each block with the arguments that it gets in the unedited model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layersurgery.plans.route import Route
 
 
 class _Recorder(nn.Module):
-    """Runs a block and keeps what it was given."""
+    """Module that runs a block and records its arguments."""
 
     def __init__(self, block: nn.Module, calls: list[Any]) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class _Recorder(nn.Module):
 
 
 class _Replay(_Recorder):
-    """Stands for a block and hands the stream on, or puts a given value in its place."""
+    """Module that runs a block and replaces its output with a given value."""
 
     def __init__(self, block: nn.Module, value: torch.Tensor) -> None:
         super().__init__(block, [])
@@ -43,21 +43,21 @@ class _Replay(_Recorder):
 
 @torch.no_grad()
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the model as it is, without cache: (batch, length, vocabulary)."""
+    """Return the model's logits without cache: (batch, length, vocabulary)."""
     logits: torch.Tensor = model(ids, use_cache=False).logits
     return logits
 
 
 @torch.no_grad()
 def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the model's blocks run in the order of `route` (whole blocks only), without cache."""
+    """Return the logits of the model with its blocks run in the order of `route` (whole blocks only), without cache."""
     text = model.config.get_text_config(decoder=True)
     blocks = find_block_list(model, text.num_hidden_layers).blocks
     originals = list(blocks)
     calls: list[Any] = []
     try:
-        for place, block in enumerate(originals):
-            blocks[place] = _Recorder(block, calls)
+        for position, block in enumerate(originals):
+            blocks[position] = _Recorder(block, calls)
         model(ids, use_cache=False)
         stream = None
         for visit in route:
@@ -65,20 +65,20 @@ def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
             if stream is None:
                 first_args, first_kwargs = calls[0]
                 stream = first_args[0] if first_args else first_kwargs["hidden_states"]
-            output = originals[visit.block](*_with(args, stream), **_with_named(kwargs, args, stream))
+            output = originals[visit.block](*_replace_first(args, stream), **_replace_keyword(kwargs, args, stream))
             stream = output[0] if isinstance(output, tuple) else output
         assert stream is not None
-        for place, block in enumerate(originals):
-            blocks[place] = _Replay(block, stream)
+        for position, block in enumerate(originals):
+            blocks[position] = _Replay(block, stream)
         return logits_of(model, ids)
     finally:
-        for place, block in enumerate(originals):
-            blocks[place] = block
+        for position, block in enumerate(originals):
+            blocks[position] = block
 
 
-def _with(args: tuple[Any, ...], stream: torch.Tensor) -> tuple[Any, ...]:
+def _replace_first(args: tuple[Any, ...], stream: torch.Tensor) -> tuple[Any, ...]:
     return (stream.clone(), *args[1:]) if args else ()
 
 
-def _with_named(kwargs: dict[str, Any], args: tuple[Any, ...], stream: torch.Tensor) -> dict[str, Any]:
+def _replace_keyword(kwargs: dict[str, Any], args: tuple[Any, ...], stream: torch.Tensor) -> dict[str, Any]:
     return kwargs if args else {**kwargs, "hidden_states": stream.clone()}

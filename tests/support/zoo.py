@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, built from config with random weights; nothing is downloaded."""
+"""Build tiny models of many architectures from configs, with random weights; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 DEPTH = 6
 VOCAB = 128
 
-# Applied where a config class has the field; families add their own below.
+# Set if a config class has the field; ZOO adds fields for single architectures.
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -88,8 +88,9 @@ ZOO: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": {},
     "deepseek_v3": {
-        "num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_nextn_predict_layers": 0,
+        "num_key_value_heads": 4, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "num_nextn_predict_layers": 0,
     },
     "starcoder2": {},
     "stablelm": {},
@@ -102,7 +103,10 @@ ZOO: dict[str, dict[str, Any]] = {
     "biogpt": {},
     "persimmon": {},
     "mamba": {"state_size": 8},
-    "jamba": {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 3, "attn_layer_offset": 1},
+    "jamba": {
+        "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+    },
     "qwen3_next": {
         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
@@ -115,7 +119,9 @@ ZOO: dict[str, dict[str, Any]] = {
     "gpt2-inverse": {"scale_attn_by_inverse_layer_idx": True},
     "diffllama": {},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 0},
-    "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 8},
+    "recurrent_gemma": {
+        "lru_width": 32, "block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 8,
+    },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "apertus": {},
     "olmo3": {"layer_types": _SLIDING},
@@ -132,10 +138,12 @@ ZOO: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4, "expand": 2},
     "falcon_mamba": {"state_size": 8},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1, 4]},
+    "bamba": {
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1, 4],
+    },
     "granitemoehybrid": {
-        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "layer_types": ["mamba", "attention"] * 3,
-        "shared_intermediate_size": 16,
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4,
+        "layer_types": ["mamba", "attention"] * 3, "shared_intermediate_size": 16,
     },
     "nemotron_h": {
         "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 4, "n_groups": 1,
@@ -155,7 +163,7 @@ ZOO: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(name: str, **overrides: Any) -> Any:
-    """The config of one entry of the zoo."""
+    """Return the config of one entry of the zoo."""
     model_type = name.partition("-")[0]
     config_class = CONFIG_MAPPING[model_type]
     known = set(config_class().to_dict()) | set(config_class.attribute_map)
@@ -169,7 +177,7 @@ def tiny_config(name: str, **overrides: Any) -> Any:
 
 
 def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """One model of the zoo, in float32, evaluation mode, with weights of which none is zero or one."""
+    """Return one model of the zoo in float32 and evaluation mode; noise makes sure that no weight is zero or one."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides))
     with torch.no_grad():
@@ -179,5 +187,5 @@ def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
 
 
 def tokens(batch: int = 2, length: int = 12) -> torch.Tensor:
-    """Token ids, (batch, length)."""
+    """Return random token ids, (batch, length)."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))

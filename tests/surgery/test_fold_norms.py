@@ -1,4 +1,4 @@
-"""Folding norms and centring weights leaves the function, and says what it left."""
+"""Folding norms and centering weights keeps the function, and reports what was not folded."""
 
 from __future__ import annotations
 
@@ -26,25 +26,29 @@ LEFT = {
     "opt-postnorm": 6,
     "mamba": 0,
 }
-SOME = [*sorted(LAYER_NORM), "llama", "llama-tied", "qwen2", "gemma2", "gemma3_text", "mixtral", "gpt_oss", "olmo2", "granite", "jamba", "deepseek_v3", "nemotron", "olmo", "phimoe", "jetmoe", "minimax", "llama4_text", "opt-postnorm", "mamba", "nanochat", "dbrx"]  # fmt: skip
+ARCHITECTURES = [
+    *sorted(LAYER_NORM), "llama", "llama-tied", "qwen2", "gemma2", "gemma3_text", "mixtral", "gpt_oss", "olmo2",
+    "granite", "jamba", "deepseek_v3", "nemotron", "olmo", "phimoe", "jetmoe", "minimax", "llama4_text",
+    "opt-postnorm", "mamba", "nanochat", "dbrx",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(SOME))
+@pytest.mark.parametrize("name", dict.fromkeys(ARCHITECTURES))
 def test_the_function_stays(name: str) -> None:
     model, ids = tiny_model(name), tokens(2, 12)
     before = logits_of(model, ids)
-    done = ls.fold(model, unembedding=False)
+    result = ls.fold(model, unembedding=False)
     torch.testing.assert_close(logits_of(model, ids), before, rtol=0, atol=5e-5)
     other = tiny_model(name)
     ls.fold(other)
     torch.testing.assert_close(logits_of(other, ids).log_softmax(-1), before.log_softmax(-1), rtol=0, atol=5e-5)
-    norms = [what for what in done.not_folded if "norm" in what.rpartition(".")[2] or ".ln" in what]
-    assert len(norms) == LEFT.get(name, 0), done.not_folded
-    assert name in ("nanochat", "olmo", "opt-postnorm") or done.folded
-    assert ("what writes the stream" in done.not_folded) == (not _centres(model))
+    norms = [what for what in result.not_folded if "norm" in what.rpartition(".")[2] or ".ln" in what]
+    assert len(norms) == LEFT.get(name, 0), result.not_folded
+    assert name in ("nanochat", "olmo", "opt-postnorm") or result.folded
+    assert ("what writes the stream" in result.not_folded) == (not _reads_are_mean_free(model))
 
 
-def _centres(model: Any) -> bool:
+def _reads_are_mean_free(model: Any) -> bool:
     from layersurgery.runtime.block_runner import BlockRunner
     from layersurgery.runtime.contributions import reads_are_mean_free
 
@@ -54,9 +58,9 @@ def _centres(model: Any) -> bool:
 def test_what_is_folded_is_gone_from_the_norms() -> None:
     for name in ("gpt2", "llama", "gemma2"):
         model = tiny_model(name)
-        done = ls.fold(model)
-        assert len(done.folded) == 13
-        for path in done.folded:
+        result = ls.fold(model)
+        assert len(result.folded) == 13
+        for path in result.folded:
             norm = model.get_submodule(path)
             gain = fit_norm(norm, 32, torch.zeros(1))
             assert gain is not None
@@ -64,19 +68,25 @@ def test_what_is_folded_is_gone_from_the_norms() -> None:
             assert gain.shift_D.abs().max() == 0
 
 
-def test_what_is_centred_has_no_mean() -> None:
+def test_centered_weights_have_no_mean() -> None:
     model = tiny_model("gpt2")
-    done = ls.fold(model)
+    result = ls.fold(model)
     block = model.transformer.h[2]
     for value in (
-        model.transformer.wte.weight.mean(1), model.transformer.wpe.weight.mean(1), block.attn.c_attn.weight.mean(0), block.mlp.c_fc.weight.mean(0),
-        block.attn.c_proj.weight.mean(1), block.mlp.c_proj.weight.mean(1), block.mlp.c_proj.bias.mean(), model.lm_head.weight.mean(1),
+        model.transformer.wte.weight.mean(1),
+        model.transformer.wpe.weight.mean(1),
+        block.attn.c_attn.weight.mean(0),
+        block.mlp.c_fc.weight.mean(0),
+        block.attn.c_proj.weight.mean(1),
+        block.mlp.c_proj.weight.mean(1),
+        block.mlp.c_proj.bias.mean(),
+        model.lm_head.weight.mean(1),
         model.lm_head.weight.mean(0),
-    ):  # fmt: skip
+    ):
         assert value.abs().max() < 1e-6
-    assert "transformer.wte.weight" in done.centered
-    assert "transformer.h.2.mlp.c_proj.bias" in done.centered
-    assert not done.not_folded
+    assert "transformer.wte.weight" in result.centered
+    assert "transformer.h.2.mlp.c_proj.bias" in result.centered
+    assert not result.not_folded
 
 
 def test_a_tied_unembedding_is_untied_and_the_result_can_be_saved(tmp_path: Path) -> None:
@@ -91,18 +101,18 @@ def test_a_tied_unembedding_is_untied_and_the_result_can_be_saved(tmp_path: Path
     )
 
 
-def test_what_is_left_is_as_it_was_and_named() -> None:
+def test_what_is_not_folded_is_unchanged_and_named() -> None:
     model = tiny_model("gemma2")
-    done = ls.fold(model)
-    assert "a soft-cap" in done.not_folded["mean of lm_head over the vocabulary"]
+    result = ls.fold(model)
+    assert "the soft-cap" in result.not_folded["mean of lm_head over the vocabulary"]
     model = tiny_model("phimoe")
     kept = {
         name: parameter.clone()
         for name, parameter in model.named_parameters()
         if ".experts." in name or "post_attention" in name
     }
-    done = ls.fold(model)
-    assert "has no bias to take its shift" in done.not_folded["model.layers.0.post_attention_layernorm"]
+    result = ls.fold(model)
+    assert "has no bias that can absorb its shift" in result.not_folded["model.layers.0.post_attention_layernorm"]
     assert all(
         torch.equal(kept[name], parameter)
         for name, parameter in model.named_parameters()
@@ -113,7 +123,7 @@ def test_what_is_left_is_as_it_was_and_named() -> None:
 def test_weights_that_are_elsewhere_are_not_folded(tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.lm_head.to("meta")
-    with pytest.raises(ls.UnsupportedEditError, match="load the model into memory"):
+    with pytest.raises(ls.UnsupportedEditError, match="load the whole model into memory"):
         ls.fold(model)
 
 
@@ -137,4 +147,4 @@ def test_gains_are_found_by_running(dtype: torch.dtype, width: int) -> None:
 
 
 def test_the_zoo_is_known() -> None:
-    assert set(SOME) <= set(ZOO)
+    assert set(ARCHITECTURES) <= set(ZOO)

@@ -14,7 +14,14 @@ import layersurgery as ls
 from layersurgery.plans.plan import Plan
 from tests.checkpoints.test_zoo import reload
 from tests.support.reference import logits_along, logits_of
-from tests.support.unsupported import BEAMS_ARE_WRONG, CACHE_IS_WRONG, NEVER, REFUSED, SKIPS, WHOLE
+from tests.support.unsupported import (
+    ALL_UNSUPPORTED,
+    BLOCK_EDITS,
+    SKIP_EDITS,
+    UNSUPPORTED,
+    WRONG_WITH_BEAMS,
+    WRONG_WITH_CACHE,
+)
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 
 SLOW = ("qwen3_5_text",)
@@ -55,8 +62,8 @@ def _comparable(key: str, value: Any) -> bool:
 
 def refused(name: str, plan: str) -> str | None:
     """The words of a refusal in memory; plans of the tests below name blocks like those of the table."""
-    key = plan if plan in WHOLE else "skip-attention 2" if "skip-attention" in plan else "skip-mlp 2"
-    return NEVER.get((name, key))
+    key = plan if plan in BLOCK_EDITS else "skip-attention 2" if "skip-attention" in plan else "skip-mlp 2"
+    return UNSUPPORTED.get((name, key))
 
 
 def test_the_identity_changes_nothing(zoo: tuple[str, Any]) -> None:
@@ -68,7 +75,7 @@ def test_the_identity_changes_nothing(zoo: tuple[str, Any]) -> None:
         assert torch.equal(logits_of(model, tokens()), logits)
 
 
-@pytest.mark.parametrize("plan", [*WHOLE, *SKIPS])
+@pytest.mark.parametrize("plan", [*BLOCK_EDITS, *SKIP_EDITS])
 def test_an_edit_is_the_reference_and_its_undo_is_exact(zoo: tuple[str, Any], plan: str) -> None:
     name, model = zoo
     before, logits = state(model), logits_of(model, tokens())
@@ -78,7 +85,7 @@ def test_an_edit_is_the_reference_and_its_undo_is_exact(zoo: tuple[str, Any], pl
     else:
         with ls.operate(model, plan):
             found = logits_of(model, tokens())
-        if plan in WHOLE:
+        if plan in BLOCK_EDITS:
             assert torch.equal(found, logits_along(model, Plan.parse(plan).route(DEPTH), tokens()))
         assert not torch.equal(found[..., -1, :], logits[..., -1, :])
     assert state(model) == before
@@ -87,14 +94,14 @@ def test_an_edit_is_the_reference_and_its_undo_is_exact(zoo: tuple[str, Any], pl
 
 def test_skipping_both_branches_is_dropping(zoo: tuple[str, Any]) -> None:
     name, model = zoo
-    if (name, "drop 0") in NEVER and name != "rwkv":
+    if (name, "drop 0") in UNSUPPORTED and name != "rwkv":
         return
     with ls.operate(model, "drop 2"):
         dropped = logits_of(model, tokens())
-    for plan in SKIPS:
+    for plan in SKIP_EDITS:
         if refused(name, plan):
             continue
-        other = next(skip for skip in SKIPS if skip != plan)
+        other = next(skip for skip in SKIP_EDITS if skip != plan)
         with ls.operate(model, plan):
             if refused(name, other):
                 continue
@@ -109,7 +116,7 @@ def test_without_attention_no_token_sees_another(zoo: tuple[str, Any]) -> None:
     blocks = ls.anatomy(model)
     mixing = [number for number in range(DEPTH) if blocks.parts(number).attention_skips]
     if len(mixing) < DEPTH and name != "nemotron_h":
-        assert ("skip-attention 2") in [plan for other, plan in NEVER if other == name]
+        assert ("skip-attention 2") in [plan for other, plan in UNSUPPORTED if other == name]
         return
     other = tokens()
     other[:, :-1] = tokens().flip(1)[:, :-1]
@@ -134,33 +141,38 @@ def padded() -> torch.Tensor:
 
 
 def caches_agree(model: Any, name: str) -> bool:
-    """Whether text with a cache is the text without one: plain, padded on the left, with beams, and with a static cache."""
+    """Return whether text is the same with and without a cache: plain, left-padded, with beams, with a static cache."""
     with_cache, without = generated(model, use_cache=True), generated(model, use_cache=False)
     same = [torch.equal(with_cache[0], without[0]), torch.allclose(with_cache[1], without[1], atol=1e-4)]
     one, other = (generated(model, use_cache=cache, attention_mask=padded())[1] for cache in (True, False))
     same.append(torch.allclose(one, other, atol=1e-4))
-    if name not in BEAMS_ARE_WRONG:
+    if name not in WRONG_WITH_BEAMS:
         same.append(torch.equal(*(generated(model, use_cache=cache, num_beams=3)[0] for cache in (True, False))))
     # With alibi, transformers' Falcon does not fit a static cache.
     if model._can_compile_fullgraph and name != "falcon-alibi":
         static = model.generate(
-            tokens(2, 9), max_new_tokens=6, do_sample=False, cache_implementation="static", disable_compile=True, pad_token_id=0,
+            tokens(2, 9),
+            max_new_tokens=6,
+            do_sample=False,
+            cache_implementation="static",
+            disable_compile=True,
+            pad_token_id=0,
             eos_token_id=None,
-        )  # fmt: skip
+        )
         same.append(torch.equal(static, without[0]))
     return all(same)
 
 
 def test_the_table_of_wrong_caches_is_right(zoo: tuple[str, Any]) -> None:
     name, model = zoo
-    assert caches_agree(model, name) is (name not in CACHE_IS_WRONG)
+    assert caches_agree(model, name) is (name not in WRONG_WITH_CACHE)
 
 
 @pytest.mark.parametrize("plan", GENERATING)
 def test_text_with_a_cache_is_text_without(zoo: tuple[str, Any], plan: str) -> None:
     name, model = zoo
-    if name in CACHE_IS_WRONG:
-        pytest.skip(CACHE_IS_WRONG[name])
+    if name in WRONG_WITH_CACHE:
+        pytest.skip(WRONG_WITH_CACHE[name])
     if name in SLOW and plan not in GENERATING[::3]:
         pytest.skip("its linear attention takes seconds a text without its own kernels")
     before, logits = state(model), logits_of(model, tokens())
@@ -185,8 +197,10 @@ def test_a_kept_edit_saves_and_reloads_and_is_what_the_disk_path_writes(
     model.save_pretrained(tmp_path / "source")
     logits = logits_of(model, tokens())
     before = state(model)
-    single = plan if plan in WHOLE else next((skip for skip in SKIPS if skip in plan), plan)
-    words = REFUSED.get((name, single)) or REFUSED.get((name, "repeat 2:4") if "repeat" in plan else ("", ""))
+    single = plan if plan in BLOCK_EDITS else next((skip for skip in SKIP_EDITS if skip in plan), plan)
+    words = ALL_UNSUPPORTED.get((name, single)) or ALL_UNSUPPORTED.get(
+        (name, "repeat 2:4") if "repeat" in plan else ("", "")
+    )
     if words:
         with pytest.raises(ls.UnsupportedEditError, match=words):
             ls.operate_(model, plan)

@@ -178,7 +178,9 @@ def test_edits_of_an_edited_model() -> None:
 
 def test_families_leave_out_what_an_architecture_cannot_do_and_say_so() -> None:
     model = tiny_model("nemotron_h")
-    with pytest.warns(UserWarning, match=r"\d edits are left out, 'skip-attention \d' first: .* has no attention"):
+    with pytest.warns(
+        UserWarning, match=r"\d edits are not measured; the first of them is 'skip-attention \d': .* has no attention"
+    ):
         frame = ls.sweep(model, "skip-attention", tokens())
     assert list(frame.plan[1:]) == [
         f"skip-attention {block}" for block in range(DEPTH) if f"skip-attention {block}" in set(frame.plan)
@@ -246,7 +248,7 @@ def test_what_is_no_number_is_not_averaged_away() -> None:
     with torch.no_grad():
         # Harmless at its own place, where the stream is small; behind block 2 it overflows.
         model.model.layers[5].mlp.down_proj.weight.mul_(math.nan)
-    with pytest.raises(ls.MeasurementError, match="LlamaForCausalLM's own predictions are no numbers"):
+    with pytest.raises(ls.MeasurementError, match="LlamaForCausalLM, unedited, returns NaN or infinite logits"):
         ls.sweep(model, "drop 1", tokens())
     blind = tiny_model("llama")
     blind.model.layers[3].register_forward_pre_hook(_nan_if_shifted(blind), with_kwargs=True)
@@ -308,7 +310,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
         return record(self, inputs, keep, *more)
 
     monkeypatch.setattr(BlockRunner, "record", crowded)
-    with pytest.warns(UserWarning, match="memory ran out with 3 sequences at once; going on with 1"):
+    with pytest.warns(UserWarning, match="memory ran out with 3 sequences at once; continuing with 1"):
         assert close(ls.sweep(model, "drop", tokens(6)), meant)
     assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
     monkeypatch.setattr(
@@ -317,7 +319,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
     with (
         warnings.catch_warnings(action="ignore"),
         pytest.raises(
-            ls.MeasurementError, match="memory does not suffice for one sequence of 12 tokens: take a shorter --context"
+            ls.MeasurementError, match="memory is too small for one sequence of 12 tokens: use a shorter --context"
         ),
     ):
         ls.sweep(model, "drop", tokens(6))
@@ -346,7 +348,7 @@ def test_a_batch_in_parts_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     measurer.max_sequences = 4
     rows: dict[tuple[int, ...], torch.Tensor] = {}
     shares: list[float] = []
-    with pytest.warns(UserWarning, match="going on with 1"):
+    with pytest.warns(UserWarning, match="continuing with 1"):
         found = measurer.measure(ids, mask, lambda rows_, metrics: rows.update({tuple(rows_): metrics}), shares.append)
     assert measurer.max_sequences == 1
     assert found.counts == meant.counts
