@@ -92,7 +92,8 @@ def probe_in(
     )
     console.log(
         f"Found {window_facts['class_windows_found']:,} windows followed by one of them in {searched}; "
-        f"using {total // 2} that do not overlap, and as many followed by another token: {window_facts['training']} for training, "
+        f"using {total // 2} that do not overlap, and as many followed by another token: "
+        f"{window_facts['training']} for training, "
         f"{window_facts['held_out']} held out"
     )
 

@@ -1,7 +1,7 @@
 """Connect several processes that measure one text together, so that they can exchange their results.
 
-Processes are started by `accelerate launch` or torchrun, and found by accelerate. The messages are small (the sums of a batch and, with
-`--per-token`, its rows) and are sent over gloo, whatever devices the processes compute on.
+Processes are started by `accelerate launch` or torchrun, and found by accelerate. The messages are small (the sums of a
+batch and, with `--per-token`, its rows) and are sent over gloo, whatever devices the processes compute on.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def _refuse_lost_process() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostProcessError(
-            f"another process of this run has ended ({str(error).strip().partition(chr(10))[0]}). The results so far are kept: "
-            "run the same command again to resume, with any number of processes"
+            f"another process of this run has ended ({str(error).strip().partition(chr(10))[0]}). "
+            "The results so far are kept: run the same command again to resume, with any number of processes"
         ) from error
 
 
@@ -173,7 +173,8 @@ def chunked(items: list[T], size: int) -> Iterator[list[T]]:
 def own_devices(group: ProcessGroup, devices: int) -> range:
     """Return the numbers of the GPUs that this process uses.
 
-    The GPUs of a machine are divided among its processes. If there are fewer GPUs than processes, several processes share one.
+    The GPUs of a machine are divided among its processes. If there are fewer GPUs than processes, several processes
+    share one.
 
     Args:
         group: the processes.

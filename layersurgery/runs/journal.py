@@ -1,7 +1,7 @@
 """Store the measured batches of a run in an append-only file, so that a run that is killed at any moment can resume.
 
-Each record holds one batch and its checksum, and is on the disk when `append` returns. Reading stops at a truncated record and skips a
-damaged one. In both cases the batch is measured again.
+Each record holds one batch and its checksum, and is on the disk when `append` returns. Reading stops at a truncated
+record and skips a damaged one. In both cases the batch is measured again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Write a table with a row for each token and model: one file per batch during the run, joined into one table at its end."""
+"""Write a table with a row for each token and model.
+
+During the run, each batch is one file. At the end, the files are joined into one table.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,10 @@ def _make_decoder(tokenizer: Any) -> Any:
 
 
 def join_parts(parts: Sequence[Path], path: Path) -> None:
-    """Join the batches' files into one table, with one row group for each batch, so that one batch at a time is in memory."""
+    """Join the batches' files into one table, with one row group for each batch.
+
+    Only one batch is in memory at a time.
+    """
     with atomic_file(path) as partial:
         schema = pq.read_schema(parts[0])
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:

@@ -90,8 +90,8 @@ def open_run(
         command: the command line to record in a new run.
 
     Raises:
-        OutputError: the directory contains something else, or a run with other arguments (the message names them), or another process
-            is writing to it.
+        OutputError: the directory contains something else, or a run with other arguments (the message names them), or
+            another process is writing to it.
     """
     arguments = json.loads(json.dumps(arguments))
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):

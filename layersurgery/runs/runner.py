@@ -34,7 +34,8 @@ class Progress:
     """Progress of a run.
 
     Attributes:
-        sequences: number of sequences measured so far, including those of an interrupted run; fractional within a batch.
+        sequences: number of sequences measured so far, including those of an interrupted run; fractional within a
+            batch.
         total: number of all sequences.
         table: returns the results so far; None within a batch.
     """
@@ -140,7 +141,8 @@ def run_measurement(
         The table of results.
 
     Raises:
-        MeasurementError: the unedited model returns NaN or infinite logits, memory is too small, or another process has ended.
+        MeasurementError: the unedited model returns NaN or infinite logits, memory is too small, or another process has
+            ended.
         OutputError: the directory cannot be written. The measured batches are kept.
     """
     group = group or SingleProcess()
@@ -261,7 +263,8 @@ class _Work:
     def missing(self) -> list[int]:
         """Return the batches to measure.
 
-        They are the batches without a record, and those without their file of rows for each token if such rows are wanted.
+        They are the batches without a record, and those without their file of rows for each token if such rows are
+        wanted.
         """
         for batch, record in self.journal.records.items():
             if not self.per_token or not any(record.counts) or is_complete(self.part_path(batch)):
@@ -288,7 +291,10 @@ class _Work:
         self.report_progress(self.measured(), table=True)
 
     def finish(self, draw: Draw | None) -> pd.DataFrame:
-        """Write the results, then mark the run as finished, then remove temporary files. In this order, a kill loses nothing."""
+        """Write the results, then mark the run as finished, then remove temporary files.
+
+        In this order, a run that is killed loses nothing.
+        """
         frame, files = self.output.write(self.run.directory, self.journal)
         if self.per_token:
             paths = [self.part_path(batch) for batch in range(self.batches)]
@@ -326,7 +332,8 @@ class _Work:
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             },
             "text": {
-                "fingerprint": text.fingerprint, "tokens": text.tokens, "sequences": sequences, "length": length, "notes": text.notes,
+                "fingerprint": text.fingerprint, "tokens": text.tokens, "sequences": sequences, "length": length,
+                "notes": text.notes,
             },
             "schedule": {
                 "order": measurer.schedule.name,
@@ -343,7 +350,8 @@ class _Work:
             "seconds": round(seconds, 3),
             "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),
             "machine": {
-                "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "threads": torch.get_num_threads(),
+                "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+                "threads": torch.get_num_threads(),
             },
         }  # fmt: skip
 

@@ -63,8 +63,8 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
 
     Args:
         directory: the output directory of the run.
-        table: name of the table ("lens", "attention", ...); by default the run's first table. The table "stages" has the boundaries
-            between stages in `frame.attrs["boundaries"]`.
+        table: name of the table ("lens", "attention", ...); by default the run's first table. The table "stages" has
+            the boundaries between stages in `frame.attrs["boundaries"]`.
 
     Returns:
         The table.

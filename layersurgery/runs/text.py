@@ -1,7 +1,7 @@
 """Read text from Python's help, local files or the Hugging Face Hub, and tokenize it into sequences.
 
-The same arguments give the same tokens on any machine, and a fingerprint shows whether they did. (Python's help differs slightly
-between versions of Python.)
+The same arguments give the same tokens on any machine, and a fingerprint shows whether they did. (Python's help differs
+slightly between versions of Python.)
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ class TextRequest:
     """Request for text.
 
     Attributes:
-        data: "pydoc", a file (.txt or .jsonl, also compressed as .zst or .gz, or .parquet), a directory of such files, or the id of
-            a Hub dataset ("id:configuration" if it has several configurations).
+        data: "pydoc", a file (.txt or .jsonl, also compressed as .zst or .gz, or .parquet), a directory of such files,
+            or the id of a Hub dataset ("id:configuration" if it has several configurations).
         tokens: number of tokens; rounded up to whole contexts.
         context: largest number of tokens of one sequence.
         split: split of the Hub dataset.
         column: the column that contains the text, for tables.
-        pack: join documents with the end-of-text token and cut them into contexts; otherwise each document is one sequence.
+        pack: join documents with the end-of-text token and cut them into contexts; otherwise each document is one
+            sequence.
         bos: begin each context with the tokenizer's beginning-of-text token.
-        shuffle: take contexts in random order instead of from the start; None means yes for a Hub dataset, no for other text.
+        shuffle: take contexts in random order instead of from the start; None means yes for a Hub dataset, no for other
+            text.
         seed: seed for shuffling.
     """
 
@@ -239,7 +241,8 @@ def check_data(request: TextRequest) -> None:
     """Check that the requested data can exist, before anything is loaded.
 
     Raises:
-        SourceError: there is no such file or directory, its format is not supported, or the name is not a Hub dataset id.
+        SourceError: there is no such file or directory, its format is not supported, or the name is not a Hub dataset
+            id.
     """
     if request.data == PYDOC:
         return

@@ -1,9 +1,9 @@
 """Record the attention weights of tokens on the tokens before them while the model runs.
 
 The kernel that scaled_dot_product_attention chooses takes queries, keys and a mask, and returns for each query the
-log-sum-exp of its scores over all keys. A few attention weights can therefore be computed from queries and keys alone: a
-tokens x tokens matrix is never in memory, and the model's own output does not change, because its own kernel computes it. If
-a model computes the matrix of weights itself (eager attention), the weights are read from that matrix.
+log-sum-exp of its scores over all keys. A few attention weights can therefore be computed from queries and keys alone:
+a tokens x tokens matrix is never in memory, and the model's own output does not change, because its own kernel computes
+it. If a model computes the matrix of weights itself (eager attention), the weights are read from that matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .float32_matmul import float32_products
 REACH = 5
 _CHUNK = 32
 _aten = torch.ops.aten
-# For each kernel, the positions of two arguments: the mask, and the flag that requests log-sum-exp. None: not positional.
+# For each kernel, the positions of two arguments: the mask, and the flag that requests log-sum-exp. None: not
+# positional.
 _KERNELS: dict[Any, tuple[int | None, int | None]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default: (None, None),
     _aten._scaled_dot_product_flash_attention.default: (None, None),
@@ -40,8 +41,8 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
         reach: number of previous tokens.
 
     Attributes:
-        weights_BTK: attention weights summed over heads, (batch, tokens, reach), float32. Index k - 1 holds the weight of the
-            token k positions before. None until a kernel has run.
+        weights_BTK: attention weights summed over heads, (batch, tokens, reach), float32. Index k - 1 holds the weight
+            of the token k positions before. None until a kernel has run.
         heads: number of heads in the sum.
         unknown: names of kernels from which attention weights cannot be computed.
     """
@@ -83,7 +84,7 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
         return output
 
     def _record_softmax(self, weights: torch.Tensor) -> None:
-        """Record a softmax over (batch, heads, queries, keys); some models add one column for a sink that is not a token."""
+        """Record a softmax over (batch, heads, queries, keys); some models add a column for a sink (not a token)."""
         if (
             weights.dim() < 3
             or weights.shape[-2] != self.tokens
@@ -126,8 +127,8 @@ class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-cal
     """Context that keeps, for each head, the attention weights of the last token on every token.
 
     Attributes:
-        last_BHT: one float32 tensor for each kernel call, (batch, heads, tokens), or (batch * heads, 1, tokens) if the kernel
-            merges batch and heads.
+        last_BHT: one float32 tensor for each kernel call, (batch, heads, tokens), or (batch * heads, 1, tokens) if the
+            kernel merges batch and heads.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -174,8 +175,8 @@ def banded_attention(
         query_BHTC: queries, (batch, heads, tokens, channels).
         key_BHTC: keys, with as many heads as the queries, or with fewer heads that several query heads share.
         lse_BHT: log-sum-exp of each query's scores over all keys.
-        mask: the kernel's mask, (batch or 1, heads or 1, tokens, tokens): bool, or numbers that are added to the scores. None
-            means causal attention.
+        mask: the kernel's mask, (batch or 1, heads or 1, tokens, tokens): bool, or numbers that are added to the
+            scores. None means causal attention.
         scale: factor of the scores.
         reach: number of keys before the query's own.
 
@@ -202,7 +203,8 @@ def _chunked_scores(query_BHTC: torch.Tensor, key_BHTC: torch.Tensor, reach: int
     """Multiply chunks of queries with the keys near them.
 
     Returns:
-        Scores, float32, (batch, heads, chunks, queries of a chunk, keys that start `reach` before the chunk's first query).
+        Scores, float32, (batch, heads, chunks, queries of a chunk, keys that start `reach` before the chunk's first
+        query).
     """
     batch, heads, tokens, channels = query_BHTC.shape
     chunks = -(-tokens // _CHUNK)

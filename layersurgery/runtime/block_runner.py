@@ -1,8 +1,8 @@
 """Call a model's blocks one by one, in any order, each with its own recorded arguments.
 
-The model's own forward runs once. During it, wrappers in the list of blocks record each block's arguments (mask, positions
-and rotary embedding, which may differ between blocks). The list is restored before any block is called by hand. No forward
-hooks are used.
+The model's own forward runs once. During it, wrappers in the list of blocks record each block's arguments (mask,
+positions and rotary embedding, which may differ between blocks). The list is restored before any block is called by
+hand. No forward hooks are used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class CallConvention:
 
     Attributes:
         stream: the argument that holds the residual stream.
-        extra_outputs: values that the block returns after the stream, if it returns a tuple or list; None if it returns the
-            stream itself.
+        extra_outputs: values that the block returns after the stream, if it returns a tuple or list; None if it returns
+            the stream itself.
         overwrites: whether the block adds to its input in place.
     """
 
@@ -48,7 +48,8 @@ class ForwardRecord:
 
     Attributes:
         arguments: each block's arguments, without the stream.
-        states: the requested residual streams by number: k is the input of block k, `depth` is the output of the last block.
+        states: the requested residual streams by number: k is the input of block k, `depth` is the output of the last
+            block.
         last_block: the residual stream before and after the block that just ran, available while its context
             (`AroundBlock`) exits.
     """
@@ -113,8 +114,9 @@ class BlockRunner:
             for tensor in _tensors([value for where, value in observer.arguments() if where != observer.where]):
                 if (source := earlier.get((tensor.data_ptr(), tensor.shape))) is not None:
                     raise UnsupportedEditError(
-                        f"{type(self.model).__name__}: block {source} hands block {number} more than the residual stream "
-                        f"(a tensor of shape {tuple(tensor.shape)}), so the blocks cannot be run in another order"
+                        f"{type(self.model).__name__}: block {source} hands block {number} more than the residual "
+                        f"stream (a tensor of shape {tuple(tensor.shape)}), so the blocks cannot be run in another "
+                        "order"
                     )
             extra_outputs = observer.output[1:] if isinstance(observer.output, tuple | list) else ()
             earlier |= {

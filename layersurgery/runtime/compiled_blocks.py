@@ -1,9 +1,10 @@
 """Compile blocks with torch, and check that each compiled block equals the original before using it.
 
-Norms, rotary embeddings and gates take many passes over the stream; compiled, they take few. Blocks of one kind share one
-compiled function, because their parameters are its arguments. Each input shape gets its own function: a function for all
-shapes would depend on the shape that came first, and so would the last digits of a resumed run. CUDA graphs are not used:
-they reuse the same output memory at each call, and with thousands of tokens at once kernel launches cost little.
+Norms, rotary embeddings and gates take many passes over the stream; compiled, they take few. Blocks of one kind share
+one compiled function, because their parameters are its arguments. Each input shape gets its own function: a function
+for all shapes would depend on the shape that came first, and so would the last digits of a resumed run. CUDA graphs are
+not used: they reuse the same output memory at each call, and with thousands of tokens at once kernel launches cost
+little.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Capture what each branch of a block adds to the residual stream while the block runs.
 
-The output of a branch's module may differ from what the block adds to the stream: a norm or a multiplier may follow it, or
-the module may add the residual itself. So every block is run once on random numbers, and its change of the stream is
-explained as a weighted sum of its branches' outputs. If the sum does not explain the change, the block gets an error and is
-not captured.
+The output of a branch's module may differ from what the block adds to the stream: a norm or a multiplier may follow it,
+or the module may add the residual itself. So every block is run once on random numbers, and its change of the stream is
+explained as a weighted sum of its branches' outputs. If the sum does not explain the change, the block gets an error
+and is not captured.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ class _ContributionProbe(ModuleWrapper):
         convention = runner.conventions[self._number]
         call = Call("", args, kwargs)
         stream = random_like(call[convention.stream], 7)
-        # The stream is small compared with what the block adds, so that the sum of both rounds off little of the addition.
+        # The stream is small compared with what the block adds, so that the sum of both rounds off little of the
+        # addition.
         stream = (stream * (_PROBE_STD / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
         call_args, call_kwargs = call.with_argument(convention.stream, stream)
 
@@ -290,11 +291,12 @@ def capture_contributions(
 
     Args:
         block: the block.
-        capture_points: each capture point with the function that is called with its contribution. If the module adds the
-            residual itself, the residual is subtracted first.
+        capture_points: each capture point with the function that is called with its contribution. If the module adds
+            the residual itself, the residual is subtracted first.
         mixers: paths of the modules whose attention is recorded.
         on_attention: called with the recorder of each mixer after the mixer has run; None to record no attention.
-        shape: (batch, tokens) of the stream, or a function that returns it, or returns None while nothing is to be captured.
+        shape: (batch, tokens) of the stream, or a function that returns it, or returns None while nothing is to be
+            captured.
         recorder_class: the class that records attention.
     """
     point_by_path = {point.path: (point, on_value) for point, on_value in capture_points}

@@ -1,8 +1,8 @@
 """Tune the process for heavy CPU work: reuse freed memory, and use no more threads than the container's CPU limit.
 
-By default, glibc allocates a tensor of several megabytes as a new mapping, and the kernel fills it with zeros page by page
-each time. That took a fifth of a block's time in float32, and a third in bfloat16. Inside `reuse_cpu_memory`, freed memory is
-used for the next tensor.
+By default, glibc allocates a tensor of several megabytes as a new mapping, and the kernel fills it with zeros page by
+page each time. That took a fifth of a block's time in float32, and a third in bfloat16. Inside `reuse_cpu_memory`,
+freed memory is used for the next tensor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _DEFAULT_THRESHOLDS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 def reuse_cpu_memory() -> Iterator[None]:
     """Reuse freed memory for new tensors inside the context, and return unused memory to the system at its end.
 
-    The number of threads is also reduced to the container's CPU limit, because more threads would wait for each other. Memory
-    settings are not changed without glibc, or if environment variables tune malloc.
+    The number of threads is also reduced to the container's CPU limit, because more threads would wait for each other.
+    Memory settings are not changed without glibc, or if environment variables tune malloc.
     """
     libc = _glibc()
     threads, cpu_limit = torch.get_num_threads(), cgroup_cpu_limit()

@@ -76,7 +76,9 @@ def read_max_memory(text: str) -> MaxMemory:
 
 
 def local_device(device: int | str, own_gpus: Sequence[int]) -> int | str:
-    """Translate a device of one of several processes: its GPU 0 is the first of its own GPUs. Other devices stay as they are.
+    """Translate the device of one of several processes: its GPU 0 is the first of its own GPUs.
+
+    A device that is not a GPU stays as it is.
 
     >>> from layersurgery.runtime.device_map import local_device
     >>> [local_device(device, range(4, 6)) for device in (1, "cuda:0", "cuda", "disk")]
@@ -91,8 +93,8 @@ def local_device(device: int | str, own_gpus: Sequence[int]) -> int | str:
     gpu_index = int(match[2] or 0)
     if gpu_index >= len(own_gpus):
         raise PlanError(
-            f"GPU {gpu_index} is requested, but each process has {len(own_gpus)} of this machine's GPUs (numbered from 0 in each "
-            "process): start fewer processes"
+            f"GPU {gpu_index} is requested, but each process has {len(own_gpus)} of this machine's GPUs "
+            "(numbered from 0 in each process): start fewer processes"
         )
     return f"cuda:{own_gpus[gpu_index]}" if match[1] else own_gpus[gpu_index]
 
@@ -101,7 +103,8 @@ def describe(devices: dict[str, Any], blocks: str) -> str:
     """Describe a device map in words: the number of blocks on each device, and the devices of the rest.
 
     >>> from layersurgery.runtime.device_map import describe
-    >>> describe({"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "disk", "lm_head": "disk"}, "model.layers")
+    >>> devices = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "disk", "lm_head": "disk"}
+    >>> describe(devices, "model.layers")
     '1 block on 0, 1 on disk; the rest on 0 and disk'
     """
     block_name = re.compile(rf"{re.escape(blocks)}\.\d+")

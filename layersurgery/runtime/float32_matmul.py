@@ -16,7 +16,8 @@ def matmul(
 ) -> torch.Tensor:
     """Compute scale * (x w^T + bias), (tokens, C), with float32 sums and a float32 result, whatever the factors' dtype.
 
-    Half-precision factors are passed to the matrix units unchanged, which is exact: only rounding the sums would lose digits.
+    Half-precision factors are passed to the matrix units unchanged, which is exact: only rounding the sums would lose
+    digits.
     """
     same_dtype = x_TD.dtype == w_CD.dtype
     if same_dtype and x_TD.is_cuda and x_TD.dtype in (torch.bfloat16, torch.float16):
@@ -40,8 +41,8 @@ def probability_times_weights(p_TC: torch.Tensor, w_CD: torch.Tensor) -> torch.T
     """Compute p w in float32, (T, D), for float32 probabilities p.
 
     Rounding p to half precision would change KL by thousandths of a nat. On CUDA, p is split into a sum of three
-    half-precision numbers that represent it: three products on the matrix units, instead of one float32 product that is many
-    times slower.
+    half-precision numbers that represent it: three products on the matrix units, instead of one float32 product that is
+    many times slower.
     """
     if not (w_CD.is_cuda and w_CD.dtype in (torch.bfloat16, torch.float16)):
         return p_TC @ w_CD.float()

@@ -16,7 +16,7 @@ from ..models.block_list import text_config, unwrap_transformers
 def as_tokens(
     tokens: torch.Tensor | Sequence[Sequence[int]], attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convert token ids and their mask (1 for a token, 0 for padding) to int64 tensors of (sequences, length) on the CPU.
+    """Convert token ids and their mask (1 for a token, 0 for padding) to int64 tensors on the CPU, (sequences, length).
 
     Raises:
         PlanError: the shapes are wrong, or no position has a next token.

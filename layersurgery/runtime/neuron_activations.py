@@ -90,8 +90,8 @@ def capture_neurons(runner: BlockRunner, wanted: Mapping[Projection, OnActivatio
 
     Args:
         runner: the model's blocks.
-        wanted: the projections, each with the function that is called with its input: (..., neurons), in the model's dtype,
-            one row for each token.
+        wanted: the projections, each with the function that is called with its input: (..., neurons), in the model's
+            dtype, one row for each token.
     """
     slots, wrappers = [], []
     for projection, on_activations in wanted.items():

@@ -1,8 +1,9 @@
 """Load offloaded weights once for many calls of a module.
 
-accelerate keeps a module's weights in main memory or on disk; its hook on the module loads them before each call and frees
-them afterwards. That is one transfer for each call, but a sweep calls a block for many edited models. Here the same hooks load
-a block's weights once, and the weights stay until they are unloaded. Until then the hooks only move inputs between devices.
+accelerate keeps a module's weights in main memory or on disk; its hook on the module loads them before each call and
+frees them afterwards. That is one transfer for each call, but a sweep calls a block for many edited models. Here the
+same hooks load a block's weights once, and the weights stay until they are unloaded. Until then the hooks only move
+inputs between devices.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def own_tensors(module: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
 def offloaded_outside_blocks(model: nn.Module, blocks: nn.ModuleList) -> list[nn.Module]:
     """List the modules outside the blocks that have offloaded weights: embedding, final norm, unembedding.
 
-    Some of them contain the blocks and also have a tensor of their own, so only their own tensors must be loaded (`loaded`).
+    Some of them contain the blocks and also have a tensor of their own, so only their own tensors must be loaded
+    (`loaded`).
     """
     inside = {id(module) for module in blocks.modules()}
     return [

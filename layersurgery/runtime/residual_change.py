@@ -1,7 +1,7 @@
 """Measure how much blocks change the direction of the residual stream.
 
-Two cheap importance scores of a block use it: block influence (Men et al., ShortGPT, arXiv 2403.03853, equation 1), and the
-angular distance over a span of blocks (Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers,
+Two cheap importance scores of a block use it: block influence (Men et al., ShortGPT, arXiv 2403.03853, equation 1), and
+the angular distance over a span of blocks (Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers,
 arXiv 2403.17887, equation 4).
 Suffixes of names give shapes: B sequences, T tokens, D width.
 """

@@ -1,7 +1,7 @@
 """Compute logits from the residual stream: final norm, unembedding, then the model's scale and soft-cap.
 
-There are two readouts. The model's own head works for every model. The fast readout multiplies with the unembedding's weight,
-so that the vocabulary can be processed in tiles; it is used only if it was shown equal to the model's own head.
+There are two readouts. The model's own head works for every model. The fast readout multiplies with the unembedding's
+weight, so that the vocabulary can be processed in tiles; it is used only if it was shown equal to the model's own head.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Readout(Protocol):
 
     @property
     def rows(self) -> int | None:
-        """Return how many tokens are read at once over the whole vocabulary; None if the vocabulary is read in tiles."""
+        """Return how many tokens are read at once; None if the vocabulary is read in tiles instead."""
 
     @property
     def description(self) -> str:
@@ -57,12 +57,15 @@ class Readout(Protocol):
         """Return the logits of a slice of the vocabulary, float32, (tokens, stop - start)."""
 
     def mean_weight_row(self, p_TC: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return sum_v p_v (d logit_v / d x) over a slice of the vocabulary, float32, (tokens, width); affine readouts only."""
+        """Return sum_v p_v (d logit_v / d x) over a slice of the vocabulary, float32, (tokens, width).
+
+        Only an affine readout has it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class ModelHead:
-    """Readout by the model's own forward with its blocks skipped: the whole vocabulary at once, a few tokens at a time."""
+    """Readout by the model's own forward with its blocks skipped, a few tokens at a time over the whole vocabulary."""
 
     runner: BlockRunner
     vocabulary: int
@@ -86,7 +89,9 @@ class ModelHead:
 
 @dataclass(frozen=True, slots=True)
 class Unembedding:
-    """Readout by a linear map of the normalized stream with float32 sums, then a scale and a soft-cap: cap * tanh(logit / cap).
+    """Readout by a linear map of the normalized stream with float32 sums, then a scale and a soft-cap.
+
+    The soft-cap is cap * tanh(logit / cap).
 
     Attributes:
         runner: the model's blocks.
@@ -184,7 +189,8 @@ def find_readout(runner: BlockRunner, *, use_model_head: bool = False) -> Readou
         use_model_head: return the model's own head in any case.
 
     Raises:
-        UnsupportedEditError: the model does not return logits for each token, or its logits at one position depend on others.
+        UnsupportedEditError: the model does not return logits for each token, or its logits at one position depend on
+            others.
     """
     with runner.inference_mode():
         probe = _probe(runner)
@@ -202,7 +208,8 @@ def _check_head_logits(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor
     """Return the logits of the model's own head after checking that they can be read token by token.
 
     Raises:
-        UnsupportedEditError: the model does not return logits for each token, or its logits at one position depend on others.
+        UnsupportedEditError: the model does not return logits for each token, or its logits at one position depend on
+            others.
     """
     name = type(unwrap_transformers(runner.model)).__name__
     try:
@@ -223,14 +230,19 @@ def _check_head_logits(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor
     partial, expected = (values.nan_to_num(0, 0, 0) for values in (head_logits(runner, probe[:, ::2]), logits[:, ::2]))
     if not _is_close(partial, expected, TOLERANCE.get(probe.dtype, 3e-2)):
         raise UnsupportedEditError(
-            f"{name}: after its last block, the logits at one position depend on other positions, so the model cannot be "
-            "read token by token"
+            f"{name}: after its last block, the logits at one position depend on other positions, so the model "
+            "cannot be read token by token"
         )
     return logits
 
 
 def head_logits(runner: BlockRunner, stream: torch.Tensor) -> torch.Tensor:
-    """Compute logits (batch, length, vocabulary) from a final residual stream (batch, length, width) by the model's own head."""
+    """Compute logits, (batch, length, vocabulary), with the model's own head.
+
+    Args:
+        runner: the model's blocks.
+        stream: residual stream after the last block, (batch, length, width).
+    """
     ids = torch.full(stream.shape[:2], 1)  # any token: its embedding is not used
     with runner.with_final_stream(stream):
         logits: torch.Tensor = runner.model(**model_inputs(runner.model, ids, torch.ones_like(ids))).logits
@@ -286,7 +298,8 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
     x = intercept.received
     if x is None or x.shape[:2] != probe.shape[:2] or x.shape[-1] != matrix.shape[1]:
         return None
-    # The same operation on the same numbers is equal to the last bit; if not, the module does more (an adapter, for example).
+    # The same operation on the same numbers is equal to the last bit; if not, the module does more (an adapter, for
+    # example).
     if not torch.equal(module(x), functional.linear(x, matrix, bias)):
         return None
     shape = _fit_scale_and_cap(runner, probe, matrix.shape[0], tolerance)

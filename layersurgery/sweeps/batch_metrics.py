@@ -25,7 +25,8 @@ class BatchResult:
 
     Attributes:
         counts: number of positions measured in each sequence.
-        values: sums over these positions, (sequences, rows, len(METRICS)). Row 0 is the unedited model, the others are the variants.
+        values: sums over these positions, (sequences, rows, len(METRICS)). Row 0 is the unedited model, the others are
+            the variants.
         observed: counts and sums of the observer, (sequences, the observer's size).
         calls: number of block calls.
         states_at_peak: largest number of residual streams that were in memory together.
@@ -128,7 +129,8 @@ def check_readout(runner: BlockRunner, readout: Readout, ids: torch.Tensor, mask
     read_logits = torch.cat(
         [readout.logits_tile(x[rows], 0, readout.vocabulary) for rows in tiled.rows_of(readout, len(x))]
     )
-    # Some models keep the stream in float32, multiply in half precision, and return float32 logits. So the coarsest dtype counts.
+    # Some models keep the stream in float32, multiply in half precision, and return float32 logits. So the coarsest
+    # dtype counts.
     dtypes = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
     tolerance = max(TOLERANCE.get(dtype, 3e-2) for dtype in dtypes | {model_logits.dtype})
     model_logits = model_logits.float()
@@ -137,6 +139,6 @@ def check_readout(runner: BlockRunner, readout: Readout, ids: torch.Tensor, mask
     error = torch.where(comparable, read_logits.to(model_logits.device) - model_logits, 0).abs().amax(-1)
     if bool((error > tolerance * torch.where(comparable, model_logits, 0).abs().amax(-1)).any()):
         raise MeasurementError(
-            f"{type(runner.model).__name__}: the logits read from the stream after its last block differ from the model's "
-            f"own logits by up to {float(error.max()):.3g}, so its earlier blocks cannot be read in this way"
+            f"{type(runner.model).__name__}: the logits read from the stream after its last block differ "
+            f"from the model's own logits by up to {float(error.max()):.3g}, so its earlier blocks cannot be read in this way"
         )

@@ -102,7 +102,8 @@ def compare(
                 q = _logits(second, batch_ids, batch_mask)
             if p.shape != q.shape:
                 raise PlanError(
-                    f"the models' logits have the shapes {tuple(p.shape)} and {tuple(q.shape)}, so they cannot be compared"
+                    f"the models' logits have the shapes {tuple(p.shape)} and {tuple(q.shape)}, "
+                    "so they cannot be compared"
                 )
             for sequence in zip(p, q, batch_ids, batch_mask, strict=True):
                 sums += _sum_metrics(*sequence)

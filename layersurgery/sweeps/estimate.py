@@ -1,4 +1,4 @@
-"""Estimate the memory, loaded bytes and floating-point operations of a sweep from a config, without reading any weights."""
+"""Estimate the memory, loaded bytes and floating-point operations of a sweep from a config alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Estimate:
         batches: number of batches.
         block_calls: number of block calls in a batch.
         readouts: number of readouts in a batch.
-        flops: floating-point operations of matrix products for the whole text (two for each multiplication and addition).
+        flops: floating-point operations of matrix products for the whole text (two for each multiplication and
+            addition).
     """
 
     parameters: int
@@ -259,8 +260,8 @@ def _stream_width(model: Any) -> int:
 def _flops_per_token(config: Any, blocks: Sequence[nn.Module], width: int, context: int) -> float:
     """Return the floating-point operations of one token in the average block.
 
-    They are the products with the block's matrices (in a mixture of experts, only with the active experts), and attention to half of
-    the context.
+    They are the products with the block's matrices (in a mixture of experts, only with the active experts), and
+    attention to half of the context.
     """
     text = config.get_text_config(decoder=True)
     names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

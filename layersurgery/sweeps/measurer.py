@@ -46,8 +46,8 @@ class Measurer:
         anatomy: the model's anatomy; found by running the model on seven tokens if not given.
         use_model_head: read logits with the model's own head instead of the fast readout.
         compiled: let torch compile the blocks and, on a CPU, the loop over logits.
-        order: "depth-first" or "layer-major" (see `schedule`). The default is depth-first, and layer-major if weights of blocks are
-            offloaded or if the observer needs additional routes.
+        order: "depth-first" or "layer-major" (see `schedule`). The default is depth-first, and layer-major if weights
+            of blocks are offloaded or if the observer needs additional routes.
         observe: signals to measure on the blocks while they run (see `observer`). Then `variants` may be empty.
         spans: largest number of consecutive blocks for which the change of the stream is observed.
         observed_route: the route on which changes are observed; the unedited model's if not given.
@@ -57,8 +57,8 @@ class Measurer:
         variants: the unedited model, then the measured variants.
         observer: measures the signals; None if no signal is observed.
         skipped: reasons by plan, for variants of a family that this architecture cannot run.
-        max_sequences: number of sequences that fit into memory, set after memory ran out. Batches are then measured in parts of
-            this size.
+        max_sequences: number of sequences that fit into memory, set after memory ran out. Batches are then measured in
+            parts of this size.
 
     Raises:
         UnsupportedEditError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
@@ -170,7 +170,8 @@ class Measurer:
     def memory_use(self, sequences: int, length: int) -> MemoryUse:
         """Predict the memory for a batch of `sequences` sequences of `length` tokens.
 
-        Of the offloaded weights, only those that are in memory together are counted: the resident blocks and the prefetched one.
+        Of the offloaded weights, only those that are in memory together are counted: the resident blocks and the
+        prefetched one.
         """
         memory = self._memory_model.predict(self.schedule, sequences, length)
         if self.observer is not None:
@@ -198,7 +199,8 @@ class Measurer:
             The sums of the batch.
 
         Raises:
-            MeasurementError: the unedited model returns NaN or infinite logits, or memory is too small for one sequence.
+            MeasurementError: the unedited model returns NaN or infinite logits, or memory is too small for one
+                sequence.
         """
         results: list[BatchResult] = []
         metrics_by_rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
@@ -318,8 +320,8 @@ class Measurer:
         metrics = BatchMetrics(
             self.readout, self.rows, ids, has_next, states, states[self.runner.depth], token_metrics, compiled=compiled
         )
-        # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later batches are
-        # checked at their end.
+        # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later
+        # batches are # checked at their end.
         if self._is_first_batch:
             _refuse_non_finite(self.model, metrics.sums[0])
             self._is_first_batch = False
@@ -355,6 +357,6 @@ def _refuse_non_finite(model: nn.Module, sums: torch.Tensor) -> None:
     """Raise an error if the unedited model's sums, (sequences, len(METRICS)), contain NaN."""
     if bool(sums[:, METRICS.index("kl_nats")].isnan().any()):
         raise MeasurementError(
-            f"{type(model).__name__}, unedited, returns NaN or infinite logits for this text; if it runs in half precision, "
-            "try bfloat16 or float32"
+            f"{type(model).__name__}, unedited, returns NaN or infinite logits for this text; "
+            "if it runs in half precision, try bfloat16 or float32"
         )

@@ -1,4 +1,4 @@
-"""Predict the memory that a sweep needs before it runs, for a loaded model or for a model built from its config only."""
+"""Predict the memory that a sweep needs, for a loaded model or for a model built from its config only."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _count_widest_matrices(block: nn.Module, experts: int) -> int:
-    """Return how many numbers per token the three widest matrices of a block read or write; a gated MLP holds that many.
+    """Return how many numbers per token the three widest matrices of a block read or write.
+
+    A gated MLP has that many in memory at the same time.
 
     If the matrices of all experts are one tensor, (experts, outputs, inputs), each token uses `experts` of them.
     """

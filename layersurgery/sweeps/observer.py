@@ -1,8 +1,11 @@
-"""Measure signals on a model's blocks while they run: attention to previous tokens, and norms and similarity of contributions.
+"""Measure signals on a model's blocks while they run.
 
-A contribution is what a branch or a whole block adds to the residual stream. Every signal is summed by sequence at once. Activations are
-kept for two neighboring blocks at most, which the similarity of swapped blocks needs. A swap runs block l + 1 on the stream before
-block l, then block l. Both are the first steps of routes that a sweep runs in any case.
+The signals are attention to previous tokens, norms and similarity of contributions, and the change of the stream.
+
+A contribution is what a branch or a whole block adds to the residual stream. Every signal is summed by sequence at
+once. Activations are kept for two neighboring blocks at most, which the similarity of swapped blocks needs. A swap runs
+block l + 1 on the stream before block l, then block l. Both are the first steps of routes that a sweep runs in any
+case.
 """
 
 from __future__ import annotations
@@ -47,8 +50,9 @@ class Quantity:
         layer: the block; for a swap, the first of the two blocks.
         part: "attention", "mlp" or "block"; for a change of the stream, the number of consecutive blocks, as text.
         name: the column of the table.
-        count: what is counted, one of `COUNTS`: real tokens ("tokens"), tokens with at least five previous tokens ("has_five_previous"),
-            pairs of a token and one of its five previous tokens ("pairs"), or last tokens of sequences ("last_tokens").
+        count: what is counted, one of `COUNTS`: real tokens ("tokens"), tokens with at least five previous tokens
+            ("has_five_previous"), pairs of a token and one of its five previous tokens ("pairs"), or last tokens of
+            sequences ("last_tokens").
     """
 
     signal: str
@@ -65,12 +69,13 @@ class Observer:
         runner: runs the model's blocks.
         signals: the signals to measure, some of `SIGNALS`, or only "change" (of the stream).
         spans: for "change": the largest number of consecutive blocks.
-        observed_route: for "change": the route to observe, which visits no block twice; the unedited model's if not given.
+        observed_route: for "change": the route to observe, which visits no block twice; the unedited model's if not
+            given.
 
     Attributes:
         contributions: for each block, where the contributions of its branches can be captured.
-        reads_are_mean_free: whether the mean over channels is removed from contributions. It is removed if everything that reads the
-            stream removes it too (LayerNorm).
+        reads_are_mean_free: whether the mean over channels is removed from contributions. It is removed if everything
+            that reads the stream removes it too (LayerNorm).
         quantities: the measured means, in the order of their sums. Means that a block does not have are not included.
         skipped: reasons by name, for each mean that cannot be measured.
     """
@@ -105,7 +110,8 @@ class Observer:
     def routes(self) -> list[Route]:
         """Return the routes to run in addition to the unedited model.
 
-        They are the observed route; or, for the similarity, each swap of neighboring blocks up to the second one of the two.
+        They are the observed route; or, for the similarity, each swap of neighboring blocks up to the second one of the
+        two.
         """
         if self.observed_route != Route.identity(self.runner.depth):
             return [self.observed_route]
@@ -199,7 +205,7 @@ class Observer:
         batch.add_unedited(block, *record.last_block)
 
     def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run a block of an edited model with `call`, observe it if a signal needs it, and return the stream after it."""
+        """Run a block of an edited model with `call`, observing it if needed, and return the stream after it."""
         batch = self._current_batch()
         if CHANGE in self.signals and not self.observed_route.is_identity(self.runner.depth):
             after = call()
@@ -224,8 +230,8 @@ class Observer:
         for column, quantity in enumerate(self.quantities, len(COUNTS)):
             if column not in sums:
                 raise MeasurementError(
-                    f"block {quantity.layer}: {quantity.name} was not captured, because its {quantity.part} ran in another way "
-                    "than in the test run on seven tokens; try attn_implementation='eager'"
+                    f"block {quantity.layer}: {quantity.name} was not captured, because its {quantity.part} ran "
+                    "in another way than in the test run on seven tokens; try attn_implementation='eager'"
                 )
         return torch.stack([sums[column].cpu() for column in range(self.size)], 1).numpy()
 
@@ -266,7 +272,8 @@ class _BatchObservation:
         is_last: True for the last token of each sequence, (sequences, length).
         sums: counts and sums by column, each (sequences,), float64.
         unedited: contributions of blocks of the unedited model, by block and part, as long as they are needed.
-        second_of_swap: by the number of the stream after the first block of a swap: the block that the swap runs second.
+        second_of_swap: by the number of the stream after the first block of a swap: the block that the swap runs
+            second.
     """
 
     def __init__(self, observer: Observer, mask: torch.Tensor) -> None:
@@ -314,8 +321,8 @@ class _BatchObservation:
             return
         if recorded.unknown:
             raise MeasurementError(
-                f"block {block}: for this text, attention ran in a kernel ({', '.join(sorted(recorded.unknown))}) from which "
-                "the weights cannot be read; use attn_implementation='eager'"
+                f"block {block}: for this text, attention ran in a kernel ({', '.join(sorted(recorded.unknown))}) "
+                "from which the weights cannot be read; use attn_implementation='eager'"
             )
         if recorded.weights_BTK is None:
             return
@@ -369,7 +376,8 @@ class _BatchObservation:
     def _take_contributions(self, before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the contributions of the block that has just run, by part, float32, and forget them.
 
-        The whole block's contribution is the sum over its branches, or the change of the stream if no branch was captured.
+        The whole block's contribution is the sum over its branches, or the change of the stream if no branch was
+        captured.
         """
         contributions, self._captured = self._captured, {}
         if SIMILARITY in self.observer.signals:

@@ -84,8 +84,8 @@ def summary_sentence(frame: pd.DataFrame) -> str:
         frame: results of a sweep.
 
     Returns:
-        The range and median of the agreement for each family of edits. Empty if the model has no layers other than the first two and
-        the last two.
+        The range and median of the agreement for each family of edits. Empty if the model has no layers other than the
+        first two and the last two.
 
     Example:
         >>> import layersurgery as ls

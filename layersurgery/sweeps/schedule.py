@@ -1,14 +1,14 @@
 """Schedule the block calls of many routes so that a prefix that several routes share is run only once.
 
-The unedited model is the *trunk*: state k is the residual stream before its block k, and state `depth` is the stream after
-the last block. Each route leaves the trunk at the first visit that differs from it. The visits after that form a tree (a trie).
-There are two orders in which to run it, and both compute the same streams:
+The unedited model is the *trunk*: state k is the residual stream before its block k, and state `depth` is the stream
+after the last block. Each route leaves the trunk at the first visit that differs from it. The visits after that form a
+tree (a trie). There are two orders in which to run it, and both compute the same streams:
 
-- *depth first*, from the trunk's end to its beginning, so that the trunk's states are released one after another. This needs the
-  least memory for streams, but the weights of all blocks in memory.
-- *layer by layer*, while the trunk itself runs: at each block, every route that has reached this block is run through it. Each
-  block's weights are loaded once, or a few times where routes go back to earlier blocks, however many routes there are. But the
-  streams of all routes are in memory together.
+- *depth first*, from the trunk's end to its beginning, so that the trunk's states are released one after another. This
+  needs the least memory for streams, but the weights of all blocks in memory.
+- *layer by layer*, while the trunk itself runs: at each block, every route that has reached this block is run through
+  it. Each block's weights are loaded once, or a few times where routes go back to earlier blocks, however many routes
+  there are. But the streams of all routes are in memory together.
 
 >>> from layersurgery.plans.route import Route
 >>> from layersurgery.sweeps.schedule import schedule
@@ -69,13 +69,14 @@ class Schedule:
     Attributes:
         depth: number of blocks of the unedited model.
         steps: block calls and measurements to run after the trunk.
-        saved_states: numbers of the trunk's states that routes start from. The final state is always among them, because the unedited
-            model's predictions are read from it first.
+        saved_states: numbers of the trunk's states that routes start from. The final state is always among them,
+            because the unedited model's predictions are read from it first.
         calls_without_sharing: block calls of the trunk and all routes, if each was run separately.
         states_at_peak: the largest number of streams in memory at the same time.
-        during_trunk: layer by layer only: the steps at each block while the trunk runs. The first one loads the block's weights; the
-            others run after the trunk's own call of the block.
-        resident_blocks: layer by layer only: the number of blocks whose weights are loaded at the same time; None if all are.
+        during_trunk: layer by layer only: the steps at each block while the trunk runs. The first one loads the block's
+            weights; the others run after the trunk's own call of the block.
+        resident_blocks: layer by layer only: the number of blocks whose weights are loaded at the same time; None if
+            all are.
     """
 
     depth: int
@@ -152,7 +153,7 @@ class _Node:
     width: int = 1  # largest number of streams in memory while its subtree runs, its own stream included
 
     def ordered(self) -> list[tuple[Visit, _Node]]:
-        """Return the children with the widest last, because this node's own stream is released before the last child runs."""
+        """Return the children with the widest last, since this node's stream is released before the last one."""
         return sorted(self.children.items(), key=lambda item: item[1].width)
 
 

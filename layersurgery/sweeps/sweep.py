@@ -39,26 +39,27 @@ def sweep(
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
-        routes: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a plan, its text, a
-            route, a list of these, or a dictionary of plans by name.
+        routes: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a
+            plan, its text, a route, a list of these, or a dictionary of plans by name.
         tokens: token ids, (sequences, length).
         attention_mask: 1 for a token and 0 for padding, of the same shape.
         layers: for families: measure only the edits that change no blocks except these.
-        batch_size: number of sequences in a batch; by default chosen from the free memory. If memory runs out, batches are halved, with
-            a warning.
+        batch_size: number of sequences in a batch; by default chosen from the free memory. If memory runs out, batches
+            are halved, with a warning.
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
         anatomy: the model's anatomy; found if not given.
-        compiled: let torch compile the blocks. This takes some seconds once, and each compiled block is first checked against the
-            uncompiled one.
-        order: order in which the edited models are run, "depth-first" or "layer-major"; the digits are the same. The default is
-            depth-first, and layer-major if accelerate keeps weights of blocks on disk or in main memory, so that each block is loaded once
-            per batch.
+        compiled: let torch compile the blocks. This takes some seconds once, and each compiled block is first checked
+            against the uncompiled one.
+        order: order in which the edited models are run, "depth-first" or "layer-major"; the digits are the same. The
+            default is depth-first, and layer-major if accelerate keeps weights of blocks on disk or in main memory, so
+            that each block is loaded once per batch.
         progress: called after each batch with the number of sequences done and the number of all sequences.
 
     Returns:
-        One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that the edit names),
-        relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits, entropy_change_bits, loss_nats,
-        loss_change_nats, accuracy (0 to 1), each with its standard error over sequences (kl_nats_sem).
+        One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that
+        the edit names), relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits,
+        entropy_change_bits, loss_nats, loss_change_nats, accuracy (0 to 1), each with its standard error over sequences
+        (kl_nats_sem).
 
     Raises:
         PlanError: an edit does not fit the model, or the tokens cannot be measured.

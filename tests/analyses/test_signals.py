@@ -282,7 +282,7 @@ def test_the_lens_must_end_in_the_models_own_output() -> None:
     with torch.no_grad():
         check_readout(measurer.runner, measurer.readout, ids[:1], torch.ones_like(ids[:1]))
     model.register_forward_hook(lambda _m, _a, output: setattr(output, "logits", output.logits * 1.01))
-    with pytest.raises(ls.MeasurementError, match="after its last block differ from the model's own logits"):
+    with pytest.raises(ls.MeasurementError, match="after its last block differ from the model's own"):
         measurer.measure(ids, torch.ones_like(ids))
 
 
@@ -397,7 +397,7 @@ def test_a_kernel_that_is_chosen_for_this_text_only_is_named() -> None:
         patch.setattr(attention_weights, "_KERNELS", {})
         with pytest.raises(
             ls.MeasurementError,
-            match="block 0: for this text, attention ran in a kernel .* from which the weights cannot be read",
+            match="block 0: for this text, attention ran in a kernel .* from which the weights",
         ):
             measurer.measure(ids, torch.ones_like(ids))
     assert not any("Tapped" in type(module).__name__ for module in model.modules())

@@ -60,13 +60,14 @@ def words(place: Path, out: str, *more: Any) -> list[str]:
     return [str(word) for word in (*given, "-o", place / out, *more)]
 
 
-# Whatever starts processes on a cluster: each has its rank and the leader's address. One imports torch, and all others are its forks.
+# Start processes as a cluster would: each has its rank and the leader's address. One imports torch and forks the others.
 _START = """
 import json, os, sys, time
 asked = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import layersurgery_cli.commands.sweep, layersurgery.figures.sweeps, layersurgery.runs.runner, transformers.models.llama.modeling_llama
+import layersurgery_cli.commands.sweep, layersurgery.figures.sweeps, layersurgery.runs.runner
+import transformers.models.llama.modeling_llama
 from layersurgery_cli.__main__ import main
 children = []
 for rank in range(asked["size"]):

@@ -45,7 +45,8 @@ def do(directory: Path, *, per_token: bool = True, batch_size: int | None = 2, *
     measurer = Measurer(tiny_model("llama"), variants("swap,drop", DEPTH))
     with open_run(directory, ARGUMENTS) as run:
         return run_measurement(
-            run, measurer, text(), SweepOutput(measurer.variants, "tiny"), per_token=per_token, batch_size=batch_size, tokenizer=tiny_tokenizer(), draw=figures, **options
+            run, measurer, text(), SweepOutput(measurer.variants, "tiny"), per_token=per_token, batch_size=batch_size,
+            tokenizer=tiny_tokenizer(), draw=figures, **options
         )  # fmt: skip
 
 
@@ -63,7 +64,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_it_leaves(undisturbed: Path) -> None:
     assert sorted(path.name for path in undisturbed.iterdir()) == [
-        "results.csv", "results.parquet", "robustness.png", "robustness.svg", "run.json", "sequences.parquet", "tokens.parquet",
+        "results.csv", "results.parquet", "robustness.png", "robustness.svg", "run.json", "sequences.parquet",
+        "tokens.parquet",
     ]  # fmt: skip
     frame = ls.read_results(undisturbed)
     assert frame.attrs["run"]["state"] == "finished"
@@ -312,7 +314,8 @@ def test_a_figure_that_fails_does_not_cost_the_numbers(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from layersurgery.runs.run_directory import open_run\nwith open_run(pathlib.Path(sys.argv[1]), {}): pass"
+    code = "import sys, pathlib; from layersurgery.runs.run_directory import open_run"
+    code += "\nwith open_run(pathlib.Path(sys.argv[1]), {}): pass"
     with open_run(tmp_path / "run", {}):
         other = subprocess.run([sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True)
         assert other.returncode

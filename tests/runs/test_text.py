@@ -163,7 +163,7 @@ def test_a_text_that_ends_early_is_said(jsonl: Path) -> None:
 
 
 def test_the_tokens_of_the_real_tokenizer_are_known() -> None:
-    """The digits of a sweep depend on these; pydoc's text is that of this version of Python, so a text of our own is taken."""
+    """A sweep's digits depend on these tokens. pydoc's text depends on the Python version, so a fixed text is used."""
     from layersurgery.checkpoints.loading import tokenizer_of
     from layersurgery.checkpoints.sources import EMBEDDED, find_source
 

@@ -1,4 +1,4 @@
-"""Models whose weights are not all at hand: the same digits, each block brought in once a batch, and everything as it was afterwards."""
+"""Models with offloaded weights: same digits, each block loaded once a batch, weights offloaded again afterwards."""
 
 from __future__ import annotations
 

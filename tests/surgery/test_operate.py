@@ -753,7 +753,7 @@ def test_blocks_that_use_what_another_picked(plan: str, right: bool) -> None:
     if right:
         refuse_route(fields, route)
     else:
-        with pytest.raises(ls.UnsupportedEditError, match=r"attends to the tokens that block \d picks"):
+        with pytest.raises(ls.UnsupportedEditError, match=r"attends to the tokens that block \d selects"):
             refuse_route(fields, route)
 
 

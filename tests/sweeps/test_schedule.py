@@ -1,4 +1,4 @@
-"""Schedules, played with words for streams: what is computed, how often, and what is alive meanwhile."""
+"""Schedules, run on routes instead of streams: what is computed, how often, and what is in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _some = st.lists(_routes | st.just(Route.identity(DEPTH)), min_size=1, max_size=
 
 
 def played(plan: Schedule) -> tuple[dict[int, Route], int, int]:
-    """Routes as the schedule computes them, block calls, and the most streams alive. Blocks that are not at hand cannot be run."""
+    """Return a schedule's computed routes, block calls and peak of streams; check that blocks are loaded."""
     found: dict[int, Route] = {}
     calls, most, home = plan.depth, 0, set[int]()
     alive: dict[int, Route] = {}

@@ -259,7 +259,7 @@ def test_what_is_no_number_is_not_averaged_away() -> None:
 
 
 def _nan_if_shifted(model: Any) -> Any:
-    """A stand-in for an overflow: what block 3 gives is NaN unless it gets exactly what it gets in the unedited model."""
+    """Simulate an overflow: block 3 returns NaN unless its input is exactly that of the unedited model."""
     with torch.no_grad():
         usual = model(tokens(3), output_hidden_states=True, use_cache=False).hidden_states[3]
     probing: list[int] = []
@@ -326,7 +326,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_batch_in_parts_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory runs out in the middle of a later part: what that part had given is not counted, and the rows of tokens are in order."""
+    """Memory runs out during a later part: its results so far are not counted, and the rows of tokens are in order."""
     measurer = Measurer(tiny_model("llama"), variants("swap,drop", DEPTH))
     ids = tokens(7)
     mask = torch.ones_like(ids)

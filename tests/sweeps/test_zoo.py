@@ -1,4 +1,4 @@
-"""A sweep over the zoo: operate, forward and dense float64 metrics, for every family of edits and every architecture."""
+"""A sweep equals operate, forward and dense float64 metrics, for every family of edits and architecture."""
 
 from __future__ import annotations
 
