@@ -99,7 +99,8 @@ def test_awkward_shapes(tokens: int, vocabulary: int, width: int, dtype: torch.d
 
 @pytest.mark.parametrize("vocabulary", [50257, 50304, 151936, 256000])
 def test_vocabularies_of_real_models(vocabulary: int) -> None:
-    check(case(3, vocabulary, 24, torch.bfloat16), tiling=triton_kernel.Tiling(16, 4096, 32, 4, 2) if DEVICE == "cpu" else None)
+    tiling = triton_kernel.Tiling(16, 4096, 32, 4, 2) if DEVICE == "cpu" else None
+    check(case(3, vocabulary, 24, torch.bfloat16), tiling=tiling)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
