@@ -272,7 +272,7 @@ def _measure(run: Run, session: ModelSession, task: Task, text: TokenizedText) -
         end = f".{hint}" if hint else ""
         print_error("interrupted", f"results so far are in {run.directory}; run the same command to resume{end}")
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
-    if measurer.runner.compiler is not None and (reason := measurer.runner.compiler.refused):
+    if measurer.runner.compiler is not None and (reason := measurer.runner.compiler.error):
         console.log(f"Note: {reason}; blocks were run without compilation")
     if measurer.max_sequences is not None:
         count = measurer.max_sequences

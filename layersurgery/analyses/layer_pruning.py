@@ -183,7 +183,9 @@ def variants_of(orders: Mapping[str, Sequence[tuple[int, ...]]], depth: int) -> 
 
     Variants with the same route are run once.
     """
-    return [Variant.of(criterion, plan_of(layers), depth) for criterion, order in orders.items() for layers in order]
+    return [
+        Variant.from_plan(criterion, plan_of(layers), depth) for criterion, order in orders.items() for layers in order
+    ]
 
 
 def costs(measurer: Measurer, sums: MetricSums, model: str) -> pd.DataFrame:
@@ -202,7 +204,7 @@ def step_measurer(model: nn.Module, by: str, removed: Sequence[int], depth: int,
         route = Route(block for block in range(depth) if block not in removed)
         return Measurer(model, [], observe=[CHANGE], observed_route=route, **options)
     candidates = [
-        Variant.of("drop", plan_of([*removed, block]), depth) for block in range(depth) if block not in removed
+        Variant.from_plan("drop", plan_of([*removed, block]), depth) for block in range(depth) if block not in removed
     ]
     return Measurer(
         model,

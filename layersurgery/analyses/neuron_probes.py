@@ -263,7 +263,7 @@ def _record_windows(
 def _logits(readout: Readout, stream: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the model's logits at the last tokens, in tiles of (windows, vocabulary), float32."""
     last = torch.arange(1, len(stream) + 1) * stream.shape[1] - 1
-    for x_TD in torch.split(readout.normalize(stream, last), readout.rows or _ROWS):
+    for x_TD in torch.split(readout.normalize(stream, last), readout.tokens_at_once or _ROWS):
         yield readout.logits_tile(x_TD, 0, readout.vocabulary)
 
 

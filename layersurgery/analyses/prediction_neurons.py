@@ -152,7 +152,7 @@ def unembedding(runner: BlockRunner, *, unit: bool = True) -> torch.Tensor:
     sums = torch.zeros(runner.width, dtype=torch.float64, device=device)
     for start in range(0, len(matrix), _ROWS):
         rows = matrix[start : start + _ROWS].detach().to(device).double() * affine.scale_D.to(device)
-        rows = rows - rows.mean(-1, keepdim=True) if affine.centres else rows
+        rows = rows - rows.mean(-1, keepdim=True) if affine.subtracts_mean else rows
         u_VD[start : start + _ROWS] = rows
         sums += rows.sum(0)
     for start in range(0, len(matrix), _ROWS):
@@ -200,7 +200,9 @@ def output_rows(
 def _norm_affine(runner: BlockRunner, path: str | None, like: torch.Tensor) -> NormAffine:
     if path is None:
         return NormAffine(
-            torch.ones(runner.width, dtype=torch.float64), torch.zeros(runner.width, dtype=torch.float64), centres=False
+            torch.ones(runner.width, dtype=torch.float64),
+            torch.zeros(runner.width, dtype=torch.float64),
+            subtracts_mean=False,
         )
     norm = runner.model.get_submodule(path)
     reference = next((parameter for parameter in norm.parameters() if not parameter.is_meta), like)
@@ -221,7 +223,7 @@ def _block_output_rows(
     output_norms = [skip.path for skip in parts.mlp_skips if skip.path in parts.norms_after]
     names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
     if not names:
-        skipped[f"neurons of block {layer}"] = parts.fault or (
+        skipped[f"neurons of block {layer}"] = parts.skip_error or (
             "the output weights of its MLP cannot be identified" if parts.mlp else "the block has no mlp"
         )
     for name in names:
@@ -235,7 +237,7 @@ def _scaled_tiles(module: nn.Module, key: str, width: int, affines: list[NormAff
     for rows_ND in output_weight_rows(module, key, width, NEURON_TILE):
         rows_ND = rows_ND.float()
         for affine in affines:
-            rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if affine.centres else rows_ND
+            rows_ND = rows_ND - rows_ND.mean(-1, keepdim=True) if affine.subtracts_mean else rows_ND
             rows_ND = rows_ND * affine.scale_D.to(rows_ND.device, rows_ND.dtype)
         yield rows_ND
 

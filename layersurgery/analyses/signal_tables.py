@@ -158,7 +158,7 @@ class SignalTables:
         """Return one row per block: attention to the five previous tokens."""
         rows = []
         for layer, contributions in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
-            row = self._row(layer, self._counts("has_five_previous")) | {"mixer": contributions.names}
+            row = self._row(layer, self._counts("has_five_previous")) | {"mixer": contributions.mixer_names}
             for name in ("attention_prev5", "attention_prev5_mean"):
                 row |= self._quantity(layer, "attention", name)
             rows.append(row)
@@ -168,7 +168,7 @@ class SignalTables:
         """Return one row per block: the norms of its attention's and its MLP's contributions."""
         rows = []
         for layer, contributions in enumerate(self.measurer.observer.contributions):  # type: ignore[union-attr]
-            row = self._row(layer, self._counts("tokens")) | {"mixer": contributions.names}
+            row = self._row(layer, self._counts("tokens")) | {"mixer": contributions.mixer_names}
             for branch in ("attention", "mlp"):
                 row |= self._quantity(layer, branch, f"{branch}_norm")
             sums = [self.sums(layer, branch, f"{branch}_norm") for branch in ("attention", "mlp")]

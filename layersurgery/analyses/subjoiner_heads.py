@@ -143,12 +143,14 @@ def score_heads(
     """
     runner = BlockRunner(model, anatomy)
     contributions = find_contributions(runner)
-    attending = [layer for layer, block_contributions in enumerate(contributions) if block_contributions.attends]
+    attending = [
+        layer for layer, block_contributions in enumerate(contributions) if block_contributions.reads_attention
+    ]
     skipped = {
         f"attention of block {layer}": block_contributions.attention_error
-        or f"{block_contributions.names or 'the block'} has no softmax attention"
+        or f"{block_contributions.mixer_names or 'the block'} has no softmax attention"
         for layer, block_contributions in enumerate(contributions)
-        if not block_contributions.attends
+        if not block_contributions.reads_attention
     }
     if not attending:
         raise UnsupportedEditError(

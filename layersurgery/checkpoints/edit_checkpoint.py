@@ -73,7 +73,7 @@ class Checkpoint:
     @property
     def fields(self) -> Json:
         """Return the section of the config that describes the decoder."""
-        return self.section.of(self.config)
+        return self.section.get_fields(self.config)
 
 
 def read_checkpoint(source: Source, *, blocks: str | None = None, tensors: TensorIndex | None = None) -> Checkpoint:
@@ -91,7 +91,7 @@ def read_checkpoint(source: Source, *, blocks: str | None = None, tensors: Tenso
     config = read_json(source.directory / "config.json")
     section = _find_decoder_section(config)
     tensors = read_tensor_index(source.directory) if tensors is None else tensors
-    prefix = find_block_prefix(tensors.names(), section.depth, section.extra, blocks)
+    prefix = find_block_prefix(tensors.names(), section.depth, section.extra_blocks, blocks)
     return Checkpoint(source, config, section, tensors, prefix)
 
 
@@ -221,7 +221,7 @@ def _edit_config(checkpoint: Checkpoint, route: Route, *, verify: bool) -> Json:
             f"config.json: {', '.join(positional)} can make layers differ by position, so only the reload check can "
             "show whether the result would be right; run without --no-verify"
         )
-    for fields in (config, section.of(config)) if section.path else (config,):
+    for fields in (config, section.get_fields(config)) if section.path else (config,):
         for key in _QUANTIZATION_KEYS & fields.keys():
             fields[key] = _renumber_layers(fields[key], checkpoint, route)
     return config

@@ -117,13 +117,13 @@ def needs_conversion(model: str) -> bool:
     """Return whether `find_source` must first convert a GGUF file, which takes some time."""
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return not (_conversion_of(path) / "config.json").exists()
+        return not (_conversion_directory(path) / "config.json").exists()
     if model != EMBEDDED or Path(EMBEDDED).exists():
         return False
-    return not (_conversion_of(embedded_file()) / "config.json").exists()
+    return not (_conversion_directory(embedded_file()) / "config.json").exists()
 
 
-def _conversion_of(gguf: Path) -> Path:
+def _conversion_directory(gguf: Path) -> Path:
     """Return the directory into which a GGUF file is converted."""
     stat = gguf.stat()
     # The version is included, so that an error of one transformers version does not persist in the next.
@@ -137,7 +137,7 @@ def _convert_once(gguf: Path, origin: str | None = None) -> Path:
 
     Float32 represents every value of the GGUF formats exactly, so nothing is lost.
     """
-    target = _conversion_of(gguf)
+    target = _conversion_directory(gguf)
     if (target / "config.json").exists():
         return target
     try:

@@ -102,8 +102,8 @@ def _probe_parts(config: Json, section: DecoderSection, block: int, module: nn.M
         model, position = _build_probe_model(config, section, block, module)
         blocks = find_block_list(model, model.config.num_hidden_layers, type(module)).blocks
         parts = find_block_parts(blocks[position], record_block(model, blocks, position))
-    if parts.fault:
-        raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.fault}")
+    if parts.skip_error:
+        raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.skip_error}")
     return parts
 
 
@@ -122,7 +122,7 @@ def _build_probe_model(config: Json, section: DecoderSection, block: int, module
     """
     from transformers import AutoModelForCausalLM
 
-    fields = copy.deepcopy(section.of(config))
+    fields = copy.deepcopy(section.get_fields(config))
     fields.setdefault("model_type", config.get("model_type"))
     fields |= {"vocab_size": _TINY_VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     decoder = find_section(fields, section.depth_fields[0])

@@ -61,21 +61,21 @@ def logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *,
         target_T: the true next tokens.
         compiled: reduce a tile with a loop compiled by torch.
     """
-    reduce = _reduce_any if readout.rows is not None else _reduce_compiled if compiled else _reduce
+    reduce = _reduce_any if readout.tokens_at_once is not None else _reduce_compiled if compiled else _reduce
     parts = [_sum_rows(readout, x_TD[rows], target_T[rows], reduce) for rows in rows_of(readout, len(x_TD))]
     return LogitStats.of(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def rows_of(readout: Readout, tokens: int) -> Iterator[slice]:
     """Yield slices of the tokens."""
-    step = readout.rows or ROWS
+    step = readout.tokens_at_once or ROWS
     for start in range(0, tokens, step):
         yield slice(start, min(start + step, tokens))
 
 
 def slices(readout: Readout, tokens: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) slices of the vocabulary, for a number of tokens."""
-    step = readout.vocabulary if readout.rows is not None else max(1, TILE_ELEMENTS // max(1, tokens))
+    step = readout.vocabulary if readout.tokens_at_once is not None else max(1, TILE_ELEMENTS // max(1, tokens))
     if step > _BLOCK:
         step -= step % _BLOCK
     for start in range(0, readout.vocabulary, step):

@@ -75,8 +75,8 @@ class Anatomy:
             return ()
         branch: Branch = "attention" if visit.mlp else "mlp"
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
-        if parts.fault:
-            raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.fault}")
+        if parts.skip_error:
+            raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.skip_error}")
         skips = parts.skips(branch)
         if not skips:
             raise UnsupportedEditError(
@@ -101,7 +101,7 @@ class Anatomy:
                     "norms before": ", ".join(parts.norms_before),
                     "norms after": ", ".join(parts.norms_after),
                     "writes the stream": ", ".join(_short([*parts.outputs("attention"), *parts.outputs("mlp")])),
-                    "can be skipped": parts.fault or ", ".join(_skippable(parts)) or "nothing",
+                    "can be skipped": parts.skip_error or ", ".join(_skippable(parts)) or "nothing",
                 }
             )
         return rows

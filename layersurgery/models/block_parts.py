@@ -49,7 +49,7 @@ class BlockParts:
     attention_skips: tuple[SkipSpec, ...] = ()
     mlp_skips: tuple[SkipSpec, ...] = ()
     parallel: bool | None = None
-    fault: str = ""
+    skip_error: str = ""
 
     def skips(self, branch: Branch) -> tuple[SkipSpec, ...]:
         """Return the specs that replace the modules of one branch."""
@@ -69,20 +69,20 @@ def find_block_parts(block: nn.Module, call: Call) -> BlockParts:
     """
     argument = call.hidden_states_argument()
     if argument is None:
-        return BlockParts((), (), fault="it does not take a residual stream of shape (1, tokens, width)")
+        return BlockParts((), (), skip_error="it does not take a residual stream of shape (1, tokens, width)")
     probe = BlockProbe(block, call, random_like(call[argument], 1))
     try:
         mixers, mlp, calls = _sort_modules(probe)
         parts = BlockParts(tuple(c.name for c in mixers), tuple(c.name for c in mlp))
         reason = _is_sequential(probe, mixers)
         if reason:
-            return replace(parts, fault=reason)
+            return replace(parts, skip_error=reason)
         skips = [_skip_specs(probe, branch, calls) for branch in (mixers, mlp)]
         skips[0] = [replace(skip, updates_cache=index == 0) for index, skip in enumerate(skips[0])]
         before, after = _find_norms(probe, calls, [*mixers, *mlp])
         return _confirm(probe, replace(parts, norms_before=before, norms_after=after), skips)
     except UnsupportedEditError as error:
-        return BlockParts((), (), fault=str(error))
+        return BlockParts((), (), skip_error=str(error))
 
 
 class BlockProbe:
@@ -317,7 +317,7 @@ def _confirm(probe: BlockProbe, parts: BlockParts, skips: list[list[SkipSpec]]) 
             reason = f"skipping a branch failed ({type(error).__name__}: {error})"
         if not reason:
             return _check_outputs(probe, replace(candidate, parallel=parallel))
-    return replace(parts, fault=reason)
+    return replace(parts, skip_error=reason)
 
 
 def _check_outputs(probe: BlockProbe, parts: BlockParts) -> BlockParts:

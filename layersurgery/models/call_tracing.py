@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 TOKENS = 7
-Where = int | str
+ArgumentKey = int | str
 """The index of a positional argument, or the name of a keyword argument."""
 
 
@@ -34,23 +34,23 @@ class Call:
     kwargs: dict[str, Any]
     output: Any = None
 
-    def tensors(self) -> Iterator[tuple[Where, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[ArgumentKey, torch.Tensor]]:
         """List the floating-point arguments that have one row for each token, of shape (..., TOKENS, width)."""
-        arguments: list[Where] = [*range(len(self.args)), *self.kwargs]
+        arguments: list[ArgumentKey] = [*range(len(self.args)), *self.kwargs]
         for where in arguments:
             if is_per_token(self[where]):
                 yield where, self[where]
 
-    def hidden_states_argument(self) -> Where | None:
+    def hidden_states_argument(self) -> ArgumentKey | None:
         """Return the argument with the hidden states: the one of that name, or the first with a row per token."""
         if is_per_token(self.kwargs.get("hidden_states")):
             return "hidden_states"
         return next((where for where, _ in self.tensors()), None)
 
-    def __getitem__(self, where: Where) -> Any:
+    def __getitem__(self, where: ArgumentKey) -> Any:
         return self.args[where] if isinstance(where, int) else self.kwargs[where]
 
-    def with_argument(self, where: Where, value: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_argument(self, where: ArgumentKey, value: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with one replaced by a copy of `value`; some modules add to their input in place."""
         value = value.clone()
         if isinstance(where, int):

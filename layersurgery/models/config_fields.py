@@ -144,9 +144,9 @@ class DecoderSection:
     path: tuple[str, ...]
     depth_fields: tuple[str, ...]
     depth: int
-    extra: int
+    extra_blocks: int
 
-    def of(self, config: Json) -> Json:
+    def get_fields(self, config: Json) -> Json:
         """Return the section of a config."""
         for key in self.path:
             config = config[key]
@@ -194,7 +194,7 @@ def new_positions(route: Route, section: DecoderSection) -> dict[int, list[int]]
     positions: dict[int, list[int]] = {}
     for position, block in enumerate(route.blocks):
         positions.setdefault(block, []).append(position)
-    for number in range(section.extra):
+    for number in range(section.extra_blocks):
         positions[section.depth + number] = [len(route) + number]
     return positions
 

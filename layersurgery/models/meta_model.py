@@ -98,7 +98,7 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
         return edited
     edited = copy.deepcopy(edited)
     for key in differing:
-        section.of(edited)[key] = expected[key]
+        section.get_fields(edited)[key] = expected[key]
     try:
         accepted = not _find_differing(expected, edited)
     except UnsupportedEditError:  # a property without a setter

@@ -153,7 +153,7 @@ class ReloadCheck:
 
 def _original_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class; for a skipped branch, the class of the module that it replaces."""
-    return module.stands_for if isinstance(module, SkippedBranch) else type(module)
+    return module.original_class if isinstance(module, SkippedBranch) else type(module)
 
 
 def _modules_by_path(block: nn.Module) -> Modules:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from .block_view import position_name
-from .call_tracing import Where
+from .call_tracing import ArgumentKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class SkipSpec:
     """
 
     path: str
-    hidden: Where
+    hidden: ArgumentKey
     width: int
     length: int | None = None
-    residual: Where | None = None
+    residual: ArgumentKey | None = None
     passthrough: bool = False
     updates_cache: bool = False
     outputs: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class SkippedBranch(nn.Module):
         )
 
     @property
-    def stands_for(self) -> type[nn.Module]:
+    def original_class(self) -> type[nn.Module]:
         """Return the class of the module that this one replaces."""
         return type(self._original)
 
@@ -78,7 +78,7 @@ class SkippedBranch(nn.Module):
         return self._spec.savable
 
     def extra_repr(self) -> str:  # noqa: D102 - documented in torch
-        return f"in the place of {self.stands_for.__name__}"
+        return f"in the place of {self.original_class.__name__}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
         skip = self._spec
@@ -128,7 +128,7 @@ class SkippedBranch(nn.Module):
             name = name if name in parameters else f"{owner}.base_layer.{parameter_name}"  # PEFT moves it there
             if name not in parameters:
                 raise UnsupportedEditError(
-                    f"{output} of a skipped {self.stands_for.__name__} does not exist any more (renamed by a "
+                    f"{output} of a skipped {self.original_class.__name__} does not exist any more (renamed by a "
                     "parametrization?) and would not be saved as zeros; undo that before saving"
                 )
             zeroed[name] = parameters[name]
@@ -145,7 +145,7 @@ def install_skips(block: nn.Module, skips: Sequence[SkipSpec]) -> None:
         owner._modules[name] = SkippedBranch(original, skip)
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: Where) -> torch.Tensor:
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], where: ArgumentKey) -> torch.Tensor:
     """Return one argument of a call, which must be a tensor."""
     value = args[where] if isinstance(where, int) else kwargs[where]
     assert isinstance(value, torch.Tensor)

@@ -29,7 +29,7 @@ class NormAffine:
 
     scale_D: torch.Tensor
     shift_D: torch.Tensor
-    centres: bool
+    subtracts_mean: bool
 
 
 def fit_norm(norm: nn.Module, width: int, like: torch.Tensor) -> NormAffine | None:

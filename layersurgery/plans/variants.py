@@ -48,7 +48,7 @@ class Variant:
     name: str = ""
 
     @classmethod
-    def of(cls, edit: str, plan: Plan, depth: int, name: str = "") -> Variant:
+    def from_plan(cls, edit: str, plan: Plan, depth: int, name: str = "") -> Variant:
         """Make the variant of a plan for a model of `depth` blocks.
 
         Raises:
@@ -99,7 +99,7 @@ def family(name: str, depth: int, layers: range | None = None) -> list[Variant]:
             edits = (Drop((Span(start, start + span),)) for start in blocks[: len(blocks) - span + 1])
         case _:
             edits = (Swap(*pair) for pair in combinations(blocks, 2))
-    return [Variant.of(kind, Plan((edit,)), depth) for edit in edits]
+    return [Variant.from_plan(kind, Plan((edit,)), depth) for edit in edits]
 
 
 def is_family(text: str) -> bool:
@@ -132,14 +132,14 @@ def _variants(edits: object, depth: int, layers: range | None) -> Iterator[Varia
                 yield from family(name.strip(), depth, layers)
         case str():
             try:
-                yield Variant.of("plan", Plan.parse(edits), depth)
+                yield Variant.from_plan("plan", Plan.parse(edits), depth)
             except PlanError as error:
                 if re.fullmatch(r"[\w:,-]+", edits):  # looks like families
                     for name in edits.split(","):
                         _parse(name)
                 raise error
         case Plan():
-            yield Variant.of("plan", edits, depth)
+            yield Variant.from_plan("plan", edits, depth)
         case Route():
             yield _of_route(edits, depth)
         case Mapping():
@@ -169,7 +169,7 @@ def _of_route(route: Route, depth: int) -> Variant:
     return Variant("plan", plan, route.canonical, next(changed, len(route.canonical) % depth), plan)
 
 
-def read_plans(text: str, where: str) -> dict[str, Plan]:
+def read_plans(text: str, source_name: str) -> dict[str, Plan]:
     """Read a file of plans: one on each line, `name: plan`, or the plan alone; `#` starts a comment.
 
     Args:
@@ -189,14 +189,14 @@ def read_plans(text: str, where: str) -> dict[str, Plan]:
         try:
             plan = Plan.parse(plan_text)
         except PlanError as error:
-            raise PlanError(f"{where}, line {number}: {error}") from error
+            raise PlanError(f"{source_name}, line {number}: {error}") from error
         if name in plans:
             raise PlanError(
-                f"{where}, line {number}: a second plan has the name {name!r}; give each plan a different name"
+                f"{source_name}, line {number}: a second plan has the name {name!r}; give each plan a different name"
             )
         plans[name] = plan
     if not plans:
-        raise PlanError(f"{where} contains no plan: write one on each line, as in 'shallow: drop 20:24'")
+        raise PlanError(f"{source_name} contains no plan: write one on each line, as in 'shallow: drop 20:24'")
     return plans
 
 

@@ -359,7 +359,7 @@ class _Work:
 def _compiled_or_reason(measurer: Measurer) -> bool | str:
     """Return whether blocks were compiled, or the reason why compiled blocks were refused."""
     compiler = measurer.runner.compiler
-    return False if compiler is None else compiler.refused or True
+    return False if compiler is None else compiler.error or True
 
 
 def draw_safely(draw: Draw | None, frame: pd.DataFrame, directory: Path) -> tuple[list[str], str]:

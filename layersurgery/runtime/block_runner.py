@@ -19,7 +19,7 @@ from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy, probe_forward
 from ..models.block_list import find_decoder_blocks
 from ..models.block_view import share_parameters
-from ..models.call_tracing import Call, ModuleWrapper, Where, eval_no_grad, first_tensor, replace_modules
+from ..models.call_tracing import Call, ModuleWrapper, ArgumentKey, eval_no_grad, first_tensor, replace_modules
 from ..models.skipped_branch import install_skips
 from ..plans.route import Visit
 from .compiled_blocks import Compiler
@@ -37,7 +37,7 @@ class CallConvention:
         overwrites: whether the block adds to its input in place.
     """
 
-    stream: Where
+    stream_argument: ArgumentKey
     extra_outputs: tuple[Any, ...] | None
     overwrites: bool
 
@@ -154,9 +154,9 @@ class BlockRunner:
         args, kwargs = record.arguments[visit.block]
 
         def bind(stream: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if isinstance(convention.stream, int):
-                return (*args[: convention.stream], stream, *args[convention.stream + 1 :]), kwargs
-            return args, {**kwargs, convention.stream: stream}
+            if isinstance(convention.stream_argument, int):
+                return (*args[: convention.stream_argument], stream, *args[convention.stream_argument + 1 :]), kwargs
+            return args, {**kwargs, convention.stream_argument: stream}
 
         device = next((parameter.device for parameter in block.parameters() if not parameter.is_meta), stream.device)
         stream = stream.to(device)
@@ -201,7 +201,7 @@ class BlockRunner:
 class _Observer(ModuleWrapper):
     """Wrapper that runs a block once and observes its calling convention."""
 
-    where: Where
+    where: ArgumentKey
     output: Any
     before: torch.Tensor
 
@@ -216,7 +216,7 @@ class _Observer(ModuleWrapper):
         self.output = self.module(*args, **kwargs)
         return self.output
 
-    def arguments(self) -> list[tuple[Where, Any]]:
+    def arguments(self) -> list[tuple[ArgumentKey, Any]]:
         return [*enumerate(self.args), *self.kwargs.items()]
 
     def convention(self) -> CallConvention:
@@ -243,7 +243,7 @@ class _Recorder(ModuleWrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         number, record = self._number, self._record
         convention: CallConvention = self._runner.conventions[number]
-        where = convention.stream
+        where = convention.stream_argument
         stream = args[where] if isinstance(where, int) else kwargs[where]
         if number in self._keep:
             record.states[number] = stream.clone() if convention.overwrites else stream

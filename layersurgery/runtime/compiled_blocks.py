@@ -34,7 +34,7 @@ class Compiler:
     """
 
     def __init__(self) -> None:
-        self.refused: str | None = None
+        self.error: str | None = None
         self._compiled: dict[nn.Module, Any] = {}
 
     def __call__(self, block: nn.Module, stream: torch.Tensor, bind: Bind) -> Any:
@@ -45,9 +45,9 @@ class Compiler:
             stream: residual stream, (batch, length, width); the block may overwrite it.
             bind: returns the block's arguments for a stream.
         """
-        if self.refused is None and block not in self._compiled:
+        if self.error is None and block not in self._compiled:
             self._compile_and_check(block, stream, bind)
-        if self.refused is not None:
+        if self.error is not None:
             return _call(block, stream, bind)
         with _compiling():
             return _call(self._compiled[block], stream, bind)
@@ -69,7 +69,7 @@ class Compiler:
         self._compiled[block] = compiled
 
     def _stop_compiling(self, reason: str) -> None:
-        self.refused = reason
+        self.error = reason
         self._compiled.clear()
         warnings.warn(f"{reason}; blocks are run uncompiled", stacklevel=2)
 

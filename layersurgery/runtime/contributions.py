@@ -64,8 +64,8 @@ class BlockContributions:
 
     capture_points: tuple[CapturePoint, ...]
     mixers: tuple[str, ...]
-    names: str
-    attends: bool
+    mixer_names: str
+    reads_attention: bool
     error: str = ""
     attention_error: str = ""
 
@@ -117,7 +117,7 @@ def reads_are_mean_free(runner: BlockRunner) -> bool:
             norm = model.get_submodule(name)
             parameter = next(iter(norm.parameters()), first_parameter)
             affine = fit_norm(norm, runner.width, first_parameter if parameter.is_meta else parameter.detach())
-            if affine is None or not affine.centres:
+            if affine is None or not affine.subtracts_mean:
                 return False
     return True
 
@@ -158,7 +158,7 @@ def _block_contributions(
     *,
     check_attention: bool,
 ) -> BlockContributions:
-    points = [] if parts.fault else [*_capture_points(parts, "attention"), *_capture_points(parts, "mlp")]
+    points = [] if parts.skip_error else [*_capture_points(parts, "attention"), *_capture_points(parts, "mlp")]
     mixers = parts.attention
     returned: dict[int, torch.Tensor] = {}
 
@@ -188,7 +188,7 @@ def _block_contributions(
         if attention_error
         else ""
     )
-    reason = parts.fault
+    reason = parts.skip_error
     if not reason and after is not None and points:
         scales = _fit_scales(after - stream, [returned.get(number) for number in range(len(points))])
         if scales is None:

@@ -47,7 +47,7 @@ def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
         parts = runner.anatomy.parts(layer)
         names = [name for name in parts.outputs("mlp") if not name.endswith("bias")]
         if not names:
-            skipped[f"activations of block {layer}"] = parts.fault or (
+            skipped[f"activations of block {layer}"] = parts.skip_error or (
                 "the output weights of its MLP cannot be identified" if parts.mlp else "the block has no mlp"
             )
         for name in names:

@@ -211,7 +211,7 @@ def _read_copies(offloaded_modules: Sequence[tuple[nn.Module, AlignDevicesHook]]
     return tensors
 
 
-def bytes_of(offloaded_modules: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> int:
+def offloaded_bytes(offloaded_modules: Iterable[tuple[nn.Module, AlignDevicesHook]]) -> int:
     """Return the bytes read when the modules are loaded together; a tied weight counts once."""
     tensors = {
         _storage_key(hook, name): tensor.nbytes

@@ -38,7 +38,7 @@ class Readout(Protocol):
         """Return whether logits are an affine function of the output of `normalize`."""
 
     @property
-    def rows(self) -> int | None:
+    def tokens_at_once(self) -> int | None:
         """Return how many tokens are read at once; None if the vocabulary is read in tiles instead."""
 
     @property
@@ -69,7 +69,7 @@ class ModelHead:
 
     runner: BlockRunner
     vocabulary: int
-    rows: int
+    tokens_at_once: int
     affine: bool = False
     description: str = "by the model's own forward, a few tokens at a time"
 
@@ -109,8 +109,8 @@ class Unembedding:
     linear: Any
     scale: float = 1.0
     cap: float | None = None
-    own_norm: bool = False
-    rows: int | None = None
+    use_model_norm: bool = False
+    tokens_at_once: int | None = None
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Unembedding:
 
     def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return the normalized stream at the chosen positions, in the model's dtype, on the unembedding's device."""
-        if self.own_norm:
+        if self.use_model_norm:
             x = _select_positions(_unembedded(self.runner, stream), chosen)
         else:
             x = _select_positions(stream, chosen)
@@ -308,7 +308,7 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
     norm = runner.model.get_submodule(runner.anatomy.final_norm) if runner.anatomy.final_norm else None
     plain = torch.equal(x, probe) or (norm is not None and torch.equal(x, norm(probe)))
     candidate = Unembedding(
-        runner, None if torch.equal(x, probe) else norm if plain else None, module, *shape, own_norm=not plain
+        runner, None if torch.equal(x, probe) else norm if plain else None, module, *shape, use_model_norm=not plain
     )  # fmt: skip
     all_positions = torch.arange(probe.shape[1])
     return (

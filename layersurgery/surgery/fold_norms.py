@@ -114,7 +114,7 @@ class _FoldProbe(ModuleWrapper):
         vars(self).update(_convention=runner.conventions[number])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call, where = Call("", args, kwargs), self._convention.stream
+        call, where = Call("", args, kwargs), self._convention.stream_argument
         stream = random_like(call[where], 8)
         vars(self).update(_call=call, _where=where, _stream=stream)
         return self.module(*args, **kwargs)
@@ -144,7 +144,9 @@ def _fold_norm(
         if not readers:
             raise UnsupportedEditError("no module reads it directly")
         for reader in readers:
-            _fold_into(block.get_submodule(reader), affine.scale_D, affine.shift_D, width, undo, center=affine.centres)
+            _fold_into(
+                block.get_submodule(reader), affine.scale_D, affine.shift_D, width, undo, center=affine.subtracts_mean
+            )
         _reset_norm(norm, affine.scale_D, undo)
         if not _is_close(run(), before):
             raise UnsupportedEditError("other modules than these matrices read it")
@@ -154,7 +156,7 @@ def _fold_norm(
         return
     if any(True for _ in norm.parameters()):
         result.folded.append(name)
-    if affine.centres:
+    if affine.subtracts_mean:
         result.centered += [f"{prefix}{reader}" for reader in readers]
 
 
@@ -271,7 +273,7 @@ def _fold_final_norm(runner: BlockRunner, result: FoldResult, *, unembedding: bo
         if affine is None:
             raise UnsupportedEditError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
         _untie(model, module, undo)
-        _fold_into(module, affine.scale_D, affine.shift_D, runner.width, undo, center=affine.centres)
+        _fold_into(module, affine.scale_D, affine.shift_D, runner.width, undo, center=affine.subtracts_mean)
         _reset_norm(norm, affine.scale_D, undo)
         if unembedding and readout.cap is None:
             for name in ("weight", "bias"):
@@ -289,7 +291,7 @@ def _fold_final_norm(runner: BlockRunner, result: FoldResult, *, unembedding: bo
         result.not_folded[f"mean of {head} over the vocabulary"] = (
             "the soft-cap after it does not preserve a shift common to all logits"
         )
-    elif affine.centres or unembedding:
+    elif affine.subtracts_mean or unembedding:
         result.centered.append(head)
 
 
@@ -319,9 +321,13 @@ def _center_writers(runner: BlockRunner, probes: Sequence[_FoldProbe], result: F
     for number, probe in enumerate(probes):
         block, parts = runner.blocks[number], runner.anatomy.parts(number)
         names = [*parts.outputs("attention"), *parts.outputs("mlp")]
-        if parts.fault or not names or any(not skip.savable for skip in (*parts.attention_skips, *parts.mlp_skips)):
+        if (
+            parts.skip_error
+            or not names
+            or any(not skip.savable for skip in (*parts.attention_skips, *parts.mlp_skips))
+        ):
             result.not_folded[f"what block {number} writes"] = (
-                parts.fault or "cannot determine which weights write the stream"
+                parts.skip_error or "cannot determine which weights write the stream"
             )
             continue
         before = probe.run()

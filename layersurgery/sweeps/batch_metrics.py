@@ -140,5 +140,6 @@ def check_readout(runner: BlockRunner, readout: Readout, ids: torch.Tensor, mask
     if bool((error > tolerance * torch.where(comparable, model_logits, 0).abs().amax(-1)).any()):
         raise MeasurementError(
             f"{type(runner.model).__name__}: the logits read from the stream after its last block differ "
-            f"from the model's own logits by up to {float(error.max()):.3g}, so its earlier blocks cannot be read in this way"
+            f"from the model's own logits by up to {float(error.max()):.3g}, "
+            "so its earlier blocks cannot be read in this way"
         )

@@ -23,7 +23,7 @@ from ..plans.variants import Variant, unedited
 from ..runtime.block_runner import BlockRunner
 from ..runtime.cpu_memory import reuse_cpu_memory
 from ..runtime.inputs import has_next_token, model_inputs
-from ..runtime.offload import bytes_of, device_of, distinct_tensors, offloaded, own_tensors
+from ..runtime.offload import offloaded_bytes, device_of, distinct_tensors, offloaded, own_tensors
 from ..runtime.unembedding import find_readout
 from .batch_metrics import BatchMetrics, BatchResult, check_readout
 from .executor import OnFraction, ScheduleExecutor
@@ -100,7 +100,7 @@ class Measurer:
         self._run_only = (
             [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
         )
-        self._offloaded_bytes = [bytes_of(offloaded(block)) for block in self.runner.blocks]
+        self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
         self._memory_model = MemoryModel.of(
@@ -108,7 +108,7 @@ class Measurer:
             self.runner.blocks,
             width=self.runner.width,
             vocabulary=self.readout.vocabulary,
-            head_rows=self.readout.rows,
+            head_rows=self.readout.tokens_at_once,
         )
         # Rows of the result that belong to each route.
         self._rows = [
@@ -159,7 +159,7 @@ class Measurer:
         """Return the bytes of offloaded weights that one batch loads; 0 if no weights are offloaded."""
         return self.schedule.bytes_read(
             self._offloaded_bytes,
-            bytes_of(tensor for module in self.runner.offloaded_outside for tensor in own_tensors(module)),
+            offloaded_bytes(tensor for module in self.runner.offloaded_outside for tensor in own_tensors(module)),
         )
 
     @property

@@ -125,11 +125,11 @@ class Observer:
         """Yield what can be measured, and note in `skipped` why the rest cannot."""
         for layer, contributions in enumerate(self.contributions):
             if ATTENTION in self.signals:
-                if contributions.attends:
+                if contributions.reads_attention:
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5", "has_five_previous")
                     yield Quantity(ATTENTION, layer, "attention", "attention_prev5_mean", "pairs")
                 else:
-                    mixer = contributions.names or "the block"
+                    mixer = contributions.mixer_names or "the block"
                     reason = contributions.attention_error or f"{mixer} attends to no tokens by softmax"
                     self.skipped[f"attention of block {layer}"] = reason
             if NORMS in self.signals:
@@ -180,7 +180,7 @@ class Observer:
                     contributions = self.contributions[number]
                     on_attention = (
                         partial(batch.add_attention, number)
-                        if ATTENTION in self.signals and contributions.attends
+                        if ATTENTION in self.signals and contributions.reads_attention
                         else None
                     )
                     points = [

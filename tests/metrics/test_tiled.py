@@ -19,7 +19,7 @@ class Plain:
     matrix: torch.Tensor
     bias: torch.Tensor | None = None
     cap: float | None = None
-    rows: int | None = None
+    tokens_at_once: int | None = None
     description: str = "for tests"
 
     @property
@@ -28,7 +28,7 @@ class Plain:
 
     @property
     def affine(self) -> bool:
-        return self.cap is None and self.rows is None
+        return self.cap is None and self.tokens_at_once is None
 
     def normalize(self, stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         return stream[chosen]
@@ -64,7 +64,7 @@ def test_equals_the_definition(tokens: int, vocabulary: int, kind: str, monkeypa
         drawn(vocabulary, 19),
         bias=drawn(vocabulary, seed=1, scale=3) if kind == "bias" else None,
         cap=4.0 if kind == "cap" else None,
-        rows=5 if kind == "all at once" else None,
+        tokens_at_once=5 if kind == "all at once" else None,
     )
     p, q = drawn(tokens, 19, seed=2), drawn(tokens, 19, seed=3)
     target = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(4))
@@ -122,7 +122,7 @@ def test_the_first_of_equal_logits_wins(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_nan_in_every_metric(bad: float) -> None:
-    for readout in (Plain(drawn(50, 4)), Plain(drawn(50, 4), rows=8), Plain(drawn(50, 4), cap=2.0)):
+    for readout in (Plain(drawn(50, 4)), Plain(drawn(50, 4), tokens_at_once=8), Plain(drawn(50, 4), cap=2.0)):
         base = dispatch.baseline(readout, drawn(3, 4, seed=1), torch.tensor([0, 1, 2]))
         q = drawn(3, 4, seed=2)
         q[1] = bad

@@ -28,7 +28,7 @@ def test_a_llama() -> None:
     assert (found.embedding, found.final_norm, found.unembedding) == ("model.embed_tokens", "model.norm", "lm_head")
     assert found.kind_of == (0,) * DEPTH
     parts = found.parts(3)
-    assert (parts.attention, parts.mlp, parts.parallel, parts.fault) == (("self_attn",), ("mlp",), False, "")
+    assert (parts.attention, parts.mlp, parts.parallel, parts.skip_error) == (("self_attn",), ("mlp",), False, "")
     assert parts.norms_before == ("input_layernorm", "post_attention_layernorm")
     assert parts.norms_after == ()
     assert parts.outputs("attention") == ("self_attn.o_proj.weight",)

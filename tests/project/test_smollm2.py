@@ -81,7 +81,7 @@ def text(loaded: Any) -> torch.Tensor:
 def test_what_it_is_made_of(loaded: Any) -> None:
     found = ls.anatomy(loaded.model)
     assert (found.depth, found.blocks, len(found.kinds)) == (30, "model.layers", 1)
-    assert found.parts(0).fault == ""
+    assert found.parts(0).skip_error == ""
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def words(place: Path, out: str, *more: Any) -> list[str]:
     return [str(word) for word in (*given, "-o", place / out, *more)]
 
 
-# Start processes as a cluster would: each has its rank and the leader's address. One imports torch and forks the others.
+# Start processes as a cluster would: each has its rank and the leader's address. One imports torch and forks the rest.
 _START = """
 import json, os, sys, time
 asked = json.loads(sys.argv[1])

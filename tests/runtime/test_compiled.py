@@ -53,7 +53,7 @@ def test_the_digits_do_not_depend_on_which_batch_came_first() -> None:
         measurer = Measurer(model, variants("swap,drop", DEPTH), compiled=True)
         values = {place: measurer.measure(*batches[place]).values for place in order}
         assert measurer.runner.compiler is not None
-        assert measurer.runner.compiler.refused is None
+        assert measurer.runner.compiler.error is None
         # One for each shape of a batch, whichever block, and few for logits.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
         found.append(values)

@@ -59,7 +59,7 @@ def make_demo_model(cache: Path) -> None:
         eos_token_id=0,
         initializer_range=0.3,
     )
-    target = cache / sources._conversion_of(sources.embedded_file()).name
+    target = cache / sources._conversion_directory(sources.embedded_file()).name
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(config)
     add_prediction_neurons(

@@ -139,7 +139,7 @@ def test_gains_are_found_by_running(dtype: torch.dtype, width: int) -> None:
     for module, centres in ((norm, True), (rms, False)):
         gain = fit_norm(module, width, torch.zeros(1, dtype=dtype))
         assert gain is not None
-        assert gain.centres == centres
+        assert gain.subtracts_mean == centres
         torch.testing.assert_close(gain.scale_D, module.weight.detach().double(), rtol=near, atol=near)
         assert gain.shift_D.any() == centres
     for other in (nn.Tanh(), nn.Linear(width, width).to(dtype), nn.Linear(width, 2).to(dtype)):

@@ -68,7 +68,7 @@ class _OverTheSequence(nn.Module):
 def test_a_tail_that_mixes_tokens_is_refused() -> None:
     model: Any = tiny_model("llama")
     model.model.norm = _OverTheSequence(model.model.norm)
-    with pytest.raises(ls.UnsupportedEditError, match="what it predicts at one position depends on others"):
+    with pytest.raises(ls.UnsupportedEditError, match="the logits at one position depend on other positions"):
         ls.sweep(model, "drop", tokens())
 
 
@@ -96,7 +96,7 @@ def test_a_token_made_impossible_is_no_number_and_not_a_huge_one() -> None:
             logits[:, -1] = -torch.inf  # not there in either model
             return logits.masked_fill((x_TD[:, :1] > 0) & (torch.arange(stop) == 3), -torch.inf)
 
-    readout = Barring(drawn(40, 4), rows=64)
+    readout = Barring(drawn(40, 4), tokens_at_once=64)
     p, q = drawn(6, 4, seed=1), drawn(6, 4, seed=2)
     p[:, 0], q[:, 0] = -1, torch.tensor([-1.0, 1, -1, -1, 1, -1])
     found = dispatch.measure(readout, q, dispatch.baseline(readout, p, torch.zeros(6, dtype=torch.long)))
@@ -154,7 +154,7 @@ def test_places_that_cannot_be_written_and_usage_that_cannot_be_meant(small: lis
         ([*small, "--edits", ""], 2, "the plan is empty"),
         ([*small, "--data", ""], 2, "--data is empty"),
         ([*small, "--dtype", "int8"], 2, "is not supported"),
-        ([*small, "--device", "meta"], 2, "--device meta computes nothing"),
+        ([*small, "--device", "meta"], 2, "--device meta cannot compute"),
     ]:
         found = run(*words)
         assert (found.exit_code, said in " ".join(found.stderr.split())) == (code, True), found.stderr
