@@ -137,11 +137,11 @@ class _ContributionProbe(ModuleWrapper):
         parts = runner.anatomy.parts(self._number)
         convention = runner.conventions[self._number]
         call = Call("", args, kwargs)
-        stream = random_like(call[convention.stream], 7)
+        stream = random_like(call[convention.stream_argument], 7)
         # The stream is small compared with what the block adds, so that the sum of both rounds off little of the
         # addition.
         stream = (stream * (_PROBE_STD / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
-        call_args, call_kwargs = call.with_argument(convention.stream, stream)
+        call_args, call_kwargs = call.with_argument(convention.stream_argument, stream)
 
         def run() -> torch.Tensor | None:
             return first_tensor(self.module(*call_args, **call_kwargs))
