@@ -98,7 +98,7 @@ def prune(
         >>> model, tokenizer = ls.load("smollm2-135m")
         >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
         >>> pruning = ls.prune(model, tokens, remove=2)
-        >>> ls.operate_(model, pruning.plan)
+        >>> pruned = ls.operate_(model, pruning.plan)
         >>> model.config.num_hidden_layers
         28
     """

@@ -19,7 +19,7 @@ from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy, probe_forward
 from ..models.block_list import find_decoder_blocks
 from ..models.block_view import share_parameters
-from ..models.call_tracing import Call, ModuleWrapper, ArgumentKey, eval_no_grad, first_tensor, replace_modules
+from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
 from ..models.skipped_branch import install_skips
 from ..plans.route import Visit
 from .compiled_blocks import Compiler

@@ -111,7 +111,7 @@ def _check_skips(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SkippedBranch) and not module.saves_as_zeros:
             raise UnsupportedEditError(
-                f"{name} ({module.original_class.__name__}) is skipped, but which of its weights write into the residual "
-                "stream is unknown, so no checkpoint can represent the skip; use the model in memory only "
+                f"{name} ({module.original_class.__name__}) is skipped, but which of its weights write into the "
+                "residual stream is unknown, so no checkpoint can represent the skip; use the model in memory only "
                 "(verify=False)"
             )

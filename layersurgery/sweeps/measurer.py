@@ -23,7 +23,7 @@ from ..plans.variants import Variant, unedited
 from ..runtime.block_runner import BlockRunner
 from ..runtime.cpu_memory import reuse_cpu_memory
 from ..runtime.inputs import has_next_token, model_inputs
-from ..runtime.offload import offloaded_bytes, device_of, distinct_tensors, offloaded, own_tensors
+from ..runtime.offload import device_of, distinct_tensors, offloaded, offloaded_bytes, own_tensors
 from ..runtime.unembedding import find_readout
 from .batch_metrics import BatchMetrics, BatchResult, check_readout
 from .executor import OnFraction, ScheduleExecutor

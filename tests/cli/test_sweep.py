@@ -61,8 +61,12 @@ def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
     found = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs")
     assert found.exit_code == 0
     for words in (
-        "120 tokens in 4 sequences of 30", "parameters in float32 on cpu", "block calls per batch", "without sharing", "of memory for 4 sequences",
-    ):  # fmt: skip
+        "120 tokens in 4 sequences of 30",
+        "parameters in float32 on cpu",
+        "block calls per batch",
+        "without sharing",
+        "of memory for 4 sequences",
+    ):
         assert words in found.stderr, words
     shown = found.stdout
     for words in (

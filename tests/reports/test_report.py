@@ -45,7 +45,7 @@ PATIENCE = 60  # seconds, for a machine that does much else
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of a tiny model with its figure, the stages of a real one as the examples keep them, and a sweep that was stopped."""
+    """A sweep of a tiny model with its figure, the stages of a real one from the examples, and an interrupted sweep."""
     path = tmp_path_factory.mktemp("runs")
     model = checkpoint(path / "tiny", "gpt2")
     (path / "story.txt").write_text("".join(f"Once upon a time there were {number} layers.\n" for number in range(60)))
@@ -356,9 +356,21 @@ def test_dark_and_light_can_be_read(browser: Browser, made: ls.Report) -> None:
 
 @needs_browser
 def test_hostile_text_is_shown_and_not_run(browser: Browser, tmp_path: Path) -> None:
-    place = results_in(tmp_path / "<img src=x onerror=alert(1)>", HOSTILE, skipped={HOSTILE: HOSTILE}, command=f"layersurgery sweep '{HOSTILE}'".replace("'", '"'))  # fmt: skip
+    place = results_in(
+        tmp_path / "<img src=x onerror=alert(1)>",
+        HOSTILE,
+        skipped={HOSTILE: HOSTILE},
+        command=f"layersurgery sweep '{HOSTILE}'".replace("'", '"'),
+    )
     facts = json.loads((place / "run.json").read_text())
-    tokens = pd.DataFrame({"layer": range(12), "relative_depth": [layer / 11 for layer in range(12)], f"{HOSTILE[:40]}_nats": range(12), "token": ["</script><script>alert(2)</script>", " the\n", "\u202e<b>", *["x"] * 9]})  # fmt: skip
+    tokens = pd.DataFrame(
+        {
+            "layer": range(12),
+            "relative_depth": [layer / 11 for layer in range(12)],
+            f"{HOSTILE[:40]}_nats": range(12),
+            "token": ["</script><script>alert(2)</script>", " the\n", "\u202e<b>", *["x"] * 9],
+        }
+    )
     write_table(place, "examples", tokens, csv=False)
     svg = '<svg xmlns="http://www.w3.org/2000/svg" width="200" height="200"><script>alert(3)</script></svg>'
     (place / "odd.svg").write_text(svg)
@@ -407,7 +419,10 @@ def test_the_same_results_give_the_same_page(made: ls.Report, runs: Path, tmp_pa
 def test_the_command_that_repeats_a_run(made: ls.Report, runs: Path) -> None:
     facts = json.loads((runs / "sweep" / "run.json").read_text())
     story = runs.parent / "story.txt"
-    meant = f"layersurgery sweep {runs.parent / 'tiny'} --data {story} -n 120 --context 30 --edits swap,drop,skip-mlp -o {runs / 'sweep'} --json"
+    meant = (
+        f"layersurgery sweep {runs.parent / 'tiny'} --data {story} -n 120 --context 30 --edits swap,drop,skip-mlp "
+        f"-o {runs / 'sweep'} --json"
+    )
     assert facts["command"] == meant
     assert Text.of(made.path.read_text()).find(meant)
 
@@ -427,7 +442,8 @@ def test_runs_that_noted_no_command(tmp_path: Path) -> None:
     (tmp_path / "step" / "run.json").write_text(json.dumps(facts | {"files": ["step.parquet"]}))
     text = Text.of(ls.report(tmp_path, tmp_path / "page.html").path.read_text())
     assert text.find(
-        "layersurgery sweep some/model --edits drop --data pydoc --tokens 4096 --context 512 --no-shuffle --per-token --revision abc"
+        "layersurgery sweep some/model --edits drop --data pydoc --tokens 4096 --context 512 --no-shuffle "
+        "--per-token --revision abc"
     )
     assert text.find("its arguments were used to reconstruct one")
     assert text.find("and it cannot be reconstructed")
@@ -499,7 +515,15 @@ def test_what_has_no_room_is_left_out_and_named(tmp_path: Path) -> None:
 def test_tables_of_any_analysis_are_shown(tmp_path: Path) -> None:
     place = results_in(tmp_path / "probe", kind="layersurgery analysis")
     (place / "results.parquet").unlink()
-    frame = pd.DataFrame({"neuron": [3, 5], "token": [" ing", None], "score": [0.123456789, float("nan")], "score_sem": [0.01, 0.01], "good": [True, False]})  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "neuron": [3, 5],
+            "token": [" ing", None],
+            "score": [0.123456789, float("nan")],
+            "score_sem": [0.01, 0.01],
+            "good": [True, False],
+        }
+    )
     write_table(place, "single_neurons", frame)
     facts = json.loads((place / "run.json").read_text()) | {"files": ["single_neurons.parquet", "single_neurons.csv"]}
     (place / "run.json").write_text(json.dumps(facts))
