@@ -39,7 +39,7 @@ class BlockParts:
         attention_skips: replacements of modules that skip the attention.
         mlp_skips: replacements of modules that skip the MLP.
         parallel: whether attention and MLP read the same stream; None unless the block has both.
-        fault: why no branch can be skipped; empty if they can.
+        skip_error: why no branch can be skipped; empty if they can.
     """
 
     attention: tuple[str, ...]

@@ -138,7 +138,7 @@ class DecoderSection:
         path: the keys that lead to the section; empty for a plain language model.
         depth_fields: the keys that hold the number of blocks.
         depth: number of blocks.
-        extra: number of blocks after the decoder's own, which it does not run.
+        extra_blocks: number of blocks after the decoder's own, which it does not run.
     """
 
     path: tuple[str, ...]

@@ -24,7 +24,7 @@ class NormAffine:
     Attributes:
         scale_D: float64, (width,).
         shift_D: float64, (width,).
-        centres: whether n subtracts the mean over channels (LayerNorm, not RMSNorm).
+        subtracts_mean: whether n subtracts the mean over channels (LayerNorm, not RMSNorm).
     """
 
     scale_D: torch.Tensor

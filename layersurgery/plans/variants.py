@@ -174,7 +174,7 @@ def read_plans(text: str, source_name: str) -> dict[str, Plan]:
 
     Args:
         text: the content of the file.
-        where: the name of the file, for errors.
+        source_name: the name of the file, for errors.
 
     Raises:
         PlanError: a line cannot be read; gives its number.

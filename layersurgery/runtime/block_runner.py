@@ -31,7 +31,7 @@ class CallConvention:
     """How one block is called, and how it returns the residual stream.
 
     Attributes:
-        stream: the argument that holds the residual stream.
+        stream_argument: the argument that holds the residual stream.
         extra_outputs: values that the block returns after the stream, if it returns a tuple or list; None if it returns
             the stream itself.
         overwrites: whether the block adds to its input in place.

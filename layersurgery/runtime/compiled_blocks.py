@@ -30,7 +30,7 @@ class Compiler:
     """Calls blocks in compiled form; uncompiled, with one warning, if torch cannot compile them or the result is wrong.
 
     Attributes:
-        refused: why blocks are called uncompiled; None while all are compiled.
+        error: why blocks are called uncompiled; None while all are compiled.
     """
 
     def __init__(self) -> None:

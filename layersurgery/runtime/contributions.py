@@ -56,8 +56,8 @@ class BlockContributions:
     Attributes:
         capture_points: capture points of the branches; a branch without any adds nothing.
         mixers: paths of the modules that mix tokens.
-        names: class names of the mixers, separated by commas.
-        attends: whether attention weights can be read from the block's attention kernel.
+        mixer_names: class names of the mixers, separated by commas.
+        reads_attention: whether attention weights can be read from the block's attention kernel.
         error: why contributions cannot be captured; empty if they can.
         attention_error: why attention cannot be read; empty if it can.
     """

@@ -100,8 +100,9 @@ class Unembedding:
             loaded only for a while.
         scale: factor of the logits.
         cap: soft-cap of the logits; None without one.
-        own_norm: take the input of the unembedding from the model's own forward, because no single module computes it.
-        rows: None, since the vocabulary is read in tiles.
+        use_model_norm: take the input of the unembedding from the model's own forward, because no single module
+            computes it.
+        tokens_at_once: None, since the vocabulary is read in tiles.
     """
 
     runner: BlockRunner

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tests.support.demo_model import use_demo_model
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "layersurgery").rglob("*.py") if ">>>" in path.read_text("utf-8"))
+SOURCES = sorted([*(ROOT / "layersurgery").rglob("*.py"), *(ROOT / "cli").rglob("*.py")])
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
@@ -42,3 +45,35 @@ def test_examples_run(path: Path, small: None) -> None:
         result = doctest.DocTestRunner(optionflags=OPTIONS).run(test, out=output.append)
         assert result.failed == 0, "".join(output)
     assert "+SKIP" not in path.read_text("utf-8")
+
+
+def entries(docstring: str, section: str) -> list[str]:
+    """Names that a section of a docstring explains."""
+    lines = docstring.split("\n")
+    start = next((number for number, line in enumerate(lines, 1) if line.strip() == f"{section}:"), len(lines))
+    body = lines[start : next((number for number in range(start, len(lines)) if not lines[number].strip()), len(lines))]
+    indent = min((len(line) - len(line.lstrip()) for line in body), default=0)
+    return [match[1] for line in body if (match := re.match(rf" {{{indent}}}(\w+): ", line))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT).with_suffix("")))
+def test_docstrings_name_what_is_there(path: Path) -> None:
+    """A parameter or attribute that was renamed is renamed in its docstring, too."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or not (docstring := ast.get_docstring(node)):
+            continue
+        functions = (
+            [node] if isinstance(node, ast.FunctionDef) else [n for n in node.body if isinstance(n, ast.FunctionDef)]
+        )
+        arguments = {
+            argument.arg
+            for function in functions
+            for argument in ast.walk(function.args)
+            if isinstance(argument, ast.arg)
+        }
+        assert set(entries(docstring, "Args")) <= arguments, f"{path}, line {node.lineno}: {node.name}"
+        if isinstance(node, ast.ClassDef):
+            fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+            assigned = set(re.findall(r"self\.(\w+)", ast.unparse(node)))
+            known = fields | assigned | {function.name for function in functions}
+            assert set(entries(docstring, "Attributes")) <= known, f"{path}, line {node.lineno}: {node.name}"

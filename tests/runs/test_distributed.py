@@ -238,7 +238,7 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, a
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9" in err
-    assert "run the same command to resume" in err
+    assert "run the same command again to resume" in " ".join(err.split())
     assert not (place / "killed" / "results.parquet").exists()
     options = {
         "num_processes": 3,
