@@ -62,19 +62,19 @@ def probe_in(
         The finished run.
     """
     from layersurgery.analyses.token_classes import CONTEXT, find_balanced_windows, token_class
-    from layersurgery.runs.text import bos_of, check_data, documents
+    from layersurgery.runs.text import bos_token_id, check_data, read_documents
 
     request, options, console = request or session.request, session.options, session.console
     check_data(request)
     tokenizer = session.tokenizer
-    bos = bos_of(tokenizer) if request.bos else None
+    bos = bos_token_id(tokenizer) if request.bos else None
     target = token_class(tokenizer, suffix=probe_options.suffix, regex=probe_options.regex)
     examples = ", ".join(repr(text) for text in target.examples[:8])
     counts = f"{target.about['tokens']:,} of {target.about['of']:,} tokens"
     console.log(f"The text of {counts} {target.words}: {examples}")
     with console.status(f"Searching for them in {request.data}"):
         windows = find_balanced_windows(
-            documents(request),
+            read_documents(request),
             tokenizer,
             target,
             tokens=request.tokens,

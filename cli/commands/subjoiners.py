@@ -50,15 +50,20 @@ def subjoiners_in(
         The finished run.
     """
     from layersurgery.analyses.word_windows import WINDOW, find_word_windows
-    from layersurgery.runs.text import bos_of, check_data, documents
+    from layersurgery.runs.text import bos_token_id, check_data, read_documents
 
     request, options, console = request or session.request, session.options, session.console
     check_data(request)
     tokenizer = session.tokenizer
-    bos = bos_of(tokenizer) if request.bos else None
+    bos = bos_token_id(tokenizer) if request.bos else None
     with console.status(f"Searching for words of four tokens in {request.data}"):
         windows = find_word_windows(
-            documents(request), tokenizer, tokens=request.tokens, samples=samples, seed=request.seed, name=request.data
+            read_documents(request),
+            tokenizer,
+            tokens=request.tokens,
+            samples=samples,
+            seed=request.seed,
+            name=request.data,
         )
     session.check_vocabulary(int(windows.ids.max()))
     window_facts = windows.about

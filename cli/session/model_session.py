@@ -202,7 +202,7 @@ def tokenizer_of_run(source: Source, other: str | None) -> Any:
 def _arguments(
     source: Source, options: MeasureOptions, request: TextRequest, task: Task, placement: Placement
 ) -> dict[str, Any]:
-    from layersurgery.runs.run_directory import versions
+    from layersurgery.runs.run_directory import package_versions
 
     return {
         "model": {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)},
@@ -213,7 +213,7 @@ def _arguments(
         "batch_size": options.batch_size,
         "per_token": options.per_token,
         "blocks": options.blocks,
-        "versions": versions(),
+        "versions": package_versions(),
     }
 
 

@@ -38,10 +38,10 @@ def run_once(
         The finished run.
     """
     from layersurgery.analyses.outcomes import write_tables
-    from layersurgery.runs.run_directory import ANALYSIS, open_run, versions
+    from layersurgery.runs.run_directory import ANALYSIS, open_run, package_versions
     from layersurgery.runs.runner import draw_safely
 
-    arguments = {**arguments, "versions": versions()}
+    arguments = {**arguments, "versions": package_versions()}
     with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=recorded_command()) as run:
         if run.finished:
             console.log(f"The run in {run.directory} has finished; nothing to do. Use --overwrite to measure again")

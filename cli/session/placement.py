@@ -142,9 +142,9 @@ def _local_device(device: int | str, group: ProcessGroup) -> int | str:
     """Return the machine's device for a device number of this process."""
     import torch
 
-    from layersurgery.runs.distributed import own_devices
+    from layersurgery.runs.distributed import assign_gpus
 
-    return device if group.size == 1 else local_device(device, own_devices(group, torch.cuda.device_count()))
+    return device if group.size == 1 else local_device(device, assign_gpus(group, torch.cuda.device_count()))
 
 
 def _resolve_max_memory(limits: MaxMemory | None, group: ProcessGroup) -> MaxMemory | None:
@@ -152,13 +152,13 @@ def _resolve_max_memory(limits: MaxMemory | None, group: ProcessGroup) -> MaxMem
     import psutil
     import torch
 
-    from layersurgery.runs.distributed import own_devices
+    from layersurgery.runs.distributed import assign_gpus
 
     if group.size == 1:
         return limits
     if limits is not None:
         return {_local_device(device, group): size for device, size in limits.items()}
-    devices = own_devices(group, torch.cuda.device_count())
+    devices = assign_gpus(group, torch.cuda.device_count())
     free: MaxMemory = {device: int(_FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]) for device in devices}
     return free | {"cpu": int(_FREE_MEMORY_SHARE * psutil.virtual_memory().available / group.local_size)}
 

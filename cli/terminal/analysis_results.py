@@ -184,10 +184,10 @@ def _float(value: Any) -> float:
 
 def show_analysis(run: Run, console: Console) -> None:
     """Print the results of a finished analysis."""
-    from layersurgery.runs.tables import read_results, tables_in
+    from layersurgery.runs.tables import read_results, table_names
 
     facts = run.facts
-    names = [name for name in tables_in(facts) if name != "neuron_scores"]
+    names = [name for name in table_names(facts) if name != "neuron_scores"]
     frames = {name: read_results(run.directory, name) for name in names}
     value: dict[str, Any] = {
         "path": str(run.directory),

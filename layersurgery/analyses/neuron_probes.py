@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.text import bos_of
+from ..runs.text import bos_token_id
 from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
 from ..runtime.neuron_activations import Projection, capture_neurons, projections
@@ -130,7 +130,7 @@ def probe(
     """
     chosen = token_class(tokenizer, suffix=suffix, regex=regex)
     windows = find_balanced_windows(documents, tokenizer, chosen, tokens=tokens, samples=samples, seed=seed)
-    first = bos_of(tokenizer) if bos else None
+    first = bos_token_id(tokenizer) if bos else None
     anatomy = anatomy or find_anatomy(model, blocks=blocks)
     return fit_probes(
         model, windows, chosen, first=first, seed=seed, batch_size=batch_size, anatomy=anatomy, progress=progress

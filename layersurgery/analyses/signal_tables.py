@@ -24,12 +24,12 @@ from ..sweeps.observer import (
     ATTENTION,
     CHANGE,
     COUNTS,
-    KINDS,
     NORMS,
     PARTS,
     SIGNALS,
     SIMILARITY,
-    counts_of,
+    SIMILARITY_KINDS,
+    count_columns,
     first_quantity,
 )
 from ..sweeps.results import results_table
@@ -182,7 +182,7 @@ class SignalTables:
         for layer in range(self.depth - 1):
             for part in PARTS:
                 row = self._row(layer, self._counts("tokens")) | {"part": part}
-                for kind in KINDS:
+                for kind in SIMILARITY_KINDS:
                     row |= self._quantity(layer, part, kind)
                 rows.append(row)
         empty = [
@@ -192,7 +192,7 @@ class SignalTables:
             "tokens",
             "sequences",
             "part",
-            *(name for kind in KINDS for name in (kind, f"{kind}_sem")),
+            *(name for kind in SIMILARITY_KINDS for name in (kind, f"{kind}_sem")),
         ]
         # A model of a single block has no swaps.
         return _typed(rows) if rows else pd.DataFrame(columns=empty).astype({"layer": "Int64"})
@@ -233,7 +233,7 @@ class SignalTables:
             missing = np.full(len(self.sums_by_sequence.counts), np.nan)
             return missing, missing
         column = observer.column(layer, part, name)
-        count = counts_of(observer.quantities)[column - first_quantity()]
+        count = count_columns(observer.quantities)[column - first_quantity()]
         return self.sums_by_sequence.observed[:, column], self.sums_by_sequence.observed[:, count]
 
     def _quantity(self, layer: int, part: str, name: str) -> dict[str, float]:

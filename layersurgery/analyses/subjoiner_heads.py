@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import MeasurementError, UnsupportedEditError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.text import bos_of
+from ..runs.text import bos_token_id
 from ..runtime.attention_weights import LastTokenAttention, PreviousTokenAttention
 from ..runtime.block_runner import BlockRunner
 from ..runtime.contributions import capture_contributions, find_contributions
@@ -107,7 +107,7 @@ def subjoiners(
         ['model', 'layer', 'head', 'rank', 'score']
     """
     windows = find_word_windows(documents, tokenizer, tokens=tokens, samples=samples, seed=seed)
-    first = bos_of(tokenizer) if bos else None
+    first = bos_token_id(tokenizer) if bos else None
     return score_heads(
         model,
         windows,

@@ -106,8 +106,8 @@ def _summing(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    part, place = tl.program_id(1), tl.program_id(0) * BT
-    row = place + tl.arange(0, BT)
+    part, offset = tl.program_id(1), tl.program_id(0) * BT
+    row = offset + tl.arange(0, BT)
     in_T = row < T
     goal = tl.load(target + row, mask=in_T, other=-1).to(tl.int32)
     m = tl.full((BT,), float("-inf"), dtype=tl.float32)
@@ -115,13 +115,13 @@ def _summing(
     A = tl.zeros((BT,), dtype=tl.float32)
     wanted = tl.zeros((BT,), dtype=tl.float32)
     top = tl.zeros((BT,), dtype=tl.int32)
-    x += place.to(tl.int64) * x_stride
+    x += offset.to(tl.int64) * x_stride
     first = part * tiles_a_part
     for tile in range(first, tl.minimum(first + tiles_a_part, tl.cdiv(V, BV))):
         begin = tile * BV
         z = _logits(
-            x, w + begin.to(tl.int64) * w_stride, bias + begin, T - place, V - begin, D, x_stride, w_stride, scale, cap,
-            HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
+            x, w + begin.to(tl.int64) * w_stride, bias + begin, T - offset, V - begin, D, x_stride, w_stride,
+            scale, cap, HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
         )  # fmt: skip
         col = begin + tl.arange(0, BV)
         # NaN makes S NaN; it need not be ordered, too.
@@ -151,23 +151,23 @@ def _diverging(
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     BT: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    part, place = tl.program_id(1), tl.program_id(0) * BT
-    row = place + tl.arange(0, BT)
+    part, offset = tl.program_id(1), tl.program_id(0) * BT
+    row = offset + tl.arange(0, BT)
     in_T = row < T
     lse = tl.load(p_lse + row, mask=in_T, other=0.0)
     moved = tl.zeros((BT,), dtype=tl.float32)
-    p_x += place.to(tl.int64) * p_stride
-    q_x += place.to(tl.int64) * q_stride
+    p_x += offset.to(tl.int64) * p_stride
+    q_x += offset.to(tl.int64) * q_stride
     first = part * tiles_a_part
     for tile in range(first, tl.minimum(first + tiles_a_part, tl.cdiv(V, BV))):
         begin = tile * BV
         w_here, left = w + begin.to(tl.int64) * w_stride, V - begin
         p_z = _logits(
-            p_x, w_here, bias + begin, T - place, left, D, p_stride, w_stride, scale, cap,
+            p_x, w_here, bias + begin, T - offset, left, D, p_stride, w_stride, scale, cap,
             HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
         )  # fmt: skip
         q_z = _logits(
-            q_x, w_here, bias + begin, T - place, left, D, q_stride, w_stride, scale, cap,
+            q_x, w_here, bias + begin, T - offset, left, D, q_stride, w_stride, scale, cap,
             HAS_BIAS, HAS_CAP, EVEN, WIDEN, BT, BV, BD,
         )  # fmt: skip
         inside = (tl.arange(0, BV) < left)[None, :]

@@ -207,16 +207,16 @@ def _record_blocks(model: nn.Module, block_list: BlockList) -> tuple[list[Call],
     return calls, None
 
 
-def record_block(model: nn.Module, blocks: nn.ModuleList, place: int) -> Call:
+def record_block(model: nn.Module, blocks: nn.ModuleList, position: int) -> Call:
     """Return the call of one block in one small forward pass of its model.
 
     Raises:
         UnsupportedEditError: the model raised an exception, or did not run the block.
     """
-    with record_calls([(blocks, str(place), "block")]) as log:
+    with record_calls([(blocks, str(position), "block")]) as log:
         probe_forward(model)
     if not log.calls:
-        raise UnsupportedEditError(f"{type(model).__name__} did not run its block {place}")
+        raise UnsupportedEditError(f"{type(model).__name__} did not run its block {position}")
     return log.calls[0]
 
 

@@ -208,5 +208,5 @@ def _view(key: str, label: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
         "key": key,
         "label": label,
         "metrics": names,
-        "lines": [line | {"place": place} for place, line in enumerate(lines)],
+        "lines": [line | {"place": index} for index, line in enumerate(lines)],
     }

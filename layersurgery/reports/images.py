@@ -40,7 +40,7 @@ class Picture:
         about: what it shows.
         path: the smallest file of the figure, or the missing one.
         source: data URI; empty if the figure is left out.
-        why: why the figure is left out; empty if it is shown.
+        reason: why the figure is left out; empty if it is shown.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Picture:
     about: str
     path: Path
     source: str = ""
-    why: str = ""
+    reason: str = ""
 
     @property
     def alt(self) -> str:
@@ -56,46 +56,46 @@ class Picture:
         return f"{self.label}: {self.about}. The numbers are in the tables below."
 
 
-def pictures(runs: Sequence[FinishedRun], room: int) -> list[Picture]:
+def pictures(runs: Sequence[FinishedRun], max_bytes: int) -> list[Picture]:
     """Read the figures of all runs, the stages first.
 
     If they need too much space, the largest of the other figures are left out first.
 
     Args:
         runs: the runs that drew them.
-        room: bytes that they may take in the page.
+        max_bytes: bytes that they may take in the page.
     """
-    found = [(*one, _smaller(*one)) for one in _named(runs)]
-    read = {place: _read(paths) for place, (*_, paths) in enumerate(found)}
+    entries = [(*entry, _smaller(*entry)) for entry in _named(runs)]
+    read = {index: _read(paths) for index, (*_, paths) in enumerate(entries)}
     costs = sorted(
-        (found[place][2] not in _FIRST, 4 * len(data) // 3 + _AROUND, place)
-        for place, (data, _) in read.items()
+        (entries[index][2] not in _FIRST, 4 * len(data) // 3 + _AROUND, index)
+        for index, (data, _) in read.items()
         if data
     )
     fits = set()
-    for _, cost, place in costs:
-        if cost <= room:
-            room -= cost
-            fits.add(place)
+    for _, cost, index in costs:
+        if cost <= max_bytes:
+            max_bytes -= cost
+            fits.add(index)
     shown = []
-    for place, (run, label, name, paths) in enumerate(found):
+    for index, (run, label, name, paths) in enumerate(entries):
         about = _ABOUT.get(name.rstrip("-0123456789"), f"figure “{name}”")
         path = paths[0] if paths else run.path / f"{name}.svg"
-        data, why = read[place]
-        if data and place not in fits:
-            why = f"it would have made this page too large; it is {path}"
-        uri = f"data:{_KINDS[path.suffix]};base64,{base64.b64encode(data).decode()}" if place in fits else ""
-        shown.append(Picture(label, name, about, path, uri, "" if uri else why))
+        data, reason = read[index]
+        if data and index not in fits:
+            reason = f"it would have made this page too large; it is {path}"
+        uri = f"data:{_KINDS[path.suffix]};base64,{base64.b64encode(data).decode()}" if index in fits else ""
+        shown.append(Picture(label, name, about, path, uri, "" if uri else reason))
     return shown
 
 
 def _named(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, str, str]]:
-    found = []
+    entries = []
     for run, label in zip(runs, labels(runs), strict=True):
         files = [str(file) for file in run.fact("figures", default=[])]
         names = [file.rpartition(".")[0] for file in files if Path(file).suffix in _KINDS and Path(file).name == file]
-        found += [(run, label, name) for name in dict.fromkeys(names)]
-    return sorted(found, key=lambda one: _FIRST.index(one[2]) if one[2] in _FIRST else len(_FIRST))
+        entries += [(run, label, name) for name in dict.fromkeys(names)]
+    return sorted(entries, key=lambda entry: _FIRST.index(entry[2]) if entry[2] in _FIRST else len(_FIRST))
 
 
 def _smaller(run: FinishedRun, _label: str, name: str) -> list[Path]:
@@ -106,14 +106,14 @@ def _smaller(run: FinishedRun, _label: str, name: str) -> list[Path]:
 
 def _read(paths: Sequence[Path]) -> tuple[bytes, str]:
     """Read the smallest file whose content matches its extension; else return the reason."""
-    why = "its file no longer exists"
+    reason = "its file no longer exists"
     for path in paths:
         try:
             data = path.read_bytes()
         except OSError as error:
-            why = f"{path} cannot be read: {error.strerror or error}"
+            reason = f"{path} cannot be read: {error.strerror or error}"
             continue
         if data.lstrip().startswith(_MAGIC[path.suffix]):
             return data, ""
-        why = f"{path} is not a valid {path.suffix[1:].upper()} file"
-    return b"", why
+        reason = f"{path} is not a valid {path.suffix[1:].upper()} file"
+    return b"", reason

@@ -50,7 +50,7 @@ def provenance(run: FinishedRun) -> Provenance:
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]]:
-    return [(str(key), one) for key, one in value.items()] if isinstance(value, Mapping) else []
+    return [(str(key), item) for key, item in value.items()] if isinstance(value, Mapping) else []
 
 
 def _batches(value: Any) -> str:

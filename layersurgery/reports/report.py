@@ -88,7 +88,7 @@ def report(
         raise OutputError(
             f"a page about {len(collected.runs)} runs would have {len(page):,} bytes; give fewer directories"
         )
-    skipped += [f"{picture.label}, {picture.name}: {picture.why}" for picture in images if picture.why]
+    skipped += [f"{picture.label}, {picture.name}: {picture.reason}" for picture in images if picture.reason]
     _write(out, page)
     return Report(out, len(page), [run.path for run in collected.runs], dict(collected.others), skipped)
 

@@ -10,7 +10,7 @@ from .collect import CollectedRuns, FinishedRun, labels
 from .html import Html, data, joined, tag
 from .images import Picture
 from .provenance import provenance
-from .tables import Cell, Column, Table, of_frame, of_routes
+from .tables import Cell, Column, Table, format_table, route_table
 
 _CELLS_A_ROUTE = 12
 _LONG = 40
@@ -27,29 +27,33 @@ _COLUMNS = (
 )
 
 
-def build_sections(found: CollectedRuns, most_rows: int, pictures: Sequence[Picture]) -> tuple[str, Html, list[str]]:
+def build_sections(
+    collected: CollectedRuns, most_rows: int, pictures: Sequence[Picture]
+) -> tuple[str, Html, list[str]]:
     """Build a page's title and body.
 
     Args:
-        found: the runs.
+        collected: the runs.
         most_rows: maximum number of routes; all other tables together get as many cells as these.
         pictures: figures to show.
 
     Returns:
         The title, the body, and descriptions of what is left out to limit the size.
     """
-    models = list(dict.fromkeys(run.model for run in found.runs))
-    names = list(dict.fromkeys(run.short for run in found.runs))
+    models = list(dict.fromkeys(run.model for run in collected.runs))
+    names = list(dict.fromkeys(run.short for run in collected.runs))
     title = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-    tables, left = _tables(found.runs, _CELLS_A_ROUTE * most_rows)
-    sections = [section for section in _sections(found, most_rows, pictures, tables, left) if section[2]]
+    tables, left_out = _tables(collected.runs, _CELLS_A_ROUTE * most_rows)
+    sections = [section for section in _sections(collected, most_rows, pictures, tables, left_out) if section[2]]
     links = [tag("li", tag("a", heading, href=f"#{key}")) for key, heading, _ in sections]
     body = joined(
         [
             tag("a", "To the contents", class_="skip", href="#main"),
-            tag("header", tag("p", "layersurgery report", class_="kicker"), tag("h1", title), *_lead(found, models)),
+            tag(
+                "header", tag("p", "layersurgery report", class_="kicker"), tag("h1", title), *_lead(collected, models)
+            ),
             tag("nav", tag("ul", links), aria_label="Sections"),
-            tag("main", [_section(*one) for one in sections], id="main"),
+            tag("main", [_section(*entry) for entry in sections], id="main"),
             tag(
                 "footer",
                 tag(
@@ -60,7 +64,7 @@ def build_sections(found: CollectedRuns, most_rows: int, pictures: Sequence[Pict
             ),
         ]
     )
-    return f"{title} \N{EM DASH} layersurgery", body, left
+    return f"{title} \N{EM DASH} layersurgery", body, left_out
 
 
 def _section(key: str, heading: str, content: Sequence[Html]) -> Html:
@@ -68,9 +72,9 @@ def _section(key: str, heading: str, content: Sequence[Html]) -> Html:
 
 
 def _sections(
-    found: CollectedRuns, most_rows: int, pictures: Sequence[Picture], tables: Sequence[Table], left: list[str]
+    collected: CollectedRuns, most_rows: int, pictures: Sequence[Picture], tables: Sequence[Table], left_out: list[str]
 ) -> Iterator[tuple[str, str, list[Html]]]:
-    runs = found.runs
+    runs = collected.runs
     drawn = {chart.key: chart for chart in charts(runs)}
     sweeps = [run for run in runs if run.is_sweep]
     stages = [picture for picture in pictures if picture.name == "stages"]
@@ -87,8 +91,8 @@ def _sections(
         [tag("div", [_figure(picture) for picture in others], class_="figures")] if others else [],
     )
     if sweeps:
-        routes = of_routes(sweeps, most_rows)
-        left += routes.notes
+        routes = route_table(sweeps, most_rows)
+        left_out += routes.notes
         yield (
             "routes",
             "Every route",
@@ -96,27 +100,27 @@ def _sections(
         )
     yield "tables", "All other tables", [*_folded(tables)]
     yield "how", "How it was run, and how to repeat it", [*_accounts(runs)]
-    yield "missing", "What is not in this page", [*_missing(found, left)]
+    yield "missing", "What is not in this page", [*_missing(collected, left_out)]
 
 
-def _lead(found: CollectedRuns, models: Sequence[str]) -> Iterator[Html]:
+def _lead(collected: CollectedRuns, models: Sequence[str]) -> Iterator[Html]:
     texts: dict[str, None] = {}
-    for run in found.runs:
+    for run in collected.runs:
         tokens, where = run.fact("text", "tokens"), run.fact("arguments", "text", "data")
         if isinstance(tokens, int) and where:
             texts[f"{tokens:,} tokens of {where}"] = None
-    count = len(found.runs)
+    count = len(collected.runs)
     parts = [f"{count} run{'s'[: count != 1]}", ", ".join(models), *texts]
     yield tag("p", " \N{MIDDLE DOT} ".join(parts), class_="about")
-    if found.others:
-        number = len(found.others)
+    if collected.others:
+        number = len(collected.others)
         what = f"{number} director{'ies are' if number > 1 else 'y is'} not shown: "
         yield tag("p", what, tag("a", "which, and why", href="#missing"), class_="warn")
 
 
 def _words(runs: Sequence[FinishedRun]) -> Iterator[Html]:
     """Yield the summaries of the runs, those of sweeps first and in large type."""
-    for run, label in sorted(zip(runs, labels(runs), strict=True), key=lambda one: not one[0].is_sweep):
+    for run, label in sorted(zip(runs, labels(runs), strict=True), key=lambda entry: not entry[0].is_sweep):
         if run.words:
             words = f"{run.words[0].upper()}{run.words[1:].removesuffix('.')}."
             yield tag("p", tag("b", label), words, class_="lede" if run.is_sweep else "told")
@@ -134,28 +138,28 @@ def _chart(chart: Chart) -> list[Html]:
 
 def _figure(picture: Picture) -> Html:
     caption = tag("figcaption", tag("b", f"{picture.label}: "), f"{picture.about}.")
-    if picture.why:
-        return tag("p", tag("b", f"{picture.label}, {picture.name}: "), f"left out: {picture.why}.", class_="warn")
+    if picture.reason:
+        return tag("p", tag("b", f"{picture.label}, {picture.name}: "), f"left out: {picture.reason}.", class_="warn")
     return tag("figure", tag("img", src=picture.source, alt=picture.alt, loading="eager"), caption)
 
 
 def _tables(runs: Sequence[FinishedRun], most_cells: int) -> tuple[list[Table], list[str]]:
     """Return all tables except those of routes, and descriptions of those that are too large."""
-    shown, left = [], []
+    shown, left_out = [], []
     for run, label in zip(runs, labels(runs), strict=True):
         for name, frame in run.tables.items():
             if name == "results":
                 continue
             if frame.size > most_cells:
-                left.append(f"{label}: table {name}, {len(frame)} rows; it is {run.path / f'{name}.parquet'}")
+                left_out.append(f"{label}: table {name}, {len(frame)} rows; it is {run.path / f'{name}.parquet'}")
                 continue
             most_cells -= frame.size
-            shown.append(of_frame(f"{label}: {name}", frame))
-        left += [
+            shown.append(format_table(f"{label}: {name}", frame))
+        left_out += [
             f"{label}: table {name}, {rows} rows; it is {run.path / f'{name}.parquet'}"
             for name, rows in run.large.items()
         ]
-    return shown, left
+    return shown, left_out
 
 
 def _folded(tables: Sequence[Table]) -> Iterator[Html]:
@@ -171,7 +175,7 @@ def _notes(notes: Iterable[str]) -> Iterator[Html]:
 
 def _table(table: Table, key: str) -> Iterator[Html]:
     heads = [tag("th", column.title, *_unit(column), scope="col", data_n=column.numeric) for column in table.columns]
-    long = [any(len(row[place].text) > _LONG for row in table.rows) for place in range(len(table.columns))]
+    long = [any(len(row[column].text) > _LONG for row in table.rows) for column in range(len(table.columns))]
     rows = [tag("tr", [_cell(cell, is_long) for cell, is_long in zip(row, long, strict=True)]) for row in table.rows]
     whole = tag("table", tag("thead", tag("tr", heads)), tag("tbody", rows), id=key, aria_label=table.name)
     yield tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=f"Table: {table.name}")
@@ -188,23 +192,23 @@ def _cell(cell: Cell, is_long: bool) -> Html:
 
 def _accounts(runs: Sequence[FinishedRun]) -> Iterator[Html]:
     for run, label in zip(runs, labels(runs), strict=True):
-        told = provenance(run)
+        origin = provenance(run)
         yield tag("h3", label if label == run.word else f"{label}: {run.word}")
-        if told.command:
-            words = [part for word in told.command for part in (tag("span", word), " ")]
+        if origin.command:
+            words = [part for word in origin.command for part in (tag("span", word), " ")]
             yield tag("pre", tag("code", words[:-1]), class_="command")
-        if told.note:
-            yield tag("p", told.note, class_="note")
-        facts = [*told.facts]
+        if origin.note:
+            yield tag("p", origin.note, class_="note")
+        facts = [*origin.facts]
         facts += [
             ("Left out", f"{', '.join(whats[:6])}{f' and {len(whats) - 6} more' if len(whats) > 6 else ''}: {why}")
-            for why, whats in told.skipped
+            for why, whats in origin.skipped
         ]
-        facts += [("Not finite", f"{what}: NaN or infinity in batch {batches}") for what, batches in told.non_finite]
+        facts += [("Not finite", f"{what}: NaN or infinity in batch {batches}") for what, batches in origin.non_finite]
         yield tag("dl", [(tag("dt", name), tag("dd", value)) for name, value in facts])
 
 
-def _missing(found: CollectedRuns, left: Sequence[str]) -> Iterator[Html]:
-    items = [f"{path}: {why}" for path, why in found.others] + list(left)
+def _missing(collected: CollectedRuns, left_out: Sequence[str]) -> Iterator[Html]:
+    items = [f"{path}: {why}" for path, why in collected.others] + list(left_out)
     if items:
         yield tag("ul", [tag("li", item) for item in items])

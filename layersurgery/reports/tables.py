@@ -65,7 +65,7 @@ class Table:
     notes: list[str]
 
 
-def of_frame(name: str, frame: pd.DataFrame) -> Table:
+def format_table(name: str, frame: pd.DataFrame) -> Table:
     """Format any table; columns of standard errors are merged with their values."""
     frame = frame.set_axis([str(column) for column in frame.columns], axis=1)
     errors = {column for column in frame if column.endswith("_sem") and column.removesuffix("_sem") in frame}
@@ -83,7 +83,7 @@ def of_frame(name: str, frame: pd.DataFrame) -> Table:
     return Table(name, columns, rows, [])
 
 
-def of_routes(runs: Sequence[FinishedRun], most: int) -> Table:
+def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
     """Make a table of every route of every sweep.
 
     If a sweep has more routes than its share of rows, edits of single layers come first, then those with the lowest KL.

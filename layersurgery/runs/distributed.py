@@ -170,7 +170,7 @@ def chunked(items: list[T], size: int) -> Iterator[list[T]]:
         yield items[start : start + size]
 
 
-def own_devices(group: ProcessGroup, devices: int) -> range:
+def assign_gpus(group: ProcessGroup, devices: int) -> range:
     """Return the numbers of the GPUs that this process uses.
 
     The GPUs of a machine are divided among its processes. If there are fewer GPUs than processes, several processes
@@ -180,10 +180,10 @@ def own_devices(group: ProcessGroup, devices: int) -> range:
         group: the processes.
         devices: number of GPUs on this machine.
 
-    >>> from layersurgery.runs.distributed import SingleProcess, own_devices
+    >>> from layersurgery.runs.distributed import SingleProcess, assign_gpus
     >>> class ThirdOfFour(SingleProcess):
     ...     local_rank, local_size = 2, 4
-    >>> own_devices(ThirdOfFour(), devices=8), own_devices(ThirdOfFour(), devices=2)
+    >>> assign_gpus(ThirdOfFour(), devices=8), assign_gpus(ThirdOfFour(), devices=2)
     (range(4, 6), range(0, 1))
     """
     if not devices:

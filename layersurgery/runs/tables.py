@@ -87,7 +87,7 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
         )
     if run.get("state") != "finished":
         raise SourceError(f"the run in {path} has not finished; run the same command again to resume")
-    tables = tables_in(run)
+    tables = table_names(run)
     name = tables[0] if table is None else table
     if name not in (*tables, *(["boundaries"] if "stages" in tables else [])):
         raise SourceError(f"{path} contains no table {name!r}; it contains {', '.join(tables)}")
@@ -128,7 +128,7 @@ def _read_parquet(directory: Path, name: str) -> pd.DataFrame:
         raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def tables_in(run: dict[str, Any]) -> list[str]:
+def table_names(run: dict[str, Any]) -> list[str]:
     """Return the names of the tables that a finished run wrote, the main one first.
 
     The boundaries are not listed, because they are read together with the stages.

@@ -170,11 +170,11 @@ def _fingerprint(ids: torch.Tensor, mask: torch.Tensor) -> str:
 
 def _pack_documents(request: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
     """Join documents with the end-of-text token and cut them into contexts. The last context may be shorter."""
-    prefix = [bos_of(tokenizer)] if request.bos else []
+    prefix = [bos_token_id(tokenizer)] if request.bos else []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     step = length - len(prefix)
     remaining: list[int] = []
-    for document in documents(request):
+    for document in read_documents(request):
         for piece in pieces(document):
             remaining += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             complete = len(remaining) // step * step
@@ -185,7 +185,7 @@ def _pack_documents(request: TextRequest, length: int, tokenizer: Any) -> Iterat
         yield [*prefix, *remaining[:step]]
 
 
-def bos_of(tokenizer: Any) -> int:
+def bos_token_id(tokenizer: Any) -> int:
     """Return the id of the tokenizer's beginning-of-text token.
 
     Raises:
@@ -198,10 +198,10 @@ def bos_of(tokenizer: Any) -> int:
 
 def _read_separately(request: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
     """Yield each document with the special tokens that its tokenizer adds, cut off at `length`."""
-    for document in documents(request):
+    for document in read_documents(request):
         ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
-        if request.bos and ids[:1] != [bos_of(tokenizer)]:
-            ids = [bos_of(tokenizer), *ids]
+        if request.bos and ids[:1] != [bos_token_id(tokenizer)]:
+            ids = [bos_token_id(tokenizer), *ids]
         yield ids[:length]
 
 
@@ -216,7 +216,7 @@ def pieces(document: str) -> Iterator[str]:
         start = stop
 
 
-def documents(request: TextRequest) -> Iterator[str]:
+def read_documents(request: TextRequest) -> Iterator[str]:
     """Yield the requested documents, except those that contain only white space.
 
     Raises:

@@ -38,18 +38,18 @@ def read_device_map(text: str) -> DeviceMap:
                 '(\'{"model.layers.0": 0, "lm_head": "cpu"}\') or the path of a file that contains one'
             ) from None
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except ValueError as error:
         raise PlanError(f"--device-map is not valid JSON: {error}") from None
-    malformed = not isinstance(found, dict) or not found
+    malformed = not isinstance(parsed, dict) or not parsed
     if malformed or not all(
-        isinstance(device, int | str) and not isinstance(device, bool) for device in found.values()
+        isinstance(device, int | str) and not isinstance(device, bool) for device in parsed.values()
     ):
         raise PlanError(
             "--device-map must map names of modules to devices (a GPU's number, cpu or disk); "
-            f"found {json.dumps(found)[:80]}"
+            f"found {json.dumps(parsed)[:80]}"
         )
-    return {name: int(device) if str(device).isdecimal() else device for name, device in found.items()}
+    return {name: int(device) if str(device).isdecimal() else device for name, device in parsed.items()}
 
 
 def read_max_memory(text: str) -> MaxMemory:
@@ -62,17 +62,17 @@ def read_max_memory(text: str) -> MaxMemory:
     Raises:
         PlanError: the text cannot be parsed.
     """
-    found: MaxMemory = {}
+    parsed: MaxMemory = {}
     for part in filter(None, map(str.strip, text.split(","))):
         device, _, size = map(str.strip, part.partition("="))
         match = _SIZE.fullmatch(size)
         if not re.fullmatch(r"\d+|cpu|mps", device) or match is None:
             raise PlanError(f"--max-memory {part!r} is not DEVICE=SIZE: write 0=70GiB,cpu=100GiB")
         unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
-        found[int(device) if device.isdecimal() else device] = int(float(match[1]) * unit)
-    if not found:
+        parsed[int(device) if device.isdecimal() else device] = int(float(match[1]) * unit)
+    if not parsed:
         raise PlanError("--max-memory is empty: write 0=70GiB,cpu=100GiB")
-    return found
+    return parsed
 
 
 def local_device(device: int | str, own_gpus: Sequence[int]) -> int | str:

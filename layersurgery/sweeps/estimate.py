@@ -126,7 +126,7 @@ def estimate(
     width = _stream_width(model)
     output = model.get_output_embeddings()
     vocabulary = int(text_config(model).vocab_size if output is None else output.weight.shape[0])
-    needs = MemoryModel.of(model, decoder_blocks, width=width, vocabulary=vocabulary)
+    needs = MemoryModel.from_model(model, decoder_blocks, width=width, vocabulary=vocabulary)
     sequences = math.ceil(tokens / context)
     compute_device = torch.device((int(main) if main.isdecimal() else main) if torch.cuda.is_available() else CPU)
     batch_sequences = min(sequences, batch_size or suggest_batch_size(needs, plan, context, compute_device))

@@ -103,7 +103,7 @@ class Measurer:
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
-        self._memory_model = MemoryModel.of(
+        self._memory_model = MemoryModel.from_model(
             model,
             self.runner.blocks,
             width=self.runner.width,

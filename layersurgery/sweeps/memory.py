@@ -70,7 +70,7 @@ class MemoryModel:
     head_rows: int | None = None
 
     @classmethod
-    def of(
+    def from_model(
         cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, vocabulary: int, head_rows: int | None = None
     ) -> MemoryModel:
         """Read the sizes of a model, which may be on the meta device (without memory for its weights)."""

@@ -37,7 +37,7 @@ from .schedule import RunBlock
 ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)
 PARTS = (*BRANCHES, "block")
-KINDS = ("self", "index", "adjacent")
+SIMILARITY_KINDS = ("self", "index", "adjacent")
 COUNTS = ("tokens", "has_five_previous", "pairs", "last_tokens")
 
 
@@ -148,7 +148,7 @@ class Observer:
                     if reason:
                         self.skipped[f"{part} similarity of blocks {layer} and {layer + 1}"] = reason
                     else:
-                        yield from (Quantity(SIMILARITY, layer, part, kind, "tokens") for kind in KINDS)
+                        yield from (Quantity(SIMILARITY, layer, part, kind, "tokens") for kind in SIMILARITY_KINDS)
 
         if CHANGE in self.signals:
             visited = self.observed_route.blocks
@@ -410,7 +410,7 @@ class _BatchObservation:
         self.sums[self.observer.column(layer, part, name)] = torch.stack([row.sum() for row in values])
 
 
-def counts_of(quantities: Sequence[Quantity]) -> list[int]:
+def count_columns(quantities: Sequence[Quantity]) -> list[int]:
     """Return for each quantity the index in `COUNTS` of the count that its sum is divided by."""
     return [COUNTS.index(quantity.count) for quantity in quantities]
 

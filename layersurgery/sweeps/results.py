@@ -70,7 +70,7 @@ def sequence_table(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
     return pa.table(columns)
 
 
-def intermediate(frame: pd.DataFrame, edit: str) -> pd.DataFrame:
+def intermediate_rows(frame: pd.DataFrame, edit: str) -> pd.DataFrame:
     """Return the rows of one family of edits that change neither the first two blocks nor the last two."""
     rows = frame[frame.edit == edit]
     last_offset = 1 if edit == "swap" else 0  # a swap also changes the next block
@@ -96,7 +96,7 @@ def summary_sentence(frame: pd.DataFrame) -> str:
     """
     clauses = []
     for edit in ("swap", "drop", "skip-attention", "skip-mlp"):
-        agreement = 100 * intermediate(frame, edit).agreement
+        agreement = 100 * intermediate_rows(frame, edit).agreement
         if len(agreement) and agreement.notna().all():
             low, high, median = agreement.min(), agreement.max(), agreement.median()
             clauses.append(f"{low:.0f}-{high:.0f} % under {edit}, median {median:.0f} %")

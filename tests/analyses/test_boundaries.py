@@ -156,4 +156,4 @@ def test_a_model_without_neurons_has_stages_all_the_same() -> None:
     with pytest.warns(UserWarning, match="neurons were skipped: MambaForCausalLM"):
         frame = ls.analyses.stages(tiny_model("mamba"), tokens(3, 12))
     assert frame.prediction_percent.isna().all()
-    assert "neurons are not known for every layer" in ls.analyses.describe_stages(frame)
+    assert "neuron counts are not available for every layer" in ls.analyses.describe_stages(frame)

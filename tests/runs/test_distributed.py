@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from layersurgery.runs.distributed import SingleProcess, chunked, own_devices
+from layersurgery.runs.distributed import SingleProcess, assign_gpus, chunked
 from tests.cli.test_cli import run
 from tests.support.tiny_checkpoint import checkpoint
 
@@ -263,10 +263,10 @@ def test_work_is_shared_out() -> None:
         def __init__(self, rank: int, size: int) -> None:
             self.local_rank, self.local_size = rank, size
 
-    assert [list(own_devices(Some(rank, 2), 8)) for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert [list(own_devices(Some(rank, 8), 8)) for rank in range(8)] == [[rank] for rank in range(8)]
-    assert list(own_devices(SingleProcess(), 0)) == []
+    assert [list(assign_gpus(Some(rank, 2), 8)) for rank in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [list(assign_gpus(Some(rank, 8), 8)) for rank in range(8)] == [[rank] for rank in range(8)]
+    assert list(assign_gpus(SingleProcess(), 0)) == []
     # Too few: they share.
-    assert [list(own_devices(Some(rank, 4), 2)) for rank in range(4)] == [[0], [1], [0], [1]]
+    assert [list(assign_gpus(Some(rank, 4), 2)) for rank in range(4)] == [[0], [1], [0], [1]]
     # One that each process sees, as some clusters do it.
-    assert [list(own_devices(Some(rank, 8), 1)) for rank in range(8)] == [[0]] * 8
+    assert [list(assign_gpus(Some(rank, 8), 1)) for rank in range(8)] == [[0]] * 8
