@@ -107,7 +107,7 @@ def test_what_a_person_sees(place: Path) -> None:
         "drop KL",
         "attn/MLP",
         "suppr. %",
-        "limits between the four stages",
+        "boundaries between the four stages",
         "Results are in",
         "stages.parquet",
         "tokens/s",
