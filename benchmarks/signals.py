@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import layersurgery as ls
-from layersurgery.analyses.signal_tables import measurer_of
+from layersurgery.analyses.signal_tables import make_measurer
 from layersurgery.runs.text import TextRequest, read_text
 from layersurgery.runtime.inputs import model_inputs
 
@@ -52,7 +52,7 @@ def measure(
 
     methods: dict[str, Callable[[], object]] = {"plain forward, no logits": run_plain_forward}
     for signals in (*((signal,) for signal in _SIGNALS), ("attention", "norms")):
-        measurer = measurer_of(model, signals, depth)
+        measurer = make_measurer(model, signals, depth)
         methods[" + ".join(signals)] = lambda measurer=measurer: measurer.measure(text.ids, text.mask)  # type: ignore[misc]
     times: dict[str, list[float]] = {method: [] for method in methods}
     for run in range(runs + 1):

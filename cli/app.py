@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,44 +64,39 @@ def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
     The command takes MODEL first, then the function's own options, then the options for writing.
     """
     # Plan is imported for type checkers only; at run time any object serves to resolve the name.
-    own_options = inspect.signature(build, eval_str=True, locals={"Plan": object}).parameters
-    shared = inspect.signature(_write_edit, eval_str=True).parameters
-    shared_options = [parameter for name, parameter in shared.items() if name not in ("plan", "model")]
+    own = list(inspect.signature(build, eval_str=True, locals={"Plan": object}).parameters.values())
+    model, *writing = inspect.signature(_write_edit, eval_str=True).parameters.values()
 
-    @wraps(build)
     def command(**values: Any) -> None:
-        plan = build(**{name: values.pop(name) for name in own_options})
+        plan = build(**{parameter.name: values.pop(parameter.name) for parameter in own})
         _write_edit(plan=plan, **values)
 
-    parameters = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in (shared["model"], *own_options.values(), *shared_options)
-    ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return app.command(rich_help_panel=_EDIT)(command)
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in (model, *own, *writing)
+            if parameter.name != "plan"
+        ]
+    )
+    command.__doc__ = build.__doc__
+    return app.command(build.__name__, rich_help_panel=_EDIT)(o.expand(command))
 
 
 def _write_edit(
-    plan: Any,
     model: o.Model,
+    plan: Any,
     output: o.Output = None,
     overwrite: o.Overwrite = False,
     link: o.Link = False,
     verify: o.Verify = True,
     revision: o.Revision = None,
     blocks: o.Blocks = None,
-    quiet: o.Quiet = False,
-    as_json: o.Json = False,
+    *,
+    console: Console,
 ) -> None:
     from .commands.edit import EditOptions, edit
 
-    edit(
-        {None: plan},
-        model,
-        EditOptions(output, overwrite, link, verify, revision, blocks),
-        Console(quiet=quiet, as_json=as_json),
-    )
+    edit({None: plan}, model, EditOptions(output, overwrite, link, verify, revision, blocks), console)
 
 
 @_edit_command
@@ -179,6 +173,7 @@ def skip(
 
 
 @app.command(rich_help_panel=_EDIT)
+@o.expand
 def edit(
     model: Annotated[
         str | None,
@@ -207,8 +202,8 @@ def edit(
     verify: o.Verify = True,
     revision: o.Revision = None,
     blocks: o.Blocks = None,
-    quiet: o.Quiet = False,
-    as_json: o.Json = False,
+    *,
+    console: Console,
 ) -> None:
     """Apply any edits, given as a plan or as a recipe file."""
     from layersurgery.plans.plan import Plan
@@ -216,7 +211,6 @@ def edit(
     from .commands.edit import EditOptions
     from .commands.edit import edit as run_edit
 
-    console = Console(quiet=quiet, as_json=as_json)
     options = EditOptions(output, overwrite, link, verify, revision, blocks)
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give exactly one of --plan and --recipe", param_hint="'--plan' / '--recipe'")
@@ -234,50 +228,63 @@ def edit(
 
 
 @app.command(rich_help_panel=_MEASURE)
+@o.expand
 def sweep(
     model: o.Model,
+    run: o.SweepRun,
     edits: o.Edits = None,
     plans: o.Plans = None,
     layers: o.LayerRange = None,
-    data: o.Data = None,
-    split: o.Split = "train",
-    column: o.Column = "text",
-    tokens: o.Tokens = None,
-    context: o.Context = None,
-    pack: o.Pack = True,
-    bos: o.Bos = False,
-    shuffle: o.Shuffle = None,
-    seed: o.Seed = 0,
-    tokenizer: o.Tokenizer = None,
-    batch_size: o.BatchSize = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = None,
-    device_map: o.DeviceMap = None,
-    max_memory: o.MaxMemory = None,
-    offload_folder: o.OffloadFolder = None,
-    schedule: o.Order = None,
     estimate: o.Estimate = False,
-    compile: o.Compile = False,
-    revision: o.Revision = None,
-    blocks: o.BlockList = None,
     output: o.SweepOutput = None,
     overwrite: o.OverwriteResults = False,
-    per_token: o.PerToken = False,
-    quiet: o.Quiet = False,
-    as_json: o.Json = False,
+    *,
+    console: Console,
 ) -> None:
     """Measure the effect of every edit on a model's predictions, in one pass over the text.
 
     Interrupted runs resume when you run the same command again.
     """
-    from .commands.sweep import run_sweep
-    from .session.run_options import MeasureOptions
+    wanted = _edits(edits, plans)
+    if estimate:
+        from .commands.estimate import show_estimate
 
-    values = {name: value for name, value in locals().items() if name in MeasureOptions.__dataclass_fields__}
-    run_sweep(model, MeasureOptions(**values), Console(quiet=quiet, as_json=as_json))
+        show_estimate(model, wanted, layers, run, console)
+        return
+    from .commands.measure import run_sweep
+
+    run_sweep(model, wanted, layers, run, output, overwrite, console)
 
 
 @app.command(rich_help_panel=_MEASURE)
+@o.expand
+def compare(
+    model: Annotated[
+        str, typer.Argument(metavar="A", help="Hub id, checkpoint directory, .gguf file, or smollm2-135m.")
+    ],
+    other: Annotated[
+        str, typer.Argument(metavar="B", help="Another model with the same vocabulary, or a plan that edits A.")
+    ],
+    run: o.CompareRun,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--per-token",
+            help="Also write every metric of every token to this file (.parquet or .csv).",
+            metavar="FILE",
+        ),
+    ] = None,
+    *,
+    console: Console,
+) -> None:
+    """Compare the predictions of two models, or of a model with and without an edit, on the same text."""
+    from .commands.compare import run_compare
+
+    run_compare(model, other, run, output, console)
+
+
+@app.command(rich_help_panel=_MEASURE)
+@o.expand
 def plot(
     results: Annotated[
         list[Path],
@@ -290,16 +297,17 @@ def plot(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory to write the figures to.", metavar="DIR")
     ] = Path(),
-    quiet: o.Quiet = False,
-    as_json: o.Json = False,
+    *,
+    console: Console,
 ) -> None:
     """Plot the results of several sweeps or analyses together."""
     from .commands.plot import run_plot
 
-    run_plot(results, output, Console(quiet=quiet, as_json=as_json))
+    run_plot(results, output, console)
 
 
 @app.command(rich_help_panel=_MEASURE)
+@o.expand
 def report(
     results: Annotated[
         list[Path],
@@ -320,8 +328,8 @@ def report(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file at the output.")] = False,
-    quiet: o.Quiet = False,
-    as_json: o.Json = False,
+    *,
+    console: Console,
 ) -> None:
     """Write one self-contained HTML page of results.
 
@@ -329,7 +337,7 @@ def report(
     """
     from .commands.report import run_report
 
-    run_report(results, output, overwrite, Console(quiet=quiet, as_json=as_json))
+    run_report(results, output, overwrite, console)
 
 
 @app.command(rich_help_panel=_INSPECT)
@@ -386,6 +394,25 @@ def _join_blocks(layer: list[str] | None, layers: str | None) -> str:
             "name at least one block with --layer or --layers", param_hint="'--layer' / '--layers'"
         )
     return " ".join(blocks)
+
+
+def _edits(families: str | None, plans: Path | None) -> list[Any]:
+    """Return the edits to measure, in the form that `sweep` takes.
+
+    Raises:
+        PlanError: the file of plans cannot be read.
+    """
+    from layersurgery.errors import PlanError
+    from layersurgery.plans.variants import read_plans
+
+    if plans is None:
+        return ["swap,drop" if families is None else families]
+    try:
+        text = plans.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plans in {plans}: {error}") from error
+    by_name = read_plans(text, str(plans))
+    return [families, by_name] if families else [by_name]
 
 
 def _parse_plan(verb: str, arguments: str) -> Plan:

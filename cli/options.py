@@ -1,11 +1,23 @@
-"""Define the options that several commands share."""
+"""Define the options that several commands share.
+
+The names and defaults of a measurement's options are those of `layersurgery.runs.options.RunOptions`; this module adds
+what the terminal shows of each. A command has one parameter of such a group, and `expand` turns it into the options.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+
+from layersurgery.runs.options import RunOptions
+
+from .terminal.console import Console
 
 Model = Annotated[
     str,
@@ -134,12 +146,17 @@ Context = Annotated[
     ),
 ]
 Pack = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         "--pack/--no-pack",
         help="Join documents and cut them into sequences of equal length, or use one document per sequence.",
+        show_default="pack; no-pack with --lines",
         rich_help_panel=_TEXT,
     ),
+]
+Lines = Annotated[
+    bool,
+    typer.Option("--lines", help="Each line of a text file is one document, such as a prompt.", rich_help_panel=_TEXT),
 ]
 Bos = Annotated[
     bool, typer.Option("--bos", help="Start every sequence with the beginning-of-text token.", rich_help_panel=_TEXT)
@@ -274,3 +291,123 @@ OverwriteResults = Annotated[
     bool, typer.Option("--overwrite", help="Discard existing results at the output and measure again.")
 ]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Also write tokens.parquet: every metric for every token.")]
+
+_SHOWN: dict[str, Any] = {
+    "data": Data,
+    "split": Split,
+    "column": Column,
+    "tokens": Tokens,
+    "context": Context,
+    "pack": Pack,
+    "lines": Lines,
+    "bos": Bos,
+    "shuffle": Shuffle,
+    "seed": Seed,
+    "tokenizer": Tokenizer,
+    "batch_size": BatchSize,
+    "dtype": Dtype,
+    "device": Device,
+    "device_map": DeviceMap,
+    "max_memory": MaxMemory,
+    "offload_folder": OffloadFolder,
+    "schedule": Order,
+    "compile": Compile,
+    "per_token": PerToken,
+    "revision": Revision,
+    "blocks": BlockList,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Options of a command that stand for one parameter.
+
+    Attributes:
+        options: what the terminal shows of each, by name; the defaults are those of `RunOptions`.
+        defaults: other defaults than those.
+    """
+
+    options: dict[str, Any]
+    defaults: dict[str, Any]
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """Return the options as parameters of a command."""
+        known = {field.name: field.default for field in fields(RunOptions)} | self.defaults
+        return [_parameter(name, shown, known[name]) for name, shown in self.options.items()]
+
+
+def _group(*without: str, only: tuple[str, ...] = (), shown: dict[str, Any] | None = None, **defaults: Any) -> Group:
+    names = [name for name in _SHOWN if name not in without and (not only or name in only)]
+    return Group({name: (shown or {}).get(name, _SHOWN[name]) for name in names}, defaults)
+
+
+_MODEL = ("dtype", "device", "device_map", "max_memory", "offload_folder", "revision", "blocks")
+_SEARCHED = {
+    "tokens": Annotated[
+        str,
+        typer.Option(
+            "--tokens",
+            "-n",
+            help="Maximum number of tokens to search for windows.",
+            metavar="N",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    "bos": Annotated[
+        bool,
+        typer.Option("--bos", help="Start every window with the beginning-of-text token.", rich_help_panel=_TEXT),
+    ],
+}
+SweepRun = Annotated[RunOptions, _group()]
+TextRun = Annotated[RunOptions, _group("schedule", "compile", "per_token")]
+WindowsRun = Annotated[
+    RunOptions, _group("context", "pack", "schedule", "compile", "per_token", shown=_SEARCHED, tokens="1M")
+]
+WeightsRun = Annotated[RunOptions, _group(only=_MODEL)]
+ReproduceRun = Annotated[RunOptions, _group("tokenizer", "schedule", "compile", "per_token", "revision", "blocks")]
+CompareRun = Annotated[RunOptions, _group("schedule", "compile", "revision", "per_token", "blocks")]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def expand(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn a function into a command: each group of options, and the console, becomes the options that it stands for.
+
+    A parameter `console: Console` stands for --quiet and --json.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    expanded: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        annotation = parameter.annotation
+        if annotation is Console:
+            expanded += [_parameter("quiet", Quiet, False), _parameter("as_json", Json, False)]
+        elif _group_of(annotation) is not None:
+            expanded += _group_of(annotation).parameters()  # type: ignore[union-attr]
+        else:
+            expanded.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        arguments = {}
+        for name, parameter in signature.parameters.items():
+            group = _group_of(parameter.annotation)
+            if parameter.annotation is Console:
+                arguments[name] = Console(quiet=values["quiet"], as_json=values["as_json"])
+            elif group is not None:
+                arguments[name] = RunOptions(**{option: values[option] for option in group.options})
+            else:
+                arguments[name] = values[name]
+        function(**arguments)
+
+    command.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
+    return command
+
+
+def _group_of(annotation: Any) -> Group | None:
+    """Return the group of options that an annotation names, or None."""
+    if get_origin(annotation) is Annotated:
+        return next((item for item in get_args(annotation) if isinstance(item, Group)), None)
+    return None

@@ -23,19 +23,23 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import analyses
-    from .analyses.layer_pruning import Pruning, prune
-    from .analyses.layer_ranking import rank
+    from .analyses import rank
+    from .analyses.analyze import analyze
+    from .analyses.layer_pruning import Pruning
+    from .analyses.prune import prune
     from .checkpoints.edit_checkpoint import EditResult, edit_checkpoint
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
     from .reports.report import Report, report
+    from .reports.reproduce import reproduce
+    from .runs.compare import compare
+    from .runs.sweep import sweep
     from .runs.tables import read_results
     from .surgery.fold_norms import FoldResult, fold
     from .surgery.operate import operate, operate_
     from .surgery.save import save
-    from .sweeps.compare import Comparison, compare
+    from .sweeps.compare import Comparison
     from .sweeps.results import summary_sentence
-    from .sweeps.sweep import sweep
 
 __all__ = [
     "Anatomy",
@@ -56,6 +60,7 @@ __all__ = [
     "Visit",
     "__version__",
     "analyses",
+    "analyze",
     "anatomy",
     "compare",
     "drop",
@@ -71,6 +76,7 @@ __all__ = [
     "reorder",
     "repeat",
     "report",
+    "reproduce",
     "reverse",
     "save",
     "skip_attention",
@@ -88,20 +94,22 @@ _LAZY = {
     "FoldResult": "surgery.fold_norms",
     "Pruning": "analyses.layer_pruning",
     "Report": "reports.report",
+    "analyze": "analyses.analyze",
     "anatomy": "models.anatomy",
-    "compare": "sweeps.compare",
+    "compare": "runs.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "fold": "surgery.fold_norms",
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
-    "prune": "analyses.layer_pruning",
-    "rank": "analyses.layer_ranking",
+    "prune": "analyses.prune",
+    "rank": "analyses",
     "read_results": "runs.tables",
     "report": "reports.report",
+    "reproduce": "reports.reproduce",
     "save": "surgery.save",
     "summary_sentence": "sweeps.results",
-    "sweep": "sweeps.sweep",
+    "sweep": "runs.sweep",
 }
 
 

@@ -13,13 +13,6 @@ from pathlib import Path
 
 from .errors import OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows: files of a killed run stay until the user removes them
-    fcntl = None  # type: ignore[assignment]
-
-_LOCK = ".lock"
-
 
 def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """Refuse an output that must not be written, before any work.
@@ -30,12 +23,12 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     target, origin = out.resolve(), source and source.resolve()
     if origin is not None and (target == origin or target in origin.parents or origin in target.parents):
         raise OutputError(
-            f"the output {out} and the source {source} overlap: one contains the other. Choose another output with -o"
+            f"the output {out} and the source {source} overlap: one contains the other. Choose another output"
         )
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise OutputError(f"{out} exists already; choose another output with -o, or replace it with --overwrite")
+        raise OutputError(f"{out} exists already; choose another output, or replace it (overwrite)")
     _check_replaceable(out)
 
 
@@ -68,25 +61,21 @@ def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterat
         if bytes_needed > free:
             raise OutputError(
                 f"{out.parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; "
-                "free some space, choose another disk with -o, or share unchanged files with --link"
+                "free some space, choose an output on another disk, or share unchanged files (link)"
             )
-        lock = None
-        try:
-            partial.mkdir()
-            lock = _open_locked(partial / _LOCK)
-            yield partial
-            _sync_directory(partial)
-            _move_into_place(partial, out, overwrite=overwrite)
-            (out / _LOCK).unlink(missing_ok=True)
-        finally:
-            if lock is not None:
-                os.close(lock)
-            shutil.rmtree(partial, ignore_errors=True)
+        with _locked_partial(partial):
+            try:
+                partial.mkdir()
+                yield partial
+                _sync_directory(partial)
+                _move_into_place(partial, out, overwrite=overwrite)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OutputError(
                 f"the disk of {out.parent} is full; no partial output was left. Free some space, or choose "
-                "another output with -o"
+                "another output"
             ) from error
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
 
@@ -102,7 +91,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         try:
             yield partial
-            descriptor = os.open(partial, os.O_RDONLY)
+            descriptor = os.open(partial, os.O_RDWR)  # Windows syncs only what may be written
             try:
                 os.fsync(descriptor)
             finally:
@@ -122,22 +111,14 @@ def directory_lock(directory: Path) -> Iterator[None]:
     Raises:
         OutputError: another process has locked it.
     """
-    if fcntl is None:
+    if os.name == "nt":  # a directory cannot be opened there, so a temporary file next to it is locked
+        path, flags = directory.resolve().with_name(f".{directory.resolve().name}.lock"), _CREATE
+    else:
+        path, flags = directory, os.O_RDONLY
+    with _lock(path, flags) as locked:
+        if locked is False:
+            raise OutputError(f"another process is writing to {directory}; wait for it, or choose another output")
         yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another process is writing to {directory}; wait for it, or choose another output with -o"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _move_into_place(partial: Path, out: Path, *, overwrite: bool) -> None:
@@ -162,19 +143,52 @@ def _move_into_place(partial: Path, out: Path, *, overwrite: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _open_locked(path: Path) -> int | None:
-    """Open a file and lock it; the system releases the lock when this process ends, however it ends."""
-    if fcntl is None:
-        return None
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
+# On Windows, the system removes the lock file once no process has it open.
+_CREATE = os.O_CREAT | os.O_RDWR | getattr(os, "O_TEMPORARY", 0)
+
+
+@contextmanager
+def _lock(path: Path, flags: int) -> Iterator[bool | None]:
+    """Lock a file or directory during the `with` block; the lock also ends with this process, even if it is killed.
+
+    Yields:
+        Whether this process has the lock: False if another has it, None if the file system has no locks.
+    """
+    # Not filelock's FileLock: it cannot lock a directory, leaves its file in place on POSIX, and falls back to a marker
+    # file, which outlives a killed process, where the file system has no locks.
+    from filelock import lock_descriptor
+
+    descriptor = os.open(path, flags)
+    try:
+        try:
+            locked = lock_descriptor(descriptor, blocking=False)
+        except OSError:
+            locked = None
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked_partial(partial: Path) -> Iterator[bool | None]:
+    """Hold the lock of a temporary directory, from before it is made until it is gone.
+
+    The lock is a file next to it, because Windows does not rename a directory that contains an open file. Its name
+    contains the directory's random name, so a later run never uses the same file.
+
+    Yields:
+        As `_lock`.
+    """
+    path = partial.with_name(f".lock{partial.name}")
+    with _lock(path, _CREATE) as locked:
+        try:
+            yield locked
+        finally:
+            if locked is not False and os.name != "nt":
+                path.unlink(missing_ok=True)
 
 
 def _remove_leftovers(out: Path) -> None:
-    if fcntl is None:
-        return
     # A run that was killed between its two renames left the old checkpoint under another name.
     for old in out.parent.glob(f".{glob.escape(out.name)}.replaced-????????"):
         if os.path.lexists(out):
@@ -182,18 +196,9 @@ def _remove_leftovers(out: Path) -> None:
         else:
             old.rename(out)
     for partial in out.parent.glob(f".{glob.escape(out.name)}.partial-????????"):
-        try:
-            descriptor = os.open(partial / _LOCK, os.O_RDWR)
-        except OSError:  # its process has not locked it yet, or has just finished
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # in use
-            continue
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError), _locked_partial(partial) as locked:
+            if locked:  # its process has ended
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
 
-if not torch.cuda.is_available():
-    # Set before Triton is first imported, since Triton reads this at import.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from tests.support import end_children
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Some tests start Python, which takes four times as long where it must compile torch and transformers each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # No deadline per example, since other tests run at the same time.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare each process that runs tests, and leave the one that hands them out without torch."""
+    end_children.watch()
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        # Set before Triton is first imported, since Triton reads this at import.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_transformers() -> None:
+    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()

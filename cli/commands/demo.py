@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from layersurgery.atomic_io import check_output
-from layersurgery.checkpoints.edit_checkpoint import prepare_edit, read_checkpoint, write_edit
+from layersurgery.checkpoints.checkpoint import read_checkpoint
+from layersurgery.checkpoints.edit_checkpoint import write_edit
+from layersurgery.checkpoints.prepared_edit import prepare_edit
 from layersurgery.checkpoints.sources import EMBEDDED, find_source, needs_conversion
+from layersurgery.library_logs import quiet_libraries
 from layersurgery.plans.plan import swap
+from layersurgery.units import format_bytes
 
-from ..terminal.console import Console, format_bytes
+from ..terminal.console import Console
 
 if TYPE_CHECKING:
     import torch
@@ -64,15 +68,13 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
     console.result(value, *lines)
 
 
+@quiet_libraries()
 def _compare(before: Path, after: Path) -> tuple[dict[str, tuple[str, str]], dict[str, Any]]:
     import torch
     from transformers import pipeline
-    from transformers.utils import logging
 
     from layersurgery import compare
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     pipes = [
         pipeline("text-generation", model=str(path), device="cpu", dtype=torch.float32) for path in (before, after)
     ]

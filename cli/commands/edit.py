@@ -10,18 +10,14 @@ from typing import Any
 from rich.markup import escape
 
 from layersurgery.atomic_io import check_output
-from layersurgery.checkpoints.edit_checkpoint import (
-    EditResult,
-    PreparedEdit,
-    default_output,
-    prepare_edit,
-    read_checkpoint,
-    write_edit,
-)
+from layersurgery.checkpoints.checkpoint import read_checkpoint
+from layersurgery.checkpoints.edit_checkpoint import EditResult, default_output, write_edit
+from layersurgery.checkpoints.prepared_edit import PreparedEdit, prepare_edit
 from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
 from layersurgery.plans.plan import Plan
+from layersurgery.units import format_bytes
 
-from ..terminal.console import Console, format_bytes
+from ..terminal.console import Console
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from layersurgery.plans.variants import variants
+from layersurgery.runs.placement import choose_placement
+from layersurgery.runs.requests import read_model_info, text_request
+from layersurgery.units import format_bytes, format_count
 
-from ..session.inputs import edits_of, layers_of, read_model_info, text_request
-from ..session.placement import choose_placement
-from ..terminal.console import Console, format_bytes, format_count
+from ..terminal.console import Console
 
 if TYPE_CHECKING:
+    from layersurgery.runs.options import RunOptions
     from layersurgery.sweeps.estimate import Estimate
 
-    from ..session.run_options import MeasureOptions
 
-
-def show_estimate(model: str, options: MeasureOptions, console: Console) -> None:
+def show_estimate(model: str, edits: Any, layers: str | None, options: RunOptions, console: Console) -> None:
     """Print the memory, traffic and arithmetic that a sweep needs."""
+    if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
+        return
     from transformers import AutoConfig
 
-    edits = edits_of(options)
-    source, depth, positions, _ = read_model_info(model, options, console)
-    chosen = variants(edits, depth, layers_of(options.layers, depth))
-    request = text_request(model, options, positions)
+    info = read_model_info(model, options.revision, console)
+    source = info.source
+    chosen = variants(edits, info.depth, layers)
+    request = text_request(model, options, info.positions)
     placement = choose_placement(options, source, console)
     # A run imports these modules, so their memory counts in the estimate.
     from layersurgery.figures import sweeps  # noqa: F401

@@ -9,12 +9,13 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from layersurgery.checkpoints.edit_checkpoint import Checkpoint
+from layersurgery.checkpoints.checkpoint import Checkpoint
 from layersurgery.checkpoints.inspection import Inspection, TensorGroup, inspect, read_for_inspection, size_after
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Route
+from layersurgery.units import format_bytes, format_count
 
-from ..terminal.console import Console, format_bytes, format_count
+from ..terminal.console import Console
 
 
 def show_plan(

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ..terminal.console import Console, format_bytes
+from layersurgery.units import format_bytes
+
+from ..terminal.console import Console
 
 
 def run_report(directories: Sequence[Path], output: Path | None, overwrite: bool, console: Console) -> None:

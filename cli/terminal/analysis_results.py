@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from layersurgery.units import format_list
+
 from .charts import BAR_WIDTH, bar_cell, sparkline
 from .console import Console
 
@@ -239,8 +241,7 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     for name, reason in facts["skipped"].items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield escape(f"Skipped: {names[0]}{more}: {reason}")
+        yield escape(f"Skipped: {format_list(names)}: {reason}")
     for name, batches in list(facts.get("non_finite", {}).items())[:8]:
         numbers = ", ".join(map(str, batches[:8]))
         yield f"[bold red]Not finite:[/] {escape(name)} gave NaN or infinity in batch {numbers}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from typer.core import TyperGroup
 
 from layersurgery.errors import LayerSurgeryError, PlanError
+from layersurgery.runs.reporter import Reporter
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -36,8 +37,8 @@ class Commands(TyperGroup):
         except LayerSurgeryError as error:
             print_error("error", str(error))
             ctx.exit(2 if isinstance(error, PlanError) else 1)
-        except KeyboardInterrupt:
-            print_error("interrupted", "no partial output was left")
+        except KeyboardInterrupt as stop:
+            print_error("interrupted", str(stop) or "no partial output was left")
             ctx.exit(130)
         except BrokenPipeError:  # the reader, such as head, has closed the pipe
             sys.stderr.close()
@@ -58,7 +59,7 @@ def rich_console(*, stderr: bool = False) -> RichConsole:
     return RichConsole(stderr=stderr)
 
 
-class Console:
+class Console(Reporter):
     """Output of one command: messages on stderr, the result on stdout.
 
     Args:
@@ -67,7 +68,9 @@ class Console:
     """
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        super().__init__()
         self.as_json = as_json
+        self.command = recorded_command()
         self.out = rich_console()
         self.err = rich_console(stderr=True)
         self.err.quiet = quiet
@@ -76,6 +79,10 @@ class Console:
     def log(self, text: str) -> None:
         """Print a message without markup, since paths and plans may contain brackets."""
         self.err.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def warn(self, label: str, text: str) -> None:
+        """Print an error that does not end the command."""
+        print_error(label, text)
 
     def print(self, *items: RenderableType) -> None:
         """Print messages with markup, or tables."""
@@ -104,6 +111,22 @@ class Console:
             yield
 
     @contextmanager
+    def count(self, noun: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar that counts; only on a terminal."""
+        from .progress import counter
+
+        with counter(self, noun) as on_count:
+            yield on_count
+
+    @contextmanager
+    def run_progress(self, text: Any) -> Iterator[Callable[[Any], None]]:
+        """Show the progress of a run and its results so far."""
+        from .progress import progress_bar
+
+        with progress_bar(text, self) as on_progress:
+            yield on_progress
+
+    @contextmanager
     def byte_progress(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Show a progress bar of bytes written, their rate and the time left; only on a terminal.
 
@@ -117,26 +140,6 @@ class Console:
         with Progress(*columns, console=self.err, disable=disabled, transient=True) as progress:
             task = progress.add_task("writing", total=total_bytes)
             yield lambda count: progress.advance(task, count)
-
-
-def format_bytes(count: int) -> str:
-    """Format a number of bytes in decimal units: 1 kB is 1000 bytes."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def format_count(count: int) -> str:
-    """Format a large count, such as a number of parameters, with a suffix k, M, B or T."""
-    value = float(count)
-    for unit in ("", "k", "M", "B"):
-        if value < 1000:
-            return f"{value:.0f}" if not unit else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} T"
 
 
 def record_command(arguments: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ _SECONDS_BETWEEN_LINES = 30
 
 
 @contextmanager
-def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.DataFrame], str]) -> Iterator[Any]:
+def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
     """Show sequences, tokens per second, time left and the results so far.
 
     On a terminal this is one progress bar; elsewhere, one line every 30 seconds.
@@ -28,7 +28,6 @@ def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.D
     Args:
         text: the tokens that are measured.
         console: where to print.
-        describe: summarizes a table of results so far in a few words.
 
     Yields:
         A function that takes the run's `Progress`.
@@ -57,7 +56,7 @@ def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.D
             first = progress.sequences if first is None else first
             seconds = max(1e-9, time.monotonic() - started)
             rate = (progress.sequences - first) * tokens / seconds
-            summary = describe(progress.table()) if progress.table is not None else summary
+            summary = _summarize(progress.table()) if progress.table is not None else summary
             done = f"{progress.sequences:.1f}/{progress.total} sequences, {rate:,.3g} tokens/s"
             bar.update(task, completed=progress.sequences, done=done, summary=summary)
             if not is_shown and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
@@ -66,6 +65,19 @@ def progress_bar(text: TokenizedText, console: Console, describe: Callable[[pd.D
                 console.log("; ".join(filter(None, [done, left, summary])))
 
         yield on_progress
+
+
+def _summarize(frame: pd.DataFrame) -> str:
+    """Summarize a table of results so far in a few words."""
+    from .analysis_results import progress_line
+
+    if "edit" not in frame or "kl_nats" not in frame:
+        return progress_line(frame)
+    edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
+    if edited.empty:
+        return ""
+    worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
+    return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
 
 
 @contextmanager

@@ -7,13 +7,24 @@
 (30, 3)
 """
 
-from .inference_stages import describe_stages, stages
-from .layer_pruning import Pruning, prune
-from .layer_ranking import rank
-from .layer_signals import attention, lens, measure, norms, similarity
+from . import inference_stages, layer_ranking, layer_signals, prediction_neurons
+from .analyze import on_any_text
+from .inference_stages import describe_stages
+from .layer_pruning import Pruning
+from .layer_ranking import spans
+from .layer_signals import measure
 from .neuron_probes import Probe, probe
-from .prediction_neurons import neuron_scores, neurons
+from .prediction_neurons import neuron_scores
+from .prune import prune
 from .subjoiner_heads import Subjoiners, subjoiners
+
+attention = on_any_text("attention", layer_signals.attention)
+lens = on_any_text("lens", layer_signals.lens)
+neurons = on_any_text("neurons", prediction_neurons.neurons)
+norms = on_any_text("norms", layer_signals.norms)
+rank = on_any_text("rank", layer_ranking.rank)
+similarity = on_any_text("similarity", layer_signals.similarity)
+stages = on_any_text("stages", inference_stages.stages)
 
 __all__ = [
     "Probe",
@@ -30,6 +41,7 @@ __all__ = [
     "prune",
     "rank",
     "similarity",
+    "spans",
     "stages",
     "subjoiners",
 ]

@@ -84,7 +84,7 @@ def stage_table(tables: SignalTables, neuron_table: pd.DataFrame | None) -> pd.D
     for name in ("kl_nats", "kl_nats_sem"):
         frame[f"drop_{name}"] = dropped[name].reindex(frame.layer).to_numpy(float)
     for signal, columns in _COLUMNS.items():
-        table = tables.of(signal)
+        table = tables.table(signal)
         for column in columns:
             frame[column], frame[f"{column}_sem"] = table[column], table[f"{column}_sem"]
     for kind in ("prediction", "suppression"):

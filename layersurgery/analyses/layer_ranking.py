@@ -9,15 +9,19 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..errors import MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
+from ..runs.tables import as_records
 from ..runtime.inputs import as_tokens
+from ..sweeps.measurer import collect_sums
 from ..sweeps.observer import CHANGE
-from .signal_tables import DROP, SignalTables, collect_sums, measurer_of
+from .signal_tables import DROP, SignalTables, make_measurer
 
 CRITERIA = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}
 """Criteria for choosing layers to remove, and the score of each. The layer with the lowest score is removed first."""
 SIGNALS = (CHANGE, DROP)
+_DISTANCES = ("angular_distance", "angular_distance_last")
 _DROPPED = ("kl_nats", "agreement", "loss_change_nats", "entropy_change_bits")
 
 
@@ -62,8 +66,7 @@ def rank(
         One row for each block: layer, relative_depth, tokens, sequences, kl_nats, agreement, loss_change_nats,
         entropy_change_bits (all four for the model without the block), block_influence, angular_distance (over the
         block alone), angular_distance_last, each with a standard error over sequences; and kl_rank, influence_rank,
-        angular_rank (1 is removed first). `frame.attrs["spans"]` has a row for each span of blocks: layer (its first
-        block), span (number of blocks), angular_distance and angular_distance_last.
+        angular_rank (1 is removed first). `analyses.spans(frame)` returns the angular distances over longer spans.
 
     Raises:
         PlanError: tokens that cannot be measured.
@@ -80,7 +83,7 @@ def rank(
     """
     ids, mask = as_tokens(tokens, attention_mask)
     depth = len(find_decoder_blocks(model, blocks).blocks)
-    measurer = measurer_of(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=max_span(depth, spans))
+    measurer = make_measurer(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=max_span(depth, spans))
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
         name, reason = next(iter(tables.skipped.items()))
@@ -89,8 +92,39 @@ def rank(
             stacklevel=2,
         )
     frame = rank_table(tables)
-    frame.attrs |= {"spans": span_table(tables), "skipped": tables.skipped}
+    frame.attrs |= {"spans": as_records(span_table(tables)), "skipped": tables.skipped}
     return frame
+
+
+def spans(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the angular distances over spans of blocks that `rank` measured.
+
+    Args:
+        frame: the table that `rank` returned, or `read_results` for the results of `rank`.
+
+    Returns:
+        One row for each span: layer (its first block), relative_depth, tokens, sequences, span (number of blocks),
+        angular_distance and angular_distance_last, each with a standard error over sequences.
+
+    Raises:
+        MeasurementError: the table has no spans.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
+        >>> spans = ls.analyses.spans(ls.rank(model, tokens, spans=3))
+        >>> spans.groupby("span").angular_distance.count().to_dict()
+        {1: 30, 2: 29, 3: 28}
+    """
+    if "spans" not in frame.attrs:
+        raise MeasurementError(
+            "this table has no spans: give the table that rank or read_results returned; pandas drops what a table "
+            "holds besides its columns when it joins several"
+        )
+    table = pd.DataFrame(frame.attrs["spans"])
+    floats = [name for name in table if name.removesuffix("_sem") in ("relative_depth", *_DISTANCES)]
+    return table.astype({"layer": "Int64", **dict.fromkeys(floats, "float64")})
 
 
 def rank_table(tables: SignalTables) -> pd.DataFrame:

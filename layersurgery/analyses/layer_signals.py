@@ -136,4 +136,4 @@ def measure(
     signals = [signals] if isinstance(signals, str) else signals
     ids, mask = as_tokens(tokens, attention_mask)
     tables = measure_tables(model, ids, mask, signals, batch_size, blocks, anatomy, progress)
-    return {signal: tables.of(signal) for signal in FROM_TEXT if signal in signals}
+    return {signal: tables.table(signal) for signal in FROM_TEXT if signal in signals}

@@ -5,28 +5,25 @@ See figures 10 and 16 of the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
-from ..errors import MeasurementError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..runs.text import bos_token_id
 from ..runtime.block_runner import BlockRunner
-from ..runtime.inputs import model_inputs
-from ..runtime.neuron_activations import Projection, capture_neurons, projections
-from ..runtime.unembedding import Readout, find_readout
+from ..runtime.neuron_activations import projections
 from .logistic_probe import ProbeData, interval, is_chance
-from .logit_effects import RANDOM, pad_to_vocabulary, select_neurons
-from .prediction_neurons import PREDICTION, SUPPRESSION, neuron_scores
+from .logit_effects import RANDOM, select_neurons
+from .prediction_neurons import PREDICTION, SUPPRESSION, OnLayer, neuron_scores
 from .token_classes import BalancedWindows, TokenClass, find_balanced_windows, token_class
+from .window_activations import record_windows
+from .windows import OnWindows, prepend_token
 
 NEURONS, SHUFFLES = 32, 20
 BOTH, TOP_TOKEN, PROBABILITY, MAJORITY, SHUFFLED = (
@@ -42,8 +39,6 @@ KINDS = {
     BOTH: "neurons of both kinds",
     RANDOM: "random neurons of the same blocks",
 }
-_ROWS = 256
-OnDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +87,7 @@ def probe(
     batch_size: int = 128,
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
-    progress: OnDone | None = None,
+    progress: OnWindows | None = None,
 ) -> Probe:
     """Train logistic regressions on prediction and suppression neurons to predict the class of the next token.
 
@@ -146,8 +141,8 @@ def fit_probes(
     seed: int = 0,
     batch_size: int = 128,
     anatomy: Anatomy,
-    on_layer: OnDone | None = None,
-    progress: OnDone | None = None,
+    on_layer: OnLayer | None = None,
+    progress: OnWindows | None = None,
 ) -> Probe:
     """Fit the probes on given windows.
 
@@ -170,8 +165,8 @@ def fit_probes(
     readable, skipped = projections(runner)
     scores = neuron_scores(model, anatomy=anatomy, progress=on_layer)
     neurons, effects = select_neurons(runner, scores, readable, chosen, count=NEURONS, seed=seed)
-    ids = windows.ids if first is None else torch.cat([torch.full((len(windows.ids), 1), first), windows.ids], 1)
-    x_WN, top_W, odds_W = _record_windows(runner, ids, neurons, readable, chosen, batch_size, progress)
+    ids = prepend_token(windows.ids, first)
+    x_WN, top_W, odds_W = record_windows(runner, ids, neurons, readable, chosen, batch_size, progress)
     data = ProbeData(x_WN, windows.inside, windows.held_out, seed)
     single_neurons, orders = _probe_single_neurons(data, neurons)
     probes, top_k = _compare_probes(data, neurons, orders, top_W, odds_W)
@@ -201,70 +196,6 @@ def describe_probes(probes: pd.DataFrame) -> str:
 
 def _percent(row: Any) -> str:
     return f"{100 * row.accuracy:.1f} % ({100 * row.low:.0f}-{100 * row.high:.0f})"
-
-
-def _record_windows(
-    runner: BlockRunner,
-    ids: torch.Tensor,
-    neurons: pd.DataFrame,
-    readable: Iterable[Projection],
-    chosen: TokenClass,
-    batch_size: int,
-    progress: OnDone | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run the windows, and return what was recorded at the last token of each.
-
-    Returns:
-        The neurons' activations, whether the model's top token is of the class, and its log odds of the class.
-    """
-    readout = find_readout(runner)
-    inside = torch.from_numpy(pad_to_vocabulary(chosen.inside, readout.vocabulary))
-    neurons_by_projection = {
-        projection: neurons[(neurons.layer == projection.layer) & (neurons.weight == projection.weight)]
-        for projection in readable
-    }
-    x_WN = np.full((len(ids), len(neurons)), np.nan)
-    top, odds = [], []
-
-    def keep(x_BN: np.ndarray, shape: torch.Size, projection_neurons: pd.DataFrame, value: torch.Tensor) -> None:
-        last = value.reshape(*shape, -1)[:, -1]
-        x_BN[:, projection_neurons.index] = (
-            last[:, torch.tensor(projection_neurons.neuron.to_numpy(int), device=last.device)].double().cpu().numpy()
-        )
-
-    for start in range(0, len(ids), batch_size):
-        batch = ids[start : start + batch_size]
-        keep_batch = partial(keep, x_WN[start : start + batch_size], batch.shape)
-        with runner.inference_mode():
-            with capture_neurons(
-                runner,
-                {
-                    projection: partial(keep_batch, projection_neurons)
-                    for projection, projection_neurons in neurons_by_projection.items()
-                    if len(projection_neurons)
-                },
-            ):
-                record = runner.record(model_inputs(runner.model, batch, torch.ones_like(batch)), {runner.depth})
-            for logits in _logits(readout, record.states[runner.depth]):
-                in_class = inside.to(logits.device)
-                top.append(in_class[logits.argmax(-1)].cpu())
-                class_logsumexp, rest_logsumexp = (
-                    logits.double().masked_fill(mask, -torch.inf).logsumexp(-1) for mask in (~in_class, in_class)
-                )
-                odds.append((class_logsumexp - rest_logsumexp).cpu())
-        if progress is not None:
-            progress(start + len(batch), len(ids))
-    odds_W = torch.cat(odds).numpy()
-    if not np.isfinite(x_WN).all() or not np.isfinite(odds_W).all():
-        raise MeasurementError("activations or logits are NaN or infinite; in half precision, try bfloat16 or float32")
-    return x_WN, torch.cat(top).numpy(), odds_W
-
-
-def _logits(readout: Readout, stream: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the model's logits at the last tokens, in tiles of (windows, vocabulary), float32."""
-    last = torch.arange(1, len(stream) + 1) * stream.shape[1] - 1
-    for x_TD in torch.split(readout.normalize(stream, last), readout.tokens_at_once or _ROWS):
-        yield readout.logits_tile(x_TD, 0, readout.vocabulary)
 
 
 def _probe_single_neurons(data: ProbeData, neurons: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[int]]]:

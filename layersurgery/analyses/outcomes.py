@@ -16,7 +16,6 @@ from ..atomic_io import atomic_file
 from ..errors import UnsupportedEditError
 from ..metrics.aggregation import SequenceSums
 from ..metrics.reference import METRICS
-from ..runs.journal import Journal
 from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_table
 from ..sweeps.measurer import Measurer
@@ -57,20 +56,20 @@ class TableOutput:
     name: str
     make: Callable[[SignalTables], dict[str, pd.DataFrame]]
 
-    def table(self, journal: Journal) -> pd.DataFrame:
+    def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return the main table of what is measured so far."""
-        return next(iter(self.make(SignalTables(self.measurer, journal.sequence_sums(), self.name)).values()))
+        return next(iter(self.make(SignalTables(self.measurer, sums, self.name)).values()))
 
-    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+    def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write all tables; return the main one and the names of the files."""
-        tables = SignalTables(self.measurer, journal.sequence_sums(), self.name)
+        tables = SignalTables(self.measurer, sums, self.name)
         frames = self.make(tables)
         files = write_tables(directory, frames)
         self.measurer.skipped.update(tables.skipped)
         rows = (
             sums_table(tables)
             if self.measurer.observer
-            else by_model(self.measurer.variants, tables.sums_by_sequence.sums())
+            else by_model(self.measurer.variants, tables.sums_by_sequence)
         )
         with atomic_file(directory / SEQUENCES) as partial:
             pq.write_table(rows, partial, compression="zstd")
@@ -93,14 +92,14 @@ class AnalysisOutput:
     name: str
     on_neurons: OnNeurons | None = None
 
-    def table(self, journal: Journal) -> pd.DataFrame:
+    def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return the table of what is measured so far."""
-        return self._tables(journal.sequence_sums()).of(LENS if self.analysis == STAGES else self.analysis)
+        return self._tables(sums).table(LENS if self.analysis == STAGES else self.analysis)
 
-    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+    def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write all tables; return the main one and the names of the files."""
-        tables = self._tables(journal.sequence_sums())
-        frames = {signal: tables.of(signal) for signal in signals_of(self.analysis)}
+        tables = self._tables(sums)
+        frames = {signal: tables.table(signal) for signal in signals_of(self.analysis)}
         if self.analysis == STAGES:
             scores = self._neuron_scores(directory)
             frames |= {} if scores is None else {SCORES: scores, NEURONS: neurons_per_block(scores, self.name)}

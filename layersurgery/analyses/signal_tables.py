@@ -19,7 +19,7 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from ..plans.variants import Variant, family
-from ..sweeps.measurer import Measurer
+from ..sweeps.measurer import Measurer, collect_sums
 from ..sweeps.observer import (
     ATTENTION,
     CHANGE,
@@ -50,13 +50,13 @@ def logit_lens_variants(depth: int) -> list[Variant]:
     ]
 
 
-def variants_of(signals: Collection[str], depth: int) -> list[Variant]:
+def signal_variants(signals: Collection[str], depth: int) -> list[Variant]:
     """Return the edited models that the signals need."""
     variants = logit_lens_variants(depth) if LENS in signals else []
     return variants + (family(DROP, depth) if DROP in signals else [])
 
 
-def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **options: Any) -> Measurer:
+def make_measurer(model: nn.Module, signals: Collection[str], depth: int, **options: Any) -> Measurer:
     """Make a measurer of signals.
 
     Args:
@@ -74,25 +74,7 @@ def measurer_of(model: nn.Module, signals: Collection[str], depth: int, **option
     if unknown := set(signals) - {*FROM_TEXT, CHANGE}:
         raise PlanError(f"unknown signals: {', '.join(sorted(unknown))}; choose from {', '.join(FROM_TEXT)}")
     observe = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
-    return Measurer(model, variants_of(signals, depth), observe=observe, check=LENS in signals, **options)
-
-
-def collect_sums(
-    measurer: Measurer,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    batch_size: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> SequenceSums:
-    """Measure all tokens once, batch by batch, and return the sums of each sequence."""
-    size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
-    batches = []
-    for first in range(0, len(ids), size):
-        result = measurer.measure(ids[first : first + size], mask[first : first + size])
-        batches.append((first, result.counts, result.values, result.observed))
-        if progress is not None:
-            progress(min(first + size, len(ids)), len(ids))
-    return SequenceSums.of(batches)
+    return Measurer(model, signal_variants(signals, depth), observe=observe, check=LENS in signals, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +91,7 @@ class SignalTables:
     sums_by_sequence: SequenceSums
     model: str
 
-    def of(self, signal: str) -> pd.DataFrame:
+    def table(self, signal: str) -> pd.DataFrame:
         """Return the table of one signal; `frame.attrs["skipped"]` names what is missing, with the reasons."""
         frame = {
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
@@ -219,7 +201,7 @@ class SignalTables:
         """Return the sweep's table of dropped blocks."""
         indices = [index for index, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
         return results_table(
-            [self.measurer.variants[index] for index in indices], self.sums_by_sequence.sums(indices), self.model
+            [self.measurer.variants[index] for index in indices], self.sums_by_sequence.rows(indices), self.model
         )
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
@@ -272,7 +254,7 @@ def measure_tables(
     progress: Callable[[int, int], None] | None,
 ) -> SignalTables:
     """Measure the signals and return their tables; the arguments are those of `measure`."""
-    measurer = measurer_of(
+    measurer = make_measurer(
         model, signals, len(find_decoder_blocks(model, blocks).blocks), blocks=blocks, anatomy=anatomy
     )
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from ..metrics.aggregation import Array
+from ..registry import STAGES
 
-STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 RULES = (
     "drop KL (in logarithms) and attention to the previous five tokens, each smoothed by a median of three "
     "layers, both fall below the midpoint between their highest value in the first quarter and their median in "
@@ -275,8 +275,10 @@ def _find_entropy_turn(entropy: Array) -> _RuleResult:
     The paper sees the entropy fall at the end in some models (sharpening), and rise in others.
     """
     name, depth = "lens_entropy_bits", len(entropy)
-    if not np.isfinite(entropy).all() or depth < 4:
+    if not np.isfinite(entropy).all():
         return _RuleResult(None, name, "lens entropy is not available for every layer")
+    if depth < 4:
+        return _RuleResult(None, name, "the model has too few layers for lens entropy to turn inside the second half")
     half = depth // 2
     late = entropy[half:]
     for layer in sorted((half + int(late.argmax()), half + int(late.argmin())), reverse=True):

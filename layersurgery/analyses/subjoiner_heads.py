@@ -5,32 +5,27 @@ After Ferrando and Voita, Information Flow Routes (arXiv 2403.00824), and figure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import t as student
 from torch import nn
 
-from ..errors import MeasurementError, UnsupportedEditError
+from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..runs.text import bos_token_id
-from ..runtime.attention_weights import LastTokenAttention, PreviousTokenAttention
 from ..runtime.block_runner import BlockRunner
-from ..runtime.contributions import capture_contributions, find_contributions
-from ..runtime.inputs import model_inputs
+from ..runtime.contributions import find_contributions
+from .window_attention import AttentionSums, sum_attention
+from .windows import OnWindows, prepend_token
 from .word_windows import WINDOW, WORD_TOKENS, WordWindows, find_word_windows
 
 SHOWN, LARGE = 10, 0.8
-_EARLIER = slice(WINDOW - WORD_TOKENS, WINDOW - 1)  # the first three tokens of a four-token word
 BACK = [f"back_{back}" for back in range(WINDOW - 1, -1, -1)]
-OnWindows = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,17 +151,16 @@ def score_heads(
         raise UnsupportedEditError(
             f"{type(model).__name__} has no heads to score: {next(iter(skipped.values()), 'it has no blocks')}"
         )
-    ids = windows.ids if first is None else torch.cat([torch.full((len(windows.ids), 1), first), windows.ids], 1)
     example_rows = _choose_examples(windows)
-    sums: dict[int, _Sums] = {layer: _Sums() for layer in attending}
-    for start in range(0, len(ids), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(ids)))
-        for layer, weights_BHK in _read_attention(
-            runner, ids[rows], {layer: contributions[layer].mixers for layer in attending}
-        ):
-            sums[layer].add(weights_BHK, rows, windows, example_rows)
-        if progress is not None:
-            progress(len(ids[: rows[-1] + 1]), len(ids))
+    sums = sum_attention(
+        runner,
+        prepend_token(windows.ids, first),
+        windows,
+        {layer: contributions[layer].mixers for layer in attending},
+        example_rows,
+        batch_size,
+        progress,
+    )
     name = type(model).__name__
     heads = _head_table(sums, name)
     return Subjoiners(
@@ -209,97 +203,14 @@ def describe_subjoiners(heads: pd.DataFrame) -> str:
     return f"Found a subjoiner head: {name}, the best head on half of the words. {held_out}.{others} {weights}"
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over the windows of one layer, by class and half of the words.
-
-    Attributes:
-        counts: numbers of windows.
-        weights: sums of attention, (heads, WINDOW).
-        squares: sums of squared scores, (heads,).
-        examples: attention in the example windows, by row.
-    """
-
-    counts: dict[tuple[bool, bool], int] = field(default_factory=dict)
-    weights: dict[tuple[bool, bool], np.ndarray] = field(default_factory=dict)
-    squares: dict[tuple[bool, bool], np.ndarray] = field(default_factory=dict)
-    examples: dict[int, np.ndarray] = field(default_factory=dict)
-
-    def add(self, weights_BHK: np.ndarray, rows: np.ndarray, windows: WordWindows, example_rows: list[int]) -> None:
-        for multi_token in (True, False):
-            for held_out in (True, False):
-                selected = weights_BHK[
-                    (windows.multi_token[rows] == multi_token) & (windows.held_out[rows] == held_out)
-                ]
-                key = multi_token, held_out
-                self.counts[key] = self.counts.get(key, 0) + len(selected)
-                self.weights[key] = self.weights.get(key, 0) + selected.sum(0)
-                self.squares[key] = self.squares.get(key, 0) + (selected[..., _EARLIER].sum(-1) ** 2).sum(0)
-        for row in set(rows.tolist()) & set(example_rows):
-            self.examples[row] = weights_BHK[row - rows[0]]
-
-    def of(self, multi_token: bool, halves: tuple[bool, ...]) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return the number of windows of a class and some halves, and mean and variance of their scores, (heads,)."""
-        keys = [(multi_token, held_out) for held_out in halves]
-        count = sum(self.counts[key] for key in keys)
-        total = sum(self.weights[key][:, _EARLIER].sum(-1) for key in keys)
-        squares = sum(self.squares[key] for key in keys)
-        mean = total / count
-        return count, mean, np.maximum(squares / count - mean**2, 0) * (count / max(1, count - 1))
-
-    def mean(self, multi_token: bool) -> tuple[int, np.ndarray]:
-        """Return the number of windows of a class, and their mean attention, (heads, WINDOW)."""
-        count = self.counts[multi_token, True] + self.counts[multi_token, False]
-        return count, (self.weights[multi_token, True] + self.weights[multi_token, False]) / count
-
-
-def _read_attention(
-    runner: BlockRunner, ids: torch.Tensor, mixers: dict[int, tuple[str, ...]]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each layer and the attention of each window's last token, (windows, heads, WINDOW), float64."""
-    captured: dict[int, list[torch.Tensor]] = {layer: [] for layer in mixers}
-
-    def keep(layer: int, recorder: PreviousTokenAttention) -> None:
-        assert isinstance(recorder, LastTokenAttention)
-        if recorder.unknown:
-            raise MeasurementError(
-                f"block {layer}: attention on this text ran in a kernel ({', '.join(sorted(recorder.unknown))}) that "
-                "cannot be read; load the model with attn_implementation='eager'"
-            )
-        captured[layer] += [
-            weights.reshape(len(ids), -1, weights.shape[-1])[..., -WINDOW:] for weights in recorder.last_BHT
-        ]
-
-    with runner.inference_mode(), ExitStack() as stack:
-        for layer, paths in mixers.items():
-            stack.enter_context(
-                capture_contributions(
-                    runner.blocks[layer], [], paths, partial(keep, layer), ids.shape, LastTokenAttention
-                )
-            )
-        runner.record(model_inputs(runner.model, ids, torch.ones_like(ids)), ())
-    for layer, pieces in captured.items():
-        if not pieces:
-            raise MeasurementError(
-                f"block {layer}: its attention took another path than on the seven tokens of the check and was "
-                "not recorded; try attn_implementation='eager'"
-            )
-        weights = torch.cat([piece.cpu() for piece in pieces], 1).double().numpy()
-        if not np.isfinite(weights).all():
-            raise MeasurementError(
-                f"block {layer}: its attention is NaN or infinite; in half precision, try bfloat16 or float32"
-            )
-        yield layer, weights
-
-
-def _head_table(sums: dict[int, _Sums], model: str) -> pd.DataFrame:
+def _head_table(sums: dict[int, AttentionSums], model: str) -> pd.DataFrame:
     halves_by_suffix = {"": (True, False), "_chosen": (False,), "_held_out": (True,)}
     frames = []
     for layer, layer_sums in sums.items():
         columns: dict[str, Any] = {}
         for suffix, halves in halves_by_suffix.items():
-            n, inside, inside_variance = layer_sums.of(multi_token=True, halves=halves)
-            m, outside, outside_variance = layer_sums.of(multi_token=False, halves=halves)
+            n, inside, inside_variance = layer_sums.score_moments(multi_token=True, halves=halves)
+            m, outside, outside_variance = layer_sums.score_moments(multi_token=False, halves=halves)
             spread = np.sqrt(((n - 1) * inside_variance + (m - 1) * outside_variance) / max(1, n + m - 2))
             score = inside - outside
             margin = _margin(inside_variance / n, n, outside_variance / m, m)
@@ -326,11 +237,11 @@ def _margin(first: np.ndarray, n: int, second: np.ndarray, m: int) -> np.ndarray
     return np.where(total > 0, student.ppf(0.975, freedom) * np.sqrt(total), 0.0)
 
 
-def _attention_table(sums: dict[int, _Sums], model: str) -> pd.DataFrame:
+def _attention_table(sums: dict[int, AttentionSums], model: str) -> pd.DataFrame:
     frames = []
     for layer, layer_sums in sums.items():
         for multi_token in (True, False):
-            count, mean_HK = layer_sums.mean(multi_token)
+            count, mean_HK = layer_sums.mean_attention(multi_token)
             columns = {
                 "model": model,
                 "layer": layer,
@@ -354,7 +265,7 @@ def _choose_examples(windows: WordWindows) -> list[int]:
 
 
 def _example_table(
-    sums: dict[int, _Sums], heads: pd.DataFrame, windows: WordWindows, example_rows: list[int], model: str
+    sums: dict[int, AttentionSums], heads: pd.DataFrame, windows: WordWindows, example_rows: list[int], model: str
 ) -> pd.DataFrame:
     head = best(heads)
     layer, head_index = int(head.layer), int(head["head"])

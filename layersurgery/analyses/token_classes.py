@@ -5,7 +5,6 @@ Probes are trained and scored on these windows.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import MeasurementError, PlanError
-from ..runs.text import pieces
-from .word_windows import round_up
+from ..errors import PlanError
+from .windows import encode_pieces, fingerprint, too_few_windows
 
 SUFFIX, CONTEXT, SHARED, MIN_WINDOWS = "ing", 24, 12, 16
 _STRETCH, _STRETCHES, _SHOWN = 2048, 32, 24
-_SPARE = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +28,22 @@ class TokenClass:
     Special tokens are neither in the class nor in the rest. Added tokens that are not special are in the rest.
 
     Attributes:
-        words: the definition in words.
+        description: the definition in words, such as "ends with 'ing'".
         inside: True for tokens in the class, (tokenizer's vocabulary,).
         rest: True for the other tokens.
         examples: texts of some tokens of the class, by token number, which is by frequency in many tokenizers.
     """
 
-    words: str
+    description: str
     inside: np.ndarray
     rest: np.ndarray
     examples: tuple[str, ...]
 
     @property
-    def about(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Return the definition, counts and examples, by name."""
         counts = {"tokens": int(self.inside.sum()), "of": int(self.inside.sum() + self.rest.sum())}
-        return {"class": self.words, **counts, "examples": list(self.examples)}
+        return {"class": self.description, **counts, "examples": list(self.examples)}
 
 
 def check_class(suffix: str | None, regex: str | None) -> re.Pattern[str] | None:
@@ -57,12 +54,12 @@ def check_class(suffix: str | None, regex: str | None) -> re.Pattern[str] | None
     """
     if suffix is not None and regex is not None:
         raise PlanError(
-            "a class of tokens is defined by a suffix or by a regular expression; give one of them: --suffix or --regex"
+            "a class of tokens is defined by a suffix or by a regular expression; give suffix or regex, not both"
         )
     try:
         return None if regex is None else re.compile(regex)
     except re.error as error:
-        raise PlanError(f"--regex {regex!r} is not a valid regular expression: {error}") from error
+        raise PlanError(f"regex {regex!r} is not a valid regular expression: {error}") from error
 
 
 def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None = None) -> TokenClass:
@@ -78,7 +75,7 @@ def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None 
     """
     pattern = check_class(suffix, regex)
     ending = (SUFFIX if suffix is None else suffix).strip().lower()
-    words = f"ends with {ending!r}" if pattern is None else f"matches {regex!r}"
+    description = f"ends with {ending!r}" if pattern is None else f"matches {regex!r}"
 
     def belongs(text: str) -> bool:
         return text.strip().lower().endswith(ending) if pattern is None else pattern.search(text) is not None
@@ -93,11 +90,11 @@ def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None 
     for mask, which in ((inside, "no token"), (rest, "every token")):
         if not mask.any():
             raise PlanError(
-                f"of the tokenizer's {len(ids):,} tokens, {which} {words}, so there are no two classes to tell apart; "
-                "choose another class"
+                f"of the tokenizer's {len(ids):,} tokens, {which} {description}, so there are no two classes to tell "
+                "apart; choose another class"
             )
     examples = [text for token, text in zip(ids, texts, strict=True) if inside[token]][:_SHOWN]
-    return TokenClass(words, inside, rest, tuple(examples))
+    return TokenClass(description, inside, rest, tuple(examples))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +120,10 @@ class BalancedWindows:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the tokens, classes and halves."""
-        digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
-        digest.update(np.stack([self.following, self.inside, self.held_out]).astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.ids, self.following, self.inside, self.held_out)
 
     @property
-    def about(self) -> dict[str, int]:
+    def facts(self) -> dict[str, int]:
         """Return counts by name."""
 
         def different(held_out: bool) -> int:
@@ -201,13 +196,12 @@ def find_balanced_windows(
 
 def _encode(documents: Iterable[str], tokenizer: Any, tokens: int) -> Iterator[np.ndarray]:
     remaining = tokens
-    for document in documents:
-        for piece in pieces(document):
-            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"][:remaining]
-            yield np.array(ids, dtype=np.int64)
-            remaining -= len(ids)
-            if remaining <= 0:
-                return
+    for _, encoding in encode_pieces(documents, tokenizer):
+        ids = encoding["input_ids"][:remaining]
+        yield np.array(ids, dtype=np.int64)
+        remaining -= len(ids)
+        if remaining <= 0:
+            return
 
 
 def _window_starts(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -249,13 +243,13 @@ def _refuse_few(fewest: int, found: int, read: int, chosen: TokenClass, name: st
     if fewest >= MIN_WINDOWS:
         return
     problem = (
-        f"{found} of {read:,} tokens of {name} have {CONTEXT} tokens before them and a text that {chosen.words}; "
+        f"{found} of {read:,} tokens of {name} have {CONTEXT} tokens before them and a text that {chosen.description}; "
         f"without shared text, this gives {fewest} windows per half, and {MIN_WINDOWS} are needed"
     )
-    if not found:
-        raise MeasurementError(f"{problem}. Give more text, other text, or another class: --data, --tokens, --suffix")
-    rate = max(fewest, found / 8) / read
-    raise MeasurementError(
-        f"{problem}. At this rate, about {round_up(_SPARE * MIN_WINDOWS / rate):,} tokens of text are needed: "
-        "--data, --tokens"
+    raise too_few_windows(
+        problem,
+        found=max(fewest, found / 8),
+        needed=MIN_WINDOWS,
+        read=read,
+        advice="Give more text, other text, or another class (data, tokens, suffix)",
     )

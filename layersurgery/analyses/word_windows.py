@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import MeasurementError, SourceError
-from ..runs.text import pieces
+from ..errors import SourceError
+from .windows import encode_pieces, fingerprint, too_few_windows
 
 WINDOW, WORD_TOKENS, MIN_WINDOWS = 16, 4, 8
-_SPARE = 1.2
 # Letters without another letter, digit, underscore or apostrophe directly before or after them.
 _WORD = re.compile(r"(?<![\w'\u2019])[^\W\d_]+(?![\w'\u2019])")
 Position = tuple[int, int]
@@ -50,23 +47,15 @@ class WordWindows:
     @property
     def fingerprint(self) -> str:
         """Return a hash of the tokens, classes and halves."""
-        digest = hashlib.sha256(self.ids.numpy().astype("<i8").tobytes())
-        digest.update(np.stack([self.multi_token, self.held_out]).astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.ids, self.multi_token, self.held_out)
 
     @property
-    def about(self) -> dict[str, int]:
+    def facts(self) -> dict[str, int]:
         """Return counts by name."""
-        selected = {
-            "four_token_windows": int(self.multi_token.sum()),
-            "four_token_words": len(
-                {word for word, multi_token in zip(self.words, self.multi_token, strict=True) if multi_token}
-            ),
-            "one_token_windows": int((~self.multi_token).sum()),
-            "one_token_words": len(
-                {word for word, multi_token in zip(self.words, self.multi_token, strict=True) if not multi_token}
-            ),
-        }
+        selected = {}
+        for size, in_class in (("four", self.multi_token), ("one", ~self.multi_token)):
+            selected[f"{size}_token_windows"] = int(in_class.sum())
+            selected[f"{size}_token_words"] = len(set(compress(self.words, in_class)))
         return {"tokens": self.tokens, **selected, **{f"{name}_found": count for name, count in self.found.items()}}
 
 
@@ -100,7 +89,7 @@ def find_word_windows(
     if not getattr(tokenizer, "is_fast", False):
         raise SourceError(
             f"{type(tokenizer).__name__} does not give the positions of its tokens in a text, so words "
-            "cannot be found; choose a fast tokenizer with --tokenizer"
+            "cannot be found; choose a fast tokenizer"
         )
     texts: list[list[int]] = []
     positions: dict[bool, dict[str, list[Position]]] = {True: {}, False: {}}
@@ -144,24 +133,22 @@ def find_word_windows(
 
 def _find_word_ends(documents: Iterable[str], tokenizer: Any) -> Iterator[tuple[list[int], list[tuple[str, int, int]]]]:
     """Yield the tokens of each piece of text, and its words of four tokens or one: word, token count, last index."""
-    for document in documents:
-        for piece in pieces(document):
-            encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-            starts, stops = offsets[:, 0], offsets[:, 1]
-            spans = [match.span() for match in _WORD.finditer(piece) if match[0].islower()]
-            word_starts, word_stops = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-            first = np.searchsorted(stops, word_starts, "right")  # the first token that overlaps the word
-            last = np.searchsorted(starts, word_stops, "left") - 1
-            count = last + 1 - first
-            fits = np.isin(count, (1, WORD_TOKENS)) & (last + 1 >= WINDOW)
-            fits[fits] &= stops[last[fits]] == word_stops[fits]
-            ends = [
-                (piece[word_starts[index] : word_stops[index]], int(count[index]), int(last[index]))
-                for index in np.flatnonzero(fits)
-                if not piece[starts[first[index]] : word_starts[index]].strip()
-            ]
-            yield encoding["input_ids"], ends
+    for piece, encoding in encode_pieces(documents, tokenizer, return_offsets_mapping=True):
+        offsets = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        starts, stops = offsets[:, 0], offsets[:, 1]
+        spans = [match.span() for match in _WORD.finditer(piece) if match[0].islower()]
+        word_starts, word_stops = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        first = np.searchsorted(stops, word_starts, "right")  # the first token that overlaps the word
+        last = np.searchsorted(starts, word_stops, "left") - 1
+        count = last + 1 - first
+        fits = np.isin(count, (1, WORD_TOKENS)) & (last + 1 >= WINDOW)
+        fits[fits] &= stops[last[fits]] == word_stops[fits]
+        ends = [
+            (piece[word_starts[index] : word_stops[index]], int(count[index]), int(last[index]))
+            for index in np.flatnonzero(fits)
+            if not piece[starts[first[index]] : word_starts[index]].strip()
+        ]
+        yield encoding["input_ids"], ends
 
 
 def _refuse_few(positions: dict[bool, dict[str, list[Position]]], read: int, name: str) -> None:
@@ -173,18 +160,13 @@ def _refuse_few(positions: dict[bool, dict[str, list[Position]]], read: int, nam
             f"{count} windows that end in {words} ({len(positions[multi_token])} different) in {read:,} tokens of "
             f"{name}; {MIN_WINDOWS} are needed"
         )
-        if not count:
-            raise MeasurementError(f"{problem}. Give more text, or text with rarer words: --data, --tokens")
-        raise MeasurementError(
-            f"{problem}. At this rate, about {round_up(_SPARE * read * MIN_WINDOWS / count):,} tokens of "
-            "text are needed: --data, --tokens"
+        raise too_few_windows(
+            problem,
+            found=count,
+            needed=MIN_WINDOWS,
+            read=read,
+            advice="Give more text, or text with rarer words (data, tokens)",
         )
-
-
-def round_up(tokens: float) -> int:
-    """Round up to two significant digits."""
-    step: int = 10 ** max(0, len(str(int(tokens))) - 2)
-    return math.ceil(tokens / step) * step
 
 
 def _select(

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import SourceError
 from ..models.config_fields import is_layerwise, new_positions
 from ..plans.route import Route, Span
-from .edit_checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, read_checkpoint
 from .output_layout import plan_output_files
 from .safetensors_header import TensorInfo
 from .sources import find_source, remote_headers
@@ -187,7 +187,7 @@ def size_after(checkpoint: Checkpoint, route: Route) -> SizeChange:
         checkpoint.tensors,
         checkpoint.block_prefix,
         new_positions(route, checkpoint.section),
-        lambda position, rest: False,  # noqa: ARG005
+        zeroed={},
     )
     before = [info for _, info in checkpoint.tensors.tensors()]
     after = [info for shard in layout.shards for info in shard.tensors.values()]

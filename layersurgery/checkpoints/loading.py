@@ -6,6 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from ..errors import SourceError
+from ..units import format_list
 from .sources import Source, find_source
 
 
@@ -61,10 +62,9 @@ def load(
     except Exception as error:  # config classes, constructors and weight loaders raise any exception
         raise SourceError(f"transformers cannot load {source.label}: {type(error).__name__}: {error}") from error
     if absent := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())):
-        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise SourceError(
-            f"{source.label} lacks {absent[0]}{others}, which {type(loaded).__name__} needs, so some weights would be "
-            "random. Check that it is a complete checkpoint of a causal language model"
+            f"{source.label} lacks {format_list(absent)}, which {type(loaded).__name__} needs, so some weights would "
+            "be random. Check that it is a complete checkpoint of a causal language model"
         )
     return Loaded(loaded.eval(), tokenizer_of(source))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..version import __version__
@@ -18,7 +16,9 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 def model_card(source: Source, plan: Plan, route: Route, depth: int, *, verified: bool) -> str:
     """Return the text of the output's README.md, with the metadata block that the Hub reads."""
-    inherited = _read_front_matter(source.directory / "README.md")
+    from huggingface_hub import ModelCardData
+
+    inherited = _read_metadata(source.directory / "README.md")
     base = source.label if source.on_hub else inherited.get("base_model")
     metadata: dict[str, Any] = {"base_model": base} if base else {}
     metadata |= {key: inherited[key] for key in _INHERITED if key in inherited}
@@ -26,7 +26,7 @@ def model_card(source: Source, plan: Plan, route: Route, depth: int, *, verified
     revision = f" at revision `{source.revision}`" if source.revision else ""
     check = "passed" if verified else "not run"
     return f"""---
-{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
+{ModelCardData(**metadata).to_yaml(original_order=list(metadata))}
 ---
 
 # {source.name}, edited
@@ -50,16 +50,14 @@ def _inline_code(text: str) -> str:
     return f"`{text.replace('`', chr(39))}`".replace("|", "\\|").replace("\n", " ")
 
 
-def _read_front_matter(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of a model card; empty if there is no card, or none that can be read."""
+    if not path.is_file():  # the import below is slow
+        return {}
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return metadata_load(path) or {}
+    except (OSError, ValueError, YAMLError):
         return {}
-    parts = text.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        metadata = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,27 +68,27 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
 
-ZeroedTensors = Callable[[int, str], bool]
-"""Called with a block's position in the output and a tensor's name within the block: whether to write zeros for it."""
+ZeroedTensors = Mapping[int, frozenset[str]]
+"""The names, within the block, of the tensors that become zeros, by the block's position in the output."""
 
 
 def plan_output_files(
-    tensors: TensorIndex, prefix: BlockPrefix, new_positions: Mapping[int, list[int]], zeroed: ZeroedTensors
+    tensors: TensorIndex, prefix: BlockPrefix, positions: Mapping[int, list[int]], zeroed: ZeroedTensors
 ) -> Layout:
     """Plan the output files, one for each source file that keeps at least one tensor.
 
     Args:
         tensors: the tensors of the source.
         prefix: prefix of the blocks in the tensor names.
-        new_positions: the positions in the output of each block that is kept.
-        zeroed: which tensors become zeros, by position and name within the block.
+        positions: the positions in the output of each block that is kept.
+        zeroed: the tensors that become zeros.
 
     Returns:
         The layout of the output.
     """
     kept = []
     for file, header in tensors.shards.items():
-        placed = list(_place_tensors(header, prefix, new_positions, zeroed))
+        placed = list(_place_tensors(header, prefix, positions, zeroed))
         if placed:
             kept.append((file, header, placed))
     names = _file_names([file for file, _, _ in kept], complete=len(kept) == len(tensors.shards))
@@ -103,7 +103,7 @@ _PlacedTensor = tuple[str, TensorInfo, bool]
 
 
 def _place_tensors(
-    header: Header, prefix: BlockPrefix, new_positions: Mapping[int, list[int]], zeroed: ZeroedTensors
+    header: Header, prefix: BlockPrefix, positions: Mapping[int, list[int]], zeroed: ZeroedTensors
 ) -> Iterable[_PlacedTensor]:
     """Iterate over the output tensors in the order of the data: new name, info in the source, whether it is zeroed."""
     for name, info in header.tensors.items():
@@ -112,8 +112,8 @@ def _place_tensors(
             yield name, info, False
             continue
         block, rest = split
-        for position in new_positions.get(block, []):
-            yield prefix.join(position, rest), info, zeroed(position, rest)
+        for position in positions.get(block, []):
+            yield prefix.join(position, rest), info, rest in zeroed.get(position, ())
 
 
 def _plan_shard(name: str, source: Path, header: Header, placed: list[_PlacedTensor]) -> Shard:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from ..library_logs import quiet_libraries
+from ..units import format_list
 from .safetensors_header import Header, TensorInfo
 from .tensor_index import INDEX, SINGLE, read_json
 
@@ -65,6 +67,11 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     Raises:
         SourceError: the model is not found, cannot be fetched, or is not a checkpoint.
     """
+    if not isinstance(model, str | os.PathLike):
+        raise SourceError(
+            f"expected the name of a model (a Hub ID, a directory or a .gguf file), not a {type(model).__name__}; edit "
+            "a model in memory with operate(), and write it with save()"
+        )
     text = os.fspath(model)
     try:
         path = Path(text).expanduser()
@@ -153,7 +160,8 @@ def _convert_once(gguf: Path, origin: str | None = None) -> Path:
             "directory"
         ) from error
     try:
-        with _silence_libraries():
+        # The progress bars and advice of the conversion would describe an internal step. Some bars ignore all settings.
+        with quiet_libraries(), redirect_stderr(io.StringIO()):
             _convert(gguf, partial)
         if origin is not None:
             card = f"---\nlicense: apache-2.0\nbase_model: {origin}\n---\n"
@@ -181,27 +189,13 @@ def _convert(gguf: Path, target: Path) -> None:
     file: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model, report = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{gguf} lacks {missing[0]} (and {len(missing) - 1} more), so some weights would be random")
+        raise SourceError(f"{gguf} lacks {format_list(missing)}, so some weights would be random")
     # The tensors are decoded already, but a remaining quantizer would keep save_pretrained from writing them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**file).save_pretrained(target)
-
-
-@contextmanager
-def _silence_libraries() -> Iterator[None]:
-    """Hide the progress bars and advice of transformers, because they would describe an internal step."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Source:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError, UnsupportedEditError
+from ..models.config_fields import NOT_TEXT
 from .safetensors_header import Header, TensorInfo, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _NUMBERED = re.compile(r"(?<!^)\.(0|[1-9][0-9]*)(?=\.)")
-# Words in tensor names that show that a list of layers is not the text decoder.
-_NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler|draft", re.IGNORECASE)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
 
@@ -187,13 +186,12 @@ def find_block_prefix(names: Iterable[str], depth: int, extra: int = 0, prefix: 
     }
     accepted = (set(range(depth)), set(range(depth + extra)))
     matching = [candidate for candidate, numbers in outer.items() if numbers in accepted]
-    text = [candidate for candidate, numbers in outer.items() if len(numbers) > 1 and not _NOT_TEXT.search(candidate)]
+    text = [candidate for candidate, numbers in outer.items() if len(numbers) > 1 and not NOT_TEXT.search(candidate)]
     if text and prefix is None:  # an encoder of images or sound can be the decoder only if there is no other list
         matching = [candidate for candidate in matching if candidate in text or depth == 1]
     if len(matching) > 1:
         raise UnsupportedEditError(
-            f"several lists of {depth} layers could be the decoder: {', '.join(sorted(matching))}; choose one with "
-            "blocks="
+            f"several lists of {depth} layers could be the decoder: {', '.join(sorted(matching))}; choose one (blocks)"
         )
     if not matching:
         lists = ", ".join(

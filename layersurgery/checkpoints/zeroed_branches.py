@@ -7,22 +7,20 @@ stream is found, and confirmed, by running a single block of it with random weig
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.anatomy import record_block
-from ..models.block_list import find_block_list
+from ..models.block_list import BlockList, find_block_list
 from ..models.block_parts import BlockParts, find_block_parts
+from ..models.block_probe import record_block
 from ..models.config_fields import DecoderSection, Json, find_section, rewrite
-from ..models.meta_model import build_meta_model, load_hf_config, silence_transformers, write_derived_fields
+from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..plans.edits import Branch
 from ..plans.route import Route
-from .tensor_index import BlockPrefix
-from .tensor_names import TensorNames, match_names
+from .tensor_names import TensorNames
 
 # A probe model with more parameters runs in bfloat16; with more than the second limit, it does not run.
 _MAX_FLOAT32_PARAMETERS = 500_000_000
@@ -31,15 +29,15 @@ _TINY_VOCABULARY = 256
 
 
 def tensors_to_zero(
-    config: Json, section: DecoderSection, prefix: BlockPrefix, names: Iterable[str], route: Route
+    config: Json, section: DecoderSection, block_list: BlockList, tensor_names: TensorNames, route: Route
 ) -> dict[int, frozenset[str]]:
     """Find the tensors to zero at each position of the route where a branch is skipped.
 
     Args:
         config: the source's config.json.
         section: the section of it that describes the decoder.
-        prefix: prefix of the blocks in the tensor names.
-        names: the tensor names of the source.
+        block_list: the blocks of the model that the source is loaded as, on the meta device.
+        tensor_names: the tensors of each of their parameters.
         route: the source's blocks in their new order.
 
     Returns:
@@ -49,15 +47,11 @@ def tensors_to_zero(
         UnsupportedEditError: the tensors cannot be found, contain other weights too, or do not write the branch's
             output.
     """
-    skipping = {position: visit for position, visit in enumerate(route) if not visit.whole}
-    if not skipping:
-        return {}
-    model = build_meta_model(config)
-    block_list = find_block_list(model, section.depth)
-    tensor_names = match_names(model, block_list.path, prefix, names)
     parts_of_kind: dict[object, BlockParts] = {}
     to_zero: dict[int, frozenset[str]] = {}
-    for position, visit in skipping.items():
+    for position, visit in enumerate(route):
+        if visit.whole:
+            continue
         module = block_list.blocks[visit.block]
         kind = _class_and_shapes(module)
         if kind not in parts_of_kind:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -156,6 +156,3 @@ def effects(models: Sequence[ModelTables]) -> Figure:
         figure.supylabel("tokens", fontsize=9)
         add_title_and_legend(figure, models, grid[0][0], legend=False)
     return figure
-
-
-MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {"probe": probe, "effects": effects}

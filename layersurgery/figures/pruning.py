@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, line, new_figure
+from ..registry import ANALYSES, CRITERIA, column
+from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, label_axis, label_depth, line, new_figure
 
-_SCORES = (
-    ("kl_nats", "KL when dropped (nats)"),
-    ("block_influence", "block influence (1 - cosine)"),
-    ("angular_distance", "angular distance (fraction of 180°)"),
-)
+_SCORES = ("kl_nats", "block_influence", "angular_distance")
 _LOG_SCALE_RATIO = 4
-_CRITERIA = {
-    "kl": "lowest KL, one layer at a time",
-    "influence": "lowest block influence",
-    "angular": "span with lowest angular distance",
-    "greedy": "greedy, remeasured each time",
-}
 
 
 def rank(models: Sequence[ModelTables]) -> Figure:
@@ -30,24 +21,19 @@ def rank(models: Sequence[ModelTables]) -> Figure:
     """
     is_single = len(models) == 1 and "spans" in models[0].tables
     panels = len(_SCORES) + is_single
-    with new_figure(3.7 * panels, 3.3 + 0.2 * (len(models) > 1)) as figure:
+    with new_figure(3.7 * panels, 3.5 + 0.2 * (len(models) > 1)) as figure:
         grid = figure.subplots(1, panels, squeeze=False)[0]
-        for axis, (column, label) in zip(grid, _SCORES, strict=False):
+        for axis, score in zip(grid, map(column, _SCORES), strict=False):
             for index, model in enumerate(models):
                 table = model.tables["rank"]
-                values = table[column].to_numpy(float)
-                line(
-                    axis,
-                    table.relative_depth,
-                    np.where(values > 0, values, np.nan),
-                    table[f"{column}_sem"],
-                    index,
-                    model.label,
-                )
-                if values.size and np.nanmax(values, initial=0) > 0:
+                values = table[score.name].to_numpy(float)
+                # A logarithmic axis cannot show zero.
+                shown = np.where(values > 0, values, np.nan) if score.log else values
+                line(axis, table.relative_depth, shown, table[f"{score.name}_sem"], index, model.label)
+                if score.log and values.size and np.nanmax(values, initial=0) > 0:
                     axis.set_yscale("log")
-            axis.set_ylabel(label)
-            axis.set_xlabel("relative depth of the block")
+            label_axis(axis, score)
+            label_depth(axis, [model.tables["rank"] for model in models], "block removed", 7)
             axis.set_xlim(-0.02, 1.02)
         if is_single:
             spans = models[0].tables["spans"]
@@ -72,23 +58,19 @@ def rank(models: Sequence[ModelTables]) -> Figure:
 
 def costs(models: Sequence[ModelTables]) -> Figure:
     """Draw the cost of removing layers over their number: a line for each criterion, a row for each model."""
-    panels = (
-        ("kl_nats", "KL from the unedited model (nats)", 1),
-        ("perplexity", "perplexity", 1),
-        ("agreement", "predictions kept (%)", 100),
-    )
+    panels = ANALYSES["costs"].columns
     with new_figure(11, 3.4 * len(models)) as figure:
         grid = figure.subplots(len(models), len(panels), squeeze=False)
         for axes, model in zip(grid, models, strict=True):
             table = model.tables["costs"]
             base = table[table.criterion == "unedited"].iloc[0]
-            for axis, (column, label, factor) in zip(axes, panels, strict=True):
-                for index, (criterion, line_label) in enumerate(_CRITERIA.items()):
+            for axis, panel in zip(axes, panels, strict=True):
+                for index, (criterion, line_label) in enumerate(CRITERIA.items()):
                     rows = table[table.criterion == criterion].sort_values("removed")
                     if len(rows):
                         axis.plot(
                             [0, *rows.removed.astype(int)],
-                            [factor * base[column], *(factor * rows[column])],
+                            [panel.factor * base[panel.name], *(panel.factor * rows[panel.name])],
                             label=line_label,
                             color=COLORS[index],
                             marker=MARKERS[index],
@@ -96,10 +78,9 @@ def costs(models: Sequence[ModelTables]) -> Figure:
                         )
                 axis.set_xlabel("layers removed")
                 axis.xaxis.get_major_locator().set_params(integer=True)
-                axis.set_ylabel(label)
-            if table.perplexity.max() > _LOG_SCALE_RATIO * base.perplexity:
-                axes[1].set_yscale("log")
-            axes[2].set_ylim(0, 102)
+                label_axis(axis, panel)
+                if panel.log and table[panel.name].max() > _LOG_SCALE_RATIO * base[panel.name] > 0:
+                    axis.set_yscale("log")
             if len(models) > 1:
                 axes[0].set_title(model.label, loc="left", fontweight="bold", parse_math=False)
         handles = {
@@ -108,6 +89,3 @@ def costs(models: Sequence[ModelTables]) -> Figure:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
         add_title_and_legend(figure, models[:1] if len(models) == 1 else models, grid[0][0], legend=False)
     return figure
-
-
-MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {"rank": rank, "costs": costs}

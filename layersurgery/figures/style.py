@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from ..atomic_io import atomic_file
+from ..registry import Column
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -89,6 +91,59 @@ def line(axis: Axes, x: Any, y: Any, error: Any, index: int, label: str, **style
     color = COLORS[index % len(COLORS)]
     axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, y, **{"color": color, "marker": MARKERS[index % len(MARKERS)], "label": label} | style)
+
+
+def label_axis(axis: Axes, column: Column, width: int = 34, **style: Any) -> None:
+    """Label the vertical axis with what a column is, in lines of at most `width` characters, and set its limits.
+
+    A share in percent is drawn from 0 to 100, and a change with a line at zero. Call it after the lines are drawn.
+    """
+    axis.set_ylabel(fill(column.axis, width), **style)
+    if column.unit == "%" and column.factor == 100:
+        axis.set_ylim(0, 102)
+    if column.signed:
+        axis.axhline(0, color="#888888", linewidth=0.8, zorder=0)
+
+
+def label_depth(axis: Axes, tables: Sequence[pd.DataFrame], of: str, most: int = 8, **style: Any) -> None:
+    """Label the horizontal axis, which is relative depth, with the numbers of the blocks if all models have the same.
+
+    Args:
+        axis: the axis.
+        tables: tables that are drawn, with columns layer and relative_depth.
+        of: what has the depth: "block".
+        most: number of labels that there is room for.
+        style: style of the axis's label.
+    """
+    depths = {_last_block(table) for table in tables if len(table)}
+    last = depths.pop() if len(depths) == 1 else None
+    if last is None:
+        axis.set_xlabel(f"relative depth of the {of}", **style)
+        return
+    blocks = labeled_blocks(last, most)
+    axis.set_xticks([block / last for block in blocks], [f"{block}\n{round(block / last, 2):g}" for block in blocks])
+    axis.set_xticks([block / last for block in range(last + 1)], minor=True)
+    axis.set_xlabel(f"{of} (below: relative depth)", **style)
+
+
+def _last_block(table: pd.DataFrame) -> int | None:
+    """Return the number of a model's last block; None if the table has only its first."""
+    row = table.loc[table.relative_depth.astype(float).idxmax()]
+    return round(float(row.layer) / float(row.relative_depth)) if row.relative_depth > 0 else None
+
+
+def labeled_blocks(last: int, most: int) -> list[int]:
+    """Choose the blocks to label, at most `most` of 0 to `last`: equally spaced ones, and the last.
+
+    Example:
+        >>> from layersurgery.figures.style import labeled_blocks
+        >>> labeled_blocks(29, 8), labeled_blocks(79, 8)
+        ([0, 5, 10, 15, 20, 25, 29], [0, 20, 40, 60, 79])
+    """
+    steps = (scale * step for scale in (1, 10, 100, 1000) for step in (1, 2, 5))
+    step = next(step for step in steps if last // step + 1 < most)
+    # The last label replaces one that it would touch.
+    return [*(block for block in range(0, last, step) if last - block > step / 2), last]
 
 
 def add_title_and_legend(figure: Figure, models: Sequence[ModelTables], axis: Axes, *, legend: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -111,6 +111,3 @@ def _cell_text(token: str) -> str:
         or "␣"
     )
     return shown if len(shown) <= _MAX_CHARACTERS else f"{shown[: _MAX_CHARACTERS - 1]}…"
-
-
-MAKERS: dict[str, Callable[[Sequence[ModelTables]], Figure]] = {"subjoiners": subjoiners, "examples": examples}

@@ -8,91 +8,62 @@ same digits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-
-from .reference import METRICS
+import torch
 
 Array = npt.NDArray[np.float64]
 
 
-class MetricSums:
-    """Sums of every metric, for every route, by sequence.
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """Result of one batch.
 
-    Args:
-        routes: number of measured routes.
+    Attributes:
+        first: number of its first sequence in the text.
+        counts: number of positions measured in each sequence.
+        values: sums over these positions, (sequences, rows, len(METRICS)). Row 0 is the unedited model, the others are
+            the variants.
+        observed: counts and sums of the observer, (sequences, the observer's size).
+        seconds: time that the batch took.
+        calls: number of block calls.
+        states_at_peak: largest number of residual streams that were in memory together.
+        bytes_read: bytes of offloaded weights that were loaded.
+        max_sequences: number of sequences that fit into memory; None if memory never ran out.
+        token_metrics: metrics at each position, (len(METRICS), positions), by rows of the result that share them; empty
+            if they are not wanted.
     """
 
-    def __init__(self, routes: int) -> None:
-        self.routes = routes
-        self._counts: dict[int, int] = {}
-        self._values: dict[int, Array] = {}
+    first: int
+    counts: list[int]
+    values: Array
+    observed: Array
+    seconds: float = 0
+    calls: int = 0
+    states_at_peak: int = 0
+    bytes_read: int = 0
+    max_sequences: int | None = None
+    token_metrics: dict[tuple[int, ...], torch.Tensor] | None = None
 
-    def add(self, sequence: int, count: int, values: Array) -> None:
-        """Add one sequence.
-
-        Args:
-            sequence: its number.
-            count: number of measured positions.
-            values: sums over the positions, (routes, len(METRICS)).
-        """
-        assert sequence not in self._counts, f"sequence {sequence} is counted twice"
-        assert values.shape == (self.routes, len(METRICS))
-        self._counts[sequence] = count
-        self._values[sequence] = values
-
-    def merge(self, other: MetricSums) -> MetricSums:
-        """Return the sums over the sequences of both."""
-        merged = MetricSums(self.routes)
-        for part in (self, other):
-            for sequence, count, values in part:
-                merged.add(sequence, count, values)
-        return merged
-
-    def __iter__(self) -> Iterator[tuple[int, int, Array]]:
-        for sequence in sorted(self._counts):
-            yield sequence, self._counts[sequence], self._values[sequence]
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of measured positions."""
-        return sum(self._counts.values())
-
-    def means(self) -> Array:
-        """Return means over all positions, (routes, len(METRICS)); NaN where any position is NaN or infinite."""
-        total = self.tokens
-        return self._for_each_column(lambda values: _fsum(values) / total)
-
-    def errors(self) -> Array:
-        """Return standard errors of the means, over sequences, (routes, len(METRICS)); NaN for a single sequence.
-
-        A mean over positions is a ratio of two sums over sequences, whose lengths may differ. With r the ratio, s a
-        sequence's sum and c its count, the error is sqrt(n / (n - 1) * sum (s - r c)^2) / sum c (Cochran, Sampling
-        Techniques, 6.3). For sequences of one length it is the standard deviation of their means over sqrt(n).
-        """
-        counts = [count for _, count, _ in self]
-        n, total = len(counts), self.tokens
-        if n < 2:
-            return np.full((self.routes, len(METRICS)), math.nan)
-
-        def error(values: list[float]) -> float:
-            mean = _fsum(values) / total
-            spread = _fsum((value - mean * count) ** 2 for value, count in zip(values, counts, strict=True))
-            return math.sqrt(n / (n - 1) * spread) / total
-
-        return self._for_each_column(error)
-
-    def _for_each_column(self, function: Any) -> Array:
-        stacked = np.stack([values for _, _, values in self])
-        flat = stacked.reshape(len(self), -1).T.tolist()
-        return np.array([function(column) for column in flat]).reshape(self.routes, len(METRICS))
+    @classmethod
+    def concatenate(cls, results: Sequence[BatchResult]) -> BatchResult:
+        """Return the results of consecutive parts of a batch as one result."""
+        parts = [result.token_metrics for result in results if result.token_metrics]
+        return cls(
+            results[0].first,
+            [count for result in results for count in result.counts],
+            np.concatenate([result.values for result in results]),
+            np.concatenate([result.observed for result in results]),
+            sum(result.seconds for result in results),
+            sum(result.calls for result in results),
+            max(result.states_at_peak for result in results),
+            sum(result.bytes_read for result in results),
+            results[-1].max_sequences,
+            {rows: torch.cat([part[rows] for part in parts], -1) for rows in parts[0]} if parts else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,41 +83,57 @@ class SequenceSums:
     observed: Array
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[int, Sequence[int], Array, Array]]) -> SequenceSums:
-        """Make it from batches of (number of the first sequence, counts, values, observed)."""
-        ordered = sorted(batches, key=lambda batch: batch[0])
-        counts = np.array([count for batch in ordered for count in batch[1]], float)
-        values, observed = (np.concatenate([batch[field] for batch in ordered]) for field in (2, 3))
-        numbers = [
-            first + offset
-            for first, batch_counts, _, _ in ordered
-            for offset, count in enumerate(batch_counts)
-            if count
-        ]
+    def of(cls, results: Iterable[BatchResult]) -> SequenceSums:
+        """Make it from the results of batches, in any order."""
+        ordered = sorted(results, key=lambda result: result.first)
+        numbers = [result.first + offset for result in ordered for offset, count in enumerate(result.counts) if count]
+        assert len(set(numbers)) == len(numbers), "a sequence is counted twice"
+        counts = np.array([count for result in ordered for count in result.counts], float)
+        values, observed = (
+            np.concatenate([getattr(result, name) for result in ordered]) for name in ("values", "observed")
+        )
         return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
 
-    def sums(self, rows: Sequence[int] | None = None) -> MetricSums:
-        """Return the sums of metrics; of some rows only, if given."""
-        chosen = range(self.values.shape[1]) if rows is None else rows
-        sums = MetricSums(len(chosen))
-        for number, count, values in zip(self.numbers, self.counts, self.values, strict=True):
-            sums.add(number, int(count), values[list(chosen)])
-        return sums
+    def rows(self, rows: Sequence[int]) -> SequenceSums:
+        """Return the sums of some rows."""
+        return replace(self, values=self.values[:, list(rows)])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of measured positions."""
+        return int(self.counts.sum())
+
+    def means_and_errors(self) -> tuple[Array, Array]:
+        """Return means over all positions and their standard errors over sequences, each (rows, len(METRICS)).
+
+        See `ratio` for what is NaN.
+        """
+        columns = self.values.reshape(len(self), -1).T
+        pairs = np.array([ratio(column, self.counts) for column in columns]).reshape(*self.values.shape[1:], 2)
+        return pairs[..., 0], pairs[..., 1]
 
 
 def ratio(sums: Array, counts: Array) -> tuple[float, float]:
     """Return a mean over positions, from sums and counts by sequence, both (sequences,), and its standard error.
 
-    The counts may be measured values, too: then the result is a ratio of means. Without counts the mean is NaN; with a
-    single sequence the error is NaN. See `MetricSums.errors` for the formula.
+    A mean over positions is a ratio of two sums over sequences, whose lengths may differ. With r the ratio, s a
+    sequence's sum and c its count, the error is sqrt(n / (n - 1) * sum (s - r c)^2) / sum c (Cochran, Sampling
+    Techniques, 6.3). For sequences of one length it is the standard deviation of their means over sqrt(n).
+
+    The counts may be measured values, too: then the result is a ratio of means. The mean is NaN without counts, and
+    where any value is NaN or infinite; the error is NaN for a single sequence, too.
     """
-    total, n = _fsum(counts), len(counts)
+    values, weights = sums.tolist(), counts.tolist()
+    total, n = _fsum(weights), len(weights)
     if not total or not math.isfinite(total):
         return math.nan, math.nan
-    mean = _fsum(sums) / total
+    mean = _fsum(values) / total
     if n < 2:
         return mean, math.nan
-    spread = _fsum((value - mean * count) ** 2 for value, count in zip(sums.tolist(), counts.tolist(), strict=True))
+    spread = _fsum((value - mean * count) ** 2 for value, count in zip(values, weights, strict=True))
     return mean, math.sqrt(n / (n - 1) * spread) / total
 
 

@@ -26,6 +26,7 @@ import torch
 from ..runtime.float32_matmul import float32_products
 from ..runtime.unembedding import Readout, Unembedding
 from . import tiled
+from .reference import stack_metrics
 from .tiled import LogitStats
 
 
@@ -82,7 +83,7 @@ def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tenso
     """Compute all metrics of an edited model at the baseline's positions.
 
     Returns:
-        float64, (7, tokens), in the order of `reference.METRICS`.
+        float64, (len(METRICS), tokens), in the order of `reference.METRICS`.
     """
     with _full_precision(x_TD.device):
         q = _logit_stats(readout, x_TD, base.target_T, compiled=base.compiled)
@@ -155,9 +156,14 @@ def _kl_cross_term(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, m
 
 def _metrics(kl: torch.Tensor, q: LogitStats, base: Baseline) -> torch.Tensor:
     p, bit = base.stats, math.log(2)
-    rows = [
-        kl, (p.top == q.top).double(), q.entropy / bit, (q.entropy - p.entropy) / bit, q.loss, q.loss - p.loss,
-        (q.top == base.target_T.to(q.top.device)).double(),
-    ]  # fmt: skip
+    values = {
+        "kl_nats": kl,
+        "agreement": (p.top == q.top).double(),
+        "entropy_bits": q.entropy / bit,
+        "entropy_change_bits": (q.entropy - p.entropy) / bit,
+        "loss_nats": q.loss,
+        "loss_change_nats": q.loss - p.loss,
+        "accuracy": (q.top == base.target_T.to(q.top.device)).double(),
+    }
     # Report NaN for non-finite logits instead of counting them as wrong.
-    return torch.where(q.lse.isfinite() & p.lse.isfinite(), torch.stack(rows), math.nan)
+    return torch.where(q.lse.isfinite() & p.lse.isfinite(), stack_metrics(values), math.nan)

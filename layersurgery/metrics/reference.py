@@ -6,8 +6,10 @@ import math
 
 import torch
 
-METRICS = ("kl_nats", "agreement", "entropy_bits", "entropy_change_bits", "loss_nats", "loss_change_nats", "accuracy")
-"""Rows of what `measure` returns; p is the unedited model, q the edited one."""
+from .. import registry
+
+METRICS = tuple(column.name for column in registry.METRICS)
+"""Rows of what `measure` returns; p is the unedited model, q the edited one. The list is `registry.METRICS`."""
 
 
 def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
@@ -19,9 +21,7 @@ def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> t
         target_T: the true next tokens, (tokens,).
 
     Returns:
-        float64, (len(METRICS), tokens): KL(p||q) in nats; whether p and q have the same most likely token; H(q) and
-        H(q) - H(p) in bits; cross-entropy of q with the target, and its difference from p's, in nats; whether q's most
-        likely token is the target.
+        float64, (len(METRICS), tokens). `registry.METRICS` has the definitions in words.
     """
     p_TV, q_TV = p_TV.double().log_softmax(-1), q_TV.double().log_softmax(-1)
     loss_p, loss_q = (-log.gather(-1, target_T[:, None]).squeeze(-1) for log in (p_TV, q_TV))
@@ -36,6 +36,17 @@ def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> t
         "loss_change_nats": loss_q - loss_p,
         "accuracy": (top == target_T).double(),
     }
+    return stack_metrics(values)
+
+
+def stack_metrics(values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Stack values of all metrics in the order of `METRICS`.
+
+    Raises:
+        KeyError: a metric of the registry has no value, or a value has no metric.
+    """
+    if values.keys() != set(METRICS):
+        raise KeyError(f"metrics of the registry and computed values differ: {sorted(values.keys() ^ set(METRICS))}")
     return torch.stack([values[name] for name in METRICS])
 
 

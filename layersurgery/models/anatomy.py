@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from ..plans.edits import Branch
 from ..plans.route import Visit
 from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
 from .block_parts import BlockParts, find_block_parts
-from .call_tracing import TOKENS, Call, eval_no_grad, first_tensor, record_calls
+from .block_probe import probe_forward
+from .call_tracing import Call, eval_no_grad, first_tensor, record_calls
 from .skipped_branch import SkipSpec
 
 if TYPE_CHECKING:
@@ -106,18 +108,35 @@ class Anatomy:
             )
         return rows
 
+    def _table(self) -> tuple[str, str, list[dict[str, str]]]:
+        """Return a title, a line about what is around the blocks, and the rows without columns that are empty."""
+        rows = self.rows()
+        shown = [name for name in rows[0] if any(row[name] for row in rows)]
+        return (
+            f"{self.model}: {self.depth} blocks at {self.blocks}",
+            f"embedding {self.embedding}, final norm {self.final_norm}, unembedding {self.unembedding}",
+            [{name: row[name] for name in shown} for row in rows],
+        )
+
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        rows = self.rows()
-        caption = f"embedding {self.embedding}, final norm {self.final_norm}, unembedding {self.unembedding}"
-        table = Table(title=f"{self.model}: {self.depth} blocks at {self.blocks}", caption=caption)
+        title, around, rows = self._table()
+        table = Table(title=title, caption=around)
         for name in rows[0]:
-            if any(row[name] for row in rows):
-                table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold")
         for row in rows:
-            table.add_row(*[value for name, value in row.items() if any(other[name] for other in rows)])
+            table.add_row(*row.values())
         return table
+
+    def _repr_html_(self) -> str:
+        """Return the table as HTML, for notebooks."""
+        title, around, rows = self._table()
+        lines = [("th", rows[0].keys()), *(("td", row.values()) for row in rows)]
+        body = "".join(
+            f"<tr>{''.join(f'<{cell}>{escape(text)}</{cell}>' for text in texts)}</tr>" for cell, texts in lines
+        )
+        return f"<p><b>{escape(title)}</b><br>{escape(around)}</p><table>{body}</table>"
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -149,6 +168,7 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
 
     Raises:
+        PlanError: `model` is not a loaded model.
         UnsupportedEditError: the model does not run each block exactly once and in order, or cannot be run; says what
             was found.
     """
@@ -194,30 +214,17 @@ def _record_blocks(model: nn.Module, block_list: BlockList) -> tuple[list[Call],
         (block_list.blocks, str(block), f"block {block}") for block in range(count)
     ]
     modules += [(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in norms]
-    with record_calls(modules) as log:
+    with record_calls(modules) as recorded:
         probe_forward(model)
-    calls = [call for call in log.calls if call.name.startswith("block ")]
+    calls = [call for call in recorded if call.name.startswith("block ")]
     last_output = first_tensor(calls[-1].output) if calls else None
-    for call in log.calls:
+    for call in recorded:
         argument = call.hidden_states_argument()
         if call.name in norms and argument is not None and last_output is not None:
             hidden = call[argument].flatten()
             if hidden.numel() == last_output.numel() and torch.equal(hidden, last_output.flatten().to(hidden.device)):
                 return calls, call.name
     return calls, None
-
-
-def record_block(model: nn.Module, blocks: nn.ModuleList, position: int) -> Call:
-    """Return the call of one block in one small forward pass of its model.
-
-    Raises:
-        UnsupportedEditError: the model raised an exception, or did not run the block.
-    """
-    with record_calls([(blocks, str(position), "block")]) as log:
-        probe_forward(model)
-    if not log.calls:
-        raise UnsupportedEditError(f"{type(model).__name__} did not run its block {position}")
-    return log.calls[0]
 
 
 def _modules_around(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
@@ -231,24 +238,6 @@ def _modules_around(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
         and not isinstance(module, nn.ModuleList | nn.ModuleDict)
         and not any(parameter.dim() > 1 for parameter in module.parameters())
     ]  # fmt: skip
-
-
-def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
-    """Run one forward pass without cache on one short sequence.
-
-    Raises:
-        UnsupportedEditError: the model raised an exception.
-    """
-    try:
-        model = unwrap_transformers(model)
-        weight = model.get_input_embeddings().weight  # type: ignore[operator]
-        ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
-        model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
-    except Exception as error:  # a model's forward may raise anything
-        raise UnsupportedEditError(
-            f"{type(model).__name__} could not be run on {tokens} tokens "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}), so its parts cannot be found"
-        ) from error
 
 
 def _check_order(model: nn.Module, block_list: BlockList, calls: list[Call]) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedEditError
-
-_NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler", re.IGNORECASE)
+from ..errors import PlanError, UnsupportedEditError
+from .config_fields import NOT_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def find_block_list(
     ]
     outermost = [name for name in candidates if not any(name.startswith(f"{other}.") for other in candidates)]
     if len(outermost) > 1:
-        outermost = [name for name in outermost if not _NOT_TEXT.search(name)] or outermost
+        outermost = [name for name in outermost if not NOT_TEXT.search(name)] or outermost
     if not outermost:
         raise UnsupportedEditError(
             f"{type(model).__name__} has no list of {depth} modules, the number of layers in its config (module lists: "
@@ -68,12 +67,28 @@ def find_block_list(
     return BlockList(outermost[0], lists[outermost[0]])
 
 
+def require_model(model: object) -> None:
+    """Refuse what is not a loaded model: its name, or what `load` returns.
+
+    Raises:
+        PlanError: says how to load a model.
+    """
+    if isinstance(model, nn.Module):
+        return
+    is_name = isinstance(model, str | Path)
+    what = repr(str(model)) if is_name else "a tuple" if isinstance(model, tuple) else f"a {type(model).__name__}"
+    name = str(model) if is_name else "smollm2-135m"
+    raise PlanError(f"expected a loaded model, not {what}; load one: model, tokenizer = layersurgery.load({name!r})")
+
+
 def unwrap_transformers(model: nn.Module) -> Any:
     """Return the model itself, or the transformers model inside a wrapper that does not forward attributes (DDP).
 
     Raises:
+        PlanError: this is not a loaded model.
         UnsupportedEditError: there is no transformers model.
     """
+    require_model(model)
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "get_text_config"):
             return module

@@ -7,7 +7,7 @@ attention + MLP, and how each branch can be skipped. Module names are not used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,8 +17,10 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from ..plans.edits import Branch
+from .block_probe import BlockProbe
 from .block_view import share_parameters
-from .call_tracing import Call, first_tensor, is_per_token, random_like, record_calls
+from .call_tracing import Call, first_tensor, is_per_token, random_like
+from .numerics import is_same_change, tolerance
 from .output_projections import output_parameters
 from .skipped_branch import SkippedBranch, SkipSpec, install_skips
 
@@ -67,11 +69,8 @@ def find_block_parts(block: nn.Module, call: Call) -> BlockParts:
         block: one decoder block, in evaluation mode; it is not changed.
         call: a recorded call of the block in its model, with a batch of one sequence of `call_tracing.TOKENS` tokens.
     """
-    argument = call.hidden_states_argument()
-    if argument is None:
-        return BlockParts((), (), skip_error="it does not take a residual stream of shape (1, tokens, width)")
-    probe = BlockProbe(block, call, random_like(call[argument], 1))
     try:
+        probe = BlockProbe(block, call, seed=1)
         mixers, mlp, calls = _sort_modules(probe)
         parts = BlockParts(tuple(c.name for c in mixers), tuple(c.name for c in mlp))
         reason = _is_sequential(probe, mixers)
@@ -83,38 +82,6 @@ def find_block_parts(block: nn.Module, call: Call) -> BlockParts:
         return _confirm(probe, replace(parts, norms_before=before, norms_after=after), skips)
     except UnsupportedEditError as error:
         return BlockParts((), (), skip_error=str(error))
-
-
-class BlockProbe:
-    """A block, a recorded call of it, and random numbers to pass to it as the residual stream."""
-
-    def __init__(self, block: nn.Module, call: Call, stream: torch.Tensor) -> None:
-        self.block, self.call, self.stream = block, call, stream
-        argument = call.hidden_states_argument()
-        assert argument is not None
-        self.where = argument
-
-    def run(self, block: nn.Module, stream: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the residual stream after `block`."""
-        args, kwargs = self.call.with_argument(self.where, self.stream if stream is None else stream)
-        output = first_tensor(block(*args, **kwargs))
-        if output is None or output.shape != self.stream.shape:
-            raise UnsupportedEditError("it does not return the residual stream")
-        return output.clone()
-
-    def without(self, skips: Iterable[SkipSpec], stream: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the residual stream after the probed block with some modules replaced."""
-        edited = share_parameters(self.block)
-        install_skips(edited, list(skips))
-        return self.run(edited, stream)
-
-    def calls(self, paths: Sequence[str], block: nn.Module | None = None) -> list[Call]:
-        """Return the calls of the modules at `paths` during one run."""
-        block = share_parameters(self.block) if block is None else block
-        modules = [(block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in paths]
-        with record_calls(modules) as log:
-            self.run(block)
-        return log.calls
 
 
 def _sort_modules(probe: BlockProbe) -> tuple[list[Call], list[Call], list[Call]]:
@@ -313,6 +280,8 @@ def _confirm(probe: BlockProbe, parts: BlockParts, skips: list[list[SkipSpec]]) 
         candidate = replace(parts, attention_skips=tuple(attempt[0]), mlp_skips=tuple(attempt[1]))
         try:
             parallel, reason = _check_structure(probe, candidate)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a block may raise anything on a replacement's output
             reason = f"skipping a branch failed ({type(error).__name__}: {error})"
         if not reason:
@@ -349,7 +318,7 @@ def _check_structure(probe: BlockProbe, parts: BlockParts) -> tuple[bool | None,
         if not).
     """
     stream = probe.stream
-    full = probe.run(probe.block)
+    full = probe.run()
     if not torch.equal(probe.without([*parts.attention_skips, *parts.mlp_skips]), stream):
         names = ", ".join([*parts.attention, *parts.mlp]) or "nothing"
         return None, f"without {names} it does not return its input, so it is not the stream plus attention plus MLP"
@@ -362,20 +331,14 @@ def _check_structure(probe: BlockProbe, parts: BlockParts) -> tuple[bool | None,
         return None, f"without {', '.join(parts.attention)} it still mixes tokens"
     if torch.equal(no_attention, full) or torch.equal(no_mlp, full):
         return None, "skipping a branch changes nothing, so the branch must be in other modules"
-    if _is_close(probe.without(parts.attention_skips, no_mlp), full, stream) or _is_close(
-        probe.without(parts.mlp_skips, no_attention), full, stream
+
+    def gives_full(after: torch.Tensor) -> bool:
+        return is_same_change(after, full, stream, tolerance("fit", stream.dtype))
+
+    if gives_full(probe.without(parts.attention_skips, no_mlp)) or gives_full(
+        probe.without(parts.mlp_skips, no_attention)
     ):
         return False, ""
-    if _is_close(no_attention + no_mlp - stream, full, stream):
+    if gives_full(no_attention + no_mlp - stream):
         return True, ""
     return None, "its output is not the stream plus its attention plus its MLP"
-
-
-def _is_close(actual: torch.Tensor, expected: torch.Tensor, stream: torch.Tensor) -> bool:
-    """Check whether two outputs agree, within a tolerance relative to how much the block changes the stream."""
-    tolerance = 1e-4 if stream.dtype in (torch.float32, torch.float64) else 0.05
-    change = (expected - stream).float().norm()
-    return bool(
-        (actual - expected).float().norm()
-        <= tolerance * change + 4 * torch.finfo(stream.dtype).eps * stream.float().norm()
-    )

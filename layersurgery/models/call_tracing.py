@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,24 +75,20 @@ def first_tensor(output: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-@dataclass(slots=True)
-class CallLog:
-    """Recorded calls, in the order in which they started."""
-
-    calls: list[Call] = field(default_factory=list)
-
-    def of_module(self, name: str) -> list[Call]:
-        """Return the calls of one module."""
-        return [call for call in self.calls if call.name == name]
-
-
 class ModuleWrapper(nn.Module):
-    """Replaces a module in its parent; attributes that the wrapper lacks are read from the module."""
+    """Replaces a module in its parent; attributes that the wrapper lacks are read from the module.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: the module that is replaced.
+        attributes: attributes of the wrapper.
+    """
+
+    def __init__(self, module: nn.Module, **attributes: Any) -> None:
         super().__init__()
         self.module = module
         self.training = module.training
+        # Bypass nn.Module's attribute handling: a module among the attributes must not become a child of the wrapper.
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,16 +100,15 @@ class ModuleWrapper(nn.Module):
 class RecordingWrapper(ModuleWrapper):
     """Runs the module that it replaces, and records its arguments and its output."""
 
-    def __init__(self, name: str, module: nn.Module, log: CallLog) -> None:
-        super().__init__(module)
-        self.name, self.log = name, log
+    _name: str
+    _calls: list[Call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
-        index = len(self.log.calls)
-        started = Call(self.name, _copy(args), _copy(kwargs))
-        self.log.calls.append(started)
+        index = len(self._calls)
+        started = Call(self._name, _copy(args), _copy(kwargs))
+        self._calls.append(started)
         output = self.module(*args, **kwargs)
-        self.log.calls[index] = Call(self.name, started.args, started.kwargs, _copy(output))
+        self._calls[index] = replace(started, output=_copy(output))
         return output
 
 
@@ -129,12 +124,15 @@ def _copy(value: Any) -> Any:
 
 
 @contextmanager
-def record_calls(modules: list[tuple[nn.Module, str, str]]) -> Iterator[CallLog]:
-    """Record the calls of modules, each given as (parent module, its child's key, the name to record)."""
-    log = CallLog()
-    wrappers = [RecordingWrapper(name, _child(parent, key), log) for parent, key, name in modules]
+def record_calls(modules: list[tuple[nn.Module, str, str]]) -> Iterator[list[Call]]:
+    """Record the calls of modules, each given as (parent module, its child's key, the name to record).
+
+    The list holds the calls in the order in which they started.
+    """
+    calls: list[Call] = []
+    wrappers = [RecordingWrapper(_child(parent, key), _name=name, _calls=calls) for parent, key, name in modules]
     with replace_modules([(parent, key) for parent, key, _ in modules], wrappers):
-        yield log
+        yield calls
 
 
 def _child(parent: nn.Module, key: str) -> nn.Module:

@@ -21,6 +21,9 @@ Json = dict[str, Any]
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model_config")
 
+# Words in names of modules and tensors that show that a list of layers is not the text decoder.
+NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler|draft", re.IGNORECASE)
+
 # One value per layer.
 LISTS = frozenset(
     [

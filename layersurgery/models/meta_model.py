@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,10 +16,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import SourceError, UnsupportedEditError
+from ..library_logs import quiet_libraries
 from ..plans.route import Route
 from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise, rewrite_fields
 
-_UNVERIFIED = "With --no-verify (verify=False) the checkpoint is written without this check, at your own risk."
+_UNVERIFIED = "Without this check (verify), the checkpoint can be written at your own risk."
 
 
 def load_hf_config(config: Json) -> Any:
@@ -129,6 +129,10 @@ def _read_fields(config: Any) -> Json:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in sorted(fields.items())}
 
 
+# Initializations; a tensor on the meta device has no values that they could set.
+_FILLS = ("kaiming_uniform_", "normal_", "uniform_")
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     """Creates tensors that constructors fill later on the meta device, and computes all others.
 
@@ -140,6 +144,10 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.empty, torch.rand, torch.randn):
             kwargs["device"] = "meta"
+        elif getattr(func, "__name__", "") in _FILLS:  # half of the time of building a model
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 
@@ -173,13 +181,6 @@ def build_meta_model(config: Json) -> nn.Module:
 @contextmanager
 def silence_transformers() -> Iterator[None]:
     """Suppress warnings while a temporary model is built, and preserve the user's random state."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(0)
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet_libraries(logging.CRITICAL + 1), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from ..plans.route import Route
+from ..units import format_list
 from .block_list import find_block_list
 from .config_fields import DEPTH_FIELDS, DecoderSection, Json
 from .meta_model import build_meta_model
@@ -80,8 +81,7 @@ class ReloadCheck:
             for difference in self._compare(*outside, self.section.depth, len(self.route))
         ]
         if differences:
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            summary = "; ".join(differences[:3]) + more
+            summary = format_list(differences, 3, "; ")
             if self.live:
                 raise UnsupportedEditError(
                     f"this model would reload as another model: {summary}. Its config does not describe this; undo "

@@ -13,8 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from .call_tracing import first_tensor
-
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+from .numerics import relative_error, tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +52,19 @@ def fit_norm(norm: nn.Module, width: int, like: torch.Tensor) -> NormAffine | No
     # at any width.
     noise = torch.randn(2, width, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     x, other = (1024 + noise.sign() * (noise.abs() + 0.5) * 64).to(like.dtype).double()
-    tolerance = _TOLERANCE.get(like.dtype, 4e-2)
     with torch.no_grad():
         try:
             shift = run(torch.zeros(1, width, dtype=torch.float64))[0]
             output_x, output_other = run(x[None])[0], run(other[None])[0]
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a module may raise anything on what it does not expect
             return None
     best: tuple[float, NormAffine] | None = None
     for centres in (False, True):
         scale = (output_x - shift) / _normalize(x, centres)
-        expected = scale * _normalize(other, centres) + shift
-        error = float((output_other - expected).abs().max() / expected.abs().max())
-        if error <= tolerance and (best is None or error < best[0]):
+        error = relative_error(output_other, scale * _normalize(other, centres) + shift)
+        if error <= tolerance("fit", like.dtype) and (best is None or error < best[0]):
             best = error, NormAffine(scale, shift, centres)
     return None if best is None else best[1]
 

@@ -2,25 +2,56 @@
 
 An edit names blocks of the loaded model, not positions: 7 is block 7 wherever it is now. Edits keep their blocks as
 written; negative numbers and open ranges are resolved when the edit is applied to a depth.
+
+A class declares everything about its edit: how it changes a route, and how its text is written and read.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..errors import PlanError
-from .route import Ref, Route, RouteItem, Visit, resolve
+from .route import Ref, Route, RouteItem, Span, Visit, parse_items, resolve
 
 Branch = Literal["attention", "mlp"]
 
 
+VERBS: dict[str, type[Edit]] = {}
+"""The class of each edit, by the first word of its text. A subclass of `Edit` adds its own words."""
+_SHORT_VERBS = {"skip-attn": "skip-attention"}
+
+
 class Edit(ABC):
-    """One change of a route. `str(edit)` is its text form, which `Plan.parse` reads back."""
+    """One change of a route. `str(edit)` is its text form, which `parse_edit` reads back.
+
+    Attributes:
+        examples: how its text is written, by its first word.
+    """
 
     __slots__ = ()
+    examples: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        VERBS.update(dict.fromkeys(cls.examples, cls))
+
+    @classmethod
+    @abstractmethod
+    def _parse(cls, verb: str, text: str, /) -> Edit:
+        """Read the edit's text after its first word.
+
+        Raises:
+            PlanError: the text cannot be read.
+        """
+
+    @property
+    @abstractmethod
+    def _first(self) -> Ref:
+        """Return the block or range that the edit names first."""
 
     @abstractmethod
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
@@ -28,6 +59,10 @@ class Edit(ABC):
 
     @abstractmethod
     def __str__(self) -> str: ...
+
+    def first_block(self, depth: int) -> int:
+        """Return the first block that the edit names, in a model of `depth` blocks."""
+        return resolve(self._first, depth)[0]
 
     def apply(self, route: Route, depth: int) -> Route:
         """Edit `route`, a route through a model of `depth` blocks.
@@ -41,12 +76,54 @@ class Edit(ABC):
         return edited
 
 
+def parse_edit(text: str) -> Edit:
+    """Read the text of one edit.
+
+    Raises:
+        PlanError: an unknown edit (with the nearest known one) or arguments that cannot be read.
+    """
+    word, _, rest = text.strip().partition(" ")
+    verb = word.lower().replace("_", "-")
+    verb = _SHORT_VERBS.get(verb, verb)
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the edits are {', '.join(VERBS)}."
+        raise PlanError(f"unknown edit {word!r} in {text.strip()!r}; {hint}")
+    example = VERBS[verb].examples[verb]
+    if not rest.strip():
+        raise PlanError(f"{text.strip()!r} names no block; write it as {example}")
+    try:
+        return VERBS[verb]._parse(verb, rest)
+    except PlanError as error:
+        raise PlanError(f"in {text.strip()!r}: {error}. It is written as {example}") from None
+
+
 @dataclass(frozen=True, slots=True)
 class Swap(Edit):
     """Exchange the positions of two blocks."""
 
     first: int
     second: int
+    examples: ClassVar = {"swap": "swap 12 13"}
+
+    @classmethod
+    def with_next(cls, first: int) -> Swap:
+        """Make the swap of a block with the next one."""
+        if first == -1:
+            raise PlanError("block -1 is the last and has no next block to swap with; name both blocks")
+        return cls(first, first + 1)
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        refs = _parse_refs(text)
+        if len(refs) == 1:
+            return cls.with_next(_number(refs[0]))
+        first, second = map(_number, _exactly(2, refs))
+        return cls(first, second)
+
+    @property
+    def _first(self) -> Ref:
+        return self.first
 
     def __post_init__(self) -> None:
         if self.first == self.second:
@@ -72,6 +149,15 @@ class Drop(Edit):
     """Remove blocks, at all their positions."""
 
     blocks: tuple[Ref, ...]
+    examples: ClassVar = {"drop": "drop 20, drop 20 21 or drop 20:24"}
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        return cls(_parse_refs(text))
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks[0]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         removed = _resolve_all(self.blocks, depth)
@@ -90,6 +176,19 @@ class Move(Edit):
     blocks: Ref
     after: int | None = None
     before: int | None = None
+    examples: ClassVar = {"move": "move 5 after 9 or move 5 before 2"}
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        match = re.fullmatch(r"(.+?)\s+(after|before)\s+(\S+)", text.strip())
+        if match is None:
+            raise PlanError("expected a block, 'after' or 'before', and another block")
+        blocks, where, target = match.groups()
+        return cls(_parse_ref(blocks), **{where: _number(_parse_ref(target))})
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.before is None):
@@ -119,6 +218,18 @@ class Repeat(Edit):
 
     blocks: Ref
     times: int = 2
+    examples: ClassVar = {"repeat": "repeat 8:16 or repeat 8 x3"}
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        match = re.fullmatch(r"(.+?)(?:\s+(?:x|times\s+)(\d{1,4}))?", text.strip())
+        if match is None:
+            raise PlanError("expected a block or a range")
+        return cls(_parse_ref(match[1]), int(match[2] or 2))
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks
 
     def __post_init__(self) -> None:
         if self.times < 2:
@@ -137,6 +248,15 @@ class Reverse(Edit):
     """Reverse the order of a span."""
 
     blocks: Ref
+    examples: ClassVar = {"reverse": "reverse 8:16"}
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        return cls(_parse_ref(text))
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         segment = _segment(route, resolve(self.blocks, depth), self)
@@ -151,6 +271,15 @@ class Reorder(Edit):
     """Set the whole order, with omissions and repeats. Branches that were skipped before stay skipped."""
 
     order: tuple[RouteItem, ...]
+    examples: ClassVar = {"reorder": "reorder 0:12 13 12 14:32"}
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        return cls(parse_items(text))
+
+    @property
+    def _first(self) -> Ref:
+        return self.order[0].ref
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         current = {visit.block: visit for visit in route}
@@ -170,6 +299,15 @@ class Skip(Edit):
 
     branch: Branch
     blocks: tuple[Ref, ...]
+    examples: ClassVar = {"skip-attention": "skip-attention 5", "skip-mlp": "skip-mlp 5"}
+
+    @classmethod
+    def _parse(cls, verb: str, text: str, /) -> Edit:
+        return cls("attention" if verb == "skip-attention" else "mlp", _parse_refs(text))
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks[0]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         named = _resolve_all(self.blocks, depth)
@@ -180,6 +318,34 @@ class Skip(Edit):
 
     def __str__(self) -> str:
         return f"skip-{self.branch} {_join(self.blocks)}"
+
+
+def _parse_refs(text: str) -> tuple[Ref, ...]:
+    """Read blocks and ranges."""
+    items = parse_items(text)
+    for item in items:
+        if not (item.attention and item.mlp):
+            raise PlanError(
+                f"{item} has a suffix, which only routes take; name blocks only (skip-attention 5 is a separate edit)"
+            )
+    return tuple(item.ref for item in items)
+
+
+def _parse_ref(text: str) -> Ref:
+    """Read one block or range."""
+    return _exactly(1, _parse_refs(text))[0]
+
+
+def _exactly(count: int, refs: tuple[Ref, ...]) -> tuple[Ref, ...]:
+    if len(refs) != count:
+        raise PlanError(f"expected {'one block or range' if count == 1 else f'{count} blocks'}, found {len(refs)}")
+    return refs
+
+
+def _number(ref: Ref) -> int:
+    if isinstance(ref, Span):
+        raise PlanError(f"expected one block, found the range {ref}")
+    return ref
 
 
 def _join(items: Iterable[object]) -> str:

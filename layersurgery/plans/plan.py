@@ -12,15 +12,20 @@ True
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import operator
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 from ..errors import PlanError
-from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap
+from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap, parse_edit
+from .html import plan_html
 from .route import Ref, Route, RouteItem, Span, Visit, parse_items
+
+Blocks = SupportsIndex | range | Iterable[SupportsIndex | range]
+"""Blocks of a model in Python: a number, a range, or a list of these. Integers of NumPy and torch are numbers, too."""
 
 _SLUG_LIMIT = 80
 
@@ -31,6 +36,14 @@ class Plan:
 
     edits: tuple[Edit, ...] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.edits, str):
+            raise PlanError(f"Plan() takes edits, not text; use Plan.parse({self.edits!r})")
+        edits = tuple(self.edits) if isinstance(self.edits, Iterable) else (self.edits,)
+        if wrong := [edit for edit in edits if not isinstance(edit, Edit)]:
+            raise PlanError(f"Plan() takes edits, not {wrong[0]!r}; join plans with +, as in swap(12) + drop(20)")
+        object.__setattr__(self, "edits", edits)
+
     @classmethod
     def parse(cls, text: str) -> Plan:
         """Read a plan's text: edits separated by semicolons or line ends; `#` starts a comment.
@@ -39,7 +52,7 @@ class Plan:
             PlanError: an unknown edit (with the nearest known one) or arguments that cannot be read.
         """
         lines = (line.split("#", 1)[0] for line in text.splitlines())
-        edits = [_parse_edit(part) for line in lines for part in line.split(";") if part.strip()]
+        edits = [parse_edit(part) for line in lines for part in line.split(";") if part.strip()]
         if not edits:
             raise PlanError("the plan is empty: write at least one edit, as in 'swap 12 13; drop 20'")
         return cls(tuple(edits))
@@ -83,153 +96,114 @@ class Plan:
     def __str__(self) -> str:
         return "; ".join(map(str, self.edits))
 
+    def _repr_html_(self) -> str:
+        return plan_html(map(str, self.edits))
+
     def __repr__(self) -> str:
         return f"Plan.parse({str(self)!r})" if self.edits else "Plan()"
 
 
-def swap(first: int, second: int | None = None) -> Plan:
+def swap(first: SupportsIndex, second: SupportsIndex | None = None) -> Plan:
     """Exchange two blocks; with one number, that block and the next one."""
-    if second is None:
-        if first == -1:
-            raise PlanError("block -1 is the last and has no next block to swap with; name both blocks")
-        second = first + 1
-    return Plan((Swap(first, second),))
+    edit = Swap.with_next(_block(first)) if second is None else Swap(_block(first), _block(second))
+    return Plan((edit,))
 
 
-def drop(*blocks: int | range) -> Plan:
+def drop(*blocks: Blocks) -> Plan:
     """Remove blocks from the model."""
     return Plan((Drop(_refs(blocks, "drop")),))
 
 
-def move(blocks: int | range, *, after: int | None = None, before: int | None = None) -> Plan:
+def move(blocks: Blocks, *, after: SupportsIndex | None = None, before: SupportsIndex | None = None) -> Plan:
     """Move a block, or a span of adjacent blocks, to right after or right before another block."""
-    return Plan((Move(_one_ref(blocks), after, before),))
+    targets = [None if target is None else _block(target) for target in (after, before)]
+    return Plan((Move(_adjacent(blocks, "move"), *targets),))
 
 
-def repeat(blocks: int | range, times: int = 2) -> Plan:
+def repeat(blocks: Blocks, times: SupportsIndex = 2) -> Plan:
     """Pass through a block, or a span as a whole, `times` times in total."""
-    return Plan((Repeat(_one_ref(blocks), times),))
+    return Plan((Repeat(_adjacent(blocks, "repeat"), _integer(times, "times")),))
 
 
-def reverse(blocks: range) -> Plan:
+def reverse(blocks: Blocks) -> Plan:
     """Reverse the order of a span."""
-    return Plan((Reverse(_one_ref(blocks)),))
+    return Plan((Reverse(_adjacent(blocks, "reverse")),))
 
 
-def reorder(order: str | Iterable[int | range | Visit]) -> Plan:
+def reorder(order: str | Iterable[SupportsIndex | range | Visit]) -> Plan:
     """Set the whole order: block numbers, ranges or visits, or a route's text."""
     if isinstance(order, str):
         return Plan((Reorder(parse_items(order)),))
-    items = [
-        RouteItem(item.block, item.attention, item.mlp) if isinstance(item, Visit) else RouteItem(ref)
-        for item in order
-        for ref in ([0] if isinstance(item, Visit) else _refs([item], "reorder"))
-    ]
+    items: list[RouteItem] = []
+    for item in order if isinstance(order, Iterable) else [order]:
+        if isinstance(item, Visit):
+            items.append(RouteItem(item.block, item.attention, item.mlp))
+        else:
+            items.extend(map(RouteItem, _refs([item], "reorder")))
     if not items:
         raise PlanError("reorder needs at least one block")
     return Plan((Reorder(tuple(items)),))
 
 
-def skip_attention(*blocks: int | range) -> Plan:
+def skip_attention(*blocks: Blocks) -> Plan:
     """Skip the attention of blocks, or their other token mixer."""
     return Plan((Skip("attention", _refs(blocks, "skip_attention")),))
 
 
-def skip_mlp(*blocks: int | range) -> Plan:
+def skip_mlp(*blocks: Blocks) -> Plan:
     """Skip the MLP of blocks."""
     return Plan((Skip("mlp", _refs(blocks, "skip_mlp")),))
 
 
-def _refs(blocks: Iterable[int | range], what: str) -> tuple[Ref, ...]:
+def _as_int(value: object) -> int | None:
+    """Return an integer of any library as int; None for everything else, also for True and False."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _integer(value: object, what: str) -> int:
+    number = _as_int(value)
+    if number is None:
+        raise PlanError(f"{what} is given as a whole number, not as {value!r}")
+    return number
+
+
+def _block(value: object) -> int:
+    return _integer(value, "a block")
+
+
+def _refs(blocks: Iterable[Any], what: str) -> tuple[Ref, ...]:
+    """Return references to blocks, as they are written in an edit's text."""
     refs: list[Ref] = []
     for item in blocks:
-        refs.extend(item if isinstance(item, range) and item.step != 1 else [_one_ref(item)])
+        if isinstance(item, range):
+            refs.extend([_span(item)] if item.step == 1 else item)
+        elif (number := _as_int(item)) is not None:
+            refs.append(number)
+        elif isinstance(item, Iterable) and not isinstance(item, str | bytes | Mapping | Visit):
+            refs.extend(_refs(item, what))
+        else:
+            raise PlanError(f"blocks are given as a number, a range or a list of these, not as {item!r}")
     if not refs:
         raise PlanError(f"{what} needs at least one block")
     return tuple(refs)
 
 
-def _one_ref(blocks: int | range) -> Ref:
-    if isinstance(blocks, bool) or not isinstance(blocks, int | range):
-        raise PlanError(f"blocks are given as a number or a range, not as {blocks!r}")
-    if isinstance(blocks, int):
-        return blocks
-    if blocks.step != 1 or not blocks:
-        raise PlanError(f"{blocks!r} is not a range of adjacent blocks; use range(8, 16) for blocks 8 to 15")
+def _adjacent(blocks: Blocks, what: str) -> Ref:
+    """Return the reference to one block or to adjacent blocks."""
+    refs = _refs([blocks], what)
+    if len(refs) == 1:
+        return refs[0]
+    first = refs[0]
+    if isinstance(first, int) and refs == tuple(range(first, first + len(refs))):
+        return _span(range(first, first + len(refs)))
+    raise PlanError(f"{blocks!r} is not a range of adjacent blocks; use range(8, 16) for blocks 8 to 15")
+
+
+def _span(blocks: range) -> Ref:
+    if not blocks:
+        raise PlanError(f"{blocks!r} is empty; use range(8, 16) for blocks 8 to 15")
     # range(-4, 0) is the last four blocks; as a slice that end is open.
     return Span(blocks.start, None if blocks.stop == 0 else blocks.stop)
-
-
-def _plain_refs(text: str) -> tuple[Ref, ...]:
-    items = parse_items(text)
-    for item in items:
-        if not (item.attention and item.mlp):
-            raise PlanError(
-                f"{item} has a suffix, which only routes take; name blocks only (skip-attention 5 is a separate edit)"
-            )
-    return tuple(item.ref for item in items)
-
-
-def _exactly(count: int, text: str) -> tuple[Ref, ...]:
-    refs = _plain_refs(text)
-    if len(refs) != count:
-        raise PlanError(f"expected {'one block or range' if count == 1 else f'{count} blocks'}, found {len(refs)}")
-    return refs
-
-
-def _number(ref: Ref) -> int:
-    if isinstance(ref, Span):
-        raise PlanError(f"expected one block, found the range {ref}")
-    return ref
-
-
-def _parse_swap(text: str) -> Edit:
-    if len(text.replace(",", " ").split()) == 1:
-        return swap(_number(_exactly(1, text)[0])).edits[0]
-    first, second = map(_number, _exactly(2, text))
-    return Swap(first, second)
-
-
-def _parse_move(text: str) -> Edit:
-    match = re.fullmatch(r"(.+?)\s+(after|before)\s+(\S+)", text.strip())
-    if match is None:
-        raise PlanError("expected a block, 'after' or 'before', and another block")
-    blocks, where, target = match.groups()
-    return Move(_exactly(1, blocks)[0], **{where: _number(_exactly(1, target)[0])})
-
-
-def _parse_repeat(text: str) -> Edit:
-    match = re.fullmatch(r"(.+?)(?:\s+(?:x|times\s+)(\d{1,4}))?", text.strip())
-    if match is None:
-        raise PlanError("expected a block or a range")
-    return Repeat(_exactly(1, match[1])[0], int(match[2] or 2))
-
-
-_GRAMMAR: dict[str, tuple[Callable[[str], Edit], str]] = {
-    "swap": (_parse_swap, "swap 12 13"),
-    "drop": (lambda text: Drop(_plain_refs(text)), "drop 20, drop 20 21 or drop 20:24"),
-    "move": (_parse_move, "move 5 after 9 or move 5 before 2"),
-    "repeat": (_parse_repeat, "repeat 8:16 or repeat 8 x3"),
-    "reverse": (lambda text: Reverse(_exactly(1, text)[0]), "reverse 8:16"),
-    "reorder": (lambda text: Reorder(parse_items(text)), "reorder 0:12 13 12 14:32"),
-    "skip-attention": (lambda text: Skip("attention", _plain_refs(text)), "skip-attention 5"),
-    "skip-mlp": (lambda text: Skip("mlp", _plain_refs(text)), "skip-mlp 5"),
-}
-_SHORT = {"skip-attn": "skip-attention"}
-
-
-def _parse_edit(text: str) -> Edit:
-    verb, _, rest = text.strip().partition(" ")
-    name = verb.lower().replace("_", "-")
-    name = _SHORT.get(name, name)
-    if name not in _GRAMMAR:
-        near = difflib.get_close_matches(name, _GRAMMAR, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the edits are {', '.join(_GRAMMAR)}."
-        raise PlanError(f"unknown edit {verb!r} in {text.strip()!r}; {hint}")
-    parse, example = _GRAMMAR[name]
-    if not rest.strip():
-        raise PlanError(f"{text.strip()!r} names no block; write it as {example}")
-    try:
-        return parse(rest)
-    except PlanError as error:
-        raise PlanError(f"in {text.strip()!r}: {error}. It is written as {example}") from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ..errors import PlanError
+from .html import route_html
 
 _ITEM = re.compile(r"^(-?\d{1,9})?(:)?(-?\d{1,9})?((?:-(?:attn|attention|mlp))*)$")
 
@@ -109,6 +110,9 @@ class Route(tuple[Visit, ...]):
             else:
                 words.extend(map(str, run))
         return " ".join(words)
+
+    def _repr_html_(self) -> str:
+        return route_html(self)
 
     def __repr__(self) -> str:
         return f"Route.parse({str(self)!r})"

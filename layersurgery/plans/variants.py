@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 from ..errors import PlanError
-from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap
+from .families import FAMILIES
 from .plan import Plan, reorder
-from .route import Ref, Route, Span, resolve
+from .route import Route, Span, parse_items, resolve
 
-FAMILIES = {
-    "swap": "swap every two adjacent blocks",
-    "drop": "drop every block",
-    "skip-attention": "skip the attention of every block",
-    "skip-mlp": "skip the MLP of every block",
-    "drop-span": "drop every N adjacent blocks; written drop-span:N",
-    "swap-pairs": "swap every two blocks",
-}
+Edits = str | Plan | Route | Sequence["Edits"] | Mapping[str, "Edits"]
+"""The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
+Layers = range | str | None
+"""The blocks that families of edits may touch: a range, its text ("4:20"), or None for all."""
 _NAMED = re.compile(r"([\w.+-]+)\s*:\s+(.*)")
 
 
@@ -56,7 +51,7 @@ class Variant:
         """
         if not plan.edits:
             raise PlanError("an empty plan is the unedited model, which is always measured; remove this plan")
-        return cls(edit, str(plan), plan.route(depth), _first_block(plan.edits[0], depth), name or str(plan))
+        return cls(edit, str(plan), plan.route(depth), plan.edits[0].first_block(depth), name or str(plan))
 
 
 def unedited(depth: int) -> Variant:
@@ -64,42 +59,55 @@ def unedited(depth: int) -> Variant:
     return Variant("none", "", Route.identity(depth), None, "unedited")
 
 
-def family(name: str, depth: int, layers: range | None = None) -> list[Variant]:
+def family(name: str, depth: int, layers: Layers = None) -> list[Variant]:
     """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
     Args:
         name: one of `FAMILIES`; drop-span with the length of the span, "drop-span:4".
         depth: number of blocks.
-        layers: only edits of these blocks.
+        layers: only edits that touch no blocks except these, as a range or as text ("4:20").
 
     Raises:
-        PlanError: an unknown family (names the nearest known one), or a span that is too long.
+        PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
     """
-    kind, span = _parse(name)
-    blocks = range(depth) if layers is None else layers
-    if not set(blocks) <= set(range(depth)):
+    kind, number = _parse_family(name)
+    if number >= depth:
         raise PlanError(
-            f"layers {blocks.start}:{blocks.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
+            f"{name}: a model of {depth} blocks cannot drop {number} and keep at least one; use a shorter span"
         )
-    if span >= depth:
-        raise PlanError(
-            f"{name}: a model of {depth} blocks cannot drop {span} and keep at least one; use a shorter span"
-        )
-    edits: Iterable[Edit]
-    match kind:
-        case "swap":
-            edits = (Swap(block, block + 1) for block in blocks[:-1])
-        case "drop":
-            edits = (Drop((block,)) for block in blocks if depth > 1)
-        case "skip-attention":
-            edits = (Skip("attention", (block,)) for block in blocks)
-        case "skip-mlp":
-            edits = (Skip("mlp", (block,)) for block in blocks)
-        case "drop-span":
-            edits = (Drop((Span(start, start + span),)) for start in blocks[: len(blocks) - span + 1])
-        case _:
-            edits = (Swap(*pair) for pair in combinations(blocks, 2))
+    edits = FAMILIES[kind].edits(layer_range(layers, depth) or range(depth), number, depth)
     return [Variant.from_plan(kind, Plan((edit,)), depth) for edit in edits]
+
+
+def layer_range(layers: Layers, depth: int) -> range | None:
+    """Return the blocks that families of edits may touch; None for all.
+
+    Args:
+        layers: a range of the model's blocks; or its text, a half-open range such as "4:20", "4:" or "-4:".
+        depth: number of blocks.
+
+    Raises:
+        PlanError: it is not one range of adjacent blocks of the model.
+
+    >>> from layersurgery.plans.variants import layer_range
+    >>> layer_range("-4:", 30)
+    range(26, 30)
+    """
+    if layers is None:
+        return None
+    if isinstance(layers, str):
+        items = parse_items(layers)
+        if len(items) != 1 or not isinstance(items[0].ref, Span) or not (items[0].attention and items[0].mlp):
+            raise PlanError(f"layers takes one half-open range, for example 4:20, not {layers!r}")
+        blocks = resolve(items[0].ref, depth)
+        return range(blocks[0], blocks[-1] + 1)
+    if not isinstance(layers, range) or layers.step != 1 or not layers:
+        raise PlanError(f"layers takes a range of adjacent blocks, for example range(4, 20) or '4:20', not {layers!r}")
+    if layers.start < 0 or layers.stop > depth:
+        raise PlanError(
+            f"layers {layers.start}:{layers.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
+        )
+    return layers
 
 
 def is_family(text: str) -> bool:
@@ -107,25 +115,27 @@ def is_family(text: str) -> bool:
     return all(word.strip().partition(":")[0] in FAMILIES for word in text.split(","))
 
 
-def variants(edits: object, depth: int, layers: range | None = None) -> list[Variant]:
+def variants(edits: Edits, depth: int, layers: Layers = None) -> list[Variant]:
     """Make the variants to measure from any accepted form of edits.
 
     Args:
-        edits: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary of plans by name.
+        edits: families ("swap,drop"; see `FAMILIES`), a plan, its text, a route, a list of these, or a dictionary of
+            plans by name.
         depth: number of blocks of the model.
-        layers: for families, only edits of these blocks.
+        layers: for families, only edits that touch no blocks except these, as a range or as text ("4:20").
 
     Raises:
         PlanError: an edit cannot be read, or there is nothing to measure.
     """
-    unique = list(dict.fromkeys(_variants(edits, depth, layers)))
+    chosen = layer_range(layers, depth)
+    unique = list(dict.fromkeys(_variants(edits, depth, chosen)))
     if not unique:
-        where = "" if layers is None else f" with layers {layers.start}:{layers.stop}"
+        where = "" if chosen is None else f" with layers {chosen.start}:{chosen.stop}"
         raise PlanError(f"nothing to measure: {edits!r} has no edit of a model of {depth} blocks{where}")
     return unique
 
 
-def _variants(edits: object, depth: int, layers: range | None) -> Iterator[Variant]:
+def _variants(edits: Edits, depth: int, layers: range | None) -> Iterator[Variant]:
     match edits:
         case str() if is_family(edits):
             for name in edits.split(","):
@@ -136,7 +146,7 @@ def _variants(edits: object, depth: int, layers: range | None) -> Iterator[Varia
             except PlanError as error:
                 if re.fullmatch(r"[\w:,-]+", edits):  # looks like families
                     for name in edits.split(","):
-                        _parse(name)
+                        _parse_family(name)
                 raise error
         case Plan():
             yield Variant.from_plan("plan", edits, depth)
@@ -150,7 +160,7 @@ def _variants(edits: object, depth: int, layers: range | None) -> Iterator[Varia
                 )
         case Sequence():
             for item in edits:
-                yield from _variants(item, depth, layers)
+                yield from _variants(item, depth, layers)  # type: ignore[arg-type]  # a route was matched above
         case _:
             raise PlanError(f"expected families ('swap,drop'), plans or routes, not {edits!r}")
 
@@ -200,32 +210,17 @@ def read_plans(text: str, source_name: str) -> dict[str, Plan]:
     return plans
 
 
-def _parse(name: str) -> tuple[str, int]:
+def _parse_family(name: str) -> tuple[str, int]:
+    """Return the family's name, and the number after it (0 if it takes none)."""
     kind, colon, number = name.partition(":")
     if kind not in FAMILIES:
         near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(FAMILIES)}"
         raise PlanError(f"unknown family of edits {name!r}; {hint}")
-    if kind != "drop-span":
+    if not FAMILIES[kind].takes_number:
         if colon:
             raise PlanError(f"{name!r}: {kind} takes no number")
         return kind, 0
     if not re.fullmatch(r"[1-9]\d{0,5}", number):
-        raise PlanError(f"{name!r} has no number of blocks; write drop-span:4 for every four adjacent blocks")
+        raise PlanError(f"{name!r} has no number of blocks; write {kind}:4 for every four adjacent blocks")
     return kind, int(number)
-
-
-def _first_block(edit: Edit, depth: int) -> int:
-    ref: Ref
-    match edit:
-        case Swap(first=ref):
-            pass
-        case Drop(blocks=blocks) | Skip(blocks=blocks):
-            ref = blocks[0]
-        case Move(blocks=ref) | Repeat(blocks=ref) | Reverse(blocks=ref):
-            pass
-        case Reorder(order=order):
-            ref = order[0].ref
-        case _:
-            raise AssertionError(edit)
-    return resolve(ref, depth)[0]

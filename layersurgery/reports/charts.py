@@ -9,49 +9,14 @@ from typing import Any
 
 import pandas as pd
 
+from ..plans.families import FAMILIES
 from ..plans.route import Route
+from ..registry import METRICS, Column, column
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
 
-_EDITS = {
-    "swap": "swap",
-    "drop": "drop",
-    "skip-attention": "skip attention",
-    "skip-mlp": "skip MLP",
-    "drop-span": "drop a span",
-}
-_OF_EDITS = ("kl_nats", "agreement", "entropy_change_bits", "loss_change_nats", "accuracy")
-# Label, unit, factor, whether the axis is logarithmic.
-_KNOWN: dict[str, tuple[str, str, float, bool]] = {
-    "kl_nats": ("KL from the unedited model", "nats", 1, True),
-    "agreement": ("predictions kept", "%", 100, False),
-    "entropy_bits": ("entropy", "bits", 1, False),
-    "entropy_change_bits": ("change of entropy", "bits", 1, False),
-    "loss_nats": ("loss", "nats", 1, False),
-    "loss_change_nats": ("change of loss", "nats", 1, False),
-    "accuracy": ("accuracy", "%", 100, False),
-    "drop_kl_nats": ("KL when dropped", "nats", 1, True),
-    "lens_kl_nats": ("logit lens: KL to the end", "nats", 1, False),
-    "lens_entropy_bits": ("logit lens: entropy", "bits", 1, False),
-    "lens_agreement": ("logit lens: model's own top token", "%", 100, False),
-    "attention_prev5": ("share of attention on the previous five", "", 1, False),
-    "attention_prev5_mean": ("mean attention to each of the previous five", "", 1, False),
-    "attention_norm": ("norm of what attention adds", "", 1, False),
-    "mlp_norm": ("norm of what the MLP adds", "", 1, False),
-    "attention_to_mlp_ratio": ("norm of attention / MLP", "", 1, False),
-    "prediction_percent": ("prediction neurons", "%", 1, False),
-    "suppression_percent": ("suppression neurons", "%", 1, False),
-    "self": ("cosine with itself, not swapped", "", 1, False),
-    "index": ("cosine with what was at its place", "", 1, False),
-    "adjacent": ("cosine of two neighbors", "", 1, False),
-}
-_UNITS = {"nats": "nats", "bits": "bits", "percent": "%", "seconds": "s", "bytes": "bytes"}
 _NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row")
 _MOST_GROUPS = 8
-_OF_WHAT = (
-    "Each point is one edited model, compared with the unedited one over every position that has a next token. KL: how "
-    "far the predicted distribution moves. Predictions kept: how often the most likely next token stays what it was."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +62,9 @@ class Chart:
 
 def metric(name: str) -> dict[str, Any]:
     """Return a column's label, unit, display factor, and whether its axis is logarithmic."""
-    if name in _KNOWN:
-        label, unit, times, log = _KNOWN[name]
-    else:
-        words = name.split("_")
-        unit = _UNITS.get(words[-1], "") if len(words) > 1 else ""
-        label, times, log = show_control_characters(" ".join(words[:-1] if unit else words)), 1, False
-    return {"label": label, "unit": unit, "times": times, "log": log}
+    about = column(name)
+    label = show_control_characters(about.label)
+    return {"label": label, "unit": about.unit, "times": about.factor, "log": about.log}
 
 
 def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
@@ -111,27 +72,40 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     edits = _of_edits([run for run in runs if run.is_sweep])
     signals = _of_signals([run for run in runs if not run.is_sweep])
     found = [
-        Chart("edits", "What every edit does", _OF_WHAT, "Edit", "(first) block edited", edits),
+        Chart("edits", "What every edit does", _about_edits(), "Edit", "(first) block edited", edits),
         Chart("signals", "What each layer does", "", "Table", "layer", signals),
     ]
     return [chart for chart in found if chart.views]
 
 
+def _about_edits() -> str:
+    definitions = [f"{one.label[0].upper()}{one.label[1:]}: {one.definition}." for one in _shown() if one.definition]
+    first = "Each point is one edited model, compared with the unedited one over every position that has a next token."
+    return " ".join([first, *definitions])
+
+
+def _shown() -> list[Column]:
+    return [metric for metric in METRICS if metric.shown]
+
+
 def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     views = []
-    for edit, words in _EDITS.items():
+    for family in FAMILIES.values():
+        if not family.per_layer:
+            continue
         lines = []
         for run, label in zip(runs, labels(runs), strict=True):
             rows = run.tables["results"]
-            rows = rows[(rows.edit == edit) & rows.layer.notna()].sort_values("layer")
+            rows = rows[(rows.edit == family.name) & rows.layer.notna()].sort_values("layer")
             if rows.empty:
                 continue
             lengths = rows.depth - rows.route.map(lambda route: len(Route.parse(str(route))))
             for length, part in rows.groupby(lengths):
-                several = edit == "drop-span" and lengths.nunique() > 1
-                lines.append(_line(part, f"{label}, {length} blocks" if several else label, _OF_EDITS))
+                several = family.takes_number and lengths.nunique() > 1
+                names = [metric.name for metric in _shown()]
+                lines.append(_line(part, f"{label}, {length} blocks" if several else label, names))
         if lines:
-            views.append(_view(edit, words, lines))
+            views.append(_view(family.name, family.label, lines))
     if len(runs) == 1 and len(views) > 1:
         lines = [line | {"label": view["label"]} for view in views if len(view["lines"]) == 1 for line in view["lines"]]
         if len(lines) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..errors import SourceError
 from ..plans.route import Route
+from ..registry import ANALYSES
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
 from ..sweeps.results import summary_sentence
@@ -172,7 +173,8 @@ def _read(directory: Path, facts: Mapping[str, Any]) -> FinishedRun:
         tables[name] = read_table(directory, name) if name in ("stages", _CURVES) else pd.read_parquet(directory / file)
     if _CURVES in tables:
         _check(tables[_CURVES])
-    return FinishedRun(directory, facts, tables, large, _words(facts, tables))
+    run = FinishedRun(directory, facts, tables, large, "")
+    return replace(run, words=_words(run))
 
 
 def _check(frame: pd.DataFrame) -> None:
@@ -183,15 +185,17 @@ def _check(frame: pd.DataFrame) -> None:
         Route.parse(str(route))
 
 
-def _words(facts: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> str:
-    if _CURVES in tables:
-        return summary_sentence(tables[_CURVES])
-    if "stages" in tables:
-        from ..analyses.inference_stages import describe_stages
+def _words(run: FinishedRun) -> str:
+    if run.is_sweep:
+        return summary_sentence(run.tables[_CURVES])
+    summary = run.facts.get("summary")
+    if isinstance(summary, str):
+        return summary
+    if run.word not in ANALYSES:
+        return ""
+    from ..analyses.descriptions import describe
 
-        return describe_stages(tables["stages"])
-    summary = facts.get("summary")
-    return summary if isinstance(summary, str) else ""
+    return describe(run.word, run.tables)
 
 
 def labels(runs: Sequence[FinishedRun]) -> list[str]:

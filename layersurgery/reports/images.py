@@ -7,25 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..registry import ANALYSES
 from .collect import FinishedRun, labels
 
 _KINDS = {".svg": "image/svg+xml", ".png": "image/png"}
 _MAGIC = {".svg": (b"<?xml", b"<svg"), ".png": (b"\x89PNG\r\n\x1a\n",)}
 _ABOUT = {
-    "robustness": "KL from the unedited model, predictions kept and change of entropy over relative depth, a row of "
-    "panels for each kind of edit",
+    "robustness": "KL from the unedited model, top-1 agreement and change in entropy over depth, a row of panels for "
+    "each kind of edit",
     "swap-pairs": "KL from the unedited model when two blocks are swapped, a cell for each pair",
-    "plans": "KL from the unedited model and predictions kept, a bar for each plan",
-    "stages": "the signals of the stages of inference over relative depth, the stages shaded",
-    "lens": "what the logit lens predicts after each block: KL to the end, entropy, share of the model's own top token",
-    "attention": "attention to the previous five tokens over relative depth",
-    "norms": "norms of what attention and MLP add, and their ratio, over relative depth",
-    "neurons": "shares of prediction and suppression neurons over relative depth",
+    "plans": "KL from the unedited model and top-1 agreement, a bar for each plan",
+    "stages": "the signals of the stages of inference over depth, the stages shaded",
+    "rank": "KL when each block is removed, block influence and angular distance over depth",
+    "costs": "KL, perplexity and top-1 agreement over the number of removed layers, a line for each criterion",
     "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell "
     "for each head",
+    "probe": "held-out accuracy of single neurons and of the best neurons together, and what two neurons add to logits",
     "examples": "what the best head attends to, a window of text a row",
-    "similarity": "cosines of what blocks add when swapped and when not, over relative depth",
+    "effects": "what the neurons with the largest effects add to the logits, a panel for each neuron",
 }
+"""What figures show, except those that draw an analysis's columns over depth."""
 _FIRST = ("stages", "robustness")
 _AROUND = 2000  # bytes: markup, caption, alternative text
 
@@ -79,7 +80,7 @@ def pictures(runs: Sequence[FinishedRun], max_bytes: int) -> list[Picture]:
             fits.add(index)
     shown = []
     for index, (run, label, name, paths) in enumerate(entries):
-        about = _ABOUT.get(name.rstrip("-0123456789"), f"figure “{name}”")
+        about = _about(name.rstrip("-0123456789"))
         path = paths[0] if paths else run.path / f"{name}.svg"
         data, reason = read[index]
         if data and index not in fits:
@@ -87,6 +88,13 @@ def pictures(runs: Sequence[FinishedRun], max_bytes: int) -> list[Picture]:
         uri = f"data:{_KINDS[path.suffix]};base64,{base64.b64encode(data).decode()}" if index in fits else ""
         shown.append(Picture(label, name, about, path, uri, "" if uri else reason))
     return shown
+
+
+def _about(name: str) -> str:
+    if name in _ABOUT or name not in ANALYSES:
+        return _ABOUT.get(name, f"figure “{name}”")
+    analysis = ANALYSES[name]
+    return f"{analysis.title}, over depth: {'; '.join(column.label for column in analysis.columns if column.curve)}"
 
 
 def _named(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, str, str]]:

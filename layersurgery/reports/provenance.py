@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..plans.families import FAMILIES
 from ..plans.route import Route
+from ..registry import ANALYSES
 from .collect import FinishedRun
 from .text_format import is_hidden, rounded
 
 _PROGRAM = "layersurgery"
 _BEGIN = {
-    **{name: ["analyze", name] for name in ("attention", "lens", "neurons", "norms", "similarity")},
-    "stages": ["stages"],
-    "rank": ["rank"],
+    name: [name] if name in ("stages", "rank") else ["analyze", name]
+    for name, analysis in ANALYSES.items()
+    if analysis.help and analysis.needs != "windows"
 }
 
 
@@ -115,12 +117,16 @@ def _quoted(word: str) -> str:
 
 def _edits(run: FinishedRun) -> tuple[list[str], str]:
     frame = run.tables["results"]
-    families = [str(edit) for edit in frame.edit.drop_duplicates() if edit not in ("none", "plan", "drop-span")]
-    spans = frame[frame.edit == "drop-span"]
-    lengths = sorted(
-        {int(depth) - len(Route.parse(str(route))) for depth, route in zip(spans.depth, spans.route, strict=True)}
-    )
-    families += [f"drop-span:{length}" for length in lengths]
+    families = []
+    for family in FAMILIES.values():
+        rows = frame[frame.edit == family.name]
+        if family.takes_number:
+            lengths = {
+                depth - len(Route.parse(str(route))) for depth, route in zip(rows.depth, rows.route, strict=True)
+            }
+            families += [f"{family.name}:{length}" for length in sorted(lengths)]
+        elif len(rows):
+            families.append(family.name)
     words = ["--edits", ",".join(families)] if families else []
     note = "If only some layers were edited, add --layers."
     if (frame.edit == "plan").any():

@@ -10,9 +10,8 @@ from pathlib import Path
 from ..atomic_io import atomic_file
 from ..errors import OutputError
 from .collect import collect
-from .html import document
 from .images import pictures
-from .sections import build_sections
+from .page import build_page
 
 NAME = "report.html"
 _MAX_BYTES = 3_000_000
@@ -65,25 +64,27 @@ def report(
         OutputError: the output exists (without `overwrite`) or cannot be written, or the page would be too large.
 
     Example:
+        >>> import tempfile
         >>> import layersurgery as ls
-        >>> ls.report("nowhere")
-        Traceback (most recent call last):
-        ...
-        layersurgery.errors.SourceError: nowhere does not exist; give directories that ...
+        >>> directory = tempfile.mkdtemp()
+        >>> frame = ls.sweep("smollm2-135m", "drop", "pydoc", directory=directory, tokens=64, context=32)
+        >>> page = ls.report(directory, directory)
+        >>> page.path.name, len(page.runs)
+        ('report.html', 1)
     """
     paths = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
     out = Path(output or NAME)
     out = out / NAME if out.is_dir() else out
     if os.path.lexists(out) and not overwrite:
-        raise OutputError(f"{out} already exists; choose another output with -o, or replace it with --overwrite")
+        raise OutputError(f"{out} already exists; choose another output, or overwrite it")
     collected = collect(paths)
     for rows in _MAX_ROWS:
-        size = len(document(*build_sections(collected, rows, [])[:2]).encode())
+        size = len(build_page(collected, rows, [])[0].encode())
         if size <= _TEXT_SHARE * _MAX_BYTES:
             break
     images = pictures(collected.runs, _MAX_BYTES - size)
-    title, body, skipped = build_sections(collected, rows, images)
-    page = document(title, body).encode()
+    text, skipped = build_page(collected, rows, images)
+    page = text.encode()
     if len(page) > _MAX_BYTES:
         raise OutputError(
             f"a page about {len(collected.runs)} runs would have {len(page):,} bytes; give fewer directories"
@@ -97,8 +98,6 @@ def _write(out: Path, page: bytes) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(
-            f"cannot make {out.parent}: {error.strerror or error}; choose another output with -o"
-        ) from error
+        raise OutputError(f"cannot make {out.parent}: {error.strerror or error}; choose another output") from error
     with atomic_file(out) as partial:
         partial.write_bytes(page)

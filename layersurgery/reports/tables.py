@@ -8,14 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from .charts import metric
+from ..plans.families import FAMILIES
+from ..registry import METRICS, column
 from .collect import FinishedRun, labels
 from .text_format import format_with_error, is_number, plain, rounded
 
-_OF_ROUTES = (
-    "kl_nats", "agreement", "entropy_change_bits", "entropy_bits", "loss_change_nats", "loss_nats", "accuracy",
-)  # fmt: skip
-_MANY = ("swap-pairs", "plan", "drop-span")
+_FEW = ("none", *(family.name for family in FAMILIES.values() if family.per_layer and not family.takes_number))
+_LONG = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +25,13 @@ class Column:
         title: its heading.
         unit: unit of its numbers; empty if there is none.
         numeric: whether it holds numbers.
+        name: its name in the file; empty if the title is the name.
     """
 
     title: str
     unit: str = ""
     numeric: bool = True
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +65,39 @@ class Table:
     rows: list[list[Cell]]
     notes: list[str]
 
+    @property
+    def long_columns(self) -> list[bool]:
+        """Return for each column whether a text in it is long, so that it is broken into lines."""
+        return [any(len(row[place].text) > _LONG for row in self.rows) for place in range(len(self.columns))]
 
-def format_table(name: str, frame: pd.DataFrame) -> Table:
-    """Format any table; columns of standard errors are merged with their values."""
-    frame = frame.set_axis([str(column) for column in frame.columns], axis=1)
-    errors = {column for column in frame if column.endswith("_sem") and column.removesuffix("_sem") in frame}
-    kept = [
-        column for column in frame if column not in errors and not (column == "model" and frame.model.nunique() < 2)
+
+def format_table(title: str, frame: pd.DataFrame, name: str = "") -> Table:
+    """Format any table; columns of standard errors are merged with their values.
+
+    Args:
+        title: its title.
+        frame: the table.
+        name: name of the analysis's table.
+    """
+    frame = frame.set_axis([str(key) for key in frame.columns], axis=1)
+    errors = {key for key in frame if key.endswith("_sem") and key.removesuffix("_sem") in frame}
+    kept = [key for key in frame if key not in errors and not (key == "model" and frame.model.nunique() < 2)]
+    entries = [column(key, name) for key in kept]
+    numeric = [_numeric(frame[key]) for key in kept]
+    columns = [
+        Column(entry.label, entry.unit, is_numeric, entry.name if entry.name != entry.label else "")
+        for entry, is_numeric in zip(entries, numeric, strict=True)
     ]
-    columns = [Column(column.replace("_", " "), "", _numeric(frame[column])) for column in kept]
     rows = [
         [
-            _cell(row[column], row.get(f"{column}_sem")) if about.numeric else Cell(rounded(row[column]))
-            for column, about in zip(kept, columns, strict=True)
+            _cell(row[entry.name], row.get(f"{entry.name}_sem"), entry.factor)
+            if is_numeric
+            else Cell(rounded(row[entry.name]))
+            for entry, is_numeric in zip(entries, numeric, strict=True)
         ]
         for row in frame.to_dict("records")
     ]
-    return Table(name, columns, rows, [])
+    return Table(title, columns, rows, [])
 
 
 def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
@@ -93,14 +110,16 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
         most: maximum number of rows in total.
     """
     frames = [run.tables["results"] for run in runs]
-    metrics = [column for column in _OF_ROUTES if all(column in frame for frame in frames)]
+    metrics = [metric for metric in METRICS if all(metric.name in frame for frame in frames)]
     texts = {"model": "Model", "edit": "Edit", "name": "Name", "plan": "Plan"}
     if len(runs) == 1:
         del texts["model"]
     if all((frame["name"] == frame.plan)[frame.edit != "none"].all() for frame in frames):
         del texts["plan"]
     columns = [Column(title, numeric=False) for title in texts.values()]
-    columns += [Column("Layer"), *(_column(column) for column in metrics), Column("Blocks in order", numeric=False)]
+    columns += [Column("Layer")]
+    columns += [Column(f"{metric.label[0].upper()}{metric.label[1:]}", metric.unit) for metric in metrics]
+    columns += [Column("Blocks in order", numeric=False)]
     rows, notes = [], []
     for run, label in zip(runs, labels(runs), strict=True):
         frame, share = run.tables["results"], max(1, most // len(runs))
@@ -109,24 +128,19 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
                 f"{label}: {share} of {len(frame)} routes, edits of single layers and then those with the lowest KL; "
                 f"all are in {run.path / 'results.csv'}"
             )
-            many = frame.edit.isin(_MANY)
-            chosen = pd.concat([frame[~many], frame[many].sort_values("kl_nats", kind="stable")]).index[:share]
+            few = frame.edit.isin(_FEW)
+            chosen = pd.concat([frame[few], frame[~few].sort_values("kl_nats", kind="stable")]).index[:share]
             frame = frame.loc[sorted(chosen)]
         for row in frame.to_dict("records"):
-            cells = [Cell(label if column == "model" else rounded(row[column])) for column in texts]
+            cells = [Cell(label if name == "model" else rounded(row[name])) for name in texts]
             cells += [_cell(row["layer"], None)]
-            cells += [_cell(row[column], row.get(f"{column}_sem"), metric(column)["times"]) for column in metrics]
+            cells += [_cell(row[one.name], row.get(f"{one.name}_sem"), one.factor) for one in metrics]
             rows.append([*cells, Cell(rounded(row["route"]))])
     return Table("routes", columns, rows, notes)
 
 
-def _column(name: str) -> Column:
-    about = metric(name)
-    return Column(f"{about['label'][0].upper()}{about['label'][1:]}", about["unit"])
-
-
-def _numeric(column: pd.Series) -> bool:
-    return bool(pd.api.types.is_numeric_dtype(column)) and not pd.api.types.is_bool_dtype(column)
+def _numeric(values: pd.Series) -> bool:
+    return bool(pd.api.types.is_numeric_dtype(values)) and not pd.api.types.is_bool_dtype(values)
 
 
 def _cell(value: Any, error: Any, times: float = 1) -> Cell:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ..atomic_io import atomic_file
+from ..metrics.aggregation import BatchResult
 from ..metrics.reference import METRICS
 from ..plans.variants import Variant
 from ..runtime.inputs import has_next_token
@@ -24,57 +25,50 @@ TOKENS = "tokens.parquet"
 PARTS = "tokens.parts"
 
 
-class TokenRows:
-    """Rows of one batch.
+def write_batch(
+    path: Path,
+    variants: Sequence[Variant],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    result: BatchResult,
+    tokenizer: Any = None,
+) -> None:
+    """Write the rows of one batch, in the order of models, sequences and positions.
 
     Args:
+        path: the file.
         variants: the measured models, the unedited one first.
         ids: tokens of the batch, (sequences, length).
         mask: 1 for a token and 0 for padding, the same shape.
-        first: number of its first sequence.
+        result: the batch's result, with its metrics at each position.
         tokenizer: writes tokens as text; if None, the column "token" is empty.
     """
+    sequence, position = (index.numpy() for index in torch.where(has_next_token(mask)))
+    tokens, decode = ids.numpy(), _make_decoder(tokenizer)
+    token_ids = tokens[sequence, position]
+    positions = {
+        "sequence": pa.array(sequence + result.first, pa.int32()),
+        "position": pa.array(position, pa.int32()),
+        "token_id": pa.array(token_ids, pa.int32()),
+        "token": pa.array([decode(int(token)) for token in token_ids], pa.string()),
+        "next_token_id": pa.array(tokens[sequence, position + 1], pa.int32()),
+    }
+    metrics_by_row = {
+        row: metrics.float().numpy() for rows, metrics in (result.token_metrics or {}).items() for row in rows
+    }
 
-    def __init__(
-        self, variants: Sequence[Variant], ids: torch.Tensor, mask: torch.Tensor, first: int, tokenizer: Any = None
-    ) -> None:
-        self.variants = variants
-        sequence, position = (index.numpy() for index in torch.where(has_next_token(mask)))
-        tokens = ids.numpy()
-        decode = _make_decoder(tokenizer)
-        token_ids = tokens[sequence, position]
-        self._columns: dict[str, Any] = {
-            "sequence": pa.array(sequence + first, pa.int32()),
-            "position": pa.array(position, pa.int32()),
-            "token_id": pa.array(token_ids, pa.int32()),
-            "token": pa.array([decode(int(token)) for token in token_ids], pa.string()),
-            "next_token_id": pa.array(tokens[sequence, position + 1], pa.int32()),
-        }
-        self._metrics: dict[int, np.ndarray[Any, Any]] = {}
-
-    def __call__(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
-        """Store the metrics of some rows' models at all positions, (len(METRICS), positions)."""
-        values = metrics.float().cpu().numpy()
-        self._metrics.update(dict.fromkeys(rows, values))
-
-    def write(self, path: Path) -> None:
-        """Write the rows in the order of models, sequences and positions."""
-        with (
-            atomic_file(path) as partial,
-            pq.ParquetWriter(partial, self._table(0).schema, compression="zstd") as writer,
-        ):
-            for row in sorted(self._metrics):
-                writer.write_table(self._table(row))
-
-    def _table(self, row: int) -> pa.Table:
-        variant, values = self.variants[row], self._metrics[row]
-        count = values.shape[1]
+    def table(row: int) -> pa.Table:
+        variant, count = variants[row], len(sequence)
         labels = {"edit": variant.edit, "plan": variant.plan, "name": variant.name}
         columns = {"row": pa.array(np.full(count, row), pa.int32())}
         columns |= {key: pa.array([value] * count, pa.string()) for key, value in labels.items()}
-        columns |= self._columns
-        columns |= {metric: pa.array(values[index]) for index, metric in enumerate(METRICS)}
+        columns |= positions
+        columns |= {metric: pa.array(metrics_by_row[row][index]) for index, metric in enumerate(METRICS)}
         return pa.table(columns)
+
+    with atomic_file(path) as partial, pq.ParquetWriter(partial, table(0).schema, compression="zstd") as writer:
+        for row in sorted(metrics_by_row):
+            writer.write_table(table(row))
 
 
 def is_complete(path: Path) -> bool:

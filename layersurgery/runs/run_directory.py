@@ -20,7 +20,8 @@ from ..version import __version__
 from .per_token import PARTS, TOKENS
 from .tables import CSV, RESULTS, RUN, SEQUENCES, TABLES, read_run
 
-JOURNAL = "progress.journal"
+JOURNAL = "sums.parts"
+FORMER_JOURNAL = "progress.journal"  # a single file, which earlier versions wrote
 SWEEP, ANALYSIS = "layersurgery sweep", "layersurgery analysis"
 KINDS = {SWEEP: "a sweep", ANALYSIS: "an analysis"}
 
@@ -119,6 +120,11 @@ def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: 
     if any(directory.iterdir()) and not _is_our_run(earlier, kind):
         raise OutputError(f"{directory} contains something other than {KINDS[kind]}; choose another output with -o")
     run = Run(directory, kind, arguments, earlier or {})
+    if (directory / FORMER_JOURNAL).exists() and not (run.finished or overwrite):
+        raise OutputError(
+            f"{directory} contains {KINDS[kind]} that an earlier version of layersurgery began, which this version "
+            "cannot resume. Finish it with that version, start again with overwrite, or choose another output"
+        )
     if earlier is None or overwrite or not (run.finished or run.started):
         return Run(directory, kind, arguments)
     recorded = earlier.get("arguments", {})
@@ -141,8 +147,9 @@ def _is_our_run(run: dict[str, Any] | None, kind: str) -> bool:
 
 def clear_progress(directory: Path) -> None:
     """Remove the files that only an unfinished run needs."""
-    (directory / JOURNAL).unlink(missing_ok=True)
-    shutil.rmtree(directory / PARTS, ignore_errors=True)
+    (directory / FORMER_JOURNAL).unlink(missing_ok=True)
+    for name in (JOURNAL, PARTS):
+        shutil.rmtree(directory / name, ignore_errors=True)
 
 
 def _clear(directory: Path) -> None:

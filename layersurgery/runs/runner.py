@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +12,14 @@ import pandas as pd
 import torch
 
 from ..errors import MeasurementError, OutputError
+from ..metrics.aggregation import BatchResult, SequenceSums
 from ..plans.variants import Variant
 from ..runtime.offload import device_of
-from ..sweeps.executor import OnFraction
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import results_table, sequence_table
 from .distributed import ProcessGroup, SingleProcess, chunked
-from .journal import Journal, Record
-from .per_token import PARTS, TOKENS, TokenRows, is_complete, join_parts
+from .journal import Journal
+from .per_token import PARTS, TOKENS, is_complete, join_parts, write_batch
 from .run_directory import JOURNAL, Run, clear_progress
 from .tables import CSV, RESULTS, SEQUENCES, write_sweep
 from .text import TokenizedText
@@ -48,10 +47,10 @@ class Progress:
 class RunOutput(Protocol):
     """Output of a run: makes tables of the measured sums."""
 
-    def table(self, journal: Journal) -> pd.DataFrame:
+    def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return the part of the results so far that a progress bar shows."""
 
-    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+    def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write all results; return the first table, and the names of the written files."""
 
 
@@ -67,14 +66,14 @@ class SweepOutput:
     variants: Sequence[Variant]
     name: str
 
-    def table(self, journal: Journal) -> pd.DataFrame:
+    def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return a table with a row for each model."""
-        return results_table(self.variants, journal.sums(), self.name)
+        return results_table(self.variants, sums, self.name)
 
-    def write(self, directory: Path, journal: Journal) -> tuple[pd.DataFrame, list[str]]:
+    def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write the table of results and the sums of each sequence; return the table and the names of the files."""
-        frame = self.table(journal)
-        write_sweep(directory, frame, sequence_table(self.variants, journal.sums()))
+        frame = self.table(sums)
+        write_sweep(directory, frame, sequence_table(self.variants, sums))
         return frame, [RESULTS, CSV, SEQUENCES]
 
 
@@ -89,25 +88,6 @@ class Assignment:
 
     size: int
     missing: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _MeasuredBatch:
-    """Result of a batch that one process measured.
-
-    Attributes:
-        batch: its number.
-        record: its sums; None after an error.
-        max_sequences: number of sequences that fit into memory, if memory ran out.
-        rows: its rows for each token, if they are wanted.
-        error: why it could not be measured; empty if it was.
-    """
-
-    batch: int
-    record: Record | None
-    max_sequences: int | None = None
-    rows: TokenRows | None = None
-    error: str = ""
 
 
 def run_measurement(
@@ -146,22 +126,21 @@ def run_measurement(
         OutputError: the directory cannot be written. The measured batches are kept.
     """
     group = group or SingleProcess()
-    work = _Work(run, measurer, text, output, batch_size, per_token, on_progress)
-    missing = work.missing()
-    group.broadcast(Assignment(work.size, missing))
+    work = _Work(run, measurer, text, output, batch_size, per_token, tokenizer, on_progress)
+    assignment = Assignment(work.size, work.missing())
+    group.broadcast(assignment)
     work.report_progress(work.measured())
-    for batches in chunked(missing, group.size):
-        before, in_chunk = work.measured(), sum(map(work.sequences, batches))
 
-        def on_fraction(fraction: float, before: int = before, in_chunk: int = in_chunk) -> None:
-            work.report_progress(before + fraction * in_chunk)
+    def on_fraction(batches: list[int], fraction: float) -> None:
+        work.report_progress(work.measured() + fraction * sum(map(work.sequences, batches)))
 
-        results = group.gather(_measure_batch(measurer, text, batches[0], work.size, per_token, tokenizer, on_fraction))
-        errors = [result.error for result in results if result is not None and result.error]
+    for batches, results in _rounds(measurer, text, assignment, group, per_token, on_fraction):
+        errors = [result for result in results if isinstance(result, str)]
         stop = True
         try:
-            for result in results:
-                work.store(result)
+            for batch, result in zip(batches, results, strict=False):  # the last round may have fewer batches
+                if isinstance(result, BatchResult):
+                    work.store(batch, result)
             stop = bool(errors)
         finally:
             group.broadcast(stop)
@@ -170,9 +149,7 @@ def run_measurement(
     return work.finish(draw)
 
 
-def run_worker(
-    measurer: Measurer, text: TokenizedText, *, per_token: bool = False, tokenizer: Any = None, group: ProcessGroup
-) -> bool:
+def run_worker(measurer: Measurer, text: TokenizedText, *, per_token: bool = False, group: ProcessGroup) -> bool:
     """Measure this process's share of a run that another process leads; arguments as for `run_measurement`.
 
     Returns:
@@ -181,37 +158,41 @@ def run_worker(
     Raises:
         MeasurementError: another process has ended.
     """
-    work: Assignment = group.broadcast(Assignment(0, []))
-    for batches in chunked(work.missing, group.size):
-        batch = batches[group.rank] if group.rank < len(batches) else None
-        group.gather(
-            None if batch is None else _measure_batch(measurer, text, batch, work.size, per_token, tokenizer, None)
-        )
-        if group.broadcast(False):
-            return False
-    return True
+    assignment: Assignment = group.broadcast(Assignment(0, []))
+    rounds = _rounds(measurer, text, assignment, group, per_token)
+    return not any(group.broadcast(False) for _ in rounds)
 
 
-def _measure_batch(
+def _rounds(
     measurer: Measurer,
     text: TokenizedText,
-    batch: int,
-    size: int,
+    assignment: Assignment,
+    group: ProcessGroup,
     per_token: bool,
-    tokenizer: Any,
-    on_fraction: OnFraction | None,
-) -> _MeasuredBatch | None:
-    """Measure one batch; return its result, or the error message if it cannot be measured."""
-    started = time.perf_counter()
-    first = batch * size
-    ids, mask = text.ids[first : first + size], text.mask[first : first + size]
-    rows = TokenRows(measurer.variants, ids, mask, first, tokenizer) if per_token else None
-    try:
-        result = measurer.measure(ids, mask, rows, on_fraction)
-    except MeasurementError as error:
-        return _MeasuredBatch(batch, None, error=f"batch {batch}: {error}")
-    record = Record(first, result.counts, result.values, result.observed, time.perf_counter() - started)
-    return _MeasuredBatch(batch, record, measurer.max_sequences, rows if any(result.counts) else None)
+    on_fraction: Callable[[list[int], float], None] | None = None,
+) -> Iterator[tuple[list[int], list[BatchResult | str | None]]]:
+    """Measure in rounds of one batch for each process.
+
+    Yields:
+        The numbers of the round's batches; and in the leader, by process, the result, the error message, or None where
+        no batch was left.
+    """
+    batches: list[int] = []
+    mine = measurer.measure_batches(
+        text.ids,
+        text.mask,
+        assignment.size,
+        assignment.missing[group.rank :: group.size],
+        per_token=per_token,
+        on_fraction=None if on_fraction is None else lambda fraction: on_fraction(batches, fraction),
+    )
+    for batches in chunked(assignment.missing, group.size):
+        result: BatchResult | str | None
+        try:
+            result = next(mine, None)
+        except MeasurementError as error:
+            result = f"batch {batches[group.rank]}: {error}"
+        yield batches, group.gather(result)
 
 
 class _Work:
@@ -225,10 +206,11 @@ class _Work:
         output: RunOutput,
         batch_size: int | None,
         per_token: bool,
+        tokenizer: Any,
         on_progress: OnProgress | None,
     ) -> None:
         self.run, self.measurer, self.text, self.output = run, measurer, text, output
-        self.per_token, self.on_progress = per_token, on_progress
+        self.per_token, self.tokenizer, self.on_progress = per_token, tokenizer, on_progress
         observer = measurer.observer
         run.start()
         self.journal = Journal(
@@ -250,7 +232,7 @@ class _Work:
                 raise OutputError(f"cannot create {self.parts}: {error.strerror or error}") from error
 
     def table(self) -> pd.DataFrame:
-        return self.output.table(self.journal)
+        return self.output.table(self.journal.sums())
 
     def report_progress(self, sequences: float, *, table: bool = False) -> None:
         if self.on_progress is not None:
@@ -263,11 +245,11 @@ class _Work:
     def missing(self) -> list[int]:
         """Return the batches to measure.
 
-        They are the batches without a record, and those without their file of rows for each token if such rows are
+        They are the batches without a result, and those without their file of rows for each token if such rows are
         wanted.
         """
-        for batch, record in self.journal.records.items():
-            if not self.per_token or not any(record.counts) or is_complete(self.part_path(batch)):
+        for batch, result in self.journal.results.items():
+            if not self.per_token or not any(result.counts) or is_complete(self.part_path(batch)):
                 self.done.add(batch)
         return [batch for batch in range(self.batches) if batch not in self.done]
 
@@ -279,15 +261,15 @@ class _Work:
         """Return the number of measured sequences."""
         return sum(map(self.sequences, self.done))
 
-    def store(self, result: _MeasuredBatch | None) -> None:
-        """Store a measured batch on the disk; do nothing if there is none."""
-        if result is None or result.record is None:
-            return
-        if result.rows is not None:
-            result.rows.write(self.part_path(result.batch))
+    def store(self, batch: int, result: BatchResult) -> None:
+        """Store a measured batch on the disk."""
+        if result.token_metrics:
+            span = slice(result.first, result.first + self.size)
+            path, variants = self.part_path(batch), self.measurer.variants
+            write_batch(path, variants, self.text.ids[span], self.text.mask[span], result, self.tokenizer)
         self.max_sequences = min(self.max_sequences, result.max_sequences or self.size)
-        self.journal.append(result.batch, result.record)
-        self.done.add(result.batch)
+        self.journal.append(batch, replace(result, token_metrics=None))
+        self.done.add(batch)
         self.report_progress(self.measured(), table=True)
 
     def finish(self, draw: Draw | None) -> pd.DataFrame:
@@ -295,7 +277,7 @@ class _Work:
 
         In this order, a run that is killed loses nothing.
         """
-        frame, files = self.output.write(self.run.directory, self.journal)
+        frame, files = self.output.write(self.run.directory, self.journal.sums())
         if self.per_token:
             paths = [self.part_path(batch) for batch in range(self.batches)]
             join_parts([path for path in paths if path.exists()], self.run.directory / TOKENS)
@@ -309,11 +291,11 @@ class _Work:
     def _find_non_finite(self) -> dict[str, list[int]]:
         """Return for each plan or quantity with NaN or infinite values the batches that have them."""
         batches_by_name = {
-            self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite().items()
+            self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite("values").items()
         }
         if self.measurer.observer is not None:
             names = self.measurer.observer.names
-            observed = self.journal.non_finite_observed()
+            observed = self.journal.non_finite("observed")
             batches_by_name |= {names[column]: batches for column, batches in observed.items()}
         return batches_by_name
 

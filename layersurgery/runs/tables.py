@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import pandas as pd
 
 from ..atomic_io import atomic_file
 from ..errors import SourceError
+from ..registry import ANALYSES
+from .frames import ResultFrame, as_result
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,12 +22,13 @@ RESULTS = "results.parquet"
 CSV = "results.csv"
 SEQUENCES = "sequences.parquet"
 RUN = "run.json"
-TABLES = (
-    "stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons",
-    "rank", "spans", "step", "costs", "subjoiners", "attention_to_words", "examples",
-    "probe", "single_neurons", "top_k", "effects",
-)  # fmt: skip
+PARQUET_ONLY = ("neuron_scores",)
+"""Tables with a row for each neuron: too large for CSV, figures and pages."""
+TABLES = (*dict.fromkeys(table for analysis in ANALYSES.values() for table in analysis.tables), "step")
 """Names of the tables of analyses. Their figures have the same names."""
+_IN_ATTRS = {"stages": "boundaries", "rank": "spans"}
+"""Tables that are read together with another table, into its `attrs`."""
+_OTHER_TABLES = ("boundaries", "sequences", "tokens")
 
 
 def write_sweep(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
@@ -58,16 +62,27 @@ def write_table(directory: Path, name: str, frame: pd.DataFrame, *, csv: bool = 
     return [f"{name}.parquet", *([f"{name}.csv"] if csv else [])]
 
 
-def read_results(directory: str | os.PathLike[str], table: str | None = None) -> pd.DataFrame:
+def write_tables(directory: Path, frames: dict[str, pd.DataFrame]) -> list[str]:
+    """Write tables as Parquet and CSV, each file atomically; return the names of the files."""
+    files = []
+    for name, frame in frames.items():
+        without_attrs = frame.copy()
+        without_attrs.attrs.clear()
+        files += write_table(directory, name, without_attrs, csv=name not in PARQUET_ONLY)
+    return files
+
+
+def read_results(directory: str | os.PathLike[str], table: str | None = None) -> ResultFrame:
     """Read a table of a finished sweep or analysis; `frame.attrs["run"]` holds the content of its `run.json`.
 
     Args:
         directory: the output directory of the run.
         table: name of the table ("lens", "attention", ...); by default the run's first table. The table "stages" has
-            the boundaries between stages in `frame.attrs["boundaries"]`.
+            the boundaries between stages in `frame.attrs["boundaries"]`. "sequences" has the sums of each sequence, and
+            "tokens" has every metric of every token, if the run wrote it.
 
     Returns:
-        The table.
+        The table: a pandas DataFrame, with figures: `frame.plot()`.
 
     Raises:
         SourceError: the directory contains no results or no such table, or the run has not finished.
@@ -89,35 +104,39 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
         raise SourceError(f"the run in {path} has not finished; run the same command again to resume")
     tables = table_names(run)
     name = tables[0] if table is None else table
-    if name not in (*tables, *(["boundaries"] if "stages" in tables else [])):
-        raise SourceError(f"{path} contains no table {name!r}; it contains {', '.join(tables)}")
-    frame = read_table(path, name)
+    others = [other for other in _OTHER_TABLES if f"{other}.parquet" in run.get("files", [])]
+    if name not in (*tables, *others):
+        raise SourceError(f"{path} contains no table {name!r}; it contains {', '.join((*tables, *others))}")
+    frame = as_result(read_table(path, name), "sweep" if name == Path(RESULTS).stem else name, caption_of(run))
     frame.attrs["run"] = run
     return frame
 
 
 def read_table(directory: Path, name: str) -> pd.DataFrame:
-    """Read one table of a directory; "stages" has the boundaries between stages in `frame.attrs["boundaries"]`.
+    """Read one table of a directory.
+
+    "stages" has the boundaries between stages in `frame.attrs["boundaries"]`, and "rank" the spans of blocks in
+    `frame.attrs["spans"]`.
 
     Raises:
         SourceError: the table cannot be read.
     """
     frame = _read_parquet(directory, name)
     frame = frame.astype({"layer": "Int64"}) if "layer" in frame else frame
-    if name == "stages":
-        boundaries = _read_parquet(directory, "boundaries")
-        frame.attrs["boundaries"] = [
-            {key: _plain_value(value, is_integer=key in ("layer", "low", "high")) for key, value in record.items()}
-            for record in boundaries.to_dict("records")
-        ]
+    if name in _IN_ATTRS:
+        frame.attrs[_IN_ATTRS[name]] = as_records(_read_parquet(directory, _IN_ATTRS[name]))
     return frame
 
 
-def _plain_value(value: Any, *, is_integer: bool) -> Any:
-    """Return a cell as a Python value; None for a missing value."""
-    if pd.isna(value):
-        return None
-    return int(value) if is_integer else value
+def as_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows as dictionaries of plain values, None for a missing one.
+
+    pandas can compare, copy and store these in `frame.attrs`; a table there breaks `concat`, `merge` and `to_parquet`.
+    """
+    return [
+        {str(name): None if pd.isna(value) else value for name, value in record.items()}
+        for record in frame.to_dict("records")
+    ]
 
 
 def _read_parquet(directory: Path, name: str) -> pd.DataFrame:
@@ -128,6 +147,15 @@ def _read_parquet(directory: Path, name: str) -> pd.DataFrame:
         raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def caption_of(run: Mapping[str, Any]) -> str:
+    """Describe the text that a finished run measured on."""
+    if "text" not in run:
+        return str(run.get("caption", "from weights alone"))
+    sequences = run["text"]["sequences"]
+    source = run["arguments"]["text"]["data"]
+    return f"{run['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
+
+
 def table_names(run: dict[str, Any]) -> list[str]:
     """Return the names of the tables that a finished run wrote, the main one first.
 
@@ -135,7 +163,7 @@ def table_names(run: dict[str, Any]) -> list[str]:
     """
     files = [str(name) for name in run.get("files") or [RESULTS]]
     names = [name.removesuffix(".parquet") for name in files if name.endswith(".parquet")]
-    return [name for name in names if name not in ("sequences", "tokens", "boundaries")]
+    return [name for name in names if name not in _OTHER_TABLES]
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

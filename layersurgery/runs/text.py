@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import MeasurementError, PlanError, SourceError
+from ..library_logs import quiet_libraries
 
 PYDOC = "pydoc"
 PILE = "EleutherAI/the_pile_deduplicated"
@@ -46,6 +48,8 @@ class TextRequest:
         shuffle: take contexts in random order instead of from the start; None means yes for a Hub dataset, no for other
             text.
         seed: seed for shuffling.
+        lines: each line of a text file is one document.
+        documents: texts that were given from Python; `data` is then a name for them.
     """
 
     data: str
@@ -57,10 +61,14 @@ class TextRequest:
     bos: bool = False
     shuffle: bool | None = None
     seed: int = 0
+    lines: bool = False
+    documents: Iterable[str] | None = field(default=None, compare=False, repr=False)
 
     @property
     def from_hub(self) -> bool:
         """Return whether the text comes from the Hub."""
+        if self.documents is not None:
+            return False
         try:
             return self.data != PYDOC and not Path(self.data).expanduser().exists()
         except (OSError, RuntimeError):  # the name is too long, or "~user" names no user
@@ -70,6 +78,12 @@ class TextRequest:
     def shuffled(self) -> bool:
         """Return whether contexts are taken in random order."""
         return self.from_hub if self.shuffle is None else self.shuffle
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the tokens depend on, as `run.json` records it."""
+        names = ("data", "tokens", "context", "split", "column", "pack", "bos")
+        arguments = {name: getattr(self, name) for name in names} | {"shuffle": self.shuffled, "seed": self.seed}
+        return arguments | ({"lines": True} if self.lines else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +160,7 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     # Pad with 0, not with the tokenizer's padding token, which the model may not have. Padding is masked.
     ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences])
-    return TokenizedText(ids, mask, _fingerprint(ids, mask), tuple(notes))
+    return TokenizedText(ids, mask, fingerprint_of(ids, mask), tuple(notes))
 
 
 def _take_tokens(source: Iterable[list[int]], tokens: int) -> list[list[int]]:
@@ -161,7 +175,8 @@ def _take_tokens(source: Iterable[list[int]], tokens: int) -> list[list[int]]:
     return sequences
 
 
-def _fingerprint(ids: torch.Tensor, mask: torch.Tensor) -> str:
+def fingerprint_of(ids: torch.Tensor, mask: torch.Tensor) -> str:
+    """Return a hash of token ids and their mask."""
     digest = hashlib.sha256(str(tuple(ids.shape)).encode())
     for tensor in (ids, mask):
         digest.update(tensor.numpy().astype("<i8").tobytes())
@@ -192,7 +207,7 @@ def bos_token_id(tokenizer: Any) -> int:
         PlanError: the tokenizer has none.
     """
     if tokenizer.bos_token_id is None:
-        raise PlanError("--bos: this tokenizer has no beginning-of-text token; leave it out")
+        raise PlanError("bos: this tokenizer has no beginning-of-text token; leave it out")
     return int(tokenizer.bos_token_id)
 
 
@@ -222,15 +237,18 @@ def read_documents(request: TextRequest) -> Iterator[str]:
     Raises:
         SourceError: the data does not exist or cannot be read.
     """
-    if request.data == PYDOC:
+    found: Iterable[str]
+    if request.documents is not None:
+        found = request.documents
+    elif request.data == PYDOC:
         from pydoc_data.topics import topics
 
-        found: Iterable[str] = (topics[name] for name in sorted(topics))
+        found = (topics[name] for name in sorted(topics))
     elif not request.from_hub:
         found = (
             document
             for file in _files(Path(request.data).expanduser())
-            for document in _from_file(file, request.column)
+            for document in _from_file(file, request.column, lines=request.lines)
         )
     else:
         found = _from_hub(request)
@@ -244,7 +262,7 @@ def check_data(request: TextRequest) -> None:
         SourceError: there is no such file or directory, its format is not supported, or the name is not a Hub dataset
             id.
     """
-    if request.data == PYDOC:
+    if request.data == PYDOC or request.documents is not None:
         return
     if not request.from_hub:
         _files(Path(request.data).expanduser())
@@ -279,19 +297,19 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _from_file(path: Path, column: str) -> Iterator[str]:
+def _from_file(path: Path, column: str, *, lines: bool = False) -> Iterator[str]:
     import datasets
 
     kind = _kind(path)
-    options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+    options: dict[str, Any] = {"sample_by": "line" if lines else "document"} if kind == "text" else {}
     if path.stat().st_size == 0:
         return
     try:
-        with _silence_datasets():
+        with quiet_libraries(logging.CRITICAL):
             rows = datasets.load_dataset(
                 kind, data_files=[glob.escape(str(path.resolve()))], split="train", streaming=True, **options
             )
-            yield from _texts(rows, column, str(path))
+            yield from column_texts(rows, column, str(path))
     except (SourceError, GeneratorExit):
         raise
     except UnicodeDecodeError as error:
@@ -305,28 +323,28 @@ def _from_hub(request: TextRequest) -> Iterator[str]:
 
     name, _, configuration = request.data.partition(":")
     try:
-        with _silence_datasets():
+        with quiet_libraries(logging.CRITICAL):
             rows = datasets.load_dataset(name, configuration or None, split=request.split, streaming=True)
             if request.shuffled:
                 rows = rows.shuffle(seed=request.seed, buffer_size=_BUFFER)
-            yield from _texts(rows, request.column, name)
+            yield from column_texts(rows, request.column, name)
     except (SourceError, GeneratorExit):
         raise
     except Exception as error:  # the Hub's client may raise any exception
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
             f"cannot read the dataset {request.data} (split {request.split}): {first}. Go online, check the spelling, "
-            f"or use local text: --data FILE, or --data {PYDOC}"
+            f"or use local text: a file, or {PYDOC}"
         ) from error
 
 
-def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
+def column_texts(rows: Any, column: str, source: str) -> Iterator[str]:
     """Yield the texts of a column; `source` names the data in errors."""
     for row in rows:
         if column not in row:
             raise SourceError(
                 f"{source} has no column {column!r}; it has {', '.join(map(str, row))}. "
-                "Name the column that contains the text: --column"
+                "Name the column that contains the text (column)"
             )
         text = row[column]
         if text is None:
@@ -334,29 +352,6 @@ def _texts(rows: Any, column: str, source: str) -> Iterator[str]:
         if not isinstance(text, str):
             raise SourceError(
                 f"the column {column!r} of {source} contains {type(text).__name__}, not text; "
-                "name the column that contains the text: --column"
+                "name the column that contains the text (column)"
             )
         yield text
-
-
-class _silence_datasets:  # noqa: N801 - it is used like a function
-    """Context manager that turns off the progress bars and the log of the datasets library."""
-
-    def __enter__(self) -> None:
-        import logging
-
-        import datasets
-
-        self.bars = datasets.are_progress_bars_disabled()
-        self.disabled = logging.root.manager.disable
-        datasets.disable_progress_bars()
-        logging.disable(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        import logging
-
-        import datasets
-
-        logging.disable(self.disabled)
-        if not self.bars:
-            datasets.enable_progress_bars()

@@ -44,7 +44,7 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
         weights_BTK: attention weights summed over heads, (batch, tokens, reach), float32. Index k - 1 holds the weight
             of the token k positions before. None until a kernel has run.
         heads: number of heads in the sum.
-        unknown: names of kernels from which attention weights cannot be computed.
+        unreadable_kernels: names of kernels from which attention weights cannot be computed.
     """
 
     def __init__(self, tokens: int, reach: int = REACH) -> None:
@@ -52,7 +52,7 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
         self.tokens, self.reach = tokens, reach
         self.weights_BTK: torch.Tensor | None = None
         self.heads = 0
-        self.unknown: set[str] = set()
+        self.unreadable_kernels: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,7 +67,7 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
         if output is not NotImplemented:
             return output
         if any(word in func.__name__ for word in ("attention", "attn")):
-            self.unknown.add(func.__name__.partition(".")[0])
+            self.unreadable_kernels.add(func.__name__.partition(".")[0])
         return func(*args, **kwargs)
 
     def _run_kernel(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +117,7 @@ class PreviousTokenAttention(TorchDispatchMode):  # type: ignore[no-untyped-call
         total = self.weights_BTK
         if total is not None and total.shape != weights_BTK.shape:
             # (batch * heads, tokens, tokens) as well as (batch, heads, ...) in one block: not known to occur
-            self.unknown.add("kernels of several shapes")
+            self.unreadable_kernels.add("kernels of several shapes")
             return
         self.weights_BTK = weights_BTK if total is None else total + weights_BTK
         self.heads += heads
@@ -127,13 +127,13 @@ class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-cal
     """Context that keeps, for each head, the attention weights of the last token on every token.
 
     Attributes:
-        last_BHT: one float32 tensor for each kernel call, (batch, heads, tokens), or (batch * heads, 1, tokens) if the
-            kernel merges batch and heads.
+        last_token_BHT: one float32 tensor for each kernel call, (batch, heads, tokens), or (batch * heads, 1, tokens)
+            if the kernel merges batch and heads.
     """
 
     def __init__(self, tokens: int) -> None:
         super().__init__(tokens)
-        self.last_BHT: list[torch.Tensor] = []
+        self.last_token_BHT: list[torch.Tensor] = []
 
     def _add_from_kernel(
         self,
@@ -149,10 +149,10 @@ class LastTokenAttention(PreviousTokenAttention):  # type: ignore[no-untyped-cal
         if mask is not None:
             mask_row = mask[..., -1, :]
             score = score.masked_fill(~mask_row, -torch.inf) if mask.dtype == torch.bool else score + mask_row
-        self.last_BHT.append((score - lse_BHT[..., -1:]).exp())
+        self.last_token_BHT.append((score - lse_BHT[..., -1:]).exp())
 
     def _add_from_weights(self, weights: torch.Tensor) -> None:
-        self.last_BHT.append(weights[:, :, -1, : self.tokens].float())
+        self.last_token_BHT.append(weights[:, :, -1, : self.tokens].float())
 
 
 def _repeat_keys(key_BHTC: torch.Tensor, query_BHTC: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.anatomy import Anatomy, probe_forward
+from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
+from ..models.block_probe import BlockProbe, probe_blocks, probe_forward
 from ..models.block_view import share_parameters
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
 from ..models.skipped_branch import install_skips
@@ -143,7 +144,10 @@ class BlockRunner:
             around: returns, for a block's number and the record, a context in which the block is run.
         """
         record = ForwardRecord()
-        recorders = [_Recorder(block, number, self, record, keep, around) for number, block in enumerate(self.blocks)]
+        recorders = [
+            _Recorder(block, _number=number, _runner=self, _record=record, _keep=keep, _around=around)
+            for number, block in enumerate(self.blocks)
+        ]
         with replace_modules(self._slots(), recorders), suppress(_StopForwardError):
             self.model(**inputs)
         return record
@@ -187,11 +191,18 @@ class BlockRunner:
             self._views[visit] = view
         return view
 
+    def probes(self, seed: int) -> list[BlockProbe]:
+        """Return a probe of each block, which runs it on random numbers, with the blocks' calls in one small forward.
+
+        To be called, and the probes to be run, in `inference_mode`.
+        """
+        return probe_blocks(self.model, self._list, seed)
+
     @contextmanager
     def with_final_stream(self, stream: torch.Tensor) -> Iterator[None]:
         """Make the model's own forward skip all blocks and use `stream` as the output of the last one."""
         wrappers = [
-            _FinalStream(block, stream, convention.extra_outputs)
+            _FinalStream(block, _stream=stream, _extra_outputs=convention.extra_outputs)
             for block, convention in zip(self.blocks, self.conventions, strict=True)
         ]
         with replace_modules(self._slots(), wrappers):
@@ -227,22 +238,15 @@ class _Observer(ModuleWrapper):
 class _Recorder(ModuleWrapper):
     """Wrapper that runs a block and adds its arguments to a forward record."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        number: int,
-        runner: BlockRunner,
-        record: ForwardRecord,
-        keep: Collection[int],
-        around: AroundBlock | None,
-    ) -> None:
-        super().__init__(module)
-        # Bypass nn.Module's attribute handling: the runner must not become a submodule of this wrapper.
-        vars(self).update(_number=number, _runner=runner, _record=record, _keep=keep, _around=around)
+    _number: int
+    _runner: BlockRunner
+    _record: ForwardRecord
+    _keep: Collection[int]
+    _around: AroundBlock | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         number, record = self._number, self._record
-        convention: CallConvention = self._runner.conventions[number]
+        convention = self._runner.conventions[number]
         where = convention.stream_argument
         stream = args[where] if isinstance(where, int) else kwargs[where]
         if number in self._keep:
@@ -259,19 +263,19 @@ class _Recorder(ModuleWrapper):
         record.last_block = None
         if number < self._runner.depth - 1:
             return output
-        record.states[number + 1] = first_tensor(output)
+        assert after is not None
+        record.states[number + 1] = after
         raise _StopForwardError
 
 
 class _FinalStream(ModuleWrapper):
     """Wrapper that does not run its block and returns a fixed stream."""
 
-    def __init__(self, module: nn.Module, stream: torch.Tensor, extra_outputs: tuple[Any, ...] | None) -> None:
-        super().__init__(module)
-        self.stream, self.extra_outputs = stream, extra_outputs
+    _stream: torch.Tensor
+    _extra_outputs: tuple[Any, ...] | None
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.stream if self.extra_outputs is None else (self.stream, *self.extra_outputs)
+        return self._stream if self._extra_outputs is None else (self._stream, *self._extra_outputs)
 
 
 def _version(tensor: torch.Tensor) -> int:

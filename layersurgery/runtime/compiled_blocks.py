@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from ..models.call_tracing import first_tensor
+from ..models.numerics import is_same_change, tolerance
 
-# Largest difference that a different order of rounding may cause, relative to the block's change of the stream.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 _MAX_BLOCK_KINDS = 64
 
 Bind = Callable[[torch.Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -58,6 +57,8 @@ class Compiler:
         try:
             with _compiling():
                 compiled_output = first_tensor(_call(compiled, stream.clone(), bind))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # torch, its compiler and a C++ compiler may raise anything
             self._stop_compiling(
                 f"torch cannot compile {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -90,9 +91,4 @@ def _is_equal(compiled_output: torch.Tensor, eager_output: torch.Tensor, before:
     """Check whether both outputs are equal up to rounding of the block's change and of the stream itself."""
     if not bool(eager_output.isfinite().all()):
         return True  # the measurement of predictions reports NaN and infinite values
-    difference, added, total = (
-        float(part.double().norm()) for part in (compiled_output - eager_output, eager_output - before, eager_output)
-    )
-    return (
-        difference <= _TOLERANCE.get(eager_output.dtype, 1e-3) * added + 2 * torch.finfo(eager_output.dtype).eps * total
-    )
+    return is_same_change(compiled_output, eager_output, before, tolerance("compile", eager_output.dtype))

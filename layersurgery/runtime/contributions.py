@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.anatomy import probe_forward
 from ..models.block_parts import BlockParts
-from ..models.call_tracing import Call, ModuleWrapper, first_tensor, random_like, replace_modules
+from ..models.block_probe import BlockProbe
+from ..models.call_tracing import ModuleWrapper, first_tensor, replace_modules
+from ..models.numerics import is_same_change, tolerance
 from ..models.skipped_branch import SkipSpec
 from ..models.weight_conventions import fit_norm
 from ..plans.edits import Branch
@@ -26,9 +27,6 @@ from .attention_weights import PreviousTokenAttention
 from .block_runner import BlockRunner
 
 BRANCHES: tuple[Branch, Branch] = ("attention", "mlp")
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
-_HALF_TOLERANCE = 0.03
-_SNAP_TO_ONE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _PROBE_STD = 0.1
 
 
@@ -84,14 +82,11 @@ def find_contributions(runner: BlockRunner, *, check_attention: bool = True) -> 
     Returns:
         One entry for each block, in the model's order.
     """
-    probes = [
-        _ContributionProbe(block, runner, number, check_attention=check_attention)
-        for number, block in enumerate(runner.blocks)
-    ]
-    capture_slots = [(runner.model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
-    with runner.inference_mode(), replace_modules(capture_slots, probes):
-        probe_forward(runner.model)
-    return [probe.result for probe in probes]
+    with runner.inference_mode():
+        return [
+            _block_contributions(probe, runner.anatomy.parts(number), check_attention=check_attention)
+            for number, probe in enumerate(runner.probes(seed=7))
+        ]
 
 
 def reads_are_mean_free(runner: BlockRunner) -> bool:
@@ -122,42 +117,11 @@ def reads_are_mean_free(runner: BlockRunner) -> bool:
     return True
 
 
-class _ContributionProbe(ModuleWrapper):
-    """Wrapper that runs its block on random numbers during one small forward, to find the capture points."""
-
-    result: BlockContributions
-
-    def __init__(self, block: nn.Module, runner: BlockRunner, number: int, *, check_attention: bool) -> None:
-        super().__init__(block)
-        # Bypass nn.Module's attribute handling: the runner must not become a submodule of this wrapper.
-        vars(self).update(_runner=runner, _number=number, _check_attention=check_attention)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        runner: BlockRunner = self._runner
-        parts = runner.anatomy.parts(self._number)
-        convention = runner.conventions[self._number]
-        call = Call("", args, kwargs)
-        stream = random_like(call[convention.stream_argument], 7)
-        # The stream is small compared with what the block adds, so that the sum of both rounds off little of the
-        # addition.
-        stream = (stream * (_PROBE_STD / stream.float().std().clamp(min=1e-30))).to(stream.dtype)
-        call_args, call_kwargs = call.with_argument(convention.stream_argument, stream)
-
-        def run() -> torch.Tensor | None:
-            return first_tensor(self.module(*call_args, **call_kwargs))
-
-        self.result = _block_contributions(self.module, parts, stream, run, check_attention=self._check_attention)
-        return self.module(*args, **kwargs)
-
-
-def _block_contributions(
-    block: nn.Module,
-    parts: BlockParts,
-    stream: torch.Tensor,
-    run: Callable[[], torch.Tensor | None],
-    *,
-    check_attention: bool,
-) -> BlockContributions:
+def _block_contributions(probe: BlockProbe, parts: BlockParts, *, check_attention: bool) -> BlockContributions:
+    """Find the capture points of one block by running it on random numbers."""
+    # The numbers are small compared with what the block adds, so that their sum rounds off little of the addition.
+    probe.stream = (probe.stream * (_PROBE_STD / probe.stream.float().std().clamp(min=1e-30))).to(probe.stream.dtype)
+    block, shape = probe.block, probe.stream.shape[:-1]
     points = [] if parts.skip_error else [*_capture_points(parts, "attention"), *_capture_points(parts, "mlp")]
     mixers = parts.attention
     returned: dict[int, torch.Tensor] = {}
@@ -169,18 +133,18 @@ def _block_contributions(
     capture_slots = [(point, keep(number)) for number, point in enumerate(points)]
     undispatched = ""
     try:
-        with capture_contributions(
-            block, capture_slots, mixers, recorders.append if check_attention else None, stream.shape[:-1]
-        ):
-            after = run()
+        with capture_contributions(block, capture_slots, mixers, recorders.append if check_attention else None, shape):
+            added = probe.added()
     except NotImplementedError as error:  # a kernel that does not run in a dispatch mode
         if not check_attention:
             raise
         recorders, undispatched = [], str(error).partition(":")[0].partition(chr(10))[0]
-        with capture_contributions(block, capture_slots, mixers, None, stream.shape[:-1]):
-            after = run()
+        with capture_contributions(block, capture_slots, mixers, None, shape):
+            added = probe.added()
     names = ", ".join(dict.fromkeys(type(block.get_submodule(path)).__name__ for path in mixers))
-    attention_error = ", ".join(sorted(set().union(*(recorder.unknown for recorder in recorders)))) or undispatched
+    attention_error = (
+        ", ".join(sorted(set().union(*(recorder.unreadable_kernels for recorder in recorders)))) or undispatched
+    )
     attends = not attention_error and any(recorder.weights_BTK is not None for recorder in recorders)
     attention_error = (
         f"its attention kernel ({attention_error}) does not report its weights; "
@@ -189,15 +153,12 @@ def _block_contributions(
         else ""
     )
     reason = parts.skip_error
-    if not reason and after is not None and points:
-        scales = _fit_scales(after - stream, [returned.get(number) for number in range(len(points))])
+    if not reason and points:
+        scales = _fit_scales(added, [returned.get(number) for number in range(len(points))])
         if scales is None:
             reason = "its change of the residual stream is not a weighted sum of its branches' outputs"
         else:
-            points = [
-                CapturePoint(point.branch, point.path, point.residual, value)
-                for point, value in zip(points, scales, strict=True)
-            ]
+            points = [replace(point, scale=scale) for point, scale in zip(points, scales, strict=True)]
     return BlockContributions(() if reason else tuple(points), mixers, names, attends, reason, attention_error)
 
 
@@ -231,35 +192,25 @@ def _fit_scales(added: torch.Tensor, values: Sequence[torch.Tensor | None]) -> l
     if not bool(columns.isfinite().all()) or not bool(target.isfinite().all()):
         return None
     scales = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
-    near = (scales - 1).abs() <= _SNAP_TO_ONE.get(added.dtype, _HALF_TOLERANCE)
-    scales = torch.where(near, 1.0, scales)
-    tolerance = _TOLERANCE.get(added.dtype, _HALF_TOLERANCE)
-    return scales.tolist() if bool((columns @ scales - target).norm() <= tolerance * target.norm()) else None
+    largest = tolerance("fit", added.dtype)
+    scales = torch.where((scales - 1).abs() <= largest, 1.0, scales)
+    return scales.tolist() if is_same_change(columns @ scales, target, torch.zeros_like(target), largest) else None
 
 
 class _Capturing(ModuleWrapper):
     """Wrapper that runs a module and reports its contribution to the stream and its attention weights."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        point: CapturePoint | None,
-        on_value: Callable[[torch.Tensor], None] | None,
-        on_attention: Callable[[PreviousTokenAttention], None] | None,
-        shape: Callable[[], torch.Size | None],
-        recorder_class: type[PreviousTokenAttention],
-    ) -> None:
-        super().__init__(module)
-        vars(self).update(
-            _point=point, _on_value=on_value, _on_attention=on_attention, _shape=shape, _recorder_class=recorder_class
-        )
+    _point: CapturePoint | None
+    _on_value: Callable[[torch.Tensor], None]
+    _on_attention: Callable[[PreviousTokenAttention], None] | None
+    _shape: Callable[[], torch.Size | None]
+    _recorder_class: type[PreviousTokenAttention]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         shape = self._shape()
         if shape is None:  # capturing is switched off at present
             return self.module(*args, **kwargs)
-        point: CapturePoint | None = self._point
-        residual = None
+        point, residual = self._point, None
         if point is not None and point.residual is not None:
             residual = (args[point.residual] if isinstance(point.residual, int) else kwargs[point.residual]).clone()
         if self._on_attention is None:
@@ -309,7 +260,14 @@ def capture_contributions(
         assert module is not None
         point, on_value = point_by_path.get(path, (None, None))
         wrappers.append(
-            _Capturing(module, point, on_value, on_attention if path in mixers else None, current_shape, recorder_class)
+            _Capturing(
+                module,
+                _point=point,
+                _on_value=on_value,
+                _on_attention=on_attention if path in mixers else None,
+                _shape=current_shape,
+                _recorder_class=recorder_class,
+            )
         )
     with replace_modules(capture_slots, wrappers):
         yield

@@ -1,4 +1,4 @@
-"""Tune the process for heavy CPU work: reuse freed memory, and use no more threads than the container's CPU limit.
+"""Tune the process for heavy CPU work: reuse freed memory, and use no more threads than CPUs.
 
 By default, glibc allocates a tensor of several megabytes as a new mapping, and the kernel fills it with zeros page by
 page each time. That took a fifth of a block's time in float32, and a third in bfloat16. Inside `reuse_cpu_memory`,
@@ -8,11 +8,9 @@ freed memory is used for the next tensor.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -27,17 +25,17 @@ _DEFAULT_THRESHOLDS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 def reuse_cpu_memory() -> Iterator[None]:
     """Reuse freed memory for new tensors inside the context, and return unused memory to the system at its end.
 
-    The number of threads is also reduced to the container's CPU limit, because more threads would wait for each other.
+    The number of threads is also reduced to the CPUs that the process may use, because more would wait for each other.
     Memory settings are not changed without glibc, or if environment variables tune malloc.
     """
     libc = _glibc()
-    threads, cpu_limit = torch.get_num_threads(), cgroup_cpu_limit()
+    threads, cpus = torch.get_num_threads(), available_cpus()
     try:
         if libc is not None:
             libc.mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)
             libc.mallopt(_TRIM_THRESHOLD, _KEEP_BYTES)
-        if cpu_limit is not None and cpu_limit < threads:
-            torch.set_num_threads(cpu_limit)
+        if cpus < threads:
+            torch.set_num_threads(cpus)
         yield
     finally:
         if libc is not None:
@@ -48,20 +46,11 @@ def reuse_cpu_memory() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def cgroup_cpu_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return how many CPUs' worth of time this container may use, rounded up; None without a limit."""
-    try:
-        limit, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            limit, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except OSError:
-            return None
-    try:
-        cpus = int(limit) / int(period)
-    except (ValueError, ZeroDivisionError):  # "max"
-        return None
-    return math.ceil(cpus) if cpus > 0 else None
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: its affinity and the limit of its container, rounded up, count."""
+    from joblib import cpu_count  # takes a while to import
+
+    return int(cpu_count())
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..models.anatomy import probe_forward
+from ..models.block_probe import probe_forward
 from ..models.call_tracing import ModuleWrapper, replace_modules
 from ..models.weight_conventions import output_dim
 from .block_runner import BlockRunner
@@ -98,7 +97,7 @@ def capture_neurons(runner: BlockRunner, wanted: Mapping[Projection, OnActivatio
         parent, _, key = projection.weight.rpartition(".")[0].rpartition(".")
         owner = runner.blocks[projection.layer].get_submodule(parent)
         slots.append((owner, key))
-        wrappers.append(_Capturing(owner.get_submodule(key), on_activations))
+        wrappers.append(_Capturing(owner.get_submodule(key), _on_activations=on_activations))
     with replace_modules(slots, wrappers):
         yield
 
@@ -106,9 +105,7 @@ def capture_neurons(runner: BlockRunner, wanted: Mapping[Projection, OnActivatio
 class _Capturing(ModuleWrapper):
     """Wrapper that reports the input of a module and runs it."""
 
-    def __init__(self, module: nn.Module, on_activations: OnActivations) -> None:
-        super().__init__(module)
-        vars(self).update(_on_activations=on_activations)
+    _on_activations: OnActivations
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._on_activations(args[0] if args else next(iter(kwargs.values())))

@@ -18,12 +18,12 @@ from torch.nn import functional
 from ..errors import UnsupportedEditError
 from ..models.block_list import text_config, unwrap_transformers
 from ..models.call_tracing import TOKENS, ModuleWrapper, random_like, replace_modules
+from ..models.numerics import relative_error, tolerance
 from .block_runner import BlockRunner
 from .float32_matmul import matmul, probability_times_weights
 from .inputs import model_inputs
 
 _HEAD_ROWS = 64
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 class Readout(Protocol):
@@ -170,16 +170,14 @@ def _select_positions(stream: torch.Tensor, chosen: torch.Tensor) -> torch.Tenso
 
 
 class _Intercept(ModuleWrapper):
-    """Wrapper of the unembedding that keeps its input and returns `answer`, or a cheap placeholder, as logits."""
+    """Wrapper of the unembedding that keeps its input and returns an answer, or a cheap placeholder, as logits."""
 
-    def __init__(self, module: nn.Module, answer: torch.Tensor | None = None) -> None:
-        super().__init__(module)
-        self.answer = answer
-        self.received: torch.Tensor | None = None
+    _answer: torch.Tensor | None
+    received: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.received = x
-        return x[..., :1] if self.answer is None else self.answer.to(x.device, x.dtype)
+        return x[..., :1] if self._answer is None else self._answer.to(x.device, x.dtype)
 
 
 def find_readout(runner: BlockRunner, *, use_model_head: bool = False) -> Readout:
@@ -217,6 +215,8 @@ def _check_head_logits(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor
         logits = head_logits(runner, probe)
     except AttributeError:  # an output without logits
         logits = None
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise UnsupportedEditError(
             f"{name}: the model's head cannot be run after its blocks: {str(error).partition(chr(10))[0]}"
@@ -229,7 +229,7 @@ def _check_head_logits(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor
         )
     # Weights may be NaN or infinite; the measurement of the unedited model reports that.
     partial, expected = (values.nan_to_num(0, 0, 0) for values in (head_logits(runner, probe[:, ::2]), logits[:, ::2]))
-    if not _is_close(partial, expected, TOLERANCE.get(probe.dtype, 3e-2)):
+    if not relative_error(partial, expected) <= tolerance("readout", probe.dtype):
         raise UnsupportedEditError(
             f"{name}: after its last block, the logits at one position depend on other positions, so the model "
             "cannot be read token by token"
@@ -261,7 +261,7 @@ def _intercept(runner: BlockRunner, answer: torch.Tensor | None = None) -> Itera
     path = runner.anatomy.unembedding
     assert path is not None
     parent, _, name = path.rpartition(".")
-    intercept = _Intercept(runner.model.get_submodule(path), answer)
+    intercept = _Intercept(runner.model.get_submodule(path), _answer=answer)
     with replace_modules([(runner.model.get_submodule(parent), name)], [intercept]):
         yield intercept
 
@@ -290,10 +290,12 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
         return None
     if not matrix.is_floating_point() or not (bias is None or isinstance(bias, torch.Tensor)):
         return None
-    tolerance = TOLERANCE.get(matrix.dtype, 3e-2)
+    largest_error = tolerance("readout", matrix.dtype)
     with _intercept(runner) as intercept:
         try:
             head_logits(runner, probe)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, IndexError, ValueError):  # the code after the unembedding needs the whole vocabulary
             return None
     x = intercept.received
@@ -303,7 +305,7 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
     # example).
     if not torch.equal(module(x), functional.linear(x, matrix, bias)):
         return None
-    shape = _fit_scale_and_cap(runner, probe, matrix.shape[0], tolerance)
+    shape = _fit_scale_and_cap(runner, probe, matrix.shape[0], largest_error)
     if shape is None:
         return None
     norm = runner.model.get_submodule(runner.anatomy.final_norm) if runner.anatomy.final_norm else None
@@ -312,19 +314,12 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
         runner, None if torch.equal(x, probe) else norm if plain else None, module, *shape, use_model_norm=not plain
     )  # fmt: skip
     all_positions = torch.arange(probe.shape[1])
-    return (
-        candidate
-        if _is_close(
-            candidate.logits_tile(candidate.normalize(probe, all_positions), 0, candidate.vocabulary),
-            logits[0],
-            tolerance,
-        )
-        else None
-    )
+    read = candidate.logits_tile(candidate.normalize(probe, all_positions), 0, candidate.vocabulary)
+    return candidate if relative_error(read, logits[0]) <= largest_error else None
 
 
 def _fit_scale_and_cap(
-    runner: BlockRunner, probe: torch.Tensor, vocabulary: int, tolerance: float
+    runner: BlockRunner, probe: torch.Tensor, vocabulary: int, largest_error: float
 ) -> tuple[float, float | None] | None:
     """Fit the scale and the soft-cap that the model applies after its unembedding.
 
@@ -345,16 +340,7 @@ def _fit_scale_and_cap(
     scale = float(x @ y / (x @ x))
     if scale == 0:
         return None
-    if _is_close(after, scale * logits, tolerance):
+    if relative_error(after, scale * logits) <= largest_error:
         return scale, None
     cap = float(after.abs().max())
-    return (scale, cap) if _is_close(after, cap * torch.tanh(scale * logits / cap), tolerance) else None
-
-
-def _is_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Check whether two tensors are equal up to rounding, relative to the largest value of each row."""
-    actual, expected = actual.double().cpu(), expected.double().cpu()
-    if actual.shape != expected.shape:
-        return False
-    scale = expected.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    return bool(((actual - expected).abs() <= tolerance * scale).all())
+    return (scale, cap) if relative_error(after, cap * torch.tanh(scale * logits / cap)) <= largest_error else None

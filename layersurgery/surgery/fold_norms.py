@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.anatomy import Anatomy, probe_forward
+from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_list import text_config, unwrap_transformers
-from ..models.call_tracing import TOKENS, Call, ModuleWrapper, first_tensor, random_like, record_calls, replace_modules
+from ..models.block_list import require_model, text_config, unwrap_transformers
+from ..models.block_probe import BlockProbe
+from ..models.call_tracing import TOKENS, first_tensor
+from ..models.numerics import relative_error, tolerance
 from ..models.weight_conventions import fit_norm, input_dim, output_dim
 from ..runtime.block_runner import BlockRunner
 from ..runtime.contributions import reads_are_mean_free
 from ..runtime.inputs import model_inputs
 from ..runtime.unembedding import Unembedding, find_readout
-
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 @dataclass(slots=True)
@@ -70,6 +70,7 @@ def fold(
         What was folded, what was centered, and what was not folded and why.
 
     Raises:
+        PlanError: `model` is not a loaded model.
         UnsupportedEditError: weights are not in memory, or the parts of the model cannot be identified.
 
     Example:
@@ -79,6 +80,7 @@ def fold(
         >>> result.folded[:2]
         ['model.layers.0.input_layernorm', 'model.layers.0.post_attention_layernorm']
     """
+    require_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedEditError(
             "some weights are not in memory (offloaded to disk, for example); load the whole model into memory to "
@@ -88,13 +90,10 @@ def fold(
     result = FoldResult()
     center_writers = reads_are_mean_free(runner)
     with runner.inference_mode():
-        probes = [_FoldProbe(block, runner, number) for number, block in enumerate(runner.blocks)]
-        children = [(model.get_submodule(runner.path), str(number)) for number in range(runner.depth)]
-        with replace_modules(children, probes):
-            probe_forward(model)
+        probes = runner.probes(seed=8)
         for number, probe in enumerate(probes):
             for norm in runner.anatomy.parts(number).norms_before:
-                _fold_norm(runner.blocks[number], f"{runner.path}.{number}.", norm, probe.run, runner.width, result)
+                _fold_norm(probe, f"{runner.path}.{number}.", norm, result)
         _fold_final_norm(runner, result, unembedding=unembedding)
         if center_writers:
             _center_writers(runner, probes, result)
@@ -105,40 +104,16 @@ def fold(
     return result
 
 
-class _FoldProbe(ModuleWrapper):
-    """Wrapper that records how a block is called in one small forward, and then runs the block on random numbers."""
-
-    def __init__(self, block: nn.Module, runner: BlockRunner, number: int) -> None:
-        super().__init__(block)
-        # Bypass the attribute handling of nn.Module, because this is not part of the module's state.
-        vars(self).update(_convention=runner.conventions[number])
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call, where = Call("", args, kwargs), self._convention.stream_argument
-        stream = random_like(call[where], 8)
-        vars(self).update(_call=call, _where=where, _stream=stream)
-        return self.module(*args, **kwargs)
-
-    def run(self) -> torch.Tensor:
-        """Return what the block adds to a residual stream of random numbers."""
-        args, kwargs = self._call.with_argument(self._where, self._stream)
-        after, stream = first_tensor(self.module(*args, **kwargs)), self._stream
-        assert after is not None
-        assert isinstance(stream, torch.Tensor)
-        return after - stream
-
-
-def _fold_norm(
-    block: nn.Module, prefix: str, path: str, run: Callable[[], torch.Tensor], width: int, result: FoldResult
-) -> None:
+def _fold_norm(probe: BlockProbe, prefix: str, path: str, result: FoldResult) -> None:
     """Fold one norm of a block into the weights that read it, or undo that and record the reason."""
+    block, width = probe.block, probe.stream.shape[-1]
     norm, name = block.get_submodule(path), f"{prefix}{path}"
-    before = run()
+    before = probe.added()
     affine = fit_norm(norm, width, before)
     if affine is None:
         result.not_folded[name] = f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm"
         return
-    readers = _find_readers(block, path, run)
+    readers = _find_readers(probe, path)
     undo = _Undo()
     try:
         if not readers:
@@ -148,7 +123,7 @@ def _fold_norm(
                 block.get_submodule(reader), affine.scale_D, affine.shift_D, width, undo, center=affine.subtracts_mean
             )
         _reset_norm(norm, affine.scale_D, undo)
-        if not _is_close(run(), before):
+        if not _is_close(probe.added(), before):
             raise UnsupportedEditError("other modules than these matrices read it")
     except UnsupportedEditError as error:
         undo.run()
@@ -160,28 +135,24 @@ def _fold_norm(
         result.centered += [f"{prefix}{reader}" for reader in readers]
 
 
-def _find_readers(block: nn.Module, norm: str, run: Callable[[], torch.Tensor]) -> list[str]:
+def _find_readers(probe: BlockProbe, norm: str) -> list[str]:
     """Find the modules that have weight matrices and whose first input is exactly the output of a norm."""
     paths = [
         name
-        for name, module in block.named_modules()
+        for name, module in probe.block.named_modules()
         if name and any(p.dim() > 1 for p in module._parameters.values() if p is not None)
     ]
-    children = [
-        (block.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], path) for path in (norm, *paths)
-    ]
-    with record_calls(children) as log:
-        run()
-    outputs = [output for call in log.of_module(norm) if (output := first_tensor(call.output)) is not None]
+    calls = probe.calls([norm, *paths], probe.block)
+    outputs = [first_tensor(call.output) for call in calls if call.name == norm]
     readers = []
-    for call in log.calls:
+    for call in calls:
         inputs = [
             value
             for value in (*call.args, *call.kwargs.values())
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
         if call.name != norm and any(
-            value.numel() == output.numel() and torch.equal(value.flatten(), output.flatten())
+            output is not None and value.numel() == output.numel() and torch.equal(value.flatten(), output.flatten())
             for value in inputs[:1]
             for output in outputs
         ):
@@ -310,7 +281,7 @@ def _untie(model: nn.Module, head: Any, undo: _Undo) -> None:
             config.tie_word_embeddings = False
 
 
-def _center_writers(runner: BlockRunner, probes: Sequence[_FoldProbe], result: FoldResult) -> None:
+def _center_writers(runner: BlockRunner, probes: Sequence[BlockProbe], result: FoldResult) -> None:
     """Subtract the mean over the width from all weights that write the residual stream."""
     model = runner.model
     inside = {id(module) for block in runner.blocks for module in block.modules()}
@@ -330,7 +301,7 @@ def _center_writers(runner: BlockRunner, probes: Sequence[_FoldProbe], result: F
                 parts.skip_error or "cannot determine which weights write the stream"
             )
             continue
-        before = probe.run()
+        before = probe.added()
         undo = _Undo()
         for path in names:
             owner, _, key = path.rpartition(".")
@@ -339,8 +310,7 @@ def _center_writers(runner: BlockRunner, probes: Sequence[_FoldProbe], result: F
             weight = block.get_parameter(path)
             bias = weight.dim() == 1 or key.endswith("bias")
             _center(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
-        after = probe.run()
-        if _is_close(after, before - before.mean(-1, keepdim=True)):
+        if _is_close(probe.added(), before - before.mean(-1, keepdim=True)):
             result.centered += [f"{runner.path}.{number}.{path}" for path in names]
         else:
             undo.run()
@@ -358,11 +328,12 @@ def _center(module: nn.Module, name: str, dim: int) -> None:
 
 
 def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((actual - expected).abs().max() <= _TOLERANCE.get(expected.dtype, 6e-2) * expected.abs().max())
+    """Check whether two outputs are equal up to the rounding of the changed weights."""
+    return relative_error(actual, expected) <= tolerance("fold", expected.dtype)
 
 
 class _Undo:
-    """The changes of parameters that can be unresult."""
+    """The changes of parameters that can be undone."""
 
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..models.block_list import find_decoder_blocks
+from ..models.block_list import find_decoder_blocks, require_model
 from ..models.config_fields import Json
 from ..models.meta_model import build_meta_model, resolve_section
 from ..models.reload_check import ReloadCheck
@@ -20,10 +20,12 @@ def transformers_model(model: nn.Module) -> Any:
     """Return the transformers model inside wrappers (PEFT, DDP, torch.compile).
 
     Raises:
+        PlanError: this is not a loaded model.
         UnsupportedEditError: the model does not contain one.
     """
     from transformers import PreTrainedModel
 
+    require_model(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module

@@ -31,6 +31,7 @@ def save(
         The directory.
 
     Raises:
+        PlanError: `model` is not a loaded model.
         UnsupportedEditError: no checkpoint of this architecture can represent this model. The error names the block and
             the difference.
         OutputError: `out` exists or cannot be written; no partial output remains.
@@ -42,7 +43,7 @@ def save(
         >>> print(ls.save(model, "without-20", tokenizer=tokenizer))
         without-20
     """
-    target = Path(out)
+    inner, target = transformers_model(model), Path(out)
     check_output(target, None, overwrite=overwrite)
     if adapter_paths := adapters(model):
         raise UnsupportedEditError(
@@ -50,7 +51,6 @@ def save(
             "(merge_and_unload)"
         )
     check_reloads_equal(model)
-    inner = transformers_model(model)
     size = sum(
         parameter.numel() * parameter.element_size() for _, parameter in inner.named_parameters(remove_duplicate=False)
     )

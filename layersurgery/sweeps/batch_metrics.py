@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from ..errors import MeasurementError
 from ..metrics import dispatch, tiled
-from ..metrics.aggregation import Array
+from ..models.numerics import relative_error, tolerance
 from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
-from ..runtime.unembedding import TOLERANCE, Readout
+from ..runtime.unembedding import Readout
 
 _CHECKED_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class BatchResult:
-    """Result of one batch.
-
-    Attributes:
-        counts: number of positions measured in each sequence.
-        values: sums over these positions, (sequences, rows, len(METRICS)). Row 0 is the unedited model, the others are
-            the variants.
-        observed: counts and sums of the observer, (sequences, the observer's size).
-        calls: number of block calls.
-        states_at_peak: largest number of residual streams that were in memory together.
-        bytes_read: bytes of offloaded weights that were loaded.
-    """
-
-    counts: list[int]
-    values: Array
-    observed: Array
-    calls: int = 0
-    states_at_peak: int = 0
-    bytes_read: int = 0
-
-    @classmethod
-    def concatenate(cls, results: Sequence[BatchResult]) -> BatchResult:
-        """Return the results of consecutive parts of a batch as one result."""
-        return cls(
-            [count for result in results for count in result.counts],
-            np.concatenate([result.values for result in results]),
-            np.concatenate([result.observed for result in results]),
-            sum(result.calls for result in results),
-            max(result.states_at_peak for result in results),
-            sum(result.bytes_read for result in results),
-        )
 
 
 class BatchMetrics:
@@ -132,14 +96,16 @@ def check_readout(runner: BlockRunner, readout: Readout, ids: torch.Tensor, mask
     # Some models keep the stream in float32, multiply in half precision, and return float32 logits. So the coarsest
     # dtype counts.
     dtypes = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
-    tolerance = max(TOLERANCE.get(dtype, 3e-2) for dtype in dtypes | {model_logits.dtype})
+    largest_error = tolerance("readout", *dtypes, model_logits.dtype)
     model_logits = model_logits.float()
     # Larger logits mark tokens that the model never predicts.
     comparable = model_logits.abs() < torch.finfo(torch.float16).max
-    error = torch.where(comparable, read_logits.to(model_logits.device) - model_logits, 0).abs().amax(-1)
-    if bool((error > tolerance * torch.where(comparable, model_logits, 0).abs().amax(-1)).any()):
+    read_logits, model_logits = (
+        torch.where(comparable, logits.to(comparable.device), 0) for logits in (read_logits, model_logits)
+    )
+    if not relative_error(read_logits, model_logits) <= largest_error:
         raise MeasurementError(
             f"{type(runner.model).__name__}: the logits read from the stream after its last block differ "
-            f"from the model's own logits by up to {float(error.max()):.3g}, "
+            f"from the model's own logits by up to {float((read_logits - model_logits).abs().max()):.3g}, "
             "so its earlier blocks cannot be read in this way"
         )

@@ -6,15 +6,17 @@ This is the simple way, for small amounts of text and as a reference for the fas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
+from .. import registry
 from ..errors import PlanError
 from ..metrics.reference import METRICS, measure
 from ..models.anatomy import anatomy
@@ -22,7 +24,7 @@ from ..models.block_list import find_decoder_blocks
 from ..models.call_tracing import eval_no_grad
 from ..plans.plan import Plan
 from ..plans.route import Route
-from ..runtime.inputs import as_tokens, has_next_token, model_inputs
+from ..runtime.inputs import has_next_token, model_inputs
 from ..surgery.operate import as_route, operate
 
 Edit = Plan | Route | str
@@ -41,6 +43,8 @@ class Comparison:
         entropy_bits: H(q).
         entropy_change_bits: H(q) - H(p).
         accuracy: share of positions where q's most likely token is the true next token, 0 to 1.
+        positions: the metrics of every position, a row each: sequence, position, token_id, token, next_token_id and
+            the metrics; None unless they were asked for.
     """
 
     tokens: int
@@ -51,52 +55,60 @@ class Comparison:
     entropy_bits: float
     entropy_change_bits: float
     accuracy: float
+    positions: pd.DataFrame | None = field(default=None, repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
         """Return the second model's perplexity, exp(loss_nats)."""
         return math.exp(self.loss_nats)
 
+    def to_pandas(self) -> pd.Series:
+        """Return the numbers as a Series."""
+        return pd.Series({"tokens": self.tokens, **{name: getattr(self, name) for name in METRICS}})
 
-def compare(
+    def _repr_html_(self) -> str:
+        rows = [
+            f"<tr><td>{entry.label}</td><td>{entry.factor * getattr(self, entry.name):.4g} {entry.unit}</td></tr>"
+            for entry in registry.METRICS
+        ]
+        return f"<table><tr><td>tokens</td><td>{self.tokens:,}</td></tr>{''.join(rows)}</table>"
+
+
+def compare_tokens(
     model: nn.Module,
     other: nn.Module | Edit,
-    tokens: torch.Tensor | Sequence[Sequence[int]],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
     *,
-    attention_mask: torch.Tensor | None = None,
     batch_size: int = 1,
+    per_token: bool = False,
+    tokenizer: Any = None,
 ) -> Comparison:
     """Compare two models, or a model with an edit of itself, on the same tokens.
-
-    Logits are converted to float64 before they are summed. The logits of one whole batch are in memory at a time.
 
     Args:
         model: a causal language model: p.
         other: another model with the same vocabulary, or an edit of `model` (a plan, its text or a route): q.
-        tokens: token ids, (sequences, length).
-        attention_mask: 1 for a token and 0 for padding, of the same shape.
+        ids: token ids, (sequences, length).
+        mask: 1 for a token and 0 for padding, of the same shape.
         batch_size: number of sequences in one forward.
+        per_token: also return the metrics of every position.
+        tokenizer: writes tokens as text in the table of positions; None for no text.
 
     Returns:
         The means of all metrics over all positions that have a next token.
 
     Raises:
-        PlanError: no position has a next token, the vocabularies differ, or the plan does not fit the model.
-
-    Example:
-        >>> import layersurgery as ls
-        >>> model, tokenizer = ls.load("smollm2-135m")
-        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
-        >>> comparison = ls.compare(model, "drop 20", tokens)
-        >>> comparison.kl_nats > 0
-        True
+        PlanError: the vocabularies differ, or the plan does not fit the model.
     """
-    ids, mask = as_tokens(tokens, attention_mask)
-    sums = torch.zeros(1 + len(METRICS), dtype=torch.float64)
+    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    count = 0
+    rows: list[pd.DataFrame] = []
     with ExitStack() as contexts:
         contexts.enter_context(eval_no_grad(model))
         second, editing = _second_model(model, other, contexts)
-        for batch_ids, batch_mask in zip(torch.split(ids, batch_size), torch.split(mask, batch_size), strict=True):
+        for first in range(0, len(ids), batch_size):
+            batch_ids, batch_mask = ids[first : first + batch_size], mask[first : first + batch_size]
             p = _logits(model, batch_ids, batch_mask)
             with editing():
                 q = _logits(second, batch_ids, batch_mask)
@@ -105,10 +117,14 @@ def compare(
                     f"the models' logits have the shapes {tuple(p.shape)} and {tuple(q.shape)}, "
                     "so they cannot be compared"
                 )
-            for sequence in zip(p, q, batch_ids, batch_mask, strict=True):
-                sums += _sum_metrics(*sequence)
-    count, *totals = sums.tolist()
-    return Comparison(tokens=int(count), **{name: total / count for name, total in zip(METRICS, totals, strict=True)})
+            for offset, sequence in enumerate(zip(p, q, batch_ids, batch_mask, strict=True)):
+                metrics = _measure_sequence(*sequence)
+                sums += metrics.sum(-1)
+                count += metrics.shape[1]
+                if per_token:
+                    rows.append(_position_rows(first + offset, *sequence[2:], metrics, tokenizer))
+    means = {name: total / count for name, total in zip(METRICS, sums.tolist(), strict=True)}
+    return Comparison(tokens=count, positions=pd.concat(rows, ignore_index=True) if per_token else None, **means)
 
 
 def _second_model(
@@ -129,8 +145,8 @@ def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _sum_metrics(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the number of positions, then the sum of each metric, for one sequence.
+def _measure_sequence(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the metrics of all positions of one sequence that have a next token, (len(METRICS), positions).
 
     Args:
         p: logits of the first model, (length, vocabulary).
@@ -140,5 +156,22 @@ def _sum_metrics(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torc
     """
     has_next = has_next_token(mask[None])[0]
     p, q = (logits[:-1].cpu()[has_next] for logits in (p, q))
-    sums = measure(p, q, ids[1:].cpu()[has_next]).sum(-1)
-    return torch.cat([has_next.sum()[None].double(), sums])
+    return measure(p, q, ids[1:].cpu()[has_next])
+
+
+def _position_rows(
+    sequence: int, ids: torch.Tensor, mask: torch.Tensor, metrics: torch.Tensor, tokenizer: Any
+) -> pd.DataFrame:
+    """Return a row for each measured position of a sequence."""
+    positions = has_next_token(mask[None])[0].nonzero()[:, 0]
+    tokens, targets = ids[positions].tolist(), ids[positions + 1].tolist()
+    return pd.DataFrame(
+        {
+            "sequence": sequence,
+            "position": positions.tolist(),
+            "token_id": tokens,
+            "token": [None if tokenizer is None else tokenizer.decode([token]) for token in tokens],
+            "next_token_id": targets,
+            **dict(zip(METRICS, metrics.numpy(), strict=True)),
+        }
+    )

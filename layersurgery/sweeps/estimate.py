@@ -15,6 +15,7 @@ from ..errors import PlanError, SourceError
 from ..models.block_list import find_decoder_blocks, text_config
 from ..plans.variants import Variant
 from ..runtime.device_map import AUTO, DeviceMap, MaxMemory, describe
+from ..units import format_list
 from .memory import MemoryModel, MemoryUse, suggest_batch_size
 from .schedule import LAYER_MAJOR, layer_major, schedule
 
@@ -214,8 +215,8 @@ def _resolve_device_map(model: Any, device_map: DeviceMap, max_memory: MaxMemory
             if not any(not key or name == key or name.startswith(f"{key}.") for key in device_map)
         ]:
             raise PlanError(
-                f"--device-map gives no device for {missing[0]}"
-                + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
+                f"the device map gives no device for {format_list(missing)}; give one to each parameter or to a module "
+                "around it"
             )
         return device_map
     if device_map not in AUTO:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
 from ..errors import MeasurementError, PlanError, UnsupportedEditError
+from ..metrics.aggregation import BatchResult, SequenceSums
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
@@ -25,13 +27,12 @@ from ..runtime.cpu_memory import reuse_cpu_memory
 from ..runtime.inputs import has_next_token, model_inputs
 from ..runtime.offload import device_of, distinct_tensors, offloaded, offloaded_bytes, own_tensors
 from ..runtime.unembedding import find_readout
-from .batch_metrics import BatchMetrics, BatchResult, check_readout
+from .batch_metrics import BatchMetrics, check_readout
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observer
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 
-OnTokenRows = Callable[[Sequence[int], torch.Tensor], None]
 _SHARE_FOR_BLOCKS = 0.25
 _MIN_COMPILED_LENGTH = 64
 
@@ -180,19 +181,43 @@ class Measurer:
         in_flight = self.schedule.bytes_in_flight(self._offloaded_bytes)
         return replace(memory, weights=memory.weights - max(0, sum(self._offloaded_bytes) - in_flight))
 
-    def measure(
+    def measure_batches(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
-        on_token_rows: OnTokenRows | None = None,
+        size: int,
+        batches: Iterable[int] | None = None,
+        *,
+        per_token: bool = False,
         on_fraction: OnFraction | None = None,
+    ) -> Iterator[BatchResult]:
+        """Measure a text, and yield the result of each batch.
+
+        Args:
+            ids: tokens of the text, (sequences, length).
+            mask: 1 for a token and 0 for padding, the same shape.
+            size: number of sequences in a batch.
+            batches: numbers of the batches to measure; all if not given.
+            per_token: keep the metrics at each position.
+            on_fraction: called from time to time with the fraction of the batch that is done.
+
+        Raises:
+            MeasurementError: as for `measure`.
+        """
+        for batch in range(-(-len(ids) // size)) if batches is None else batches:
+            span = slice(batch * size, (batch + 1) * size)
+            result = self.measure(ids[span], mask[span], per_token=per_token, on_fraction=on_fraction)
+            yield replace(result, first=span.start)
+
+    def measure(
+        self, ids: torch.Tensor, mask: torch.Tensor, *, per_token: bool = False, on_fraction: OnFraction | None = None
     ) -> BatchResult:
         """Measure one batch. If memory runs out, halve the number of sequences and continue, as often as needed.
 
         Args:
             ids: tokens, (sequences, length).
             mask: 1 for a token and 0 for padding, the same shape.
-            on_token_rows: called with rows of the result and their metrics at each position, (len(METRICS), positions).
+            per_token: keep the metrics at each position.
             on_fraction: called from time to time with the fraction of the work that is done.
 
         Returns:
@@ -203,31 +228,23 @@ class Measurer:
                 sequence.
         """
         results: list[BatchResult] = []
-        metrics_by_rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        start = 0
+        start, started = 0, time.perf_counter()
         while start < len(ids):
             span = slice(start, start + (self.max_sequences or len(ids)))
-            token_metrics: dict[tuple[int, ...], torch.Tensor] = {}
-            result = self._try_measure(ids, mask, span, None if on_token_rows is None else token_metrics, on_fraction)
+            result = self._try_measure(ids, mask, span, per_token, on_fraction)
             if result is None:
                 self._halve(len(ids[span]), ids.shape[1])
                 continue
             results.append(result)
-            for rows, metrics in token_metrics.items():
-                metrics_by_rows.setdefault(rows, []).append(metrics)
             start = span.stop
-        if on_token_rows is not None:
-            for rows, parts in metrics_by_rows.items():
-                on_token_rows(rows, torch.cat(parts, -1))
-        return BatchResult.concatenate(results)
+        return replace(
+            BatchResult.concatenate(results),
+            seconds=time.perf_counter() - started,
+            max_sequences=self.max_sequences,
+        )
 
     def _try_measure(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        span: slice,
-        token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
-        on_fraction: OnFraction | None,
+        self, ids: torch.Tensor, mask: torch.Tensor, span: slice, per_token: bool, on_fraction: OnFraction | None
     ) -> BatchResult | None:
         """Measure some sequences of a batch; return None if memory ran out."""
         start, share = span.start / len(ids), len(ids[span]) / len(ids)
@@ -235,7 +252,7 @@ class Measurer:
             return self._measure(
                 ids[span],
                 mask[span],
-                token_metrics,
+                {} if per_token else None,
                 None if on_fraction is None else lambda fraction: on_fraction(start + fraction * share),
             )
         except Exception as error:
@@ -269,13 +286,12 @@ class Measurer:
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
         on_fraction: OnFraction | None,
     ) -> BatchResult:
-        """Measure all these sequences at once; arguments as for `measure`."""
+        """Measure all these sequences at once, and store the metrics at each position in `token_metrics` if given."""
         has_next = has_next_token(mask)
         if not bool(has_next.any()):
             size = 0 if self.observer is None else self.observer.size
-            return BatchResult(
-                [0] * len(ids), np.zeros((len(ids), len(self.variants), len(METRICS))), np.zeros((len(ids), size))
-            )
+            values = np.zeros((len(ids), len(self.variants), len(METRICS)))
+            return BatchResult(0, [0] * len(ids), values, np.zeros((len(ids), size)))
         length = self._trimmed_length(mask)
         ids, mask, has_next = ids[:, :length], mask[:, :length], has_next[:, : length - 1]
         bytes_read_before = self.runner.offloaded.bytes_read
@@ -306,7 +322,10 @@ class Measurer:
             _refuse_non_finite(self.model, metrics.sums[0])
             values = torch.stack([metrics.sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
         bytes_read = self.runner.offloaded.bytes_read - bytes_read_before
-        return BatchResult(counts, values, observed, executor.calls, executor.peak, bytes_read)
+        return BatchResult(
+            0, counts, values, observed, calls=executor.calls, states_at_peak=executor.peak, bytes_read=bytes_read,
+            token_metrics=token_metrics,
+        )  # fmt: skip
 
     def _read_unedited(
         self,
@@ -347,6 +366,31 @@ class Measurer:
         A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory.
         """
         return suggest_batch_size(self._memory_model, self.schedule, length, self._device)
+
+
+def collect_sums(
+    measurer: Measurer,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> SequenceSums:
+    """Measure all tokens once, batch by batch, and return the sums of each sequence.
+
+    Args:
+        measurer: the model and its variants.
+        ids: tokens, (sequences, length).
+        mask: 1 for a token and 0 for padding, the same shape.
+        batch_size: number of sequences in a batch; chosen from the free memory if None.
+        progress: called after each batch with the number of sequences done and the number of all sequences.
+    """
+    size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
+    results = []
+    for result in measurer.measure_batches(ids, mask, size):
+        results.append(result)
+        if progress is not None:
+            progress(result.first + len(result.counts), len(ids))
+    return SequenceSums.of(results)
 
 
 def _no_output(_state: int, _routes: Sequence[int]) -> None:

@@ -319,10 +319,11 @@ class _BatchObservation:
         """Add the attention weights that one attention module of a block gave to the previous tokens."""
         if not self._is_capturing_attention:
             return
-        if recorded.unknown:
+        if recorded.unreadable_kernels:
+            kernels = ", ".join(sorted(recorded.unreadable_kernels))
             raise MeasurementError(
-                f"block {block}: for this text, attention ran in a kernel ({', '.join(sorted(recorded.unknown))}) "
-                "from which the weights cannot be read; use attn_implementation='eager'"
+                f"block {block}: for this text, attention ran in a kernel ({kernels}) from which the weights cannot be "
+                "read; use attn_implementation='eager'"
             )
         if recorded.weights_BTK is None:
             return

@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..metrics.aggregation import MetricSums
+from ..metrics.aggregation import SequenceSums
 from ..metrics.reference import METRICS
+from ..plans.families import FAMILIES
 from ..plans.variants import Variant
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def results_table(variants: Sequence[Variant], sums: MetricSums, model: str) -> pd.DataFrame:
+def results_table(variants: Sequence[Variant], sums: SequenceSums, model: str) -> pd.DataFrame:
     """Build the table of results: one row for each measured model, the unedited one first.
 
     Args:
-        variants: the models, in the order of the sums' routes; the first is the unedited one.
+        variants: the models, in the order of the sums' rows; the first is the unedited one.
         sums: the measured sums.
         model: the model's name.
     """
-    means, errors = sums.means(), sums.errors()
+    means, errors = sums.means_and_errors()
     depth = len(variants[0].route)
     rows = []
     for number, variant in enumerate(variants):
@@ -47,7 +48,7 @@ def results_table(variants: Sequence[Variant], sums: MetricSums, model: str) -> 
     return frame.astype({"layer": "Int64", "relative_depth": "float64"})
 
 
-def sequence_table(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
+def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
     """Build the table of sums: one row for each sequence and model.
 
     The means and standard errors of the results can be computed again from it.
@@ -55,25 +56,23 @@ def sequence_table(variants: Sequence[Variant], sums: MetricSums) -> pa.Table:
     import numpy as np
     import pyarrow as pa
 
-    sequences = [sequence for sequence, _, _ in sums]
-    values = np.stack([array for _, _, array in sums])
     each = len(variants)
     columns: dict[str, Any] = {
-        "sequence": pa.array(np.repeat(sequences, each), pa.int32()),
-        "row": pa.array(np.tile(np.arange(each), len(sequences)), pa.int32()),
-        "edit": pa.array([variant.edit for variant in variants] * len(sequences)).dictionary_encode(),
-        "plan": pa.array([variant.plan for variant in variants] * len(sequences)).dictionary_encode(),
-        "tokens": pa.array(np.repeat([count for _, count, _ in sums], each), pa.int32()),
+        "sequence": pa.array(np.repeat(sums.numbers, each), pa.int32()),
+        "row": pa.array(np.tile(np.arange(each), len(sums)), pa.int32()),
+        "edit": pa.array([variant.edit for variant in variants] * len(sums)).dictionary_encode(),
+        "plan": pa.array([variant.plan for variant in variants] * len(sums)).dictionary_encode(),
+        "tokens": pa.array(np.repeat(sums.counts.astype("int64"), each), pa.int32()),
     }
     for column, metric in enumerate(METRICS):
-        columns[f"{metric}_sum"] = pa.array(values[:, :, column].reshape(-1))
+        columns[f"{metric}_sum"] = pa.array(sums.values[:, :, column].reshape(-1))
     return pa.table(columns)
 
 
 def intermediate_rows(frame: pd.DataFrame, edit: str) -> pd.DataFrame:
     """Return the rows of one family of edits that change neither the first two blocks nor the last two."""
     rows = frame[frame.edit == edit]
-    last_offset = 1 if edit == "swap" else 0  # a swap also changes the next block
+    last_offset = FAMILIES[edit].width - 1 if edit in FAMILIES else 0  # a swap also changes the next block
     return rows[(rows.layer >= 2) & (rows.layer + last_offset <= rows.depth - 3)]
 
 
@@ -95,7 +94,7 @@ def summary_sentence(frame: pd.DataFrame) -> str:
         'intermediate layers keep ... % of predictions under drop, median ... %'
     """
     clauses = []
-    for edit in ("swap", "drop", "skip-attention", "skip-mlp"):
+    for edit in (name for name, family in FAMILIES.items() if family.per_layer and not family.takes_number):
         agreement = 100 * intermediate_rows(frame, edit).agreement
         if len(agreement) and agreement.notna().all():
             low, high, median = agreement.min(), agreement.max(), agreement.median()

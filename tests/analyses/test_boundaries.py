@@ -9,7 +9,8 @@ import pytest
 
 import layersurgery as ls
 from layersurgery.analyses import stage_boundaries
-from layersurgery.analyses.stage_boundaries import STAGES, boundaries, stage_of
+from layersurgery.analyses.stage_boundaries import boundaries, stage_of
+from layersurgery.registry import STAGES
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
 L = 24
@@ -120,6 +121,19 @@ def test_entropy_may_give_the_last_boundary_where_neurons_do_not() -> None:
     steady = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=layers / 4))
     assert steady[2].layer is None
     assert "lens entropy has no turning point inside the second half" in steady[2].why
+
+
+def test_entropy_that_is_missing_is_not_a_model_of_too_few_layers() -> None:
+    neurons = {"prediction": np.zeros(3), "suppression": np.zeros(3), "neurons": np.full(3, 100.0)}
+    signals = ("drop_kl_nats", "attention_prev5", "lens_kl_nats", "lens_entropy_bits")
+    short = boundaries({name: np.array([3.0, 2.0, 1.0]) for name in signals} | neurons)
+    assert short[2].layer is None
+    assert short[2].why.endswith("; the model has too few layers for lens entropy to turn inside the second half")
+    entropy = planted()["lens_entropy_bits"]
+    entropy[7] = np.nan
+    missing = boundaries(planted(suppression=np.zeros(L), lens_entropy_bits=entropy))
+    assert missing[2].layer is None
+    assert missing[2].why.endswith("; lens entropy is not available for every layer")
 
 
 def test_stages_come_in_their_order() -> None:

@@ -67,7 +67,7 @@ def knowing() -> Any:
 def test_the_class_is_told_by_the_text_of_tokens() -> None:
     tokenizer = tokenizer_of(find_source("smollm2-135m", weights=False))
     found = token_class(tokenizer)
-    assert found.words == "ends with 'ing'"
+    assert found.description == "ends with 'ing'"
     texts = [tokenizer.decode([token]) for token in np.flatnonzero(found.inside)]
     assert all(text.strip().lower().endswith("ing") for text in texts)
     assert {" using", "ing", "ING"} <= set(texts)
@@ -84,7 +84,7 @@ def test_the_class_is_told_by_the_text_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"suffix": "ing", "regex": "ing"}, "give one of them"),
+        ({"suffix": "ing", "regex": "ing"}, "give suffix or regex, not both"),
         (
             {"regex": "(ing"},
             r"'\(ing' is not a valid regular expression: missing \), unterminated subpattern at position 0",
@@ -115,7 +115,7 @@ def test_windows_share_no_text_and_are_balanced() -> None:
     for half in (True, False):
         assert found.inside[found.held_out == half].mean() == 0.5
         assert (found.held_out == half).sum() > 2 * MIN_WINDOWS
-    assert found.about["training"] + found.about["held_out"] == len(found.ids) <= 400
+    assert found.facts["training"] + found.facts["held_out"] == len(found.ids) <= 400
     same = find_balanced_windows(again, tokenizer, chosen, samples=200)
     assert same.fingerprint == found.fingerprint
     assert find_balanced_windows(again, tokenizer, chosen, samples=200, seed=1).fingerprint != found.fingerprint
@@ -314,10 +314,10 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        (["--suffix", "x", "--regex", "x"], 2, "give one of them"),
+        (["--suffix", "x", "--regex", "x"], 2, "give suffix or regex, not both"),
         (["--regex", "[x"], 2, "'[x' is not a valid regular expression: unterminated character set at position 0"),
         (["--suffix", "ing"], 2, "no token ends with 'ing'"),
-        (["--suffix", "x", "-n", 500], 1, "tokens of text are needed: --data, --tokens"),
+        (["--suffix", "x", "-n", 500], 1, "tokens of text are needed: give more text (data, tokens)"),
     ],
 )
 def test_what_is_refused_on_the_command_line(

@@ -6,12 +6,13 @@ import math
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.analyses.layer_pruning import plan_of
+from layersurgery.analyses.layer_pruning import greedy_removals, removal_plan
 from layersurgery.runtime.residual_change import angular_distance, block_influence
 from tests.support.zoo import tiny_model
 
@@ -56,7 +57,7 @@ def test_scores_are_what_their_sources_say(name: str) -> None:
     for layer in range(depth):
         cosine = nn.functional.cosine_similarity(states[layer], states[layer + 1], dim=-1)
         assert found.block_influence[layer] == pytest.approx(float((1 - cosine).mean()), rel=1e-4, abs=1e-7)
-    spans = found.attrs["spans"]
+    spans = ls.analyses.spans(found)
     assert sorted(set(spans.span)) == list(range(1, depth // 2 + 1))
     for row in spans.itertuples():
         cosine = nn.functional.cosine_similarity(states[row.layer], states[row.layer + row.span], dim=-1).clamp(-1, 1)
@@ -111,9 +112,9 @@ def by_hand(model: Any, ids: torch.Tensor, remove: int, by: str) -> list[int]:
     while len(gone) < remove:
         left = [block for block in range(depth) if block not in gone]
         if by == "kl":
-            scores = [ls.compare(model, plan_of([*gone, block]), ids).kl_nats for block in left]
+            scores = [ls.compare(model, removal_plan([*gone, block]), ids).kl_nats for block in left]
         else:
-            with ls.operate(model, plan_of(gone)) if gone else torch.no_grad():
+            with ls.operate(model, removal_plan(gone)) if gone else torch.no_grad():
                 scores = ls.rank(model, ids)["block_influence" if by == "influence" else "angular_distance"].tolist()
         gone.append(left[int(np.argmin(scores))])
     return gone
@@ -153,6 +154,27 @@ def test_the_first_layer_is_the_same_greedily_or_not() -> None:
     assert costs.plan["greedy"] == costs.plan["kl"]
 
 
+def test_greedy_removals_measure_only_what_is_asked_for() -> None:
+    """The caller measures: in memory, or into directories; a missing score is never chosen."""
+    scores = {0: 3.0, 1: 1.0, 2: np.nan, 3: 2.0}
+    measured: list[tuple[int, ...]] = []
+
+    def measure_step(removed: tuple[int, ...]) -> pd.DataFrame:
+        measured.append(removed)
+        left = [layer for layer in scores if layer not in removed]
+        # After layer 1, layer 0 costs less than layer 3.
+        values = [scores[layer] - (2 if 1 in removed and layer == 0 else 0) for layer in left]
+        return pd.DataFrame({"layer": pd.array(left, dtype="Int64"), "block_influence": values})
+
+    removals = greedy_removals(4, "influence", measure_step)
+    assert next(removals) == (1, 1.0)
+    assert measured == [()]
+    assert [next(removals), next(removals)] == [(0, 1.0), (3, 2.0)]
+    assert measured == [(), (1,), (1, 0)]
+    with pytest.raises(ls.MeasurementError, match="after 3 layers, no other layer can be removed"):
+        next(removals)
+
+
 def test_what_cannot_be_meant_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(ls.PlanError, match="unknown criterion 'size'; choose from kl, influence, angular"):
@@ -163,5 +185,5 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 
 def test_a_plan_names_runs_as_ranges() -> None:
-    assert str(plan_of([7, 3, 4, 5])) == "drop 3:6 7"
-    assert str(plan_of([2])) == "drop 2"
+    assert str(removal_plan([7, 3, 4, 5])) == "drop 3:6 7"
+    assert str(removal_plan([2])) == "drop 2"

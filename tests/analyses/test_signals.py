@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import layersurgery as ls
-from layersurgery.analyses.signal_tables import SignalTables, collect_sums, measurer_of
+from layersurgery.analyses.signal_tables import SignalTables, collect_sums, make_measurer
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.route import Route
 from layersurgery.runtime import attention_weights
@@ -149,10 +149,10 @@ def test_what_a_hybrid_mixes_tokens_with_is_named_and_what_it_lacks_is_said() ->
     assert list(tables["norms"].mixer) == ["JambaMambaMixer", "JambaAttention", "JambaMambaMixer"] * 2
     assert list(tables["attention"].attention_prev5.notna()) == [False, True, False] * 2
     assert tables["norms"].attention_norm.notna().all()
-    observer = measurer_of(tiny_model("mamba"), ["norms"], DEPTH).observer
+    observer = make_measurer(tiny_model("mamba"), ["norms"], DEPTH).observer
     assert observer is not None
     assert observer.skipped["mlp norm of block 2"] == "the block has no mlp"
-    rwkv = measurer_of(tiny_model("rwkv"), ["norms"], DEPTH).observer
+    rwkv = make_measurer(tiny_model("rwkv"), ["norms"], DEPTH).observer
     assert rwkv is not None
     assert "both mix tokens" in rwkv.skipped["attention norm of block 0"]
 
@@ -189,7 +189,7 @@ def test_signals_measured_together_are_those_measured_apart(signals: list[str]) 
 @pytest.mark.parametrize("order", ["depth-first", "layer-major"])
 def test_swapped_blocks_are_compared_in_either_order(order: str) -> None:
     model, ids = tiny_model("gpt2"), tokens(2, 10)
-    measurer = measurer_of(model, ["similarity", "drop"], DEPTH, order=order)
+    measurer = make_measurer(model, ["similarity", "drop"], DEPTH, order=order)
     found = SignalTables(measurer, collect_sums(measurer, ids, torch.ones_like(ids), None, None), "m").similarity()
     meant = ls.analyses.similarity(model, ids).assign(model="m")
     pd.testing.assert_frame_equal(found, meant, atol=1e-9)
@@ -214,12 +214,12 @@ def test_what_it_costs() -> None:
         (["attention", "norms"], DEPTH),
         (["similarity"], DEPTH + 2 * (DEPTH - 1)),
     ):
-        measurer = measurer_of(model, signals, DEPTH)
+        measurer = make_measurer(model, signals, DEPTH)
         assert measurer.measure(ids, mask).calls == calls == measurer.schedule.calls
-    measurer = measurer_of(model, ["similarity"], DEPTH)
+    measurer = make_measurer(model, ["similarity"], DEPTH)
     assert measurer.measure(ids, mask).states_at_peak <= 4
     readouts = []
-    measurer = measurer_of(model, ["lens"], DEPTH)
+    measurer = make_measurer(model, ["lens"], DEPTH)
     final = type(measurer.readout).normalize
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(measurer.readout), "normalize", lambda *given: (readouts.append(1), final(*given))[1])  # type: ignore[func-returns-value]
@@ -278,7 +278,7 @@ def test_a_head_that_attends_to_the_token_before_scores_one() -> None:
 
 def test_the_lens_must_end_in_the_models_own_output() -> None:
     model, ids = tiny_model("llama"), tokens(2, 10)
-    measurer = measurer_of(model, ["lens"], DEPTH)
+    measurer = make_measurer(model, ["lens"], DEPTH)
     with torch.no_grad():
         check_readout(measurer.runner, measurer.readout, ids[:1], torch.ones_like(ids[:1]))
     model.register_forward_hook(lambda _m, _a, output: setattr(output, "logits", output.logits * 1.01))
@@ -377,12 +377,12 @@ def test_what_is_left_out_is_said() -> None:
     model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_weights, "_SOFTMAX", set())
-        observer = measurer_of(model, ["attention"], DEPTH).observer
+        observer = make_measurer(model, ["attention"], DEPTH).observer
         assert observer is not None
         assert "attends to no tokens by softmax" in observer.skipped["attention of block 3"]
         model.set_attn_implementation("sdpa")
         patch.setattr(attention_weights, "_KERNELS", {})
-        blind = measurer_of(model, ["attention"], DEPTH).observer
+        blind = make_measurer(model, ["attention"], DEPTH).observer
         assert blind is not None
         assert (
             "its attention kernel (_scaled_dot_product_flash_attention_for_cpu) does not report its weights"
@@ -392,7 +392,7 @@ def test_what_is_left_out_is_said() -> None:
 
 def test_a_kernel_that_is_chosen_for_this_text_only_is_named() -> None:
     model, ids = tiny_model("llama"), tokens(2, 10)
-    measurer = measurer_of(model, ["attention"], DEPTH)
+    measurer = make_measurer(model, ["attention"], DEPTH)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_weights, "_KERNELS", {})
         with pytest.raises(

@@ -95,8 +95,8 @@ def test_windows_follow_the_rule() -> None:
         assert "".join(texts[-WORD_TOKENS:] if joined else texts[-1:]) == word
         assert texts[-WORD_TOKENS - 1 if joined else -2] in LETTERS.replace("_", "")
     assert found.tokens == len(text)
-    assert found.about["four_token_words"] == len(words[4]) == found.found["four_token_words"]
-    assert found.about["four_token_windows_found"] >= found.about["four_token_windows"] == found.multi_token.sum()
+    assert found.facts["four_token_words"] == len(words[4]) == found.found["four_token_words"]
+    assert found.facts["four_token_windows_found"] >= found.facts["four_token_windows"] == found.multi_token.sum()
 
 
 def test_windows_of_a_real_tokenizer() -> None:
@@ -310,7 +310,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     value = result_of(*words)
     meant = ls.analyses.subjoiners(ls.load(place / "joiner").model, tiny_tokenizer(), [story()])
     assert value["summary"] == describe_subjoiners(meant.heads)
-    assert value["windows"] == meant.windows.about
+    assert value["windows"] == meant.windows.facts
     table = ls.read_results(tmp_path / "out")
     pd.testing.assert_frame_equal(
         table.drop(columns="model"), meant.heads.drop(columns="model"), check_exact=False, atol=1e-6

@@ -11,12 +11,14 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.checkpoints.quantization import rename_layers
 from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_header
 from layersurgery.checkpoints.tensor_index import find_block_prefix
+from layersurgery.models.block_list import find_block_list
 from layersurgery.models.config_fields import find_section, rewrite
 from layersurgery.plans.route import Route
 from tests.support.reference import logits_along, logits_of
@@ -124,6 +126,39 @@ def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
     assert "`0 2 1 3 4-mlp 5`" in card
     assert ls.__version__ in card
     assert "Old text" not in card
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"),
+    [
+        ("", {}),
+        ("# Only text, no metadata\n", {}),
+        ("---\nlicense: [broken\n---\n", {}),
+        ("---\n- a list\n---\n", {}),
+        ("---\ndate: 2024-99-99\n---\n", {}),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\nText", {"license": "mit"}),
+        (
+            "---\nlicense: other\nlicense_name: Lizenz für alle\nmetrics: [f1]\nlanguage: [en, de]\n"
+            "base_model: [a/b, c/d]\n---\n",
+            {
+                "base_model": ["a/b", "c/d"],
+                "license": "other",
+                "license_name": "Lizenz für alle",
+                "language": ["en", "de"],
+            },
+        ),
+    ],
+)
+def test_the_card_inherits_what_also_holds_for_the_edited_model(
+    llama: Path, tmp_path: Path, old: str, expected: dict[str, Any]
+) -> None:
+    (llama / "README.md").write_text(old, "utf-8", newline="")
+    ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    metadata = yaml.safe_load(card.split("---")[1])
+    added = {"library_name": "transformers", "tags": ["layersurgery", "model surgery"]}
+    assert list(metadata.items()) == list((expected | added).items())
+    assert ("Lizenz für alle" in card) == ("license_name" in expected)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +404,15 @@ def test_the_block_prefix_is_found_among_other_numbered_names() -> None:
         find_block_prefix([f"{p}.layers.{i}.w" for p in "ab" for i in range(3)], 3, prefix="b.layers").prefix
         == "b.layers"
     )
+
+
+@pytest.mark.parametrize("tower", ["vision_model", "draft_model", "mtp", "speech_encoder"])
+def test_a_tower_that_is_not_text_is_not_the_decoder_in_files_and_in_memory(tower: str) -> None:
+    model = nn.ModuleDict(
+        {name: nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1, 1) for _ in range(3))}) for name in (tower, "model")}
+    )
+    assert find_block_prefix(model.state_dict(), 3).prefix == "model.layers"
+    assert find_block_list(model, 3).path == "model.layers"
 
 
 def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path: Path) -> None:

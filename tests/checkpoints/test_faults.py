@@ -12,14 +12,18 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
+import filelock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import layersurgery as ls
+from layersurgery.atomic_io import directory_lock
 from layersurgery.checkpoints import shard_writer
 from tests.checkpoints.test_edit import change_config, resave
+from tests.support.zoo import DEPTH
 
 
 def nothing_written(parent: Path, *allowed: str) -> None:
@@ -167,7 +171,7 @@ def test_an_output_that_exists(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ls.edit_checkpoint(llama, ls.swap(1), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ls.OutputError, match="exists already.*--overwrite"):
+    with pytest.raises(ls.OutputError, match=r"exists already; choose another output, or replace it \(overwrite\)"):
         ls.edit_checkpoint(llama, ls.swap(2), out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     ls.edit_checkpoint(llama, ls.drop(2), out, overwrite=True)
@@ -209,7 +213,9 @@ def test_a_run_killed_between_its_two_renames_is_mended_by_the_next(llama: Path,
 
 
 def test_a_source_that_is_saved_again_while_it_is_read(llama: Path, tmp_path: Path) -> None:
-    from layersurgery.checkpoints.edit_checkpoint import prepare_edit, read_checkpoint, write_edit
+    from layersurgery.checkpoints.checkpoint import read_checkpoint
+    from layersurgery.checkpoints.edit_checkpoint import write_edit
+    from layersurgery.checkpoints.prepared_edit import prepare_edit
     from layersurgery.checkpoints.sources import find_source
 
     prepared = prepare_edit(read_checkpoint(find_source(llama)), ls.swap(1))
@@ -228,7 +234,7 @@ def test_output_and_source_within_each_other(llama: Path, tmp_path: Path) -> Non
 def test_too_little_room_is_said_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
-    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; free some space.*--link"):
+    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; free some space.*\(link\)"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "llama")
 
@@ -390,6 +396,85 @@ def test_a_run_does_not_clear_away_another_that_lives(sharded: Path, tmp_path: P
     process.stdout.close()
     nothing_written(tmp_path, "sharded", "out")
     assert "`swap 1 2`" in (out / "README.md").read_text()
+
+
+def test_a_killed_runs_directory_is_kept_while_another_process_has_its_lock(llama: Path, tmp_path: Path) -> None:
+    partial, lock = tmp_path / ".out.partial-01234567", tmp_path / ".lock.out.partial-01234567"
+    partial.mkdir()
+    code = (
+        "import os, sys, filelock\n"
+        "filelock.lock_descriptor(os.open(sys.argv[1], os.O_CREAT | os.O_RDWR), blocking=False)\n"
+        "print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
+        assert partial.exists()
+        process.kill()
+    ls.edit_checkpoint(llama, ls.swap(2), tmp_path / "out", verify=False, overwrite=True)
+    nothing_written(tmp_path, "llama", "out")
+
+
+def test_a_file_system_without_locks(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock, "lock_descriptor", fail)
+    left = tmp_path / ".out.partial-01234567"
+    left.mkdir()
+    ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out", verify=False)
+    with directory_lock(tmp_path):
+        pass
+    nothing_written(tmp_path, "llama", "out", left.name)  # it may be in use, so it stays
+
+
+def test_a_locked_directory(tmp_path: Path) -> None:
+    with directory_lock(tmp_path):
+        nothing_written(tmp_path)
+        with pytest.raises(ls.OutputError, match="another process is writing to .*choose another output"):
+            with directory_lock(tmp_path):
+                pass
+    with directory_lock(tmp_path):
+        pass
+
+
+def test_a_killed_process_unlocks_its_directory(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom layersurgery.atomic_io import directory_lock\n"
+        "with directory_lock(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(ls.OutputError, match="another process is writing to"), directory_lock(tmp_path):
+            pass
+        process.kill()
+    with directory_lock(tmp_path):
+        pass
+
+
+def test_the_models_are_built_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layersurgery.models import meta_model, reload_check
+
+    built: list[int] = []
+
+    def build(config: dict[str, Any]) -> Any:
+        built.append(config["num_hidden_layers"])
+        return original(config)
+
+    original = meta_model.build_meta_model
+    monkeypatch.setattr(meta_model, "build_meta_model", build)
+    monkeypatch.setattr(reload_check, "build_meta_model", build)
+    ls.edit_checkpoint(llama, "skip-mlp 1; drop 2", tmp_path / "checked")
+    assert built == [DEPTH, DEPTH - 1]
+    built.clear()
+    ls.edit_checkpoint(llama, "skip-mlp 1; drop 2", tmp_path / "unchecked", verify=False)
+    assert built == [DEPTH]
 
 
 def test_killed_while_replacing_keeps_a_whole_checkpoint(sharded: Path, tmp_path: Path) -> None:

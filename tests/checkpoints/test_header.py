@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, DTYPE_BITS, encode_header, read_header
+from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, encode_header, read_header
 from layersurgery.errors import SourceError
 
 _TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(4, dtype=torch.int64), "empty": torch.zeros(0, 5)}
@@ -58,51 +58,43 @@ def test_writes_what_the_library_reads_with_the_data_where_it_was(tmp_path: Path
     assert read_header(tmp_path / "b.safetensors").tensors == header.tensors
 
 
-def test_every_dtype_of_the_format_is_known() -> None:
-    # The error message of the library lists all dtypes.
-    from safetensors import SafetensorError, deserialize
+_TWICE = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+_NESTED = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}}"
 
-    text = json.dumps({"x": tensor(0, 0, "NONE", [0])}).encode()
-    with pytest.raises(SafetensorError) as caught:
-        deserialize(len(text).to_bytes(8, "little") + text)  # type: ignore[no-untyped-call]
-    listed = {word.strip("`,. ") for word in str(caught.value).split("expected one of")[1].split(" at line")[0].split()}
-    assert listed <= set(DTYPE_BITS), listed - set(DTYPE_BITS)
-
-
+# What the library finds is reported in its words, the rest in ours.
 _INVALID: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty file": (lambda p: written(p, b"", length=0), "not a JSON object"),
-    "seven bytes": (lambda p: [p.write_bytes(b"1234567"), p][-1], "7 bytes long, which is too short"),
-    "terabytes": (lambda p: written(p, b"{}", length=2**42), "declares a header of 4,398,046,511,104 bytes"),
-    "longer than the file": (lambda p: written(p, b"{}", length=99), "truncated"),
-    "not json": (lambda p: written(p, b"{nonsense}"), "not JSON"),
-    "not an object": (lambda p: written(p, b"[1]"), "not a JSON object"),
-    "not utf-8": (lambda p: written(p, b'{"\xff":1}'), "not JSON"),
-    "lone surrogate": (lambda p: written(p, b'{"\\ud800":{}}'), "not valid text"),
-    "deep": (lambda p: written(p, b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "not JSON"),
+    "empty file": (lambda p: written(p, b"", length=0), "EOF while parsing"),
+    "seven bytes": (lambda p: [p.write_bytes(b"1234567"), p][-1], "header too small"),
+    "terabytes": (lambda p: written(p, b"{}", length=2**42), "header too large"),
+    "longer than the file": (lambda p: written(p, b"{}", length=99), "invalid header length"),
+    "not json": (lambda p: written(p, b"{nonsense}"), "invalid JSON"),
+    "not an object": (lambda p: written(p, b"[1]"), "invalid JSON"),
+    "not utf-8": (lambda p: written(p, b'{"\xff":1}'), "invalid UTF-8"),
+    "lone surrogate": (lambda p: written(p, b'{"\\ud800":{}}'), "invalid JSON"),
+    "deep": (lambda p: written(p, b'{"a":' * 50_000 + b"1" + b"}" * 50_000), "recursion limit"),
+    "deep in another field": (lambda p: written(p, _NESTED, b"x"), "recursion"),
     "digits": (
         lambda p: written(p, b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,1]}}'),
-        "not JSON",
+        "number out of range",
     ),
-    "twice": (lambda p: written(p, b'{"a":1,"a":2}'), "contains the name 'a' twice"),
-    "dtype": (lambda p: written(p, {"a": tensor(0, 1, "F12")}, b"x"), "unknown dtype 'F12'; known dtypes are"),
-    "no dtype": (
-        lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"),
-        "must have exactly the fields dtype",
+    "twice": (lambda p: written(p, _TWICE, b"x"), "contains the name 'a' twice"),
+    "dtype": (lambda p: written(p, {"a": tensor(0, 1, "F12")}, b"x"), "unknown variant `F12`, expected one of"),
+    "no dtype": (lambda p: written(p, {"a": {"shape": [1], "data_offsets": [0, 1]}}, b"x"), "missing field `dtype`"),
+    "another field": (
+        lambda p: written(p, {"a": {**tensor(0, 1), "scale": 2}}, b"x"),
+        "'a' must have exactly the fields dtype, shape and data_offsets",
     ),
-    "negative": (lambda p: written(p, {"a": tensor(0, 1, shape=[-1])}, b"x"), r"shape \[-1\]"),
-    "true": (lambda p: written(p, {"a": tensor(0, 1, shape=[True])}, b"x"), r"shape \[True\]"),
-    "huge": (lambda p: written(p, {"a": tensor(0, 1, shape=[2**62] * 400)}, b"x"), "would not fit on any disk"),
-    "backwards": (lambda p: written(p, {"a": tensor(1, 0, shape=[0])}, b"x"), r"byte range \[1, 0\]"),
-    "three ends": (lambda p: written(p, {"a": {**tensor(0, 1), "data_offsets": [0, 1, 2]}}, b"x"), "byte range"),
-    "wrong size": (
-        lambda p: written(p, {"a": tensor(0, 3, "F16", [2])}, b"xyz"),
-        "needs 4 bytes, but its byte range has 3",
-    ),
-    "overlap": (lambda p: written(p, {"a": tensor(0, 2), "b": tensor(1, 3)}, b"xyz"), "overlaps"),
-    "hole": (lambda p: written(p, {"a": tensor(0, 1), "b": tensor(2, 3)}, b"xyz"), "leaves a hole"),
-    "beyond": (lambda p: written(p, {"a": tensor(0, 9)}, b"xyz"), "need 9 bytes of data, but it has 3"),
-    "trailing": (lambda p: written(p, {"a": tensor(0, 1)}, b"xyz"), "2 bytes of data belong to no tensor"),
-    "metadata": (lambda p: written(p, {"__metadata__": {"a": 1}}), "__metadata__ is not an object with text values"),
+    "negative": (lambda p: written(p, {"a": tensor(0, 1, shape=[-1])}, b"x"), "integer `-1`"),
+    "true": (lambda p: written(p, {"a": tensor(0, 1, shape=[True])}, b"x"), "boolean `true`"),
+    "huge": (lambda p: written(p, {"a": tensor(0, 1, shape=[2**62] * 400)}, b"x"), "overflow"),
+    "backwards": (lambda p: written(p, {"a": tensor(1, 0, shape=[0])}, b"x"), "invalid offset for tensor `a`"),
+    "three ends": (lambda p: written(p, {"a": {**tensor(0, 1), "data_offsets": [0, 1, 2]}}, b"x"), "invalid length 3"),
+    "wrong size": (lambda p: written(p, {"a": tensor(0, 3, "F16", [2])}, b"xyz"), "invalid shape, data type"),
+    "overlap": (lambda p: written(p, {"a": tensor(0, 2), "b": tensor(1, 3)}, b"xyz"), "invalid offset for tensor `b`"),
+    "hole": (lambda p: written(p, {"a": tensor(0, 1), "b": tensor(2, 3)}, b"xyz"), "invalid offset for tensor `b`"),
+    "beyond": (lambda p: written(p, {"a": tensor(0, 9)}, b"xyz"), "not fully covered.*truncated download"),
+    "trailing": (lambda p: written(p, {"a": tensor(0, 1)}, b"xyz"), "not fully covered"),
+    "metadata": (lambda p: written(p, {"__metadata__": {"a": 1}}), "expected a string"),
     "missing": (lambda p: p, "cannot read"),
 }
 
@@ -114,6 +106,7 @@ def test_an_invalid_header_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(SourceError, match=message) as caught:
         read_header(path)
     assert "x.safetensors" in str(caught.value)
+    assert name == "missing" or "again" in str(caught.value)
 
 
 _json = st.recursive(

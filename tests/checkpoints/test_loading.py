@@ -36,6 +36,17 @@ def test_what_cannot_be_loaded(tmp_path: Path, llama: Path) -> None:
         ls.load(llama)
 
 
+def test_a_model_in_memory_has_no_name(llama: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    message = r"expected the name of a model .*, not a LlamaForCausalLM; edit a model in memory with operate\(\)"
+    with pytest.raises(ls.SourceError, match=message):
+        ls.load(model)  # type: ignore[arg-type]
+    with pytest.raises(ls.SourceError, match=message):
+        ls.edit_checkpoint(model, ls.swap(1), tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(ls.PlanError, match="expected a plan or its text .*, not 12"):
+        ls.edit_checkpoint(llama, 12, tmp_path / "out")  # type: ignore[arg-type]
+
+
 def test_a_model_that_would_be_partly_random(llama: Path) -> None:
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))

@@ -15,7 +15,7 @@ from PIL import Image
 
 import layersurgery as ls
 from layersurgery.analyses.outcomes import AnalysisOutput, signals_of
-from layersurgery.analyses.signal_tables import measurer_of
+from layersurgery.analyses.signal_tables import make_measurer
 from layersurgery.runs.run_directory import ANALYSIS, open_run
 from layersurgery.runs.runner import run_measurement
 from tests.cli.test_cli import result_of, run
@@ -131,7 +131,7 @@ def test_what_is_missing_is_said_once(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stopped", [1, 2, 3])
 def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stopped: int) -> None:
     def do(directory: Path, on_progress: Any = None) -> None:
-        measurer = measurer_of(tiny_model("llama"), signals_of("stages"), DEPTH)
+        measurer = make_measurer(tiny_model("llama"), signals_of("stages"), DEPTH)
         with open_run(directory, {"analysis": "stages"}, kind=ANALYSIS) as run:
             run_measurement(
                 run, measurer, text(), AnalysisOutput("stages", measurer, "tiny"), batch_size=2, on_progress=on_progress
@@ -160,7 +160,7 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(
     calls = []
     look = ls.analyses.neuron_scores
     monkeypatch.setattr(outcomes, "neuron_scores", lambda *given, **named: (calls.append(1), look(*given, **named))[1])  # type: ignore[func-returns-value]
-    measurer = measurer_of(tiny_model("llama"), signals_of("stages"), DEPTH)
+    measurer = make_measurer(tiny_model("llama"), signals_of("stages"), DEPTH)
 
     def do(**options: Any) -> None:
         with open_run(tmp_path / "run", {"analysis": "stages"}, kind=ANALYSIS) as run:

@@ -172,6 +172,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_same(place: Path, tmp_path: Path) -> None:
     asked = ["prune", place / "tiny", *words(place), "--remove", 1, "--greedy", "--device", "cpu"]
     alone = result_of(*asked, "-o", tmp_path / "alone")

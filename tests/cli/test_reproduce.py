@@ -55,6 +55,7 @@ def asked(place: Path, *models: object) -> list[Any]:
     return ["reproduce", "--models", ",".join(map(str, models)), *text, "-o", place / "out"]
 
 
+@pytest.mark.slow
 def test_plan_run_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = asked(place, place / "one", place / "two")
     plan = result_of(*words, "--estimate")["plan"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from layersurgery import registry
 from layersurgery.metrics import dispatch, reference, tiled
 from layersurgery.metrics.reference import METRICS
 
@@ -74,6 +75,24 @@ def test_equals_the_definition(tokens: int, vocabulary: int, kind: str, monkeypa
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=2e-5)
     for name in ("agreement", "accuracy"):
         assert torch.equal(found[METRICS.index(name)], meant[METRICS.index(name)])
+
+
+def test_the_definition_and_the_streaming_metrics_have_the_registry_s_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(column.name for column in registry.METRICS) == METRICS
+    stacked: list[list[str]] = []
+    stack = reference.stack_metrics
+
+    def noted(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        stacked.append(list(values))
+        return stack(values)
+
+    monkeypatch.setattr(reference, "stack_metrics", noted)
+    monkeypatch.setattr(dispatch, "stack_metrics", noted)
+    readout = Plain(drawn(31, 4))
+    both(readout, drawn(3, 4), drawn(3, 4, seed=1), torch.arange(3))
+    assert [sorted(names) for names in stacked] == [sorted(METRICS)] * 2
+    with pytest.raises(KeyError, match=r"differ: \['accuracy', 'other'\]"):
+        stack({name: torch.zeros(1) for name in (*METRICS[:-1], "other")})
 
 
 def test_small_divergences_in_single_precision() -> None:

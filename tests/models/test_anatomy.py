@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import layersurgery as ls
 from layersurgery.models.block_parts import BlockParts
 from layersurgery.models.block_view import share_parameters
 from layersurgery.models.call_tracing import Call, random_like
+from layersurgery.models.weight_conventions import fit_norm
+from layersurgery.runtime.block_runner import BlockRunner
 from tests.support.reference import logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
@@ -115,6 +118,18 @@ def test_printed_table() -> None:
     assert "\x1b" not in text
 
 
+def test_html_table() -> None:
+    found = ls.anatomy(tiny_model("deepseek_v3"))
+    html = found._repr_html_()
+    assert html.count("<tr>") == html.count("</tr>") == 3
+    assert html.count("<th>") * 2 == html.count("<td>") == len(found.__rich__().columns) * 2
+    for words in ("<b>DeepseekV3ForCausalLM: 6 blocks at model.layers</b>", "<td>2:6</td>", "final norm model.norm"):
+        assert words in html
+    odd = replace(found, model="<M>", blocks="a&b", kinds=tuple(("<i>", parts) for _, parts in found.kinds))
+    assert "&lt;M&gt;: 6 blocks at a&amp;b" in odd._repr_html_()
+    assert odd._repr_html_().count("<td>&lt;i&gt;</td>") == 2
+
+
 def test_the_model_is_restored() -> None:
     model = tiny_model("llama").train()
     model.model.layers[2].eval()
@@ -150,6 +165,21 @@ def test_the_model_is_restored_after_an_error() -> None:
     with pytest.raises(ls.UnsupportedEditError, match=r"could not be run on 7 tokens \(ValueError: no\)"):
         ls.anatomy(model)
     assert [id(module) for module in model.modules()] == modules
+
+
+def test_memory_that_runs_out_is_not_a_property_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model = tiny_model("llama")
+    model.model.layers[3].forward = run_out
+    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+        ls.anatomy(model)
+    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+        BlockRunner(model, ls.anatomy(tiny_model("llama")))
+    monkeypatch.setattr(nn.RMSNorm, "forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError, match="2.00 GiB"):
+        fit_norm(nn.RMSNorm(8), 8, torch.zeros(1))
 
 
 def _raise(*_: Any, **__: Any) -> None:

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
 import pytest
 
 import layersurgery as ls
+from layersurgery.plans.edits import VERBS, Drop, Edit
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.variants import variants
+
+untyped: Any = ls
 
 
 @pytest.mark.parametrize(
@@ -37,6 +47,94 @@ def test_plans_from_python_and_from_text(plan: Plan, text: str, route: str) -> N
     assert plan.route(32) == Route.parse(route)
     if route.count(" ") > 2:
         assert Route.parse(str(plan.route(32))) == Route.parse(route)
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        (ls.drop([3, 4]), "drop 3 4"),
+        (ls.drop((3, range(6, 9)), 12), "drop 3 6:9 12"),
+        (ls.drop(np.int64(3)), "drop 3"),
+        (ls.drop(np.array([3, 7])), "drop 3 7"),
+        (ls.drop(block for block in (1, 2)), "drop 1 2"),
+        (ls.skip_attention([5, -1]), "skip-attention 5 -1"),
+        (ls.swap(np.int64(3), np.int32(7)), "swap 3 7"),
+        (ls.swap(np.int64(3)), "swap 3 4"),
+        (ls.move([4, 5, 6], after=np.int64(20)), "move 4:7 after 20"),
+        (ls.repeat([-2, -1], times=np.int64(3)), "repeat -2: x3"),
+        (ls.repeat([8]), "repeat 8"),
+        (ls.reverse((8, 9, 10)), "reverse 8:11"),
+        (ls.reorder([[3, 2], range(0, 2)]), "reorder 3 2 0:2"),  # type: ignore[list-item]
+        (ls.reorder(np.array([1, 0])), "reorder 1 0"),
+        (Plan([Drop((3,))]), "drop 3"),  # type: ignore[arg-type]
+    ],
+)
+def test_blocks_in_lists_and_integers_of_any_library(plan: Plan, text: str) -> None:
+    assert str(plan) == text
+    assert Plan.parse(text) == plan == pickle.loads(pickle.dumps(plan))
+
+
+def test_every_edit_names_its_first_block() -> None:
+    texts = {
+        "swap": "swap 3 1", "drop": "drop 3 1", "move": "move 3:5 before 1", "repeat": "repeat 3:5",
+        "reverse": "reverse -3:", "reorder": "reorder 3 1", "skip-attention": "skip-attention 3 1",
+        "skip-mlp": "skip-mlp 3:5",
+    }  # fmt: skip
+    assert set(texts) == set(VERBS)
+    for text in texts.values():
+        assert Plan.parse(text).edits[0].first_block(6) == 3
+
+
+def test_an_edit_of_ones_own_is_read_and_measured() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Keep(Edit):
+        block: int
+        examples: ClassVar = {"keep": "keep 3"}
+
+        @classmethod
+        def _parse(cls, _verb: str, text: str, /) -> Edit:
+            return cls(int(text))
+
+        @property
+        def _first(self) -> int:
+            return self.block
+
+        def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
+            return [visit for visit in route if visit.block == self.block % depth]
+
+        def __str__(self) -> str:
+            return f"keep {self.block}"
+
+    try:
+        (variant,) = variants("keep 3", 6)
+    finally:
+        VERBS.pop("keep")
+    assert (variant.plan, variant.route, variant.layer) == ("keep 3", Route([3]), 3)
+
+
+@pytest.mark.parametrize(
+    ("route", "html"),
+    [
+        ("0:6", "<span>0:6</span>"),
+        ("0 2 1 3:6", '<span>0</span> <b title="moved">2</b> <span>1 3:6</span>'),
+        ("0:3 4:6", '<span>0:3</span> <s title="removed">3</s> <span>4 5</span>'),
+        ("0:4 2:6", '<span>0:4</span> <i title="repeated">2 3</i> <span>4 5</span>'),
+        ("0 2-attn 5", '<span>0</span> <s title="removed">1</s> <span>2-attn</span> <s title="removed">3 4</s> '
+         "<span>5</span>"),
+        ("1:5 0", '<span>1:5</span> <b title="moved">0</b>'),
+        ("2:4", '<s title="removed">0 1</s> <span>2 3</span>'),
+    ],
+)  # fmt: skip
+def test_a_route_in_a_notebook(route: str, html: str) -> None:
+    assert Route.parse(route)._repr_html_() == f"<code>{html}</code>"
+
+
+def test_a_plan_in_a_notebook() -> None:
+    assert (ls.swap(1) + ls.drop(3))._repr_html_() == (
+        "<ol><li><code>swap 1 2</code></li><li><code>drop 3</code></li></ol>"
+    )
+    assert Plan()._repr_html_() == "<p>no edits</p>"
+    assert Route(())._repr_html_() == "<code>no blocks</code>"
 
 
 def test_edits_name_blocks_and_not_positions() -> None:
@@ -100,20 +198,43 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ls.move(5), "exactly one of after= and before="),
-        (lambda: ls.move(5, after=1, before=2), "exactly one of after= and before="),
-        (lambda: ls.drop(), "at least one block"),
-        (lambda: ls.drop("3"), "as a number or a range"),  # type: ignore[arg-type]
-        (lambda: ls.repeat(range(0, 8, 2)), "not a range of adjacent blocks"),
-        (lambda: ls.reorder([]), "at least one block"),
+        (lambda: untyped.move(5), "exactly one of after= and before="),
+        (lambda: untyped.move(5, after=1, before=2), "exactly one of after= and before="),
+        (lambda: untyped.drop(), "at least one block"),
+        (lambda: untyped.drop("3"), "as a number, a range or a list of these, not as '3'"),
+        (lambda: untyped.drop(["3"]), "not as '3'"),
+        (lambda: untyped.drop([]), "drop needs at least one block"),
+        (lambda: untyped.drop(3.0), "not as 3.0"),
+        (lambda: untyped.drop(True), "not as True"),
+        (lambda: untyped.drop(np.array([True, False])), "not as np.True_"),
+        (lambda: untyped.drop({3: 4}), "not as {3: 4}"),
+        (lambda: untyped.drop(None), "not as None"),
+        (lambda: untyped.skip_mlp(Visit(3)), r"not as Visit\(block=3"),
+        (lambda: untyped.swap("1", 2), "a block is given as a whole number, not as '1'"),
+        (lambda: untyped.swap((1, 2)), r"a block is given as a whole number, not as \(1, 2\)"),
+        (lambda: untyped.swap(1, 2.0), "not as 2.0"),
+        (lambda: untyped.move(1, after=True), "not as True"),
+        (lambda: untyped.repeat(1, times=2.5), "times is given as a whole number, not as 2.5"),
+        (lambda: untyped.repeat([4, 6]), r"\[4, 6\] is not a range of adjacent blocks"),
+        (lambda: untyped.repeat(range(8, 8)), r"range\(8, 8\) is empty"),
+        (lambda: untyped.reverse("8:12"), "not as '8:12'"),
+        (lambda: untyped.Plan("drop 3"), r"Plan\(\) takes edits, not text; use Plan.parse\('drop 3'\)"),
+        (lambda: untyped.Plan(("drop 3",)), r"Plan\(\) takes edits, not 'drop 3'"),
+        (
+            lambda: untyped.Plan((untyped.drop(3),)),
+            r"Plan\(\) takes edits, not Plan.parse\('drop 3'\); join plans with \+",
+        ),
+        (lambda: untyped.Plan(7), r"Plan\(\) takes edits, not 7"),
+        (lambda: untyped.repeat(range(0, 8, 2)), "not a range of adjacent blocks"),
+        (lambda: untyped.reorder([]), "at least one block"),
         (lambda: Visit(-1), "of at least 0"),
         (lambda: Route.parse("20:"), "depth must be known"),
         (lambda: Route.parse("-1"), "depth must be known"),
     ],
 )
-def test_wrong_calls_say_what_is_wrong(call: object, message: str) -> None:
+def test_wrong_calls_say_what_is_wrong(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ls.PlanError, match=message):
-        call()  # type: ignore[operator]
+        call()
 
 
 @pytest.mark.parametrize(

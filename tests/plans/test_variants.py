@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 import layersurgery as ls
-from layersurgery.plans.variants import FAMILIES, family, is_family, read_plans, unedited, variants
+from layersurgery.plans.families import FAMILIES
+from layersurgery.plans.variants import family, is_family, layer_range, read_plans, unedited, variants
 
 
 @pytest.mark.parametrize(
@@ -39,13 +40,32 @@ def test_what_is_asked_for_twice_is_meant_once() -> None:
 
 
 def test_layers_restrict_to_edits_that_touch_no_other_block() -> None:
-    for name in FAMILIES:
-        for variant in family(name + ":3" * (name == "drop-span"), 10, range(2, 7)):
+    for kind in FAMILIES.values():
+        for variant in family(kind.usage.replace("N", "3"), 10, range(2, 7)):
             touched = {block for block in range(10) if variant.route.blocks[block : block + 1] != (block,)}
             named = set(ls.Plan.parse(variant.plan).route(10).blocks) ^ set(range(10))
             assert named <= set(range(2, 7))
             assert min(touched | {2}) >= 2
     assert [variant.plan for variant in family("swap", 10, range(8, 10))] == ["swap 8 9"]
+    assert family("drop-span:4", 10, range(2, 5)) == []
+    assert variants("swap", 10, "-2:") == family("swap", 10, "8:10") == family("swap", 10, range(8, 10))
+
+
+def test_a_family_says_how_it_is_written_and_drawn() -> None:
+    assert [name for name, kind in FAMILIES.items() if kind.per_layer] == [
+        "swap", "drop", "skip-attention", "skip-mlp", "drop-span",
+    ]  # fmt: skip
+    for name, kind in FAMILIES.items():
+        assert kind.name == name
+        edits = list(kind.edits(range(8), 3, 8))
+        widths = {len(set(range(8)) - set(_untouched(str(edit)))) for edit in edits}
+        if kind.per_layer:
+            assert widths == {3 if kind.takes_number else kind.width}
+
+
+def _untouched(text: str) -> list[int]:
+    route = ls.Plan.parse(text).route(8)
+    return [visit.block for position, visit in enumerate(route) if visit == ls.Visit(position) or len(route) < 8]
 
 
 def test_any_form() -> None:
@@ -95,6 +115,20 @@ def test_layers_out_of_range_and_layers_without_an_edit() -> None:
         ls.PlanError, match="nothing to measure: 'swap' has no edit of a model of 6 blocks with layers 2:3"
     ):
         variants("swap", 6, range(2, 3))
+    assert layer_range(None, 6) is None
+    assert layer_range("4:", 6) == range(4, 6)
+    for wrong, words in {
+        "3": "layers takes one half-open range, for example 4:20, not '3'",
+        "1:3 4:6": "one half-open range",
+        "1:3-mlp": "one half-open range",
+        "4:9": "the range 4:9 is out of range",
+        range(0, 6, 2): r"a range of adjacent blocks, for example range\(4, 20\) or '4:20', not range\(0, 6, 2\)",
+        range(3, 3): "a range of adjacent blocks",
+        range(-2, 0): "layers -2:0 are out of range",
+        (1, 2): r"a range of adjacent blocks.* not \(1, 2\)",
+    }.items():
+        with pytest.raises(ls.PlanError, match=words):
+            variants("swap", 6, wrong)  # type: ignore[arg-type]
 
 
 def test_a_file_of_plans() -> None:

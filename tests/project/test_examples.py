@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.support.demo_model import use_demo_model
+from tests.support.zoo import slow
 
 HERE = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(HERE.glob("*.py"))
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
+RUN = [slow(path) if path.stem in ("06_prune_and_heal", "07_lm_eval") else path for path in EXAMPLES]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def perform(example: Path, capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", RUN, ids=lambda path: path.stem)
 def test_it_runs(example: Path, small: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(perform(example, capsys).splitlines()) > 5
 
@@ -70,6 +72,7 @@ def cells(notebook: Path) -> list[str]:
     return [cell.source for cell in found.cells if cell.cell_type == "code"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebooks_cells_run(notebook: Path, small: None) -> None:
     """Run the cells in this process, because a kernel would import torch again."""

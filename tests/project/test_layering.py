@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Packages of one group do not import each other. Figures import plans only; they get tables.
 ORDER = [
-    {"errors", "version", "atomic_io"},
+    {"errors", "version", "atomic_io", "library_logs"},
     {"plans"},
     {"models"},
     {"runtime"},

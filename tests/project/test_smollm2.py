@@ -37,6 +37,7 @@ def test_a_swapped_layer_in_a_pipeline(source: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found, logits_along(original, result.route, ids), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_middle_forgives_and_the_ends_do_not(source: Path, tmp_path: Path) -> None:
     divergences = {}
     for layer in (0, 12):
@@ -48,7 +49,7 @@ def test_the_middle_forgives_and_the_ends_do_not(source: Path, tmp_path: Path) -
     assert divergences[0]["agreement"] < 0.3
 
 
-def test_a_gguf_file_is_a_source(tmp_path: Path) -> None:
+def test_a_gguf_file_is_a_source(source: Path, tmp_path: Path) -> None:
     assert not needs_conversion(EMBEDDED)
     assert not needs_conversion(str(embedded_file()))
     result = ls.edit_checkpoint(embedded_file(), "drop 20", tmp_path / "dropped", verify=False)
@@ -84,6 +85,7 @@ def test_what_it_is_made_of(loaded: Any) -> None:
     assert found.parts(0).skip_error == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "least", "most"),
     [
@@ -109,6 +111,7 @@ def test_edits_of_the_live_model(loaded: Any, text: torch.Tensor, plan: str, lea
     assert least < found.kl_nats < most
 
 
+@pytest.mark.slow
 def test_a_kept_edit_in_a_pipeline(text: torch.Tensor, tmp_path: Path) -> None:
     model, tokenizer = ls.load(EMBEDDED)
     ls.operate_(model, "drop 20:22; repeat 10; skip-attention 25")
@@ -121,6 +124,7 @@ def test_a_kept_edit_in_a_pipeline(text: torch.Tensor, tmp_path: Path) -> None:
             torch.testing.assert_close(pipe.model(text).logits, meant, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_what_the_paper_found(loaded: Any, text: torch.Tensor) -> None:
     ids = text.view(4, 128)
     frame = ls.sweep(loaded.model, "swap,drop", ids)

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import psutil
@@ -18,11 +20,14 @@ import pytest
 
 from layersurgery.runs.distributed import SingleProcess, assign_gpus, chunked
 from tests.cli.test_cli import run
+from tests.support.end_children import end_tree
 from tests.support.tiny_checkpoint import checkpoint
 
 SEQUENCES = 41
 # One thread each: a product's digits depend on how many share it.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# A launcher that has lost the others waits for them for ten minutes, if not told otherwise.
+PATIENCE = ["--rdzv_conf", "timeout=60"]
 
 
 def free_port() -> int:
@@ -91,7 +96,7 @@ for rank in range(asked["size"]):
         os._exit(code)
     children.append(child)
 if asked["kill"] is not None:
-    while not (os.path.exists(asked["journal"]) and os.path.getsize(asked["journal"]) > 3000):
+    while not (os.path.exists(asked["journal"]) and len(os.listdir(asked["journal"])) > 1):
         time.sleep(0.005)
     os.kill(children[asked["kill"]], 9)
 print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
@@ -105,26 +110,30 @@ class Ended:
     err: list[str]
 
 
+@contextmanager
+def ending(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """End the process and all that it started, even if the test fails before it has ended by itself."""
+    try:
+        yield process
+    finally:
+        end_tree(process.pid)
+
+
 def start(
     place: Path, said: Path, size: int, given: list[str], *, kill: int | None = None, elsewhere: Path | None = None
 ) -> Ended:
     """Run a team to its end; `kill` a rank once some batches are measured, or run rank 1 `elsewhere`."""
-    journal = Path(given[given.index("-o") + 1]) / "progress.journal"
+    journal = Path(given[given.index("-o") + 1]) / "sums.parts"
     asked = {
         "size": size, "port": free_port(), "words": given, "kill": kill, "journal": str(journal), "said": str(said),
         "elsewhere": [1] if elsewhere else [], "there": str(elsewhere),
     }  # fmt: skip
-    found = subprocess.run(
-        [sys.executable, "-c", _START, json.dumps(asked)],
-        cwd=place,
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stderr
+    command = [sys.executable, "-c", _START, json.dumps(asked)]
+    with ending(subprocess.Popen(command, cwd=place, env=ENV, stdout=PIPE, stderr=PIPE, text=True)) as process:
+        stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
     texts = [[(said / f"{rank}.{name}").read_text() for rank in range(size)] for name in ("out", "err")]
-    return Ended(json.loads(found.stdout.splitlines()[-1]), *texts)
+    return Ended(json.loads(stdout.splitlines()[-1]), *texts)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -209,16 +218,16 @@ def test_another_checkpoint_on_another_machine(place: Path, tmp_path: Path) -> N
     assert not (place / "elsewhere" / "results.parquet").exists()
 
 
-def launched(place: Path, out: str, launcher: list[Any]) -> subprocess.Popen[str]:
+def launched(place: Path, out: str, launcher: list[Any]) -> AbstractContextManager[subprocess.Popen[str]]:
     """By the launchers that people use."""
     command = [sys.executable, "-m", *map(str, launcher), "-m", "layersurgery_cli", *words(place, out)]
-    return subprocess.Popen(command, cwd=place, env=ENV, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return ending(subprocess.Popen(command, cwd=place, env=ENV, stdin=subprocess.DEVNULL, stderr=PIPE, text=True))
 
 
 def underway(directory: Path) -> None:
     """Wait until some batches are measured."""
-    journal, deadline = directory / "progress.journal", time.monotonic() + 200
-    while not (journal.exists() and journal.stat().st_size > 3000):
+    journal, deadline = directory / "sums.parts", time.monotonic() + 200
+    while len(list(journal.glob("*.npz"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -232,10 +241,11 @@ def ranks(launcher: subprocess.Popen[str]) -> Iterator[tuple[int, psutil.Process
 
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, alone: dict[str, bytes]) -> None:
     """First by torchrun; then by accelerate's way for several GPUs, which without any computes on the CPU."""
-    process = launched(place, "killed", ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()])
-    underway(place / "killed")
-    dict(ranks(process))[1].kill()
-    _, err = process.communicate(timeout=120)
+    torchrun = ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), *PATIENCE]
+    with launched(place, "killed", torchrun) as process:
+        underway(place / "killed")
+        dict(ranks(process))[1].kill()
+        _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9" in err
     assert "run the same command again to resume" in " ".join(err.split())
@@ -246,10 +256,11 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, a
         "mixed_precision": "no",
         "dynamo_backend": "no",
         "main_process_port": free_port(),
+        "rdzv_conf": PATIENCE[1],
     }
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
-    process = launched(place, "killed", ["accelerate.commands.launch", "--multi_gpu", *given])
-    _, err = process.communicate(timeout=300)
+    with launched(place, "killed", ["accelerate.commands.launch", "--multi_gpu", *given]) as process:
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "on 3 processes" in err
     assert "Resuming from the results measured so far" in err

@@ -31,18 +31,18 @@ def test_nothing_waits_for_the_device_inside_a_batch() -> None:
     model, ids = tiny_model("llama").to("cuda"), tokens(3)
     measurer = Measurer(model, variants("swap,drop", DEPTH))
     measurer.measure(ids, torch.ones_like(ids))
-    waited: list[bool] = []
+    fractions: list[float] = []
 
-    def each(rows: object, metrics: torch.Tensor) -> None:
-        # From the first reading on, until the last.
-        torch.cuda.set_sync_debug_mode("error" if len(waited) < len(measurer.routes) else "default")
-        waited.append(False)
+    def on_fraction(fraction: float) -> None:
+        # From the first step on, until the last.
+        torch.cuda.set_sync_debug_mode("error" if fraction < 1 else "default")
+        fractions.append(fraction)
 
     try:
-        measurer.measure(ids, torch.ones_like(ids), each)
+        measurer.measure(ids, torch.ones_like(ids), on_fraction=on_fraction)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(waited) == len(measurer.routes) + 1
+    assert len(fractions) > len(measurer.routes)
 
 
 def test_the_readout_makes_no_logits() -> None:

@@ -205,10 +205,13 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
     [
         (["--device", "cpu", "--device-map", "auto"], "give either --device or --device-map"),
         (["--max-memory", "cpu=1GB"], "need --device-map"),
-        (["--device-map", "auto", "--max-memory", "lots"], "--max-memory 'lots' is not DEVICE=SIZE"),
+        (["--device-map", "auto", "--max-memory", "lots"], "max-memory 'lots' is not DEVICE=SIZE"),
         (["--device-map", "nowhere.json"], "is not a map and not a file"),
         (["--schedule", "breadth"], "--schedule 'breadth' is unknown; use depth-first or layer-major"),
-        (["--estimate", "--device-map", '{"model": "cpu"}'], "--device-map gives no device for lm_head.weight"),
+        (
+            ["--estimate", "--device-map", '{"model": "cpu"}'],
+            "the device map gives no device for lm_head.weight; give one to each",
+        ),
     ],
 )
 def test_options_that_cannot_be_meant(small: list[Any], tmp_path: Path, more: list[str], said: str) -> None:

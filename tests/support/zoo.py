@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -162,6 +166,31 @@ ZOO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def slow(value: Any) -> Any:
+    """Return a parameter of a test that is a slow one for this value."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+def rotate(plans: Sequence[str], *, count: int = 1, always: Iterable[tuple[str, str]] = ()) -> list[Any]:
+    """Return every pair of an architecture and a plan, for `parametrize`; all but a few pairs are slow tests.
+
+    Args:
+        plans: the edits of a test.
+        count: how many plans of each architecture are quick; the next architecture has the next ones.
+        always: pairs that do not count and are quick anyway, because the edit is refused and the test short.
+    """
+    pairs = []
+    always = set(always)
+    for number, name in enumerate(ZOO):
+        edits = [plan for plan in plans if (name, plan) not in always]
+        quick = {edits[(number * count + turn) % len(edits)] for turn in range(count)} if edits else set()
+        pairs += [
+            pytest.param(name, plan, marks=() if plan in quick or (name, plan) in always else pytest.mark.slow)
+            for plan in plans
+        ]
+    return pairs
+
+
 def tiny_config(name: str, **overrides: Any) -> Any:
     """Return the config of one entry of the zoo."""
     model_type = name.partition("-")[0]
@@ -178,6 +207,19 @@ def tiny_config(name: str, **overrides: Any) -> Any:
 
 def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return one model of the zoo in float32 and evaluation mode; noise makes sure that no weight is zero or one."""
+    if overrides:
+        return _build(name, seed, **overrides)
+    model, random_state = _build_once(name, seed)
+    torch.set_rng_state(random_state)  # the same, whether another test built it or this one
+    return copy.deepcopy(model)
+
+
+@cache
+def _build_once(name: str, seed: int) -> tuple[PreTrainedModel, torch.Tensor]:
+    return _build(name, seed), torch.get_rng_state()
+
+
+def _build(name: str, seed: int, **overrides: Any) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides))
     with torch.no_grad():

@@ -331,8 +331,7 @@ def test_a_batch_in_parts_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(7)
     mask = torch.ones_like(ids)
     mask[3, 5:] = 0
-    whole: dict[tuple[int, ...], torch.Tensor] = {}
-    meant = measurer.measure(ids, mask, lambda rows, metrics: whole.update({tuple(rows): metrics}))
+    meant = measurer.measure(ids, mask, per_token=True)
     run, calls = BlockRunner.run, 0
 
     def crowded(self: BlockRunner, *args: Any) -> Any:
@@ -346,16 +345,18 @@ def test_a_batch_in_parts_is_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(BlockRunner, "run", crowded)
     measurer.max_sequences = 4
-    rows: dict[tuple[int, ...], torch.Tensor] = {}
     shares: list[float] = []
     with pytest.warns(UserWarning, match="continuing with 1"):
-        found = measurer.measure(ids, mask, lambda rows_, metrics: rows.update({tuple(rows_): metrics}), shares.append)
-    assert measurer.max_sequences == 1
+        found = measurer.measure(ids, mask, per_token=True, on_fraction=shares.append)
+    assert measurer.max_sequences == found.max_sequences == 1
+    assert meant.max_sequences is None
     assert found.counts == meant.counts
     np.testing.assert_allclose(found.values, meant.values, atol=1e-5)
-    assert rows.keys() == whole.keys()
-    for key, metrics in rows.items():
-        torch.testing.assert_close(metrics, whole[key], atol=1e-5, rtol=1e-5)
+    assert found.token_metrics is not None
+    assert meant.token_metrics is not None
+    assert found.token_metrics.keys() == meant.token_metrics.keys()
+    for key, metrics in found.token_metrics.items():
+        torch.testing.assert_close(metrics, meant.token_metrics[key], atol=1e-5, rtol=1e-5)
     assert shares[-1] == 1
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layersurgery.errors import PlanError, SourceError
-from layersurgery.runtime.device_map import (
+from ..errors import PlanError, SourceError
+from ..runtime.device_map import (
     DeviceMap,
     MaxMemory,
     describe,
@@ -21,11 +21,10 @@ from layersurgery.runtime.device_map import (
 )
 
 if TYPE_CHECKING:
-    from layersurgery.checkpoints.sources import Source
-    from layersurgery.runs.distributed import ProcessGroup
-
-    from ..terminal.console import Console
-    from .run_options import MeasureOptions
+    from ..checkpoints.sources import Source
+    from .distributed import ProcessGroup
+    from .options import RunOptions
+    from .reporter import Reporter
 
 _FREE_MEMORY_SHARE = 0.9
 _DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
@@ -59,7 +58,7 @@ class Placement:
         )
 
 
-def choose_placement(options: MeasureOptions, source: Source, console: Console) -> Placement:
+def choose_placement(options: RunOptions, source: Source, reporter: Reporter) -> Placement:
     """Resolve the options for devices and data type.
 
     Raises:
@@ -69,25 +68,24 @@ def choose_placement(options: MeasureOptions, source: Source, console: Console) 
     import torch
 
     if options.device and options.device_map:
-        raise PlanError("give either --device or --device-map, not both")
+        raise PlanError("give either device or device-map, not both")
     if (options.max_memory or options.offload_folder) and not options.device_map:
-        raise PlanError("--max-memory and --offload-folder need --device-map, for example --device-map auto")
-    device_map = read_device_map(options.device_map) if options.device_map else None
-    max_memory = read_max_memory(options.max_memory) if options.max_memory else None
+        raise PlanError("max-memory and offload-folder need device-map, for example auto")
+    device_map = read_device_map(options.device_map) if isinstance(options.device_map, str) else options.device_map
+    max_memory = read_max_memory(options.max_memory) if isinstance(options.max_memory, str) else options.max_memory
+    folder = None if options.offload_folder is None else Path(options.offload_folder)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] == "meta":
-        raise PlanError("--device meta cannot compute; use cpu or cuda")
+        raise PlanError("device meta cannot compute; use cpu or cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SourceError(f"--device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    return Placement(
-        device, _resolve_dtype(options.dtype, device, source, console), device_map, max_memory, options.offload_folder
-    )
+        raise SourceError(f"device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
+    return Placement(device, _resolve_dtype(options.dtype, device, source, reporter), device_map, max_memory, folder)
 
 
-def _resolve_dtype(requested: str, device: str, source: Source, console: Console) -> str:
-    dtype = requested.removeprefix("torch.")
+def _resolve_dtype(requested: str, device: str, source: Source, reporter: Reporter) -> str:
+    dtype = str(requested).removeprefix("torch.")
     if dtype == "auto":
         config = json.loads((source.directory / "config.json").read_text("utf-8"))
         inner = config.get("text_config") or {}
@@ -96,12 +94,12 @@ def _resolve_dtype(requested: str, device: str, source: Source, console: Console
         dtype = str(next(filter(None, values), "auto")).removeprefix("torch.")
         if device == "cpu" and dtype == "float16":
             dtype = "float32"
-            console.log(
+            reporter.log(
                 "Note: the checkpoint is in float16, which few CPUs can multiply, so it is loaded in float32; "
-                "use --dtype float16 to keep float16"
+                "dtype float16 keeps float16"
             )
     if dtype not in _DTYPES:
-        raise PlanError(f"--dtype {requested!r} is not supported; use float32, bfloat16, float16 or auto")
+        raise PlanError(f"dtype {requested!r} is not supported; use float32, bfloat16, float16 or auto")
     return dtype
 
 
@@ -114,7 +112,7 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
     Raises:
         PlanError: the placement names a GPU that this process does not have.
     """
-    from layersurgery.checkpoints.loading import load
+    from ..checkpoints.loading import load
 
     if placement.device_map is None:
         yield load(source.directory, dtype=placement.dtype).model.to(_local_device(placement.device, group))
@@ -142,7 +140,7 @@ def _local_device(device: int | str, group: ProcessGroup) -> int | str:
     """Return the machine's device for a device number of this process."""
     import torch
 
-    from layersurgery.runs.distributed import assign_gpus
+    from .distributed import assign_gpus
 
     return device if group.size == 1 else local_device(device, assign_gpus(group, torch.cuda.device_count()))
 
@@ -152,7 +150,7 @@ def _resolve_max_memory(limits: MaxMemory | None, group: ProcessGroup) -> MaxMem
     import psutil
     import torch
 
-    from layersurgery.runs.distributed import assign_gpus
+    from .distributed import assign_gpus
 
     if group.size == 1:
         return limits

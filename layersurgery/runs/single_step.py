@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..terminal.console import Console, recorded_command
-from .figures import draw_analysis
+from .drawing import draw_analysis
+from .reporter import Reporter
+from .run_directory import ANALYSIS, Run, open_run, package_versions
+from .runner import draw_safely
+from .tables import write_tables
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from layersurgery.runs.run_directory import Run
 
 TablesAndFacts = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
 
@@ -20,7 +21,7 @@ TablesAndFacts = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
 def run_once(
     directory: Path,
     arguments: Mapping[str, Any],
-    console: Console,
+    reporter: Reporter,
     make: Callable[[], TablesAndFacts],
     *,
     overwrite: bool,
@@ -30,21 +31,17 @@ def run_once(
     Args:
         directory: where to write.
         arguments: everything the results depend on, except versions.
-        console: where to print.
+        reporter: receives what is said.
         make: returns the tables, the main one first, and facts for `run.json`.
         overwrite: replace what another run has left in the directory.
 
     Returns:
         The finished run.
     """
-    from layersurgery.analyses.outcomes import write_tables
-    from layersurgery.runs.run_directory import ANALYSIS, open_run, package_versions
-    from layersurgery.runs.runner import draw_safely
-
     arguments = {**arguments, "versions": package_versions()}
-    with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=recorded_command()) as run:
+    with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=reporter.command) as run:
         if run.finished:
-            console.log(f"The run in {run.directory} has finished; nothing to do. Use --overwrite to measure again")
+            reporter.log(f"The run in {run.directory} has finished; nothing to do. Overwrite it to measure again")
             return run
         frames, facts = make()
         run.start()

@@ -1,0 +1,86 @@
+"""Run the measuring commands: make a session, run one measurement in it, and print the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..terminal.console import Console
+
+if TYPE_CHECKING:
+    from layersurgery.runs.options import RunOptions
+    from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.session import ModelSession
+
+
+def measure(
+    model: str,
+    options: RunOptions,
+    output: Path | None,
+    name: str,
+    console: Console,
+    run: Callable[[ModelSession, Path], Run],
+) -> Run | None:
+    """Run one measurement, and show its progress.
+
+    Args:
+        model: the model's name.
+        options: options of the measurement.
+        output: where to write; by default a directory named after the model and the measurement.
+        name: name of the measurement.
+        console: where to print.
+        run: runs it in a session and a directory.
+
+    Returns:
+        The finished run; None in a process that another one leads.
+    """
+    from layersurgery.runs.processes import run_session
+
+    return run_session(
+        model,
+        options,
+        lambda session: run(session, output or Path(f"{session.name}-{name}")),
+        reporter=console,
+    )
+
+
+def run_sweep(
+    model: str, edits: Any, layers: str | None, options: RunOptions, output: Path | None, overwrite: bool,
+    console: Console,
+) -> None:  # fmt: skip
+    """Measure the effect of the edits, and print it."""
+    from layersurgery.runs.sweep import run_sweep as run_in
+
+    from ..terminal.sweep_results import show_sweep
+
+    run = measure(
+        model,
+        options,
+        output,
+        "sweep",
+        console,
+        lambda session, directory: run_in(session, directory, edits, layers=layers, overwrite=overwrite),
+    )
+    if run is not None:
+        show_sweep(run, console)
+
+
+def run_analysis(
+    name: str, model: str, options: RunOptions, output: Path | None, overwrite: bool, console: Console, **own: Any
+) -> None:
+    """Run an analysis, and print its results; `own` are the options that only this analysis has."""
+    from layersurgery.analyses.analyze import run_analysis as run_in
+
+    from ..terminal.analysis_results import show_analysis
+
+    run = measure(
+        model,
+        options,
+        output,
+        name,
+        console,
+        lambda session, directory: run_in(session, name, directory, overwrite=overwrite, **own),
+    )
+    if run is not None:
+        show_analysis(run, console)

@@ -1,1 +1,0 @@
-"""Hold one model and one text for several measurements."""

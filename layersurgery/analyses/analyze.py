@@ -1,0 +1,181 @@
+"""Run an analysis by its name into a directory of results, and let the functions of `analyses` take any text."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..errors import PlanError
+from ..registry import ANALYSES, resolve
+from ..runs.frames import ResultFrame, as_result
+from ..runs.open_text import open_model, open_text
+from ..runs.options import RunOptions
+from ..runs.processes import run_session
+from ..runs.reporter import Reporter
+from ..runs.requests import read_given_text
+from ..runs.run_directory import Run
+from ..runs.session import ModelSession
+from ..runs.tables import read_results
+
+_RUN_OPTIONS = {field.name for field in fields(RunOptions)}
+# The functions in memory take these two themselves.
+_SHARED = {"batch_size", "blocks"}
+
+
+def run_analysis(session: ModelSession, name: str, directory: Path, *, overwrite: bool = False, **options: Any) -> Run:
+    """Run an analysis on a session's model and text, or resume it, or use the finished run in the directory.
+
+    Args:
+        session: the model and the text.
+        name: one of `registry.ANALYSES`.
+        directory: where to write.
+        overwrite: replace what another run has left in the directory.
+        options: options of this analysis.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        PlanError: an unknown analysis, or an option that it does not have.
+    """
+    check_analysis(name)
+    run: Run = resolve(ANALYSES[name].run)(session, directory, analysis=name, overwrite=overwrite, **options)
+    return run
+
+
+def check_analysis(name: str) -> None:
+    """Refuse an unknown analysis.
+
+    Raises:
+        PlanError: there is none of this name (names the nearest one).
+    """
+    if name not in ANALYSES or not ANALYSES[name].help:
+        names = [known for known, analysis in ANALYSES.items() if analysis.help]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(names)}"
+        raise PlanError(f"unknown analysis {name!r}; {hint}")
+
+
+def analyze(
+    name: str,
+    model: Any,
+    text: Any = None,
+    *,
+    directory: str | os.PathLike[str],
+    attention_mask: Any = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> ResultFrame:
+    """Run an analysis as the command of this name does: tables, figures and a record of the run in a directory.
+
+    An analysis that was interrupted resumes there, and a finished one is read.
+
+    Args:
+        name: "attention", "norms", "lens", "similarity", "neurons", "subjoiners", "probe", "stages" or "rank".
+        model: a transformers causal language model, or the name of one.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
+            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        directory: where to write.
+        attention_mask: 1 for a token and 0 for padding, for token ids.
+        overwrite: discard what another run has left in the directory, and measure again.
+        progress: called with how much is done and how much there is in total.
+        options: as `layersurgery.runs.options.RunOptions`, and the analysis's own, such as `samples` or `spans`.
+
+    Returns:
+        The main table; `read_results(directory, table)` reads the others.
+
+    Raises:
+        PlanError: an unknown analysis or option, or text that cannot be measured.
+        SourceError: the model or the text cannot be found or read.
+        MeasurementError: predictions that are NaN or infinite, too little text, or too little memory.
+        OutputError: the directory holds something else, or a run with other arguments.
+
+    Example:
+        >>> import tempfile
+        >>> import layersurgery as ls
+        >>> directory = tempfile.mkdtemp()
+        >>> frame = ls.analyze("lens", "smollm2-135m", "pydoc", directory=directory, tokens=64, context=32)
+        >>> ls.read_results(directory).lens_kl_nats.shape
+        (30,)
+    """
+    check_analysis(name)
+    run_options, own = split_options(options)
+    run_options, given = read_given_text(text, run_options, attention_mask)
+    if given is not None and given.tokens is not None and ANALYSES[name].needs == "windows":
+        raise PlanError(f"{name} searches texts for windows; give texts, not tokens")
+    run_session(
+        model,
+        run_options,
+        lambda session: run_analysis(session, name, Path(directory), overwrite=overwrite, **own),
+        reporter=Reporter(None if progress is None else lambda _, done, total: progress(done, total)),
+        given=given,
+    )
+    return read_results(directory)
+
+
+def on_any_text(name: str, function: Callable[..., pd.DataFrame]) -> Callable[..., ResultFrame]:
+    """Make of a function of a loaded model and tokens one that takes any model and text, and may write a directory.
+
+    Args:
+        name: the analysis's name.
+        function: measures it in memory: function(model, tokens, attention_mask=..., ...).
+    """
+
+    def measure(
+        model: Any,
+        text: Any = None,
+        *,
+        attention_mask: Any = None,
+        directory: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> ResultFrame:
+        if directory is not None:
+            return analyze(
+                name,
+                model,
+                text,
+                directory=directory,
+                attention_mask=attention_mask,
+                overwrite=overwrite,
+                **options,
+            )
+        run_options, own = split_options(options)
+        own |= {key: options[key] for key in _SHARED if key in options}
+        if ANALYSES[name].needs == "weights":
+            with open_model(model, run_options) as (_, loaded):
+                return as_result(function(loaded, **own), name, "from weights alone")
+        run_options, given = read_given_text(text, run_options, attention_mask)
+        with open_text(model, given, run_options) as (session, loaded, tokens):
+            frame = function(loaded, tokens.ids, attention_mask=tokens.mask, **own)
+            return as_result(frame, name, session.caption(tokens))
+
+    measure.__module__, measure.__name__, measure.__qualname__ = function.__module__, name, name
+    measure.__doc__ = _with_shared_text(function.__doc__ or "")
+    return measure
+
+
+_FORMS = (
+    "With a `directory`, tables, figures and a record of the run are written there, an interrupted run resumes, and a\n"
+    "    finished one is read. The model may be given by its name, and the text as token ids, a tokenizer's output, a "
+    "list of\n    strings, a Hugging Face dataset, a path or the id of a dataset; see `analyze`.\n"
+)
+
+
+def _with_shared_text(doc: str) -> str:
+    """Add to a docstring what all these functions share."""
+    first, _, rest = doc.partition("\n")
+    return f"{first}\n\n    {_FORMS}{rest}"
+
+
+def split_options(options: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
+    """Split keyword arguments into options of every run and those of one analysis."""
+    shared = {name: value for name, value in options.items() if name in _RUN_OPTIONS}
+    return RunOptions.of(shared), {name: value for name, value in options.items() if name not in _RUN_OPTIONS}

@@ -1,0 +1,195 @@
+"""Choose layers to remove, measure the cost, and write the pruned checkpoint; resumable if it writes a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..atomic_io import check_output
+from ..checkpoints.edit_checkpoint import edit_checkpoint
+from ..errors import OutputError, PlanError
+from ..runs.open_text import open_text
+from ..runs.processes import run_session
+from ..runs.reporter import Reporter
+from ..runs.requests import read_given_text
+from ..runs.tables import read_results
+from .analyze import split_options
+from .layer_pruning import (
+    GREEDY,
+    Pruning,
+    check_removal,
+    greedy_removals,
+    prefixes,
+    prune_tokens,
+    removal_orders,
+    removal_plan,
+)
+from .layer_ranking import CRITERIA
+from .tasks import CostTask, GreedyStepTask, RankTask
+
+if TYPE_CHECKING:
+    from ..runs.run_directory import Run
+    from ..runs.session import ModelSession, Task
+
+
+def prune(
+    model: Any,
+    text: Any = None,
+    *,
+    remove: int,
+    by: str = "kl",
+    greedy: bool = False,
+    attention_mask: Any = None,
+    directory: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Pruning:
+    """Choose layers to remove, measure the cost of removing them, and write the pruned checkpoint if it is wanted.
+
+    A loaded model is not changed: `operate_(model, pruning.plan)` removes the layers.
+
+    Args:
+        model: a transformers causal language model, a wrapper around one, or the name of one.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
+            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        remove: number of layers to remove.
+        by: the criterion, see `rank`: "kl" (layers whose removal changes predictions least, measured one at a time),
+            "influence" (lowest block influence, ShortGPT), or "angular" (the span of adjacent blocks with the lowest
+            angular distance, Gromov et al.).
+        greedy: remove one layer at a time and measure the remaining layers again after each removal. With "angular"
+            this chooses single blocks, not a span.
+        attention_mask: 1 for a token and 0 for padding, for token ids.
+        directory: where to write the measurements. A run that was interrupted resumes there. Default: nothing is
+            written.
+        output: directory to write the pruned checkpoint to, for a model that is given by its name.
+        overwrite: replace the output, and measurements made with other arguments.
+        progress: called with the name of the current measurement, how much is done and how much there is in total.
+        options: as `layersurgery.runs.options.RunOptions`.
+
+    Returns:
+        The layers, the plan that drops them, and the costs of every criterion for 1 to `remove` layers. The criterion
+        "greedy" is the greedy variant of `by`.
+
+    Raises:
+        PlanError: an unknown criterion, too many layers to remove, or text that cannot be measured.
+        UnsupportedEditError: the model's blocks cannot be run in another order.
+        MeasurementError: no remaining layer can be removed, predictions that are NaN or infinite, or too little memory.
+        OutputError: the output exists, or the directory holds something else.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> pruning = ls.prune(model, ["The capital of France is Paris."], remove=2, tokenizer=tokenizer)
+        >>> pruned = ls.operate_(model, pruning.plan)
+        >>> model.config.num_hidden_layers
+        28
+    """
+    run_options, own = split_options(options)
+    run_options, given = read_given_text(text, run_options, attention_mask)
+    if output is not None and isinstance(model, nn.Module):
+        raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")
+    if directory is None and output is None:
+        with open_text(model, given, run_options) as (_, loaded, tokens):
+            return prune_tokens(
+                loaded,
+                tokens.ids,
+                tokens.mask,
+                remove=remove,
+                by=by,
+                greedy=greedy,
+                batch_size=run_options.batch_size,
+                blocks=run_options.blocks,
+                progress=progress,
+                **own,
+            )
+    target = None if output is None else Path(output)
+    results = Path(directory) if directory is not None else results_directory(Path(output or ""))
+
+    def lead(session: ModelSession) -> Pruning:
+        if target is not None:
+            check_target(session, target, overwrite=overwrite)
+        return run_prune(session, results, remove=remove, by=by, greedy=greedy, overwrite=overwrite)
+
+    pruning = run_session(model, run_options, lead, reporter=Reporter(progress), given=given)
+    if pruning is None:  # another process leads, and writes
+        raise SystemExit(0)
+    if target is None:
+        return pruning
+    written = edit_checkpoint(
+        model,
+        pruning.plan,
+        target,
+        overwrite=overwrite,
+        revision=run_options.revision,
+        blocks=run_options.blocks,
+    )
+    return replace(pruning, written=written)
+
+
+def results_directory(output: Path) -> Path:
+    """Return where the measurements for a pruned checkpoint are written by default."""
+    return output.with_name(f"{output.name}-results")
+
+
+def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> None:
+    """Refuse an output that must not be written, before hours of measuring."""
+    check_output(target, None if session.source is None else session.source.directory, overwrite=overwrite)
+
+
+def run_prune(
+    session: ModelSession, directory: Path, *, remove: int, by: str, greedy: bool, overwrite: bool = False
+) -> Pruning:
+    """Choose layers to remove and measure the cost, in directories below `directory`, or use the finished runs there.
+
+    Args:
+        session: the model and the text.
+        directory: where to write: "rank", "step-01" and so on for a greedy choice, and "costs".
+        remove: number of layers to remove.
+        by: the criterion.
+        greedy: measure the remaining layers again after each removal.
+        overwrite: replace measurements made with other arguments.
+    """
+    check_removal(session.depth, remove, by)
+    log = session.reporter.log
+    log(f"Ranking {session.depth} layers")
+    rank = _run_or_reuse(session, RankTask(session.depth, remove), directory / "rank", overwrite=overwrite)
+    ranks, spans = read_results(rank.directory), read_results(rank.directory, "spans")
+    ranks.attrs["skipped"] = ranks.attrs["run"]["skipped"]
+    orders = {criterion: removal_orders(ranks, spans, remove, criterion) for criterion in CRITERIA}
+    if greedy:
+
+        def measure_step(removed: tuple[int, ...]) -> Any:
+            log(f"Choosing layer {len(removed) + 1} of {remove}")
+            step = GreedyStepTask(session.depth, by, removed)
+            path = directory / f"step-{len(removed) + 1:02}"
+            return read_results(_run_or_reuse(session, step, path, overwrite=overwrite).directory)
+
+        removed: list[int] = []
+        for layer, score in greedy_removals(remove, by, measure_step):
+            log(f"Removing layer {layer} ({CRITERIA[by]} {score:.3g})")
+            removed.append(layer)
+        orders[GREEDY] = prefixes(removed)
+    log("Measuring the cost of each criterion")
+    costs = _run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
+    layers = orders[GREEDY if greedy else by][-1]
+    return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))
+
+
+def _run_or_reuse(session: ModelSession, task: Task, directory: Path, *, overwrite: bool) -> Run:
+    """Run a measurement, or use the finished one.
+
+    A measurement made with other arguments is replaced if `overwrite` says so.
+    """
+    try:
+        return session.run(task, directory)
+    except OutputError:
+        if not overwrite:
+            raise
+        return session.run(task, directory, overwrite=True)

@@ -1,0 +1,231 @@
+"""Run analyses into directories of results: those on text, resumable, and that of the weights alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from ..registry import ANALYSES
+from ..runs.drawing import draw_analysis
+from ..runs.reporter import Reporter
+from ..runs.run_directory import ANALYSIS, Run
+from ..runs.single_step import TablesAndFacts, run_once
+from ..sweeps.measurer import Measurer
+from ..units import format_count
+from .layer_pruning import cost_table, make_step_measurer, pruned_variants, step_table
+from .layer_ranking import SIGNALS, max_span, rank_table, span_table
+from .outcomes import AnalysisOutput, TableOutput
+from .prediction_neurons import neuron_scores, neurons_per_block
+from .signal_tables import SignalTables, make_measurer
+
+if TYPE_CHECKING:
+    from ..checkpoints.sources import Source
+    from ..runs.options import RunOptions
+    from ..runs.placement import Placement
+    from ..runs.runner import RunOutput
+    from ..runs.session import ModelSession
+
+
+@dataclass(frozen=True, slots=True)
+class TableTask:
+    """Base of the measurements on text whose results are tables."""
+
+    depth: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of the analysis."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of result directory: an analysis."""
+        return ANALYSIS
+
+    def output(self, measurer: Measurer, label: str, _reporter: Reporter) -> RunOutput:
+        """Make the output: this task's tables."""
+        return TableOutput(measurer, label, self.tables)
+
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
+        """Make the tables from the measured sums."""
+        raise NotImplementedError
+
+    def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
+        """Draw the figures; return their paths."""
+        return draw_analysis(directory, run.facts)
+
+
+@dataclass(frozen=True, slots=True)
+class SignalTask(TableTask):
+    """Analysis of signals on text: one signal, or all signals for the stages."""
+
+    analysis: str
+
+    @property
+    def name(self) -> str:
+        """Return the name of the analysis."""
+        return self.analysis
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the name of the analysis."""
+        return {"analysis": self.analysis}
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer of the analysis's signals."""
+        return make_measurer(model, ANALYSES[self.analysis].signals, self.depth, blocks=options.blocks)
+
+    def output(self, measurer: Measurer, label: str, reporter: Reporter) -> RunOutput:
+        """Make the output: the analysis's tables."""
+        announced: list[bool] = []
+
+        def on_neurons(_done: int, total: int) -> None:
+            if not announced:
+                announced.append(True)
+                reporter.log(f"Scoring the neurons of {total} blocks")
+
+        return AnalysisOutput(self.analysis, measurer, label, on_neurons)
+
+
+@dataclass(frozen=True, slots=True)
+class RankTask(TableTask):
+    """Cost of removing each layer, and two scores that predict it."""
+
+    spans: int
+
+    @property
+    def name(self) -> str:
+        """Return the name of the analysis."""
+        return "rank"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the name of the analysis and its parameters."""
+        return {"analysis": self.name, "spans": self.spans}
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer: it drops every layer, and measures angular distances over spans."""
+        return make_measurer(model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans)
+
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
+        """Make the tables of layers and of spans."""
+        return {"rank": rank_table(tables), "spans": span_table(tables)}
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyStepTask(TableTask):
+    """One step of greedy pruning: the remaining layers, measured after some are removed."""
+
+    by: str
+    removed: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the analysis."""
+        return "step"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the name of the analysis and its parameters."""
+        return {"analysis": self.name, "by": self.by, "removed": list(self.removed)}
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer of each remaining layer."""
+        return make_step_measurer(model, self.by, self.removed, self.depth, blocks=options.blocks)
+
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
+        """Make a table with a row for each remaining layer."""
+        return {"step": step_table(tables, self.by, self.removed)}
+
+
+@dataclass(frozen=True, slots=True)
+class CostTask(TableTask):
+    """Cost of each criterion, for each number of removed layers."""
+
+    orders: Mapping[str, Sequence[tuple[int, ...]]]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the analysis."""
+        return "costs"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the name of the analysis and its parameters."""
+        return {
+            "analysis": self.name,
+            "orders": {criterion: [list(layers) for layers in order] for criterion, order in self.orders.items()},
+        }
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer of all pruned models."""
+        return Measurer(model, pruned_variants(self.orders, self.depth), blocks=options.blocks)
+
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
+        """Make a table with a row for each criterion and number of layers."""
+        return {"costs": cost_table(tables.measurer, tables.sums_by_sequence, tables.model)}
+
+
+def run_signals(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
+    """Measure an analysis's signals on the session's text, or resume it, or use the finished run in the directory."""
+    return session.run(SignalTask(session.depth, analysis), directory, overwrite=overwrite)
+
+
+def run_rank(
+    session: ModelSession,
+    directory: Path,
+    *,
+    analysis: str = "rank",  # noqa: ARG001 - every analysis is given its name
+    overwrite: bool = False,
+    spans: int | None = None,
+) -> Run:
+    """Rank the layers on the session's text, or resume it, or use the finished run in the directory.
+
+    Args:
+        session: the model and the text.
+        directory: where to write.
+        analysis: the analysis's name.
+        overwrite: replace what another run has left in the directory.
+        spans: longest span of blocks for angular distances; by default half of the model's blocks.
+    """
+    return session.run(RankTask(session.depth, max_span(session.depth, spans)), directory, overwrite=overwrite)
+
+
+def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
+    """Score all neurons by their weights, or use the finished run in the directory.
+
+    On a CPU, the blocks of a model that is given by its name stay on disk and are loaded one at a time.
+    """
+    if session.source is not None:
+        session.placement = _one_pass_placement(session.source, session.options, session.placement)
+    reporter = session.reporter
+
+    def make() -> TablesAndFacts:
+        model = session.load()
+        with reporter.count("blocks") as on_layer:
+            scores = neuron_scores(model, blocks=session.options.blocks, progress=on_layer)
+        reporter.log(f"{session.label}: {format_count(len(scores))} neurons")
+        tables = {analysis: neurons_per_block(scores, session.label), "neuron_scores": scores}
+        return tables, {"skipped": scores.attrs["skipped"]}
+
+    return run_once(directory, session.arguments({"analysis": analysis}), reporter, make, overwrite=overwrite)
+
+
+def _one_pass_placement(source: Source, options: RunOptions, placement: Placement) -> Placement:
+    """Choose where to load a model of which each weight is read once.
+
+    On a CPU, the blocks stay on disk and are loaded one at a time. Weights keep their own dtype unless the caller
+    chooses one.
+    """
+    if options.dtype == "auto":
+        placement = dataclasses.replace(placement, dtype="auto")
+    if placement.device != "cpu" or placement.device_map is not None:
+        return placement
+    from transformers import AutoConfig
+
+    from ..sweeps.estimate import blocks_on_disk
+
+    return dataclasses.replace(
+        placement, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks)
+    )

@@ -1,0 +1,179 @@
+"""Compute the config and the files of an edited checkpoint, and check them, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PlanError, UnsupportedEditError
+from ..models.config_fields import (
+    IDENTICAL_LAYER_TYPES,
+    POSITIONAL_ONLY,
+    POSITIONAL_WITH_LIST,
+    Json,
+    new_positions,
+    non_default_fields,
+    rewrite,
+)
+from ..models.unsupported import refuse_architecture, refuse_route
+from ..plans.plan import Plan
+from ..plans.route import Route
+from .checkpoint import Checkpoint
+from .output_layout import Layout, plan_output_files
+from .quantization import rename_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..models.block_list import BlockList
+    from .tensor_names import TensorNames
+
+_QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config"))
+# Quantized formats in which zero bytes mean zero weights.
+_ZERO_BYTES_ARE_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedEdit:
+    """An edited checkpoint that has been checked but not written.
+
+    Attributes:
+        checkpoint: the source.
+        plan: the edits.
+        route: the source's blocks in the order in which the new model runs them.
+        positions: the positions in the new model of each block that is kept.
+        config: the new config.json.
+        layout: the new safetensors files.
+        verified: whether the reload check was run.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    route: Route
+    positions: Mapping[int, list[int]]
+    config: Json
+    layout: Layout
+    verified: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the safetensors files to write or link, in bytes."""
+        return self.layout.nbytes
+
+    def renumber_layers(self, value: Any) -> Any:
+        """Renumber the layers that quantization settings name."""
+        return _renumber_layers(value, self.checkpoint, self.positions)
+
+
+def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PreparedEdit:
+    """Compute the config and the file layout of an edited checkpoint, and check that it would reload as intended.
+
+    Nothing is written.
+
+    Args:
+        checkpoint: the source.
+        plan: the edits.
+        verify: run the reload check.
+
+    Raises:
+        PlanError: the plan does not fit the model, or changes nothing.
+        UnsupportedEditError: no checkpoint of this architecture can represent the edited model.
+    """
+    route = plan.route(checkpoint.depth)
+    if route.is_identity(checkpoint.depth):
+        raise PlanError(f"'{plan}' leaves the model unchanged, so there is nothing to write")
+    fields = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}
+    refuse_architecture(fields)
+    refuse_route(fields, route)
+    positions = new_positions(route, checkpoint.section)
+    config = _edit_config(checkpoint, route, positions, verify=verify)
+    blocks = _check_reload(checkpoint, config, route) if verify else None
+    layout = plan_output_files(
+        checkpoint.tensors, checkpoint.block_prefix, positions, _tensors_to_zero(checkpoint, route, blocks)
+    )
+    return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify)
+
+
+def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[BlockList, TensorNames]:
+    """Find the blocks of the model that a checkpoint is loaded as, and the tensors of each of their parameters."""
+    from ..models.block_list import find_block_list
+    from .tensor_names import match_names
+
+    block_list = find_block_list(model, checkpoint.depth)
+    return block_list, match_names(model, block_list.path, checkpoint.block_prefix, checkpoint.tensors.names())
+
+
+def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[BlockList, TensorNames]:
+    """Check, without weights, that the new checkpoint would be loaded as the source's blocks along the route.
+
+    Returns:
+        The blocks of the model that the source is loaded as, and the tensors of each of their parameters.
+    """
+    from ..models.reload_check import ReloadCheck
+
+    splits = map(checkpoint.block_prefix.split, checkpoint.tensors.names())
+    file_tensors = {split[1] for split in splits if split is not None}
+    reload_check = ReloadCheck.build(checkpoint.config, config, checkpoint.section, route, file_tensors)
+    reload_check.check()
+    return _match_blocks(checkpoint, reload_check.source)
+
+
+def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, list[int]], *, verify: bool) -> Json:
+    section = checkpoint.section
+    config = rewrite(checkpoint.config, section, route)
+    identical_layer_types = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
+        checkpoint.fields, POSITIONAL_WITH_LIST
+    )
+    if verify or not identical_layer_types:
+        from ..models.meta_model import is_known_model_type, write_derived_fields
+
+        if verify or is_known_model_type(checkpoint.config):
+            config = write_derived_fields(checkpoint.config, config, section, route)
+    positional = non_default_fields(checkpoint.fields, POSITIONAL_ONLY)
+    if positional and not verify and route.blocks != tuple(range(section.depth)):
+        raise UnsupportedEditError(
+            f"config.json: {', '.join(positional)} can make layers differ by position, so only the reload check can "
+            "show whether the result would be right; run it (verify)"
+        )
+    for fields in (config, section.get_fields(config)) if section.path else (config,):
+        for key in _QUANTIZATION_KEYS & fields.keys():
+            fields[key] = _renumber_layers(fields[key], checkpoint, positions)
+    return config
+
+
+def _renumber_layers(value: Any, checkpoint: Checkpoint, positions: Mapping[int, list[int]]) -> Any:
+    """Renumber the layers that quantization settings name."""
+    list_name = checkpoint.block_prefix.prefix.rpartition(".")[2]
+    return rename_layers(value, lambda block: positions.get(block, []), list_name)
+
+
+def _tensors_to_zero(
+    checkpoint: Checkpoint, route: Route, blocks: tuple[BlockList, TensorNames] | None
+) -> Mapping[int, frozenset[str]]:
+    """Return the names, within the block, of the tensors to zero at each position where a branch is skipped.
+
+    Args:
+        checkpoint: the source.
+        route: the source's blocks in their new order.
+        blocks: what `_match_blocks` returns, if it has been called already.
+    """
+    if all(visit.whole for visit in route):
+        return {}
+    settings = [
+        fields[key]
+        for fields in (checkpoint.config, checkpoint.fields)
+        for key in _QUANTIZATION_KEYS & fields.keys()
+        if fields[key]
+    ]
+    method = settings[0].get("quant_method") if settings and isinstance(settings[0], dict) else None
+    if settings and method not in _ZERO_BYTES_ARE_ZERO:
+        raise UnsupportedEditError(
+            f"the checkpoint is quantized ({method}), and zero bytes do not mean zero weights in this format, so a "
+            "branch of it cannot be zeroed; skip the branch in the unquantized checkpoint"
+        )
+    from ..models.meta_model import build_meta_model
+    from .zeroed_branches import tensors_to_zero
+
+    blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
+    return tensors_to_zero(checkpoint.config, checkpoint.section, *blocks, route)

@@ -1,0 +1,304 @@
+"""List the metrics and the analyses: one entry holds all that tables, figures, the report and the command line show.
+
+A new metric or a new analysis gets its entry here, and appears everywhere. The families of edits have their own list,
+`plans.variants.FAMILIES`.
+
+>>> from layersurgery.registry import ANALYSES, column
+>>> column("kl_nats").label, column("kl_nats").unit
+('KL from the unedited model', 'nats')
+>>> [analysis for analysis in ANALYSES if ANALYSES[analysis].needs == "weights"]
+['neurons']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
+
+Needs = Literal["text", "windows", "weights"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of numbers in a table.
+
+    Attributes:
+        name: its name in the tables.
+        label: what it is, in a few words.
+        unit: its unit when it is shown; empty if it has none.
+        factor: what the table's numbers are multiplied by when they are shown: 100 for a share shown in percent.
+        log: whether an axis of it is logarithmic.
+        heading: a shorter label for a narrow table, with its unit.
+        digits: number of digits after the point in a narrow table.
+        curve: whether it is drawn over depth at the terminal.
+        definition: how it is computed.
+        shown: whether narrow tables and charts of edits show it.
+        signed: whether it is a change, which is printed with its sign and drawn with a line at zero.
+        tables: names of the tables in which the name means this; by default, all.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    factor: float = 1
+    log: bool = False
+    heading: str = ""
+    digits: int = 3
+    curve: bool = True
+    definition: str = ""
+    shown: bool = True
+    signed: bool = False
+    tables: tuple[str, ...] = ()
+
+    @property
+    def axis(self) -> str:
+        """Return the label of an axis: what it is, and its unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+METRICS = (
+    Column(
+        "kl_nats", "KL from the unedited model", "nats", log=True, heading="KL",
+        definition="KL(p||q), where p is the unedited model's prediction of the next token, and q the edited one's",
+    ),
+    Column(
+        "agreement", "top-1 agreement", "%", 100, heading="agree, %", digits=1,
+        definition="share of positions where p and q have the same most likely token",
+    ),
+    Column("entropy_bits", "entropy", "bits", heading="entropy", digits=2, definition="H(q)", shown=False),
+    Column(
+        "entropy_change_bits", "change in entropy", "bits", heading="entropy", digits=2, definition="H(q) - H(p)",
+        signed=True,
+    ),
+    Column(
+        "loss_nats", "loss", "nats", heading="loss", definition="cross-entropy of q with the true next token",
+        shown=False,
+    ),
+    Column(
+        "loss_change_nats", "change in loss", "nats", heading="loss",
+        definition="cross-entropy with the true next token, of q minus that of p", signed=True,
+    ),
+    Column(
+        "accuracy", "accuracy", "%", 100, heading="acc., %", digits=1,
+        definition="share of positions where q's most likely token is the true next token",
+    ),
+)  # fmt: skip
+"""The metrics of a sweep, in the order of its columns. Each also has a column of standard errors over sequences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """An analysis: what it measures, what it needs, and what its results are.
+
+    Attributes:
+        name: its name: of the command, of the function in `layersurgery.analyses` and of its main table.
+        title: what it measures, in a few words.
+        help: what the command does, in a sentence.
+        needs: "text" if it runs the model on text, "windows" if it searches text for windows and runs the model on
+            these, "weights" if it reads the weights alone.
+        columns: the columns of its main table that are shown, in their order.
+        figures: function that draws the figure of a table, by the table's name, as "module:function".
+        tables: names of its tables, the main one first; by default one, of the analysis's own name.
+        signals: what is observed in one pass over the text.
+        run: function that measures it with one model and one text and writes a directory, as "module:function"; by
+            default the signals are measured.
+        describe: function that says in words what its main table shows, as "module:function"; by default, where each
+            column that is a curve is highest and lowest.
+    """
+
+    name: str
+    title: str
+    help: str
+    needs: Needs
+    columns: tuple[Column, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+    tables: tuple[str, ...] = ()
+    signals: tuple[str, ...] = ()
+    run: str = "layersurgery.analyses.tasks:run_signals"
+    describe: str = "layersurgery.analyses.descriptions:describe_curves"
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            object.__setattr__(self, "tables", (self.name,))
+
+
+_LENS = (
+    Column("lens_kl_nats", "logit lens: KL to the final prediction", "nats", heading="lens KL"),
+    Column("lens_entropy_bits", "logit lens: entropy", "bits", heading="entropy", digits=2),
+    Column(
+        "lens_agreement", "logit lens: agreement with the final top token", "%", 100, heading="top token, %", digits=1
+    ),
+)
+_ATTENTION = (
+    Column("attention_prev5", "share of attention on the previous five tokens", heading="prev. 5"),
+    Column(
+        "attention_prev5_mean", "mean attention to each of the previous five tokens", heading="mean of each", digits=4,
+        curve=False,
+    ),
+)  # fmt: skip
+_NORMS = (
+    Column("attention_norm", "norm of the attention's contribution", heading="attention", digits=2),
+    Column("mlp_norm", "norm of the MLP's contribution", log=True, heading="MLP", digits=2),
+    Column("attention_to_mlp_ratio", "attention norm / MLP norm", heading="attn/MLP"),
+)
+_SIMILARITY = (
+    Column("self", "cosine: same block, swapped and not", heading="self", digits=2),
+    Column("index", "cosine: same position, swapped and not", heading="index", digits=2),
+    Column("adjacent", "cosine: adjacent blocks, not swapped", heading="adj.", digits=2),
+)
+_PREDICTION = Column("prediction_percent", "prediction neurons", "%", heading="pred. %", digits=2)
+_SUPPRESSION = Column("suppression_percent", "suppression neurons", "%", heading="suppr. %", digits=2)
+_NEURONS = (
+    Column("prediction", "prediction neurons", heading="prediction", digits=0, curve=False),
+    _PREDICTION,
+    Column("suppression", "suppression neurons", heading="suppression", digits=0, curve=False),
+    _SUPPRESSION,
+    Column("partition", "partition neurons", heading="partition", digits=0, curve=False),
+)
+_DROP_KL = Column("drop_kl_nats", "KL when the block is dropped", "nats", log=True, heading="drop KL")
+_RANK = (
+    METRICS[0],
+    METRICS[1],
+    Column("block_influence", "block influence (ShortGPT)", log=True, heading="influence", digits=4, curve=False),
+    Column("angular_distance", "angular distance (Gromov et al.)", heading="angular", digits=4, curve=False),
+    Column("kl_rank", "rank by KL", heading="rank: KL", digits=0, curve=False),
+    Column("influence_rank", "rank by block influence", heading="infl.", digits=0, curve=False),
+    Column("angular_rank", "rank by angular distance", heading="ang.", digits=0, curve=False),
+)
+
+_COSTS = (
+    METRICS[0],
+    Column("perplexity", "perplexity", log=True, heading="ppl.", digits=1, definition="exp(loss)"),
+    METRICS[1],
+)
+_PROBE = tuple(
+    Column(name, label, "%", 100, heading=heading, digits=1, tables=("probe", "single_neurons", "top_k"))
+    for name, label, heading in (
+        ("accuracy", "held-out accuracy", "held out, %"),
+        ("low", "lower end of its 95 % interval", "low"),
+        ("high", "upper end of its 95 % interval", "high"),
+        ("on_class", "accuracy on the class", "class, %"),
+        ("on_rest", "accuracy on the rest", "rest, %"),
+    )
+)
+STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
+"""The four stages of inference, in the order of depth."""
+CRITERIA = {
+    "kl": "lowest KL, one layer at a time",
+    "influence": "lowest block influence",
+    "angular": "span with lowest angular distance",
+    "greedy": "greedy, measured again after each removal",
+}
+"""What each criterion of pruning removes; the keys are in the column "criterion" of the costs."""
+
+ANALYSES = {
+    analysis.name: analysis
+    for analysis in (
+        Analysis(
+            "attention", "attention to the five previous tokens",
+            "Measure how much attention goes to the five previous tokens.", "text", _ATTENTION,
+            {"attention": "layersurgery.figures.signals:attention"}, signals=("attention",),
+        ),
+        Analysis(
+            "norms", "norms of attention and MLP contributions",
+            "Measure the norms of what attention and MLP add to the residual stream.", "text", _NORMS,
+            {"norms": "layersurgery.figures.signals:norms"}, signals=("norms",),
+        ),
+        Analysis(
+            "lens", "logit lens after each block",
+            "Decode the residual stream after each block (the logit lens).", "text", _LENS,
+            {"lens": "layersurgery.figures.signals:lens"}, signals=("lens",),
+        ),
+        Analysis(
+            "similarity", "contributions of swapped blocks",
+            "Compare what blocks add when swapped and when not (cosine similarity).", "text", _SIMILARITY,
+            {"similarity": "layersurgery.figures.signals:similarity"}, signals=("similarity",),
+        ),
+        Analysis(
+            "neurons", "prediction and suppression neurons",
+            "Find prediction and suppression neurons from the weights alone (on a CPU, one block at a time).",
+            "weights", _NEURONS, {"neurons": "layersurgery.figures.signals:neurons"},
+            tables=("neurons", "neuron_scores"), run="layersurgery.analyses.tasks:run_neurons",
+        ),
+        Analysis(
+            "subjoiners", "attention heads that join the tokens of a word",
+            "Rank attention heads by how much the last token of a four-token word attends to the word's other tokens.",
+            "windows", (), {
+                "subjoiners": "layersurgery.figures.subjoiners:subjoiners",
+                "examples": "layersurgery.figures.subjoiners:examples",
+            },
+            tables=("subjoiners", "attention_to_words", "examples"),
+            run="layersurgery.analyses.window_runs:run_subjoiners",
+            describe="layersurgery.analyses.subjoiner_heads:describe_subjoiners",
+        ),
+        Analysis(
+            "probe", "linear probes on prediction and suppression neurons",
+            "Predict a class of next tokens (such as -ing) with linear probes on prediction and suppression neurons.",
+            "windows", _PROBE, {
+                "probe": "layersurgery.figures.probes:probe", "effects": "layersurgery.figures.probes:effects",
+            },
+            tables=("probe", "single_neurons", "top_k", "effects"),
+            run="layersurgery.analyses.window_runs:run_probe",
+            describe="layersurgery.analyses.neuron_probes:describe_probes",
+        ),
+        Analysis(
+            "stages", "all signals and the four stages",
+            "Measure all signals over a model's depth and find the four stages of inference.", "text",
+            (_DROP_KL, _ATTENTION[0], _LENS[0], _LENS[1], _NORMS[2], _PREDICTION, _SUPPRESSION),
+            {"stages": "layersurgery.figures.signals:stages"},
+            tables=(
+                "stages", "boundaries", "lens", "attention", "norms", "similarity", "drop", "neuron_scores", "neurons",
+            ),
+            signals=("lens", "attention", "norms", "similarity", "drop"),
+            describe="layersurgery.analyses.inference_stages:describe_stages",
+        ),
+        Analysis(
+            "rank", "cost of removing each layer, and scores that predict it",
+            "Rank layers by the measured cost of removing them, and by block influence and angular distance.", "text",
+            _RANK, {"rank": "layersurgery.figures.pruning:rank"}, tables=("rank", "spans"),
+            signals=("drop", "change"), run="layersurgery.analyses.tasks:run_rank",
+            describe="layersurgery.analyses.descriptions:describe_ranks",
+        ),
+        Analysis(
+            "costs", "cost of removing layers by each criterion", "", "text", _COSTS,
+            {"costs": "layersurgery.figures.pruning:costs"},
+            describe="layersurgery.analyses.descriptions:describe_costs",
+        ),
+    )
+}  # fmt: skip
+"""The analyses by name."""
+
+_COLUMNS = {
+    (entry.name, table): entry
+    for entry in (*METRICS, *(entry for analysis in ANALYSES.values() for entry in analysis.columns))
+    for table in entry.tables or ("",)
+}
+_UNITS = {"nats": "nats", "bits": "bits", "percent": "%", "seconds": "s", "bytes": "bytes"}
+
+
+def column(name: str, table: str = "") -> Column:
+    """Return the column of a name; for an unknown one, a label made from the name, with the unit that ends it.
+
+    Args:
+        name: name of the column.
+        table: name of the analysis's table that it is in, where the same name may mean something else.
+    """
+    if found := _COLUMNS.get((name, table)) or _COLUMNS.get((name, "")):
+        return found
+    words = name.split("_")
+    unit = _UNITS.get(words[-1], "") if len(words) > 1 else ""
+    return Column(name, " ".join(words[:-1] if unit else words), unit)
+
+
+def figures() -> dict[str, str]:
+    """Return the function that draws each table of an analysis, by the table's name, in the order of the analyses."""
+    return {table: function for analysis in ANALYSES.values() for table, function in analysis.figures.items()}
+
+
+def resolve(path: str) -> Callable[..., Any]:
+    """Import what "module:name" names."""
+    module, _, name = path.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found

@@ -1,0 +1,321 @@
+"""Reproduce the paper: all its experiments on one model after another, figures of all models together, and a report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..analyses.analyze import run_analysis
+from ..analyses.signal_tables import FROM_TEXT, signal_variants
+from ..errors import LayerSurgeryError, MeasurementError, PlanError
+from ..library_logs import quiet_libraries
+from ..plans.variants import variants
+from ..runs.drawing import draw_together
+from ..runs.options import RunOptions
+from ..runs.placement import choose_placement
+from ..runs.processes import process_group_for, run_on_model
+from ..runs.reporter import Reporter
+from ..runs.requests import ModelInfo, read_model_info, text_request
+from ..runs.run_directory import Run
+from ..runs.sweep import run_sweep
+from ..runs.tables import read_run
+from ..sweeps.estimate import estimate
+from .report import Report, report
+
+if TYPE_CHECKING:
+    from ..runs.session import ModelSession
+
+PAPER = (
+    *(f"EleutherAI/pythia-{size}-deduped" for size in ("410m", "1.4b", "2.8b", "6.9b")),
+    *(f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")),
+    *(f"microsoft/{name}" for name in ("phi-1", "phi-1_5", "phi-2")),
+)
+"""The models of the paper."""
+SWEEP, STAGES, SUBJOINERS, PROBE = EXPERIMENTS = ("sweep", "stages", "subjoiners", "probe")
+FIGURES = {
+    SWEEP: "figures 2, 3, 13-15",
+    STAGES: "figures 1, 4-8, 11, 12",
+    SUBJOINERS: "figure 9",
+    PROBE: "figures 10, 16",
+}
+"""The figures of the paper that each experiment draws."""
+_EDITS = "swap,drop,skip-attention,skip-mlp"
+_MIN_SEARCHED_TOKENS = 1_000_000
+_MATRIX_SIZE = 2048
+
+
+@dataclass(slots=True)
+class ModelPlan:
+    """Experiments on one model: what is done, and what the rest costs.
+
+    The field names are the JSON keys of `--json`.
+
+    Attributes:
+        model: the model's name, as given by the user.
+        directory: directory of the model's runs.
+        states: state of each experiment's run: "finished", "begun" or "".
+        parameters: number of parameters.
+        depth: number of blocks.
+        tokens: number of tokens of text.
+        weights: bytes of weights.
+        flops: floating-point operations of the runs that are not finished.
+        rate: floating-point operations per second of this machine, in the model's dtype.
+        fault: why the model cannot be measured; empty if it can.
+    """
+
+    model: str
+    directory: Path
+    states: dict[str, str]
+    parameters: int = 0
+    depth: int = 0
+    tokens: int = 0
+    weights: int = 0
+    flops: float = 0
+    rate: float = 1
+    fault: str = ""
+
+    @property
+    def left(self) -> list[str]:
+        """List the experiments that are not finished."""
+        return [name for name, state in self.states.items() if state != "finished"]
+
+    @property
+    def seconds(self) -> float:
+        """Return the minimum time of the experiments that are not finished, in seconds."""
+        return self.flops / self.rate
+
+
+@dataclass(slots=True)
+class Reproduction:
+    """What a reproduction did.
+
+    Attributes:
+        plans: the experiments on each model, before they ran.
+        done: directories of the finished runs.
+        not_done: reasons by model or run.
+        figures: figures of all models together; empty for a single model.
+        report: the page of all runs; None if nothing ran.
+    """
+
+    plans: list[ModelPlan]
+    done: list[Path] = field(default_factory=list)
+    not_done: dict[str, str] = field(default_factory=dict)
+    figures: list[Path] = field(default_factory=list)
+    report: Report | None = None
+
+    def record_failure(self, item: str, error: Exception, reporter: Reporter) -> None:
+        """Record that a model or a run failed, and say so."""
+        self.not_done[item] = str(error)
+        reporter.warn("not done", f"{item}: {error}")
+
+
+def reproduce(
+    models: Sequence[str] = PAPER,
+    *,
+    directory: str | os.PathLike[str] = "reproduction",
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Reproduction:
+    """Run all experiments of the paper on each model, draw figures of all models together, and write a report.
+
+    If a model or an experiment fails, the others continue. What was interrupted resumes.
+
+    Args:
+        models: names of models; by default the eleven of the paper.
+        directory: where to write: a directory for each model, the figures and report.html.
+        overwrite: discard existing results, and measure again.
+        progress: called with what is measured, how much is done and how much there is in total.
+        options: as `layersurgery.runs.options.RunOptions`: data, tokens, context, dtype, device and others.
+
+    Returns:
+        What was done and what was not, the figures and the report.
+
+    Raises:
+        PlanError: no model, or two models that would be written to one directory.
+        MeasurementError: nothing could be measured.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> ls.reproduce([])
+        Traceback (most recent call last):
+        ...
+        layersurgery.errors.PlanError: no models: name one or more
+    """
+    run_options = RunOptions.of(options)
+    return run_reproduction(models, Path(directory), run_options, Reporter(progress), overwrite=overwrite)
+
+
+def plan_reproduction(models: Sequence[str], output: Path, options: RunOptions, reporter: Reporter) -> list[ModelPlan]:
+    """Find out what is done already, and what the rest costs.
+
+    Raises:
+        PlanError: no model, or two models that would be written to one directory.
+    """
+    directories = _directories(models, output)
+    count = f"{len(directories)} model{'s'[: len(directories) != 1]}"
+    with reporter.status(f"Reading the configs of {count}"), quiet_libraries():
+        return [_plan_model(model, directory, options) for model, directory in directories.items()]
+
+
+def run_reproduction(
+    models: Sequence[str],
+    output: Path,
+    options: RunOptions,
+    reporter: Reporter,
+    *,
+    overwrite: bool = False,
+    on_plans: Callable[[list[ModelPlan]], None] | None = None,
+) -> Reproduction:
+    """Run the experiments that are not done yet, draw the figures and write the report.
+
+    With several processes, one leads; the others return when there is no more work, with nothing in the result.
+
+    Args:
+        models: names of models.
+        output: where to write.
+        options: options of all runs.
+        reporter: receives what is said.
+        overwrite: discard existing results.
+        on_plans: called with what is done and what the rest costs, before anything runs.
+
+    Raises:
+        PlanError: no model, or two models that would be written to one directory.
+        MeasurementError: nothing could be measured.
+    """
+    directories = _directories(models, output)
+    group = process_group_for(None, options)
+    results = Reproduction([] if group.rank else plan_reproduction(models, output, options, reporter))
+    if on_plans is not None and group.rank == 0:
+        on_plans(results.plans)
+    results.not_done |= {plan.model: plan.fault for plan in results.plans if plan.fault}
+    for model, directory in directories.items():
+        if model in results.not_done:
+            group.broadcast(None)  # no work for the other processes
+            continue
+        lead = _make_lead(directory, reporter, results, overwrite=overwrite)
+        try:
+            run_on_model(model, options, lead, reporter, group)
+        except (LayerSurgeryError, OSError) as error:
+            if group.size > 1:  # the other processes may be waiting for data
+                raise
+            results.record_failure(model, error, reporter)
+    group.close()
+    if group.rank == 0:
+        _finish(output, results)
+    return results
+
+
+def _directories(models: Sequence[str], output: Path) -> dict[str, Path]:
+    names = [name.strip() for text in models for name in text.split(",") if name.strip()]
+    if not names:
+        raise PlanError("no models: name one or more")
+    directories: dict[str, Path] = {}
+    for name in dict.fromkeys(names):
+        directory = output / (name.rstrip("/").rpartition("/")[2] or name)
+        if directory in directories.values():
+            other = next(model for model, path in directories.items() if path == directory)
+            raise PlanError(
+                f"{other} and {name} would both be written to {directory}; reproduce them in two directories"
+            )
+        directories[name] = directory
+    return directories
+
+
+def _make_lead(
+    directory: Path, reporter: Reporter, results: Reproduction, *, overwrite: bool
+) -> Callable[[ModelSession], None]:
+    def lead(session: ModelSession) -> None:
+        for name, run_experiment in _experiments(session, overwrite=overwrite).items():
+            reporter.log(f"\n{session.label}: {name} ({FIGURES[name]})")
+            try:
+                results.done.append(run_experiment(directory / name).directory)
+            except (LayerSurgeryError, OSError) as error:
+                if not session.workers_idle:  # the other processes are waiting for data
+                    raise
+                results.record_failure(f"{session.model}, {name}", error, reporter)
+
+    return lead
+
+
+def _experiments(session: ModelSession, *, overwrite: bool) -> Mapping[str, Callable[[Path], Run]]:
+    # These two analyses search much text for windows, but run the model only on the windows.
+    searched = max(session.request.tokens, _MIN_SEARCHED_TOKENS)
+    windows: dict[str, Any] = {"overwrite": overwrite, "searched_tokens": searched}
+    return {
+        SWEEP: lambda directory: run_sweep(session, directory, [_EDITS], overwrite=overwrite),
+        STAGES: lambda directory: run_analysis(session, STAGES, directory, overwrite=overwrite),
+        SUBJOINERS: lambda directory: run_analysis(session, SUBJOINERS, directory, **windows),
+        PROBE: lambda directory: run_analysis(session, PROBE, directory, **windows),
+    }
+
+
+def _finish(output: Path, results: Reproduction) -> None:
+    if not results.done:
+        raise MeasurementError("nothing could be measured, so there is nothing to report")
+    if len({directory.parent for directory in results.done}) > 1:
+        results.figures = draw_together(results.done, output / "figures")
+    results.report = report([output], output / "report.html", overwrite=True)
+
+
+def _plan_model(model: str, directory: Path, options: RunOptions) -> ModelPlan:
+    """Find the finished runs of a model, and compute the cost of the others from the config alone."""
+    states = {name: str((read_run(directory / name) or {}).get("state", "")) for name in EXPERIMENTS}
+    plan = ModelPlan(model, directory, states)
+    try:
+        info = read_model_info(model, options.revision, Reporter())
+        plan.depth = info.depth
+        plan.tokens = text_request(model, options, info.positions).tokens
+        _add_cost(plan, info, options)
+    except PlanError:
+        raise
+    except (LayerSurgeryError, OSError) as error:
+        plan.fault = str(error)
+    return plan
+
+
+def _add_cost(plan: ModelPlan, info: ModelInfo, options: RunOptions) -> None:
+    from transformers import AutoConfig
+
+    request = text_request(plan.model, options, info.positions)
+    placement = choose_placement(options, info.source, Reporter())
+    dtype = "float32" if placement.dtype == "auto" else placement.dtype
+    config = AutoConfig.from_pretrained(info.source.directory)
+    edits = {SWEEP: variants([_EDITS], plan.depth), STAGES: signal_variants(FROM_TEXT, plan.depth)}
+    for name, chosen in edits.items():
+        cost = estimate(
+            config,
+            chosen,
+            tokens=request.tokens,
+            context=request.context,
+            dtype=dtype,
+            device=placement.device,
+            device_map=placement.device_map,
+            max_memory=placement.max_memory,
+            batch_size=options.batch_size,
+            order=options.schedule,
+            blocks=options.blocks,
+        )
+        plan.parameters, plan.weights = cost.parameters, sum(cost.weights.values())
+        if name in plan.left:
+            plan.flops += cost.flops
+    plan.rate = _measure_rate(placement.device, dtype)
+
+
+@lru_cache
+def _measure_rate(device: str, dtype: str) -> float:
+    """Measure the floating-point operations per second of large matrix products."""
+    square = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=getattr(torch, dtype), device=device)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        float((square @ square)[0, 0])  # wait for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * _MATRIX_SIZE**3 / best

@@ -1,0 +1,73 @@
+"""Draw the figures of finished runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError
+from .run_directory import ANALYSIS
+from .tables import PARQUET_ONLY, caption_of, read_results, read_table, table_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..figures.style import ModelTables
+
+
+def model_tables(directory: Path, facts: Mapping[str, Any]) -> ModelTables:
+    """Read a directory's tables, with a label and a caption, for drawing."""
+    from ..figures.style import ModelTables
+
+    tables = {name: read_table(directory, name) for name in table_names(dict(facts)) if name not in PARQUET_ONLY}
+    label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
+    return ModelTables(tables, label, caption_of(facts))
+
+
+def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
+    """Draw one directory's tables; write the figures to the same directory."""
+    from ..figures.analyses import draw_signals
+
+    return draw_signals([model_tables(directory, facts)], directory)
+
+
+def draw_sweep(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
+    """Draw one sweep's results; write the figures to its directory."""
+    from ..figures.sweeps import Sweep, draw
+
+    return draw([Sweep.of(frame, data)], directory)
+
+
+def draw_together(directories: Sequence[Path], output: Path) -> list[Path]:
+    """Draw the results in several directories together, each model under its own label.
+
+    Returns:
+        The figures' paths.
+
+    Raises:
+        SourceError: a directory has no finished run.
+        OutputError: the output directory cannot be made.
+    """
+    from ..figures.analyses import draw_signals
+    from ..figures.sweeps import Sweep, draw
+
+    frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
+    runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
+    analyses = [directory for directory, run in runs.items() if run["kind"] == ANALYSIS]
+    sweeps = [
+        Sweep.of(frame, runs[directory]["arguments"]["text"]["data"])
+        for directory, frame in frames.items()
+        if runs[directory]["kind"] != ANALYSIS
+    ]
+    models = [model_tables(directory, runs[directory]) for directory in analyses]
+    labels = [model.label for model in models]
+    for number, directory in enumerate(analyses):
+        if labels.count(labels[number]) > 1:
+            models[number] = dataclasses.replace(models[number], label=f"{labels[number]} ({directory.name})")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another output") from error
+    return (draw(sweeps, output) if sweeps else []) + (draw_signals(models, output) if models else [])

@@ -1,0 +1,88 @@
+"""Define the options of measurements on text: the text, where the model runs, and how it runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options that every measurement takes. The command line has the same ones under the same names.
+
+    Attributes:
+        data: the text: "pydoc" (Python's own help), a file, a directory of files, or a Hub dataset; see
+            `runs.text.TextRequest`. By default the Pile, and pydoc for the bundled model.
+        split: split of the Hub dataset.
+        column: the column that contains the text, for tables.
+        tokens: number of tokens, such as 4096, "100k" or "1M"; rounded up to whole sequences. By default 1M, and 4096
+            for pydoc.
+        context: tokens of one sequence. By default 2048 or the model's maximum, and 512 for pydoc.
+        pack: join documents and cut them into sequences of one length; otherwise each document is one sequence. By
+            default True, but False for a list of strings and with `lines`.
+        lines: each line of a text file is one document.
+        bos: begin every sequence with the beginning-of-text token.
+        shuffle: take sequences in random order. By default True for Hub datasets only.
+        seed: seed for shuffling.
+        tokenizer: a tokenizer, or the name of a model to take it from; by default the model's own.
+        batch_size: sequences in a batch; by default chosen from the free memory.
+        dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
+            float16 becomes float32).
+        device: device to run on: "cpu", "cuda", "cuda:1"; by default CUDA if it is available.
+        device_map: spread the model over devices, main memory and disk: "auto", "balanced", "sequential", or a map.
+        max_memory: memory limit of each device for `device_map`, such as "0=70GiB,cpu=100GiB".
+        offload_folder: directory for offloaded weights; by default a temporary one.
+        schedule: order of computation: "depth-first" or "layer-major" (each block's weights are loaded once per batch).
+            The results are the same. By default layer-major if weights are offloaded.
+        compile: compile the blocks with torch.
+        per_token: also write every metric of every token.
+        revision: branch, tag or commit of the model on the Hub.
+        blocks: path of the list of decoder blocks, if it cannot be found automatically.
+    """
+
+    data: str | None = None
+    split: str = "train"
+    column: str = "text"
+    tokens: str | int | None = None
+    context: int | None = None
+    pack: bool | None = None
+    lines: bool = False
+    bos: bool = False
+    shuffle: bool | None = None
+    seed: int = 0
+    tokenizer: Any = None
+    batch_size: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: Any = None
+    max_memory: Any = None
+    offload_folder: str | os.PathLike[str] | None = None
+    schedule: str | None = None
+    compile: bool = False
+    per_token: bool = False
+    revision: str | None = None
+    blocks: str | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> RunOptions:
+        """Make the options from keyword arguments.
+
+        Raises:
+            PlanError: there is no such option (names the nearest one).
+        """
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}"
+                raise PlanError(f"there is no option {name!r}; {hint}")
+        return cls(**values)
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value is not default and value != default}

@@ -1,0 +1,55 @@
+"""Say what a run does: messages, and progress. The library is silent by default; the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .text import TokenizedText
+
+Count = Callable[[int, int], None]
+
+
+class Reporter:
+    """Receives what a run says. This one says nothing, and passes progress on to a function.
+
+    Args:
+        progress: called with what is measured, how much of it is done and how much there is in total; None for nobody.
+
+    Attributes:
+        command: the command line that a new run records, so that it can be repeated; empty if there is none.
+    """
+
+    command = ""
+
+    def __init__(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        self._progress = progress
+
+    def log(self, text: str) -> None:
+        """Say something."""
+
+    def warn(self, label: str, text: str) -> None:
+        """Say that something failed or was interrupted; `label` says which in a word."""
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[None]:  # noqa: ARG002 - for those that print
+        """Announce a slow step while the `with` block runs it."""
+        yield
+
+    @contextmanager
+    def count(self, noun: str) -> Iterator[Count | None]:
+        """Give a function that takes how many of `noun` are done, and how many there are in total."""
+        report = self._progress
+        yield None if report is None else lambda done, total: report(noun, done, total)
+
+    @contextmanager
+    def run_progress(self, text: TokenizedText) -> Iterator[Callable[[Any], None] | None]:  # noqa: ARG002
+        """Give a function that takes a run's `Progress`, while the tokens of `text` are measured."""
+        report = self._progress
+        yield (
+            None
+            if report is None
+            else lambda progress: report("sequences", int(progress.sequences), int(progress.total))
+        )

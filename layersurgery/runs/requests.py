@@ -1,0 +1,169 @@
+"""Turn what the caller gives into what a run needs: the model's files and size, the edits, and the text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
+from ..errors import PlanError, SourceError
+from ..runtime.inputs import as_tokens
+from .options import RunOptions
+from .reporter import Reporter
+from .text import PILE, PYDOC, TextRequest, TokenizedText, fingerprint_of, parse_count
+
+_TOKENS, _CONTEXT = "1M", 2048
+_EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
+_GIVEN_TEXTS, _GIVEN_TOKENS = "the given texts", "the given tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a model's config says.
+
+    Attributes:
+        source: the model's files.
+        depth: number of blocks.
+        positions: largest number of positions; None if the config does not say it.
+        vocabulary: number of tokens in the vocabulary; None if the config does not say it.
+    """
+
+    source: Source
+    depth: int
+    positions: int | None
+    vocabulary: int | None
+
+
+def read_model_info(model: str | os.PathLike[str], revision: str | None, reporter: Reporter) -> ModelInfo:
+    """Find a model without fetching its weights.
+
+    Raises:
+        SourceError: there is no such model, or transformers cannot read its config.
+    """
+    from transformers import AutoConfig
+
+    with reporter.status(
+        f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Reading the config of {model}"
+    ):
+        source = find_source(model, revision=revision, weights=False)
+        try:
+            config = AutoConfig.from_pretrained(source.directory).get_text_config(decoder=True)
+            depth = int(config.num_hidden_layers)
+        except Exception as error:  # a config class may raise any exception
+            raise SourceError(
+                f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}"
+            ) from error
+    return ModelInfo(source, depth, *config_limits(config))
+
+
+def config_limits(config: Any) -> tuple[int | None, int | None]:
+    """Return the numbers of positions and of tokens in the vocabulary that a config gives; None if it does not."""
+    positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    return positions if isinstance(positions, int) else None, vocabulary if isinstance(vocabulary, int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class GivenText:
+    """Text that the caller gave from Python, as tokens or as documents; at most one of both is set.
+
+    Attributes:
+        tokens: the tokens and their mask.
+        documents: texts to tokenize.
+        pack: whether documents are joined if the caller does not say it.
+    """
+
+    tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+    documents: Iterable[str] | None = None
+    pack: bool = False
+
+
+def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) -> tuple[RunOptions, GivenText | None]:
+    """Understand any form of text that the Python functions take.
+
+    Args:
+        text: token ids, (sequences, length); a tokenizer's output, with its attention mask; a list of strings; a
+            Hugging Face dataset, of which `options.column` is read; a path; "pydoc"; the id of a Hub dataset; or None
+            for what `options.data` names.
+        options: the options; `data` is replaced if the text is a path or the id of a dataset.
+        attention_mask: 1 for a token and 0 for padding, for token ids.
+
+    Returns:
+        The options, and the text; None if `options.data` names it.
+
+    Raises:
+        PlanError: it is nothing of these.
+    """
+    from dataclasses import replace
+
+    if text is None:
+        return options, None
+    if isinstance(text, str | os.PathLike):
+        if isinstance(text, str) and ("\n" in text or (" " in text.strip() and not Path(text).expanduser().exists())):
+            raise PlanError(
+                f"a string names a file, a directory, a dataset or {PYDOC!r}, and {text[:40]!r} is none of them; "
+                "give texts as a list of strings"
+            )
+        return replace(options, data=str(text)), None
+    if isinstance(text, Mapping) and "input_ids" in text:  # a tokenizer's output
+        return options, GivenText(as_tokens(text["input_ids"], text.get("attention_mask", attention_mask)))
+    if hasattr(text, "column_names") or hasattr(text, "features"):  # a dataset, in memory or streamed
+        return options, GivenText(documents=_column(text, options.column), pack=True)
+    if isinstance(text, Sequence) and len(text) and all(isinstance(item, str) for item in text):
+        return options, GivenText(documents=list(text))
+    if isinstance(text, torch.Tensor | Sequence) or hasattr(text, "__array__"):
+        return options, GivenText(as_tokens(text, attention_mask))
+    raise PlanError(
+        "text is given as token ids, a tokenizer's output, a list of strings, a dataset, a path or the id of a "
+        f"dataset, not as {type(text).__name__}"
+    )
+
+
+def _column(dataset: Any, column: str) -> Iterable[str]:
+    """Yield the texts of a column of a dataset."""
+    from .text import column_texts
+
+    return column_texts(dataset, column, "the dataset")
+
+
+def text_request(model: Any, options: RunOptions, positions: int | None, given: GivenText | None = None) -> TextRequest:
+    """Return the text to read, with defaults for the options that are not set.
+
+    Args:
+        model: the model's name; only the bundled model has a text of its own.
+        options: the options.
+        positions: the model's largest number of positions; None if it is not known.
+        given: text that was given from Python.
+
+    Raises:
+        PlanError: the data's name is empty, or the context is larger than the model's number of positions.
+    """
+    if options.data == "":
+        raise PlanError(f"data is empty: name a file, a directory, a Hub dataset or {PYDOC}")
+    documents = None if given is None else given.documents
+    data = options.data or (PYDOC if model == EMBEDDED else PILE)
+    if given is not None:
+        data = _GIVEN_TOKENS if given.tokens is not None else _GIVEN_TEXTS
+    is_small = data == PYDOC
+    context = options.context
+    if context is None:
+        context = min(_EMBEDDED_CONTEXT if is_small else _CONTEXT, positions or _CONTEXT)
+    elif positions is not None and context > positions:
+        raise PlanError(f"context {context} is more than the model's {positions} positions; give at most {positions}")
+    tokens = parse_count(str(options.tokens or (_EMBEDDED_TOKENS if is_small else _TOKENS)))
+    pack = options.pack
+    if pack is None:
+        pack = not options.lines if given is None else given.pack
+    sampling = {name: getattr(options, name) for name in ("split", "column", "bos", "shuffle", "seed", "lines")}
+    return TextRequest(data, tokens, context, pack=pack, documents=documents, **sampling)
+
+
+def given_tokens(given: GivenText) -> TokenizedText:
+    """Return tokens that were given from Python as a text."""
+    assert given.tokens is not None
+    ids, mask = given.tokens
+    return TokenizedText(ids, mask, fingerprint_of(ids, mask))

@@ -1,0 +1,392 @@
+"""Hold one model and one text for several measurements; run them, and resume interrupted ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..checkpoints.sources import Source, find_source
+from ..checkpoints.tensor_index import fingerprint
+from ..errors import PlanError, SourceError
+from ..models.block_list import find_decoder_blocks, text_config
+from ..runtime.offload import device_of
+from ..units import format_bytes, format_count
+from .options import RunOptions
+from .placement import Placement, choose_placement, describe_placement, load_model
+from .reporter import Reporter
+from .requests import GivenText, config_limits, given_tokens, read_model_info, text_request
+from .run_directory import Run, open_run, package_versions
+from .runner import RunOutput, run_measurement
+from .tables import read_run
+from .text import TokenizedText, check_data, read_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..sweeps.measurer import Measurer
+    from .distributed import ProcessGroup
+
+
+class Task(Protocol):
+    """One measurement; the leading process sends it to all others."""
+
+    @property
+    def name(self) -> str:
+        """Return the name, which is also part of the output's name."""
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of result directory, one of `run_directory.KINDS`."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the results depend on, in addition to model and text."""
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer."""
+
+    def output(self, measurer: Measurer, label: str, reporter: Reporter) -> RunOutput:
+        """Make the output, which writes the result tables."""
+
+    def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
+        """Draw the figures; return their paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """Work that the leading process sends to the others."""
+
+    task: Task
+    text: TokenizedText
+    weights: str
+    placement: Placement
+
+
+class ModelSession:
+    """One model and one text for several runs; the model is loaded once, when the first run needs it.
+
+    Args:
+        model: the model's name, or a loaded model.
+        options: options of the measurements.
+        reporter: receives what is said.
+        group: the processes that measure together.
+        exit_stack: closed when the session ends; it then frees the model.
+        given: text that was given from Python; otherwise `options` name it.
+
+    Attributes:
+        label: the model's name in tables.
+        name: the model's name in names of directories.
+        source: the model's files; they include the weights once a run has needed them. None for a loaded model.
+        depth: number of blocks of the model.
+        request: the text to read.
+        placement: the model's devices and data type.
+        workers_idle: whether the other processes are waiting for the next work item.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        options: RunOptions,
+        reporter: Reporter,
+        group: ProcessGroup,
+        exit_stack: ExitStack,
+        given: GivenText | None = None,
+    ) -> None:
+        self.model, self.options, self.reporter, self.group = model, options, reporter, group
+        self._exit_stack, self._given = exit_stack, given
+        self._text: TokenizedText | None = None
+        self._loaded: nn.Module | None = None
+        self._has_weights = False
+        self.workers_idle = True
+        self.source: Source | None = None
+        if isinstance(model, nn.Module):
+            self._loaded = model
+            self.label = str(getattr(model, "name_or_path", "") or type(model).__name__)
+            self.name = Path(self.label).name
+            self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
+            positions, self._vocabulary = config_limits(text_config(model))
+            self.placement = _placement_of(model, options)
+        else:
+            info = read_model_info(model, options.revision, reporter)
+            self.source, self.depth, positions, self._vocabulary = (
+                info.source, info.depth, info.positions, info.vocabulary,
+            )  # fmt: skip
+            self.label, self.name = info.source.label, info.source.name
+            self.placement = choose_placement(options, info.source, reporter)
+        self._positions = positions
+        self.request = text_request(model, options, positions, given)
+
+    def run(self, task: Task, directory: Path, *, overwrite: bool = False) -> Run:
+        """Run a measurement, or resume it.
+
+        Args:
+            task: what to measure.
+            directory: where to write.
+            overwrite: replace what another run has left in the directory.
+
+        Returns:
+            The finished run.
+
+        Raises:
+            OutputError: the directory holds other files, or a run with other arguments.
+            MeasurementError: the model cannot be measured.
+        """
+        if self._given is None:
+            check_data(self.request)
+        previous = read_run(directory) or {}
+        # A finished run of a Hub dataset is reported without contacting the Hub again.
+        is_done = (
+            self._given is None and previous.get("state") == "finished" and self.request.from_hub and not overwrite
+        )
+        text = None if is_done and self._text is None else self.text
+        arguments = self._run_arguments(task)
+        arguments["text"]["fingerprint"] = (
+            text.fingerprint if text else previous.get("arguments", {}).get("text", {}).get("fingerprint")
+        )
+        with open_run(directory, arguments, kind=task.kind, overwrite=overwrite, command=self.reporter.command) as run:
+            if run.finished or text is None:
+                self.say_finished(run)
+            else:
+                self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.placement))
+                self.workers_idle = False
+                self._measure(run, task, text)
+                self.workers_idle = True
+        return run
+
+    def say_finished(self, run: Run) -> None:
+        """Say that a run was finished before."""
+        self.reporter.log(f"The run in {run.directory} has finished; nothing to do. Overwrite it to measure again")
+
+    def _run_arguments(self, task: Task) -> dict[str, Any]:
+        """Return everything that the results of a task depend on."""
+        options = self.options
+        return {
+            "model": self._model_arguments(),
+            **task.arguments(),
+            "text": {**self.request.arguments(), "tokenizer": self.tokenizer_name},
+            **self.placement.arguments(),
+            "compiled": options.compile,
+            "batch_size": options.batch_size,
+            "per_token": options.per_token,
+            "blocks": options.blocks,
+            "versions": package_versions(),
+        }
+
+    def arguments(self, analysis: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a one-process analysis depends on: its own arguments, the model and its placement."""
+        return {
+            "model": self._model_arguments(),
+            **analysis,
+            **self.placement.arguments(),
+            "blocks": self.options.blocks,
+        }
+
+    def _model_arguments(self) -> dict[str, Any]:
+        if self.source is None:
+            assert self._loaded is not None
+            return {"name": self.label, "revision": None, "weights": _weights_fingerprint(self._loaded)}
+        source = self._with_weights()
+        return {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
+
+    @property
+    def text(self) -> TokenizedText:
+        """Return the tokens; read them at the first use."""
+        if self._text is None:
+            self._text = self._read_tokens()
+        return self._text
+
+    def _read_tokens(self) -> TokenizedText:
+        request, reporter = self.request, self.reporter
+        if self._given is not None and self._given.tokens is not None:
+            text = given_tokens(self._given)
+        else:
+            tokenizer = self.tokenizer
+            with reporter.status(f"Reading text: {request.data}"):
+                text = read_text(request, tokenizer)
+        self.check_vocabulary(int(text.ids[text.mask.bool()].max()))
+        sequences, length = text.ids.shape
+        if self._positions is not None and length > self._positions:
+            raise PlanError(
+                f"the sequences have {length} tokens, more than the model's {self._positions} positions; give shorter "
+                "ones"
+            )
+        at_most = "" if request.pack else "up to "
+        reporter.log(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {at_most}{length}")
+        for note in text.notes:
+            reporter.log(f"Note: {note}")
+        return text
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the model's tokenizer, or the one that the options name.
+
+        Raises:
+            SourceError: there is none.
+        """
+        return tokenizer_of_run(self.source, self.options.tokenizer, self.label)
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """Return the name of the tokenizer that the options give; None if it is the model's own."""
+        tokenizer = self.options.tokenizer
+        if tokenizer is None or isinstance(tokenizer, str):
+            return tokenizer
+        return str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__))
+
+    def check_vocabulary(self, max_token: int) -> None:
+        """Check that the model's vocabulary includes a token.
+
+        Raises:
+            SourceError: it does not.
+        """
+        if self._vocabulary is not None and max_token >= self._vocabulary:
+            raise SourceError(
+                f"the text has token {max_token}, but the model's vocabulary has {self._vocabulary} tokens: this is "
+                "another model's tokenizer"
+            )
+
+    def _with_weights(self) -> Source:
+        assert self.source is not None
+        if not self._has_weights:
+            self.source, self._has_weights = find_source(self.model, revision=self.options.revision), True
+        return self.source
+
+    def load(self) -> Any:
+        """Return the model on its devices; load it at the first use."""
+        if self._loaded is None:
+            source = self._with_weights()
+            with self.reporter.status(f"Loading {source.label}"):
+                self._loaded = self._exit_stack.enter_context(load_model(source, self.placement, self.group))
+        return self._loaded
+
+    def _measure(self, run: Run, task: Task, text: TokenizedText) -> None:
+        options, reporter = self.options, self.reporter
+        model = self.load()
+        measurer = task.measurer(model, options)
+        devices = describe_placement(model, self.placement, measurer.runner.path)
+        reporter.log(
+            f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype} on {devices}; "
+            f"logits computed by {measurer.readout.description}"
+        )
+        self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"))
+        if run.started:
+            reporter.log("Resuming from the results measured so far")
+        try:
+            with reporter.run_progress(text) as on_progress:
+                run_measurement(
+                    run,
+                    measurer,
+                    text,
+                    task.output(measurer, self.label, reporter),
+                    batch_size=options.batch_size,
+                    per_token=options.per_token,
+                    tokenizer=self.tokenizer_or_none() if options.per_token else None,
+                    draw=lambda frame, directory: task.draw(frame, directory, run),
+                    on_progress=on_progress,
+                    group=self.group,
+                )
+        except (KeyboardInterrupt, SystemExit) as stop:
+            hint = ". If another process has ended, see its own message for the reason" if self.group.size > 1 else ""
+            kept = f"results so far are in {run.directory}; run the same command again to resume{hint}"
+            if isinstance(stop, KeyboardInterrupt):
+                raise KeyboardInterrupt(kept) from None
+            reporter.warn("interrupted", kept)
+            raise
+        if measurer.runner.compiler is not None and (reason := measurer.runner.compiler.error):
+            reporter.log(f"Note: {reason}; blocks were run without compilation")
+        if measurer.max_sequences is not None:
+            count = measurer.max_sequences
+            plural = "s"[: count != 1]
+            reporter.log(f"Note: memory ran out, so batches were split into parts of {count} sequence{plural}")
+
+    def caption(self, text: TokenizedText) -> str:
+        """Describe the text in a few words."""
+        count = len(text.ids)
+        return f"{text.tokens:,} tokens of {self.request.data} in {count} sequence{'s'[: count != 1]}"
+
+    def tokenizer_or_none(self) -> Any:
+        """Return the tokenizer that writes tokens as text; None if tokens were given without one."""
+        if self._given is not None and self.options.tokenizer is None and self.source is None:
+            return None
+        return self.tokenizer
+
+    def _announce(self, measurer: Measurer, text: TokenizedText, batch_size: int | None) -> None:
+        """Say what is measured, and how much memory it is expected to need."""
+        length = text.ids.shape[1]
+        batch = min(batch_size or measurer.suggest(length), len(text.ids))
+        memory, schedule = measurer.memory_use(batch, length), measurer.schedule
+        without_sharing = f", {schedule.calls_without_sharing:,} without sharing"
+        saving = without_sharing if schedule.calls_without_sharing > schedule.calls else ""
+        processes = f", on {self.group.size} processes" if self.group.size > 1 else ""
+        edited = f"{len(measurer.routes)} edited models; " if measurer.routes else ""
+        log = self.reporter.log
+        log(f"{edited}{schedule.calls:,} block calls per batch{saving}{processes}")
+        if measurer.bytes_to_read:
+            resident = schedule.resident_blocks
+            order = (
+                f"layer by layer, {resident} block{'s'[: resident != 1]} in memory at a time"
+                if schedule.during_trunk
+                else "route by route"
+            )
+            log(f"Weights are loaded {order}: {format_bytes(measurer.bytes_to_read)} per batch")
+        log(
+            f"Expecting {format_bytes(memory.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: "
+            f"weights {format_bytes(memory.weights)}, residual streams {format_bytes(memory.streams)}, one block "
+            f"{format_bytes(memory.block)} or one readout {format_bytes(memory.readout)}"
+        )
+        for plan_text, reason in measurer.skipped.items():
+            log(f"Skipped: {plan_text}: {reason}")
+
+
+def tokenizer_of_run(source: Source | None, other: Any, label: str) -> Any:
+    """Return the tokenizer for the text.
+
+    Args:
+        source: the model's files; None for a loaded model.
+        other: a tokenizer, the name of another model to take it from, or None.
+        label: the model's name, for errors.
+
+    Raises:
+        SourceError: the model has no tokenizer.
+    """
+    from ..checkpoints.loading import tokenizer_of
+
+    if other is not None and not isinstance(other, str):
+        return other
+    if source is None and other is None:
+        raise SourceError("a loaded model needs a tokenizer for texts: give tokenizer, or token ids")
+    tokenizer = tokenizer_of(find_source(other, weights=False) if other else source)  # type: ignore[arg-type]
+    if tokenizer is None:
+        raise SourceError(f"{other or label} has no tokenizer; name a model that has one (tokenizer)")
+    return tokenizer
+
+
+def _placement_of(model: nn.Module, options: RunOptions) -> Placement:
+    """Return where a loaded model is.
+
+    Raises:
+        PlanError: an option would move it.
+    """
+    for name in ("device", "device_map", "max_memory", "offload_folder", "revision"):
+        if getattr(options, name) is not None:
+            raise PlanError(f"{name} is for a model that is loaded by its name; this one is loaded already")
+    if options.dtype != "auto":
+        raise PlanError("dtype is for a model that is loaded by its name; this one is loaded already")
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return Placement(str(device_of(model)), dtype)
+
+
+def _weights_fingerprint(model: nn.Module) -> str:
+    """Return a hash of a loaded model's parameters and buffers; of their names and shapes where they are not loaded."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta":
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""Measure the effect of many edits, in memory or into a directory that an interrupted sweep resumes in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..plans.variants import Variant, variants
+from ..sweeps.measurer import Measurer
+from ..sweeps.sweep import sweep_tokens
+from .frames import ResultFrame, as_result
+from .open_text import open_text
+from .options import RunOptions
+from .processes import run_session
+from .reporter import Reporter
+from .requests import read_given_text
+from .run_directory import SWEEP, Run
+from .runner import SweepOutput
+from .session import ModelSession
+from .tables import read_results
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..plans.variants import Edits
+    from .runner import RunOutput
+
+
+@dataclass(frozen=True, slots=True)
+class SweepTask:
+    """Measurement of edited models."""
+
+    variants: list[Variant]
+    name: str = "sweep"
+
+    @property
+    def kind(self) -> str:
+        """Return the kind of result directory: a sweep."""
+        return SWEEP
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the edits."""
+        return {"edits": [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]}
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer of all variants."""
+        return Measurer(model, self.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
+
+    def output(self, measurer: Measurer, label: str, _reporter: Reporter) -> RunOutput:
+        """Make the output: a table with a row for each variant."""
+        return SweepOutput(measurer.variants, label)
+
+    def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
+        """Draw the figures; return their paths."""
+        from .drawing import draw_sweep
+
+        return draw_sweep(frame, directory, run.arguments["text"]["data"])
+
+
+def run_sweep(
+    session: ModelSession, directory: Path, edits: Edits, *, layers: range | str | None = None, overwrite: bool = False
+) -> Run:
+    """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
+    task = SweepTask(variants(edits, session.depth, layers))
+    return session.run(task, directory, overwrite=overwrite)
+
+
+def sweep(
+    model: Any,
+    edits: Edits,
+    text: Any = None,
+    *,
+    attention_mask: Any = None,
+    layers: range | str | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> ResultFrame:
+    """Measure many edited models against the unedited one on the same text, sharing block calls between the edits.
+
+    The results equal those of `compare` with each of the edits, up to rounding. The model is not changed.
+
+    Args:
+        model: a transformers causal language model, a wrapper around one, or the name of one.
+        edits: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a
+            plan, its text, a route, a list of these, or a dictionary of plans by name.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
+            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        attention_mask: 1 for a token and 0 for padding, for token ids.
+        layers: for families: measure only the edits that change no blocks except these; a range, or "4:20".
+        directory: where to write tables, figures and a record of the run. A sweep that was interrupted resumes there,
+            and a finished one is read. Default: nothing is written.
+        overwrite: discard what another sweep has left in the directory, and measure again.
+        progress: called with the number of sequences done and the number of all sequences.
+        options: as `layersurgery.runs.options.RunOptions`: tokens, context, tokenizer, batch_size, dtype, device,
+            compile, schedule, blocks and others.
+
+    Returns:
+        One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that
+        the edit names), relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits,
+        entropy_change_bits, loss_nats, loss_change_nats, accuracy (0 to 1), each with its standard error over sequences
+        (kl_nats_sem). It is a pandas DataFrame, with figures: `frame.plot()`.
+
+    Raises:
+        PlanError: an edit does not fit the model, or the text cannot be measured.
+        SourceError: the model or the text cannot be found or read.
+        UnsupportedEditError: blocks of this architecture cannot be run in another order.
+        MeasurementError: the unedited model's predictions are NaN or infinite, or memory is too small for one sequence.
+        OutputError: the directory holds something else, or a sweep with other arguments.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> frame = ls.sweep(model, "swap,drop", ["The capital of France is Paris."], tokenizer=tokenizer)
+        >>> frame[frame.edit == "drop"].set_index("layer").kl_nats.shape
+        (30,)
+    """
+    anatomy = options.pop("anatomy", None)
+    run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
+    if directory is None:
+        with open_text(model, given, run_options) as (session, loaded, tokens):
+            frame = sweep_tokens(
+                loaded,
+                variants(edits, session.depth, layers),
+                tokens.ids,
+                tokens.mask,
+                label=session.label,
+                batch_size=run_options.batch_size,
+                blocks=run_options.blocks,
+                anatomy=anatomy,
+                compiled=run_options.compile,
+                order=run_options.schedule,
+                progress=progress,
+            )
+        return as_result(frame, "sweep", session.caption(tokens))
+    output = Path(directory)
+    run_session(
+        model,
+        run_options,
+        lambda session: run_sweep(session, output, edits, layers=layers, overwrite=overwrite),
+        reporter=Reporter(None if progress is None else lambda _, done, total: progress(done, total)),
+        given=given,
+    )
+    return read_results(output)
