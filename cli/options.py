@@ -390,7 +390,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(**values: Any) -> None:
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
             group = _group_of(parameter.annotation)
             if parameter.annotation is Console:

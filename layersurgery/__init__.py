@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .analyses import rank
     from .analyses.analyze import analyze
     from .analyses.layer_pruning import Pruning
-    from .analyses.prune import prune
+    from .analyses.prune_run import prune
     from .checkpoints.edit_checkpoint import EditResult, edit_checkpoint
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
@@ -102,7 +102,7 @@ _LAZY = {
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
-    "prune": "analyses.prune",
+    "prune": "analyses.prune_run",
     "rank": "analyses",
     "read_results": "runs.tables",
     "report": "reports.report",

@@ -30,7 +30,7 @@ class Column:
         unit: its unit when it is shown; empty if it has none.
         factor: what the table's numbers are multiplied by when they are shown: 100 for a share shown in percent.
         log: whether an axis of it is logarithmic.
-        heading: a shorter label for a narrow table, with its unit.
+        heading: a shorter label for a narrow table; if it has no %, each number has it.
         digits: number of digits after the point in a narrow table.
         curve: whether it is drawn over depth at the terminal.
         definition: how it is computed.
@@ -64,7 +64,7 @@ METRICS = (
         definition="KL(p||q), where p is the unedited model's prediction of the next token, and q the edited one's",
     ),
     Column(
-        "agreement", "top-1 agreement", "%", 100, heading="agree, %", digits=1,
+        "agreement", "top-1 agreement", "%", 100, heading="agree", digits=1,
         definition="share of positions where p and q have the same most likely token",
     ),
     Column("entropy_bits", "entropy", "bits", heading="entropy", digits=2, definition="H(q)", shown=False),
@@ -81,7 +81,7 @@ METRICS = (
         definition="cross-entropy with the true next token, of q minus that of p", signed=True,
     ),
     Column(
-        "accuracy", "accuracy", "%", 100, heading="acc., %", digits=1,
+        "accuracy", "accuracy", "%", 100, heading="acc.", digits=1,
         definition="share of positions where q's most likely token is the true next token",
     ),
 )  # fmt: skip

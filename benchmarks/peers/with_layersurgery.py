@@ -35,7 +35,7 @@ def measure(loaded: Any, task: common.Task, *, compiled: bool, order: str | None
     model, anatomy = loaded
     plans = [edit.plan for edit in task.edits]
     frame = ls.sweep(
-        model, plans, task.tokens, batch_size=task.batch_size, anatomy=anatomy, compiled=compiled, order=order
+        model, plans, task.tokens, batch_size=task.batch_size, anatomy=anatomy, compile=compiled, schedule=order
     )
     return [row for row in frame[["plan", *common.METRICS]].to_dict("records") if row["plan"]]
 

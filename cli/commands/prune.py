@@ -38,8 +38,8 @@ def run_prune(
 ) -> None:
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
     from layersurgery.analyses.layer_pruning import check_removal
-    from layersurgery.analyses.prune import check_target, results_directory
-    from layersurgery.analyses.prune import run_prune as run_in
+    from layersurgery.analyses.prune_run import check_target, results_directory
+    from layersurgery.analyses.prune_run import run_prune as run_in
     from layersurgery.runs.processes import run_session
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from layersurgery.registry import ANALYSES
 from layersurgery.units import format_list
 
-from .charts import BAR_WIDTH, bar_cell, sparkline
+from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
 
 if TYPE_CHECKING:
@@ -22,50 +23,6 @@ if TYPE_CHECKING:
 
     from layersurgery.runs.run_directory import Run
 
-# The columns shown of each table: column, heading, factor, digits, whether it gets a bar and a sparkline.
-_SHOWN: dict[str, tuple[tuple[str, str, float, int, bool], ...]] = {
-    "lens": (
-        ("lens_kl_nats", "KL to the end", 1, 3, True),
-        ("lens_entropy_bits", "entropy, bits", 1, 2, True),
-        ("lens_agreement", "top token, %", 100, 1, True),
-    ),
-    "attention": (
-        ("attention_prev5", "on previous 5", 1, 3, True),
-        ("attention_prev5_mean", "mean of each", 1, 4, False),
-    ),
-    "norms": (
-        ("attention_norm", "attention", 1, 2, True),
-        ("mlp_norm", "MLP", 1, 2, True),
-        ("attention_to_mlp_ratio", "ratio", 1, 3, True),
-    ),
-    "neurons": (
-        ("prediction", "prediction", 1, 0, False),
-        ("prediction_percent", "%", 1, 2, True),
-        ("suppression", "suppression", 1, 0, False),
-        ("suppression_percent", "%", 1, 2, True),
-        ("partition", "partition", 1, 0, False),
-    ),
-    "rank": (
-        ("kl_nats", "drop KL", 1, 3, True),
-        ("agreement", "kept, %", 100, 1, False),
-        ("block_influence", "influence", 1, 4, False),
-        ("angular_distance", "angular", 1, 4, False),
-        ("kl_rank", "rank: KL", 1, 0, False),
-        ("influence_rank", "infl.", 1, 0, False),
-        ("angular_rank", "ang.", 1, 0, False),
-    ),
-    "stages": (
-        ("drop_kl_nats", "drop KL", 1, 3, True),
-        ("attention_prev5", "prev. 5", 1, 3, True),
-        ("lens_kl_nats", "lens KL", 1, 2, True),
-        ("lens_entropy_bits", "entropy", 1, 2, True),
-        ("attention_to_mlp_ratio", "attn/MLP", 1, 2, True),
-        ("prediction_percent", "pred. %", 1, 2, True),
-        ("suppression_percent", "suppr. %", 1, 2, True),
-    ),
-}
-_LOG = ("drop_kl_nats", "kl_nats", "block_influence")
-_SCORES = {"block influence (ShortGPT)": "block_influence", "angular distance (Gromov et al.)": "angular_distance"}
 _MAX_BAR_COLUMNS = 3
 _MAX_HEADS = 10
 _WRAP_WIDTH = 110
@@ -73,15 +30,15 @@ _WRAP_WIDTH = 110
 
 def progress_line(frame: pd.DataFrame) -> str:
     """Summarize a table of results so far in one line."""
-    for columns in _SHOWN.values():
-        name, heading, factor, _, _ = columns[0]
-        if name in frame:
-            return f"{heading} {sparkline((factor * frame[name]).tolist())}"
-    return f"self {sparkline(frame[frame.part == 'block'].self.tolist())}" if "part" in frame else ""
+    rows = frame[frame.part == "block"] if "part" in frame else frame
+    for analysis in ANALYSES.values():
+        if analysis.columns and (column := analysis.columns[0]).name in rows:
+            return f"{column.heading} {sparkline([_float(value) for value in rows[column.name]])}"
+    return ""
 
 
-def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
-    """Yield one table and its sparklines over depth."""
+def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Table | Text]:
+    """Yield one table and its sparklines over depth; the table has bars if there is room."""
     yield ""
     if name == "similarity":
         yield from _similarity_tables(frame)
@@ -92,51 +49,60 @@ def lines(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     if name == "probe":
         yield from _probe_table(frame)
         return
-    if name not in _SHOWN:
+    columns = [column for column in ANALYSES[name].columns if column.name in frame] if name in ANALYSES else []
+    if not columns or "layer" not in frame:
         return
-    columns = [column for column in _SHOWN[name] if column[0] in frame]
-    bar_columns = [column for column in columns if column[4]]
+    values = {column: [_float(value) for value in frame[column.name]] for column in columns}
+    cells = {
+        column: ["-" if math.isnan(value) else number_cell(value, column) for value in values[column]]
+        for column in columns
+    }
+    curves = [column for column in columns if column.curve]
+    used = len("layer") + sum(2 + max(len(column.heading), *map(len, cells[column])) for column in columns)
+    with_bar = curves[: max(0, width - used) // (2 + BAR_WIDTH)] if len(curves) <= _MAX_BAR_COLUMNS else []
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", justify="right", no_wrap=True)
     for column in columns:
-        table.add_column(column[1], justify="right", no_wrap=True)
-        if column in bar_columns and len(bar_columns) <= _MAX_BAR_COLUMNS:
+        table.add_column(column.heading, justify="right", no_wrap=True)
+        if column in with_bar:
             table.add_column("", width=BAR_WIDTH, no_wrap=True)
-    for row in frame.to_dict("records"):
-        cells = [str(row["layer"])]
+    for number, layer in enumerate(frame.layer):
+        row = [str(layer)]
         for column in columns:
-            key, _, factor, digits, _ = column
-            value = _float(row[key])
-            cells.append("-" if math.isnan(value) else f"{factor * value:.{digits}f}")
-            if column in bar_columns and len(bar_columns) <= _MAX_BAR_COLUMNS:
-                cells.append(bar_cell(value, frame[key].astype(float).max()))
-        table.add_row(*cells)
+            row.append(cells[column][number])
+            if column in with_bar:
+                row.append(bar_cell(values[column][number], frame[column.name].astype(float).max()))
+        table.add_row(*row)
     yield table
     yield ""
-    for key, heading, *_ in bar_columns:
-        label = {"%": key.partition("_")[0]}.get(heading, heading)
-        yield Text(f"{label:>16} {sparkline([_float(value) for value in frame[key]], log=key in _LOG)}", no_wrap=True)
+    for column in curves:
+        yield Text(f"{column.heading:>16} {sparkline(values[column], log=column.log)}", no_wrap=True)
 
 
 def _similarity_tables(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("\nlayers", justify="right", no_wrap=True)
-    branches = ("attention", "mlp", "block")
+    branches, columns = ("attention", "mlp", "block"), ANALYSES["similarity"].columns
     for branch in branches:
-        for measure in ("self", "index", "adj."):
-            table.add_column(f"{branch if measure == 'self' else ''}\n{measure}", justify="right", no_wrap=True)
+        for column in columns:
+            title = branch if column is columns[0] else ""
+            table.add_column(f"{title}\n{column.heading}", justify="right", no_wrap=True)
     rows_of = frame.set_index(["layer", "part"])
     for layer in dict.fromkeys(frame.layer):
-        values = [
-            _float(rows_of.loc[(layer, branch), measure])
+        cells = [
+            "-"
+            if math.isnan(value := _float(rows_of.loc[(layer, branch), column.name]))
+            else number_cell(value, column)
             for branch in branches
-            for measure in ("self", "index", "adjacent")
+            for column in columns
         ]
-        table.add_row(f"{layer} {layer + 1}", *["-" if math.isnan(value) else f"{value:.2f}" for value in values])
+        table.add_row(f"{layer} {layer + 1}", *cells)
     yield table
     yield ""
+    first = columns[0]
     for branch in branches:
-        yield Text(f"{branch:>10}, self {sparkline(frame[frame.part == branch].self.tolist())}", no_wrap=True)
+        curve = sparkline(frame[frame.part == branch][first.name].tolist())
+        yield Text(f"{branch:>10}, {first.heading} {curve}", no_wrap=True)
 
 
 def _head_table(frame: pd.DataFrame) -> Iterator[Table]:
@@ -186,6 +152,7 @@ def _float(value: Any) -> float:
 
 def show_analysis(run: Run, console: Console) -> None:
     """Print the results of a finished analysis."""
+    from layersurgery.analyses.descriptions import describe
     from layersurgery.runs.tables import read_results, table_names
 
     facts = run.facts
@@ -204,36 +171,16 @@ def show_analysis(run: Run, console: Console) -> None:
         },
     }
     first = names[0]
-    items: list[Any] = [*lines(first, frames[first])]
+    items: list[Any] = [*lines(first, frames[first], console.out.width)]
     if first == "stages":
-        from layersurgery.analyses import describe_stages
-
-        summary = describe_stages(frames[first])
-        value |= {"boundaries": frames[first].attrs["boundaries"], "summary": summary}
+        value["boundaries"] = frames[first].attrs["boundaries"]
+    if summary := facts.get("summary") or describe(first, frames):
+        value["summary"] = summary
         items += ["", *(escape(line) for line in textwrap.wrap(summary, _WRAP_WIDTH))]
-    elif "summary" in facts:
-        value["summary"] = facts["summary"]
-        items += ["", *(escape(line) for line in textwrap.wrap(facts["summary"], _WRAP_WIDTH))]
-    if first == "rank":
-        items += ["", *_describe_ranks(frames["rank"], frames["spans"])]
     items += ["", *_notes(facts)]
     files = [*facts["files"], *facts["figures"]]
     items.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
     console.result(value, *items)
-
-
-def _describe_ranks(frame: pd.DataFrame, spans: pd.DataFrame) -> Iterator[str]:
-    lowest = frame.dropna(subset=["kl_nats"]).sort_values("kl_nats").layer[:6]
-    yield f"[bold]Lowest KL when removed: {', '.join(map(str, lowest))}[/] (measured one layer at a time)"
-    predicted = {name: frame.sort_values(column).layer[:6] for name, column in _SCORES.items()}
-    for name, layers in predicted.items():
-        common = len(set(layers) & set(lowest))
-        yield f"Lowest {name}: {', '.join(map(str, layers))} ({common} of {len(lowest)} in common)"
-    rows = spans.dropna(subset=["angular_distance"])
-    if len(rows):
-        best = rows.loc[rows.groupby("span").angular_distance.idxmin()].head(8)
-        ranges = (f"{row.layer}:{row.layer + row.span}" for row in best.itertuples())
-        yield f"Spans with the smallest angular distance: {', '.join(ranges)}"
 
 
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -1,13 +1,21 @@
-"""Draw bars and sparklines with block characters."""
+"""Format numbers, and draw bars and sparklines with block characters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from layersurgery.registry import Column
+
 _LEVELS = "▁▂▃▄▅▆▇█"
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_WIDTH = 8
+
+
+def number_cell(value: float, column: Column) -> str:
+    """Return a number for a table cell, as its column is shown: scaled, rounded, and a change with its sign."""
+    unit = " %" if column.unit == "%" and "%" not in column.heading else ""
+    return f"{column.factor * value:{'+' if column.signed else ''}.{column.digits}f}{unit}"
 
 
 def bar_cell(value: float, maximum: float) -> str:

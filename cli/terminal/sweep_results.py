@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .charts import BAR_WIDTH, bar_cell, sparkline
+from layersurgery.plans.families import FAMILIES
+from layersurgery.registry import METRICS, Column
+
+from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
 
 if TYPE_CHECKING:
@@ -20,87 +24,105 @@ if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
 
 _FACTS = ("model", "text", "schedule", "batch_size", "seconds", "tokens_per_second", "skipped", "non_finite")
-_BY_LAYER = ("swap", "drop", "skip-attention", "skip-mlp", "drop-span")
 _MAX_ROWS = 40
+_MAX_NAME = 24
+_GAP = 2  # between the columns of a table
 
 
-def lines(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
-    """Yield tables of all edits, and a sparkline over depth for each family."""
+def lines(frame: pd.DataFrame, width: int = 80) -> Iterator[str | Table | Text]:
+    """Yield tables of all edits, and sparklines over depth for each family.
+
+    Args:
+        frame: the results.
+        width: characters in a line; more metrics are shown where there is room.
+    """
     base = frame[frame.edit == "none"].iloc[0]
     yield (
         f"\nUnedited: loss {base.loss_nats:.3f} nats (perplexity {math.exp(min(base.loss_nats, 700)):.4g}), entropy "
         f"{base.entropy_bits:.2f} bits, accuracy {100 * base.accuracy:.1f} %\n"
     )
-    families = [edit for edit in _BY_LAYER if (frame.edit == edit).any()]
+    metrics = [metric for metric in METRICS if metric.shown and metric.name in frame]
+    by_layer = [family.name for family in FAMILIES.values() if family.per_layer and (frame.edit == family.name).any()]
     # If spans have several lengths, one layer starts several of them, so they are listed in a separate table.
-    spans = frame[frame.edit == "drop-span"]
-    if spans.layer.duplicated().any():
-        families = [family for family in families if family != "drop-span"]
+    families = [name for name in by_layer if not frame[frame.edit == name].layer.duplicated().any()]
     if families:
-        yield _layer_table(frame, families)
+        yield _layer_table(frame, families, metrics, width)
         yield ""
         for family in families:
             rows = frame[frame.edit == family].sort_values("layer")
-            for metric, label in (("kl_nats", "KL, log scale"), ("agreement", "predictions kept")):
-                yield Text(
-                    f"{family:>14} {label:<16} {sparkline(rows[metric].tolist(), log=metric == 'kl_nats')}",
-                    no_wrap=True,
-                )
-    others = frame[
-        frame.edit.isin(["swap-pairs", "plan"]) | ((frame.edit == "drop-span") & ("drop-span" not in families))
-    ]
+            for metric in metrics[:2]:
+                label = f"{metric.heading}, log scale" if metric.log else metric.heading
+                curve = sparkline(rows[metric.name].tolist(), log=metric.log)
+                yield Text(f"{family:>14} {label:<13} {curve}", no_wrap=True)
+    others = frame[(frame.edit != "none") & ~frame.edit.isin(families)]
     if len(others):
-        yield _edit_table(others)
+        yield _edit_table(others, metrics, width)
 
 
-def _layer_table(frame: pd.DataFrame, families: Sequence[str]) -> Table:
-    """Return a table with a row for each layer; with more than two families, only KL and agreement fit."""
-    wide = len(families) <= 2
+def _layer_table(frame: pd.DataFrame, families: Sequence[str], metrics: Sequence[Column], width: int) -> Table:
+    """Return a table with a row for each layer, and for each family as many metrics as have room."""
+    rows = frame[frame.edit.isin(families)]
+    first, *widths = (_width(rows, metric) for metric in metrics)
+    used = len("layer") + sum(max(first, len(family)) + _GAP for family in families)
+    count, has_bar = _fit(widths, (width - used) // len(families), 1)
+    count += 1
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("\nlayer", justify="right", no_wrap=True)
     for family in families:
-        table.add_column(f"{family}\nKL", justify="right", no_wrap=True)
-        if wide:
-            table.add_column("", width=BAR_WIDTH, no_wrap=True)
-        table.add_column("\nkept", justify="right", no_wrap=True)
-        if wide:
-            table.add_column("\nentropy", justify="right", no_wrap=True)
+        _add_columns(table, metrics[:count], has_bar, f"{family}\n", "\n")
     rows_of = {family: frame[frame.edit == family].set_index("layer") for family in families}
-    max_kl = frame[frame.edit.isin(families)].kl_nats.max()
-    for layer in sorted({layer for rows in rows_of.values() for layer in rows.index}):
+    for layer in sorted({layer for of_family in rows_of.values() for layer in of_family.index}):
         cells = [str(layer)]
-        for family in families:
+        for of_family in rows_of.values():
             cells += (
-                _cells(rows_of[family].loc[layer], max_kl, wide)
-                if layer in rows_of[family].index
-                else [""] * (4 if wide else 2)
+                _cells(of_family.loc[layer], metrics[:count], rows.kl_nats.max() if has_bar else None)
+                if layer in of_family.index
+                else [""] * (count + has_bar)
             )
         table.add_row(*cells)
     return table
 
 
-def _cells(row: pd.Series, max_kl: float, wide: bool) -> list[str]:
-    cells = [f"{row.kl_nats:.3f}", f"{100 * row.agreement:.1f} %"]
-    return [cells[0], bar_cell(row.kl_nats, max_kl), cells[1], f"{row.entropy_change_bits:+.2f}"] if wide else cells
-
-
-def _edit_table(rows: pd.DataFrame) -> Table:
+def _edit_table(rows: pd.DataFrame, metrics: Sequence[Column], width: int) -> Table:
+    """Return a table of plans, the lowest KL first, with as many metrics as have room."""
     ordered = rows.sort_values("kl_nats")
     skipped = max(0, len(ordered) - _MAX_ROWS)
     title = f"The {_MAX_ROWS} edits with the lowest KL, of {len(ordered)}; results.csv has all" if skipped else None
+    shown = ordered.head(_MAX_ROWS)
+    names = min(_MAX_NAME, max(map(len, shown["name"])))
+    count, has_bar = _fit([_width(shown, metric) for metric in metrics], width - names, 2)
     table = Table(box=None, pad_edge=False, header_style="bold", caption=title, caption_justify="left")
-    for name, right in (("plan", False), ("KL", True), ("", False), ("kept", True), ("entropy", True), ("loss", True)):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for row in ordered.head(_MAX_ROWS).itertuples():
-        table.add_row(
-            Text(row.name),
-            f"{row.kl_nats:.3f}",
-            bar_cell(row.kl_nats, ordered.kl_nats.max()),
-            f"{100 * row.agreement:.1f} %",
-            f"{row.entropy_change_bits:+.2f}",
-            f"{row.loss_change_nats:+.3f}",
-        )
+    table.add_column("plan", overflow="fold")
+    _add_columns(table, metrics[:count], has_bar)
+    for _, row in shown.iterrows():
+        table.add_row(Text(row["name"]), *_cells(row, metrics[:count], ordered.kl_nats.max() if has_bar else None))
     return table
+
+
+def _width(rows: pd.DataFrame, metric: Column) -> int:
+    """Return the width of a metric's column."""
+    return max(len(metric.heading), *(len(number_cell(value, metric)) for value in rows[metric.name]))
+
+
+def _fit(widths: Sequence[int], room: int, before_bar: int) -> tuple[int, bool]:
+    """Return how many of the columns have room, and whether a bar has; a few columns are preferred to it."""
+    needed = [*accumulate(width + _GAP for width in widths)]
+    has_bar = needed[before_bar - 1] + BAR_WIDTH + _GAP <= room
+    room -= (BAR_WIDTH + _GAP) * has_bar
+    return sum(end <= room for end in needed), has_bar
+
+
+def _add_columns(table: Table, metrics: Sequence[Column], has_bar: bool, first: str = "", other: str = "") -> None:
+    """Add a column for each metric and one for the bar of the first, with a text before each heading."""
+    for number, metric in enumerate(metrics):
+        table.add_column(f"{other if number else first}{metric.heading}", justify="right", no_wrap=True)
+        if has_bar and not number:
+            table.add_column("", width=BAR_WIDTH, no_wrap=True)
+
+
+def _cells(row: pd.Series, metrics: Sequence[Column], max_kl: float | None) -> list[str]:
+    cells = [number_cell(row[metric.name], metric) for metric in metrics]
+    return cells if max_kl is None else [cells[0], bar_cell(row.kl_nats, max_kl), *cells[1:]]
 
 
 def show_sweep(run: Run, console: Console) -> None:
@@ -123,7 +145,7 @@ def show_sweep(run: Run, console: Console) -> None:
         *(["tokens.parquet"] if facts["arguments"]["per_token"] else []),
         *facts["figures"],
     ]
-    items = [*lines(frame)]
+    items = [*lines(frame, console.out.width)]
     for plan, batches in facts["non_finite"].items():
         numbers = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
         items.append(

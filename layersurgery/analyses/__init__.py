@@ -15,7 +15,7 @@ from .layer_ranking import spans
 from .layer_signals import measure
 from .neuron_probes import Probe, probe
 from .prediction_neurons import neuron_scores
-from .prune import prune
+from .prune_run import prune
 from .subjoiner_heads import Subjoiners, subjoiners
 
 attention = on_any_text("attention", layer_signals.attention)

@@ -14,8 +14,8 @@ from ..models.config_fields import (
     Json,
     new_positions,
     non_default_fields,
-    rewrite,
 )
+from ..models.config_rewrite import rewrite
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route

@@ -16,7 +16,8 @@ from ..errors import UnsupportedEditError
 from ..models.block_list import BlockList, find_block_list
 from ..models.block_parts import BlockParts, find_block_parts
 from ..models.block_probe import record_block
-from ..models.config_fields import DecoderSection, Json, find_section, rewrite
+from ..models.config_fields import DecoderSection, Json, find_section
+from ..models.config_rewrite import rewrite
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..plans.edits import Branch
 from ..plans.route import Route

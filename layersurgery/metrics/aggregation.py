@@ -111,8 +111,9 @@ class SequenceSums:
 
         See `ratio` for what is NaN.
         """
-        columns = self.values.reshape(len(self), -1).T
-        pairs = np.array([ratio(column, self.counts) for column in columns]).reshape(*self.values.shape[1:], 2)
+        _, rows, metrics = self.values.shape
+        columns = self.values.reshape(len(self), rows * metrics).T
+        pairs = np.array([ratio(column, self.counts) for column in columns]).reshape(rows, metrics, 2)
         return pairs[..., 0], pairs[..., 1]
 
 

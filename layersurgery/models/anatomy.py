@@ -132,7 +132,7 @@ class Anatomy:
     def _repr_html_(self) -> str:
         """Return the table as HTML, for notebooks."""
         title, around, rows = self._table()
-        lines = [("th", rows[0].keys()), *(("td", row.values()) for row in rows)]
+        lines = [("th", list(rows[0])), *(("td", list(row.values())) for row in rows)]
         body = "".join(
             f"<tr>{''.join(f'<{cell}>{escape(text)}</{cell}>' for text in texts)}</tr>" for cell, texts in lines
         )

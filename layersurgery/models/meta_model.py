@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ..errors import SourceError, UnsupportedEditError
 from ..library_logs import quiet_libraries
 from ..plans.route import Route
-from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise, rewrite_fields
+from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise
+from .config_rewrite import rewrite_fields
 
 _UNVERIFIED = "Without this check (verify), the checkpoint can be written at your own risk."
 

@@ -23,7 +23,7 @@ _LAST = ("plan", "route", "model", "relative_depth", "depth", "tokens", "sequenc
 _STYLE = "background:linear-gradient(90deg,#9ecae1 {percent:.0f}%,transparent {percent:.0f}%)"
 
 
-class _ResultPlot(PlotAccessor):
+class _ResultPlot(PlotAccessor):  # type: ignore[misc]
     """`frame.plot()` draws the figure of the results; with arguments, and as `frame.plot.line`, it is pandas' own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -32,7 +32,7 @@ class _ResultPlot(PlotAccessor):
         return self._parent.figure()
 
 
-class ResultFrame(pd.DataFrame):
+class ResultFrame(pd.DataFrame):  # type: ignore[misc]
     """Results of a sweep or an analysis: a DataFrame that shows itself with bars and draws its own figure.
 
     Tables that pandas makes of it (rows, columns, joins) are plain DataFrames.
@@ -50,7 +50,8 @@ class ResultFrame(pd.DataFrame):
 
     @property
     def _constructor(self) -> Callable[..., pd.DataFrame]:
-        return pd.DataFrame
+        plain: Callable[..., pd.DataFrame] = pd.DataFrame
+        return plain
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the results as a plain DataFrame."""

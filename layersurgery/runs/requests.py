@@ -31,12 +31,14 @@ class ModelInfo:
         depth: number of blocks.
         positions: largest number of positions; None if the config does not say it.
         vocabulary: number of tokens in the vocabulary; None if the config does not say it.
+        padding: the padding token; None if the config does not say it.
     """
 
     source: Source
     depth: int
     positions: int | None
     vocabulary: int | None
+    padding: int | None
 
 
 def read_model_info(model: str | os.PathLike[str], revision: str | None, reporter: Reporter) -> ModelInfo:
@@ -47,8 +49,10 @@ def read_model_info(model: str | os.PathLike[str], revision: str | None, reporte
     """
     from transformers import AutoConfig
 
+    if not isinstance(model, str | os.PathLike):
+        raise PlanError(f"a model is given as a transformers model or as its name, not as {type(model).__name__}")
     with reporter.status(
-        f"Converting {model} to safetensors (once)" if needs_conversion(model) else f"Reading the config of {model}"
+        f"Converting {model} to safetensors (once)" if needs_conversion(str(model)) else f"Reading the config of {model}"
     ):
         source = find_source(model, revision=revision, weights=False)
         try:
@@ -58,7 +62,7 @@ def read_model_info(model: str | os.PathLike[str], revision: str | None, reporte
             raise SourceError(
                 f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}"
             ) from error
-    return ModelInfo(source, depth, *config_limits(config))
+    return ModelInfo(source, depth, *config_limits(config), getattr(config, "pad_token_id", None))
 
 
 def config_limits(config: Any) -> tuple[int | None, int | None]:
@@ -73,11 +77,13 @@ class GivenText:
 
     Attributes:
         tokens: the tokens and their mask.
+        masked: whether the caller gave the mask.
         documents: texts to tokenize.
         pack: whether documents are joined if the caller does not say it.
     """
 
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+    masked: bool = False
     documents: Iterable[str] | None = None
     pack: bool = False
 
@@ -110,13 +116,14 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
             )
         return replace(options, data=str(text)), None
     if isinstance(text, Mapping) and "input_ids" in text:  # a tokenizer's output
-        return options, GivenText(as_tokens(text["input_ids"], text.get("attention_mask", attention_mask)))
+        mask = text.get("attention_mask", attention_mask)
+        return options, GivenText(as_tokens(text["input_ids"], mask), masked=mask is not None)
     if hasattr(text, "column_names") or hasattr(text, "features"):  # a dataset, in memory or streamed
         return options, GivenText(documents=_column(text, options.column), pack=True)
     if isinstance(text, Sequence) and len(text) and all(isinstance(item, str) for item in text):
         return options, GivenText(documents=list(text))
     if isinstance(text, torch.Tensor | Sequence) or hasattr(text, "__array__"):
-        return options, GivenText(as_tokens(text, attention_mask))
+        return options, GivenText(as_tokens(text, attention_mask), masked=attention_mask is not None)
     raise PlanError(
         "text is given as token ids, a tokenizer's output, a list of strings, a dataset, a path or the id of a "
         f"dataset, not as {type(text).__name__}"
@@ -162,8 +169,24 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     return TextRequest(data, tokens, context, pack=pack, documents=documents, **sampling)
 
 
-def given_tokens(given: GivenText) -> TokenizedText:
-    """Return tokens that were given from Python as a text."""
+def given_tokens(given: GivenText, padding: Any) -> TokenizedText:
+    """Return tokens that were given from Python as a text.
+
+    Args:
+        given: the tokens.
+        padding: the model's padding token; None if it has none.
+
+    Raises:
+        PlanError: sequences are padded, and there is no mask.
+    """
     assert given.tokens is not None
     ids, mask = given.tokens
+    if not given.masked and isinstance(padding, int) and ids.shape[1] > 2:
+        # One such token at an end may be text; two of them in some sequences and not in others are padding.
+        ends = (ids[:, :2] == padding).all(-1) | (ids[:, -2:] == padding).all(-1)
+        if bool(ends.any()) and not bool(ends.all()):
+            raise PlanError(
+                f"{int(ends.sum())} of {len(ids)} sequences begin or end with the padding token ({padding}), which would "
+                "be counted as text; give attention_mask (or the tokenizer's whole output), all ones to count them"
+            )
     return TokenizedText(ids, mask, fingerprint_of(ids, mask))

@@ -96,7 +96,7 @@ def open_run(
     """
     arguments = json.loads(json.dumps(arguments))
     if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
-        raise OutputError(f"{directory} exists and is not a directory; choose another output with -o")
+        raise OutputError(f"{directory} exists and is not a directory; choose another output")
     is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: 
     """Return the run to resume or the finished run in a directory, or a new run; arguments as for `open_run`."""
     earlier = read_run(directory)
     if any(directory.iterdir()) and not _is_our_run(earlier, kind):
-        raise OutputError(f"{directory} contains something other than {KINDS[kind]}; choose another output with -o")
+        raise OutputError(f"{directory} contains something other than {KINDS[kind]}; choose another output")
     run = Run(directory, kind, arguments, earlier or {})
     if (directory / FORMER_JOURNAL).exists() and not (run.finished or overwrite):
         raise OutputError(
@@ -132,8 +132,8 @@ def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: 
         recorded, arguments = ({"analysis": values.get("analysis")} for values in (recorded, arguments))
     if differences := _describe_differences(recorded, arguments):
         raise OutputError(
-            f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Use --overwrite to start again, "
-            "or choose another output with -o"
+            f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Overwrite it to start again, "
+            "or choose another output"
         )
     if run.finished:  # the run may have been killed after it finished, before it removed these files
         clear_progress(directory)

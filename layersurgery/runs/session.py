@@ -111,6 +111,7 @@ class ModelSession:
             self.name = Path(self.label).name
             self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
             positions, self._vocabulary = config_limits(text_config(model))
+            self._padding = getattr(text_config(model), "pad_token_id", None)
             self.placement = _placement_of(model, options)
         else:
             info = read_model_info(model, options.revision, reporter)
@@ -118,6 +119,7 @@ class ModelSession:
                 info.source, info.depth, info.positions, info.vocabulary,
             )  # fmt: skip
             self.label, self.name = info.source.label, info.source.name
+            self._padding = info.padding
             self.placement = choose_placement(options, info.source, reporter)
         self._positions = positions
         self.request = text_request(model, options, positions, given)
@@ -204,7 +206,7 @@ class ModelSession:
     def _read_tokens(self) -> TokenizedText:
         request, reporter = self.request, self.reporter
         if self._given is not None and self._given.tokens is not None:
-            text = given_tokens(self._given)
+            text = given_tokens(self._given, self._padding)
         else:
             tokenizer = self.tokenizer
             with reporter.status(f"Reading text: {request.data}"):

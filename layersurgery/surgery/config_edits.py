@@ -16,7 +16,8 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from ..models.block_view import positions
-from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise, rewrite_fields
+from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise
+from ..models.config_rewrite import rewrite_fields
 from ..plans.route import Route
 
 _LAYER_INDEX_NAME = re.compile(r"(layer|block)_?(idx|index)$")

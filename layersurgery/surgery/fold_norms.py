@@ -6,7 +6,7 @@ that no module reads are removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,12 @@ from ..models.block_list import require_model, text_config, unwrap_transformers
 from ..models.block_probe import BlockProbe
 from ..models.call_tracing import TOKENS, first_tensor
 from ..models.numerics import relative_error, tolerance
-from ..models.weight_conventions import fit_norm, input_dim, output_dim
+from ..models.weight_conventions import fit_norm, output_dim
 from ..runtime.block_runner import BlockRunner
 from ..runtime.contributions import reads_are_mean_free
 from ..runtime.inputs import model_inputs
 from ..runtime.unembedding import Unembedding, find_readout
+from .fold_weights import WeightUndo, fold_into, reset_norm, subtract_mean
 
 
 @dataclass(slots=True)
@@ -114,15 +115,15 @@ def _fold_norm(probe: BlockProbe, prefix: str, path: str, result: FoldResult) ->
         result.not_folded[name] = f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm"
         return
     readers = _find_readers(probe, path)
-    undo = _Undo()
+    undo = WeightUndo()
     try:
         if not readers:
             raise UnsupportedEditError("no module reads it directly")
         for reader in readers:
-            _fold_into(
+            fold_into(
                 block.get_submodule(reader), affine.scale_D, affine.shift_D, width, undo, center=affine.subtracts_mean
             )
-        _reset_norm(norm, affine.scale_D, undo)
+        reset_norm(norm, affine.scale_D, undo)
         if not _is_close(probe.added(), before):
             raise UnsupportedEditError("other modules than these matrices read it")
     except UnsupportedEditError as error:
@@ -161,66 +162,6 @@ def _find_readers(probe: BlockProbe, norm: str) -> list[str]:
     return [name for name in dict.fromkeys(readers) if not any(inner.startswith(f"{name}.") for inner in readers)]
 
 
-def _fold_into(
-    module: nn.Module, scale: torch.Tensor, shift: torch.Tensor, width: int, undo: _Undo, *, center: bool
-) -> None:
-    """Fold a norm's scale and shift into the weights of a module that reads it.
-
-    If the norm subtracts the mean, the mean of the weights over the inputs has no effect, and is subtracted too
-    (`center`).
-    """
-    shifted = bool(shift.abs().max() > 0)
-    for name in _find_input_weights(module, width):
-        weight = undo.keep(module, name)
-        dim = input_dim(module, name, width)
-        weight64 = weight.detach().double().movedim(dim, -1)
-        bias_change = weight64 @ shift.to(weight.device)
-        weight64 = weight64 * scale.to(weight.device)
-        weight64 = weight64 - weight64.mean(-1, keepdim=True) if center else weight64
-        weight.copy_(weight64.movedim(-1, dim))
-        if shifted:
-            if name != "weight" or weight.dim() != 2 or not hasattr(module, "bias"):
-                raise UnsupportedEditError(
-                    f"{type(module).__name__}, which reads it, has no bias that can absorb its shift"
-                )
-            if isinstance(module.bias, torch.Tensor):
-                bias = undo.keep(module, "bias")
-                bias.copy_(bias.double() + bias_change)
-            else:
-                undo.set_parameter(
-                    module, "bias", nn.Parameter(bias_change.to(weight.dtype), requires_grad=weight.requires_grad)
-                )
-
-
-def _find_input_weights(module: nn.Module, width: int) -> list[str]:
-    """Return the weights of a module that read the stream: its only matrix, or all of an expert but its output."""
-    names = [
-        name
-        for name, value in module._parameters.items()
-        if value is not None and value.dim() > 1 and not name.endswith("bias")
-    ]
-    if len(names) == 1:
-        return names
-    outputs = ("down_proj", "w2", "output_linear", "wo", "fc2")
-    input_names = [name for name in names if name not in outputs and width in module._parameters[name].shape[-2:]]  # type: ignore[union-attr]
-    if not input_names:
-        raise UnsupportedEditError(f"{type(module).__name__}, which reads it, has no weight that is known to read it")
-    return input_names
-
-
-def _reset_norm(norm: nn.Module, scale: torch.Tensor, undo: _Undo) -> None:
-    """Set the scale of a norm to 1 and its shift to 0, also where the scale is 1 + weight (Gemma)."""
-    weight = norm._parameters.get("weight")
-    if weight is not None:
-        offset = scale - weight.detach().double().cpu()
-        nearest = offset.mean().round()
-        if bool((offset - nearest).abs().max() > 0.02 * scale.abs().max()):
-            raise UnsupportedEditError(f"how {type(norm).__name__} computes its scale from its weight is unknown")
-        undo.keep(norm, "weight").fill_(1 - float(nearest))
-    if norm._parameters.get("bias") is not None:
-        undo.keep(norm, "bias").zero_()
-
-
 def _fold_final_norm(runner: BlockRunner, result: FoldResult, *, unembedding: bool) -> None:
     """Fold the final norm into the unembedding, and center the unembedding."""
     model, path, head = runner.model, runner.anatomy.final_norm, runner.anatomy.unembedding
@@ -239,13 +180,13 @@ def _fold_final_norm(runner: BlockRunner, result: FoldResult, *, unembedding: bo
 
     before = run()
     affine = fit_norm(norm, runner.width, module.weight.detach())
-    undo = _Undo()
+    undo = WeightUndo()
     try:
         if affine is None:
             raise UnsupportedEditError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
         _untie(model, module, undo)
-        _fold_into(module, affine.scale_D, affine.shift_D, runner.width, undo, center=affine.subtracts_mean)
-        _reset_norm(norm, affine.scale_D, undo)
+        fold_into(module, affine.scale_D, affine.shift_D, runner.width, undo, center=affine.subtracts_mean)
+        reset_norm(norm, affine.scale_D, undo)
         if unembedding and readout.cap is None:
             for name in ("weight", "bias"):
                 if isinstance(getattr(module, name, None), torch.Tensor):
@@ -266,7 +207,7 @@ def _fold_final_norm(runner: BlockRunner, result: FoldResult, *, unembedding: bo
         result.centered.append(head)
 
 
-def _untie(model: nn.Module, head: Any, undo: _Undo) -> None:
+def _untie(model: nn.Module, head: Any, undo: WeightUndo) -> None:
     """Give a tied unembedding its own weight, and set the config accordingly."""
     inner: Any = unwrap_transformers(model)
     embedding = inner.get_input_embeddings()
@@ -287,7 +228,7 @@ def _center_writers(runner: BlockRunner, probes: Sequence[BlockProbe], result: F
     inside = {id(module) for block in runner.blocks for module in block.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and id(module) not in inside and module.weight.shape[1] == runner.width:
-            _center(module, "weight", 1)
+            subtract_mean(module, "weight", 1)
             result.centered.append(f"{name}.weight")
     for number, probe in enumerate(probes):
         block, parts = runner.blocks[number], runner.anatomy.parts(number)
@@ -302,14 +243,14 @@ def _center_writers(runner: BlockRunner, probes: Sequence[BlockProbe], result: F
             )
             continue
         before = probe.added()
-        undo = _Undo()
+        undo = WeightUndo()
         for path in names:
             owner, _, key = path.rpartition(".")
             module = block.get_submodule(owner)
             undo.keep(module, key)
             weight = block.get_parameter(path)
             bias = weight.dim() == 1 or key.endswith("bias")
-            _center(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
+            subtract_mean(module, key, weight.dim() - 1 if bias else output_dim(module, key, runner.width))
         if _is_close(probe.added(), before - before.mean(-1, keepdim=True)):
             result.centered += [f"{runner.path}.{number}.{path}" for path in names]
         else:
@@ -319,44 +260,7 @@ def _center_writers(runner: BlockRunner, probes: Sequence[BlockProbe], result: F
             )
 
 
-def _center(module: nn.Module, name: str, dim: int) -> None:
-    """Subtract the mean of a parameter over one dimension."""
-    weight = module._parameters[name]
-    assert weight is not None
-    weight64 = weight.detach().double()
-    weight.copy_(weight64 - weight64.mean(dim, keepdim=True))
-
-
 def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     """Check whether two outputs are equal up to the rounding of the changed weights."""
-    return relative_error(actual, expected) <= tolerance("fold", expected.dtype)
-
-
-class _Undo:
-    """The changes of parameters that can be undone."""
-
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
-
-    def keep(self, module: nn.Module, name: str) -> nn.Parameter:
-        """Return a parameter that will be overwritten, after saving a copy of it."""
-        parameter = module._parameters[name]
-        assert parameter is not None
-        copy = parameter.detach().clone()
-        self._steps.append(lambda: parameter.copy_(copy))
-        return parameter
-
-    def set_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        """Set a new parameter of a module."""
-        before = module._parameters.get(name)
-        self._steps.append(lambda: module._parameters.__setitem__(name, before))
-        module._parameters[name] = parameter
-
-    def add_step(self, step: Callable[[], object]) -> None:
-        """Add another step of the undo."""
-        self._steps.append(step)
-
-    def run(self) -> None:
-        """Undo all changes, the last one first."""
-        for step in reversed(self._steps):
-            step()
+    # Relative to the largest value of all rows: a norm may compute in float32 though the model is in float64.
+    return relative_error(actual.flatten(), expected.flatten()) <= tolerance("fold", expected.dtype)

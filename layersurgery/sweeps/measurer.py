@@ -266,13 +266,13 @@ class Measurer:
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
             another_order = (
-                ", --schedule depth-first, which keeps fewer streams in memory"
+                ", the schedule depth-first, which keeps fewer streams in memory"
                 if self.schedule.during_trunk and not self._run_only
                 else ""
             )
             raise MeasurementError(
-                f"memory is too small for one sequence of {length} tokens: use a shorter --context, fewer edits at once"
-                f"{another_order}, or half precision (--dtype bfloat16)"
+                f"memory is too small for one sequence of {length} tokens: use a shorter context, fewer edits at once"
+                f"{another_order}, or half precision (dtype bfloat16)"
             )
         self.max_sequences = sequences // 2
         warnings.warn(

@@ -372,6 +372,7 @@ def test_what_is_refused_on_the_command_line(place: Path, tmp_path: Path) -> Non
     assert "does not exist" in missing.stderr
 
 
+@pytest.mark.slow
 def test_the_head_of_the_real_model() -> None:
     """Layer 3, head 2 of SmolLM2-135M, found on Python's help and tested on held-out words."""
     from pydoc_data.topics import topics

@@ -19,7 +19,8 @@ from layersurgery.checkpoints.quantization import rename_layers
 from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_header
 from layersurgery.checkpoints.tensor_index import find_block_prefix
 from layersurgery.models.block_list import find_block_list
-from layersurgery.models.config_fields import find_section, rewrite
+from layersurgery.models.config_fields import find_section
+from layersurgery.models.config_rewrite import rewrite
 from layersurgery.plans.route import Route
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens

@@ -434,9 +434,9 @@ def test_a_file_system_without_locks(llama: Path, tmp_path: Path, monkeypatch: p
 def test_a_locked_directory(tmp_path: Path) -> None:
     with directory_lock(tmp_path):
         nothing_written(tmp_path)
-        with pytest.raises(ls.OutputError, match="another process is writing to .*choose another output"):
-            with directory_lock(tmp_path):
-                pass
+        message = "another process is writing to .*choose another output"
+        with pytest.raises(ls.OutputError, match=message), directory_lock(tmp_path):
+            pass
     with directory_lock(tmp_path):
         pass
 

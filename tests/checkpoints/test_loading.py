@@ -40,9 +40,9 @@ def test_a_model_in_memory_has_no_name(llama: Path, tmp_path: Path) -> None:
     model = tiny_model("llama")
     message = r"expected the name of a model .*, not a LlamaForCausalLM; edit a model in memory with operate\(\)"
     with pytest.raises(ls.SourceError, match=message):
-        ls.load(model)  # type: ignore[arg-type]
+        ls.load(model)
     with pytest.raises(ls.SourceError, match=message):
-        ls.edit_checkpoint(model, ls.swap(1), tmp_path / "out")  # type: ignore[arg-type]
+        ls.edit_checkpoint(model, ls.swap(1), tmp_path / "out")
     with pytest.raises(ls.PlanError, match="expected a plan or its text .*, not 12"):
         ls.edit_checkpoint(llama, 12, tmp_path / "out")  # type: ignore[arg-type]
 

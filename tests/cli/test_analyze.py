@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from layersurgery_cli.session.figures import model_tables
+from layersurgery.runs.drawing import model_tables
 from PIL import Image
 
 import layersurgery as ls
@@ -201,6 +201,7 @@ def test_a_model_without_neurons(tmp_path: Path, place: Path) -> None:
     assert "neurons" not in value["tables"]
 
 
+@pytest.mark.slow
 def test_several_models_are_drawn_together(place: Path, tmp_path: Path) -> None:
     checkpoint(tmp_path / "llama")
     result_of("stages", tmp_path / "llama", *words(place), "-o", tmp_path / "other")

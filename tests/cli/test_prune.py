@@ -60,7 +60,7 @@ def test_ranks_and_spans_are_those_of_python(place: Path, tmp_path: Path) -> Non
     assert Image.open(tmp_path / "out" / "rank.png").width > 1500
     seen = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 3)
     assert "has finished; nothing to do" in seen.stderr
-    assert "Lowest KL when removed: 1, " in seen.stdout
+    assert "Lowest KL when removed: layers 1, " in seen.stdout
     assert "Lowest block influence (ShortGPT): " in seen.stdout
     assert "…" not in seen.stdout
     other = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 2)
@@ -140,12 +140,12 @@ def test_what_was_measured_is_used_again_and_nothing_is_lost(place: Path, tmp_pa
 def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["prune", place / "tiny", *words(place), "--remove", 2, "--greedy", "-o", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        from layersurgery_cli.commands import prune
+        from layersurgery.analyses import prune_run
 
         def stop(*_: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr(prune, "CostTask", stop)
+        patch.setattr(prune_run, "CostTask", stop)
         assert run(*asked).exit_code == 130
     assert not (tmp_path / "out").exists()
     steps = [tmp_path / "out-results" / f"step-0{number}" / "step.parquet" for number in (1, 2)]

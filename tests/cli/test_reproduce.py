@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layersurgery_cli.commands import reproduce
+from layersurgery.reports import reproduce
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 

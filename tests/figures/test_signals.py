@@ -12,7 +12,7 @@ import layersurgery as ls
 from layersurgery.analyses.stage_boundaries import as_records, boundaries, stage_of
 from layersurgery.figures import signals as figures
 from layersurgery.figures.analyses import draw_signals
-from layersurgery.figures.style import ModelTables
+from layersurgery.figures.style import ModelTables, labeled_blocks
 from tests.analyses.test_boundaries import L, planted
 from tests.support.zoo import tiny_model, tokens
 
@@ -29,7 +29,7 @@ def test_lines_are_columns(tables: dict[str, pd.DataFrame]) -> None:
     for name, columns in (
         ("lens", {"lens_kl_nats": 1, "lens_entropy_bits": 1, "lens_agreement": 100}),
         ("attention", {"attention_prev5": 1, "attention_prev5_mean": 1}),
-        ("norms", {"attention_to_mlp_ratio": 1, "mlp_norm": 1, "attention_norm": 1}),
+        ("norms", {"attention_norm": 1, "mlp_norm": 1, "attention_to_mlp_ratio": 1}),
     ):
         figure = getattr(figures, name)(models)
         for axis, (column, times) in zip(figure.axes, columns.items(), strict=True):
@@ -61,7 +61,7 @@ def test_stages_are_shaded_where_they_were_found() -> None:
     assert {text.get_text() for text in top.texts} == {
         "detokenization", "feature engineering", "prediction ensembling", "residual sharpening",
     }  # fmt: skip
-    line = next(line for line in top.get_lines() if str(line.get_label()).startswith("KL when dropped"))
+    line = next(line for line in top.get_lines() if str(line.get_label()).startswith("KL when the block is dropped"))
     np.testing.assert_allclose(np.asarray(line.get_ydata(), float), signals["drop_kl_nats"] / 6)
     two = figures.stages([ModelTables({"stages": table}, name, "no text") for name in ("a$x$", "b")])
     assert [axis.get_title(loc="left") for axis in two.axes] == ["a$x$", "b"]
@@ -80,3 +80,31 @@ def test_files_are_the_same_each_time_and_odd_tables_are_drawn(tables: dict[str,
         table["relative_depth"] = tables[name].relative_depth
         table.attrs = tables[name].attrs
     assert len(draw_signals([ModelTables(nothing, "x", "y")] * 2, tmp_path)) == 12
+
+
+def lens_of(depth: int) -> pd.DataFrame:
+    layers = np.arange(depth)
+    values = {name: layers / depth for name in ("lens_kl_nats", "lens_entropy_bits", "lens_agreement")}
+    errors = {f"{name}_sem": 0.01 for name in values}
+    return pd.DataFrame({"layer": layers, "relative_depth": layers / (depth - 1), **values, **errors})
+
+
+@pytest.mark.parametrize("depth", [2, 6, 30, 80, 126])
+def test_blocks_of_one_depth_are_numbered(depth: int) -> None:
+    figure = figures.lens([ModelTables({"lens": lens_of(depth)}, name, "no text") for name in ("one", "same depth")])
+    for axis in figure.axes:
+        labels = [text.get_text().split("\n") for text in axis.get_xticklabels()]
+        blocks = [int(block) for block, _ in labels]
+        assert blocks == labeled_blocks(depth - 1, 8)
+        assert blocks[0] == 0
+        assert blocks[-1] == depth - 1
+        assert 2 <= len(blocks) <= 8
+        np.testing.assert_allclose(axis.get_xticks(), np.array(blocks) / (depth - 1))
+        np.testing.assert_allclose([float(relative) for _, relative in labels], axis.get_xticks(), atol=0.006)
+        assert axis.get_xlabel() == "block (below: relative depth)"
+        assert len(axis.get_xticks(minor=True)) == depth
+
+
+def test_models_of_several_depths_have_relative_depth_alone() -> None:
+    figure = figures.lens([ModelTables({"lens": lens_of(depth)}, str(depth), "no text") for depth in (6, 30)])
+    assert {axis.get_xlabel() for axis in figure.axes} == {"relative depth of the block"}

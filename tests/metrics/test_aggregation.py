@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -36,7 +37,7 @@ def summed(sequences: Sequences) -> SequenceSums:
 def test_any_split_in_any_order_gives_the_same_digits(drawn: Sequences, rng: random.Random) -> None:
     whole = summed(drawn)
     cuts = sorted({0, len(drawn), *rng.choices(range(len(drawn) + 1), k=3)})
-    batches = [result(start, drawn[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    batches = [result(start, drawn[start:stop]) for start, stop in itertools.pairwise(cuts)]
     split = SequenceSums.of(rng.sample(batches, len(batches)))
     assert split.numbers == whole.numbers == [number for number, (count, _) in enumerate(drawn) if count]
     assert len(whole) == len(whole.numbers)

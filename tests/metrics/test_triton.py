@@ -194,7 +194,7 @@ def test_the_metrics_are_the_definitions(
     ("capability", "choices"),
     [
         pytest.param(80, "HALF", marks=pytest.mark.weekly),
-        (90, "HALF"),
+        pytest.param(90, "HALF", marks=pytest.mark.slow),
         (80, "FULL"),
         pytest.param(90, "FULL", marks=pytest.mark.weekly),
     ],

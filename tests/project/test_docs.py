@@ -50,6 +50,7 @@ def test_every_page_is_in_the_index() -> None:
         assert page.name == "README.md" or f"]({page.name})" in index, page.name
 
 
+@pytest.mark.slow
 def test_the_table_of_costs() -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     for row in paper_costs.rows():

@@ -15,14 +15,16 @@ HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
 # Plans, edits of files up to the reload check, schedules, and the devices and processes that the command line reads.
 LIGHT = [
     *(f"plans.{name}" for name in ("edits", "plan", "route", "variants")),
-    *("checkpoints.edit_checkpoint", "checkpoints.inspection", "checkpoints.loading", "checkpoints.model_card"),
+    *("checkpoints.checkpoint", "checkpoints.edit_checkpoint", "checkpoints.inspection", "checkpoints.loading"),
     *(
+        "checkpoints.model_card",
         "checkpoints.output_layout",
+        "checkpoints.prepared_edit",
         "checkpoints.quantization",
         "checkpoints.safetensors_header",
         "checkpoints.shard_writer",
     ),
-    *("checkpoints.sources", "checkpoints.tensor_index"),
+    *("checkpoints.sources", "checkpoints.tensor_index", "models.config_rewrite"),
     *("models.config_fields", "models.unsupported", "sweeps.schedule", "runtime.device_map", "runs.distributed"),
 ]
 

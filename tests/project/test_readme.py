@@ -19,7 +19,6 @@ from typer.main import get_command
 
 from tests.cli.test_cli import run
 from tests.support.demo_model import use_demo_model
-from tests.support.zoo import slow
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -79,7 +78,8 @@ def quiet() -> Iterator[None]:
     logging.disable(before)
 
 
-@pytest.mark.parametrize("page", [PAGES[0], *map(slow, PAGES[1:])], ids=lambda page: page.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_does_what_it_says(
     page: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, quiet: None
 ) -> None:

@@ -24,10 +24,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 import layersurgery as ls
+from layersurgery.analyses.descriptions import describe_costs, describe_ranks
 from layersurgery.figures.style import COLORS
+from layersurgery.registry import METRICS, Column
+from layersurgery.reports import charts, tables
 from layersurgery.reports.page import template
 from layersurgery.reports.text_format import format_with_error, is_hidden, show_control_characters
 from layersurgery.runs.tables import write_table
+from tests.analyses.test_descriptions import costs, ranks
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import checkpoint
 
@@ -536,6 +540,36 @@ def test_tables_of_any_analysis_are_shown(tmp_path: Path) -> None:
         "2 rows",
     ):
         assert cell in text
+
+
+def test_a_metric_of_the_registry_is_shown_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = results_in(tmp_path / "sweep")
+    write_table(place, "results", pd.read_parquet(place / "results.parquet").assign(flips=0.125, flips_sem=0.01))
+    metrics = (*METRICS, Column("flips", "share of flips", "%", 100, definition="how often a flip happens"))
+    for module in (charts, tables):
+        monkeypatch.setattr(module, "METRICS", metrics)
+    monkeypatch.setattr(charts, "column", {metric.name: metric for metric in metrics}.__getitem__)
+    text = ls.report(place, tmp_path / "page.html").path.read_text()
+    assert "Share of flips, <i>%</i>" in text
+    assert 'data-v="0.125">12.5<small>' in text
+    assert "Share of flips: how often a flip happens." in text
+    assert '"flips":{"label":"share of flips","unit":"%","times":100,"log":false}' in text
+
+
+def test_what_pruning_found_is_said_in_words(tmp_path: Path) -> None:
+    for analysis, frame in (("rank", ranks()), ("costs", costs())):
+        place = results_in(
+            tmp_path / analysis,
+            kind="layersurgery analysis",
+            arguments={"analysis": analysis, "model": {"name": "tiny"}},
+        )
+        (place / "results.parquet").unlink()
+        write_table(place, analysis, frame)
+        facts = json.loads((place / "run.json").read_text()) | {"files": [f"{analysis}.parquet"]}
+        (place / "run.json").write_text(json.dumps(facts))
+    shown = Text.of(ls.report(tmp_path, tmp_path / "page.html").path.read_text())
+    assert shown.find(describe_ranks(ranks()))
+    assert shown.find(describe_costs(costs()))
 
 
 def test_colours_are_those_of_the_figures() -> None:

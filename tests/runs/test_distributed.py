@@ -71,7 +71,7 @@ import json, os, sys, time
 asked = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
-import layersurgery_cli.commands.sweep, layersurgery.figures.sweeps, layersurgery.runs.runner
+import layersurgery.runs.sweep, layersurgery.figures.sweeps, layersurgery.runs.runner
 import transformers.models.llama.modeling_llama
 from layersurgery_cli.__main__ import main
 children = []
@@ -147,6 +147,7 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     return files(place / "alone")
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def given(out: str) -> list[str]:
         asked = [
@@ -184,7 +185,7 @@ def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, byt
     assert not [said for said in ended.err[1:] if "edited models" in said or "sequences" in said]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_those_who_are_left_say_so_and_end(place: Path, alone: dict[str, bytes], tmp_path: Path, lost: int) -> None:
     out = f"lost-{lost}"
     ended = start(place, tmp_path, 3, words(place, out), kill=lost)
@@ -202,6 +203,7 @@ def test_those_who_are_left_say_so_and_end(place: Path, alone: dict[str, bytes],
     assert files(place / out) == alone
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once_and_nobody_waits(place: Path, tmp_path: Path) -> None:
     ended = start(place, tmp_path, 2, words(place, "wrong", "--data", "nowhere.txt"))
     assert ended.codes == [1, 0]
@@ -209,6 +211,7 @@ def test_what_is_wrong_is_said_once_and_nobody_waits(place: Path, tmp_path: Path
     assert "error" not in ended.err[1]
 
 
+@pytest.mark.slow
 def test_another_checkpoint_on_another_machine(place: Path, tmp_path: Path) -> None:
     checkpoint(tmp_path / "tiny", rms_norm_eps=1e-3)
     ended = start(place, tmp_path, 2, words(place, "elsewhere"), elsewhere=tmp_path)
@@ -239,6 +242,7 @@ def ranks(launcher: subprocess.Popen[str]) -> Iterator[tuple[int, psutil.Process
             yield int(rank), child
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, alone: dict[str, bytes]) -> None:
     """First by torchrun; then by accelerate's way for several GPUs, which without any computes on the CPU."""
     torchrun = ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), *PATIENCE]

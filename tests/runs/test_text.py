@@ -121,7 +121,7 @@ def test_every_sequence_may_begin_with_the_beginning_of_text(jsonl: Path) -> Non
     assert text.ids[:, 0].eq(1).all()
     assert text.ids[:, 1:].flatten().tolist() == JOINED[:36]
     assert read(jsonl, 100, 20, pack=False, bos=True).ids[:, 0].eq(1).all()
-    with pytest.raises(PlanError, match="--bos: this tokenizer has no beginning-of-text token"):
+    with pytest.raises(PlanError, match="bos: this tokenizer has no beginning-of-text token"):
         read(jsonl, bos=True, tokenizer=_without("bos_token"))
 
 
@@ -189,7 +189,7 @@ def test_what_is_no_number(text: str) -> None:
 def test_wrong_columns(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SourceError,
-        match=r"some.jsonl has no column 'body'; it has text, meta. Name the column that contains the text: --column",
+        match=r"some.jsonl has no column 'body'; it has text, meta. Name the column that contains the text \(column\)",
     ):
         read(jsonl, column="body")
     with pytest.raises(SourceError, match="the column 'meta' of .* contains dict, not text"):

@@ -14,9 +14,10 @@ import layersurgery as ls
 from layersurgery.metrics import tiled
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
+from layersurgery.runtime.compiled_blocks import Compiler
 from layersurgery.sweeps.measurer import Measurer
 from tests.metrics.test_tiled import Plain, drawn
-from tests.support.zoo import DEPTH, tiny_model, tokens
+from tests.support.zoo import DEPTH, slow, tiny_model, tokens
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler"
@@ -24,13 +25,13 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", [slow("llama"), "gpt_neox", slow("gemma2")])
 def test_the_numbers_are_the_same(name: str) -> None:
     model, ids = tiny_model(name), tokens(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*", category=DeprecationWarning)
-        compiled = ls.sweep(model, "swap,drop,skip-attention,skip-mlp", ids, compiled=True)
+        compiled = ls.sweep(model, "swap,drop,skip-attention,skip-mlp", ids, compile=True)
     plain = ls.sweep(model, "swap,drop,skip-attention,skip-mlp", ids)
     for metric in METRICS:
         assert (compiled[metric] - plain[metric]).abs().max() < 1e-5
@@ -38,6 +39,7 @@ def test_the_numbers_are_the_same(name: str) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_digits_do_not_depend_on_which_batch_came_first() -> None:
     """A run that was stopped goes on with another batch first."""
     model = tiny_model("llama")
@@ -67,7 +69,7 @@ def sweep_with(compile: Any, monkeypatch: pytest.MonkeyPatch, match: str) -> Non
     monkeypatch.setattr(tiled, "_compiled", lambda: tiled._loop)
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.warns(UserWarning, match=match) as said:
-        frame = ls.sweep(model, "drop", ids, compiled=True)
+        frame = ls.sweep(model, "drop", ids, compile=True)
     assert len([warning for warning in said if "run uncompiled" in str(warning.message)]) == 1
     for metric in METRICS:
         assert (frame[metric] - plain[metric]).abs().max() < 1e-5
@@ -85,6 +87,17 @@ def test_where_torch_cannot_compile_it_says_so_once(monkeypatch: pytest.MonkeyPa
         monkeypatch,
         r"torch cannot compile LlamaDecoderLayer: RuntimeError: no C\+\+ compiler found; blocks are run",
     )
+
+
+def test_memory_that_runs_out_does_not_stop_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(block: nn.Module, **_: Any) -> Any:
+        return lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compiler = Compiler()
+    with pytest.raises(torch.OutOfMemoryError):
+        compiler(nn.Linear(2, 2), torch.zeros(1, 3, 2), lambda stream: ((stream,), {}))
+    assert compiler.error is None
 
 
 def test_what_is_compiled_wrongly_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:

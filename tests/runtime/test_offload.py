@@ -66,7 +66,7 @@ def test_on_disk_the_digits_are_those_of_the_model_in_memory(tmp_path: Path, nam
     assert on_disk(away)
     logits = logits_of(away, tokens())
     meant = ls.sweep(plain, EDITS, tokens(3))
-    found = ls.sweep(away, EDITS, tokens(3), order=order)
+    found = ls.sweep(away, EDITS, tokens(3), schedule=order)
     pd.testing.assert_frame_equal(found, meant.assign(model=found.model), check_exact=True)
     assert on_disk(away)
     assert all(
@@ -80,7 +80,7 @@ def test_in_memory_both_ways_give_the_same_digits(order: str) -> None:
     model = tiny_model("llama")
     meant = ls.sweep(model, [EDITS, "swap-pairs", "repeat 5", "reverse 0:6", "repeat 1 x3; drop 0"], tokens(3))
     found = ls.sweep(
-        model, [EDITS, "swap-pairs", "repeat 5", "reverse 0:6", "repeat 1 x3; drop 0"], tokens(3), order=order
+        model, [EDITS, "swap-pairs", "repeat 5", "reverse 0:6", "repeat 1 x3; drop 0"], tokens(3), schedule=order
     )
     pd.testing.assert_frame_equal(found, meant, check_exact=True)
 
@@ -203,11 +203,11 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--device", "cpu", "--device-map", "auto"], "give either --device or --device-map"),
-        (["--max-memory", "cpu=1GB"], "need --device-map"),
+        (["--device", "cpu", "--device-map", "auto"], "give either device or device-map"),
+        (["--max-memory", "cpu=1GB"], "need device-map"),
         (["--device-map", "auto", "--max-memory", "lots"], "max-memory 'lots' is not DEVICE=SIZE"),
         (["--device-map", "nowhere.json"], "is not a map and not a file"),
-        (["--schedule", "breadth"], "--schedule 'breadth' is unknown; use depth-first or layer-major"),
+        (["--schedule", "breadth"], "schedule 'breadth' is unknown; use depth-first or layer-major"),
         (
             ["--estimate", "--device-map", '{"model": "cpu"}'],
             "the device map gives no device for lm_head.weight; give one to each",

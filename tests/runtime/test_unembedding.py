@@ -120,6 +120,18 @@ def test_where_it_is_not_the_model_reads_itself(kind: str, monkeypatch: pytest.M
     assert meant[0].isfinite().all()
 
 
+def test_memory_that_runs_out_in_the_head_is_not_a_property_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    runner = stack_of(model)
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.lm_head, "forward", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        find_readout(runner)
+
+
 def test_a_model_that_predicts_no_tokens_is_refused() -> None:
     import transformers
 

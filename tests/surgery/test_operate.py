@@ -410,7 +410,7 @@ def test_attentions_and_autocast(model: Any) -> None:
             torch.testing.assert_close(model(tokens(), use_cache=False).logits.float(), plain, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled(model: Any, backend: str) -> None:
     before = logits_of(model, tokens())
     compiled: Any = torch.compile(model, backend=backend)

@@ -97,6 +97,7 @@ def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
 
 
+@pytest.mark.slow
 def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
     words = [
         "sweep",
