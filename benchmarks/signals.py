@@ -94,7 +94,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 logging.disable_progress_bar()
 import layersurgery as ls
-from layersurgery.sweeps.estimate import blocks_on_disk
+from layersurgery.sweeps.weight_placement import blocks_on_disk
 device_map = blocks_on_disk(AutoConfig.from_pretrained(sys.argv[1]))
 model = ls.load(sys.argv[1], dtype="auto", device_map=device_map, offload_folder=sys.argv[2]).model
 print(int(ls.analyses.neurons(model).neurons.sum()))

@@ -4,6 +4,12 @@ Every error that this package raises on purpose is a `LayerSurgeryError`. Its te
 found and what to do. The command line prints it without a traceback.
 """
 
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
 
 class LayerSurgeryError(Exception):
     """Base class of all errors raised on purpose."""
@@ -31,3 +37,12 @@ class UndoError(LayerSurgeryError):
 
 class MeasurementError(LayerSurgeryError):
     """A measurement that failed: NaN or infinite predictions, not enough memory, or not enough text."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that called it, however many functions lie between."""
+    package = str(Path(__file__).parent)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -119,5 +119,5 @@ def _describe_cost(pruning: Pruning, before: pd.Series, after: pd.Series | None)
         return
     yield (
         f"[bold]Perplexity {before.perplexity:.4g} before, {after.perplexity:.4g} after[/]; "
-        f"KL {after.kl_nats:.3g} nats, {100 * after.agreement:.1f} % of predictions kept ({int(after.tokens):,} tokens)"
+        f"KL {after.kl_nats:.3g} nats, top-1 agreement {100 * after.agreement:.1f} % ({int(after.tokens):,} tokens)"
     )

@@ -18,12 +18,12 @@ from .prediction_neurons import neuron_scores
 from .prune_run import prune
 from .subjoiner_heads import Subjoiners, subjoiners
 
-attention = on_any_text("attention", layer_signals.attention)
-lens = on_any_text("lens", layer_signals.lens)
+attention = on_any_text("attention", layer_signals.attention, measure)
+lens = on_any_text("lens", layer_signals.lens, measure)
 neurons = on_any_text("neurons", prediction_neurons.neurons)
-norms = on_any_text("norms", layer_signals.norms)
+norms = on_any_text("norms", layer_signals.norms, measure)
 rank = on_any_text("rank", layer_ranking.rank)
-similarity = on_any_text("similarity", layer_signals.similarity)
+similarity = on_any_text("similarity", layer_signals.similarity, measure)
 stages = on_any_text("stages", inference_stages.stages)
 
 __all__ = [

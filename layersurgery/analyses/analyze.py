@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import PlanError
 from ..registry import ANALYSES, resolve
 from ..runs.frames import ResultFrame, as_result
 from ..runs.open_text import open_model, open_text
-from ..runs.options import RunOptions
+from ..runs.options import RunOptions, refuse_unknown
 from ..runs.processes import run_session
 from ..runs.reporter import Reporter
 from ..runs.requests import read_given_text
@@ -106,7 +107,7 @@ def analyze(
         (30,)
     """
     check_analysis(name)
-    run_options, own = split_options(options)
+    run_options, own = split_options(options, resolve(ANALYSES[name].run))
     run_options, given = read_given_text(text, run_options, attention_mask)
     if given is not None and given.tokens is not None and ANALYSES[name].needs == "windows":
         raise PlanError(f"{name} searches texts for windows; give texts, not tokens")
@@ -120,12 +121,15 @@ def analyze(
     return read_results(directory)
 
 
-def on_any_text(name: str, function: Callable[..., pd.DataFrame]) -> Callable[..., ResultFrame]:
+def on_any_text(
+    name: str, function: Callable[..., pd.DataFrame], passes_to: Callable[..., Any] | None = None
+) -> Callable[..., ResultFrame]:
     """Make of a function of a loaded model and tokens one that takes any model and text, and may write a directory.
 
     Args:
         name: the analysis's name.
         function: measures it in memory: function(model, tokens, attention_mask=..., ...).
+        passes_to: the function that it passes its keyword arguments to; None if it names them itself.
     """
 
     def measure(
@@ -147,7 +151,7 @@ def on_any_text(name: str, function: Callable[..., pd.DataFrame]) -> Callable[..
                 overwrite=overwrite,
                 **options,
             )
-        run_options, own = split_options(options)
+        run_options, own = split_options(options, passes_to or function)
         own |= {key: options[key] for key in _SHARED if key in options}
         if ANALYSES[name].needs == "weights":
             with open_model(model, run_options) as (_, loaded):
@@ -175,7 +179,13 @@ def _with_shared_text(doc: str) -> str:
     return f"{first}\n\n    {_FORMS}{rest}"
 
 
-def split_options(options: dict[str, Any]) -> tuple[RunOptions, dict[str, Any]]:
-    """Split keyword arguments into options of every run and those of one analysis."""
+def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tuple[RunOptions, dict[str, Any]]:
+    """Split keyword arguments into options of every run and those of a function.
+
+    Raises:
+        PlanError: there is no such option.
+    """
     shared = {name: value for name, value in options.items() if name in _RUN_OPTIONS}
-    return RunOptions.of(shared), {name: value for name, value in options.items() if name not in _RUN_OPTIONS}
+    own = {name: value for name, value in options.items() if name not in _RUN_OPTIONS}
+    refuse_unknown(own, [*sorted(_RUN_OPTIONS), *signature(function).parameters])
+    return RunOptions.of(shared), own

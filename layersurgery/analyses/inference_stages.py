@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, warn
 from ..metrics.aggregation import Array
 from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
@@ -66,7 +65,7 @@ def stages(
     try:
         neuron_table = neurons(model, blocks=blocks, anatomy=anatomy, progress=on_layer)
     except UnsupportedEditError as error:
-        warnings.warn(f"neurons were skipped: {error}", stacklevel=2)
+        warn(f"neurons were skipped: {error}")
         neuron_table = None
     return stage_table(tables, neuron_table)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 from torch import nn
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, warn
 from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..runs.tables import as_records
@@ -87,10 +86,7 @@ def rank(
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
         name, reason = next(iter(tables.skipped.items()))
-        warnings.warn(
-            f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])",
-            stacklevel=2,
-        )
+        warn(f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])")
     frame = rank_table(tables)
     frame.attrs |= {"spans": as_records(span_table(tables)), "skipped": tables.skipped}
     return frame

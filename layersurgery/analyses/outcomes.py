@@ -67,9 +67,7 @@ class TableOutput:
         files = write_tables(directory, frames)
         self.measurer.skipped.update(tables.skipped)
         rows = (
-            sums_table(tables)
-            if self.measurer.observer
-            else by_model(self.measurer.variants, tables.sums_by_sequence)
+            sums_table(tables) if self.measurer.observer else by_model(self.measurer.variants, tables.sums_by_sequence)
         )
         with atomic_file(directory / SEQUENCES) as partial:
             pq.write_table(rows, partial, compression="zstd")

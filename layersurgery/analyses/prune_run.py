@@ -91,7 +91,7 @@ def prune(
         >>> model.config.num_hidden_layers
         28
     """
-    run_options, own = split_options(options)
+    run_options, own = split_options(options, prune_tokens)
     run_options, given = read_given_text(text, run_options, attention_mask)
     if output is not None and isinstance(model, nn.Module):
         raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")

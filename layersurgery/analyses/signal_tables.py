@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..errors import PlanError
+from ..errors import PlanError, warn
 from ..metrics.aggregation import Array, SequenceSums, ratio
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
@@ -260,8 +259,5 @@ def measure_tables(
     tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
     if tables.skipped:
         name, reason = next(iter(tables.skipped.items()))
-        warnings.warn(
-            f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])",
-            stacklevel=3,
-        )
+        warn(f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])")
     return tables

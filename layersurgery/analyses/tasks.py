@@ -224,7 +224,7 @@ def _one_pass_placement(source: Source, options: RunOptions, placement: Placemen
         return placement
     from transformers import AutoConfig
 
-    from ..sweeps.estimate import blocks_on_disk
+    from ..sweeps.weight_placement import blocks_on_disk
 
     return dataclasses.replace(
         placement, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks)

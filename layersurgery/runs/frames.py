@@ -123,7 +123,8 @@ def as_result(frame: pd.DataFrame, kind: str, caption: str = "") -> ResultFrame:
         kind: "sweep", or the name of the table of an analysis.
         caption: describes the text.
     """
-    first = [name for name in dict.fromkeys((*_FIRST, *(column.name for column in METRICS))) if name in frame]
+    metrics = [column.name for column in METRICS] if "kl_nats" in frame else []
+    first = [name for name in dict.fromkeys((*_FIRST, *metrics)) if name in frame]
     last = [name for name in _LAST if name in frame]
     order = [*first, *(name for name in frame if name not in (*first, *last)), *last]
     result = ResultFrame(frame[order])

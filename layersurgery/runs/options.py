@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -74,15 +75,23 @@ class RunOptions:
         Raises:
             PlanError: there is no such option (names the nearest one).
         """
-        names = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}"
-                raise PlanError(f"there is no option {name!r}; {hint}")
+        refuse_unknown(values, [field.name for field in fields(cls)])
         return cls(**values)
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, default) in values.items() if value is not default and value != default}
+
+
+def refuse_unknown(given: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse options that do not exist.
+
+    Raises:
+        PlanError: there is no such option (names the nearest one).
+    """
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the options are {', '.join(names)}"
+            raise PlanError(f"there is no option {name!r}; {hint}")

@@ -22,10 +22,9 @@ class Reporter:
         command: the command line that a new run records, so that it can be repeated; empty if there is none.
     """
 
-    command = ""
-
     def __init__(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         self._progress = progress
+        self.command = ""
 
     def log(self, text: str) -> None:
         """Say something."""

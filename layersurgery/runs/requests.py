@@ -52,7 +52,9 @@ def read_model_info(model: str | os.PathLike[str], revision: str | None, reporte
     if not isinstance(model, str | os.PathLike):
         raise PlanError(f"a model is given as a transformers model or as its name, not as {type(model).__name__}")
     with reporter.status(
-        f"Converting {model} to safetensors (once)" if needs_conversion(str(model)) else f"Reading the config of {model}"
+        f"Converting {model} to safetensors (once)"
+        if needs_conversion(str(model))
+        else f"Reading the config of {model}"
     ):
         source = find_source(model, revision=revision, weights=False)
         try:
@@ -186,7 +188,7 @@ def given_tokens(given: GivenText, padding: Any) -> TokenizedText:
         ends = (ids[:, :2] == padding).all(-1) | (ids[:, -2:] == padding).all(-1)
         if bool(ends.any()) and not bool(ends.all()):
             raise PlanError(
-                f"{int(ends.sum())} of {len(ids)} sequences begin or end with the padding token ({padding}), which would "
-                "be counted as text; give attention_mask (or the tokenizer's whole output), all ones to count them"
+                f"{int(ends.sum())} of {len(ids)} sequences begin or end with the padding token ({padding}), which "
+                "would be counted as text; give attention_mask (or the tokenizer's whole output), all ones to count them"
             )
     return TokenizedText(ids, mask, fingerprint_of(ids, mask))

@@ -9,7 +9,6 @@ little.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import warn
 from ..models.call_tracing import first_tensor
 from ..models.numerics import is_same_change, tolerance
 
@@ -72,7 +72,7 @@ class Compiler:
     def _stop_compiling(self, reason: str) -> None:
         self.error = reason
         self._compiled.clear()
-        warnings.warn(f"{reason}; blocks are run uncompiled", stacklevel=2)
+        warn(f"{reason}; blocks are run uncompiled")
 
 
 def _call(block: Any, stream: torch.Tensor, bind: Bind) -> Any:

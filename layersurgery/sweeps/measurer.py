@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,14 +12,14 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from ..errors import MeasurementError, PlanError, UnsupportedEditError
+from ..errors import MeasurementError, PlanError, UnsupportedEditError, warn
 from ..metrics.aggregation import BatchResult, SequenceSums
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import text_config
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
-from ..plans.route import Route, Visit
+from ..plans.route import Route
 from ..plans.variants import Variant, unedited
 from ..runtime.block_runner import BlockRunner
 from ..runtime.cpu_memory import reuse_cpu_memory
@@ -88,7 +87,9 @@ class Measurer:
             refuse_route(refusal_fields(text_config(model)), observed_route, live=True)
         self.observer = Observer(self.runner, observe, spans=spans, observed_route=observed_route) if observe else None
         self._reads_logits = bool(variants) or check
-        supported, self.skipped = self._supported(variants)
+        supported, self.skipped = select_supported(self.runner, variants)
+        if not supported and (variants or (self.observer is None and not self._reads_logits)):
+            raise UnsupportedEditError(next(iter(self.skipped.values()), "there is no edit to measure"))
         self.variants = (unedited(self.runner.depth), *supported)
         self.max_sequences: int | None = None
         self._device = device_of(model)
@@ -98,9 +99,8 @@ class Measurer:
             "a skip runs on a view of the block, which is not observed"
         )
         # Routes that the observer needs. They are run, but their logits are not read.
-        self._run_only = (
-            [] if self.observer is None else [route for route in self.observer.routes if route not in self.routes]
-        )
+        observed = () if self.observer is None else self.observer.routes
+        self._run_only = [route for route in observed if route not in self.routes]
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
@@ -116,37 +116,6 @@ class Measurer:
             [row for row, variant in enumerate(self.variants) if row and variant.route == route]
             for route in self.routes
         ]
-
-    def _supported(self, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
-        """Return the variants that the model can run, and the reason for each one of a family that it cannot run.
-
-        An unsupported plan that the caller wrote is an error; it is never skipped.
-        """
-        fields, depth = refusal_fields(text_config(self.model)), self.runner.depth
-        trunk = Route(tuple(map(Visit, range(depth))))
-        supported: list[Variant] = []
-        skipped: dict[str, str] = {}
-        for variant in variants:
-            if any(visit.block >= depth for visit in variant.route):
-                raise PlanError(
-                    f"the route {variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}"
-                )
-            if variant.route == trunk[: len(variant.route)]:  # the trunk computes it
-                supported.append(variant)
-                continue
-            try:
-                refuse_route(fields, variant.route, live=True)
-                for visit in variant.route:
-                    self.runner.anatomy.skip_specs(visit)
-            except UnsupportedEditError as error:
-                if variant.edit == "plan":
-                    raise
-                skipped[variant.plan] = str(error)
-            else:
-                supported.append(variant)
-        if not supported and (variants or (self.observer is None and not self._reads_logits)):
-            raise UnsupportedEditError(next(iter(skipped.values()), "there is no edit to measure"))
-        return supported, skipped
 
     def _make_schedule(self, order: str | None) -> Schedule:
         if (order or (LAYER_MAJOR if any(self._offloaded_bytes) or self._run_only else DEPTH_FIRST)) == DEPTH_FIRST:
@@ -275,9 +244,7 @@ class Measurer:
                 f"{another_order}, or half precision (dtype bfloat16)"
             )
         self.max_sequences = sequences // 2
-        warnings.warn(
-            f"memory ran out with {sequences} sequences at once; continuing with {self.max_sequences}", stacklevel=3
-        )
+        warn(f"memory ran out with {sequences} sequences at once; continuing with {self.max_sequences}")
 
     def _measure(
         self,
@@ -340,7 +307,7 @@ class Measurer:
             self.readout, self.rows, ids, has_next, states, states[self.runner.depth], token_metrics, compiled=compiled
         )
         # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later
-        # batches are # checked at their end.
+        # batches are checked at their end.
         if self._is_first_batch:
             _refuse_non_finite(self.model, metrics.sums[0])
             self._is_first_batch = False
@@ -366,6 +333,38 @@ class Measurer:
         A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory.
         """
         return suggest_batch_size(self._memory_model, self.schedule, length, self._device)
+
+
+def select_supported(runner: BlockRunner, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
+    """Return the variants that a model can run, and the reason for each one of a family that it cannot run, by plan.
+
+    Args:
+        runner: runs the model's blocks.
+        variants: the edited models.
+
+    Raises:
+        PlanError: a route does not fit the model.
+        UnsupportedEditError: the model cannot run a plan that the caller wrote; it is never skipped.
+    """
+    fields, depth = refusal_fields(text_config(runner.model)), runner.depth
+    trunk = Route.identity(depth)
+    supported: list[Variant] = []
+    skipped: dict[str, str] = {}
+    for variant in variants:
+        if any(visit.block >= depth for visit in variant.route):
+            raise PlanError(f"the route {variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}")
+        if variant.route != trunk[: len(variant.route)]:  # else the trunk computes it
+            try:
+                refuse_route(fields, variant.route, live=True)
+                for visit in variant.route:
+                    runner.anatomy.skip_specs(visit)
+            except UnsupportedEditError as error:
+                if variant.edit == "plan":
+                    raise
+                skipped[variant.plan] = str(error)
+                continue
+        supported.append(variant)
+    return supported, skipped
 
 
 def collect_sums(

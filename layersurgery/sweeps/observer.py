@@ -229,9 +229,14 @@ class Observer:
         sums = self._current_batch().sums
         for column, quantity in enumerate(self.quantities, len(COUNTS)):
             if column not in sums:
+                remedy = (
+                    "load the model with attn_implementation='eager'"
+                    if quantity.signal == ATTENTION
+                    else f"measure other signals than {quantity.signal}"
+                )
                 raise MeasurementError(
                     f"block {quantity.layer}: {quantity.name} was not captured, because its {quantity.part} ran "
-                    "in another way than in the test run on seven tokens; try attn_implementation='eager'"
+                    f"in another way than in the test run on seven tokens; {remedy}"
                 )
         return torch.stack([sums[column].cpu() for column in range(self.size)], 1).numpy()
 

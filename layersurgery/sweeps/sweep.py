@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 from torch import nn
 
+from ..errors import warn
 from ..models.anatomy import Anatomy
 from ..plans.variants import Variant
 from .measurer import Measurer, collect_sums
@@ -54,8 +54,6 @@ def sweep_tokens(
     measurer = Measurer(model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order)
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
-        warnings.warn(
-            f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}", stacklevel=3
-        )
+        warn(f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}")
     sums = collect_sums(measurer, ids, mask, batch_size, progress)
     return results_table(measurer.variants, sums, label)

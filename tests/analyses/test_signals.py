@@ -34,6 +34,11 @@ SIGNALS = ["lens", "attention", "norms", "similarity"]
 NO_EAGER = ("falcon", "falcon_h1")
 
 
+def assert_same(found: pd.DataFrame, meant: pd.DataFrame, **options: Any) -> None:
+    """Compare two tables; public functions put the columns to look at first."""
+    pd.testing.assert_frame_equal(pd.DataFrame(found), pd.DataFrame(meant), check_like=True, **options)
+
+
 @pytest.mark.parametrize("name", BRANCH_MODULES)
 def test_every_signal_is_what_the_dense_way_gives(name: str) -> None:
     model, ids = model_of(name), tokens(2, 11)
@@ -182,9 +187,9 @@ def test_signals_measured_together_are_those_measured_apart(signals: list[str]) 
     apart = ls.analyses.measure(model, ids, signals, batch_size=2)
     assert list(apart) == signals
     for signal in signals:
-        pd.testing.assert_frame_equal(apart[signal], together[signal])
+        assert_same(apart[signal], together[signal])
     swept = ls.sweep(model, "drop", ids, batch_size=2)
-    pd.testing.assert_frame_equal(together["drop"], swept, atol=1e-9)
+    assert_same(together["drop"], swept, atol=1e-9)
 
 
 @pytest.mark.parametrize("order", ["depth-first", "layer-major"])
@@ -193,7 +198,7 @@ def test_swapped_blocks_are_compared_in_either_order(order: str) -> None:
     measurer = make_measurer(model, ["similarity", "drop"], DEPTH, order=order)
     found = SignalTables(measurer, collect_sums(measurer, ids, torch.ones_like(ids), None, None), "m").similarity()
     meant = ls.analyses.similarity(model, ids).assign(model="m")
-    pd.testing.assert_frame_equal(found, meant, atol=1e-9)
+    assert_same(found, meant, atol=1e-9)
 
 
 def test_the_cosine_of_a_thing_with_itself_is_one() -> None:
@@ -337,7 +342,7 @@ def test_weights_may_be_kept_on_disk(name: str, tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         meant, found = (ls.analyses.measure(model, ids, signals) for model in (plain, away))
     for signal in signals:
-        pd.testing.assert_frame_equal(found[signal], meant[signal])
+        assert_same(found[signal], meant[signal])
     assert on_disk(away)
 
 
@@ -348,7 +353,7 @@ def test_inference_mode_sees_the_same(name: str) -> None:
     with torch.inference_mode():
         found = ls.analyses.measure(model, ids, SIGNALS)
     for signal in SIGNALS:
-        pd.testing.assert_frame_equal(found[signal], meant[signal], atol=1e-9)
+        assert_same(found[signal], meant[signal], atol=1e-9)
 
 
 def test_half_precision_with_logits_in_full() -> None:
@@ -365,7 +370,7 @@ def test_a_model_of_one_block() -> None:
     assert table.lens_agreement.tolist() == [1]
     assert table.lens_entropy_bits[0] > 1
     both = ls.analyses.measure(model, ids, ["lens", "norms"])
-    pd.testing.assert_frame_equal(both["lens"], table)
+    assert_same(both["lens"], table)
 
 
 def test_what_is_left_out_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from tests.support.zoo import tiny_model, tokens
 
 @pytest.fixture(scope="module")
 def frame() -> pd.DataFrame:
-    edits = ["swap,drop,skip-attention,skip-mlp,drop-span:2,swap-pairs", {"mine": "drop 1 3", "other": "repeat 2"}]
+    edits: Any = ["swap,drop,skip-attention,skip-mlp,drop-span:2,swap-pairs", {"mine": "drop 1 3", "other": "repeat 2"}]
     return ls.sweep(tiny_model("llama"), edits, tokens(3))
 
 

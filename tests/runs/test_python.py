@@ -160,7 +160,7 @@ def test_every_form_of_text_gives_the_same_numbers(place: Path, tmp_path: Path) 
     [
         (torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), {}, "1 of 2 sequences begin or end with the padding token"),
         (torch.randint(3, 90, (1, 65)), {}, "65 tokens, more than the model's 64 positions"),
-        (torch.tensor([[5, 96]]), {}, "the text has token 96, but the model's vocabulary has 96 tokens"),
+        (torch.tensor([[5, 128]]), {}, "the text has token 128, but the model's vocabulary has 128 tokens"),
         (["some text"], {}, "needs a tokenizer for texts"),
         ("a b c", {}, "give texts as a list of strings"),
         (3, {}, "not as int"),
