@@ -1,7 +1,7 @@
 """List the metrics and the analyses: one entry holds all that tables, figures, the report and the command line show.
 
 A new metric or a new analysis gets its entry here, and appears everywhere. The families of edits have their own list,
-`plans.variants.FAMILIES`.
+`plans.families.FAMILIES`.
 
 >>> from layersurgery.registry import ANALYSES, column
 >>> column("kl_nats").label, column("kl_nats").unit

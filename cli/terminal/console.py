@@ -40,6 +40,15 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as stop:
             print_error("interrupted", str(stop) or "no partial output was left")
             ctx.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            # torch's class has this name; importing torch for it would slow down every command.
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            print_error(
+                "error", f"memory ran out ({str(error).partition(chr(10))[0]}): use half precision (--dtype bfloat16), "
+                "or --device-map auto where the command has it"
+            )  # fmt: skip
+            ctx.exit(1)
         except BrokenPipeError:  # the reader, such as head, has closed the pipe
             sys.stderr.close()
             ctx.exit(141)

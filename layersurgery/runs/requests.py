@@ -189,6 +189,6 @@ def given_tokens(given: GivenText, padding: Any) -> TokenizedText:
         if bool(ends.any()) and not bool(ends.all()):
             raise PlanError(
                 f"{int(ends.sum())} of {len(ids)} sequences begin or end with the padding token ({padding}), which "
-                "would be counted as text; give attention_mask (or the tokenizer's whole output), all ones to count them"
+                "would be counted as text; give attention_mask (or the tokenizer's whole output); all ones count them"
             )
     return TokenizedText(ids, mask, fingerprint_of(ids, mask))

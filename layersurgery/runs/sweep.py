@@ -86,7 +86,7 @@ def sweep(
 
     Args:
         model: a transformers causal language model, a wrapper around one, or the name of one.
-        edits: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.variants.FAMILIES`), a
+        edits: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.families.FAMILIES`), a
             plan, its text, a route, a list of these, or a dictionary of plans by name.
         text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
             "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.

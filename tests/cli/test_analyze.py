@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from layersurgery.runs.drawing import model_tables
 from PIL import Image
 
 import layersurgery as ls
 from layersurgery.analyses.outcomes import AnalysisOutput, signals_of
 from layersurgery.analyses.signal_tables import make_measurer
+from layersurgery.runs.drawing import model_tables
 from layersurgery.runs.run_directory import ANALYSIS, open_run
 from layersurgery.runs.runner import run_measurement
 from tests.cli.test_cli import result_of, run

@@ -259,3 +259,20 @@ def test_a_closed_pipe_is_no_error(llama: Path) -> None:
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert found.returncode == 0
     assert "Traceback" not in found.stderr
+
+
+def test_memory_that_runs_out_is_no_traceback(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from layersurgery.runs import session
+
+    def crowded(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(session, "load_model", crowded)
+    found = run("analyze", "neurons", llama, "-o", llama.parent / "out")
+    assert (found.exit_code, "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): use" in found.stderr) == (
+        1,
+        True,
+    )
+    assert not (llama.parent / "out").exists()

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from layersurgery.reports import reproduce
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from layersurgery.reports import reproduce
 from tests.analyses.test_probe import PLACE, knowing
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import LETTERS

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from layersurgery_cli.app import app
 from typer.testing import CliRunner
 
 import layersurgery as ls
-from layersurgery_cli.app import app
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
