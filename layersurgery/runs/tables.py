@@ -152,7 +152,7 @@ def caption_of(run: Mapping[str, Any]) -> str:
     if "text" not in run:
         return str(run.get("caption", "from weights alone"))
     sequences = run["text"]["sequences"]
-    source = run["arguments"]["text"]["data"]
+    source = run["arguments"].get("text", {}).get("data", "the text")
     return f"{run['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
 
 

@@ -116,7 +116,7 @@ def estimate(
     sequences = math.ceil(tokens / context)
     size = min(sequences, batch_size or suggest_batch_size(needs, plan, context, placement.compute_device))
     readouts = len(routes) + 1
-    block_flops = _flops_per_token(config, block_list.blocks, needs.width, context)
+    block_flops = _flops_per_token(config, list(block_list.blocks), needs.width, context)
     return Estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         device=placement.device,

@@ -109,6 +109,7 @@ def test_plan_run_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "8 runs are in" in again.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said_and_the_rest_is_done(place: Path, tmp_path: Path) -> None:
     found = run(*asked(place, place / "one", tmp_path / "missing"))
     assert found.exit_code == 1

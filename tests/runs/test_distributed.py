@@ -185,7 +185,8 @@ def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, byt
     assert not [said for said in ended.err[1:] if "edited models" in said or "sequences" in said]
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_those_who_are_left_say_so_and_end(place: Path, alone: dict[str, bytes], tmp_path: Path, lost: int) -> None:
     out = f"lost-{lost}"
     ended = start(place, tmp_path, 3, words(place, out), kill=lost)

@@ -279,8 +279,8 @@ def test_memory_that_runs_out_costs_no_batch(
     monkeypatch.setattr(BlockRunner, "run", crowded)
     with pytest.warns(UserWarning, match="memory ran out with 2 sequences at once; continuing with 1"):
         frame = do(tmp_path / "run")
-    meant = ls.read_results(undisturbed)
-    pd.testing.assert_frame_equal(frame, meant, check_exact=False, atol=1e-6)
+    meant = ls.read_results(undisturbed).to_pandas()
+    pd.testing.assert_frame_equal(frame, meant[list(frame)], check_exact=False, atol=1e-6)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["batch_size"], facts["sequences_at_once"]) == (2, 1)
     one, other = (pd.read_parquet(place / "tokens.parquet") for place in (tmp_path / "run", undisturbed))

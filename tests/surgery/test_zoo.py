@@ -131,6 +131,7 @@ def test_skipping_both_branches_is_dropping(model: Any, name: str) -> None:
                 torch.testing.assert_close(logits_of(model, tokens()), dropped, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @each_architecture
 def test_without_attention_no_token_sees_another(model: Any, name: str) -> None:
     blocks = ls.anatomy(model)
