@@ -135,7 +135,7 @@ def show_sweep(run: Run, console: Console) -> None:
     result = {
         "path": str(run.directory),
         "finished": True,
-        **{name: facts[name] for name in _FACTS},
+        **{name: value for name, value in facts.items() if name in _FACTS},
         "summary": summary_sentence(frame),
         "results": _records(frame),
     }

@@ -166,17 +166,23 @@ def on_any_text(
     return measure
 
 
-_FORMS = (
-    "With a `directory`, tables, figures and a record of the run are written there, an interrupted run resumes, and a\n"
-    "    finished one is read. The model may be given by its name, and the text as token ids, a tokenizer's output, a "
-    "list of\n    strings, a Hugging Face dataset, a path or the id of a dataset; see `analyze`.\n"
-)
+_TOKENS = "        tokens: token ids, (sequences, length).\n"
+_TEXT = """        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
+            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+"""
+_DIRECTORY = """        directory: where to write tables, figures and a record of the run. A run that was interrupted resumes there,
+            and a finished one is read. Default: nothing is written.
+        overwrite: discard what another run has left in the directory, and measure again.
+"""
 
 
 def _with_shared_text(doc: str) -> str:
-    """Add to a docstring what all these functions share."""
-    first, _, rest = doc.partition("\n")
-    return f"{first}\n\n    {_FORMS}{rest}"
+    """Describe in a docstring the parameters that all these functions share."""
+    doc = doc.replace("causal language model, or a wrapper around one;", "causal language model, or the name of one;")
+    before, found, after = doc.partition(_TOKENS)
+    if found:
+        return f"{before}{_TEXT}{_DIRECTORY}{after}"
+    return doc.replace("        blocks:", f"{_DIRECTORY}        blocks:", 1)
 
 
 def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tuple[RunOptions, dict[str, Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import OutputError
 from .run_directory import ANALYSIS
+from .run_record import RunRecord
 from .tables import PARQUET_ONLY, caption_of, read_results, read_table, table_names
 
 if TYPE_CHECKING:
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
     from ..figures.style import ModelTables
 
 
-def model_tables(directory: Path, facts: Mapping[str, Any]) -> ModelTables:
+def model_tables(directory: Path, facts: RunRecord) -> ModelTables:
     """Read a directory's tables, with a label and a caption, for drawing."""
     from ..figures.style import ModelTables
 
-    tables = {name: read_table(directory, name) for name in table_names(dict(facts)) if name not in PARQUET_ONLY}
+    tables = {name: read_table(directory, name) for name in table_names(facts) if name not in PARQUET_ONLY}
     label = str(facts["arguments"]["model"]["name"]).rpartition("/")[2]
     return ModelTables(tables, label, caption_of(facts))
 
 
-def draw_analysis(directory: Path, facts: Mapping[str, Any]) -> list[Path]:
+def draw_analysis(directory: Path, facts: RunRecord) -> list[Path]:
     """Draw one directory's tables; write the figures to the same directory."""
     from ..figures.analyses import draw_signals
 

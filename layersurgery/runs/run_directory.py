@@ -18,6 +18,7 @@ from ..atomic_io import atomic_file, directory_lock
 from ..errors import OutputError
 from ..version import __version__
 from .per_token import PARTS, TOKENS
+from .run_record import RunRecord
 from .tables import CSV, RESULTS, RUN, SEQUENCES, TABLES, read_run
 
 JOURNAL = "sums.parts"
@@ -41,7 +42,7 @@ class Run:
     directory: Path
     kind: str
     arguments: dict[str, Any]
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: RunRecord = field(default_factory=lambda: RunRecord())
     command: str = ""
 
     @property
@@ -61,14 +62,12 @@ class Run:
         """
         if not self.started:
             _clear(self.directory)
-            self.update(
-                kind=self.kind,
-                state="begun",
-                arguments=self.arguments,
-                **({"command": self.command} if self.command else {}),
-            )
+            facts: RunRecord = {"kind": self.kind, "state": "begun", "arguments": self.arguments}
+            if self.command:
+                facts["command"] = self.command
+            self.update(facts)
 
-    def update(self, **facts: Any) -> None:
+    def update(self, facts: RunRecord) -> None:
         """Add facts to `run.json`."""
         self.facts |= facts
         with atomic_file(self.directory / RUN) as partial:
@@ -140,7 +139,7 @@ def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: 
     return run
 
 
-def _is_our_run(run: dict[str, Any] | None, kind: str) -> bool:
+def _is_our_run(run: RunRecord | None, kind: str) -> bool:
     """Return whether a run.json was written by a run of this kind; other programs use this file name too."""
     return run is not None and run.get("kind") == kind and isinstance(run.get("arguments"), dict)
 

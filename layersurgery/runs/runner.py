@@ -21,6 +21,7 @@ from .distributed import ProcessGroup, SingleProcess, chunked
 from .journal import Journal
 from .per_token import PARTS, TOKENS, is_complete, join_parts, write_batch
 from .run_directory import JOURNAL, Run, clear_progress
+from .run_record import RunRecord
 from .tables import CSV, RESULTS, SEQUENCES, write_sweep
 from .text import TokenizedText
 
@@ -220,7 +221,7 @@ class _Work:
         recorded_size: int | None = run.facts.get("batch_size")
         self.size = recorded_size or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
         if recorded_size is None:
-            run.update(batch_size=self.size)
+            run.update({"batch_size": self.size})
         self.batches = -(-len(text.ids) // self.size)
         self.done: set[int] = set()
         self.max_sequences = self.size
@@ -282,9 +283,9 @@ class _Work:
             paths = [self.part_path(batch) for batch in range(self.batches)]
             join_parts([path for path in paths if path.exists()], self.run.directory / TOKENS)
             files.append(TOKENS)
-        self.run.update(files=files, **self._describe_run())
+        self.run.update({"files": files, **self._describe_run()})
         figures, error = draw_safely(draw, frame, self.run.directory)
-        self.run.update(state="finished", figures=figures, figure_error=error)
+        self.run.update({"state": "finished", "figures": figures, "figure_error": error})
         clear_progress(self.run.directory)
         return frame
 
@@ -299,7 +300,7 @@ class _Work:
             batches_by_name |= {names[column]: batches for column, batches in observed.items()}
         return batches_by_name
 
-    def _describe_run(self) -> dict[str, Any]:
+    def _describe_run(self) -> RunRecord:
         """Return the facts about the model, the text and the run for `run.json`."""
         text, measurer, seconds = self.text, self.measurer, self.journal.seconds
         sequences, length = text.ids.shape

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from .drawing import draw_analysis
 from .reporter import Reporter
 from .run_directory import ANALYSIS, Run, open_run, package_versions
+from .run_record import RunRecord
 from .runner import draw_safely
 from .tables import write_tables
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TablesAndFacts = tuple[dict[str, "pd.DataFrame"], dict[str, Any]]
+TablesAndFacts = tuple[dict[str, "pd.DataFrame"], RunRecord]
 
 
 def run_once(
@@ -45,8 +46,8 @@ def run_once(
             return run
         frames, facts = make()
         run.start()
-        run.update(files=write_tables(run.directory, frames), **facts)
+        run.update({**facts, "files": write_tables(run.directory, frames)})
         first = next(iter(frames.values()))
         figures, error = draw_safely(lambda _, path: draw_analysis(path, run.facts), first, run.directory)
-        run.update(state="finished", figures=figures, figure_error=error)
+        run.update({"state": "finished", "figures": figures, "figure_error": error})
         return run

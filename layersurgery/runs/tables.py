@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
@@ -14,6 +13,7 @@ from ..atomic_io import atomic_file
 from ..errors import SourceError
 from ..registry import ANALYSES
 from .frames import ResultFrame, as_result
+from .run_record import RunRecord
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -147,7 +147,7 @@ def _read_parquet(directory: Path, name: str) -> pd.DataFrame:
         raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def caption_of(run: Mapping[str, Any]) -> str:
+def caption_of(run: RunRecord) -> str:
     """Describe the text that a finished run measured on."""
     if "text" not in run:
         return str(run.get("caption", "from weights alone"))
@@ -156,7 +156,7 @@ def caption_of(run: Mapping[str, Any]) -> str:
     return f"{run['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
 
 
-def table_names(run: dict[str, Any]) -> list[str]:
+def table_names(run: RunRecord) -> list[str]:
     """Return the names of the tables that a finished run wrote, the main one first.
 
     The boundaries are not listed, because they are read together with the stages.
@@ -166,7 +166,7 @@ def table_names(run: dict[str, Any]) -> list[str]:
     return [name for name in names if name not in _OTHER_TABLES]
 
 
-def read_run(directory: Path) -> dict[str, Any] | None:
+def read_run(directory: Path) -> RunRecord | None:
     """Read the `run.json` of a directory; return None if there is none.
 
     Raises:
@@ -182,4 +182,4 @@ def read_run(directory: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(run, dict):
         raise SourceError(f"{directory / RUN} is not a JSON object with facts about a run")
-    return run
+    return cast(RunRecord, run)

@@ -1,0 +1,66 @@
+"""Say what `run.json` holds: the record of a run."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+ModelFacts = TypedDict(
+    "ModelFacts", {"class": str, "blocks": int, "parameters": int, "dtype": str, "device": str}
+)  # "class" is a word of Python's, so a class body cannot name it
+"""The measured model."""
+
+
+class TextFacts(TypedDict):
+    """The measured text."""
+
+    fingerprint: str
+    tokens: int
+    sequences: int
+    length: int
+    notes: tuple[str, ...] | list[str]
+
+
+class ScheduleFacts(TypedDict):
+    """How the blocks were run."""
+
+    order: str
+    block_calls: int
+    block_calls_apart: int
+    bytes_read_a_batch: int
+
+
+RunRecord = TypedDict(
+    "RunRecord",
+    {
+        # From the start.
+        "kind": str,
+        "state": str,  # "begun" or "finished"
+        "arguments": dict[str, Any],  # what the digits depend on
+        "command": str,
+        "batch_size": int,
+        # From the end of a measurement on text.
+        "model": ModelFacts,
+        "text": TextFacts,
+        "schedule": ScheduleFacts,
+        "sequences_at_once": int,
+        "readout": str,
+        "compiled": bool | str,  # or why compiled blocks were refused
+        "centred": bool | None,
+        "non_finite": dict[str, list[int]],  # batches with NaN or infinity, by plan or quantity
+        "seconds": float,
+        "tokens_per_second": float,
+        "machine": dict[str, Any],
+        # From the end of an analysis of windows.
+        "windows": dict[str, int],
+        "class": dict[str, Any],
+        "caption": str,
+        "summary": str,
+        # From the end of every run.
+        "skipped": dict[str, str],  # reasons, by what was skipped
+        "files": list[str],
+        "figures": list[str],
+        "figure_error": str,
+    },
+    total=False,
+)
+"""The content of `run.json`."""
