@@ -34,7 +34,7 @@ for layer in (20, 0, -1):
     with ls.operate(model, ls.drop(layer)):
         assert model.config.num_hidden_layers == 29
         print(f"without layer {layer:2}    {generate()}")
-        print(f"                    KL {cost.kl_nats:.2f} nats, {cost.agreement:.0%} of top predictions kept")
+        print(f"                    KL {cost.kl_nats:.2f} nats, {cost.agreement:.0%} top-1 agreement")
 
 # The original modules are restored, so the logits are the same bit for bit. This also holds after an exception.
 try:
