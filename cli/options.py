@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from layersurgery.plans.families import FAMILIES
 from layersurgery.runs.options import RunOptions
 
 from .terminal.console import Console
@@ -84,7 +85,7 @@ Edits = Annotated[
     str | None,
     typer.Option(
         "--edits",
-        help="Families of edits, comma-separated: swap, drop, skip-attention, skip-mlp, drop-span:N, swap-pairs.",
+        help=f"Families of edits, comma-separated: {', '.join(family.usage for family in FAMILIES.values())}.",
         show_default="swap,drop; none with --plans",
         metavar="NAMES",
         rich_help_panel=_EDITS,

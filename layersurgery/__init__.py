@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from .analyses.layer_pruning import Pruning
     from .analyses.prune_run import prune
     from .checkpoints.edit_checkpoint import EditResult, edit_checkpoint
+    from .checkpoints.inspection import inspect
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
     from .reports.report import Report, report
     from .reports.reproduce import reproduce
     from .runs.compare import compare
+    from .runs.drawing import plot
+    from .runs.estimate import estimate
     from .runs.sweep import sweep
     from .runs.tables import read_results
     from .surgery.fold_norms import FoldResult, fold
@@ -65,11 +68,14 @@ __all__ = [
     "compare",
     "drop",
     "edit_checkpoint",
+    "estimate",
     "fold",
+    "inspect",
     "load",
     "move",
     "operate",
     "operate_",
+    "plot",
     "prune",
     "rank",
     "read_results",
@@ -98,10 +104,13 @@ _LAZY = {
     "anatomy": "models.anatomy",
     "compare": "runs.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
+    "estimate": "runs.estimate",
     "fold": "surgery.fold_norms",
+    "inspect": "checkpoints.inspection",
     "load": "checkpoints.loading",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
+    "plot": "runs.drawing",
     "prune": "analyses.prune_run",
     "rank": "analyses",
     "read_results": "runs.tables",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from layersurgery.plans.variants import variants
-from layersurgery.runs.placement import choose_placement
-from layersurgery.runs.requests import read_model_info, text_request
+from layersurgery.runs.estimate import estimate_run
+from layersurgery.runs.requests import read_model_info
 from layersurgery.units import format_bytes, format_count
 
 from ..terminal.console import Console
@@ -24,31 +24,9 @@ def show_estimate(model: str, edits: Any, layers: str | None, options: RunOption
     """Print the memory, traffic and arithmetic that a sweep needs."""
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
-    from transformers import AutoConfig
-
     info = read_model_info(model, options.revision, console)
     source = info.source
-    chosen = variants(edits, info.depth, layers)
-    request = text_request(model, options, info.positions)
-    placement = choose_placement(options, source, console)
-    # A run imports these modules, so their memory counts in the estimate.
-    from layersurgery.figures import sweeps  # noqa: F401
-    from layersurgery.runs import runner  # noqa: F401
-    from layersurgery.sweeps.estimate import estimate
-
-    result = estimate(
-        AutoConfig.from_pretrained(source.directory),
-        chosen,
-        tokens=request.tokens,
-        context=request.context,
-        dtype="float32" if placement.dtype == "auto" else placement.dtype,
-        device=placement.device,
-        device_map=placement.device_map,
-        max_memory=placement.max_memory,
-        batch_size=options.batch_size,
-        order=options.schedule,
-        blocks=options.blocks,
-    )
+    result, placement = estimate_run(model, info, variants(edits, info.depth, layers), options, console)
     value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtype, "peak": result.peak}
     console.result(value, *_lines(source.label, placement.dtype, result))
 

@@ -9,7 +9,6 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from layersurgery.checkpoints.checkpoint import Checkpoint
 from layersurgery.checkpoints.inspection import Inspection, TensorGroup, inspect, read_for_inspection, size_after
 from layersurgery.plans.plan import Plan
 from layersurgery.plans.route import Route
@@ -83,8 +82,7 @@ def _describe_saving(nbytes: int) -> str:
 
 def show_anatomy(model: str, revision: str | None, blocks: str | None, console: Console) -> None:
     """Print a checkpoint's blocks and tensors."""
-    checkpoint: Checkpoint = read_for_inspection(model, revision=revision, blocks=blocks)
-    inspection = inspect(checkpoint)
+    inspection = inspect(model, revision=revision, blocks=blocks)
     value = dataclasses.asdict(inspection)
     for group in value["groups"]:
         group["blocks"] = f"{group['blocks']['start']}:{group['blocks']['stop']}"

@@ -12,7 +12,7 @@ from ..terminal.console import Console
 
 def run_plot(directories: Sequence[Path], output: Path, console: Console) -> None:
     """Plot the results of several sweeps or analyses together, and print the files' names."""
-    from layersurgery.runs.drawing import draw_together
+    from layersurgery import plot
 
-    written = draw_together(directories, output)
+    written = plot(directories, output)
     console.result({"figures": [str(path) for path in written]}, *[escape(f"Wrote {path}") for path in written])

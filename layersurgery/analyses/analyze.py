@@ -167,10 +167,12 @@ def on_any_text(
 
 
 _TOKENS = "        tokens: token ids, (sequences, length).\n"
-_TEXT = """        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
+_TEXT = """\
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
             "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
 """
-_DIRECTORY = """        directory: where to write tables, figures and a record of the run. A run that was interrupted resumes there,
+_DIRECTORY = """\
+        directory: where to write tables, figures and a record of the run. A run that was interrupted resumes there,
             and a finished one is read. Default: nothing is written.
         overwrite: discard what another run has left in the directory, and measure again.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -84,7 +85,9 @@ class Inspection:
     outside: tuple[TensorGroup, ...]
 
 
-def read_for_inspection(model: str, *, revision: str | None = None, blocks: str | None = None) -> Checkpoint:
+def read_for_inspection(
+    model: str | os.PathLike[str], *, revision: str | None = None, blocks: str | None = None
+) -> Checkpoint:
     """Read a checkpoint's config and headers; if the weights are only on the Hub, fetch their headers alone.
 
     Args:
@@ -106,7 +109,27 @@ def read_for_inspection(model: str, *, revision: str | None = None, blocks: str 
     return read_checkpoint(source, blocks=blocks, tensors=tensors)
 
 
-def inspect(checkpoint: Checkpoint) -> Inspection:
+def inspect(model: str | os.PathLike[str], *, revision: str | None = None, blocks: str | None = None) -> Inspection:
+    """Describe a model's blocks and tensors, read from its config and file headers alone.
+
+    Args:
+        model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
+        revision: branch, tag or commit on the Hub.
+        blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically ("model.layers").
+
+    Raises:
+        SourceError: the model is not found, the Hub cannot be reached, or a file is damaged.
+        UnsupportedEditError: several lists of layers could be the decoder.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> ls.inspect("smollm2-135m").depth
+        30
+    """
+    return inspect_checkpoint(read_for_inspection(model, revision=revision, blocks=blocks))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Describe the structure and the size of a checkpoint."""
     by_block: dict[int, list[tuple[str, TensorInfo]]] = {}
     outside: list[tuple[str, TensorInfo]] = []

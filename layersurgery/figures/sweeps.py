@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..plans.families import FAMILIES
-from ..plans.route import Route
 from ..registry import Column, column
 from .style import COLORS, MARKERS, disable_mathtext, label_axis, label_depth, new_figure, save
 
@@ -76,9 +75,9 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
         for axes, kind in zip(grid, kinds, strict=True):
             for index, sweep in enumerate(sweeps):
                 rows = sweep.frame[sweep.frame.edit == kind].sort_values("layer")
-                lengths = rows.depth - rows.route.map(lambda route: len(Route.parse(route)))
-                several = FAMILIES[kind].takes_number and lengths.nunique() > 1
-                for length_index, (length, of_length) in enumerate(rows.groupby(lengths)):
+                lengths = [FAMILIES[kind].length(*row) for row in zip(rows.plan, rows.depth, strict=True)]
+                several = len(set(lengths)) > 1
+                for length_index, (length, of_length) in enumerate(rows.groupby(np.array(lengths))):
                     label = f"{sweep.label}, {length} blocks" if several else sweep.label
                     for axis, metric in zip(axes, _PANELS, strict=True):
                         _line(axis, of_length, metric, index + length_index * len(sweeps), label)

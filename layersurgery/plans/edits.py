@@ -60,9 +60,9 @@ class Edit(ABC):
     @abstractmethod
     def __str__(self) -> str: ...
 
-    def first_block(self, depth: int) -> int:
-        """Return the first block that the edit names, in a model of `depth` blocks."""
-        return resolve(self._first, depth)[0]
+    def first_blocks(self, depth: int) -> tuple[int, ...]:
+        """Return the block, or the blocks of the range, that the edit names first, in a model of `depth` blocks."""
+        return resolve(self._first, depth)
 
     def apply(self, route: Route, depth: int) -> Route:
         """Edit `route`, a route through a model of `depth` blocks.

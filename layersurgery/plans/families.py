@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
-from .edits import Drop, Edit, Skip, Swap
+from .edits import Drop, Edit, Skip, Swap, parse_edit
 from .route import Span
 
 
@@ -49,6 +49,20 @@ class Family:
     def usage(self) -> str:
         """Return how the family is written in a text of edits."""
         return f"{self.name}:N" if self.takes_number else self.name
+
+    def length(self, plan: str, depth: int) -> int:
+        """Return the number of adjacent blocks that one of its edits changes.
+
+        Args:
+            plan: the plan's text, which is this edit alone.
+            depth: number of blocks of the model.
+
+        Example:
+            >>> from layersurgery.plans.families import FAMILIES
+            >>> FAMILIES["drop-span"].length("drop 4:8", 32)
+            4
+        """
+        return len(parse_edit(plan).first_blocks(depth)) if self.takes_number else self.width
 
 
 FAMILIES = {

@@ -51,7 +51,7 @@ class Variant:
         """
         if not plan.edits:
             raise PlanError("an empty plan is the unedited model, which is always measured; remove this plan")
-        return cls(edit, str(plan), plan.route(depth), plan.edits[0].first_block(depth), name or str(plan))
+        return cls(edit, str(plan), plan.route(depth), plan.edits[0].first_blocks(depth)[0], name or str(plan))
 
 
 def unedited(depth: int) -> Variant:
@@ -63,7 +63,7 @@ def family(name: str, depth: int, layers: Layers = None) -> list[Variant]:
     """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
     Args:
-        name: one of `FAMILIES`; drop-span with the length of the span, "drop-span:4".
+        name: one of `FAMILIES`; one that takes a number with the number, "drop-span:4".
         depth: number of blocks.
         layers: only edits that touch no blocks except these, as a range or as text ("4:20").
 
@@ -71,10 +71,8 @@ def family(name: str, depth: int, layers: Layers = None) -> list[Variant]:
         PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
     """
     kind, number = _parse_family(name)
-    if number >= depth:
-        raise PlanError(
-            f"{name}: a model of {depth} blocks cannot drop {number} and keep at least one; use a shorter span"
-        )
+    if number > depth:
+        raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
     edits = FAMILIES[kind].edits(layer_range(layers, depth) or range(depth), number, depth)
     return [Variant.from_plan(kind, Plan((edit,)), depth) for edit in edits]
 

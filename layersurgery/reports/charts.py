@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..plans.families import FAMILIES
-from ..plans.route import Route
 from ..registry import METRICS, Column, column
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
@@ -99,9 +99,9 @@ def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             rows = rows[(rows.edit == family.name) & rows.layer.notna()].sort_values("layer")
             if rows.empty:
                 continue
-            lengths = rows.depth - rows.route.map(lambda route: len(Route.parse(str(route))))
-            for length, part in rows.groupby(lengths):
-                several = family.takes_number and lengths.nunique() > 1
+            lengths = [family.length(str(plan), depth) for plan, depth in zip(rows.plan, rows.depth, strict=True)]
+            several = len(set(lengths)) > 1
+            for length, part in rows.groupby(np.array(lengths)):
                 names = [metric.name for metric in _shown()]
                 lines.append(_line(part, f"{label}, {length} blocks" if several else label, names))
         if lines:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..plans.families import FAMILIES
-from ..plans.route import Route
 from ..registry import ANALYSES
 from .collect import FinishedRun
 from .text_format import is_hidden, rounded
@@ -121,9 +120,7 @@ def _edits(run: FinishedRun) -> tuple[list[str], str]:
     for family in FAMILIES.values():
         rows = frame[frame.edit == family.name]
         if family.takes_number:
-            lengths = {
-                depth - len(Route.parse(str(route))) for depth, route in zip(rows.depth, rows.route, strict=True)
-            }
+            lengths = {family.length(str(plan), depth) for plan, depth in zip(rows.plan, rows.depth, strict=True)}
             families += [f"{family.name}:{length}" for length in sorted(lengths)]
         elif len(rows):
             families.append(family.name)

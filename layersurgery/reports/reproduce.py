@@ -17,16 +17,15 @@ from ..analyses.signal_tables import FROM_TEXT, signal_variants
 from ..errors import LayerSurgeryError, MeasurementError, PlanError
 from ..library_logs import quiet_libraries
 from ..plans.variants import variants
-from ..runs.drawing import draw_together
+from ..runs.drawing import plot
+from ..runs.estimate import estimate_run
 from ..runs.options import RunOptions
-from ..runs.placement import choose_placement
 from ..runs.processes import process_group_for, run_on_model
 from ..runs.reporter import Reporter
 from ..runs.requests import ModelInfo, read_model_info, text_request
 from ..runs.run_directory import Run
 from ..runs.sweep import run_sweep
 from ..runs.tables import read_run
-from ..sweeps.estimate import estimate
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -261,7 +260,7 @@ def _finish(output: Path, results: Reproduction) -> None:
     if not results.done:
         raise MeasurementError("nothing could be measured, so there is nothing to report")
     if len({directory.parent for directory in results.done}) > 1:
-        results.figures = draw_together(results.done, output / "figures")
+        results.figures = plot(results.done, output / "figures")
     results.report = report([output], output / "report.html", overwrite=True)
 
 
@@ -282,31 +281,13 @@ def _plan_model(model: str, directory: Path, options: RunOptions) -> ModelPlan:
 
 
 def _add_cost(plan: ModelPlan, info: ModelInfo, options: RunOptions) -> None:
-    from transformers import AutoConfig
-
-    request = text_request(plan.model, options, info.positions)
-    placement = choose_placement(options, info.source, Reporter())
-    dtype = "float32" if placement.dtype == "auto" else placement.dtype
-    config = AutoConfig.from_pretrained(info.source.directory)
     edits = {SWEEP: variants([_EDITS], plan.depth), STAGES: signal_variants(FROM_TEXT, plan.depth)}
     for name, chosen in edits.items():
-        cost = estimate(
-            config,
-            chosen,
-            tokens=request.tokens,
-            context=request.context,
-            dtype=dtype,
-            device=placement.device,
-            device_map=placement.device_map,
-            max_memory=placement.max_memory,
-            batch_size=options.batch_size,
-            order=options.schedule,
-            blocks=options.blocks,
-        )
+        cost, placement = estimate_run(plan.model, info, chosen, options, Reporter())
         plan.parameters, plan.weights = cost.parameters, sum(cost.weights.values())
         if name in plan.left:
             plan.flops += cost.flops
-    plan.rate = _measure_rate(placement.device, dtype)
+    plan.rate = _measure_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)
 
 
 @lru_cache

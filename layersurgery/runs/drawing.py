@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,8 +42,12 @@ def draw_sweep(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
     return draw([Sweep.of(frame, data)], directory)
 
 
-def draw_together(directories: Sequence[Path], output: Path) -> list[Path]:
-    """Draw the results in several directories together, each model under its own label.
+def plot(directories: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = ".") -> list[Path]:
+    """Draw the results in several directories together, each model under its own label, as PNG and SVG.
+
+    Args:
+        directories: directories that sweeps and analyses wrote.
+        output: directory to write the figures to.
 
     Returns:
         The figures' paths.
@@ -54,7 +59,8 @@ def draw_together(directories: Sequence[Path], output: Path) -> list[Path]:
     from ..figures.analyses import draw_signals
     from ..figures.sweeps import Sweep, draw
 
-    frames = {directory: read_results(directory) for directory in dict.fromkeys(directories)}
+    output = Path(output)
+    frames = {directory: read_results(directory) for directory in dict.fromkeys(map(Path, directories))}
     runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
     analyses = [directory for directory, run in runs.items() if run["kind"] == ANALYSIS]
     sweeps = [

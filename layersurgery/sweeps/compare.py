@@ -6,7 +6,7 @@ This is the simple way, for small amounts of text and as a reference for the fas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,32 +30,41 @@ from ..surgery.operate import as_route, operate
 Edit = Plan | Route | str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """Means over all positions that have a next token in their sequence; p is the first model, q the second.
 
+    Each metric is an attribute of its name: those of the columns of `sweep`, such as `comparison.kl_nats`. The
+    definitions are in `layersurgery.registry.METRICS`.
+
     Attributes:
         tokens: number of positions.
-        kl_nats: KL(p||q).
-        agreement: share of positions where both models have the same most likely token, 0 to 1.
-        loss_nats: cross-entropy of q with the true next token.
-        loss_change_nats: cross-entropy of q minus that of p.
-        entropy_bits: H(q).
-        entropy_change_bits: H(q) - H(p).
-        accuracy: share of positions where q's most likely token is the true next token, 0 to 1.
+        metrics: the mean of each metric, by its name.
         positions: the metrics of every position, a row each: sequence, position, token_id, token, next_token_id and
             the metrics; None unless they were asked for.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> comparison = ls.Comparison(5, {"kl_nats": 0.25, "loss_nats": 3.0})
+        >>> comparison.kl_nats, comparison.loss_nats
+        (0.25, 3.0)
     """
 
     tokens: int
-    kl_nats: float
-    agreement: float
-    loss_nats: float
-    loss_change_nats: float
-    entropy_bits: float
-    entropy_change_bits: float
-    accuracy: float
-    positions: pd.DataFrame | None = field(default=None, repr=False, compare=False)
+    metrics: Mapping[str, float] = field(hash=False)
+    positions: pd.DataFrame | None = field(default=None, compare=False)
+
+    def __getattr__(self, name: str) -> float:
+        if name not in METRICS or name not in self.metrics:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+        return self.metrics[name]
+
+    def __dir__(self) -> list[str]:
+        return [*object.__dir__(self), *self.metrics]
+
+    def __repr__(self) -> str:
+        metrics = "".join(f", {name}={value!r}" for name, value in self.metrics.items())
+        return f"{type(self).__name__}(tokens={self.tokens}{metrics})"
 
     @property
     def perplexity(self) -> float:
@@ -64,11 +73,11 @@ class Comparison:
 
     def to_pandas(self) -> pd.Series:
         """Return the numbers as a Series."""
-        return pd.Series({"tokens": self.tokens, **{name: getattr(self, name) for name in METRICS}})
+        return pd.Series({"tokens": self.tokens, **self.metrics})
 
     def _repr_html_(self) -> str:
         rows = [
-            f"<tr><td>{entry.label}</td><td>{entry.factor * getattr(self, entry.name):.4g} {entry.unit}</td></tr>"
+            f"<tr><td>{entry.label}</td><td>{entry.factor * self.metrics[entry.name]:.4g} {entry.unit}</td></tr>"
             for entry in registry.METRICS
         ]
         return f"<table><tr><td>tokens</td><td>{self.tokens:,}</td></tr>{''.join(rows)}</table>"
@@ -124,7 +133,7 @@ def compare_tokens(
                 if per_token:
                     rows.append(_position_rows(first + offset, *sequence[2:], metrics, tokenizer))
     means = {name: total / count for name, total in zip(METRICS, sums.tolist(), strict=True)}
-    return Comparison(tokens=count, positions=pd.concat(rows, ignore_index=True) if per_token else None, **means)
+    return Comparison(count, means, pd.concat(rows, ignore_index=True) if per_token else None)
 
 
 def _second_model(

@@ -154,7 +154,7 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
     [
         (["--edits", "swop"], 2, "unknown family of edits 'swop'; did you mean 'swap'"),
         (["--edits", "drop-span"], 2, "write drop-span:4"),
-        (["--edits", "drop-span:6"], 2, "cannot drop 6 and keep at least one"),
+        (["--edits", "drop-span:6"], 2, "removes all 6 blocks; keep at least one"),
         (["--layers", "4:9"], 2, "the range 4:9 is out of range: the model has 6 blocks"),
         (["--layers", "4"], 2, "layers takes one half-open range"),
         (["--tokens", "lots"], 2, "'lots' is not a number of tokens"),

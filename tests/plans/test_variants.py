@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,7 +61,13 @@ def test_a_family_says_how_it_is_written_and_drawn() -> None:
         edits = list(kind.edits(range(8), 3, 8))
         widths = {len(set(range(8)) - set(_untouched(str(edit)))) for edit in edits}
         if kind.per_layer:
-            assert widths == {3 if kind.takes_number else kind.width}
+            assert widths == {3 if kind.takes_number else kind.width} == {kind.length(str(edit), 8) for edit in edits}
+
+
+def test_the_length_of_a_span_is_that_of_the_plan_and_not_of_the_route() -> None:
+    family_with_number = replace(FAMILIES["drop-span"], name="reverse-span")
+    assert [family_with_number.length(text, 8) for text in ("drop 2:4", "reverse 2:5", "repeat 4:8")] == [2, 3, 4]
+    assert FAMILIES["swap"].length("swap 3 4", 8) == 2
 
 
 def _untouched(text: str) -> list[int]:
@@ -92,7 +99,8 @@ def test_any_form() -> None:
         ("zzz", "unknown family of edits 'zzz'; they are swap, drop"),
         ("drop-span", "has no number of blocks; write drop-span:4"),
         ("drop-span:0", "has no number of blocks"),
-        ("drop-span:6", "a model of 6 blocks cannot drop 6 and keep at least one"),
+        ("drop-span:6", "'drop 0:6' removes all 6 blocks; keep at least one"),
+        ("drop-span:7", "drop-span:7: the model has only 6 blocks; use a shorter span"),
         ("swap:2", "swap takes no number"),
         ("wsap 1 2", "unknown edit 'wsap'.*did you mean 'swap'"),
         (ls.Route((7,)), "the route visits block 7, and the model has 6 blocks"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 import layersurgery as ls
+from layersurgery.registry import METRICS
 from tests.support.reference import logits_of
 from tests.support.zoo import VOCAB, tiny_model, tokens
 
@@ -45,9 +49,24 @@ def test_an_edit_of_the_model_itself(plan: str) -> None:
     ls.operate_(edited, plan)
     one = ls.compare(model, plan, tokens(4), batch_size=3)
     assert one == ls.compare(model, ls.Plan.parse(plan).route(6), tokens(4).tolist(), batch_size=3)
-    for name in one.__slots__:
-        assert getattr(one, name) == pytest.approx(getattr(ls.compare(model, edited, tokens(4)), name), abs=1e-6)
+    assert one.metrics == pytest.approx(ls.compare(model, edited, tokens(4)).metrics, abs=1e-6)
     assert one.kl_nats > 0
+
+
+def test_every_metric_is_an_attribute() -> None:
+    found = ls.compare(tiny_model("llama"), "drop 2", tokens(2), per_token=True)
+    assert [getattr(found, metric.name) for metric in METRICS] == list(found.metrics.values())
+    assert {metric.name for metric in METRICS} <= set(dir(found)) & set(found.positions)
+    assert list(found.to_pandas()) == [found.tokens, *found.metrics.values()]
+    assert repr(found).startswith(f"Comparison(tokens={found.tokens}, kl_nats={found.kl_nats!r}, agreement=")
+    for metric in METRICS:
+        assert f"<td>{metric.label}</td>" in found._repr_html_()
+    for same in (copy.copy(found), pickle.loads(pickle.dumps(found)), replace(found, positions=None)):
+        assert same == found
+        assert hash(same) == hash(found)
+    assert replace(found, metrics=found.metrics | {"kl_nats": 0.0}) != found
+    with pytest.raises(AttributeError, match="'Comparison' object has no attribute 'kl_bits'"):
+        found.kl_bits  # noqa: B018
 
 
 def test_padding_does_not_count() -> None:
