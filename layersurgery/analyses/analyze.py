@@ -79,7 +79,7 @@ def analyze(
     An analysis that was interrupted resumes there, and a finished one is read.
 
     Args:
-        name: "attention", "norms", "lens", "similarity", "neurons", "subjoiners", "probe", "stages" or "rank".
+        name: the analysis, such as "lens" or "stages"; `layersurgery.registry.ANALYSES` has all.
         model: a transformers causal language model, or the name of one.
         text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
             "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.

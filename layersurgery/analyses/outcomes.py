@@ -16,30 +16,17 @@ from ..atomic_io import atomic_file
 from ..errors import UnsupportedEditError
 from ..metrics.aggregation import SequenceSums
 from ..metrics.reference import METRICS
+from ..registry import ANALYSES
 from ..runs.per_token import PARTS
-from ..runs.tables import SEQUENCES, write_table
+from ..runs.tables import SEQUENCES, write_tables
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import sequence_table as by_model
 from .inference_stages import stage_table
 from .prediction_neurons import neuron_scores, neurons_per_block
-from .signal_tables import DROP, FROM_TEXT, LENS, SignalTables
+from .signal_tables import SignalTables
 
 NEURONS, SCORES, STAGES, BOUNDARIES = "neurons", "neuron_scores", "stages", "boundaries"
-ANALYSES = (*(signal for signal in FROM_TEXT if signal != DROP), NEURONS)
-WORDS = {
-    "attention": "attention to the five previous tokens",
-    "norms": "norms of attention and MLP contributions",
-    LENS: "logit lens after each block",
-    NEURONS: "prediction and suppression neurons",
-    "similarity": "contributions of swapped blocks",
-    STAGES: "all signals and the four stages",
-}
 OnNeurons = Callable[[int, int], None]
-
-
-def signals_of(analysis: str) -> tuple[str, ...]:
-    """Return the signals that an analysis needs from text."""
-    return FROM_TEXT if analysis == STAGES else (analysis,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +66,7 @@ class AnalysisOutput:
     """Output of one analysis, or of all of them for the stages.
 
     Attributes:
-        analysis: one of `ANALYSES`, or "stages".
+        analysis: one of `registry.ANALYSES` that has signals.
         measurer: the measurer.
         name: name of the model.
         on_neurons: called after the neurons of each block with the number of blocks done and the total.
@@ -92,12 +79,12 @@ class AnalysisOutput:
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return the table of what is measured so far."""
-        return self._tables(sums).table(LENS if self.analysis == STAGES else self.analysis)
+        return self._tables(sums).table(ANALYSES[self.analysis].signals[0])
 
     def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write all tables; return the main one and the names of the files."""
         tables = self._tables(sums)
-        frames = {signal: tables.table(signal) for signal in signals_of(self.analysis)}
+        frames = {signal: tables.table(signal) for signal in ANALYSES[self.analysis].signals}
         if self.analysis == STAGES:
             scores = self._neuron_scores(directory)
             frames |= {} if scores is None else {SCORES: scores, NEURONS: neurons_per_block(scores, self.name)}
@@ -154,19 +141,6 @@ def _read_scores(path: Path) -> pd.DataFrame:
     scores = table.to_pandas()
     scores.attrs.update(json.loads(table.schema.metadata[b"attrs"]))
     return scores
-
-
-def write_tables(directory: Path, frames: dict[str, pd.DataFrame]) -> list[str]:
-    """Write tables as Parquet and CSV, each file atomically; return the names of the files.
-
-    The scores of single neurons are written as Parquet only.
-    """
-    files = []
-    for name, frame in frames.items():
-        without_attrs = frame.copy()
-        without_attrs.attrs.clear()
-        files += write_table(directory, name, without_attrs, csv=name != SCORES)
-    return files
 
 
 def sums_table(tables: SignalTables) -> pa.Table:

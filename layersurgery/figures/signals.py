@@ -25,17 +25,17 @@ _SIGNAL_PANELS = (
 
 def lens(models: Sequence[ModelTables]) -> Figure:
     """Draw the logit lens after each block: KL to the final prediction, entropy, agreement (figures 6 and 8)."""
-    return _draw_columns(models, "lens")
+    return draw_columns(models, "lens")
 
 
 def attention(models: Sequence[ModelTables]) -> Figure:
     """Draw attention to the five previous tokens (figure 4): as a share of all, and the paper's mean."""
-    return _draw_columns(models, "attention")
+    return draw_columns(models, "attention")
 
 
 def norms(models: Sequence[ModelTables]) -> Figure:
     """Draw the norms of attention and MLP contributions (figures 5 and 7)."""
-    return _draw_columns(models, "norms")
+    return draw_columns(models, "norms")
 
 
 def neurons(models: Sequence[ModelTables]) -> Figure:
@@ -212,8 +212,13 @@ def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False) -> None:
     axis.set_xlim(edge_of(0), edge_of(depth))
 
 
-def _draw_columns(models: Sequence[ModelTables], name: str) -> Figure:
-    """Draw the columns of an analysis over depth, a panel for each."""
+def draw_columns(models: Sequence[ModelTables], name: str) -> Figure:
+    """Draw the columns of an analysis over depth: a panel for each, a line for each model.
+
+    Args:
+        models: tables of the models, which include the analysis's main table.
+        name: name of the analysis, and of its main table.
+    """
     columns = ANALYSES[name].columns
     with new_figure(3.7 * len(columns), 3.5 + 0.2 * (len(models) > 1)) as figure:
         grid = figure.subplots(1, len(columns), squeeze=False)[0]
@@ -221,8 +226,8 @@ def _draw_columns(models: Sequence[ModelTables], name: str) -> Figure:
         for axis, shown in zip(grid, columns, strict=True):
             values = [shown.factor * table[shown.name] for table in tables]
             for index, (model, table) in enumerate(zip(models, tables, strict=True)):
-                errors = shown.factor * table[f"{shown.name}_sem"]
-                line(axis, table.relative_depth, values[index], errors, index, model.label)
+                errors = table.get(f"{shown.name}_sem", 0 * table[shown.name])
+                line(axis, table.relative_depth, values[index], shown.factor * errors, index, model.label)
             _scale(axis, shown, *values)
             label_axis(axis, shown)
             label_depth(axis, tables, "block")

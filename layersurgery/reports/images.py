@@ -91,10 +91,11 @@ def pictures(runs: Sequence[FinishedRun], max_bytes: int) -> list[Picture]:
 
 
 def _about(name: str) -> str:
-    if name in _ABOUT or name not in ANALYSES:
+    analysis = next((analysis for analysis in ANALYSES.values() if name in analysis.figures), None)
+    if name in _ABOUT or analysis is None:
         return _ABOUT.get(name, f"figure “{name}”")
-    analysis = ANALYSES[name]
-    return f"{analysis.title}, over depth: {'; '.join(column.label for column in analysis.columns if column.curve)}"
+    curves = [column.label for column in analysis.columns if column.curve] if name == analysis.name else []
+    return f"{analysis.title}, over depth: {'; '.join(curves)}" if curves else analysis.title
 
 
 def _named(runs: Sequence[FinishedRun]) -> list[tuple[FinishedRun, str, str]]:

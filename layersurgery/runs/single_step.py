@@ -46,7 +46,7 @@ def run_once(
             return run
         frames, facts = make()
         run.start()
-        run.update({**facts, "files": write_tables(run.directory, frames)})
+        run.update({"skipped": {}, **facts, "files": write_tables(run.directory, frames)})
         first = next(iter(frames.values()))
         figures, error = draw_safely(lambda _, path: draw_analysis(path, run.facts), first, run.directory)
         run.update({"state": "finished", "figures": figures, "figure_error": error})

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from layersurgery_cli.commands.measure import run_analysis
+from layersurgery_cli.terminal.console import Console
+from matplotlib.figure import Figure
 from PIL import Image
 
 import layersurgery as ls
-from layersurgery.analyses.outcomes import AnalysisOutput, signals_of
+from layersurgery.analyses.outcomes import AnalysisOutput
 from layersurgery.analyses.signal_tables import make_measurer
+from layersurgery.figures.signals import draw_columns
+from layersurgery.figures.style import ModelTables
+from layersurgery.registry import ANALYSES, Analysis, Column
 from layersurgery.runs.drawing import model_tables
-from layersurgery.runs.run_directory import ANALYSIS, open_run
+from layersurgery.runs.options import RunOptions
+from layersurgery.runs.run_directory import ANALYSIS, Run, open_run
 from layersurgery.runs.runner import run_measurement
+from layersurgery.runs.session import ModelSession
+from layersurgery.runs.single_step import TablesAndFacts, run_once
 from tests.cli.test_cli import result_of, run
 from tests.runs.test_runs import StopError, text
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
@@ -99,6 +109,42 @@ def test_one_at_a_time_gives_the_same_table(place: Path, tmp_path: Path, analysi
     assert (tmp_path / "out" / f"{analysis}.png").exists()
 
 
+def run_sizes(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool) -> Run:
+    def make() -> TablesAndFacts:
+        sizes = [sum(p.numel() for p in block.parameters()) for block in session.load().transformer.h]
+        layers = range(len(sizes))
+        depths = [layer / (len(sizes) - 1) for layer in layers]
+        return {analysis: pd.DataFrame({"layer": layers, "relative_depth": depths, "size": sizes})}, {}
+
+    return run_once(directory, session.arguments({"analysis": analysis}), session.reporter, make, overwrite=overwrite)
+
+
+def draw_sizes(models: Sequence[ModelTables]) -> Figure:
+    return draw_columns(models, "sizes")
+
+
+def test_an_entry_in_the_registry_is_an_analysis(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = Analysis(
+        "sizes", "numbers of weights", "Count the weights of each block.", "weights",
+        (Column("size", "number of weights", heading="weights", digits=0),), {"sizes": f"{__name__}:draw_sizes"},
+        run=f"{__name__}:run_sizes",
+    )  # fmt: skip
+    monkeypatch.setitem(ANALYSES, "sizes", entry)
+    out = tmp_path / "out"
+    run_analysis("sizes", str(place / "tiny"), RunOptions(), out, False, Console())
+    shown = capsys.readouterr().out
+    assert "weights" in shown
+    assert f"Results are in {out}: sizes.parquet, sizes.csv, sizes.png, sizes.svg" in shown.replace("\n", "")
+    frame = ls.analyze("sizes", place / "tiny", directory=out)
+    assert len(frame) == DEPTH
+    assert "weights</th>" in frame._repr_html_()
+    assert (
+        "numbers of weights, over depth: number of weights" in ls.report([out], tmp_path / "page.html").path.read_text()
+    )
+
+
 def test_what_a_person_sees(place: Path) -> None:
     again = run("stages", place / "tiny", *words(place), "-o", place / "stages")
     assert again.exit_code == 0
@@ -131,7 +177,7 @@ def test_what_is_missing_is_said_once(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stopped", [1, 2, 3])
 def test_stopped_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, stopped: int) -> None:
     def do(directory: Path, on_progress: Any = None) -> None:
-        measurer = make_measurer(tiny_model("llama"), signals_of("stages"), DEPTH)
+        measurer = make_measurer(tiny_model("llama"), ANALYSES["stages"].signals, DEPTH)
         with open_run(directory, {"analysis": "stages"}, kind=ANALYSIS) as run:
             run_measurement(
                 run, measurer, text(), AnalysisOutput("stages", measurer, "tiny"), batch_size=2, on_progress=on_progress
@@ -160,7 +206,7 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(
     calls = []
     look = ls.analyses.neuron_scores
     monkeypatch.setattr(outcomes, "neuron_scores", lambda *given, **named: (calls.append(1), look(*given, **named))[1])  # type: ignore[func-returns-value]
-    measurer = make_measurer(tiny_model("llama"), signals_of("stages"), DEPTH)
+    measurer = make_measurer(tiny_model("llama"), ANALYSES["stages"].signals, DEPTH)
 
     def do(**options: Any) -> None:
         with open_run(tmp_path / "run", {"analysis": "stages"}, kind=ANALYSIS) as run:

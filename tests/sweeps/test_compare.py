@@ -56,6 +56,7 @@ def test_an_edit_of_the_model_itself(plan: str) -> None:
 def test_every_metric_is_an_attribute() -> None:
     found = ls.compare(tiny_model("llama"), "drop 2", tokens(2), per_token=True)
     assert [getattr(found, metric.name) for metric in METRICS] == list(found.metrics.values())
+    assert found.positions is not None
     assert {metric.name for metric in METRICS} <= set(dir(found)) & set(found.positions)
     assert list(found.to_pandas()) == [found.tokens, *found.metrics.values()]
     assert repr(found).startswith(f"Comparison(tokens={found.tokens}, kl_nats={found.kl_nats!r}, agreement=")
@@ -64,7 +65,7 @@ def test_every_metric_is_an_attribute() -> None:
     for same in (copy.copy(found), pickle.loads(pickle.dumps(found)), replace(found, positions=None)):
         assert same == found
         assert hash(same) == hash(found)
-    assert replace(found, metrics=found.metrics | {"kl_nats": 0.0}) != found
+    assert replace(found, metrics={**found.metrics, "kl_nats": 0.0}) != found
     with pytest.raises(AttributeError, match="'Comparison' object has no attribute 'kl_bits'"):
         found.kl_bits  # noqa: B018
 
