@@ -20,7 +20,7 @@ from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
 from ..sweeps.measurer import Measurer, collect_sums
-from ..sweeps.observer import CHANGE
+from ..sweeps.observer import CHANGE, Observed
 from ..sweeps.results import results_table
 from .layer_ranking import CRITERIA, rank, spans
 from .signal_tables import SignalTables
@@ -202,7 +202,7 @@ def make_step_measurer(model: nn.Module, by: str, removed: Sequence[int], depth:
     """Make a measurer that scores the remaining layers after some are removed, for one step of a greedy choice."""
     if by != "kl":
         route = Route(block for block in range(depth) if block not in removed)
-        return Measurer(model, [], observe=[CHANGE], observed_route=route, **options)
+        return Measurer(model, [], observe=Observed([CHANGE], route=route), **options)
     candidates = [
         Variant.from_plan("drop", removal_plan([*removed, block]), depth)
         for block in range(depth)

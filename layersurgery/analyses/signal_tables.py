@@ -28,6 +28,7 @@ from ..sweeps.observer import (
     SIGNALS,
     SIMILARITY,
     SIMILARITY_KINDS,
+    Observed,
     count_columns,
     first_quantity,
 )
@@ -55,13 +56,16 @@ def signal_variants(signals: Collection[str], depth: int) -> list[Variant]:
     return variants + (family(DROP, depth) if DROP in signals else [])
 
 
-def make_measurer(model: nn.Module, signals: Collection[str], depth: int, **options: Any) -> Measurer:
+def make_measurer(
+    model: nn.Module, signals: Collection[str], depth: int, *, spans: int = 1, **options: Any
+) -> Measurer:
     """Make a measurer of signals.
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
         signals: from `FROM_TEXT`, or "change".
         depth: number of blocks of the model.
+        spans: largest number of consecutive blocks for which the change of the stream is observed.
         options: other arguments of `Measurer`.
 
     Raises:
@@ -72,7 +76,8 @@ def make_measurer(model: nn.Module, signals: Collection[str], depth: int, **opti
         raise PlanError(f"no signal is given; choose from {', '.join(FROM_TEXT)}")
     if unknown := set(signals) - {*FROM_TEXT, CHANGE}:
         raise PlanError(f"unknown signals: {', '.join(sorted(unknown))}; choose from {', '.join(FROM_TEXT)}")
-    observe = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
+    observed = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
+    observe = Observed(observed, spans) if observed else None
     return Measurer(model, signal_variants(signals, depth), observe=observe, check=LENS in signals, **options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -29,7 +29,7 @@ from ..runtime.unembedding import find_readout
 from .batch_metrics import BatchMetrics, check_readout
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
-from .observer import Observer
+from .observer import Observed, Observer
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 
 _SHARE_FOR_BLOCKS = 0.25
@@ -48,9 +48,7 @@ class Measurer:
         compiled: let torch compile the blocks and, on a CPU, the loop over logits.
         order: "depth-first" or "layer-major" (see `schedule`). The default is depth-first, and layer-major if weights
             of blocks are offloaded or if the observer needs additional routes.
-        observe: signals to measure on the blocks while they run (see `observer`). Then `variants` may be empty.
-        spans: largest number of consecutive blocks for which the change of the stream is observed.
-        observed_route: the route on which changes are observed; the unedited model's if not given.
+        observe: signals to measure on the blocks while they run. Then `variants` may be empty.
         check: check on the first text that reading the stream after the last block gives the model's own logits.
 
     Attributes:
@@ -75,17 +73,15 @@ class Measurer:
         use_model_head: bool = False,
         compiled: bool = False,
         order: str | None = None,
-        observe: Collection[str] = (),
-        spans: int = 1,
-        observed_route: Route | None = None,
+        observe: Observed | None = None,
         check: bool = False,
     ) -> None:
         refuse_architecture(refusal_fields(text_config(model)))
         self.model = model
         self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
-        if observed_route is not None:
-            refuse_route(refusal_fields(text_config(model)), observed_route, live=True)
-        self.observer = Observer(self.runner, observe, spans=spans, observed_route=observed_route) if observe else None
+        if observe is not None and observe.route is not None:
+            refuse_route(refusal_fields(text_config(model)), observe.route, live=True)
+        self.observer = None if observe is None else Observer(self.runner, observe)
         self._reads_logits = bool(variants) or check
         supported, self.skipped = select_supported(self.runner, variants)
         if not supported and (variants or (self.observer is None and not self._reads_logits)):

@@ -62,15 +62,27 @@ class Quantity:
     count: str
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What to observe on a model's blocks.
+
+    Attributes:
+        signals: the signals to measure, some of `SIGNALS`, or only "change" (of the stream).
+        spans: for "change": the largest number of consecutive blocks.
+        route: for "change": the route to observe, which visits no block twice; the unedited model's if not given.
+    """
+
+    signals: Collection[str]
+    spans: int = 1
+    route: Route | None = None
+
+
 class Observer:
     """Observer that measures signals on a model's blocks.
 
     Args:
         runner: runs the model's blocks.
-        signals: the signals to measure, some of `SIGNALS`, or only "change" (of the stream).
-        spans: for "change": the largest number of consecutive blocks.
-        observed_route: for "change": the route to observe, which visits no block twice; the unedited model's if not
-            given.
+        observed: what to observe.
 
     Attributes:
         contributions: for each block, where the contributions of its branches can be captured.
@@ -80,15 +92,10 @@ class Observer:
         skipped: reasons by name, for each mean that cannot be measured.
     """
 
-    def __init__(
-        self, runner: BlockRunner, signals: Collection[str], *, spans: int = 1, observed_route: Route | None = None
-    ) -> None:
-        self.runner, self.signals = runner, frozenset(signals)
-        self.spans, self.observed_route = (
-            spans,
-            Route.identity(runner.depth) if observed_route is None else observed_route,
-        )
-        assert observed_route is None or (self.signals == {CHANGE} and spans == 1)
+    def __init__(self, runner: BlockRunner, observed: Observed) -> None:
+        self.runner, self.signals, self.spans = runner, frozenset(observed.signals), observed.spans
+        self.observed_route = Route.identity(runner.depth) if observed.route is None else observed.route
+        assert observed.route is None or (self.signals == {CHANGE} and observed.spans == 1)
         only_change = self.signals <= {CHANGE}  # the change of the stream needs no contributions of branches
         self.contributions = (
             [BlockContributions((), (), "", False)] * runner.depth
