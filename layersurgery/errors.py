@@ -6,6 +6,7 @@ found and what to do. The command line prints it without a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -39,10 +40,15 @@ class MeasurementError(LayerSurgeryError):
     """A measurement that failed: NaN or infinite predictions, not enough memory, or not enough text."""
 
 
+class LayerSurgeryWarning(UserWarning):
+    """A warning of this package: something was left out, or is done in another way than asked."""
+
+
 def warn(message: str) -> None:
     """Warn at the line outside of this package that called it, however many functions lie between."""
     package = str(Path(__file__).parent)
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    frame, level = sys._getframe(1), 2
+    inside = (package, contextlib.__file__)  # a `with` block inside the package runs code of contextlib
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, LayerSurgeryWarning, stacklevel=level)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from .errors import LayerSurgeryWarning
+
 _LOGGERS = [
     logging.getLogger(name)
     for name in ("accelerate", "datasets", "fsspec", "httpx", "huggingface_hub", "transformers", "urllib3")
@@ -59,8 +61,15 @@ def quiet_libraries(level: int = logging.ERROR) -> Iterator[None]:
 def _hide_warnings_and_bars(transformers_logging: Any) -> None:
     from huggingface_hub import utils as hub
 
+    own = (
+        action
+        for action, message, category, module, _ in warnings.filters
+        if issubclass(LayerSurgeryWarning, category) and message is None and module is None
+    )
+    action: Any = next(own, "default")
     _restore.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
+    warnings.simplefilter(action, LayerSurgeryWarning)  # this package's own stay as they were
     # The Hub's bars are restored after those of transformers, whose functions turn them on and off too.
     _restore.callback(hub.disable_progress_bars if hub.are_progress_bars_disabled() else hub.enable_progress_bars)
     if transformers_logging.is_progress_bar_enabled():

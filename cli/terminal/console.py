@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperGroup
 
-from layersurgery.errors import LayerSurgeryError, PlanError
+from layersurgery.errors import LayerSurgeryError, LayerSurgeryWarning, PlanError
 from layersurgery.runs.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command; print its errors and set the exit code."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LayerSurgeryWarning)  # commands print the same as notes
+                return super().invoke(ctx)
         except LayerSurgeryError as error:
             print_error("error", str(error))
             ctx.exit(2 if isinstance(error, PlanError) else 1)
@@ -88,6 +91,15 @@ class Console(Reporter):
     def log(self, text: str) -> None:
         """Print a message without markup, since paths and plans may contain brackets."""
         self.err.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def note(self, text: str) -> None:
+        """Print something that the user should know of the result."""
+        self.log(f"Note: {text}")
+
+    def skipped(self, reasons: Mapping[str, str]) -> None:
+        """Print what is not measured, with the reasons."""
+        for name, reason in reasons.items():
+            self.log(f"Skipped: {name}: {reason}")
 
     def warn(self, label: str, text: str) -> None:
         """Print an error that does not end the command."""

@@ -27,6 +27,11 @@ from ..runs.tables import read_results
 _RUN_OPTIONS = {field.name for field in fields(RunOptions)}
 # The functions in memory take these two themselves.
 _SHARED = {"batch_size", "blocks"}
+# Parameters of functions that are not options of theirs.
+_INTERNAL = {
+    *("model", "tokens", "text", "ids", "mask", "attention_mask", "signals", "label"),
+    *("session", "directory", "analysis", "overwrite", "remove", "by", "greedy"),
+}
 
 
 def run_analysis(session: ModelSession, name: str, directory: Path, *, overwrite: bool = False, **options: Any) -> Run:
@@ -107,6 +112,7 @@ def analyze(
         (30,)
     """
     check_analysis(name)
+    _refuse_ignored(name, text, options)
     run_options, own = split_options(options, resolve(ANALYSES[name].run))
     run_options, given = read_given_text(text, run_options, attention_mask)
     if given is not None and given.tokens is not None and ANALYSES[name].needs == "windows":
@@ -151,6 +157,7 @@ def on_any_text(
                 overwrite=overwrite,
                 **options,
             )
+        _refuse_ignored(name, text, options)
         run_options, own = split_options(options, passes_to or function)
         own |= {key: options[key] for key in _SHARED if key in options}
         if ANALYSES[name].needs == "weights":
@@ -187,6 +194,19 @@ def _with_shared_text(doc: str) -> str:
     return doc.replace("        blocks:", f"{_DIRECTORY}        blocks:", 1)
 
 
+def _refuse_ignored(name: str, text: Any, options: dict[str, Any]) -> None:
+    """Refuse options that would have no effect on an analysis.
+
+    Raises:
+        PlanError: one of them is given.
+    """
+    for option in ("compile", "schedule", "per_token"):
+        if options.get(option):
+            raise PlanError(f"{option} is for sweep; {name} does not take it")
+    if ANALYSES[name].needs == "weights" and text is not None:
+        raise PlanError(f"{name} reads the weights alone; give no text")
+
+
 def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tuple[RunOptions, dict[str, Any]]:
     """Split keyword arguments into options of every run and those of a function.
 
@@ -195,5 +215,5 @@ def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tupl
     """
     shared = {name: value for name, value in options.items() if name in _RUN_OPTIONS}
     own = {name: value for name, value in options.items() if name not in _RUN_OPTIONS}
-    refuse_unknown(own, [*sorted(_RUN_OPTIONS), *signature(function).parameters])
+    refuse_unknown(own, sorted({*_RUN_OPTIONS, *signature(function).parameters} - _INTERNAL))
     return RunOptions.of(shared), own

@@ -13,6 +13,7 @@ from torch import nn
 from ..atomic_io import check_output
 from ..checkpoints.edit_checkpoint import edit_checkpoint
 from ..errors import OutputError, PlanError
+from ..runs.frames import as_result
 from ..runs.open_text import open_text
 from ..runs.processes import run_session
 from ..runs.reporter import Reporter
@@ -96,8 +97,8 @@ def prune(
     if output is not None and isinstance(model, nn.Module):
         raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")
     if directory is None and output is None:
-        with open_text(model, given, run_options) as (_, loaded, tokens):
-            return prune_tokens(
+        with open_text(model, given, run_options) as (session, loaded, tokens):
+            pruning = prune_tokens(
                 loaded,
                 tokens.ids,
                 tokens.mask,
@@ -109,6 +110,8 @@ def prune(
                 progress=progress,
                 **own,
             )
+            costs = as_result(pruning.costs.assign(model=session.label), "costs", session.caption(tokens))
+            return replace(pruning, costs=costs)
     target = None if output is None else Path(output)
     results = Path(directory) if directory is not None else results_directory(Path(output or ""))
 
@@ -117,20 +120,20 @@ def prune(
             check_target(session, target, overwrite=overwrite)
         return run_prune(session, results, remove=remove, by=by, greedy=greedy, overwrite=overwrite)
 
-    pruning = run_session(model, run_options, lead, reporter=Reporter(progress), given=given)
-    if pruning is None:  # another process leads, and writes
+    done = run_session(model, run_options, lead, reporter=Reporter(progress), given=given)
+    if done is None:  # another process leads, and writes
         raise SystemExit(0)
     if target is None:
-        return pruning
+        return done
     written = edit_checkpoint(
         model,
-        pruning.plan,
+        done.plan,
         target,
         overwrite=overwrite,
         revision=run_options.revision,
         blocks=run_options.blocks,
     )
-    return replace(pruning, written=written)
+    return replace(done, written=written)
 
 
 def results_directory(output: Path) -> Path:
@@ -158,7 +161,9 @@ def run_prune(
     """
     check_removal(session.depth, remove, by)
     log = session.reporter.log
+    reporter = session.reporter
     log(f"Ranking {session.depth} layers")
+    reporter.subject = "ranking layers"
     rank = _run_or_reuse(session, RankTask(session.depth, remove), directory / "rank", overwrite=overwrite)
     ranks, spans = read_results(rank.directory), read_results(rank.directory, "spans")
     ranks.attrs["skipped"] = ranks.attrs["run"]["skipped"]
@@ -167,6 +172,7 @@ def run_prune(
 
         def measure_step(removed: tuple[int, ...]) -> Any:
             log(f"Choosing layer {len(removed) + 1} of {remove}")
+            reporter.subject = f"choosing layer {len(removed) + 1} of {remove}"
             step = GreedyStepTask(session.depth, by, removed)
             path = directory / f"step-{len(removed) + 1:02}"
             return read_results(_run_or_reuse(session, step, path, overwrite=overwrite).directory)
@@ -177,6 +183,7 @@ def run_prune(
             removed.append(layer)
         orders[GREEDY] = prefixes(removed)
     log("Measuring the cost of each criterion")
+    reporter.subject = "measuring the cost of each criterion"
     costs = _run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
     layers = orders[GREEDY if greedy else by][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..models.anatomy import anatomy as find_anatomy
 from ..runs.run_directory import Run
 from ..runs.single_step import TablesAndFacts, run_once
-from ..runs.text import TextRequest, bos_token_id, check_data, parse_count, read_documents
+from ..runs.text import TextRequest, bos_token_id, parse_count, read_documents
 from .neuron_probes import describe_probes, fit_probes
 from .subjoiner_heads import describe_subjoiners, score_heads
 from .token_classes import CONTEXT, check_class, find_balanced_windows, token_class
@@ -202,7 +202,7 @@ def _run(
 
     The text is read in both cases, since the run is only reused if the text is unchanged.
     """
-    check_data(request)
+    session.check()
     first = bos_token_id(session.tokenizer) if request.bos else None
     found = find()
     session.check_vocabulary(found.max_token)

@@ -213,6 +213,7 @@ def run_reproduction(
 
 
 def _directories(models: Sequence[str], output: Path) -> dict[str, Path]:
+    models = [models] if isinstance(models, str) else models
     names = [name.strip() for text in models for name in text.split(",") if name.strip()]
     if not names:
         raise PlanError("no models: name one or more")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..library_logs import quiet_libraries
+from ..plans.edits import VERBS
 from ..sweeps.compare import Comparison, compare_tokens
 from .distributed import SingleProcess
 from .open_text import open_text
@@ -51,7 +52,9 @@ def compare(
         >>> comparison.kl_nats > 0, len(comparison.positions) == comparison.tokens
         (True, True)
     """
-    run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
+    run_options = RunOptions.of(options)
+    run_options.refuse(["schedule", "compile"], "is for sweep; compare does not take it")
+    run_options, given = read_given_text(text, run_options, attention_mask)
     with ExitStack() as exit_stack:
         session, first, tokens = exit_stack.enter_context(open_text(model, given, run_options))
         second: Any = other
@@ -67,6 +70,7 @@ def compare(
             tokens.ids,
             tokens.mask,
             batch_size=run_options.batch_size or 1,
+            blocks=run_options.blocks,
             tokenizer=session.tokenizer_or_none() if per_token else None,
             per_token=per_token,
         )
@@ -74,6 +78,8 @@ def compare(
 
 def _is_model_name(other: Any) -> bool:
     """Return whether this names a model; every edit in a plan has arguments, so a plan's text has spaces."""
+    if isinstance(other, str) and other in VERBS:  # an edit without its blocks
+        return False
     if isinstance(other, str):
         return not any(mark in other for mark in " ;\n") or Path(other).expanduser().exists()
     return isinstance(other, os.PathLike)

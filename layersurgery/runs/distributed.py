@@ -6,6 +6,7 @@ batch and, with `--per-token`, its rows) and are sent over gloo, whatever device
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,8 +109,8 @@ class DistributedGroup:
         return values or []
 
     def close(self) -> None:
-        """Close the connections."""
-        self._dist.destroy_process_group()
+        """Close this run's connections; those of the process, which others may use, stay."""
+        self._dist.destroy_process_group(self._group)
 
 
 class LostProcessError(MeasurementError):
@@ -142,10 +143,22 @@ def find_process_group(cpu: bool) -> ProcessGroup:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return SingleProcess()
+    import torch.distributed as dist
     from accelerate import PartialState
 
     with _refuse_unreachable():
-        return DistributedGroup(PartialState(cpu=cpu))
+        was_connected = dist.is_initialized()
+        group = DistributedGroup(PartialState(cpu=cpu))
+    if not was_connected:  # accelerate connects the processes once, so later runs of this process need it too
+        atexit.register(_disconnect)
+    return group
+
+
+def _disconnect() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

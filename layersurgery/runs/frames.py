@@ -40,8 +40,8 @@ class ResultFrame(pd.DataFrame):  # type: ignore[misc]
 
     _metadata = ["kind", "caption"]  # noqa: RUF012 - pandas reads this list
 
-    kind: str
-    caption: str
+    kind: str = ""
+    caption: str = ""
 
     @property
     def plot(self) -> _ResultPlot:
@@ -108,7 +108,7 @@ class ResultFrame(pd.DataFrame):  # type: ignore[misc]
 
         try:
             figure = self.figure()
-        except MeasurementError:
+        except Exception:  # a table whose columns were changed may not be drawn
             return ""
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=90, bbox_inches="tight")

@@ -16,11 +16,11 @@ from .text import TokenizedText
 
 
 @contextmanager
-def open_model(model: Any, options: RunOptions, given: GivenText | None = None) -> Iterator[tuple[ModelSession, Any]]:
+def open_model(model: Any, options: RunOptions) -> Iterator[tuple[ModelSession, Any]]:
     """Give a session and its loaded model while the `with` block runs; arguments as for `open_text`."""
     with ExitStack() as exit_stack:
         with quiet_libraries():
-            session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack, given)
+            session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack)
             loaded = session.load()
         yield session, loaded
 
@@ -40,7 +40,10 @@ def open_text(
         PlanError: the text cannot be measured.
         SourceError: the model or the text cannot be found or read.
     """
-    with open_model(model, options, given) as (session, loaded):
+    with ExitStack() as exit_stack:
         with quiet_libraries():
+            session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack, given)
+            session.check()
             text = session.text
+            loaded = session.load()
         yield session, loaded, text

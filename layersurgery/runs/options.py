@@ -76,7 +76,21 @@ class RunOptions:
             PlanError: there is no such option (names the nearest one).
         """
         refuse_unknown(values, [field.name for field in fields(cls)])
+        for name, least in (("batch_size", 1), ("context", 2), ("seed", 0)):
+            number = values.get(name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+                raise PlanError(f"{name} is a whole number of at least {least}, not {number!r}")
         return cls(**values)
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Refuse options that have no effect here.
+
+        Raises:
+            PlanError: one of them is not its default; `why` ends the sentence.
+        """
+        for name in self.given():
+            if name in names:
+                raise PlanError(f"{name} {why}")
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""

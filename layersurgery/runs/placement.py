@@ -72,9 +72,11 @@ def choose_placement(options: RunOptions, source: Source, reporter: Reporter) ->
     if (options.max_memory or options.offload_folder) and not options.device_map:
         raise PlanError("max-memory and offload-folder need device-map, for example auto")
     device_map = read_device_map(options.device_map) if isinstance(options.device_map, str) else options.device_map
+    if isinstance(device_map, dict):
+        device_map = {name: place if isinstance(place, int) else str(place) for name, place in device_map.items()}
     max_memory = read_max_memory(options.max_memory) if isinstance(options.max_memory, str) else options.max_memory
     folder = None if options.offload_folder is None else Path(options.offload_folder)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(options.device or "") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] == "meta":
         raise PlanError("device meta cannot compute; use cpu or cuda")
     try:
@@ -94,8 +96,8 @@ def _resolve_dtype(requested: str, device: str, source: Source, reporter: Report
         dtype = str(next(filter(None, values), "auto")).removeprefix("torch.")
         if device == "cpu" and dtype == "float16":
             dtype = "float32"
-            reporter.log(
-                "Note: the checkpoint is in float16, which few CPUs can multiply, so it is loaded in float32; "
+            reporter.note(
+                "the checkpoint is in float16, which few CPUs can multiply, so it is loaded in float32; "
                 "dtype float16 keeps float16"
             )
     if dtype not in _DTYPES:

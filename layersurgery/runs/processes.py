@@ -49,9 +49,11 @@ def run_session(
         PlanError: an option is invalid.
     """
     group = process_group_for(model, options)
-    result = run_on_model(model, options, lead, reporter or Reporter(), group, given)
-    group.close()
-    return result
+    try:
+        return run_on_model(model, options, lead, reporter or Reporter(), group, given)
+    finally:
+        with suppress(RuntimeError):  # a connection that is lost cannot be closed
+            group.close()
 
 
 def process_group_for(model: Any, options: RunOptions) -> ProcessGroup:
@@ -65,7 +67,7 @@ def process_group_for(model: Any, options: RunOptions) -> ProcessGroup:
     import torch
     from torch import nn
 
-    if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
+    if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):  # before other processes are waited for
         raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
     if isinstance(model, nn.Module):
         return SingleProcess()

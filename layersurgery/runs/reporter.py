@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ..errors import warn
 
 if TYPE_CHECKING:
     from .text import TokenizedText
@@ -20,14 +22,23 @@ class Reporter:
 
     Attributes:
         command: the command line that a new run records, so that it can be repeated; empty if there is none.
+        subject: name of the current measurement, for progress.
     """
 
     def __init__(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         self._progress = progress
         self.command = ""
+        self.subject = "sequences"
 
     def log(self, text: str) -> None:
         """Say something."""
+
+    def note(self, text: str) -> None:
+        """Say something that the caller should know of the result. Here it is a warning."""
+        warn(text)
+
+    def skipped(self, reasons: Mapping[str, str]) -> None:
+        """Say what is not measured, with the reasons. The measurement itself warns, so this says nothing."""
 
     def warn(self, label: str, text: str) -> None:
         """Say that something failed or was interrupted; `label` says which in a word."""
@@ -50,5 +61,5 @@ class Reporter:
         yield (
             None
             if report is None
-            else lambda progress: report("sequences", int(progress.sequences), int(progress.total))
+            else lambda progress: report(self.subject, int(progress.sequences), int(progress.total))
         )

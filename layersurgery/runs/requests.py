@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
@@ -15,7 +17,7 @@ from ..errors import PlanError, SourceError
 from ..runtime.inputs import as_tokens
 from .options import RunOptions
 from .reporter import Reporter
-from .text import PILE, PYDOC, TextRequest, TokenizedText, fingerprint_of, parse_count
+from .text import ALL, PILE, PYDOC, TextRequest, TokenizedText, fingerprint_of, parse_count
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
@@ -82,12 +84,14 @@ class GivenText:
         masked: whether the caller gave the mask.
         documents: texts to tokenize.
         pack: whether documents are joined if the caller does not say it.
+        is_finite: whether all documents are measured if the caller does not say how many tokens.
     """
 
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
     masked: bool = False
     documents: Iterable[str] | None = None
     pack: bool = False
+    is_finite: bool = True
 
 
 def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) -> tuple[RunOptions, GivenText | None]:
@@ -106,10 +110,19 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
     Raises:
         PlanError: it is nothing of these.
     """
-    from dataclasses import replace
-
+    if isinstance(text, np.ndarray | pd.Series) and text.dtype.kind not in "iub":
+        text = list(text)
+    has_tokens = isinstance(text, Mapping) or not _is_text(text)
+    if text is not None:
+        options.refuse(["data"], "names a text, and another text is given; give one of them")
+    if has_tokens:
+        options.refuse(_TEXT_OPTIONS, "is for texts, and token ids are given; cut or shuffle them before")
+    elif attention_mask is not None:
+        raise PlanError("attention_mask is for token ids, and a text is given")
     if text is None:
         return options, None
+    if not isinstance(text, str | os.PathLike):
+        options.refuse(["lines"], "is for text files")
     if isinstance(text, str | os.PathLike):
         if isinstance(text, str) and ("\n" in text or (" " in text.strip() and not Path(text).expanduser().exists())):
             raise PlanError(
@@ -118,11 +131,17 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
             )
         return replace(options, data=str(text)), None
     if isinstance(text, Mapping) and "input_ids" in text:  # a tokenizer's output
-        mask = text.get("attention_mask", attention_mask)
+        mask = text.get("attention_mask") if attention_mask is None else attention_mask
         return options, GivenText(as_tokens(text["input_ids"], mask), masked=mask is not None)
+    if isinstance(text, Mapping) and hasattr(text, "column_names"):
+        raise PlanError(f"a dataset of several splits; give one of them: {', '.join(map(str, text))}")
     if hasattr(text, "column_names") or hasattr(text, "features"):  # a dataset, in memory or streamed
-        return options, GivenText(documents=_column(text, options.column), pack=True)
-    if isinstance(text, Sequence) and len(text) and all(isinstance(item, str) for item in text):
+        return options, GivenText(
+            documents=_column(text, options.column), pack=True, is_finite=hasattr(text, "__len__")
+        )
+    if isinstance(text, Sequence) and any(isinstance(item, str) for item in text):
+        if wrong := next((item for item in text if not isinstance(item, str)), None):
+            raise PlanError(f"a list of texts holds {wrong!r}, which is no text")
         return options, GivenText(documents=list(text))
     if isinstance(text, torch.Tensor | Sequence) or hasattr(text, "__array__"):
         return options, GivenText(as_tokens(text, attention_mask), masked=attention_mask is not None)
@@ -130,6 +149,16 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
         "text is given as token ids, a tokenizer's output, a list of strings, a dataset, a path or the id of a "
         f"dataset, not as {type(text).__name__}"
     )
+
+
+_TEXT_OPTIONS = ("split", "column", "tokens", "context", "pack", "lines", "bos", "shuffle", "seed")
+
+
+def _is_text(text: Any) -> bool:
+    """Return whether this is a text or names one, and is not token ids."""
+    if text is None or isinstance(text, str | os.PathLike) or hasattr(text, "column_names"):
+        return True
+    return isinstance(text, Sequence) and any(isinstance(item, str) for item in text)
 
 
 def _column(dataset: Any, column: str) -> Iterable[str]:
@@ -163,7 +192,10 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
         context = min(_EMBEDDED_CONTEXT if is_small else _CONTEXT, positions or _CONTEXT)
     elif positions is not None and context > positions:
         raise PlanError(f"context {context} is more than the model's {positions} positions; give at most {positions}")
-    tokens = parse_count(str(options.tokens or (_EMBEDDED_TOKENS if is_small else _TOKENS)))
+    default = _EMBEDDED_TOKENS if is_small else _TOKENS
+    if documents is not None and given is not None and given.is_finite:
+        default = str(ALL)
+    tokens = parse_count(str(default if options.tokens is None else options.tokens))
     pack = options.pack
     if pack is None:
         pack = not options.lines if given is None else given.pack

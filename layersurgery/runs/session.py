@@ -16,7 +16,8 @@ from ..checkpoints.sources import Source, find_source
 from ..checkpoints.tensor_index import fingerprint
 from ..errors import PlanError, SourceError
 from ..models.block_list import find_decoder_blocks, text_config
-from ..runtime.offload import device_of
+from ..runtime.offload import device_of, offload_hooks
+from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
 from .options import RunOptions
 from .placement import Placement, choose_placement, describe_placement, load_model
@@ -85,7 +86,6 @@ class ModelSession:
         source: the model's files; they include the weights once a run has needed them. None for a loaded model.
         depth: number of blocks of the model.
         request: the text to read.
-        placement: the model's devices and data type.
         workers_idle: whether the other processes are waiting for the next work item.
     """
 
@@ -103,6 +103,7 @@ class ModelSession:
         self._text: TokenizedText | None = None
         self._loaded: nn.Module | None = None
         self._has_weights = False
+        self._fingerprint: str | None = None
         self.workers_idle = True
         self.source: Source | None = None
         if isinstance(model, nn.Module):
@@ -112,7 +113,7 @@ class ModelSession:
             self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
             positions, self._vocabulary = config_limits(text_config(model))
             self._padding = getattr(text_config(model), "pad_token_id", None)
-            self.placement = _placement_of(model, options)
+            self._placement: Placement | None = _placement_of(model, options)
         else:
             info = read_model_info(model, options.revision, reporter)
             self.source, self.depth, positions, self._vocabulary = (
@@ -120,9 +121,28 @@ class ModelSession:
             )  # fmt: skip
             self.label, self.name = info.source.label, info.source.name
             self._padding = info.padding
-            self.placement = choose_placement(options, info.source, reporter)
+            self._placement = None
+        if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
+            raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
         self._positions = positions
         self.request = text_request(model, options, positions, given)
+
+    @property
+    def placement(self) -> Placement:
+        """Return the model's devices and data type; choose them at the first use.
+
+        Raises:
+            PlanError: the options are invalid or exclude each other.
+            SourceError: the device is not available.
+        """
+        if self._placement is None:
+            assert self.source is not None
+            self._placement = choose_placement(self.options, self.source, self.reporter)
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement) -> None:
+        self._placement = placement
 
     def run(self, task: Task, directory: Path, *, overwrite: bool = False) -> Run:
         """Run a measurement, or resume it.
@@ -139,8 +159,7 @@ class ModelSession:
             OutputError: the directory holds other files, or a run with other arguments.
             MeasurementError: the model cannot be measured.
         """
-        if self._given is None:
-            check_data(self.request)
+        self.check()
         previous = read_run(directory) or {}
         # A finished run of a Hub dataset is reported without contacting the Hub again.
         is_done = (
@@ -160,6 +179,12 @@ class ModelSession:
                 self._measure(run, task, text)
                 self.workers_idle = True
         return run
+
+    def check(self) -> None:
+        """Refuse a text or a device that cannot be had, before anything is read or loaded."""
+        if self._given is None:
+            check_data(self.request)
+        _ = self.placement
 
     def say_finished(self, run: Run) -> None:
         """Say that a run was finished before."""
@@ -192,7 +217,9 @@ class ModelSession:
     def _model_arguments(self) -> dict[str, Any]:
         if self.source is None:
             assert self._loaded is not None
-            return {"name": self.label, "revision": None, "weights": _weights_fingerprint(self._loaded)}
+            if self._fingerprint is None:
+                self._fingerprint = _model_fingerprint(self._loaded)
+            return {"name": self.label, "revision": None, "weights": self._fingerprint}
         source = self._with_weights()
         return {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
 
@@ -211,7 +238,10 @@ class ModelSession:
             tokenizer = self.tokenizer
             with reporter.status(f"Reading text: {request.data}"):
                 text = read_text(request, tokenizer)
-        self.check_vocabulary(int(text.ids[text.mask.bool()].max()))
+        present = text.ids[text.mask.bool()]
+        if int(present.min()) < 0:
+            raise PlanError(f"the text has token {int(present.min())}; token ids are not negative")
+        self.check_vocabulary(int(present.max()))
         sequences, length = text.ids.shape
         if self._positions is not None and length > self._positions:
             raise PlanError(
@@ -221,7 +251,7 @@ class ModelSession:
         at_most = "" if request.pack else "up to "
         reporter.log(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {at_most}{length}")
         for note in text.notes:
-            reporter.log(f"Note: {note}")
+            reporter.note(note)
         return text
 
     @property
@@ -342,8 +372,7 @@ class ModelSession:
             f"weights {format_bytes(memory.weights)}, residual streams {format_bytes(memory.streams)}, one block "
             f"{format_bytes(memory.block)} or one readout {format_bytes(memory.readout)}"
         )
-        for plan_text, reason in measurer.skipped.items():
-            log(f"Skipped: {plan_text}: {reason}")
+        self.reporter.skipped(measurer.skipped)
 
 
 def tokenizer_of_run(source: Source | None, other: Any, label: str) -> Any:
@@ -384,11 +413,36 @@ def _placement_of(model: nn.Module, options: RunOptions) -> Placement:
     return Placement(str(device_of(model)), dtype)
 
 
-def _weights_fingerprint(model: nn.Module) -> str:
-    """Return a hash of a loaded model's parameters and buffers; of their names and shapes where they are not loaded."""
-    digest = hashlib.sha256()
+def _model_fingerprint(model: nn.Module) -> str:
+    """Return a hash of all that a loaded model's predictions depend on.
+
+    These are its modules and their settings, its config, the state of adapters, and its parameters and buffers, also
+    those that accelerate keeps elsewhere.
+    """
+    digest = hashlib.sha256(str(model).encode())
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_json_string"):
+        digest.update(config.to_json_string(use_diff=False).encode())
+        digest.update(str(getattr(config, "_attn_implementation", "")).encode())
+    for path, module in model.named_modules():
+        settings: dict[str, Any] = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and name != "training" and "cache" not in name
+        }
+        if hasattr(module, "disable_adapters"):
+            settings |= {"off": module.disable_adapters, "active": getattr(module, "active_adapters", None)}
+        digest.update(f"{path} {sorted(settings.items(), key=lambda item: item[0])}".encode())
+        for hook in offload_hooks(module):
+            for name, _ in module.named_parameters(recurse=False):
+                if hook.weights_map is not None and name in hook.weights_map:
+                    _update(digest, f"{path}.{name}", hook.weights_map[name])
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta":
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            _update(digest, name, tensor)
     return digest.hexdigest()[:16]
+
+
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -122,6 +122,7 @@ def sweep(
     anatomy = options.pop("anatomy", None)
     run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
     if directory is None:
+        run_options.refuse(["per_token"], "writes a file, so it needs directory")
         with open_text(model, given, run_options) as (session, loaded, tokens):
             frame = sweep_tokens(
                 loaded,

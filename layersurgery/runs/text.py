@@ -26,6 +26,8 @@ PILE = "EleutherAI/the_pile_deduplicated"
 _KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _PACKED = (".zst", ".gz")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+)?")
+ALL = 1 << 40
+"""A number of tokens that stands for all there are."""
 _PIECE = 1_000_000  # characters tokenized at once
 _POOL = 16
 _BUFFER = 10_000
@@ -82,7 +84,10 @@ class TextRequest:
     def arguments(self) -> dict[str, Any]:
         """Return what the tokens depend on, as `run.json` records it."""
         names = ("data", "tokens", "context", "split", "column", "pack", "bos")
-        arguments = {name: getattr(self, name) for name in names} | {"shuffle": self.shuffled, "seed": self.seed}
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.tokens >= ALL:
+            arguments["tokens"] = "all"
+        arguments |= {"shuffle": self.shuffled, "seed": self.seed}
         return arguments | ({"lines": True} if self.lines else {})
 
 
@@ -140,10 +145,13 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
         raise PlanError(f"a context of {request.context} has no next token to predict; give at least 2")
     context = min(request.context, max(2, request.tokens))
     notes = []
+    cut: list[int] = []
     if request.pack and tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-text token, so documents are joined without one")
     source = (
-        _pack_documents(request, context, tokenizer) if request.pack else _read_separately(request, context, tokenizer)
+        _pack_documents(request, context, tokenizer)
+        if request.pack
+        else _read_separately(request, context, tokenizer, cut)
     )
     needed = context * -(-request.tokens // context) if request.pack else request.tokens
     sequences = _take_tokens(source, needed * (_POOL if request.shuffled and not request.from_hub else 1))
@@ -154,7 +162,9 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     if not sequences:
         raise MeasurementError(f"{request.data} contains no text of at least two tokens")
     total = sum(map(len, sequences))
-    if total < request.tokens:
+    if cut:
+        notes.append(f"{len(cut)} of the documents are longer than {context} tokens (context), and were cut")
+    if total < request.tokens < ALL:
         notes.append(f"the text is too short: it has {total:,} tokens of the {request.tokens:,} requested")
     length = max(map(len, sequences))
     # Pad with 0, not with the tokenizer's padding token, which the model may not have. Padding is masked.
@@ -211,12 +221,17 @@ def bos_token_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def _read_separately(request: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
-    """Yield each document with the special tokens that its tokenizer adds, cut off at `length`."""
+def _read_separately(request: TextRequest, length: int, tokenizer: Any, cut: list[int]) -> Iterator[list[int]]:
+    """Yield each document with the special tokens that its tokenizer adds, cut off at `length`.
+
+    Add the length of each that was cut to `cut`.
+    """
     for document in read_documents(request):
         ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
         if request.bos and ids[:1] != [bos_token_id(tokenizer)]:
             ids = [bos_token_id(tokenizer), *ids]
+        if len(ids) > length or len(document) > 32 * length:
+            cut.append(len(ids))
         yield ids[:length]
 
 
@@ -262,6 +277,8 @@ def check_data(request: TextRequest) -> None:
         SourceError: there is no such file or directory, its format is not supported, or the name is not a Hub dataset
             id.
     """
+    if request.lines and (request.data == PYDOC or request.from_hub):
+        raise PlanError("lines is for text files: each line of the file is one document")
     if request.data == PYDOC or request.documents is not None:
         return
     if not request.from_hub:
@@ -301,6 +318,8 @@ def _from_file(path: Path, column: str, *, lines: bool = False) -> Iterator[str]
     import datasets
 
     kind = _kind(path)
+    if lines and kind != "text":
+        raise PlanError(f"lines is for text files, and {path} is {kind}: each of its rows is one document already")
     options: dict[str, Any] = {"sample_by": "line" if lines else "document"} if kind == "text" else {}
     if path.stat().st_size == 0:
         return

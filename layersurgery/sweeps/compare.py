@@ -90,6 +90,7 @@ def compare_tokens(
     mask: torch.Tensor,
     *,
     batch_size: int = 1,
+    blocks: str | None = None,
     per_token: bool = False,
     tokenizer: Any = None,
 ) -> Comparison:
@@ -101,6 +102,7 @@ def compare_tokens(
         ids: token ids, (sequences, length).
         mask: 1 for a token and 0 for padding, of the same shape.
         batch_size: number of sequences in one forward.
+        blocks: path of the list of blocks, if it cannot be found automatically.
         per_token: also return the metrics of every position.
         tokenizer: writes tokens as text in the table of positions; None for no text.
 
@@ -115,7 +117,7 @@ def compare_tokens(
     rows: list[pd.DataFrame] = []
     with ExitStack() as contexts:
         contexts.enter_context(eval_no_grad(model))
-        second, editing = _second_model(model, other, contexts)
+        second, editing = _second_model(model, other, blocks, contexts)
         for first in range(0, len(ids), batch_size):
             batch_ids, batch_mask = ids[first : first + batch_size], mask[first : first + batch_size]
             p = _logits(model, batch_ids, batch_mask)
@@ -137,16 +139,16 @@ def compare_tokens(
 
 
 def _second_model(
-    model: nn.Module, other: nn.Module | Edit, contexts: ExitStack
+    model: nn.Module, other: nn.Module | Edit, blocks: str | None, contexts: ExitStack
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]:
     """Return the model that gives q, and a context manager to enter around each of its forwards."""
     if isinstance(other, nn.Module):
         contexts.enter_context(eval_no_grad(other))
         return other, nullcontext
-    route = as_route(other, len(find_decoder_blocks(model).blocks))
+    route = as_route(other, len(find_decoder_blocks(model, blocks).blocks))
     # Only a skipped branch needs the anatomy. Find it once, not in every batch.
-    known_anatomy = None if all(visit.whole for visit in route) else anatomy(model)
-    return model, partial(operate, model, route, anatomy=known_anatomy)
+    known_anatomy = None if all(visit.whole for visit in route) else anatomy(model, blocks=blocks)
+    return model, partial(operate, model, route, anatomy=known_anatomy, blocks=blocks)
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import layersurgery as ls
+from layersurgery.analyses import prediction_neurons
 from layersurgery.metrics import cosine_moments as kernel
 from layersurgery.metrics.cosine_moments import moments, unit_rows
 from layersurgery.models.weight_conventions import input_dim, output_dim
@@ -115,6 +116,14 @@ def test_moments_of_any_shape_and_tiling(seed: int, neurons: int, words: int, wi
     meant = cosines.mean(1), cosines.var(1), stats.skew(cosines, 1), stats.kurtosis(cosines, 1, fisher=False)
     for one, other in zip(found, meant, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_unembedding_may_be_read_in_any_number_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    meant = ls.analyses.neuron_scores(model)
+    monkeypatch.setattr(prediction_neurons, "_ROWS", 7)
+    pd.testing.assert_frame_equal(ls.analyses.neuron_scores(model), meant, rtol=1e-5)
 
 
 def test_a_neuron_of_zeros_has_no_shape() -> None:

@@ -18,7 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
+import layersurgery as ls
 from layersurgery.runs.distributed import SingleProcess, assign_gpus, chunked
+from layersurgery.runs.options import RunOptions
+from layersurgery.runs.processes import run_on_model
+from layersurgery.runs.reporter import Reporter
 from tests.cli.test_cli import run
 from tests.support.end_children import end_tree
 from tests.support.tiny_checkpoint import checkpoint
@@ -270,6 +274,21 @@ def test_a_killed_process_ends_the_run_and_another_number_goes_on(place: Path, a
     assert "on 3 processes" in err
     assert "Resuming from the results measured so far" in err
     assert files(place / "killed") == alone
+
+
+def test_a_leader_that_fails_before_any_work_lets_the_others_end(tmp_path: Path) -> None:
+    class Leader(SingleProcess):
+        def __init__(self) -> None:
+            self.sent: list[Any] = []
+
+        def broadcast(self, value: Any) -> Any:
+            self.sent.append(value)
+            return value
+
+    group = Leader()
+    with pytest.raises(ls.SourceError):
+        run_on_model(str(tmp_path / "nowhere"), RunOptions(), lambda _session: None, Reporter(), group)
+    assert group.sent == [None]
 
 
 def test_work_is_shared_out() -> None:

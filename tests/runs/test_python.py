@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from layersurgery_cli.app import app
 from typer.testing import CliRunner
 
 import layersurgery as ls
+from layersurgery.errors import LayerSurgeryWarning
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
@@ -252,3 +254,75 @@ def test_an_analysis_by_its_name(place: Path, tmp_path: Path) -> None:
 
 def test_a_character_is_a_token_here() -> None:
     assert len(tiny_tokenizer()("abc", add_special_tokens=False)["input_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: ls.sweep(m, "drop", tokens(), per_token=True), "per_token writes a file, so it needs directory"),
+        (lambda m: ls.sweep(m, "drop", tokens(), schedule="nonsense"), "schedule 'nonsense' is unknown"),
+        (lambda m: ls.sweep(m, "drop", tokens(), context=5), "context is for texts, and token ids are given"),
+        (lambda m: ls.sweep(m, "drop", tokens(), batch_size=-1), "batch_size is a whole number of at least 1, not -1"),
+        (lambda m: ls.sweep(m, "drop", -tokens()), "token ids are not negative"),
+        (lambda m: ls.sweep(m, "drop", ["a", 3]), "a list of texts holds 3"),
+        (lambda m: ls.sweep(m, "drop", "pydoc", data="x.txt"), "data names a text, and another text is given"),
+        (lambda m: ls.sweep(m, "drop", "pydoc", attention_mask=tokens()), "attention_mask is for token ids"),
+        (lambda m: ls.sweep(m, "drop", "pydoc", lines=True, tokenizer=tiny_tokenizer()), "lines is for text files"),
+        (
+            lambda m: ls.sweep(m, "drop", "gone.txt", tokenizer=tiny_tokenizer()),
+            "gone.txt does not exist on this machine",
+        ),
+        (
+            lambda m: ls.sweep(m, "drop", datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]}))),
+            "several splits; give one of them: train",
+        ),
+        (lambda m: ls.analyses.lens(m, tokens(), compile=True), "compile is for sweep; lens does not take it"),
+        (lambda m: ls.analyses.neurons(m, tokens()), "neurons reads the weights alone; give no text"),
+        (lambda m: ls.compare(m, "drop 2", tokens(), compile=True), "compile is for sweep; compare does not"),
+        (lambda m: ls.compare(m, "drop", tokens()), "drop"),
+        (lambda m: ls.prune(m, tokens(), remove=1, ids=3), "there is no option 'ids'"),
+        (lambda m: ls.analyses.lens(m, tokens(), signals=["norms"]), "there is no option 'signals'"),
+        (lambda m: ls.reproduce("/nowhere/model"), "nothing could be measured"),
+    ],
+)
+def test_nothing_is_accepted_and_ignored(
+    call: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ls.LayerSurgeryError, match=words):
+        call(tiny_model("llama"))
+
+
+def test_what_is_left_out_is_a_warning_of_ours(place: Path, tmp_path: Path) -> None:
+    model, tokenizer = ls.load(place / "tiny")
+    with pytest.warns(LayerSurgeryWarning, match="1 of the documents are longer than 8 tokens") as caught:
+        ls.sweep(model, "drop", ["A long text is cut.", "short"], tokenizer=tokenizer, context=8)
+    assert caught[0].filename == __file__
+    with pytest.warns(LayerSurgeryWarning, match="the text is too short"):
+        ls.sweep(model, "drop", place / "story.txt", tokenizer=tokenizer, tokens=9000, directory=tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LayerSurgeryWarning)
+        ls.sweep(model, "drop", ["short", "texts"], tokenizer=tokenizer)
+
+
+def test_a_loaded_model_of_other_settings_does_not_resume(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    ls.sweep(model, "drop", tokens(), directory=tmp_path / "out")
+    model.model.norm.variance_epsilon = 10.0
+    with pytest.raises(ls.OutputError, match="model weights"):
+        ls.sweep(model, "drop", tokens(), directory=tmp_path / "out")
+    model.model.norm.variance_epsilon = 1e-6
+    ls.sweep(model, "drop", tokens(), directory=tmp_path / "out")
+
+
+def test_weights_that_are_elsewhere_count_too(place: Path, tmp_path: Path) -> None:
+    def away() -> Any:
+        return ls.load(place / "tiny", device_map={"": "disk"}, offload_folder=str(tmp_path / "away")).model
+
+    ls.sweep(away(), "drop", tokens(), directory=tmp_path / "out")
+    model = away()
+    ls.sweep(model, "drop", tokens(), directory=tmp_path / "out")
+    down = model.model.layers[2].mlp.down_proj
+    down._hf_hook.weights_map = {"weight": 5 * down._hf_hook.weights_map["weight"]}
+    with pytest.raises(ls.OutputError, match="model weights"):
+        ls.sweep(model, "drop", tokens(), directory=tmp_path / "out")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.models.weight_conventions import fit_norm
+from layersurgery.surgery.fold_weights import WeightUndo
 from tests.support.dense import LAYER_NORM
 from tests.support.reference import logits_of
 from tests.support.zoo import ZOO, tiny_model, tokens
@@ -118,6 +119,19 @@ def test_what_is_not_folded_is_unchanged_and_named() -> None:
         for name, parameter in model.named_parameters()
         if name in kept and "down_proj" not in name
     )
+
+
+@torch.no_grad()
+def test_undoing_restores_a_weight_that_was_changed_twice() -> None:
+    linear, undo = nn.Linear(2, 2), WeightUndo()
+    original, before = linear.weight, linear.weight.detach().clone()
+    undo.keep(linear, "weight").mul_(2)
+    undo.keep(linear, "weight").add_(1)
+    undo.set_parameter(linear, "weight", nn.Parameter(torch.zeros(2, 2)))
+    undo.keep(linear, "weight").add_(1)
+    undo.run()
+    assert linear.weight is original
+    assert torch.equal(original, before)
 
 
 def test_weights_that_are_elsewhere_are_not_folded(tmp_path: Path) -> None:

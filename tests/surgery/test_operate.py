@@ -643,6 +643,17 @@ def test_loading_what_was_saved_leaves_shared_weights_whole(model: Any, order: s
     assert torch.equal(logits_of(model, tokens()), before)
 
 
+def test_a_parameter_of_two_names_is_saved_apart_for_each_visit(model: Any) -> None:
+    mlp = model.model.layers[2].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    ls.operate_(model, "repeat 2")
+    first, second = (
+        {value.data_ptr() for name, value in model.state_dict().items() if name.startswith(f"model.layers.{block}.")}
+        for block in (2, 3)
+    )
+    assert not first & second
+
+
 # What is refused
 
 
