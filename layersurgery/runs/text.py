@@ -163,7 +163,7 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
         raise MeasurementError(f"{request.data} contains no text of at least two tokens")
     total = sum(map(len, sequences))
     if cut:
-        notes.append(f"{len(cut)} of the documents are longer than {context} tokens (context), and were cut")
+        notes.append(f"documents longer than {context} tokens (context), which were cut: {len(cut)}")
     if total < request.tokens < ALL:
         notes.append(f"the text is too short: it has {total:,} tokens of the {request.tokens:,} requested")
     length = max(map(len, sequences))

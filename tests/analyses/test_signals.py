@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,17 @@ def test_padding_counts_for_nothing(name: str, left: bool) -> None:
         assert list(found[signal].tokens) == list(meant[signal].tokens)
 
 
+def test_padding_behind_a_sequence_beside_a_longer_one_counts_for_nothing() -> None:
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[1, 9:] = 0
+    measurer = make_measurer(tiny_model("llama"), SIGNALS, DEPTH)
+    together = collect_sums(measurer, ids, mask, None, None)
+    alone = collect_sums(measurer, ids[1:, :9], mask[1:, :9], None, None)
+    assert together.counts.tolist() == [12, 8]
+    np.testing.assert_allclose(together.observed[1], alone.observed[0], atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(together.values[1], alone.values[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("signals", [["lens"], ["attention"], ["norms"], ["similarity"], [*SIGNALS, "drop"]])
 def test_signals_measured_together_are_those_measured_apart(signals: list[str]) -> None:
     model, ids = tiny_model("gpt_neox"), tokens(5, 10)
@@ -280,6 +292,21 @@ def test_a_head_that_attends_to_the_token_before_scores_one() -> None:
     assert table.attention_prev5[0] > 0.98
     assert table.attention_prev5_mean[0] == pytest.approx(11 / 45, abs=0.02)
     assert (table.attention_prev5[1:] < 0.9).all()
+
+
+def test_several_attention_modules_of_a_block_count_by_their_heads() -> None:
+    observer = make_measurer(tiny_model("llama"), ["attention"], DEPTH).observer
+    assert observer is not None
+    with observer.observing(torch.ones(2, 8, dtype=torch.long)):
+        batch = observer._current_batch()
+        with batch.capturing(attention=True):
+            for heads, weight in ((4, 0.1), (2, 0.4)):
+                summed = torch.full((2, 8, 5), heads * weight)
+                recorded: Any = SimpleNamespace(heads=heads, weights_BTK=summed, unreadable_kernels=())
+                batch.add_attention(0, recorded)
+        found = batch.sums[observer.column(0, "attention", "attention_prev5")]
+    mean = (4 * 0.1 + 2 * 0.4) / 6
+    assert found.tolist() == pytest.approx([3 * 5 * mean] * 2)  # three of eight tokens have five before them
 
 
 def test_the_lens_must_end_in_the_models_own_output() -> None:

@@ -427,6 +427,17 @@ def test_links_share_the_file_and_changed_shards_do_not(sharded: Path, tmp_path:
     assert changed == {name for name in changed if touched & set(read_header(sharded / name).tensors)}
 
 
+def test_branches_of_unlike_blocks_are_skipped_together_as_one_by_one(tmp_path: Path) -> None:
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "source")  # the first two blocks have no experts
+    ls.edit_checkpoint(tmp_path / "source", "skip-mlp 1 4", tmp_path / "together")
+    ls.edit_checkpoint(tmp_path / "source", "skip-mlp 1", tmp_path / "one")
+    ls.edit_checkpoint(tmp_path / "one", "skip-mlp 4", tmp_path / "both")
+    together, both = tensors_of(tmp_path / "together"), tensors_of(tmp_path / "both")
+    assert together.keys() == both.keys()
+    assert all(torch.equal(tensor, both[name]) for name, tensor in together.items())
+    assert not together["model.layers.1.mlp.down_proj.weight"].any()
+
+
 def test_zeroed_branches_take_no_space_on_disk(tmp_path: Path) -> None:
     tiny_model("llama", intermediate_size=8192).save_pretrained(tmp_path / "source")
     ls.edit_checkpoint(tmp_path / "source", f"skip-mlp 0:{DEPTH}", tmp_path / "out")

@@ -152,6 +152,15 @@ def test_what_is_no_number_is_nan_in_every_metric(bad: float) -> None:
         assert found[:, [0, 2]].isfinite().all()
 
 
+def test_where_the_unedited_model_gives_no_number_every_metric_is_nan() -> None:
+    p = drawn(3, 4, seed=1)
+    p[1] = math.nan
+    readout = Plain(drawn(50, 4))
+    found = dispatch.measure(readout, drawn(3, 4, seed=2), dispatch.baseline(readout, p, torch.tensor([0, 1, 2])))
+    assert found[:, 1].isnan().all()
+    assert found[:, [0, 2]].isfinite().all()
+
+
 def test_large_logits_do_not_overflow() -> None:
     readout = Plain(drawn(100, 4, scale=1e4))
     p, q = drawn(9, 4, seed=1), drawn(9, 4, seed=2)

@@ -20,6 +20,7 @@ from layersurgery.figures.sweeps import Sweep, draw
 from layersurgery.metrics.reference import METRICS
 from layersurgery.plans.variants import variants
 from layersurgery.runs.journal import Journal
+from layersurgery.runs.per_token import PARTS
 from layersurgery.runs.run_directory import JOURNAL, open_run
 from layersurgery.runs.runner import SweepOutput, run_measurement
 from layersurgery.runs.text import TokenizedText
@@ -156,6 +157,22 @@ def test_a_damaged_batch_is_measured_again(undisturbed: Path, tmp_path: Path) ->
     damaged[len(damaged) // 2] ^= 1
     batch.write_bytes(damaged)
     assert sorted(Journal(journal, 12).results) == [0]
+    do(tmp_path / "run")
+    assert files(tmp_path / "run") == files(undisturbed)
+
+
+@pytest.mark.parametrize("rest", [None, 100])
+def test_a_batch_whose_rows_of_tokens_are_lost_is_measured_again(
+    undisturbed: Path, tmp_path: Path, rest: int | None
+) -> None:
+    def stop(now: Any) -> None:
+        if now.sequences >= 4:
+            raise StopError
+
+    with pytest.raises(StopError):
+        do(tmp_path / "run", on_progress=stop)
+    rows = tmp_path / "run" / PARTS / "000000.parquet"
+    rows.unlink() if rest is None else rows.write_bytes(rows.read_bytes()[:rest])
     do(tmp_path / "run")
     assert files(tmp_path / "run") == files(undisturbed)
 

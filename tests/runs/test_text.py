@@ -112,7 +112,10 @@ def test_one_document_a_sequence(jsonl: Path) -> None:
     assert [row[mask.bool()].tolist() for row, mask in zip(text.ids, text.mask, strict=True)] == kept
     assert text.ids.shape == (3, 20)
     assert text.ids[0, 12:].eq(0).all()
-    assert text.notes == ("the text is too short: it has 47 tokens of the 1,000 requested",)
+    assert text.notes == (
+        "documents longer than 20 tokens (context), which were cut: 1",
+        "the text is too short: it has 47 tokens of the 1,000 requested",
+    )
     assert len(read(jsonl, 13, 20, pack=False).ids) == 2
 
 

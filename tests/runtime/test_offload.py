@@ -129,6 +129,21 @@ def test_a_batch_reads_every_weight_once(
     assert reads.total - before > 3 * weights
 
 
+def test_every_block_but_the_first_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, away = dispatched(tmp_path, "llama", {"": "disk"})
+    measurer = Measurer(away, variants("swap", DEPTH))
+    ahead: list[bool] = []
+    load = OffloadedWeights.load
+
+    def noted(weights: OffloadedWeights, *modules: torch.nn.Module) -> None:
+        ahead.extend(id(module) in weights._prefetching for module in modules if module in measurer.runner.blocks)
+        load(weights, *modules)
+
+    monkeypatch.setattr(OffloadedWeights, "load", noted)
+    measurer.measure(tokens(2), torch.ones_like(tokens(2)))
+    assert ahead == [False] + [True] * (DEPTH - 1)
+
+
 def test_whatever_goes_wrong_weights_go_away_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, away = dispatched(tmp_path, "llama", {"": "disk"})
     measurer = Measurer(away, variants("swap,drop", DEPTH))
