@@ -61,11 +61,15 @@ class Run:
         Earlier results are removed only here, when the new run is ready to measure.
         """
         if not self.started:
-            _clear(self.directory)
+            earlier = read_run(self.directory) or RunRecord()
+            # Killed between any two of these steps, the directory stays one of ours: `run.json` is replaced, not
+            # removed, and only when no batches of another run can be taken for this one's.
+            clear_progress(self.directory)
             facts: RunRecord = {"kind": self.kind, "state": "begun", "arguments": self.arguments}
             if self.command:
                 facts["command"] = self.command
             self.update(facts)
+            _remove_results(self.directory, earlier)
 
     def update(self, facts: RunRecord) -> None:
         """Add facts to `run.json`."""
@@ -116,7 +120,9 @@ def open_run(
 def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool) -> Run:
     """Return the run to resume or the finished run in a directory, or a new run; arguments as for `open_run`."""
     earlier = read_run(directory)
-    if any(directory.iterdir()) and not _is_our_run(earlier, kind):
+    # A run that was killed while it wrote its first file has left a part of it.
+    is_empty = all(path.name == f".{RUN}.partial" for path in directory.iterdir())
+    if not is_empty and not _is_our_run(earlier, kind):
         raise OutputError(f"{directory} contains something other than {KINDS[kind]}; choose another output")
     run = Run(directory, kind, arguments, earlier or {})
     if (directory / FORMER_JOURNAL).exists() and not (run.finished or overwrite):
@@ -151,18 +157,16 @@ def clear_progress(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _clear(directory: Path) -> None:
-    """Remove the files of an earlier run, and no others."""
-    earlier = read_run(directory) or {}
+def _remove_results(directory: Path, earlier: RunRecord) -> None:
+    """Remove the results of an earlier run, and no other files."""
     tables = (
         [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv", "png", "svg")]
         if earlier.get("kind") == ANALYSIS
         else []
     )
     written = (*earlier.get("figures", []), *earlier.get("files", []))
-    for name in (*tables, *written, RESULTS, CSV, SEQUENCES, TOKENS, RUN):
+    for name in (*tables, *written, RESULTS, CSV, SEQUENCES, TOKENS):
         (directory / Path(str(name)).name).unlink(missing_ok=True)
-    clear_progress(directory)
 
 
 def _describe_differences(recorded: Any, current: Any, prefix: str = "") -> str:

@@ -295,7 +295,7 @@ def test_nothing_is_accepted_and_ignored(
 
 def test_what_is_left_out_is_a_warning_of_ours(place: Path, tmp_path: Path) -> None:
     model, tokenizer = ls.load(place / "tiny")
-    with pytest.warns(LayerSurgeryWarning, match=r"documents longer than 8 tokens \(context\), which were cut: 1") as caught:
+    with pytest.warns(LayerSurgeryWarning, match=r"documents longer than 8 tokens \(context\), .* cut: 1") as caught:
         ls.sweep(model, "drop", ["A long text is cut.", "short"], tokenizer=tokenizer, context=8)
     assert caught[0].filename == __file__
     with pytest.warns(LayerSurgeryWarning, match="the text is too short"):

@@ -445,3 +445,29 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(undisturbed: Path,
 def test_parts_are_joined_with_bounded_memory(undisturbed: Path) -> None:
     with pq.ParquetFile(undisturbed / "tokens.parquet") as file:
         assert file.num_row_groups >= 4
+
+
+def test_killed_while_it_writes_its_first_file(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.partial").write_text('{"kind": "layer')
+    do(tmp_path / "run")
+    assert not (tmp_path / "run" / ".run.json.partial").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".other.partial").touch()
+    with pytest.raises(ls.OutputError, match="contains something other than a sweep"):
+        do(tmp_path / "other")
+
+
+def test_killed_while_it_replaces_another_run_it_stays_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from layersurgery.runs import run_directory
+
+    do(tmp_path / "run")
+    for step in ("clear_progress", "_remove_results"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_directory, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with open_run(tmp_path / "run", {"other": step}, overwrite=True) as run, pytest.raises(KeyboardInterrupt):
+                run.start()
+        assert (tmp_path / "run" / "run.json").exists()
+        with open_run(tmp_path / "run", {"other": step}, overwrite=True) as run:
+            assert not run.finished
+            assert not run.started
