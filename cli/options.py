@@ -391,11 +391,13 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def command(**values: Any) -> None:
+        from .terminal.progress import RunConsole  # imports what --help does not need
+
         arguments: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
             group = _group_of(parameter.annotation)
             if parameter.annotation is Console:
-                arguments[name] = Console(quiet=values["quiet"], as_json=values["as_json"])
+                arguments[name] = RunConsole(quiet=values["quiet"], as_json=values["as_json"])
             elif group is not None:
                 arguments[name] = RunOptions(**{option: values[option] for option in group.options})
             else:

@@ -132,22 +132,6 @@ class Console(Reporter):
             yield
 
     @contextmanager
-    def count(self, noun: str) -> Iterator[Callable[[int, int], None]]:
-        """Show a bar that counts; only on a terminal."""
-        from .progress import counter
-
-        with counter(self, noun) as on_count:
-            yield on_count
-
-    @contextmanager
-    def run_progress(self, text: Any) -> Iterator[Callable[[Any], None]]:
-        """Show the progress of a run and its results so far."""
-        from .progress import progress_bar
-
-        with progress_bar(text, self) as on_progress:
-            yield on_progress
-
-    @contextmanager
     def byte_progress(self, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Show a progress bar of bytes written, their rate and the time left; only on a terminal.
 

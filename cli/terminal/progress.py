@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .analysis_results import progress_line
 from .console import Console
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
 
 def _summarize(frame: pd.DataFrame) -> str:
     """Summarize a table of results so far in a few words."""
-    from .analysis_results import progress_line
-
     if "edit" not in frame or "kl_nats" not in frame:
         return progress_line(frame)
     edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
@@ -114,3 +113,19 @@ def counter(console: Console, noun: str) -> Iterator[Callable[[int, int], None]]
     finally:
         if progress.live.is_started:
             progress.stop()
+
+
+class RunConsole(Console):
+    """Console of a command that measures: it shows progress, too."""
+
+    @contextmanager
+    def count(self, noun: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar that counts; only on a terminal."""
+        with counter(self, noun) as on_count:
+            yield on_count
+
+    @contextmanager
+    def run_progress(self, text: TokenizedText) -> Iterator[Callable[[Any], None]]:
+        """Show the progress of a run and its results so far."""
+        with progress_bar(text, self) as on_progress:
+            yield on_progress

@@ -112,7 +112,7 @@ class Route(tuple[Visit, ...]):
         return " ".join(words)
 
     def _repr_html_(self) -> str:
-        return route_html(self)
+        return route_html(self, lambda visits: str(Route(visits)))
 
     def __repr__(self) -> str:
         return f"Route.parse({str(self)!r})"
