@@ -211,7 +211,7 @@ def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tupl
     """Split keyword arguments into options of every run and those of a function.
 
     Raises:
-        PlanError: there is no such option.
+        PlanError: an option does not exist.
     """
     shared = {name: value for name, value in options.items() if name in _RUN_OPTIONS}
     own = {name: value for name, value in options.items() if name not in _RUN_OPTIONS}

@@ -90,14 +90,7 @@ def read_for_inspection(
 ) -> Checkpoint:
     """Read a checkpoint's config and headers; if the weights are only on the Hub, fetch their headers alone.
 
-    Args:
-        model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
-        revision: branch, tag or commit on the Hub.
-        blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically ("model.layers").
-
-    Raises:
-        SourceError: the model is not found, the Hub cannot be reached, or a file is damaged.
-        UnsupportedEditError: several lists of layers could be the decoder.
+    The arguments and errors are those of `inspect`.
     """
     source = find_source(model, revision=revision, weights=False)
     try:

@@ -51,7 +51,7 @@ def _inline_code(text: str) -> str:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata of a model card; empty if there is no card, or none that can be read."""
+    """Return the metadata of a model card; return an empty one if the card is missing or cannot be read."""
     if not path.is_file():  # the import below is slow
         return {}
     from huggingface_hub import metadata_load

@@ -93,7 +93,7 @@ class ModelPlan:
 
 @dataclass(slots=True)
 class Reproduction:
-    """What a reproduction did.
+    """Record of a reproduction.
 
     Attributes:
         plans: the experiments on each model, before they ran.
@@ -175,7 +175,7 @@ def run_reproduction(
 ) -> Reproduction:
     """Run the experiments that are not done yet, draw the figures and write the report.
 
-    With several processes, one leads; the others return when there is no more work, with nothing in the result.
+    With several processes, one leads the runs. The others return an empty result when no work is left.
 
     Args:
         models: names of models.

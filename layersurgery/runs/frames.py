@@ -75,7 +75,7 @@ class ResultFrame(pd.DataFrame):  # type: ignore[misc]
         else:
             figures = signal_figures([ModelTables({self.kind: self.to_pandas()}, label, self.caption)])
         if not figures:
-            raise MeasurementError(f"there is no figure of the table {self.kind!r}")
+            raise MeasurementError(f"the table {self.kind!r} has no figure")
         return next(iter(figures.values()))
 
     def _shown(self) -> list[Column]:

@@ -13,7 +13,7 @@ from ..errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Options that every measurement takes. The command line has the same ones under the same names.
+    """Set how a measurement is done: text, devices and order. The command line has the same options.
 
     Attributes:
         data: the text: "pydoc" (Python's own help), a file, a directory of files, or a Hub dataset; see
@@ -73,7 +73,7 @@ class RunOptions:
         """Make the options from keyword arguments.
 
         Raises:
-            PlanError: there is no such option (names the nearest one).
+            PlanError: an option does not exist (the error names the nearest one), or has a wrong value.
         """
         refuse_unknown(values, [field.name for field in fields(cls)])
         for name, least in (("batch_size", 1), ("context", 2), ("seed", 0)):
@@ -102,7 +102,7 @@ def refuse_unknown(given: Iterable[str], names: Sequence[str]) -> None:
     """Refuse options that do not exist.
 
     Raises:
-        PlanError: there is no such option (names the nearest one).
+        PlanError: an option does not exist; the error names the nearest one.
     """
     for name in given:
         if name not in names:

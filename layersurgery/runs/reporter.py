@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import warn
@@ -15,7 +16,7 @@ Count = Callable[[int, int], None]
 
 
 class Reporter:
-    """Receives what a run says. This one says nothing, and passes progress on to a function.
+    """Receiver of a run's messages. It prints nothing, and passes progress on to a function.
 
     Args:
         progress: called with what is measured, how much of it is done and how much there is in total; None for nobody.
@@ -32,6 +33,10 @@ class Reporter:
 
     def log(self, text: str) -> None:
         """Say something."""
+
+    def finished(self, directory: Path) -> None:
+        """Say that the run in a directory was finished before."""
+        self.log(f"The run in {directory} has finished; nothing to do. Overwrite it to measure again")
 
     def note(self, text: str) -> None:
         """Say something that the caller should know of the result. Here it is a warning."""

@@ -26,7 +26,7 @@ _GIVEN_TEXTS, _GIVEN_TOKENS = "the given texts", "the given tokens"
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a model's config says.
+    """Facts from a model's config.
 
     Attributes:
         source: the model's files.

@@ -11,7 +11,7 @@ ModelFacts = TypedDict(
 
 
 class TextFacts(TypedDict):
-    """The measured text."""
+    """Facts about the measured text."""
 
     fingerprint: str
     tokens: int
@@ -21,7 +21,7 @@ class TextFacts(TypedDict):
 
 
 class ScheduleFacts(TypedDict):
-    """How the blocks were run."""
+    """Facts about the order of computation."""
 
     order: str
     block_calls: int

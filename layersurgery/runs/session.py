@@ -172,7 +172,7 @@ class ModelSession:
         )
         with open_run(directory, arguments, kind=task.kind, overwrite=overwrite, command=self.reporter.command) as run:
             if run.finished or text is None:
-                self.say_finished(run)
+                self.reporter.finished(run.directory)
             else:
                 self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.placement))
                 self.workers_idle = False
@@ -185,10 +185,6 @@ class ModelSession:
         if self._given is None:
             check_data(self.request)
         _ = self.placement
-
-    def say_finished(self, run: Run) -> None:
-        """Say that a run was finished before."""
-        self.reporter.log(f"The run in {run.directory} has finished; nothing to do. Overwrite it to measure again")
 
     def _run_arguments(self, task: Task) -> dict[str, Any]:
         """Return everything that the results of a task depend on."""

@@ -42,7 +42,7 @@ def run_once(
     arguments = {**arguments, "versions": package_versions()}
     with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=reporter.command) as run:
         if run.finished:
-            reporter.log(f"The run in {run.directory} has finished; nothing to do. Overwrite it to measure again")
+            reporter.finished(run.directory)
             return run
         frames, facts = make()
         run.start()

@@ -64,7 +64,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What to observe on a model's blocks.
+    """Choice of what is observed on a model's blocks.
 
     Attributes:
         signals: the signals to measure, some of `SIGNALS`, or only "change" (of the stream).

@@ -18,7 +18,7 @@ CPU, DISK = "cpu", "disk"
 
 @dataclass(frozen=True, slots=True)
 class WeightPlacement:
-    """Where the weights of a model are.
+    """Location of a model's weights.
 
     Attributes:
         device: the device on which blocks are computed; offloaded weights are loaded to it.
