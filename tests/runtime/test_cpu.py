@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import platform
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,22 @@ def heap_and_mappings() -> tuple[int, int]:
     return info.arena, info.hblks
 
 
+def count_mappings() -> dict[str, int]:
+    """Count the mappings and the heap's bytes while tensors come and go; to be run in a process of its own."""
+    counts: dict[str, int] = {}
+    _, counts["before"] = heap_and_mappings()
+    with cpu_memory.reuse_cpu_memory():
+        tensor = torch.empty(48 << 18)
+        counts["heap with the tensor"], counts["with the tensor"] = heap_and_mappings()
+        del tensor
+        counts["heap without it"], counts["without it"] = heap_and_mappings()
+    # More than the whole heap: no free part of the heap can hold it.
+    heap, counts["after"] = heap_and_mappings()
+    tensor = torch.empty((heap >> 2) + (48 << 18))
+    _, counts["with a tensor after"] = heap_and_mappings()
+    return counts
+
+
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc"
     or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 33)
@@ -40,17 +58,16 @@ def heap_and_mappings() -> tuple[int, int]:
     reason="needs glibc 2.33 with an untuned malloc",
 )
 def test_freed_memory_is_used_for_the_next_tensor() -> None:
-    """Page faults would not show it where the kernel maps huge pages: one fault maps two megabytes."""
-    _, mappings = heap_and_mappings()
-    with cpu_memory.reuse_cpu_memory():
-        tensor = torch.empty(48 << 18)
-        heap_with_tensor, now = heap_and_mappings()
-        assert now == mappings
-        del tensor
-        assert heap_and_mappings() == (heap_with_tensor, mappings)  # the heap keeps the freed memory
+    """Count mappings, not page faults: with huge pages, one fault maps two megabytes.
+
+    A process of its own has a heap without the holes that other tests left.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        counts = pool.submit(count_mappings).result()
+    assert counts["with the tensor"] == counts["without it"] == counts["before"], counts
+    assert counts["heap without it"] == counts["heap with the tensor"], counts  # the heap keeps the freed memory
     # A tensor above glibc's own threshold is a mapping again.
-    tensor = torch.empty(48 << 18)
-    assert heap_and_mappings()[1] == mappings + 1, tensor.shape
+    assert counts["with a tensor after"] == counts["after"] + 1, counts
 
 
 def test_what_is_left_over_goes_back_to_the_system() -> None:
