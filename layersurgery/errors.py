@@ -11,6 +11,9 @@ import sys
 import warnings
 from pathlib import Path
 
+# Messages that accelerate does not know: of cuBLAS and of Triton.
+_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
+
 
 class LayerSurgeryError(Exception):
     """Base class of all errors raised on purpose."""
@@ -42,6 +45,23 @@ class MeasurementError(LayerSurgeryError):
 
 class LayerSurgeryWarning(UserWarning):
     """A warning of this package: something was left out, or is done in another way than asked."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, whichever library raised it.
+
+    >>> from layersurgery.errors import is_out_of_memory
+    >>> is_out_of_memory(RuntimeError("Triton Error [CUDA]: out of memory"))
+    True
+    """
+    # torch's class has this name; torch is not imported for it, since that would slow down every command.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def warn(message: str) -> None:

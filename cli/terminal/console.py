@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperGroup
 
-from layersurgery.errors import LayerSurgeryError, LayerSurgeryWarning, PlanError
+from layersurgery.errors import LayerSurgeryError, LayerSurgeryWarning, PlanError, is_out_of_memory
 from layersurgery.runs.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ class Commands(TyperGroup):
             print_error("interrupted", str(stop) or "no partial output was left")
             ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
-            # torch's class has this name; importing torch for it would slow down every command.
-            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            if not is_out_of_memory(error):
                 raise
             print_error(
                 "error", f"memory ran out ({str(error).partition(chr(10))[0]}): use half precision (--dtype bfloat16), "

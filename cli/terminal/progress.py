@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from layersurgery.runs.text import TokenizedText
 
 _SECONDS_BETWEEN_LINES = 30
+_SECONDS_BETWEEN_SUMMARIES = 2
 
 
 @contextmanager
@@ -44,24 +46,30 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
     is_shown = console.err.is_terminal and not console.err.quiet
     tokens = text.tokens / len(text.ids)
     first: float | None = None
-    started = last_line = time.monotonic()
-    summary = ""
+    started = time.monotonic()
+    last = -math.inf if is_shown else started  # time of the latest summary
+    summary, table = "", None
     with Progress(
         *columns, console=console.err, disable=not is_shown, transient=True, speed_estimate_period=600
     ) as bar:
         task = bar.add_task("", total=len(text.ids), done="", summary="")
 
         def on_progress(progress: Any) -> None:
-            nonlocal first, last_line, summary
+            nonlocal first, last, summary, table
             # Sequences of an earlier, interrupted run took no time in this one.
             first = progress.sequences if first is None else first
             seconds = max(1e-9, time.monotonic() - started)
             rate = (progress.sequences - first) * tokens / seconds
-            summary = _summarize(progress.table()) if progress.table is not None else summary
             done = f"{progress.sequences:.1f}/{progress.total} sequences, {rate:,.3g} tokens/s"
+            table = progress.table or table
+            # The table takes a tenth of a second, while a GPU waits.
+            is_due = time.monotonic() - last > (_SECONDS_BETWEEN_SUMMARIES if is_shown else _SECONDS_BETWEEN_LINES)
+            if is_due and table is not None and not console.err.quiet:
+                summary, table = _summarize(table()), None
+                last = time.monotonic()
             bar.update(task, completed=progress.sequences, done=done, summary=summary)
-            if not is_shown and time.monotonic() - last_line > _SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
+            if is_due and not is_shown:
+                last = time.monotonic()
                 left = f"{(progress.total - progress.sequences) * tokens / rate:,.0f} s left" if rate else ""
                 console.log("; ".join(filter(None, [done, left, summary])))
 

@@ -29,6 +29,8 @@ from . import tiled
 from .reference import stack_metrics
 from .tiled import LogitStats
 
+_LEAST_CAPABILITY = (8, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
@@ -73,7 +75,7 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
             mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
             for rows in tiled.rows_of(readout, len(x_TD)):
                 lse = stats.lse[rows, None].to(x_TD.device)
-                for start, stop in tiled.slices(readout, rows.stop - rows.start):
+                for start, stop in tiled.slices(readout, x_TD[rows]):
                     p_TC = readout.logits_tile(x_TD[rows], start, stop).sub_(lse).exp_()
                     mean_TD[rows] += readout.mean_weight_row(p_TC, start, stop)
         return Baseline(x_TD, target_T, stats, mean_TD, compiled)
@@ -101,17 +103,24 @@ def measure_unedited(base: Baseline) -> torch.Tensor:
 
 
 def can_fuse(readout: Readout, x_TD: torch.Tensor) -> bool:
-    """Return whether the fused kernel is used: for half precision on CUDA.
+    """Return whether the fused kernel is used: for half precision on CUDA, from compute capability 8.0 on.
 
     In float32, cuBLAS and a pass over each tile are used, because Triton multiplies exact float32 without tensor cores.
+    On older devices (T4, V100) Triton does not use them for half precision either.
     """
     return (
         isinstance(readout, Unembedding)
-        and x_TD.is_cuda
+        and readout.scale > 0
         and x_TD.dtype == readout.matrix.dtype
         and x_TD.dtype in (torch.bfloat16, torch.float16)
-        and _triton_kernel() is not None
+        and _kernel_for(x_TD) is not None
     )
+
+
+def _kernel_for(tensor: torch.Tensor) -> ModuleType | None:
+    """Return the module of Triton kernels if they run fast where a tensor is."""
+    has_tensor_cores = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= _LEAST_CAPABILITY
+    return _triton_kernel() if has_tensor_cores else None
 
 
 @lru_cache(1)
@@ -147,6 +156,10 @@ def _kl_not_affine(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Logi
 
 def _kl_cross_term(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
     """Return (x_q - x_p) . mu, float64."""
+    kernel = _kernel_for(x_TD)
+    if kernel is not None:
+        terms: torch.Tensor = kernel.cross_term(x_TD, p_x_TD, mean_TD)
+        return terms
     parts = [
         (x_TD[rows].double() - p_x_TD[rows].double()).mul_(mean_TD[rows]).sum(-1)
         for rows in tiled.rows_of(readout, len(x_TD))

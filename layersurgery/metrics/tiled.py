@@ -16,6 +16,8 @@ from ..runtime.unembedding import Readout
 
 # A tile and its weights stay in the processor's caches while they are used.
 TILE_ELEMENTS = 1 << 22
+# A GPU runs several kernels for each tile. Larger tiles keep it busy while the next kernel starts.
+CUDA_TILE_ELEMENTS = 1 << 25
 ROWS = 2048
 _BLOCK = 64
 
@@ -73,9 +75,16 @@ def rows_of(readout: Readout, tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + step, tokens))
 
 
-def slices(readout: Readout, tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) slices of the vocabulary, for a number of tokens."""
-    step = readout.vocabulary if readout.tokens_at_once is not None else max(1, TILE_ELEMENTS // max(1, tokens))
+def tile_elements(device: torch.device) -> int:
+    """Return the number of logits in a tile on a device."""
+    return CUDA_TILE_ELEMENTS if device.type == "cuda" else TILE_ELEMENTS
+
+
+def slices(readout: Readout, x_TD: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) slices of the vocabulary for some rows of the readout's input."""
+    step = readout.vocabulary
+    if readout.tokens_at_once is None:
+        step = max(1, tile_elements(x_TD.device) // max(1, len(x_TD)))
     if step > _BLOCK:
         step -= step % _BLOCK
     for start in range(0, readout.vocabulary, step):
@@ -85,7 +94,7 @@ def slices(readout: Readout, tokens: int) -> Iterator[tuple[int, int]]:
 def _sum_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, reduce: Reduce) -> Tensors:
     """Compute m, S, A, the target's logit and the index of m, as `LogitStats.of` takes them."""
     m = S = A = target = top = torch.empty(0)
-    for start, stop in slices(readout, len(x_TD)):
+    for start, stop in slices(readout, x_TD):
         z_TC = readout.logits_tile(x_TD, start, stop)
         column = target_T.to(z_TC.device) - start
         inside = (column >= 0) & (column < stop - start)
@@ -143,7 +152,7 @@ def _reduce_compiled(z_TC: torch.Tensor) -> Tensors:
     if z_TC.shape[1] % _BLOCK:
         return _reduce(z_TC)
     with torch.compiler.set_stance("default"):
-        best, S, A = _compiled()(z_TC)
+        best, S, A = _compiled(z_TC.device.type)(z_TC)
     return best, best.amax(-1), S, A
 
 
@@ -172,12 +181,12 @@ def _loop(z_TC: torch.Tensor) -> Tensors:
     return best, e_TC.sum(-1), (e_TC * z_TC).sum(-1)
 
 
-@lru_cache(1)
-def _compiled() -> Reduce:
+@lru_cache
+def _compiled(device: str) -> Reduce:
     loop = torch.compile(_loop, dynamic=True, fullgraph=True)
     # Compile for a fixed first shape, so that the result does not depend on the first call; rows and columns differ so
     # that torch does not assume that they are equal.
-    loop(torch.zeros(2047, 2048))
+    loop(torch.zeros(2047, 2048, device=device))
     return loop
 
 
@@ -186,7 +195,7 @@ def kl_cross_term(readout: Readout, x_TD: torch.Tensor, p: LogitStats, p_x_TD: t
     parts = []
     for rows in rows_of(readout, len(x_TD)):
         sums = torch.zeros_like(p.lse[rows])
-        for start, stop in slices(readout, rows.stop - rows.start):
+        for start, stop in slices(readout, x_TD[rows]):
             p_TC, q_TC = readout.logits_tile(p_x_TD[rows], start, stop), readout.logits_tile(x_TD[rows], start, stop)
             weight = (p_TC - p.lse[rows, None].to(p_TC.device)).exp_()
             sums += torch.where(weight == 0, 0.0, weight * (p_TC - q_TC)).sum(-1).double()

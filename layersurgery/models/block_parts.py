@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, is_out_of_memory
 from ..plans.edits import Branch
 from .block_probe import BlockProbe
 from .block_view import share_parameters
@@ -280,9 +280,9 @@ def _confirm(probe: BlockProbe, parts: BlockParts, skips: list[list[SkipSpec]]) 
         candidate = replace(parts, attention_skips=tuple(attempt[0]), mlp_skips=tuple(attempt[1]))
         try:
             parallel, reason = _check_structure(probe, candidate)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a block may raise anything on a replacement's output
+            if is_out_of_memory(error):
+                raise
             reason = f"skipping a branch failed ({type(error).__name__}: {error})"
         if not reason:
             return _check_outputs(probe, replace(candidate, parallel=parallel))

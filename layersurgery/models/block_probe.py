@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, is_out_of_memory
 from .block_list import unwrap_transformers
 from .block_view import share_parameters
 from .call_tracing import TOKENS, Call, first_tensor, random_like, record_calls
@@ -25,9 +25,9 @@ def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
         model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a model's forward may raise anything
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedEditError(
             f"{type(model).__name__} could not be run on {tokens} tokens "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}), so its parts cannot be found"

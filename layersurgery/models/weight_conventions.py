@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, is_out_of_memory
 from .call_tracing import first_tensor
 from .numerics import relative_error, tolerance
 
@@ -56,9 +56,9 @@ def fit_norm(norm: nn.Module, width: int, like: torch.Tensor) -> NormAffine | No
         try:
             shift = run(torch.zeros(1, width, dtype=torch.float64))[0]
             output_x, output_other = run(x[None])[0], run(other[None])[0]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # a module may raise anything on what it does not expect
+        except Exception as raised:  # a module may raise anything on what it does not expect
+            if is_out_of_memory(raised):
+                raise
             return None
     best: tuple[float, NormAffine] | None = None
     for centres in (False, True):

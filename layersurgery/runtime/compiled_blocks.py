@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import warn
+from ..errors import is_out_of_memory, warn
 from ..models.call_tracing import first_tensor
 from ..models.numerics import is_same_change, tolerance
 
@@ -57,9 +57,9 @@ class Compiler:
         try:
             with _compiling():
                 compiled_output = first_tensor(_call(compiled, stream.clone(), bind))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # torch, its compiler and a C++ compiler may raise anything
+            if is_out_of_memory(error):
+                raise
             self._stop_compiling(
                 f"torch cannot compile {name}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             )

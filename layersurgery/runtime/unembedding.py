@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, is_out_of_memory
 from ..models.block_list import text_config, unwrap_transformers
 from ..models.call_tracing import TOKENS, ModuleWrapper, random_like, replace_modules
 from ..models.numerics import relative_error, tolerance
@@ -215,9 +215,9 @@ def _check_head_logits(runner: BlockRunner, probe: torch.Tensor) -> torch.Tensor
         logits = head_logits(runner, probe)
     except AttributeError:  # an output without logits
         logits = None
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UnsupportedEditError(
             f"{name}: the model's head cannot be run after its blocks: {str(error).partition(chr(10))[0]}"
         ) from error
@@ -294,10 +294,10 @@ def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor)
     with _intercept(runner) as intercept:
         try:
             head_logits(runner, probe)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError, ValueError):  # the code after the unembedding needs the whole vocabulary
-            return None
+        except (RuntimeError, IndexError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None  # the code after the unembedding needs the whole vocabulary
     x = intercept.received
     if x is None or x.shape[:2] != probe.shape[:2] or x.shape[-1] != matrix.shape[1]:
         return None

@@ -49,11 +49,10 @@ class BatchMetrics:
         self.readout, self.rows, self.states, self.token_metrics = readout, rows, states, token_metrics
         self.sums: dict[int, torch.Tensor] = {}
         self._counts = has_next.sum(-1).tolist()
-        positions = functional.pad(has_next, (0, 1)).flatten().nonzero()[:, 0]
-        x = readout.normalize(final_stream, positions)
-        self._positions = positions.to(x.device)
-        target = ids[:, 1:][has_next].to(x.device)
-        self._baseline = dispatch.baseline(readout, x, target, compiled=compiled)
+        # On the device before the first readout: each copy makes the CPU wait for the GPU.
+        self._positions = functional.pad(has_next, (0, 1)).flatten().nonzero()[:, 0].to(final_stream.device)
+        x = readout.normalize(final_stream, self._positions)
+        self._baseline = dispatch.baseline(readout, x, ids[:, 1:][has_next], compiled=compiled)
         self._add([0], dispatch.measure_unedited(self._baseline))
 
     def read(self, state: int, routes: Sequence[int]) -> None:

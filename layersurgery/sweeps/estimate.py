@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
+import torch
 from torch import nn
 
+from ..metrics import tiled
 from ..models.block_list import find_decoder_blocks, text_config
 from ..plans.route import Route
 from ..plans.variants import Variant
@@ -112,7 +114,7 @@ def estimate(
     context = min(context, max(2, tokens))
     routes = list(dict.fromkeys(variant.route for variant in variants))
     plan = _make_schedule(routes, placement, order)
-    needs = _memory_model(model, list(block_list.blocks))
+    needs = _memory_model(model, list(block_list.blocks), placement.compute_device)
     sequences = math.ceil(tokens / context)
     size = min(sequences, batch_size or suggest_batch_size(needs, plan, context, placement.compute_device))
     readouts = len(routes) + 1
@@ -144,11 +146,13 @@ def _make_schedule(routes: Sequence[Route], placement: WeightPlacement, order: s
     return layer_major(routes, depth) if by_layer else schedule(routes, depth)
 
 
-def _memory_model(model: Any, blocks: Sequence[nn.Module]) -> MemoryModel:
+def _memory_model(model: Any, blocks: Sequence[nn.Module], device: torch.device) -> MemoryModel:
     width = int(getattr(text_config(model), "hidden_size", 0) or model.get_input_embeddings().weight.shape[1])
     output = model.get_output_embeddings()
     vocabulary = int(text_config(model).vocab_size if output is None else output.weight.shape[0])
-    return MemoryModel.from_model(model, blocks, width=width, vocabulary=vocabulary)
+    return MemoryModel.from_model(
+        model, blocks, width=width, vocabulary=vocabulary, tile_elements=tiled.tile_elements(device)
+    )
 
 
 def _flops_per_token(config: Any, blocks: Sequence[nn.Module], width: int, context: int) -> float:

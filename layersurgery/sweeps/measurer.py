@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from ..errors import MeasurementError, PlanError, UnsupportedEditError, warn
+from ..errors import MeasurementError, PlanError, UnsupportedEditError, is_out_of_memory, warn
+from ..metrics import tiled
 from ..metrics.aggregation import BatchResult, SequenceSums
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
@@ -106,6 +107,7 @@ class Measurer:
             width=self.runner.width,
             vocabulary=self.readout.vocabulary,
             head_rows=self.readout.tokens_at_once,
+            tile_elements=tiled.tile_elements(self._device),
         )
         # Rows of the result that belong to each route.
         self._rows = [
@@ -221,7 +223,7 @@ class Measurer:
                 None if on_fraction is None else lambda fraction: on_fraction(start + fraction * share),
             )
         except Exception as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
         # Return outside the handler: the exception keeps the tensors alive that filled the memory.
         return None

@@ -58,6 +58,7 @@ class MemoryModel:
         heads: number of attention heads if attention stores its full matrix (eager attention), else 0.
         itemsize: bytes of one number.
         head_rows: number of tokens that the model's own head reads at once; None if logits are read in tiles.
+        tile_elements: number of logits in a tile.
     """
 
     weights: int
@@ -68,10 +69,18 @@ class MemoryModel:
     heads: int
     itemsize: int
     head_rows: int | None = None
+    tile_elements: int = tiled.TILE_ELEMENTS
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, blocks: Sequence[nn.Module], *, width: int, vocabulary: int, head_rows: int | None = None
+        cls,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        *,
+        width: int,
+        vocabulary: int,
+        head_rows: int | None = None,
+        tile_elements: int = tiled.TILE_ELEMENTS,
     ) -> MemoryModel:
         """Read the sizes of a model, which may be on the meta device (without memory for its weights)."""
         config = text_config(model)
@@ -86,6 +95,7 @@ class MemoryModel:
             heads=getattr(config, "num_attention_heads", 0) if eager else 0,
             itemsize=next(model.parameters()).element_size(),
             head_rows=head_rows,
+            tile_elements=tile_elements,
         )
 
     def predict(self, plan: Schedule, sequences: int, length: int) -> MemoryUse:
@@ -94,7 +104,7 @@ class MemoryModel:
         rows = self.head_rows or min(tokens, tiled.ROWS)
         tile = rows * self.vocabulary
         if self.head_rows is None:
-            tile = min(tiled.TILE_ELEMENTS, tile)
+            tile = min(self.tile_elements, tile)
         return MemoryUse(
             weights=self.weights,
             streams=plan.states_at_peak * tokens * self.width * self.itemsize,

@@ -234,6 +234,7 @@ class Observer:
             MeasurementError: a quantity was not captured.
         """
         sums = self._current_batch().sums
+        by_device: dict[torch.device, list[int]] = {}
         for column, quantity in enumerate(self.quantities, len(COUNTS)):
             if column not in sums:
                 remedy = (
@@ -245,7 +246,12 @@ class Observer:
                     f"block {quantity.layer}: {quantity.name} was not captured, because its {quantity.part} ran "
                     f"in another way than in the test run on seven tokens; {remedy}"
                 )
-        return torch.stack([sums[column].cpu() for column in range(self.size)], 1).numpy()
+        for column in range(self.size):
+            by_device.setdefault(sums[column].device, []).append(column)
+        observed = torch.empty(len(sums[0]), self.size, dtype=torch.float64)
+        for columns in by_device.values():  # one copy from each device
+            observed[:, columns] = torch.stack([sums[column] for column in columns], 1).cpu()
+        return observed.numpy()
 
     def _current_batch(self) -> _BatchObservation:
         assert self._batch is not None, "no batch is being observed"
@@ -307,6 +313,13 @@ class _BatchObservation:
         self._attention: dict[int, tuple[torch.Tensor, int]] = {}  # weights summed over heads, and the number of heads
         self._is_capturing = self._is_capturing_attention = False
         self._changes = SpanDistances(observer.spans)
+        self._masks: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def _mask(self, name: str, device: torch.device) -> torch.Tensor:
+        """Return a mask on a device. It is copied there once, since each copy makes the CPU wait for the GPU."""
+        if (name, device) not in self._masks:
+            self._masks[name, device] = getattr(self, name).to(device)
+        return self._masks[name, device]
 
     def shape(self) -> torch.Size | None:
         """Return the batch's shape while contributions are to be captured, else None."""
@@ -347,8 +360,8 @@ class _BatchObservation:
             weights, heads = weights + previous[0].to(weights.device), heads + previous[1]
         self._attention[block] = weights, heads
         weights = weights / heads
-        has_five_previous, pairs = self.has_five_previous.to(weights.device), self.pairs.to(weights.device)
-        summed = torch.where(has_five_previous[..., None], weights, 0)
+        pairs = self._mask("pairs", weights.device)
+        summed = torch.where(self._mask("has_five_previous", weights.device)[..., None], weights, 0)
         self._add(block, "attention", "attention_prev5", summed.flatten(1))
         self._add(block, "attention", "attention_prev5_mean", torch.where(pairs, weights, 0).flatten(1))
 
@@ -372,7 +385,7 @@ class _BatchObservation:
         for first, span, stream in self._changes.add_block(block, before, after):
             distance = angular_distance(stream, after)
             self._add_tokens(first, str(span), "angular_distance", distance)
-            at_last_token = torch.where(self.is_last.to(distance.device), distance.double(), 0)
+            at_last_token = torch.where(self._mask("is_last", distance.device), distance.double(), 0)
             self._add(first, str(span), "angular_distance_last", at_last_token)
 
     def add_swapped(self, step: RunBlock, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -415,7 +428,7 @@ class _BatchObservation:
 
     def _add_tokens(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
         """Add values of all real tokens, (sequences, length)."""
-        self._add(layer, part, name, torch.where(self.is_token.to(values.device), values.double(), 0))
+        self._add(layer, part, name, torch.where(self._mask("is_token", values.device), values.double(), 0))
 
     def _add(self, layer: int, part: str, name: str, values: torch.Tensor) -> None:
         """Store the sums of values over each sequence, (sequences, any number)."""

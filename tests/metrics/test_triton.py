@@ -6,10 +6,13 @@ What one pass keeps may be off by what the ordinary way in float32 is off, and a
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,19 +193,147 @@ def test_the_metrics_are_the_definitions(
     assert dispatch.measure(readout, given.x.clone(), base)[METRICS.index("kl_nats")].eq(0).all()
 
 
+@pytest.mark.parametrize("width", [2048, 4096])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_errors_stay_small_at_the_widths_of_large_models(width: int, cap: float | None) -> None:
+    given = case(5, 300, width, torch.bfloat16, cap=cap)
+    check(given, triton_kernel.Tiling(16, 128, 512, 4, 2), tolerance=1e-6)
+
+
+def test_a_scale_or_a_large_logit_costs_no_digits() -> None:
+    """Powers of two need logits times log2(e), which is rounded: the same factor leads back."""
+    given = case(5, 300, 64, torch.bfloat16, scale=0.3)
+    given.x *= 512
+    sums = triton_kernel.logit_sums(given.x, given.w, given.target, tiling=SMALL, **given.options)
+    exact = read(given.logits(torch.float64), given.target)
+    size = float(given.logits(torch.float64).abs().max())
+    assert size > 100
+    assert (found(sums)["lse"] - exact["lse"]).abs().max() < 1e-7 * size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3), (33, 40), (9, 1500)])
+def test_the_scalar_product_of_the_divergence(tokens: int, width: int, dtype: torch.dtype) -> None:
+    wide = drawn(tokens, 2 * width, seed=1).to(DEVICE, dtype)
+    x, p_x = wide[:, :width], drawn(tokens, width, seed=2).to(DEVICE, dtype)
+    mean = drawn(tokens, width, seed=3).to(DEVICE)
+    terms = triton_kernel.cross_term(x, p_x, mean)
+    assert terms.dtype == torch.float64
+    torch.testing.assert_close(terms, ((x.double() - p_x.double()) * mean.double()).sum(-1), rtol=1e-13, atol=1e-13)
+    assert triton_kernel.cross_term(p_x, p_x.clone(), mean).eq(0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 2047, 4094, 8192, 16376, 32768])
+@pytest.mark.parametrize(("width", "vocabulary"), [(768, 50257), (2048, 50304), (4096, 50432), (2304, 262144)])
+def test_the_grid_keeps_an_h100_busy(tokens: int, width: int, vocabulary: int) -> None:
+    blocks, tiles, at_once, cache = math.ceil(tokens / 128), math.ceil(vocabulary / 256), 132, 50 << 20
+    parts = triton_kernel.choose_parts(
+        blocks, tiles, block_bytes=256 * width, at_once=at_once, cache_bytes=cache, most=max(1, (1 << 18) // tokens)
+    )
+    tiles_per_part = math.ceil(tiles / parts)
+    assert math.ceil(tiles / tiles_per_part) == parts, "no part is empty"
+    assert parts * tokens <= 1 << 18
+    slowest = math.ceil(blocks * parts / at_once) * tiles_per_part
+    assert blocks * tiles / (at_once * slowest) >= 0.9 or slowest <= 2
+    # The blocks of tokens that are read at once fit into half of the cache.
+    assert min(blocks, math.ceil(at_once / parts) + 1) * 256 * width <= cache / 2
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert triton_kernel._current(torch.device("cuda:1")).idx == 1
+    current: list[torch.device] = []
+    launched: list[str] = []
+
+    @contextmanager
+    def record_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Launched:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*_args: Any, **_options: Any) -> None:
+                assert [device.type for device in current] == [DEVICE]
+                launched.append(self.name)
+
+            return launch
+
+    monkeypatch.setattr(triton_kernel, "_current", record_device)
+    kernels = ("_summing", "_diverging", "_crossing")
+    for name in kernels:
+        monkeypatch.setattr(triton_kernel, name, Launched(name))
+    given = case(3, 40, 16)
+    triton_kernel.logit_sums(given.x, given.w, given.target)
+    triton_kernel.kl_terms(given.x, given.x, given.w, torch.zeros(3, device=DEVICE), cap=2.0)
+    triton_kernel.cross_term(given.x, given.x, given.x)
+    assert launched == list(kernels)
+
+
 @pytest.mark.parametrize(
-    ("capability", "choices"),
+    ("capability", "dtype", "scale", "used"),
     [
-        pytest.param(80, "HALF", marks=pytest.mark.weekly),
-        pytest.param(90, "HALF", marks=pytest.mark.slow),
-        (80, "FULL"),
-        pytest.param(90, "FULL", marks=pytest.mark.weekly),
+        ((7, 5), torch.float16, 1.0, False),  # T4
+        ((8, 0), torch.float16, 1.0, True),
+        ((12, 0), torch.bfloat16, 0.5, True),
+        ((9, 0), torch.bfloat16, -1.0, False),
+        ((9, 0), torch.float32, 1.0, False),
     ],
 )
-def test_it_compiles_for_real_devices(capability: int, choices: str) -> None:
-    """Down to PTX, which needs no GPU: in an interpreter of its own, since this one may only play the kernel."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.support.compile_fused", str(capability), choices]
-    found = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.count("mma" if choices == "HALF" else "fma") == 2 * len(getattr(triton_kernel, choices))
+def test_the_fused_kernel_is_used_where_it_is_fast(
+    capability: tuple[int, int], dtype: torch.dtype, scale: float, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    on_cuda: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=dtype)
+    runner: Any = None
+    readout = Unembedding(runner, None, SimpleNamespace(weight=torch.zeros(2, 2, dtype=dtype)), scale)
+    assert dispatch.can_fuse(readout, on_cuda) is used
+    assert not dispatch.can_fuse(readout, torch.zeros(2, 2, dtype=dtype))
+
+
+def compile_all(capability: int, *options: str, **env: str) -> list[dict[str, Any]]:
+    """Compile the kernels in an interpreter of its own, since this one may only interpret them."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.compile_kernels", str(capability), *options]
+    ran = subprocess.run(command, env=inherited | env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "UserWarning" not in ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def check_compiled(kernels: list[dict[str, Any]], instruction: str, most_stack: int) -> None:
+    assert {kernel["kernel"] for kernel in kernels} == {"_summing", "_diverging", "_crossing"}
+    for kernel in kernels:
+        assert kernel["stack"] <= most_stack, kernel
+        if kernel["kernel"] != "_crossing":
+            assert kernel["instruction"] == instruction, kernel
+
+
+# Triton 3.9 keeps up to 24 registers of a thread on the stack while it works on a tile's logits; 3.6 keeps none there.
+STACK = 96
+
+
+@pytest.mark.parametrize(
+    ("capability", "instruction", "options"),
+    [
+        (90, "wgmma", ["--first"]),
+        *(
+            pytest.param(capability, instruction, [], marks=pytest.mark.slow)
+            for capability, instruction in ((80, "mma.sync"), (90, "wgmma"), (100, "tcgen05"), (120, "mma.sync"))
+        ),
+    ],
+)
+def test_they_compile_for_real_devices(capability: int, instruction: str, options: list[str]) -> None:
+    check_compiled(compile_all(capability, *options), instruction, STACK)
+
+
+@pytest.mark.weekly
+def test_they_compile_with_the_triton_of_an_older_torch(tmp_path: Path) -> None:
+    target = ["uv", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
+    subprocess.run(target, check=True)
+    for capability, instruction in ((80, "mma.sync"), (90, "wgmma")):
+        kernels = compile_all(capability, PYTHONPATH=str(tmp_path))
+        assert {kernel["triton"] for kernel in kernels} == {"3.6.0"}
+        check_compiled(kernels, instruction, 0)

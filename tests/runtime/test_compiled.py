@@ -66,7 +66,7 @@ def test_the_digits_do_not_depend_on_which_batch_came_first() -> None:
 def sweep_with(compile: Any, monkeypatch: pytest.MonkeyPatch, match: str) -> None:
     model, ids = tiny_model("llama"), tokens(2)
     plain = ls.sweep(model, "drop", ids)
-    monkeypatch.setattr(tiled, "_compiled", lambda: tiled._loop)
+    monkeypatch.setattr(tiled, "_compiled", lambda _: tiled._loop)
     monkeypatch.setattr(torch, "compile", compile)
     with pytest.warns(UserWarning, match=match) as said:
         frame = ls.sweep(model, "drop", ids, compile=True)

@@ -48,6 +48,7 @@ def count_mappings() -> dict[str, int]:
     heap, counts["after"] = heap_and_mappings()
     tensor = torch.empty((heap >> 2) + (48 << 18))
     _, counts["with a tensor after"] = heap_and_mappings()
+    del tensor
     return counts
 
 
