@@ -78,6 +78,7 @@ def readout(
     import torch
 
     from .readout import Shape, measure
+    from .sweep import require_no_fault
 
     rows = []
     for dtype in dtypes.split(","):
@@ -85,6 +86,7 @@ def readout(
         rows += measure(shape, 3 if quick else runs, as_json=as_json, name="readout-quick" if quick else "readout")
     if as_json:
         print(json.dumps(rows, indent=2))
+    require_no_fault(rows)
 
 
 @app.command()
@@ -115,7 +117,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
     """Time swap and drop of every block, with the metrics of each edit."""
-    from .sweep import Setting, measure
+    from .sweep import Setting, measure, require_no_fault
 
     setting = Setting(model, sequences, context, batch_size, device, runs)
     if quick:
@@ -126,26 +128,41 @@ def sweep(
     )
     if as_json:
         print(json.dumps(rows, indent=2))
+    require_no_fault(rows)
 
 
 @app.command()
 def gpu(
     parts: Annotated[
-        str, typer.Option("--parts", help="Parts, comma-separated: readout, small (Pythia-1.4b), large (Pythia-6.9b).")
-    ] = "readout,small,large",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+        str,
+        typer.Option(
+            "--parts",
+            help="Parts, comma-separated: readout, small (Pythia-1.4b), large (Pythia-6.9b), offloaded, observe.",
+        ),
+    ] = "readout,small,large,offloaded,observe",
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.1, help="Time for all parts; what does not fit is left out and named.")
+    ] = 60,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the rows; benchmarks/results if not given.")
+    ] = None,
+    only: Annotated[
+        str, typer.Option("--only", help="Variants of the readout, and methods of the sweeps, by parts of their names.")
+    ] = "",
+    dry: Annotated[
+        bool, typer.Option("--dry", help="All of it on a CPU at tiny sizes, to test the benchmark itself.")
+    ] = False,
 ) -> None:
     """Run all benchmarks that need a GPU, with random weights; needs nothing but the checkout."""
-    from .gpu import PARTS, measure
+    from .gpu import PARTS, Settings, measure
 
     chosen_parts = parts.split(",")
     if unknown := set(chosen_parts) - set(PARTS):
         raise typer.BadParameter(
             f"unknown parts: {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}", param_hint="'--parts'"
         )
-    rows = measure(chosen_parts, as_json=as_json)
-    if as_json:
-        print(json.dumps(rows, indent=2))
+    if failed := measure(chosen_parts, Settings(minutes=minutes, directory=output, only=only, dry=dry)):
+        raise SystemExit(f"{failed[0]}{f' (and {len(failed) - 1} more)' if failed[1:] else ''}")
 
 
 @app.command()
@@ -157,12 +174,13 @@ def offload(
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
     """Time a sweep with all weights on disk, and the same sweep in memory."""
-    from .sweep import Setting, list_offload_methods, measure
+    from .sweep import Setting, list_offload_methods, measure, require_no_fault
 
     setting = Setting("smollm2-135m", sequences, context, sequences, device, runs)
     rows = measure(setting, ["float32"], methods=list_offload_methods(sequences), as_json=as_json, name="offload")
     if as_json:
         print(json.dumps(rows, indent=2))
+    require_no_fault(rows)
 
 
 @app.command()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from .timing import append_results, make_table, quartiles, run_timed, wide_conso
 
 _ROOT = Path(__file__).parent.parent
 LIMIT = "limit"
+_LEAST_SECONDS = 20
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -63,20 +65,18 @@ class MethodRuns:
     """Results of the runs of one method.
 
     Attributes:
-        seconds: time of each run.
         results: contents of the results file of each run.
         bytes_peak: the highest peak of memory, of the device if it is a GPU.
         error: why the method gets no speed; empty if it gets one.
     """
 
-    seconds: list[float] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     bytes_peak: int = 0
     error: str = ""
 
     def tokens_per_second(self) -> list[float]:
-        """Return the speed of each run."""
-        return [result["tokens"] / result["seconds"] for result in self.results]
+        """Return the speed of each repeat of each run."""
+        return [result["tokens"] / seconds for result in self.results for seconds in result["seconds"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,10 @@ class Setting:
         context: tokens in a sequence.
         batch_size: sequences in one batch.
         device: cpu or cuda.
-        runs: runs of each method.
+        runs: runs of each method, each one a new process.
+        repeats: times that a process measures all edits, after it has loaded the model.
         limit_seconds: time after which a run is stopped.
+        deadline: `time.monotonic()` at which no run may be left; None for no limit.
     """
 
     model: str
@@ -99,7 +101,9 @@ class Setting:
     batch_size: int
     device: str
     runs: int
+    repeats: int = 1
     limit_seconds: float = 3600
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +164,7 @@ def measure(
     only: str = "",
     as_json: bool = False,
     name: str = "sweep",
+    directory: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Run all methods in turn, check their metrics, print a table, and append its rows to the results.
 
@@ -171,12 +176,10 @@ def measure(
         only: methods to run: names or parts of names, separated by commas; empty for all.
         as_json: print progress on stderr, since stdout is for JSON.
         name: name of the results file.
+        directory: where the results file is; benchmarks/results if not given.
 
     Returns:
-        The rows of the table.
-
-    Raises:
-        SystemExit: layersurgery failed, or its metrics are wrong.
+        The rows of the table. A fault of a method is part of its row.
     """
     console = wide_console(stderr=as_json)
     if methods is None:
@@ -194,9 +197,9 @@ def measure(
                 if runs.error:
                     continue
                 _run(method, runs, setting, inputs, out)
-                outcome = runs.error or f"{runs.results[-1]['seconds']:.1f} s"
+                outcome = runs.error or ", ".join(f"{seconds:.1f} s" for seconds in runs.results[-1]["seconds"])
                 console.print(f"  run {number + 1}: {method.label}: {outcome}")
-        references: dict[tuple[str, int | None], dict[str, Any]] = {}
+        references: dict[tuple[str, int | None], MethodRuns] = {}
         for method, runs in runs_by_method.items():
             key = method.dtype, method.sequences
             if key not in references and runs.results and method.name != LIMIT:
@@ -205,10 +208,39 @@ def measure(
     _check_metrics(runs_by_method, references)
     rows = _make_rows(runs_by_method, setting)
     console.print(_make_table(rows, setting))
-    console.print(f"Appended to {append_results(name, rows)}")
-    if errors := [row["fault"] for row in rows if row["fault"] and row["way"].startswith("layersurgery")]:
-        raise SystemExit(f"layersurgery: {errors[0]}")
+    console.print(f"Appended to {append_results(name, rows, directory)}")
     return rows
+
+
+def measure_without_reference(
+    setting: Setting, methods: Sequence[Method]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run methods in turn without a comparison with the loop by hand.
+
+    Returns:
+        The latest results of the methods that have any, and the rows of the table.
+    """
+    console = wide_console()
+    runs_by_method = {method: MethodRuns() for method in methods}
+    with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as work:
+        inputs = _prepare_inputs(setting, Path(work))
+        for method, runs in runs_by_method.items():
+            _run(method, runs, setting, inputs, Path(work) / "out.json")
+            console.print(f"  {method.label}: {runs.error or runs.results[-1]['seconds']}", markup=False)
+    rows = _make_rows(runs_by_method, setting)
+    return [runs.results[-1] for runs in runs_by_method.values() if runs.results], rows
+
+
+def require_no_fault(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Check that layersurgery ran and that its results are right.
+
+    Raises:
+        SystemExit: it failed, or its metrics are wrong.
+    """
+    # A reason why a method does not run on this device is no fault.
+    faults = [row["fault"] for row in rows if row["way"].startswith("layersurgery") and row["fault"]]
+    if wrong := [fault for fault in faults if not fault.startswith("it is for ")]:
+        raise SystemExit(f"layersurgery: {wrong[0]}")
 
 
 def _is_selected(name: str, only: str, methods: Sequence[Method]) -> bool:
@@ -244,8 +276,8 @@ def _find_reference(
     setting: Setting,
     inputs: _Inputs,
     out: Path,
-) -> dict[str, Any]:
-    """Return the result of the loop by hand for a dtype and a number of sequences; run it if it has not been run."""
+) -> MethodRuns:
+    """Return the runs of the loop by hand for a dtype and a number of sequences; run it if it has not been run."""
     dtype, sequences = key
     reference = next(
         (
@@ -257,14 +289,18 @@ def _find_reference(
     )
     if not reference.results:
         _run(Method("reference", "with_transformers", dtype, sequences=sequences), reference, setting, inputs, out)
-    if not reference.results:
-        raise SystemExit(f"metrics cannot be checked, because the loop by hand failed: {reference.error}")
-    return reference.results[-1]
+    return reference
 
 
 def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, out: Path) -> None:
     """Run a method once in a process, and add its result or its error to `runs`."""
     out.unlink(missing_ok=True)
+    limit = setting.limit_seconds
+    if setting.deadline is not None:
+        limit = min(limit, setting.deadline - time.monotonic())
+        if limit < _LEAST_SECONDS:
+            runs.error = "no time was left"
+            return
     python = [sys.executable]
     if method.packages:
         version_number = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -274,11 +310,11 @@ def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, ou
         *python, "-m", f"benchmarks.peers.{method.script}", inputs.model, str(inputs.tokens), str(out),
         "--depth", str(inputs.depth), "--edits", method.edits,
         "--sequences", str(method.sequences or setting.sequences), "--at-once", str(setting.batch_size),
-        "--dtype", method.dtype, "--device", setting.device,
+        "--dtype", method.dtype, "--device", setting.device, "--repeats", str(setting.repeats),
         *(word for option in method.options for word in ("--option", option)),
     ]  # fmt: skip
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(_ROOT)}
-    run = run_timed(command, env=env, limit=setting.limit_seconds)
+    run = run_timed(command, env=env, limit=limit)
     if run.exit_code or not out.exists():
         runs.error = next(
             (line for line in reversed(run.output.splitlines()) if line.strip()), f"exit code {run.exit_code}"
@@ -286,12 +322,11 @@ def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, ou
         return
     result = json.loads(out.read_text())
     runs.results.append(result)
-    runs.seconds.append(result["seconds"])
     runs.bytes_peak = max(runs.bytes_peak, result["bytes_peak_device"] or result["bytes_peak"])
 
 
 def _check_metrics(
-    runs_by_method: dict[Method, MethodRuns], references: dict[tuple[str, int | None], dict[str, Any]]
+    runs_by_method: dict[Method, MethodRuns], references: dict[tuple[str, int | None], MethodRuns]
 ) -> None:
     """Set the error of methods whose metrics differ from those of the loop by hand on the same tokens."""
     for method, runs in runs_by_method.items():
@@ -299,7 +334,9 @@ def _check_metrics(
             continue
         tolerance = 1e-3 if method.dtype == "float32" else 5e-2
         reference = references[method.dtype, method.sequences]
-        if difference := _find_difference(runs.results[-1], reference, tolerance):
+        if not reference.results:
+            runs.error = f"not checked, because the loop by hand failed: {reference.error}"
+        elif difference := _find_difference(runs.results[-1], reference.results[-1], tolerance):
             runs.error = f"wrong result: {difference}"
 
 
@@ -334,7 +371,8 @@ def _make_rows(runs_by_method: dict[Method, MethodRuns], setting: Setting) -> li
         rows.append({
             "model": setting.model, "device": setting.device, "way": method.name, "dtype": method.dtype,
             "edits": method.edits, "tokens": runs.results[-1]["tokens"] if has_speed else 0,
-            "context": setting.context, "at_once": setting.batch_size, "runs": len(runs.results),
+            "context": setting.context, "at_once": setting.batch_size,
+            "runs": len(runs.tokens_per_second()),
             "tokens_per_second": middle, "tokens_per_second_low": low, "tokens_per_second_high": high,
             "of_limit": middle / limit if does_all_edits and middle and limit else None,
             "times_by_hand": middle / by_hand if does_all_edits and middle and by_hand else None,

@@ -15,13 +15,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from .peers.common import library_version
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -127,10 +128,10 @@ def describe_machine() -> dict[str, str]:
         "memory_gib": f"{memory / 2**30:.0f}",
         "python": platform.python_version(),
     }
-    for package in ("layersurgery", "torch", "transformers", "safetensors"):
+    for package in ("layersurgery", "torch", "triton", "transformers", "safetensors"):
         try:
-            description[package] = version(package)
-        except PackageNotFoundError:
+            description[package] = library_version(package)
+        except ImportError:
             description[package] = "none"
     return description
 
@@ -156,10 +157,11 @@ def _read_lines(path: str) -> list[str]:
         return []
 
 
-def append_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Append rows, with date and machine, to benchmarks/results/NAME.csv, and return its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+def append_results(name: str, rows: Sequence[Mapping[str, Any]], directory: Path | None = None) -> Path:
+    """Append rows, with date and machine, to NAME.csv in a directory (benchmarks/results), and return its path."""
+    directory = directory or RESULTS
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.csv"
     dated = [{"date": datetime.now(UTC).date().isoformat(), **row, **describe_machine()} for row in rows]
     existing: list[dict[str, Any]] = []
     if path.exists():

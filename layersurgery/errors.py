@@ -57,11 +57,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch's class has this name; torch is not imported for it, since that would slow down every command.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if not isinstance(error, RuntimeError):
+    # The exceptions with which Typer ends a command are RuntimeErrors, too: they have a number, or nothing.
+    if not isinstance(error, RuntimeError) or not any(isinstance(argument, str) for argument in error.args):
         return False
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return should_reduce_batch_size(error) or any(text in str(error) for text in _OUT_OF_MEMORY)
+    return should_reduce_batch_size(RuntimeError(str(error))) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def warn(message: str) -> None:

@@ -34,6 +34,7 @@ GEOMETRIES = {
     "pythia-1.4b": (2048, 24, 16, 50304),
     "pythia-2.8b": (2560, 32, 32, 50304),
     "pythia-6.9b": (4096, 32, 32, 50432),
+    "tiny": (64, 4, 4, 503),  # to test the benchmarks themselves
 }
 
 
@@ -187,6 +188,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=1, help="times that the loaded model measures all edits")
     parser.add_argument("--option", action="append", default=[])
     return parser
 
@@ -223,19 +225,29 @@ def main(
                 model, Task(task.model, task.dtype, task.device, tokens[: task.batch_size], task.batch_size, edits[:1])
             )
             synchronize(task.device)
-            started = time.perf_counter()
-            rows = measure(model, task)
-            synchronize(task.device)
-            seconds = time.perf_counter() - started
+            seconds = []
+            for _ in range(args.repeats):
+                started = time.perf_counter()
+                rows = measure(model, task)
+                synchronize(task.device)
+                seconds.append(time.perf_counter() - started)
     except UnsupportedError as error:
         sys.exit(f"{library}: {error}")
     write(args.out, library, rows, seconds, tokens.numel(), args.device)
 
 
-def write(out: Path, library: str, rows: Rows, seconds: float, tokens: int, device: str, **more: Any) -> None:
-    """Write the results file as JSON; `more` adds fields."""
+def library_version(library: str) -> str:
+    """Return the version of a library; of a checkout that is not installed, the one that its code states."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module(library).__version__)
+
+
+def write(out: Path, library: str, rows: Rows, seconds: list[float], tokens: int, device: str, **more: Any) -> None:
+    """Write the results file as JSON; `seconds` has the time of each repeat, and `more` adds fields."""
     results = {
-        "version": importlib.metadata.version(library), "torch": torch.__version__, "seconds": seconds,
+        "version": library_version(library), "torch": torch.__version__, "seconds": seconds,
         "tokens": tokens, "rows": rows,
         "bytes_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes_peak_device": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,

@@ -97,7 +97,7 @@ def main() -> None:
         "gigaflops_linear": flops / linear / 1e9,
         "gigaflops_readout": 2 * positions * unembedding[0] * unembedding[1] / readout / 1e9,
     }  # fmt: skip
-    common.write(args.out, "torch", [], total, tokens.size, device, **more)
+    common.write(args.out, "torch", [], [total], tokens.size, device, **more)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Run the sweep with layersurgery.
 
-`--option compiled` compiles the blocks with PyTorch, `--option disk` leaves all weights on disk, and
-`--option depth-first` runs one route after another instead of one layer after another.
+`--option compiled` compiles the blocks with PyTorch, `--option disk` leaves all weights on disk, `--option half` leaves
+every second block in main memory, and `--option depth-first` runs one route after another instead of one layer after
+another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import tempfile
 from functools import partial
 from typing import Any
 
+from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
@@ -17,9 +19,12 @@ import layersurgery as ls
 from . import common
 
 
-def load(task: common.Task, *, disk: bool) -> Any:
-    model = common.load_with_transformers(task) if not disk else _load_on_disk(task)
-    return model, ls.anatomy(model)
+def load(task: common.Task, *, disk: bool, half: bool) -> Any:
+    model = _load_on_disk(task) if disk else common.load_with_transformers(task)
+    anatomy = ls.anatomy(model)
+    if half:
+        _offload_every_second_block(model, anatomy, task.device)
+    return model, anatomy
 
 
 def _load_on_disk(task: common.Task) -> Any:
@@ -29,6 +34,19 @@ def _load_on_disk(task: common.Task) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             task.model, dtype=task.dtype, device_map={"": "disk"}, offload_folder=empty
         ).eval()
+
+
+def _offload_every_second_block(model: Any, anatomy: ls.Anatomy, device: str) -> None:
+    """Move every second block to main memory, or to the disk if the device is the CPU."""
+    main: int | str = 0 if device.startswith("cuda") else "cpu"
+    blocks = [f"{anatomy.blocks}.{number}" for number in range(anatomy.depth)]
+    device_map: dict[str, int | str] = dict.fromkeys(blocks, main)
+    device_map |= dict.fromkeys(blocks[1::2], "disk" if main == "cpu" else "cpu")
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()) and not name.startswith(f"{anatomy.blocks}."):
+            device_map[name] = main
+    model.offload_directory = tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-")  # removed with the model
+    dispatch_model(model, device_map, main_device=main, offload_dir=model.offload_directory.name, force_hooks=True)
 
 
 def measure(loaded: Any, task: common.Task, *, compiled: bool, order: str | None) -> common.Rows:
@@ -45,6 +63,6 @@ if __name__ == "__main__":
     order = "depth-first" if "depth-first" in options else None
     common.main(
         "layersurgery",
-        partial(load, disk="disk" in options),
+        partial(load, disk="disk" in options, half="half" in options),
         partial(measure, compiled="compiled" in options, order=order),
     )

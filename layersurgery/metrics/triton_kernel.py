@@ -139,6 +139,33 @@ def _unscaled_logits(
     return sums
 
 
+@triton.jit
+def _add_tile(z, m, S, A, top, wanted, goal_col, begin, left, to_base_2, BV: tl.constexpr):
+    """Add a tile of unscaled logits to the running sums of its tokens, and return these.
+
+    `goal_col` is the column of the target, which may lie in another tile; `begin` is the first column's number, and
+    `left` is the number of columns from there.
+    """
+    col = tl.arange(0, BV)[None, :]
+    if left < BV:  # so small that its exponential is zero, and finite, so that zero times it is zero
+        z = tl.where(col < left, z, -1e30)
+    if tl.max(((goal_col >= 0) & (goal_col < BV)).to(tl.int32), 0) != 0:
+        wanted += tl.sum(tl.where(col == goal_col[:, None], z, 0.0), 1)
+    # NaN makes S NaN below; it need not be ordered.
+    peak = tl.max(z, 1)
+    first_of_equals = tl.min(tl.where(z == peak[:, None], col, BV), 1)
+    peak = peak * to_base_2
+    top = tl.where(peak > m, begin + first_of_equals, top)
+    new = tl.maximum(m, peak)
+    z = z * to_base_2 - new[:, None]
+    e = tl.math.exp2(z)
+    fell = m - new
+    by = tl.math.exp2(fell)
+    A = by * (A + fell * S) + tl.sum(e * z, 1)
+    S = by * S + tl.sum(e, 1)
+    return new, S, A, top, wanted
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _summing(
     x, w, bias, target, m_out, S_out, A_out, top_out, wanted_out, T, V, D, tiles_per_part, x_stride, w_stride,
@@ -158,31 +185,13 @@ def _summing(
     top = tl.zeros((BT,), dtype=tl.int32)
     x += offset.to(tl.int64) * x_stride
     first = part * tiles_per_part
-    col = tl.arange(0, BV)[None, :]
     for tile in range(first, tl.minimum(first + tiles_per_part, tl.cdiv(V, BV))):
         begin = tile * BV
         left = V - begin
         w_here = w + begin.to(tl.int64) * w_stride
         z = _products(x, w_here, T - offset, left, D, x_stride, w_stride, EVEN, WIDEN, BT, BV, BD)
         z = _unscaled_logits(z, bias + begin, left, tanh_scale, cap, HAS_BIAS, HAS_CAP, BV)
-        if left < BV:  # so small that its exponential is zero, and finite, so that zero times it is zero
-            z = tl.where(col < left, z, -1e30)
-        goal_col = goal - begin
-        if tl.max(((goal_col >= 0) & (goal_col < BV)).to(tl.int32), 0) != 0:
-            wanted += tl.sum(tl.where(col == goal_col[:, None], z, 0.0), 1)
-        # NaN makes S NaN below; it need not be ordered.
-        peak = tl.max(z, 1)
-        first_of_equals = tl.min(tl.where(z == peak[:, None], col, BV), 1)
-        peak = peak * to_base_2
-        top = tl.where(peak > m, begin + first_of_equals, top)
-        new = tl.maximum(m, peak)
-        z = z * to_base_2 - new[:, None]
-        e = tl.math.exp2(z)
-        fell = m - new
-        by = tl.math.exp2(fell)
-        A = by * (A + fell * S) + tl.sum(e * z, 1)
-        S = by * S + tl.sum(e, 1)
-        m = new
+        m, S, A, top, wanted = _add_tile(z, m, S, A, top, wanted, goal - begin, begin, left, to_base_2, BV)
     at = part.to(tl.int64) * T + row
     tl.store(m_out + at, m, mask=in_T)
     tl.store(S_out + at, S, mask=in_T)

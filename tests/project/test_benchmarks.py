@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from benchmarks import plot_results, readout, sweep, timing
+from benchmarks import gpu, plot_results, readout, readout_variants, sweep, timing
 from benchmarks.peers import common
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def make_result(**changed: float) -> dict[str, Any]:
     row = {"plan": "drop 1", "kl_nats": 1.0, "agreement": 0.5, "entropy_bits": 3.0, "loss_nats": 2.0}
-    return {"rows": [row | changed], "tokens": 64, "seconds": 2.0, "version": "1"}
+    return {"rows": [row | changed], "tokens": 64, "seconds": [2.0], "version": "1"}
 
 
 @pytest.mark.parametrize("metric", common.METRICS)
@@ -34,12 +36,24 @@ def test_a_method_with_a_wrong_metric_gets_no_speed(metric: str) -> None:
             layersurgery: sweep.MethodRuns(results=[make_result(**{metric: wrong})]),
             by_hand: sweep.MethodRuns(results=[make_result()]),
         }
-        sweep._check_metrics(runs, {("float32", 1): runs[by_hand].results[-1]})
+        sweep._check_metrics(runs, {("float32", 1): runs[by_hand]})
         assert runs[layersurgery].error.startswith(f"wrong result: {metric} of drop 1 is ")
         assert not runs[by_hand].error
         rows = sweep._make_rows(runs, sweep.Setting("m", 1, 64, 1, "cpu", 1))
         assert rows[0]["tokens_per_second"] is None
         assert rows[1]["tokens_per_second"] == 32
+
+
+def test_a_method_that_cannot_be_checked_gets_no_speed() -> None:
+    method = sweep.Method("layersurgery", "with_layersurgery", "float32", sequences=1)
+    runs = {method: sweep.MethodRuns(results=[make_result()])}
+    sweep._check_metrics(runs, {("float32", 1): sweep.MethodRuns(error="no compiler")})
+    rows = sweep._make_rows(runs, sweep.Setting("m", 1, 64, 1, "cpu", 1))
+    assert rows[0]["fault"] == "not checked, because the loop by hand failed: no compiler"
+    assert rows[0]["tokens_per_second"] is None
+    with pytest.raises(SystemExit, match="layersurgery: not checked"):
+        sweep.require_no_fault(rows)
+    sweep.require_no_fault([{"way": "layersurgery, fused", "fault": "it is for half precision on CUDA"}])
 
 
 def test_only_selects_methods_by_name() -> None:
@@ -110,6 +124,90 @@ def test_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plot_results.read_newest(path, "another")
     with pytest.raises(SystemExit, match="run python -m benchmarks sweep first"):
         plot_results.read_newest(tmp_path / "no.csv", "m")
+
+
+def run_python(code: str, seconds: float = 60) -> tuple[list[dict[str, Any]], str]:
+    """Run code in place of a module."""
+    return gpu.run_process(["timeit", "-n", "1", "-r", "1", code], seconds)
+
+
+def test_a_process_that_fails_costs_its_later_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 'print(\'{"variant": "a"}\', flush=True)'
+    assert run_python(row)[0] == [{"variant": "a"}]
+    found, fault = run_python(f"{row}; print('{{'); raise ValueError('an illegal access')")
+    assert found == [{"variant": "a"}]
+    assert fault == "exit code 1: ValueError: an illegal access"
+    assert run_python(row, 19)[1] == "no time was left"
+    monkeypatch.setattr(gpu, "_LEAST_SECONDS", 0)
+    started = time.monotonic()
+    found, fault = run_python(f"{row}; import time; time.sleep(60)", 2)
+    assert (found, fault) == ([{"variant": "a"}], "stopped after 2 s")
+    assert time.monotonic() - started < 20
+
+
+def test_faults_of_variants_and_parts_do_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"tokens": 8192, "width": 2048, "vocabulary": 50304, "tiling": "", "teraflops": 700.0}
+    rows = {
+        "product alone": [shape | {"milliseconds": 2.0}],
+        "fused": [shape | {"milliseconds": 2.5}, shape | {"fault": "OutOfMemoryError: 2 GiB"}],
+        "whole measure": [shape | {"milliseconds": 3.0, "bytes_extra": 70 << 20, "fault": "wrong result: kl is 1"}],
+        "Liger": [],
+    }
+
+    def process(command: Sequence[str], seconds: float) -> tuple[list[dict[str, Any]], str]:
+        if command[0] == "benchmarks.observe":
+            raise OSError("no process")
+        found = [{"variant": command[1], **row} for row in rows.get(command[1], [])]
+        return found, "" if found else "exit code 1"
+
+    monkeypatch.setattr(gpu, "run_process", process)
+    settings = gpu.Settings(directory=tmp_path, only="product alone,fused,whole measure,Liger", dry=True)
+    failed = gpu.measure(["observe", "readout"], settings)
+    assert failed == [
+        "observe: OSError: no process",
+        "readout, fused: OutOfMemoryError: 2 GiB",
+        "readout, whole measure: wrong result: kl is 1",
+        "readout, whole measure, soft-cap: exit code 1",
+    ]
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("8192 x (2048, 50304) fused 2.500 0.80 700", "0.80 │ >= 0.8", "70.00 MiB │ <= 64 MiB", "Liger: exit"):
+        assert text in said.replace("┃", "│").replace(" │ 2.5", " 2.5").replace("│ 0.80 │ 700", "0.80 700")
+    written = (tmp_path / "gpu-readout.csv").read_text().splitlines()
+    assert len(written) == 1 + 6
+
+
+def test_a_goal_is_met_or_not() -> None:
+    report = gpu.Report("GPU")
+    report.add("share", 0.8, 0.8)
+    report.add("share", 0.79, 0.8)
+    report.add("time", 2.0, 1.5, unit=" min", at_most=True)
+    report.add("time", None, 1.5, unit=" min", at_most=True)
+    assert [met for *_, met in report.goals] == [True, False, False, False]
+    assert [measured for _, measured, _, _ in report.goals] == ["0.80", "0.79", "2.00 min", "not measured"]
+
+
+@pytest.mark.slow
+def test_the_whole_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--dry", "-o", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    rows = {path.stem: list(csv.DictReader(path.open())) for path in tmp_path.glob("*.csv")}
+    assert set(rows) == {"gpu-readout", "gpu-small", "gpu-large", "gpu-offloaded", "gpu-observe"}
+    faults = {
+        row.get("variant") or row["way"]: row["fault"] for part in rows.values() for row in part if row.get("fault")
+    }
+    assert set(faults) == {"cut-cross-entropy", "Liger"}  # they are not installed
+    variants = {row["variant"] for row in rows["gpu-readout"] if row["milliseconds"]}
+    assert variants | set(faults) == set(readout_variants.VARIANTS)
+    assert [row["way"] for row in rows["gpu-small"]] == [
+        "limit",
+        "layersurgery",
+        "layersurgery --compile",
+        "loop by hand",
+    ]
+    assert all(float(row["tokens_per_second"]) > 0 for row in rows["gpu-small"] + rows["gpu-offloaded"])
 
 
 @pytest.mark.weekly

@@ -36,7 +36,7 @@ WAITING = {
 }
 
 
-class FindWaiting(TorchDispatchMode):
+class FindWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Mode that refuses operations that would make the CPU wait."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -55,7 +55,7 @@ def test_nothing_waits_inside_a_batch(name: str, signals: Sequence[str], monkeyp
     run_steps, readouts = ScheduleExecutor.run_steps, 0
 
     def run_without_waiting(self: ScheduleExecutor, *args: Any) -> None:
-        with FindWaiting():
+        with FindWaiting():  # type: ignore[no-untyped-call]
             run_steps(self, *args)
 
     read = BatchMetrics.read
