@@ -77,7 +77,8 @@ class Inputs:
         """Return the rows that are judged: some at both ends."""
         count = len(self.x)
         ends = torch.cat([torch.arange(min(_JUDGED_ROWS, count)), torch.arange(max(0, count - _JUDGED_ROWS), count)])
-        return torch.unique(ends).to(self.x.device)
+        unique: torch.Tensor = torch.unique(ends)
+        return unique.to(self.x.device)
 
 
 Work = Callable[[], Any]
