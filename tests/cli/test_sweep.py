@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import rich.console
 
 import layersurgery as ls
 from tests.cli.test_cli import COMMAND, result_of, run
@@ -242,3 +245,32 @@ def test_json_is_all_there_is_on_stdout(small: list[Any]) -> None:
     assert found.returncode == 0
     assert json.loads(found.stdout)["finished"]
     assert "Loading" in found.stderr
+
+
+@pytest.mark.parametrize(("terminal", "quiet", "tables"), [(True, False, 3), (False, False, 1), (True, True, 0)])
+def test_the_table_of_a_running_sweep_is_made_only_when_it_is_shown(
+    terminal: bool, quiet: bool, tables: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Making it takes a tenth of a second, in which a GPU would wait."""
+    from layersurgery_cli.terminal import progress as progress_module
+    from layersurgery_cli.terminal.console import Console
+
+    from layersurgery.runs.runner import Progress
+
+    now, made = 0.0, 0
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now))
+    console = Console(quiet=quiet)
+    console.err = rich.console.Console(file=io.StringIO(), force_terminal=terminal, quiet=quiet)
+
+    def table() -> pd.DataFrame:
+        nonlocal made
+        made += 1
+        return pd.DataFrame({"edit": ["none", "drop"], "kl_nats": [0.0, 1.0], "name": ["unedited", "drop 1"]})
+
+    text: Any = SimpleNamespace(tokens=100, ids=[0] * 100)
+    with progress_module.progress_bar(text, console) as on_progress:
+        on_progress(Progress(0, 100))
+        for batch in range(1, 32):  # 31 seconds
+            now = float(batch)
+            on_progress(Progress(batch, 100, table if batch in (1, 2, 30) else None))
+    assert made == tables

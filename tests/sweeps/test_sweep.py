@@ -301,7 +301,18 @@ def test_streams_are_let_go_as_early_as_the_forecast_says(monkeypatch: pytest.Mo
     assert not [ref for ref in alive if ref() is not None]
 
 
-def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["torch", "triton", "cublas", "cpu", "python"],
+)
+def test_a_batch_that_does_not_fit_is_halved(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     meant = ls.sweep(model, "drop", tokens(6), batch_size=1)
     tried: list[int] = []
@@ -311,7 +322,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
         if keep:  # and not one of the small tries
             tried.append(len(inputs["input_ids"]))
             if tried[-1] > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                raise error
         return record(self, inputs, keep, *more)
 
     monkeypatch.setattr(BlockRunner, "record", crowded)
