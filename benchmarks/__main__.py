@@ -147,7 +147,8 @@ def gpu(
         Path | None, typer.Option("--output", "-o", help="Directory of the rows; benchmarks/results if not given.")
     ] = None,
     only: Annotated[
-        str, typer.Option("--only", help="Variants of the readout, and methods of the sweeps, by parts of their names.")
+        str,
+        typer.Option("--only", help="Parts of names of readout variants, and of methods of small and large."),
     ] = "",
     dry: Annotated[
         bool, typer.Option("--dry", help="All of it on a CPU at tiny sizes, to test the benchmark itself.")

@@ -24,7 +24,7 @@ from rich.table import Table
 from . import sweep
 from .observe import PLAIN
 from .readout_variants import FUSED, LIMIT, MEASURE, VARIANTS
-from .sweep import Method, Setting
+from .sweep import NO_TIME, Method, Setting
 from .timing import append_results, make_table, wide_console
 
 PARTS = ("readout", "small", "large", "offloaded", "observe")
@@ -77,6 +77,12 @@ class Settings:
     only: str = ""
     dry: bool = False
 
+    @property
+    def selects_method(self) -> bool:
+        """Return whether `only` selects a method of the sweeps."""
+        methods = sweep.list_methods(["bfloat16"], peers=False, sequences=1, slow_sequences=1)
+        return any(self.selects(method.name) for method in methods)
+
     def selects(self, name: str) -> bool:
         """Return whether `only` selects a variant or method."""
         return any(item in name for item in self.only.split(","))
@@ -88,7 +94,7 @@ class Report:
 
     Attributes:
         title: title of the table.
-        goals: quantity, measured value, goal, and whether it was met (None if the goal is not of this machine).
+        goals: quantity, measured value, goal, and whether it was met (None if there is no goal).
         failed: faults of layersurgery.
     """
 
@@ -103,17 +109,19 @@ class Report:
             self.goals.append((quantity, "not measured", f"{sign} {text}", False))
             return
         met = value <= goal if at_most else value >= goal
-        self.goals.append((quantity, f"{value:.2f}{unit}", f"{sign} {text}", met))
+        digits = f"{value:.2f}" if value == 0 or value >= 0.01 else f"{value:.1e}"
+        self.goals.append((quantity, f"{digits}{unit}", f"{sign} {text}", met))
 
     def fail(self, name: str, fault: str) -> None:
-        """Note a fault of layersurgery."""
-        self.failed.append(f"{name}: {fault}")
+        """Note a fault of layersurgery. That no time was left for it is none."""
+        if fault != NO_TIME:
+            self.failed.append(f"{name}: {fault}")
 
     def table(self, *, dry: bool) -> Table:
         """Return the table of goals."""
         table = make_table(self.title, "quantity", "measured", "goal", "met")
         for quantity, measured, goal, met in self.goals:
-            table.add_row(quantity, measured, goal, "dry" if dry else "yes" if met else "no")
+            table.add_row(quantity, measured, goal, "" if met is None or dry else "yes" if met else "no")
         return table
 
 
@@ -136,6 +144,9 @@ def measure(parts: Sequence[str], settings: Settings) -> list[str]:
         "observe": lambda: _measure_signals(settings, report, deadline),
     }
     for part in parts:
+        if part in _PROTOCOLS and not settings.selects_method:
+            console.print(f"{part}: left out, since --only selects none of its methods")
+            continue
         started = time.monotonic()
         try:
             run[part]()
@@ -169,7 +180,7 @@ def run_process(command: Sequence[str], seconds: float) -> tuple[list[dict[str, 
         The rows, also of a process that failed, and its fault: empty, or why it ended.
     """
     if seconds < _LEAST_SECONDS:
-        return [], "no time was left"
+        return [], NO_TIME
     env = os.environ | {"PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -223,7 +234,7 @@ def _measure_readout(settings: Settings, report: Report, deadline: float) -> Non
         whole = next((row for row in rows if row["variant"] == MEASURE and _shape(row) == shape), {})
         extra = whole.get("bytes_extra")
         report.add(
-            f"{name}: extra memory of all metrics",
+            f"{name}: extra memory of all metrics of an edit",
             None if extra is None else extra / _MEBIBYTE,
             64,
             unit=" MiB",
@@ -269,10 +280,8 @@ def _measure_protocol(part: str, settings: Settings, report: Report, deadline: f
     protocol = _PROTOCOLS[part]
     setting = _with_deadline(_DRY if settings.dry else protocol.setting, deadline)
     methods = sweep.list_methods(["bfloat16"], peers=False, sequences=setting.sequences, slow_sequences=1)
-    rows = sweep.measure(
-        setting, [], methods=[method for method in methods if settings.selects(method.name)],
-        name=f"gpu-{part}", directory=settings.directory,
-    )  # fmt: skip
+    methods = [method for method in methods if settings.selects(method.name)]
+    rows = sweep.measure(setting, [], methods=methods, name=f"gpu-{part}", directory=settings.directory)
     for row in rows:
         if not row["way"].startswith("layersurgery"):
             continue

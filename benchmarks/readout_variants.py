@@ -1,7 +1,8 @@
 """Check and time one variant of the readout on all shapes, and print a line of JSON for each shape and tiling.
 
-`python -m benchmarks.readout_variants fused` is one of the processes that `python -m benchmarks gpu` starts: a fault
-of the device ends its process, and no other one. With `--dry` it runs on a CPU, in Triton's interpreter, at tiny sizes.
+`python -m benchmarks.readout_variants fused` is one of the processes that `python -m benchmarks gpu` starts. If a fault
+leaves the device unusable, the process ends after that row, and the other variants go on. With `--dry` it runs on a
+CPU, in Triton's interpreter, at tiny sizes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -45,7 +46,7 @@ VARIANTS = (
 _TILINGS = ((128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 2))
 _TMA_TILINGS = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (256, 128, 64, 8, 3))
 _DRY_TILING = (16, 64, 32, 4, 2)
-_TOLERANCE = 1e-4  # nats; tensor cores truncate their float32 sums
+_TOLERANCE = 3e-4  # nats or bits; tensor cores truncate their float32 sums, more often at larger widths
 _HALF_TOLERANCE = 0.1  # of libraries that keep logits in half precision
 _JUDGED_ROWS = 96
 
@@ -189,8 +190,8 @@ def _stats(sums: Any) -> LogitStats:
     return sums if isinstance(sums, LogitStats) else LogitStats.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
 
 
-def measure(variant: str, shape: tuple[int, int, int], *, dry: bool) -> list[dict[str, Any]]:
-    """Check and time a variant on one shape; return a row for each tiling. Faults are part of the rows."""
+def measure(variant: str, shape: tuple[int, int, int], *, dry: bool) -> Iterator[dict[str, Any]]:
+    """Check and time a variant on one shape; yield a row for each tiling. Faults are part of the rows."""
     device = "cpu" if dry else "cuda"
     tokens, width, vocabulary = shape
     fields: dict[str, Any] = {"variant": variant, "tokens": tokens, "width": width, "vocabulary": vocabulary}
@@ -198,8 +199,8 @@ def measure(variant: str, shape: tuple[int, int, int], *, dry: bool) -> list[dic
         inputs = Inputs.random(shape, device)
         works = list_work(variant, inputs, dry=dry)
     except Exception as error:
-        return [fields | {"fault": _first_line(error)}]
-    rows = []
+        yield fields | {"fault": _first_line(error)}
+        return
     for tiling, work in works:
         row = fields | {"tiling": tiling}
         try:
@@ -213,11 +214,12 @@ def measure(variant: str, shape: tuple[int, int, int], *, dry: bool) -> list[dic
             row["bytes_extra"] = _extra_memory(work) if device == "cuda" else None
             times = _time(work, device)
             row |= {"milliseconds": median(times), "milliseconds_low": min(times), "milliseconds_high": max(times)}
-            row["teraflops"] = 2 * tokens * width * vocabulary / median(times) / 1e9
+            # With a soft-cap, KL needs the logits of both models, in addition to those of the other metrics.
+            products = 3 if variant == SOFT_CAP else 1
+            row["teraflops"] = products * 2 * tokens * width * vocabulary / median(times) / 1e9
         except Exception as error:
             row["fault"] = _first_line(error)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _extra_memory(work: Work) -> int:
@@ -274,6 +276,8 @@ def main() -> None:
         for shape in DRY_SHAPES if given.dry else SHAPES:
             for row in measure(given.variant, shape, dry=given.dry):
                 print(json.dumps(row), flush=True)
+                if row.get("fault"):
+                    _wait("cpu" if given.dry else "cuda")  # raises if the fault has left the device unusable
 
 
 if __name__ == "__main__":

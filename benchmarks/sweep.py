@@ -28,6 +28,7 @@ from .timing import append_results, make_table, quartiles, run_timed, wide_conso
 
 _ROOT = Path(__file__).parent.parent
 LIMIT = "limit"
+NO_TIME = "no time was left"
 _LEAST_SECONDS = 20
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -130,8 +131,9 @@ def list_methods(dtypes: Sequence[str], *, peers: bool, sequences: int, slow_seq
         methods += [
             Method(LIMIT, "roofline", dtype, sequences=sequences),
             Method("layersurgery", "with_layersurgery", dtype, sequences=sequences),
-            Method("layersurgery --compile", "with_layersurgery", dtype, sequences=sequences, options=("compiled",)),
+            # Before the compiled way: without it nothing can be checked, and time may run out.
             Method("loop by hand", "with_transformers", dtype, sequences=sequences),
+            Method("layersurgery --compile", "with_layersurgery", dtype, sequences=sequences, options=("compiled",)),
         ]
     if peers:
         lens, nnsight, nnterp = "with_transformer_lens", "with_nnsight", "with_nnterp"
@@ -299,7 +301,7 @@ def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, ou
     if setting.deadline is not None:
         limit = min(limit, setting.deadline - time.monotonic())
         if limit < _LEAST_SECONDS:
-            runs.error = "no time was left"
+            runs.error = NO_TIME
             return
     python = [sys.executable]
     if method.packages:
@@ -315,6 +317,9 @@ def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, ou
     ]  # fmt: skip
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(_ROOT)}
     run = run_timed(command, env=env, limit=limit)
+    if run.exit_code and run.seconds >= limit:
+        runs.error = f"stopped after {limit:.0f} s"
+        return
     if run.exit_code or not out.exists():
         runs.error = next(
             (line for line in reversed(run.output.splitlines()) if line.strip()), f"exit code {run.exit_code}"

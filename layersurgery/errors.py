@@ -11,8 +11,14 @@ import sys
 import warnings
 from pathlib import Path
 
-# Messages that accelerate does not know: of cuBLAS and of Triton.
-_OUT_OF_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
+# Messages that accelerate does not know: of cuBLAS, of the CUDA driver and of Triton.
+_OUT_OF_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 class LayerSurgeryError(Exception):

@@ -156,7 +156,7 @@ def _kl_not_affine(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: Logi
 
 def _kl_cross_term(readout: Readout, x_TD: torch.Tensor, p_x_TD: torch.Tensor, mean_TD: torch.Tensor) -> torch.Tensor:
     """Return (x_q - x_p) . mu, float64."""
-    kernel = _kernel_for(x_TD)
+    kernel = _triton_kernel() if can_fuse(readout, x_TD) else None
     if kernel is not None:
         terms: torch.Tensor = kernel.cross_term(x_TD, p_x_TD, mean_TD)
         return terms

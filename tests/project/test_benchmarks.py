@@ -178,14 +178,28 @@ def test_faults_of_variants_and_parts_do_not_stop_the_others(
     assert len(written) == 1 + 6
 
 
+def test_what_does_not_fit_into_the_time_is_named_and_is_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = gpu.Settings(minutes=0.1, directory=tmp_path, only="fused", dry=True)
+    assert gpu.measure(["readout", "small", "offloaded", "observe"], settings) == []
+    said = capsys.readouterr().out
+    assert "fused: 1 rows, no time was left" in said
+    assert "small: left out, since --only selects none of its methods" in said
+
+
 def test_a_goal_is_met_or_not() -> None:
     report = gpu.Report("GPU")
     report.add("share", 0.8, 0.8)
     report.add("share", 0.79, 0.8)
     report.add("time", 2.0, 1.5, unit=" min", at_most=True)
     report.add("time", None, 1.5, unit=" min", at_most=True)
-    assert [met for *_, met in report.goals] == [True, False, False, False]
-    assert [measured for _, measured, _, _ in report.goals] == ["0.80", "0.79", "2.00 min", "not measured"]
+    report.add("change", 1e-3, 0, at_most=True)
+    report.goals.append(("ratio", "2.10", "", None))
+    assert [met for *_, met in report.goals] == [True, False, False, False, False, None]
+    measured = [measured for _, measured, _, _ in report.goals]
+    assert measured == ["0.80", "0.79", "2.00 min", "not measured", "1.0e-03", "2.10"]
+    assert [*report.table(dry=False).columns[3].cells] == ["yes", "no", "no", "no", "no", ""]
 
 
 @pytest.mark.slow
@@ -204,8 +218,8 @@ def test_the_whole_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert [row["way"] for row in rows["gpu-small"]] == [
         "limit",
         "layersurgery",
-        "layersurgery --compile",
         "loop by hand",
+        "layersurgery --compile",
     ]
     assert all(float(row["tokens_per_second"]) > 0 for row in rows["gpu-small"] + rows["gpu-offloaded"])
 

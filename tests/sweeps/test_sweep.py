@@ -308,9 +308,12 @@ def test_streams_are_let_go_as_early_as_the_forecast_says(monkeypatch: pytest.Mo
         RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
         MemoryError(),
     ],
-    ids=["torch", "triton", "cublas", "cpu", "python"],
+    ids=["torch", "triton", "cublas", "cpu", "new-cublas", "cuda", "driver", "python"],
 )
 def test_a_batch_that_does_not_fit_is_halved(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
