@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -144,8 +145,12 @@ def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, l
 
 def _renumber_layers(value: Any, checkpoint: Checkpoint, positions: Mapping[int, list[int]]) -> Any:
     """Renumber the layers that quantization settings name."""
-    list_name = checkpoint.block_prefix.prefix.rpartition(".")[2]
-    return rename_layers(value, lambda block: positions.get(block, []), list_name)
+    modules: dict[int, set[str]] = defaultdict(lambda: {""})
+    for split in map(checkpoint.block_prefix.split, checkpoint.tensors.names()):
+        if split is not None:
+            path = split[1].split(".")
+            modules[split[0]] |= {".".join(path[:length]) for length in range(1, len(path))}
+    return rename_layers(value, positions, checkpoint.block_prefix.prefix, modules)
 
 
 def _tensors_to_zero(

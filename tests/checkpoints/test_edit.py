@@ -306,20 +306,53 @@ def test_layer_names_in_quantization_settings() -> None:
         "per": {"model.layers.2": {"bits": 4}, "vision.layers.1": 1},
         "bits": 8,
     }
-    assert rename_layers(value, lambda block: where.get(block, []), "layers") == {
+    assert rename_layers(value, where, "model.layers", {}) == {
         "quant_method": "fp8",
         "ignored_layers": ["lm_head", "model.layers.2.mlp", "layers.1.self_attn.q_proj", "layers.3.self_attn.q_proj"],
         "per": {"model.layers.1": {"bits": 4}, "model.layers.3": {"bits": 4}, "vision.layers.1": 1},
         "bits": 8,
     }
+
+
+_MODULES = dict.fromkeys(range(21), ("", "mlp", "mlp.gate", "linear_attn.conv1d", "mlp.experts.1.down_proj"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "re:.*conv1d.*", "re:.*gate$", "re:.*mlp.experts.1.*", r"-:model\.layers\.\d+\.mlp", "*.layers.*.mlp*",
+        "model.layers.[0-9]*", r"re:.*layers\.(0|1)\..*", "re:.*vision_tower.layers.1.*", "re:.*q4.*",
+    ],
+)  # fmt: skip
+def test_patterns_that_answer_alike_for_the_moved_blocks_are_kept(pattern: str) -> None:
+    positions = {block: [block] for block in range(21)} | {18: [19], 19: [18]}
+    value = {"ignore": [pattern], "dynamic": {pattern: {}}}
+    assert rename_layers(value, positions, "model.layers", _MODULES) == value
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"re:.*layers\.(18|2)\..*", r"+:.*\.(?:18|20)\..*", "model.layers.18*", "model.layers.1[18].mlp",
+        "re:.*layers.18.mlp.*|.*layers.2.mlp.*", r"re:^(?!vision).*layers\.18\.", r"re:layers\.1[0-8]\.mlp$",
+        r"re:language_model\.layers\.18\.",
+    ],
+)  # fmt: skip
+def test_patterns_that_answer_differently_for_the_moved_blocks_are_refused(pattern: str) -> None:
+    positions = {block: [block] for block in range(21)} | {18: [19], 19: [18]}
     with pytest.raises(ls.UnsupportedEditError, match="cannot be renumbered"):
-        rename_layers(["re:.*layers\\.(1|2)\\..*"], lambda block: [block], "layers")
-    with pytest.raises(ls.UnsupportedEditError, match="cannot be renumbered"):
-        rename_layers({"dynamic": {"+:.*\\.(?:18|19)\\..*": {"bits": 8}}}, lambda block: [block], "layers")
-    for pattern in ("model.layers.6*", "model.layers.[12].mlp", "re:.*layers.1.mlp.*|.*layers.2.mlp.*"):
-        with pytest.raises(ls.UnsupportedEditError, match="cannot be renumbered"):
-            rename_layers([pattern], lambda block: [block], "layers")
-    assert rename_layers(["re:.*gate$"], lambda block: [block], "layers") == ["re:.*gate$"]
+        rename_layers([pattern], positions, "model.layers", _MODULES)
+
+
+def test_an_ignore_list_with_digits_is_carried(llama: Path, tmp_path: Path) -> None:
+    settings = {"quant_method": "compressed-tensors", "ignore": ["re:.*conv1d.*", "model.layers.1.mlp.up_proj"]}
+    change_config(llama, quantization_config=settings)
+    ls.edit_checkpoint(llama, "drop 0", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["ignore"] == ["re:.*conv1d.*", "model.layers.0.mlp.up_proj"]
+    change_config(llama, quantization_config=settings | {"ignore": ["re:.*layers.1.mlp.*"]})
+    with pytest.raises(ls.UnsupportedEditError, match="list the names of the modules instead"):
+        ls.edit_checkpoint(llama, "drop 0", tmp_path / "refused")
 
 
 @pytest.mark.parametrize(
