@@ -42,13 +42,27 @@ LISTS = frozenset(
         "compress_ratios",
         "moe_layer_freq",
         "hybrid_override_pattern",
+        "sparse_attention_freq",
     ]
 )
 # These may have one entry for each layer only by accident.
 NOT_PER_LAYER = frozenset(
-    ["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "keys_to_ignore_at_inference"]
+    [
+        "architectures",
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "keys_to_ignore_at_inference",
+        "long_factor",
+        "short_factor",
+        "mrope_section",
+    ]
 )
-# Lists of layer numbers, in any order.
+# Dictionaries that do not describe single layers, or that are edited elsewhere.
+_NOT_LAYERS = frozenset(
+    ["quantization_config", "compression_config", "quantization", "auto_map", "id2label", "label2id"]
+)
+# Lists of layer numbers, in any order; some are written as text, "1,3,5".
 INDEX_LISTS = frozenset(
     [
         "mlp_only_layers",
@@ -64,8 +78,12 @@ INDEX_LISTS = frozenset(
         "moe_layer_indices",
         "dense_layers",
         "kv_reuse_group",
+        "moe_layers_enum",
+        "rope_scaling_layers",
     ]
 )
+# Lists of layer numbers that begin at 1 (Kimi-Linear).
+ONE_BASED_LISTS = frozenset(("full_attn_layers", "kda_layers"))
 # Cycles of layer kinds, repeated over the depth.
 CYCLES = frozenset(("block_types",))
 # Counts of layers of another kind at the start of the model.
@@ -178,6 +196,16 @@ def sections(config: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
     for name in _TEXT_SECTIONS:
         if isinstance(config.get(name), dict):
             yield from sections(config[name], (*path, name))
+
+
+def is_subsection(key: str, value: object) -> bool:
+    """Check whether a field is a dictionary that may hold further per-layer fields of the decoder."""
+    return (
+        isinstance(value, dict)
+        and not (key in _NOT_LAYERS or key in _TEXT_SECTIONS or NOT_TEXT.search(key))
+        and not any(name in value for name in DEPTH_FIELDS)
+        and not all(str(name).isdigit() for name in value)
+    )
 
 
 def is_count(value: object) -> bool:

@@ -18,15 +18,20 @@ from .config_fields import (
     INDEX_LISTS,
     LISTS,
     NOT_PER_LAYER,
+    NOT_TEXT,
+    ONE_BASED_LISTS,
     PREFIX_COUNTS,
     SUFFIX_COUNTS,
     DecoderSection,
     Json,
     is_count,
+    is_subsection,
     sections,
 )
 
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
+_NUMBERS_AS_TEXT = re.compile(r"\d+(, *\d+)*")
+_NAMES_LAYERS = re.compile(r"layer|idx|indices|indexes", re.IGNORECASE)
 
 
 def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
@@ -63,7 +68,12 @@ def rewrite_fields(fields: Json, depth: int, route: Route, *, reloaded: bool = T
     """
     if route.blocks == tuple(range(depth)):
         return dict(fields)
-    rewritten = {key: _rewrite_value(key, value, depth, route) for key, value in fields.items()}
+    rewritten = {
+        key: rewrite_fields(value, depth, route, reloaded=reloaded)
+        if is_subsection(key, value)
+        else _rewrite_value(key, value, depth, route)
+        for key, value in fields.items()
+    }
     _rewrite_counts(rewritten, depth, route, reloaded)
     return rewritten
 
@@ -76,12 +86,14 @@ def _rewrite_value(key: str, value: Any, depth: int, route: Route) -> Any:
             kinds = [value[block % len(value)] for block in range(depth)]
             new = [kinds[block] for block in order]
             return value if all(kind == value[position % len(value)] for position, kind in enumerate(new)) else new
-        if key in INDEX_LISTS or value == list(range(depth)):
-            if not all(type(item) is int and 0 <= item < depth for item in value):
+        first = int(key in ONE_BASED_LISTS)
+        if first or key in INDEX_LISTS or value == list(range(depth)):
+            if not _are_layer_numbers(value, first, depth):
                 raise UnsupportedEditError(
-                    f"config.json: {key!r} should hold layer numbers below {depth}, but holds {value!r}"
+                    f"config.json: {key!r} should hold layer numbers from {first} to {depth - 1 + first}, but holds "
+                    f"{value!r}"
                 )
-            return [position for position, block in enumerate(order) if block in value]
+            return _renumber(value, first, order)
         if len(value) == depth and key not in NOT_PER_LAYER:
             new = [value[block] for block in order]
             if key not in LISTS and new != value:
@@ -97,6 +109,9 @@ def _rewrite_value(key: str, value: Any, depth: int, route: Route) -> Any:
                 f"config.json: {key!r} has {len(value)} values for {depth} layers, so it is unclear which layers they "
                 "belong to"
             )
+        _refuse_unknown_numbers(key, value, depth, order)
+    if isinstance(value, str) and key in INDEX_LISTS and _NUMBERS_AS_TEXT.fullmatch(value):
+        return ",".join(map(str, _rewrite_value(key, [int(item) for item in value.split(",")], depth, route)))
     if isinstance(value, str) and key in LISTS and len(value) == depth:
         return "".join(value[block] for block in order)
     if isinstance(value, dict) and value and key != "id2label" and all(_LAYER_NUMBER.fullmatch(str(k)) for k in value):
@@ -107,6 +122,28 @@ def _rewrite_value(key: str, value: Any, depth: int, route: Route) -> Any:
     if key in SUFFIX_COUNTS and value:
         return _rewrite_suffix_count(key, value, depth, order)
     return value
+
+
+def _are_layer_numbers(values: list[Any], first: int, depth: int) -> bool:
+    return all(type(item) is int and first <= item < depth + first for item in values)
+
+
+def _renumber(numbers: Sequence[int], first: int, order: Sequence[int]) -> list[int]:
+    """Return the new numbers, which begin at `first`, of the layers that a list names."""
+    return [position + first for position, block in enumerate(order) if block + first in numbers]
+
+
+def _refuse_unknown_numbers(key: str, value: list[Any], depth: int, order: Sequence[int]) -> None:
+    """Refuse a list that seems to hold numbers of layers that move, since it may count from 0 or from 1."""
+    if key in LISTS or not _NAMES_LAYERS.search(key) or NOT_TEXT.search(key):
+        return
+    for first in (0, 1):
+        if _are_layer_numbers(value, first, depth) and len(set(value)) == len(value):
+            if _renumber(value, first, order) != sorted(value):
+                raise UnsupportedEditError(
+                    f"config.json: {key!r} seems to hold layer numbers, {value!r}, but its meaning is unknown; ask us "
+                    "to add it, and edit a copy without the field until then"
+                )
 
 
 def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> None:

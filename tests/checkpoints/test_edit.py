@@ -280,6 +280,26 @@ def test_a_sliding_pattern_is_written_as_the_list_that_its_class_reads(tmp_path:
         assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, ls.swap(1).route(DEPTH), tokens()))
 
 
+def test_layer_numbers_that_begin_at_one_in_a_nested_dictionary(tmp_path: Path) -> None:
+    nested = {"full_attn_layers": [3, 6], "kda_layers": [1, 2, 4, 5], "head_dim": 8, "num_heads": 4}
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    model = tiny_model("kimi_linear", linear_attn_config=nested, num_key_value_heads=4, **sizes)
+    model.save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    published = {key: value for key, value in config.items() if key not in ("layer_types", "mlp_layer_types")}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(published | {"first_k_dense_replace": 1}))
+    plan = ls.Plan.parse("drop 4; swap 2 3; repeat 5")
+    ls.edit_checkpoint(tmp_path / "source", plan, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["linear_attn_config"] == nested | {"full_attn_layers": [4, 5, 6], "kda_layers": [1, 2, 3]}
+    expected = logits_along(model, plan.route(DEPTH), tokens())
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tokens()), expected)
+    with ls.operate(model, plan):
+        assert model.config.linear_attn_config == written["linear_attn_config"]
+        assert torch.equal(logits_of(model, tokens()), expected)
+    assert model.config.linear_attn_config == nested
+
+
 def test_default_layer_types_are_written_also_without_the_check(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     model.save_pretrained(tmp_path / "source")
@@ -390,6 +410,19 @@ def test_an_ignore_list_with_digits_is_carried(llama: Path, tmp_path: Path) -> N
         ),
         ({"eos_token_id": [5, 6, 7, 8]}, "swap 1 2", {"eos_token_id": [5, 6, 7, 8]}),
         ({"odd": [5, 6, 6, 7]}, "swap 1 2", {"odd": [5, 6, 6, 7]}),
+        ({"sub": {"layer_types": list("abcd"), "x": 1}}, "swap 1 2", {"sub": {"layer_types": list("acbd"), "x": 1}}),
+        ({"sub": {"deep": {"mlp_only_layers": [1]}}}, "drop 0", {"sub": {"deep": {"mlp_only_layers": [0]}}}),
+        (
+            {"linear_attn_config": {"kda_layers": [1, 2, 4]}},
+            "swap 2 3",
+            {"linear_attn_config": {"kda_layers": [1, 2, 3]}},
+        ),
+        ({"full_attn_layers": [4]}, "repeat 3; drop 0", {"full_attn_layers": [3, 4]}),
+        ({"moe_layers_enum": "1,3"}, "repeat 1", {"moe_layers_enum": "1,2,4"}),
+        ({"sub": {"first_k_dense_replace": 2}}, "drop 0", {"sub": {"first_k_dense_replace": 1}}),
+        ({"rope_scaling": {"long_factor": [1, 2, 3, 4]}}, "drop 0", {"rope_scaling": {"long_factor": [1, 2, 3, 4]}}),
+        ({"vision_config": {"layer_types": list("abcd")}}, "drop 0", {"vision_config": {"layer_types": list("abcd")}}),
+        ({"odd_layers": [0, 1]}, "swap 2 3", {"odd_layers": [0, 1]}),
     ],
 )
 def test_config_fields_follow_the_route(fields: dict[str, Any], plan: str, expected: dict[str, Any]) -> None:
@@ -406,7 +439,10 @@ def test_config_fields_follow_the_route(fields: dict[str, Any], plan: str, expec
         ({"mystery": [1, 2, 3, 4]}, "swap 1 2", "'mystery' is a list of 4 values for 4 layers"),
         ({"first_k_dense_replace": 2}, "swap 1 2", "first_k_dense_replace = 2"),
         ({"num_kv_shared_layers": 2}, "swap 0 1", "num_kv_shared_layers = 2"),
-        ({"mlp_only_layers": [[1, 2]]}, "swap 0 1", "should hold layer numbers below 4"),
+        ({"mlp_only_layers": [[1, 2]]}, "swap 0 1", "should hold layer numbers from 0 to 3"),
+        ({"sub": {"kda_layers": [0, 4]}}, "swap 0 1", "'kda_layers' should hold layer numbers from 1 to 4"),
+        ({"sub": {"mystery": [1, 2, 3, 4]}}, "swap 1 2", "'mystery' is a list of 4 values for 4 layers"),
+        ({"odd_layers": [1, 2]}, "drop 0", r"'odd_layers' seems to hold layer numbers, \[1, 2\]"),
         ({"layer_types": ["a", "b"]}, "swap 0 1", "has 2 values for 4 layers"),
         ({"scale_attn_by_inverse_layer_idx": True}, "swap 0 1", "scales the attention of each layer by its position"),
     ],
