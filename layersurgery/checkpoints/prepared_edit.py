@@ -16,6 +16,7 @@ from ..models.config_fields import (
     new_positions,
     non_default_fields,
 )
+from ..models.config_periods import broken_periods
 from ..models.config_rewrite import rewrite
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
@@ -131,6 +132,12 @@ def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, l
 
         if verify or is_known_model_type(checkpoint.config):
             config = write_derived_fields(checkpoint.config, config, section, route)
+        elif broken := broken_periods(checkpoint.fields, section.depth, route):
+            raise UnsupportedEditError(
+                f"config.json: {', '.join(broken)} places the layers of one kind, {route} breaks its period, and "
+                f"transformers does not know the model type {checkpoint.config.get('model_type')!r}; rearrange layers "
+                "only by whole periods"
+            )
     positional = non_default_fields(checkpoint.fields, POSITIONAL_ONLY)
     if positional and not verify and route.blocks != tuple(range(section.depth)):
         raise UnsupportedEditError(

@@ -28,6 +28,7 @@ from .config_fields import (
     is_subsection,
     sections,
 )
+from .config_periods import follow_periods
 
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
 _NUMBERS_AS_TEXT = re.compile(r"\d+(, *\d+)*")
@@ -37,8 +38,8 @@ _NAMES_LAYERS = re.compile(r"layer|idx|indices|indexes", re.IGNORECASE)
 def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
     """Rewrite a config for a route: depth, lists, lists of layer numbers, counts and overrides of single layers.
 
-    A number that describes all positions (`POSITIONAL_WITH_LIST`, `POSITIONAL_ONLY`) is not changed: only the config
-    class can interpret it.
+    A number that describes all positions (`POSITIONAL_WITH_LIST`, `POSITIONAL_ONLY`) is not changed where there is no
+    list next to it: only the config class can interpret it.
 
     Raises:
         UnsupportedEditError: a field that cannot describe the new order; gives its name.
@@ -48,7 +49,9 @@ def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
         # Some configs hold the decoder's fields twice, at the top and in their section.
         depth_fields = [key for key in section.depth_fields if fields.get(key) == section.depth]
         if depth_fields:
-            fields.update(rewrite_fields(fields, section.depth, route))
+            rewritten = rewrite_fields(fields, section.depth, route)
+            fields.clear()
+            fields.update(rewritten)
             fields.update(dict.fromkeys(depth_fields, len(route)))
     return config
 
@@ -75,7 +78,7 @@ def rewrite_fields(fields: Json, depth: int, route: Route, *, reloaded: bool = T
         for key, value in fields.items()
     }
     _rewrite_counts(rewritten, depth, route, reloaded)
-    return rewritten
+    return follow_periods(rewritten, len(route))
 
 
 def _rewrite_value(key: str, value: Any, depth: int, route: Route) -> Any:

@@ -19,6 +19,7 @@ from ..errors import SourceError, UnsupportedEditError
 from ..library_logs import quiet_libraries
 from ..plans.route import Route
 from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise
+from .config_periods import follow_periods
 from .config_rewrite import rewrite_fields
 
 _UNVERIFIED = "Without this check (verify), the checkpoint can be written at your own risk."
@@ -85,7 +86,7 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
     """Write the per-layer lists that the config class would derive wrongly from positions into the edited config.
 
     A class that derives one value for each layer from a number (`sliding_window_pattern`, `max_window_layers`) uses
-    positions, so after an edit the config must hold the list itself.
+    positions, so after an edit the config must hold the list itself, and no number that contradicts it.
 
     Raises:
         UnsupportedEditError: a per-layer value that the class does not accept from the config.
@@ -98,8 +99,11 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
     if not differing:
         return edited
     edited = copy.deepcopy(edited)
-    for key in differing:
-        section.get_fields(edited)[key] = expected[key]
+    edited_fields = section.get_fields(edited)
+    edited_fields.update({key: expected[key] for key in differing})
+    followed = follow_periods(edited_fields, len(route))
+    edited_fields.clear()
+    edited_fields.update(followed)
     try:
         accepted = not _find_differing(expected, edited)
     except UnsupportedEditError:  # a property without a setter

@@ -22,6 +22,7 @@ from ..plans.route import Route
 from ..units import format_list
 from .block_list import find_block_list
 from .config_fields import DEPTH_FIELDS, DecoderSection, Json
+from .config_periods import PERIODS
 from .meta_model import build_meta_model
 from .skipped_branch import SkippedBranch
 
@@ -144,6 +145,8 @@ class ReloadCheck:
         """Check whether two values differ exactly as the route's depth, positions or order require."""
         if name in DEPTH_FIELDS:
             return bool(source == self.section.depth and edited == len(self.route))
+        if name in PERIODS:  # EXAONE's attention keeps a copy, but acts on the list
+            return True
         if type(source) is int and type(edited) is int:
             return bool(_INDEX_NAME.search(name)) and source - old == edited - new
         if isinstance(source, list | tuple) and isinstance(edited, list | tuple) and len(source) == self.section.depth:

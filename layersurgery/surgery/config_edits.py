@@ -36,6 +36,11 @@ class UndoLog:
         self.changes.append((owner, name, owner.get(name, _MISSING), value, label))
         owner[name] = value
 
+    def remove(self, owner: dict[str, Any], name: str, label: str) -> None:
+        """Remove a key of a dictionary, and record its value."""
+        self.changes.append((owner, name, owner[name], _MISSING, label))
+        del owner[name]
+
     def changed_since(self) -> list[str]:
         """Return the labels of attributes that no longer have the value that was set here."""
         latest = {(id(owner), name): (owner, name, value, label) for owner, name, _, value, label in self.changes}
@@ -80,6 +85,8 @@ def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
         for name in sorted(LISTS - attributes.keys())
         if is_layerwise(name, value := _read_field(config, name), depth)
     }
+    for name in fields.keys() - rewritten.keys():
+        log.remove(attributes, name, f"config.{name}")
     for name, value in rewritten.items():
         if value is not fields[name] and value != fields[name]:
             log.set(attributes, name, tuple(value) if isinstance(attributes[name], tuple) else value, f"config.{name}")

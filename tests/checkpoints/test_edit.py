@@ -433,6 +433,66 @@ def test_config_fields_follow_the_route(fields: dict[str, Any], plan: str, expec
     assert config == {"model_type": "x", "num_hidden_layers": 4, **fields}
 
 
+_PERIOD = {"full_attention_interval": 2, "layer_types": ["linear_attention", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "plan", "expected"),
+    [
+        (_PERIOD, "swap 1 2", None),
+        (_PERIOD, "drop 3", 2),
+        (_PERIOD, "drop 0:2", 2),
+        (_PERIOD, "drop 0 2", 1),
+        (_PERIOD, "repeat 0", None),
+        (_PERIOD, "repeat 0; repeat 2", 3),
+        ({"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"] * 2}, "drop 1", 3),
+        ({"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"] * 2}, "drop 3", "LG"),
+        ({"sliding_window_pattern": 2}, "drop 1", 2),
+        ({"no_rope_layer_interval": 2, "no_rope_layers": [1, 0, 1, 0]}, "swap 0 1", None),
+        ({"interleave_moe_layer_step": 2, "moe_layers": [1, 3]}, "drop 0", None),
+        ({"interleave_moe_layer_step": 2, "moe_layers": [1, 3]}, "drop 0 2", 1),
+        ({"global_attn_every_n_layers": 2, "layer_types": ["full_attention", "sliding_attention"] * 2}, "drop 0", None),
+        ({"max_window_layers": 2, "layer_types": list("abcd")}, "drop 0", 2),
+        ({"index_topk_freq": 2, "indexer_types": ["full", "full", "shared", "full"]}, "drop 3", 2),
+        ({"index_topk_freq": 2, "indexer_types": ["full", "full", "shared", "full"]}, "drop 2", 1),
+    ],
+)
+def test_a_number_that_describes_a_list_follows_it_or_is_removed(
+    fields: dict[str, Any], plan: str, expected: object
+) -> None:
+    config = {"num_hidden_layers": 4, **fields}
+    new = rewrite(config, find_section(config), ls.Plan.parse(plan).route(4))
+    assert new.get(next(iter(fields))) == expected
+    assert new.keys() == (config.keys() if expected else config.keys() - {next(iter(fields))})
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "exaone4", "llama4_text"])
+@pytest.mark.parametrize("plan", ["drop 4", "drop 1 4"])
+def test_files_and_models_keep_no_number_that_contradicts_their_list(tmp_path: Path, name: str, plan: str) -> None:
+    field = {"qwen3_next": "full_attention_interval", "exaone4": "sliding_window_pattern"}.get(
+        name, "no_rope_layer_interval"
+    )
+    model = tiny_model(name, **{field: 3})
+    expected = None if plan == "drop 4" else 2
+    model.save_pretrained(tmp_path / "source")
+    before = dict(vars(model.config))
+    ls.edit_checkpoint(tmp_path / "source", plan, tmp_path / "file")
+    with ls.operate(model, plan):
+        ls.save(model, tmp_path / "memory")
+        for out in (tmp_path / "file", tmp_path / "memory"):
+            assert json.loads((out / "config.json").read_text()).get(field) == expected
+            reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
+            assert torch.equal(logits_of(reloaded, tokens()), logits_of(model, tokens()))
+    assert vars(model.config) == before
+
+
+def test_a_period_without_a_list_of_an_unknown_type_is_refused(llama: Path, tmp_path: Path) -> None:
+    change_config(llama, model_type="unheard_of", full_attention_interval=3)
+    ls.edit_checkpoint(llama, "drop 3:6", tmp_path / "out", verify=False)
+    with pytest.raises(ls.UnsupportedEditError, match="full_attention_interval places the layers of one kind"):
+        ls.edit_checkpoint(llama, "drop 1", tmp_path / "refused", verify=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "plan", "message"),
     [
