@@ -7,6 +7,7 @@ import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,6 +144,8 @@ def _move_into_place(partial: Path, out: Path, *, overwrite: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+# A younger lock file without a directory may belong to a process that has created it and not locked it yet.
+_LOCKING_SECONDS = 60
 # On Windows, the system removes the lock file once no process has it open.
 _CREATE = os.O_CREAT | os.O_RDWR | getattr(os, "O_TEMPORARY", 0)
 
@@ -195,7 +198,14 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(out)
-    for partial in out.parent.glob(f".{glob.escape(out.name)}.partial-????????"):
+    name = f".{glob.escape(out.name)}.partial-????????"
+    partials = set(out.parent.glob(name))
+    # A run that was killed before it made its directory, or after it renamed it, left the lock alone.
+    for lock in out.parent.glob(f".lock{name}"):
+        with suppress(OSError):
+            if time.time() - lock.stat().st_mtime > _LOCKING_SECONDS:
+                partials.add(lock.with_name(lock.name.removeprefix(".lock")))
+    for partial in partials:
         with suppress(OSError), _locked_partial(partial) as locked:
             if locked:  # its process has ended
                 shutil.rmtree(partial, ignore_errors=True)

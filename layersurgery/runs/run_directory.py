@@ -63,13 +63,18 @@ class Run:
         if not self.started:
             earlier = read_run(self.directory) or RunRecord()
             # Killed between any two of these steps, the directory stays one of ours: `run.json` is replaced, not
-            # removed, and only when no batches of another run can be taken for this one's.
+            # removed, and only when no batches of another run can be taken for this one's. It names the results to
+            # remove until they are removed.
             clear_progress(self.directory)
             facts: RunRecord = {"kind": self.kind, "state": "begun", "arguments": self.arguments}
             if self.command:
                 facts["command"] = self.command
+            old_results = _find_results(self.directory, earlier)
+            if old_results:
+                facts["replaced"] = old_results
             self.update(facts)
-            _remove_results(self.directory, earlier)
+            _remove_files(self.directory, old_results)
+            self.facts.pop("replaced", None)
 
     def update(self, facts: RunRecord) -> None:
         """Add facts to `run.json`."""
@@ -157,16 +162,22 @@ def clear_progress(directory: Path) -> None:
         shutil.rmtree(directory / name, ignore_errors=True)
 
 
-def _remove_results(directory: Path, earlier: RunRecord) -> None:
-    """Remove the results of an earlier run, and no other files."""
+def _find_results(directory: Path, earlier: RunRecord) -> list[str]:
+    """Return the names of the results of an earlier run, also of partly written ones, and of no other files."""
     tables = (
         [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv", "png", "svg")]
         if earlier.get("kind") == ANALYSIS
         else []
     )
-    written = (*earlier.get("figures", []), *earlier.get("files", []))
-    for name in (*tables, *written, RESULTS, CSV, SEQUENCES, TOKENS):
-        (directory / Path(str(name)).name).unlink(missing_ok=True)
+    written = (*earlier.get("figures", []), *earlier.get("files", []), *earlier.get("replaced", []))
+    names = [Path(str(name)).name for name in (*tables, *written, RESULTS, CSV, SEQUENCES, TOKENS)]
+    both = dict.fromkeys(file for name in names for file in (name, f".{name}.partial"))
+    return [file for file in both if (directory / file).is_file() or (directory / file).is_symlink()]
+
+
+def _remove_files(directory: Path, names: list[str]) -> None:
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _describe_differences(recorded: Any, current: Any, prefix: str = "") -> str:

@@ -37,6 +37,7 @@ RunRecord = TypedDict(
         "state": str,  # "begun" or "finished"
         "arguments": dict[str, Any],  # what the digits depend on
         "command": str,
+        "replaced": list[str],  # results of another run that are being removed
         "batch_size": int,
         # From the end of a measurement on text.
         "model": ModelFacts,
