@@ -98,9 +98,10 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
     """Understand any form of text that the Python functions take.
 
     Args:
-        text: token ids, (sequences, length); a tokenizer's output, with its attention mask; a list of strings; a
-            Hugging Face dataset, of which `options.column` is read; a path; "pydoc"; the id of a Hub dataset; or None
-            for what `options.data` names.
+        text: token ids, (sequences, length); a tokenizer's output, with its attention mask, also of sequences that were
+            not padded; a list of strings; a Hugging Face dataset or a pandas table, of which `options.column` is read,
+            or the columns of a tokenizer; a path; "pydoc"; the id of a Hub dataset; or None for what `options.data`
+            names.
         options: the options; `data` is replaced if the text is a path or the id of a dataset.
         attention_mask: 1 for a token and 0 for padding, for token ids.
 
@@ -112,6 +113,12 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
     """
     if isinstance(text, np.ndarray | pd.Series) and text.dtype.kind not in "iub":
         text = list(text)
+    if isinstance(text, pd.DataFrame):
+        text = _rows_of_table(text, options.column)
+    elif _is_dataset(text) and _holds_tokens(text, options.column):
+        text = {name: text[name] for name in ("input_ids", "attention_mask") if name in text.column_names}
+    if isinstance(text, Mapping) and "input_ids" in text:
+        text, attention_mask = _padded(text["input_ids"], text.get("attention_mask"), attention_mask)
     has_tokens = isinstance(text, Mapping) or not _is_text(text)
     if text is not None:
         options.refuse(["data"], "names a text, and another text is given; give one of them")
@@ -130,12 +137,9 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
                 "give texts as a list of strings"
             )
         return replace(options, data=str(text)), None
-    if isinstance(text, Mapping) and "input_ids" in text:  # a tokenizer's output
-        mask = text.get("attention_mask") if attention_mask is None else attention_mask
-        return options, GivenText(as_tokens(text["input_ids"], mask), masked=mask is not None)
-    if isinstance(text, Mapping) and hasattr(text, "column_names"):
+    if isinstance(text, Mapping) and _is_dataset(text):
         raise PlanError(f"a dataset of several splits; give one of them: {', '.join(map(str, text))}")
-    if hasattr(text, "column_names") or hasattr(text, "features"):  # a dataset, in memory or streamed
+    if _is_dataset(text):
         return options, GivenText(
             documents=_column(text, options.column), pack=True, is_finite=hasattr(text, "__len__")
         )
@@ -143,7 +147,7 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
         if wrong := next((item for item in text if not isinstance(item, str)), None):
             raise PlanError(f"a list of texts holds {wrong!r}, which is no text")
         return options, GivenText(documents=list(text))
-    if isinstance(text, torch.Tensor | Sequence) or hasattr(text, "__array__"):
+    if isinstance(text, torch.Tensor) or hasattr(text, "__array__") or _is_list(text):
         return options, GivenText(as_tokens(text, attention_mask), masked=attention_mask is not None)
     raise PlanError(
         "text is given as token ids, a tokenizer's output, a list of strings, a dataset, a path or the id of a "
@@ -156,9 +160,59 @@ _TEXT_OPTIONS = ("split", "column", "tokens", "context", "pack", "lines", "bos",
 
 def _is_text(text: Any) -> bool:
     """Return whether this is a text or names one, and is not token ids."""
-    if text is None or isinstance(text, str | os.PathLike) or hasattr(text, "column_names"):
+    if text is None or isinstance(text, str | os.PathLike) or _is_dataset(text):
         return True
-    return isinstance(text, Sequence) and any(isinstance(item, str) for item in text)
+    return _is_list(text) and any(isinstance(item, str) for item in text)
+
+
+def _is_list(text: Any) -> bool:
+    return isinstance(text, Sequence) and not isinstance(text, bytes | bytearray | memoryview)
+
+
+def _is_dataset(text: Any) -> bool:
+    """Return whether this is a dataset, in memory or streamed."""
+    return hasattr(text, "column_names")
+
+
+def _holds_tokens(dataset: Any, column: str) -> bool:
+    """Return whether a dataset in memory has a tokenizer's columns and not the column of text."""
+    names = dataset.column_names or ()
+    return hasattr(dataset, "__len__") and "input_ids" in names and column not in names
+
+
+def _rows_of_table(table: pd.DataFrame, column: str) -> Any:
+    """Return the texts of a pandas table, or a tokenizer's columns."""
+    if column in table:
+        return table[column].tolist()
+    if "input_ids" in table:
+        return {name: table[name].tolist() for name in ("input_ids", "attention_mask") if name in table}
+    raise PlanError(
+        f"the table has no column {column!r}; it has {', '.join(map(str, table))}. Name the column that contains the "
+        "text (column)"
+    )
+
+
+def _padded(ids: Any, own_mask: Any, mask: Any) -> tuple[Any, Any]:
+    """Return a tokenizer's token ids and their mask, (sequences, length); pad sequences that have several lengths.
+
+    Args:
+        ids: token ids, of one sequence or of several.
+        own_mask: the tokenizer's mask; None if it gave none.
+        mask: the caller's mask, which is used instead; None if there is none.
+    """
+    own_mask = own_mask if mask is None else mask
+    if hasattr(ids, "tolist"):  # a tensor or an array
+        is_single = len(ids.shape) == 1
+    else:
+        ids = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+        is_single = all(isinstance(item, int) for item in ids)
+    if is_single:
+        return [ids], None if own_mask is None else [own_mask]
+    if hasattr(ids, "tolist") or len(lengths := {len(row) for row in ids}) < 2:
+        return ids, own_mask
+    masks = [[1] * len(row) for row in ids] if own_mask is None else [list(row) for row in own_mask]
+    longest = max(lengths)
+    return [[*row, *[0] * (longest - len(row))] for row in ids], [[*row, *[0] * (longest - len(row))] for row in masks]
 
 
 def _column(dataset: Any, column: str) -> Iterable[str]:

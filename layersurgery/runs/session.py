@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints.sources import Source, find_source
 from ..checkpoints.tensor_index import fingerprint
 from ..errors import PlanError, SourceError
-from ..models.block_list import find_decoder_blocks, text_config
+from ..models.block_list import find_decoder_blocks, text_config, unwrap_transformers
 from ..runtime.offload import device_of, offload_hooks
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
@@ -26,7 +26,7 @@ from .requests import GivenText, config_limits, given_tokens, read_model_info, t
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
 from .tables import read_run
-from .text import TokenizedText, check_data, read_text
+from .text import ALL, TokenizedText, check_data, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,6 +112,8 @@ class ModelSession:
             self.name = Path(self.label).name
             self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
             positions, self._vocabulary = config_limits(text_config(model))
+            rows = getattr(unwrap_transformers(model).get_input_embeddings(), "num_embeddings", None)
+            self._vocabulary = min(filter(None, (self._vocabulary, rows)), default=None)  # tokens may have been removed
             self._padding = getattr(text_config(model), "pad_token_id", None)
             self._placement: Placement | None = _placement_of(model, options)
         else:
@@ -238,6 +240,10 @@ class ModelSession:
         if int(present.min()) < 0:
             raise PlanError(f"the text has token {int(present.min())}; token ids are not negative")
         self.check_vocabulary(int(present.max()))
+        if bool((padding := ~text.mask.bool()).any()):
+            # A padding token may be one that the model does not have (-100, or one that was added to the tokenizer).
+            known = (text.ids >= 0) & (text.ids < (self._vocabulary or ALL))
+            text = replace(text, ids=text.ids.where(known | ~padding, 0))
         sequences, length = text.ids.shape
         if self._positions is not None and length > self._positions:
             raise PlanError(

@@ -21,19 +21,46 @@ def as_tokens(
     Raises:
         PlanError: the shapes are wrong, or no position has a next token.
     """
-    try:
-        ids = torch.as_tensor(tokens)
-    except ValueError as error:
-        raise PlanError(f"tokens must be sequences of one length; pad them and give a mask ({error})") from None
-    mask = torch.ones_like(ids) if attention_mask is None else torch.as_tensor(attention_mask)
+    ids = _as_tensor(tokens, "tokens must be sequences of one length; pad them and give a mask")
+    mask = (
+        torch.ones_like(ids) if attention_mask is None else _as_tensor(attention_mask, "a mask has the tokens' shape")
+    )
     if ids.dim() != 2 or mask.shape != ids.shape:
         raise PlanError(
             f"tokens and mask must have the same shape (sequences, length); found {tuple(ids.shape)} and "
             f"{tuple(mask.shape)}"
         )
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise PlanError(f"token ids are whole numbers, not {str(ids.dtype).removeprefix('torch.')}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise PlanError("a mask is 1 for a token and 0 for padding, and this one holds other numbers")
+    ids, mask = ids.long().cpu(), mask.long().cpu()
     if not bool(has_next_token(mask).any()):
         raise PlanError("no position has a next token: give sequences of at least two tokens")
-    return ids.long().cpu(), mask.long().cpu()
+    return ids, mask
+
+
+def _as_tensor(numbers: Any, shape: str) -> torch.Tensor:
+    """Convert numbers in any form to a tensor.
+
+    Args:
+        numbers: the numbers.
+        shape: says which shape they should have, for errors.
+
+    Raises:
+        PlanError: they are not numbers, or their sequences have several lengths.
+    """
+    if isinstance(numbers, Sequence) and any(hasattr(row, "tolist") for row in numbers):
+        numbers = [row.tolist() if hasattr(row, "tolist") else row for row in numbers]
+    try:
+        tensor = torch.as_tensor(numbers)
+    except ValueError as error:
+        raise PlanError(f"{shape} ({error})") from None
+    except (TypeError, RuntimeError) as error:
+        raise PlanError(f"tokens and masks are given as numbers, and these are not ({error})") from None
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise PlanError("tokens and masks are given as dense tensors with values, not as meta or sparse tensors")
+    return tensor
 
 
 def has_next_token(mask: torch.Tensor) -> torch.Tensor:

@@ -135,6 +135,16 @@ def test_every_form_of_text_gives_the_same_numbers(place: Path, tmp_path: Path) 
         "output": {"text": encoded},
         "mask": {"text": encoded["input_ids"], "attention_mask": encoded["attention_mask"]},
         "lists": {"text": encoded["input_ids"].tolist(), "attention_mask": encoded["attention_mask"].tolist()},
+        "not padded": {"text": tokenizer(texts)},
+        "arrays": {"text": tokenizer(texts, padding=True, return_tensors="np")},
+        "padding that no vocabulary has": {
+            "text": encoded["input_ids"].where(encoded["attention_mask"].bool(), -100),
+            "attention_mask": encoded["attention_mask"].bool(),
+        },
+        "tokenized dataset": {"text": datasets.Dataset.from_dict(dict(tokenizer(texts)))},
+        "column of a dataset": {"text": datasets.Dataset.from_dict({"body": texts})["body"], "tokenizer": tokenizer},
+        "table": {"text": pd.DataFrame({"text": texts}), "tokenizer": tokenizer},
+        "tokenized table": {"text": pd.DataFrame(dict(tokenizer(texts)))},
         "dataset": {"text": datasets.Dataset.from_dict({"text": texts}), "pack": False, "tokenizer": tokenizer},
         "column": {
             "text": datasets.Dataset.from_dict({"body": texts}).to_iterable_dataset(),
@@ -163,6 +173,17 @@ def test_every_form_of_text_gives_the_same_numbers(place: Path, tmp_path: Path) 
         (torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), {}, "1 of 2 sequences begin or end with the padding token"),
         (torch.randint(3, 90, (1, 65)), {}, "65 tokens, more than the model's 64 positions"),
         (torch.tensor([[5, 128]]), {}, "the text has token 128, but the model's vocabulary has 128 tokens"),
+        (torch.tensor([[5.5, 6]]), {}, "token ids are whole numbers, not float32"),
+        (torch.tensor([[True, False]]), {}, "token ids are whole numbers, not bool"),
+        ([[5, None]], {}, "given as numbers, and these are not"),
+        ([{"role": "user", "content": "a message"}], {}, "given as numbers, and these are not"),
+        (torch.tensor([[5, 6]], device="meta"), {}, "not as meta or sparse tensors"),
+        (torch.tensor([[5, 6]]).to_sparse(), {}, "not as meta or sparse tensors"),
+        (b"some text", {}, "not as bytes"),
+        (pd.DataFrame({"body": ["a"]}), {}, "the table has no column 'text'; it has body"),
+        (torch.tensor([[5, 6]]), {"attention_mask": "11"}, "given as numbers, and these are not"),
+        (torch.tensor([[5, 6]]), {"attention_mask": [[0.5, 1]]}, "a mask is 1 for a token and 0 for padding"),
+        (torch.tensor([[5, 6], [7, 8]]), {"attention_mask": [[1, 1], [1]]}, "a mask has the tokens' shape"),
         (["some text"], {}, "needs a tokenizer for texts"),
         ("a b c", {}, "give texts as a list of strings"),
         (3, {}, "not as int"),
@@ -181,6 +202,20 @@ def test_text_that_cannot_be_measured(text: Any, options: dict[str, Any], words:
     ):
         with pytest.raises(ls.LayerSurgeryError, match=words):
             call()
+
+
+def test_one_sequence_of_a_tokenizer(place: Path) -> None:
+    model, tokenizer = ls.load(place / "tiny")
+    expected = ls.sweep(model, "drop", tokenizer(["One text."], return_tensors="pt"))
+    pd.testing.assert_frame_equal(ls.sweep(model, "drop", tokenizer("One text.")), expected)
+
+
+def test_a_vocabulary_of_which_rows_were_removed() -> None:
+    model = tiny_model("llama")
+    model.resize_token_embeddings(100)
+    model.config.vocab_size = 128
+    with pytest.raises(ls.SourceError, match="the text has token 120, but the model's vocabulary has 100 tokens"):
+        ls.sweep(model, "drop", [[5, 120]])
 
 
 def test_padding_that_is_counted_on_purpose() -> None:
