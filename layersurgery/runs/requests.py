@@ -25,6 +25,33 @@ _GIVEN_TEXTS, _GIVEN_TOKENS = "the given texts", "the given tokens"
 
 
 @dataclass(frozen=True, slots=True)
+class Padding:
+    """Tokens that may be padding.
+
+    Attributes:
+        tokens: padding tokens.
+        ends: tokens that end a text; many pad with them.
+    """
+
+    tokens: frozenset[int]
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, *sources: Any) -> Padding:
+        """Read the tokens from configs and tokenizers."""
+
+        def found(name: str) -> frozenset[int]:
+            values = [getattr(source, name, None) for source in sources]
+            listed = [token for value in values for token in (value if isinstance(value, list) else [value])]
+            return frozenset(token for token in listed if isinstance(token, int))
+
+        return cls(found("pad_token_id"), found("eos_token_id"))
+
+    def __or__(self, other: Padding) -> Padding:
+        return Padding(self.tokens | other.tokens, self.ends | other.ends)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts from a model's config.
 
@@ -33,14 +60,14 @@ class ModelInfo:
         depth: number of blocks.
         positions: largest number of positions; None if the config does not say it.
         vocabulary: number of tokens in the vocabulary; None if the config does not say it.
-        padding: the padding token; None if the config does not say it.
+        padding: tokens that may be padding, as the config says.
     """
 
     source: Source
     depth: int
     positions: int | None
     vocabulary: int | None
-    padding: int | None
+    padding: Padding
 
 
 def read_model_info(model: str | os.PathLike[str], revision: str | None, reporter: Reporter) -> ModelInfo:
@@ -66,7 +93,7 @@ def read_model_info(model: str | os.PathLike[str], revision: str | None, reporte
             raise SourceError(
                 f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}"
             ) from error
-    return ModelInfo(source, depth, *config_limits(config), getattr(config, "pad_token_id", None))
+    return ModelInfo(source, depth, *config_limits(config), Padding.of(config))
 
 
 def config_limits(config: Any) -> tuple[int | None, int | None]:
@@ -257,24 +284,41 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     return TextRequest(data, tokens, context, pack=pack, documents=documents, **sampling)
 
 
-def given_tokens(given: GivenText, padding: Any) -> TokenizedText:
+def given_tokens(given: GivenText, padding: Padding) -> TokenizedText:
     """Return tokens that were given from Python as a text.
 
     Args:
         given: the tokens.
-        padding: the model's padding token; None if it has none.
+        padding: the model's and the tokenizer's padding.
 
     Raises:
         PlanError: sequences are padded, and there is no mask.
     """
     assert given.tokens is not None
     ids, mask = given.tokens
-    if not given.masked and isinstance(padding, int) and ids.shape[1] > 2:
-        # One such token at an end may be text; two of them in some sequences and not in others are padding.
-        ends = (ids[:, :2] == padding).all(-1) | (ids[:, -2:] == padding).all(-1)
-        if bool(ends.any()) and not bool(ends.all()):
-            raise PlanError(
-                f"{int(ends.sum())} of {len(ids)} sequences begin or end with the padding token ({padding}), which "
-                "would be counted as text; give attention_mask (or the tokenizer's whole output); all ones count them"
-            )
-    return TokenizedText(ids, mask, fingerprint_of(ids, mask))
+    notes = []
+    if not given.masked:
+        counts = {token: _count_padded(ids, token) for token in (*padding.tokens, *padding.ends)}
+        for token, (once, twice) in counts.items():
+            # One such token at an end may be text. Two of them are padding; two end-of-text tokens in every sequence
+            # may be how the text was made.
+            if twice and (token not in padding.ends or twice < len(ids)):
+                raise PlanError(
+                    f"{twice} of {len(ids)} sequences begin or end with the padding token ({token}), which "
+                    "would be counted as text; give attention_mask (or the tokenizer's whole output); all ones count "
+                    "them"
+                )
+            if once and token in padding.tokens and token not in padding.ends:
+                notes.append(
+                    f"{once} of {len(ids)} sequences begin or end with one padding token ({token}), which is counted "
+                    "as text; if it is padding, give attention_mask"
+                )
+    return TokenizedText(ids, mask, fingerprint_of(ids, mask), tuple(notes))
+
+
+def _count_padded(ids: torch.Tensor, token: int) -> tuple[int, int]:
+    """Return how many sequences begin or end with a token, and how many with two of it, being longer than that."""
+    is_token = ids == token
+    once = is_token[:, 0] | is_token[:, -1]
+    twice = is_token[:, :2].all(-1) | is_token[:, -2:].all(-1)
+    return int(once.sum()), int(twice.sum()) if ids.shape[1] > 2 else 0

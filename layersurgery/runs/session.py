@@ -22,7 +22,7 @@ from ..units import format_bytes, format_count
 from .options import RunOptions
 from .placement import Placement, choose_placement, describe_placement, load_model
 from .reporter import Reporter
-from .requests import GivenText, config_limits, given_tokens, read_model_info, text_request
+from .requests import GivenText, Padding, config_limits, given_tokens, read_model_info, text_request
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
 from .tables import read_run
@@ -114,7 +114,7 @@ class ModelSession:
             positions, self._vocabulary = config_limits(text_config(model))
             rows = getattr(unwrap_transformers(model).get_input_embeddings(), "num_embeddings", None)
             self._vocabulary = min(filter(None, (self._vocabulary, rows)), default=None)  # tokens may have been removed
-            self._padding = getattr(text_config(model), "pad_token_id", None)
+            self._padding = Padding.of(text_config(model), getattr(model, "generation_config", None))
             self._placement: Placement | None = _placement_of(model, options)
         else:
             info = read_model_info(model, options.revision, reporter)
@@ -231,7 +231,7 @@ class ModelSession:
     def _read_tokens(self) -> TokenizedText:
         request, reporter = self.request, self.reporter
         if self._given is not None and self._given.tokens is not None:
-            text = given_tokens(self._given, self._padding)
+            text = given_tokens(self._given, self._padding | Padding.of(self.options.tokenizer))
         else:
             tokenizer = self.tokenizer
             with reporter.status(f"Reading text: {request.data}"):

@@ -218,6 +218,41 @@ def test_a_vocabulary_of_which_rows_were_removed() -> None:
         ls.sweep(model, "drop", [[5, 120]])
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[5, 6, 7, 8], [5, 6, 0, 0]], "1 of 2 .* padding token"),
+        ([[5, 6, 7, 8], [0, 0, 5, 6]], "1 of 2 .* padding token"),
+        ([[5, 6, 7, 0, 0], [5, 6, 0, 0, 0]], "2 of 2 .* padding token"),
+        ([[5, 6, 7, 8, 9], [5, 6, 7, 8, 0]], "1 of 2 .* one padding token"),
+    ],
+)
+@pytest.mark.parametrize("known_by", ["config", "generation config", "tokenizer"])
+def test_padding_without_a_mask_is_noticed(ids: list[list[int]], words: str, known_by: str) -> None:
+    model = tiny_model("llama", pad_token_id=0 if known_by == "config" else None)
+    options = {}
+    if known_by == "generation config":
+        model.generation_config.pad_token_id = 0
+    elif known_by == "tokenizer":
+        options["tokenizer"] = tiny_tokenizer()
+    if "one" in words:
+        with pytest.warns(LayerSurgeryWarning, match=words):
+            ls.sweep(model, "drop", ids, **options)
+    else:
+        with pytest.raises(ls.PlanError, match=words):
+            ls.sweep(model, "drop", ids, **options)
+
+
+def test_padding_with_the_token_that_ends_a_text(place: Path) -> None:
+    model = tiny_model("llama", pad_token_id=None, eos_token_id=2)
+    with pytest.raises(ls.PlanError, match="1 of 2 sequences begin or end with the padding token"):
+        ls.sweep(model, "drop", [[5, 6, 7, 2], [5, 2, 2, 2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ls.sweep(model, "drop", [[5, 6, 7, 2], [5, 6, 7, 8]])
+        ls.sweep(model, "drop", [[2, 2, 5, 6], [2, 2, 7, 8]])
+
+
 def test_padding_that_is_counted_on_purpose() -> None:
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
     model = tiny_model("llama", pad_token_id=0)
