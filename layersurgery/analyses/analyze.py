@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import PlanError
+from ..plans.route import as_int
 from ..registry import ANALYSES, resolve
 from ..runs.frames import ResultFrame, as_result
 from ..runs.open_text import open_model, open_text
@@ -214,6 +215,10 @@ def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tupl
         PlanError: an option does not exist.
     """
     shared = {name: value for name, value in options.items() if name in _RUN_OPTIONS}
-    own = {name: value for name, value in options.items() if name not in _RUN_OPTIONS}
+    own = {
+        name: value if (number := as_int(value)) is None else number
+        for name, value in options.items()
+        if name not in _RUN_OPTIONS
+    }
     refuse_unknown(own, sorted({*_RUN_OPTIONS, *signature(function).parameters} - _INTERNAL))
     return RunOptions.of(shared), own

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import MeasurementError, warn
 from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
+from ..plans.route import whole_number
 from ..runs.tables import as_records
 from ..runtime.inputs import as_tokens
 from ..sweeps.measurer import collect_sums
@@ -29,7 +30,8 @@ def max_span(depth: int, spans: int | None = None) -> int:
 
     It is half of the model's depth if not given, and at least one block remains.
     """
-    return max(1, min(spans or depth // 2, depth - 1))
+    longest = 0 if spans is None else whole_number(spans, "spans")
+    return max(1, min(longest or depth // 2, depth - 1))
 
 
 def rank(

@@ -13,6 +13,7 @@ from torch import nn
 from ..atomic_io import check_output
 from ..checkpoints.edit_checkpoint import edit_checkpoint
 from ..errors import OutputError, PlanError
+from ..plans.route import whole_number
 from ..runs.frames import as_result
 from ..runs.open_text import open_text
 from ..runs.processes import run_session
@@ -92,6 +93,7 @@ def prune(
         >>> model.config.num_hidden_layers
         28
     """
+    remove = whole_number(remove, "remove")
     run_options, own = split_options(options, prune_tokens)
     run_options, given = read_given_text(text, run_options, attention_mask)
     if output is not None and isinstance(model, nn.Module):

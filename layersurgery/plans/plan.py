@@ -13,7 +13,6 @@ True
 from __future__ import annotations
 
 import hashlib
-import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any, SupportsIndex
 from ..errors import PlanError
 from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap, parse_edit
 from .html import plan_html
-from .route import Ref, Route, RouteItem, Span, Visit, parse_items
+from .route import Ref, Route, RouteItem, Span, Visit, as_int, parse_items, whole_number
 
 Blocks = SupportsIndex | range | Iterable[SupportsIndex | range]
 """Blocks of a model in Python: a number, a range, or a list of these. Integers of NumPy and torch are numbers, too."""
@@ -117,17 +116,17 @@ def drop(*blocks: Blocks) -> Plan:
 def move(blocks: Blocks, *, after: SupportsIndex | None = None, before: SupportsIndex | None = None) -> Plan:
     """Move a block, or a span of adjacent blocks, to right after or right before another block."""
     targets = [None if target is None else _block(target) for target in (after, before)]
-    return Plan((Move(_adjacent(blocks, "move"), *targets),))
+    return Plan((Move(adjacent_blocks(blocks, "move"), *targets),))
 
 
 def repeat(blocks: Blocks, times: SupportsIndex = 2) -> Plan:
     """Pass through a block, or a span as a whole, `times` times in total."""
-    return Plan((Repeat(_adjacent(blocks, "repeat"), _integer(times, "times")),))
+    return Plan((Repeat(adjacent_blocks(blocks, "repeat"), whole_number(times, "times")),))
 
 
 def reverse(blocks: Blocks) -> Plan:
     """Reverse the order of a span."""
-    return Plan((Reverse(_adjacent(blocks, "reverse")),))
+    return Plan((Reverse(adjacent_blocks(blocks, "reverse")),))
 
 
 def reorder(order: str | Iterable[SupportsIndex | range | Visit]) -> Plan:
@@ -155,23 +154,8 @@ def skip_mlp(*blocks: Blocks) -> Plan:
     return Plan((Skip("mlp", _refs(blocks, "skip_mlp")),))
 
 
-def _as_int(value: object) -> int | None:
-    """Return an integer of any library as int; None for everything else, also for True and False."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def _integer(value: object, what: str) -> int:
-    number = _as_int(value)
-    if number is None:
-        raise PlanError(f"{what} is given as a whole number, not as {value!r}")
-    return number
-
-
 def _block(value: object) -> int:
-    return _integer(value, "a block")
+    return whole_number(value, "a block")
 
 
 def _refs(blocks: Iterable[Any], what: str) -> tuple[Ref, ...]:
@@ -180,9 +164,13 @@ def _refs(blocks: Iterable[Any], what: str) -> tuple[Ref, ...]:
     for item in blocks:
         if isinstance(item, range):
             refs.extend([_span(item)] if item.step == 1 else item)
-        elif (number := _as_int(item)) is not None:
+        elif (number := as_int(item)) is not None:
             refs.append(number)
-        elif isinstance(item, Iterable) and not isinstance(item, str | bytes | Mapping | Visit):
+        elif (
+            isinstance(item, Iterable)
+            and not isinstance(item, str | bytes | Mapping | Visit)
+            and getattr(item, "ndim", True)
+        ):
             refs.extend(_refs(item, what))
         else:
             raise PlanError(f"blocks are given as a number, a range or a list of these, not as {item!r}")
@@ -191,7 +179,7 @@ def _refs(blocks: Iterable[Any], what: str) -> tuple[Ref, ...]:
     return tuple(refs)
 
 
-def _adjacent(blocks: Blocks, what: str) -> Ref:
+def adjacent_blocks(blocks: Blocks, what: str) -> Ref:
     """Return the reference to one block or to adjacent blocks."""
     refs = _refs([blocks], what)
     if len(refs) == 1:

@@ -7,6 +7,7 @@ that give the same route are the same model.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,28 @@ from ..errors import PlanError
 from .html import route_html
 
 _ITEM = re.compile(r"^(-?\d{1,9})?(:)?(-?\d{1,9})?((?:-(?:attn|attention|mlp))*)$")
+
+
+def as_int(value: object) -> int | None:
+    """Return an integer of any library as int; None for everything else, also for True and False."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def whole_number(value: object, what: str) -> int:
+    """Return an integer of any library as int.
+
+    Raises:
+        PlanError: it is not an integer; `what` begins the sentence.
+    """
+    number = as_int(value)
+    if number is None:
+        raise PlanError(f"{what} is given as a whole number, not as {value!r}")
+    return number
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,6 +56,7 @@ class Visit:
     mlp: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "block", whole_number(self.block, "a block"))
         if self.block < 0:
             raise PlanError(
                 f"a visit needs a block number of at least 0, not {self.block}; resolve it against the depth first"
@@ -65,7 +89,7 @@ class Route(tuple[Visit, ...]):
     __slots__ = ()
 
     def __new__(cls, visits: Iterable[Visit | int] = ()) -> Route:  # noqa: D102 - the class says it
-        return super().__new__(cls, (Visit(v) if isinstance(v, int) else v for v in visits))
+        return super().__new__(cls, (v if isinstance(v, Visit) else Visit(v) for v in visits))
 
     @classmethod
     def identity(cls, depth: int) -> Route:
@@ -184,6 +208,8 @@ def resolve(ref: Ref, depth: int | None) -> tuple[int, ...]:
     Raises:
         PlanError: out of range (gives the valid range), an empty range, or an unknown depth that is needed.
     """
+    if not isinstance(ref, Span):
+        ref = whole_number(ref, "a block")
     ends = (ref.start if ref.start is not None else 0, ref.stop) if isinstance(ref, Span) else (ref, None)
     if depth is None:
         if min(number for number in ends if number is not None) < 0 or (isinstance(ref, Span) and ref.stop is None):

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import PlanError
+from .edits import Edit
 from .families import FAMILIES
-from .plan import Plan, reorder
+from .plan import Blocks, Plan, adjacent_blocks, reorder
 from .route import Route, Span, parse_items, resolve
 
-Edits = str | Plan | Route | Sequence["Edits"] | Mapping[str, "Edits"]
+Edits = str | Edit | Plan | Route | Iterable["Edits"] | Mapping[str, "Edits"]
 """The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
-Layers = range | str | None
-"""The blocks that families of edits may touch: a range, its text ("4:20"), or None for all."""
+Layers = Blocks | str | None
+"""The blocks that families of edits may touch: a range, adjacent numbers, their text ("4:20"), or None for all."""
+_LAYERS = "layers takes a range of adjacent blocks, for example range(4, 20) or '4:20'"
 _NAMED = re.compile(r"([\w.+-]+)\s*:\s+(.*)")
 
 
@@ -81,7 +83,8 @@ def layer_range(layers: Layers, depth: int) -> range | None:
     """Return the blocks that families of edits may touch; None for all.
 
     Args:
-        layers: a range of the model's blocks; or its text, a half-open range such as "4:20", "4:" or "-4:".
+        layers: a range of the model's blocks, or their numbers; or its text, a half-open range such as "4:20", "4:" or
+            "-4:".
         depth: number of blocks.
 
     Raises:
@@ -99,8 +102,14 @@ def layer_range(layers: Layers, depth: int) -> range | None:
             raise PlanError(f"layers takes one half-open range, for example 4:20, not {layers!r}")
         blocks = resolve(items[0].ref, depth)
         return range(blocks[0], blocks[-1] + 1)
-    if not isinstance(layers, range) or layers.step != 1 or not layers:
-        raise PlanError(f"layers takes a range of adjacent blocks, for example range(4, 20) or '4:20', not {layers!r}")
+    if not isinstance(layers, range):
+        try:
+            blocks = resolve(adjacent_blocks(layers, "layers"), depth)
+        except PlanError as error:
+            raise PlanError(f"{_LAYERS}, not {layers!r} ({error})") from None
+        return range(blocks[0], blocks[-1] + 1)
+    if layers.step != 1 or not layers:
+        raise PlanError(f"{_LAYERS}, not {layers!r}")
     if layers.start < 0 or layers.stop > depth:
         raise PlanError(
             f"layers {layers.start}:{layers.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
@@ -146,6 +155,8 @@ def _variants(edits: Edits, depth: int, layers: range | None) -> Iterator[Varian
                     for name in edits.split(","):
                         _parse_family(name)
                 raise error
+        case Edit():
+            yield Variant.from_plan("plan", Plan((edits,)), depth)
         case Plan():
             yield Variant.from_plan("plan", edits, depth)
         case Route():
@@ -156,9 +167,9 @@ def _variants(edits: Edits, depth: int, layers: range | None) -> Iterator[Varian
                     Variant(variant.edit, variant.plan, variant.route, variant.layer, str(name))
                     for variant in _variants(plan, depth, layers)
                 )
-        case Sequence():
+        case Iterable() if not isinstance(edits, bytes):
             for item in edits:
-                yield from _variants(item, depth, layers)  # type: ignore[arg-type]  # a route was matched above
+                yield from _variants(item, depth, layers)
         case _:
             raise PlanError(f"expected families ('swap,drop'), plans or routes, not {edits!r}")
 

@@ -15,11 +15,11 @@ from .reporter import Reporter
 from .requests import ModelInfo, read_model_info, text_request
 
 if TYPE_CHECKING:
-    from ..plans.variants import Edits
+    from ..plans.variants import Edits, Layers
 
 
 def estimate(
-    model: str | os.PathLike[str], edits: Edits = "swap,drop", *, layers: range | str | None = None, **options: Any
+    model: str | os.PathLike[str], edits: Edits = "swap,drop", *, layers: Layers = None, **options: Any
 ) -> Estimate:
     """Estimate the memory, traffic and arithmetic that a sweep needs, from the model's config alone.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import PlanError
+from ..plans.route import as_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class RunOptions:
             PlanError: an option does not exist (the error names the nearest one), or has a wrong value.
         """
         refuse_unknown(values, [field.name for field in fields(cls)])
+        values = {name: value if (number := as_int(value)) is None else number for name, value in values.items()}
         for name, least in (("batch_size", 1), ("context", 2), ("seed", 0)):
             number = values.get(name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):

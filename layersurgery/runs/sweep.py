@@ -25,7 +25,7 @@ from .tables import read_results
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..plans.variants import Edits
+    from ..plans.variants import Edits, Layers
     from .runner import RunOutput
 
 
@@ -61,7 +61,7 @@ class SweepTask:
 
 
 def run_sweep(
-    session: ModelSession, directory: Path, edits: Edits, *, layers: range | str | None = None, overwrite: bool = False
+    session: ModelSession, directory: Path, edits: Edits, *, layers: Layers = None, overwrite: bool = False
 ) -> Run:
     """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
     task = SweepTask(variants(edits, session.depth, layers))
@@ -74,7 +74,7 @@ def sweep(
     text: Any = None,
     *,
     attention_mask: Any = None,
-    layers: range | str | None = None,
+    layers: Layers = None,
     directory: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -91,7 +91,8 @@ def sweep(
         text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
             "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         attention_mask: 1 for a token and 0 for padding, for token ids.
-        layers: for families: measure only the edits that change no blocks except these; a range, or "4:20".
+        layers: for families: measure only the edits that change no blocks except these; a range, adjacent numbers, or
+            "4:20".
         directory: where to write tables, figures and a record of the run. A sweep that was interrupted resumes there,
             and a finished one is read. Default: nothing is written.
         overwrite: discard what another sweep has left in the directory, and measure again.

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 import layersurgery as ls
 from layersurgery.plans.edits import VERBS, Drop, Edit
@@ -56,6 +58,8 @@ def test_plans_from_python_and_from_text(plan: Plan, text: str, route: str) -> N
         (ls.drop((3, range(6, 9)), 12), "drop 3 6:9 12"),
         (ls.drop(np.int64(3)), "drop 3"),
         (ls.drop(np.array([3, 7])), "drop 3 7"),
+        (ls.drop(torch.tensor([3, 7])), "drop 3 7"),
+        (ls.drop(pd.Series([3, 7], dtype="Int64")), "drop 3 7"),
         (ls.drop(block for block in (1, 2)), "drop 1 2"),
         (ls.skip_attention([5, -1]), "skip-attention 5 -1"),
         (ls.swap(np.int64(3), np.int32(7)), "swap 3 7"),
@@ -206,6 +210,11 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
         (lambda: untyped.drop(3.0), "not as 3.0"),
         (lambda: untyped.drop(True), "not as True"),
         (lambda: untyped.drop(np.array([True, False])), "not as np.True_"),
+        (lambda: untyped.drop(torch.tensor(True)), r"not as tensor\(True\)"),
+        (lambda: untyped.drop(torch.tensor([True, False])), r"not as tensor\(True\)"),
+        (lambda: untyped.drop(np.array(3.0)), r"not as array\(3.\)"),
+        (lambda: Drop((1.0,)).apply(ls.Route.identity(6), 6), "a block is given as a whole number, not as 1.0"),  # type: ignore[arg-type]
+        (lambda: untyped.Route([1.5]), "a block is given as a whole number, not as 1.5"),
         (lambda: untyped.drop({3: 4}), "not as {3: 4}"),
         (lambda: untyped.drop(None), "not as None"),
         (lambda: untyped.skip_mlp(Visit(3)), r"not as Visit\(block=3"),
@@ -255,3 +264,10 @@ def test_long_slugs_are_cut_and_stay_different() -> None:
     slugs = {plan.slug for plan in plans}
     assert len(slugs) == 2
     assert all(len(slug) <= 80 for slug in slugs)
+
+
+def test_integers_of_numpy_are_numbers_in_routes_and_edits() -> None:
+    route = ls.Route(np.array([2, 0]))
+    assert route == ls.Route((2, 0))
+    assert repr(route[0]) == repr(Visit(2))
+    assert Drop((np.int64(1),)).apply(ls.Route.identity(3), 3) == ls.Route((0, 2))  # type: ignore[arg-type]

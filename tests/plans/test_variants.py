@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import layersurgery as ls
+from layersurgery.plans.edits import Drop
 from layersurgery.plans.families import FAMILIES
 from layersurgery.plans.variants import family, is_family, layer_range, read_plans, unedited, variants
 
@@ -133,7 +136,7 @@ def test_layers_out_of_range_and_layers_without_an_edit() -> None:
         range(0, 6, 2): r"a range of adjacent blocks, for example range\(4, 20\) or '4:20', not range\(0, 6, 2\)",
         range(3, 3): "a range of adjacent blocks",
         range(-2, 0): "layers -2:0 are out of range",
-        (1, 2): r"a range of adjacent blocks.* not \(1, 2\)",
+        (1, 3): r"a range of adjacent blocks.* not \(1, 3\)",
     }.items():
         with pytest.raises(ls.PlanError, match=words):
             variants("swap", 6, wrong)  # type: ignore[arg-type]
@@ -153,3 +156,29 @@ def test_a_file_of_plans() -> None:
     }.items():
         with pytest.raises(ls.PlanError, match=words):
             read_plans(wrong, "f")
+
+
+@pytest.mark.parametrize("layers", [[1, 2], (1, 2), np.array([1, 2]), range(1, 3), "1:3", {1, 2}])
+def test_layers_are_a_range_in_any_form(layers: Any) -> None:
+    assert [variant.plan for variant in family("drop", 6, layers)] == ["drop 1", "drop 2"]
+    assert layer_range(np.int64(2), 6) == range(2, 3)
+
+
+@pytest.mark.parametrize("layers", [[1, 3], [2, 1], [], [1.0, 2.0], [True, False], {1: 2}, [5, 6]])
+def test_layers_that_are_not_a_range(layers: Any) -> None:
+    with pytest.raises(ls.PlanError, match="layers takes a range of adjacent blocks"):
+        layer_range(layers, 6)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        np.array(["drop 1", "drop 2"]),
+        pd.Series(["drop 1", "drop 2"]),
+        (ls.drop(block) for block in (1, 2)),
+        [Drop((1,)), Drop((2,))],
+        pd.Series([1, 2]).map(ls.drop),
+    ],
+)
+def test_edits_in_any_iterable(edits: Any) -> None:
+    assert [variant.plan for variant in variants(edits, 6)] == ["drop 1", "drop 2"]

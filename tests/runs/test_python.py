@@ -396,3 +396,17 @@ def test_weights_that_are_elsewhere_count_too(place: Path, tmp_path: Path) -> No
     down._hf_hook.weights_map = {"weight": 5 * down._hf_hook.weights_map["weight"]}
     with pytest.raises(ls.OutputError, match="model weights"):
         ls.sweep(model, "drop", tokens(), directory=tmp_path / "out")
+
+
+def test_numbers_of_numpy_are_options(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    number: Any = np.int64(2)
+    fraction: Any = 2.5
+    ls.sweep(model, "drop", tokens(), batch_size=number, directory=tmp_path / "out", layers=np.arange(1, 3))
+    assert ls.read_results(tmp_path / "out").attrs["run"]["arguments"]["batch_size"] == 2
+    ranks = ls.rank(model, tokens(), spans=number)
+    pruning = ls.prune(model, tokens(), remove=number)
+    assert str(pruning.plan) == str(ls.drop(*sorted(ranks.sort_values("kl_rank").layer.head(number))))
+    for call in (lambda: ls.rank(model, tokens(), spans=fraction), lambda: ls.prune(model, tokens(), remove=fraction)):
+        with pytest.raises(ls.PlanError, match="is given as a whole number, not as"):
+            call()
