@@ -30,6 +30,10 @@ def run_compare(model: str, other: str, options: RunOptions, output: Path | None
     for entry in METRICS:
         table.add_row(entry.label, f"{entry.factor * getattr(result, entry.name):.4g} {entry.unit}".strip())
     lines: list[Any] = [table, f"{result.tokens:,} tokens"]
+    if result.non_finite:
+        value["non_finite"] = dict(result.non_finite)
+        text = result.describe_non_finite()
+        lines.append(f"[bold red]{text[0].upper()}{text[1:]}[/]")
     if output is not None and result.positions is not None:
         with atomic_file(output) as partial:
             if output.suffix == ".csv":

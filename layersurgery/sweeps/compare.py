@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import registry
-from ..errors import PlanError
+from ..errors import PlanError, warn
 from ..metrics.reference import METRICS, measure
 from ..models.anatomy import anatomy
 from ..models.block_list import find_decoder_blocks
@@ -42,6 +42,8 @@ class Comparison:
         metrics: the mean of each metric, by its name.
         positions: the metrics of every position, a row each: sequence, position, token_id, token, next_token_id and
             the metrics; None unless they were asked for.
+        non_finite: for each metric that is infinite or not a number somewhere, the number of such positions. The loss
+            is infinite where a model gives the true token the probability 0.
 
     Example:
         >>> import layersurgery as ls
@@ -53,6 +55,7 @@ class Comparison:
     tokens: int
     metrics: Mapping[str, float] = field(hash=False)
     positions: pd.DataFrame | None = field(default=None, compare=False)
+    non_finite: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __getattr__(self, name: str) -> float:
         if name not in METRICS or name not in self.metrics:
@@ -64,12 +67,23 @@ class Comparison:
 
     def __repr__(self) -> str:
         metrics = "".join(f", {name}={value!r}" for name, value in self.metrics.items())
-        return f"{type(self).__name__}(tokens={self.tokens}{metrics})"
+        non_finite = f", non_finite={dict(self.non_finite)!r}" if self.non_finite else ""
+        return f"{type(self).__name__}(tokens={self.tokens}{metrics}{non_finite})"
 
     @property
     def perplexity(self) -> float:
         """Return the second model's perplexity, exp(loss_nats)."""
         return math.exp(self.loss_nats)
+
+    def describe_non_finite(self) -> str:
+        """Say which metrics are infinite or not a number, and at how many positions; empty if all are finite."""
+        if not self.non_finite:
+            return ""
+        counts = ", ".join(f"{name} at {count:,} of {self.tokens:,}" for name, count in self.non_finite.items())
+        return (
+            f"not finite: {counts} positions. A loss is infinite where a model gives the true token the probability 0; "
+            "per_token shows where"
+        )
 
     def to_pandas(self) -> pd.Series:
         """Return the numbers as a Series."""
@@ -113,6 +127,7 @@ def compare_tokens(
         PlanError: the vocabularies differ, or the plan does not fit the model.
     """
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    non_finite = torch.zeros(len(METRICS), dtype=torch.int64)
     count = 0
     rows: list[pd.DataFrame] = []
     with ExitStack() as contexts:
@@ -131,11 +146,20 @@ def compare_tokens(
             for offset, sequence in enumerate(zip(p, q, batch_ids, batch_mask, strict=True)):
                 metrics = _measure_sequence(*sequence)
                 sums += metrics.sum(-1)
+                non_finite += (~metrics.isfinite()).sum(-1)
                 count += metrics.shape[1]
                 if per_token:
                     rows.append(_position_rows(first + offset, *sequence[2:], metrics, tokenizer))
     means = {name: total / count for name, total in zip(METRICS, sums.tolist(), strict=True)}
-    return Comparison(count, means, pd.concat(rows, ignore_index=True) if per_token else None)
+    found = Comparison(
+        count,
+        means,
+        pd.concat(rows, ignore_index=True) if per_token else None,
+        {name: number for name, number in zip(METRICS, non_finite.tolist(), strict=True) if number},
+    )
+    if found.non_finite:
+        warn(found.describe_non_finite())
+    return found
 
 
 def _second_model(

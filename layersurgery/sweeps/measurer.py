@@ -325,6 +325,15 @@ class Measurer:
             return longest
         return min(mask.shape[1], max(_MIN_COMPILED_LENGTH, 1 << (longest - 1).bit_length()))
 
+    def names_of_non_finite(self, sums: SequenceSums) -> list[str]:
+        """Return the plans, and the quantities of the observer, whose sums are infinite or not a number."""
+        wrong = np.flatnonzero(~np.isfinite(sums.values).all((0, 2)))
+        names = [self.variants[row].plan or self.variants[row].name for row in wrong.tolist()]
+        if self.observer is not None:
+            columns = np.flatnonzero(~np.isfinite(sums.observed).all(0))
+            names += [self.observer.names[column] for column in columns.tolist()]
+        return names
+
     def suggest(self, length: int) -> int:
         """Suggest how many sequences of `length` tokens to measure in one batch.
 
@@ -387,7 +396,10 @@ def collect_sums(
         results.append(result)
         if progress is not None:
             progress(result.first + len(result.counts), len(ids))
-    return SequenceSums.of(results)
+    sums = SequenceSums.of(results)
+    if non_finite := measurer.names_of_non_finite(sums):
+        warn(f"not finite: {', '.join(non_finite[:8])}{' ...'[: 4 * (len(non_finite) > 8)]} gave NaN or infinity")
+    return sums
 
 
 def _no_output(_state: int, _routes: Sequence[int]) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import layersurgery as ls
+from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.registry import METRICS
 from tests.support.reference import logits_of
 from tests.support.zoo import VOCAB, tiny_model, tokens
@@ -121,3 +125,26 @@ def test_what_cannot_be_compared() -> None:
         ls.compare(model, tiny_model("llama", vocab_size=64), tokens() % 60)
     with pytest.raises(ls.PlanError, match="sequences of one length"):
         ls.compare(model, "drop 2", [[1, 2, 3], [4, 5]])
+
+
+def test_a_true_token_of_probability_0_is_reported() -> None:
+    model, ids = tiny_model("llama"), tokens()
+    with torch.no_grad():
+        head = nn.Linear(model.config.hidden_size, model.config.vocab_size)
+        head.weight.copy_(model.lm_head.weight)
+        head.bias.zero_()
+        head.bias[ids[0, 3]] = -math.inf
+    model.lm_head = head
+    count = int((ids[:, 1:] == ids[0, 3]).sum())
+    with pytest.warns(LayerSurgeryWarning, match=f"not finite: loss_nats at {count} of .* probability 0"):
+        found = ls.compare(model, "drop 2", ids, per_token=True)
+    assert found.non_finite == {"loss_nats": count, "loss_change_nats": count}
+    assert math.isfinite(found.kl_nats)
+    assert found.positions is not None
+    assert (~np.isfinite(found.positions.loss_nats)).sum() == count
+    assert "non_finite" in repr(found)
+    with pytest.warns(LayerSurgeryWarning, match="not finite: unedited, drop 0, drop 1, .* gave NaN or infinity"):
+        ls.sweep(model, "drop", ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LayerSurgeryWarning)
+        assert ls.compare(tiny_model("llama"), "drop 2", ids).non_finite == {}
