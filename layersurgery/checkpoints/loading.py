@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from ..errors import SourceError
+from ..errors import PlanError, SourceError
 from ..units import format_list
 from .sources import Source, find_source
 
@@ -21,6 +21,7 @@ def load(
     model: str | os.PathLike[str],
     *,
     dtype: Any = "auto",
+    device: Any = None,
     device_map: Any = None,
     revision: str | None = None,
     **options: Any,
@@ -30,6 +31,7 @@ def load(
     Args:
         model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
         dtype: dtype of the weights: a torch dtype, its name, or "auto" for the dtype of the checkpoint.
+        device: the device of all weights ("cpu", "cuda:1"), instead of `device_map`.
         device_map: placement of the weights, as in accelerate ("auto", "cuda", or a map from modules to devices).
         revision: branch, tag or commit on the Hub.
         options: further arguments for `AutoModelForCausalLM.from_pretrained`.
@@ -39,6 +41,7 @@ def load(
 
     Raises:
         SourceError: the model is not found, transformers cannot load it, or weights are missing from the checkpoint.
+        PlanError: both a device and a device map are given, or the device does not exist.
 
     Example:
         >>> import layersurgery as ls
@@ -54,6 +57,8 @@ def load(
         if not isinstance(torch_dtype, torch.dtype):
             raise SourceError(f"{dtype!r} is not a torch dtype; use float32, bfloat16, float16 or auto")
         dtype = torch_dtype
+    if device is not None:
+        device_map = _placed_on(device, device_map)
     source = find_source(model, revision=revision)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -67,6 +72,23 @@ def load(
             "be random. Check that it is a complete checkpoint of a causal language model"
         )
     return Loaded(loaded.eval(), tokenizer_of(source))
+
+
+def _placed_on(device: Any, device_map: Any) -> dict[str, Any]:
+    """Return the device map that puts all weights on one device.
+
+    Raises:
+        PlanError: there is another device map, or the device does not exist.
+    """
+    import torch
+
+    if device_map is not None:
+        raise PlanError(f"device={device!r} and device_map={device_map!r} were both given; give one of them")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # of torch without CUDA
+        raise PlanError(f"device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from None
+    return {"": device}
 
 
 def tokenizer_of(source: Source) -> Any:

@@ -68,13 +68,15 @@ def find_block_list(
 
 
 def require_model(model: object) -> None:
-    """Refuse what is not a loaded model: its name, or what `load` returns.
+    """Refuse what is not a loaded model: its name, what `load` returns, or a pipeline.
 
     Raises:
         PlanError: says how to load a model.
     """
     if isinstance(model, nn.Module):
         return
+    if isinstance(getattr(model, "model", None), nn.Module):  # what `load` returns, a pipeline, a trainer
+        raise PlanError(f"expected a loaded model, not a {type(model).__name__}; give its attribute .model")
     is_name = isinstance(model, str | Path)
     what = repr(str(model)) if is_name else "a tuple" if isinstance(model, tuple) else f"a {type(model).__name__}"
     name = str(model) if is_name else "smollm2-135m"

@@ -79,7 +79,8 @@ def read_model_info(model: str | os.PathLike[str], revision: str | None, reporte
     from transformers import AutoConfig
 
     if not isinstance(model, str | os.PathLike):
-        raise PlanError(f"a model is given as a transformers model or as its name, not as {type(model).__name__}")
+        hint = "; give its attribute .model" if hasattr(model, "model") else ""
+        raise PlanError(f"a model is given as a transformers model or as its name, not as {type(model).__name__}{hint}")
     with reporter.status(
         f"Converting {model} to safetensors (once)"
         if needs_conversion(str(model))

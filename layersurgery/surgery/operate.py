@@ -294,7 +294,8 @@ def as_route(plan: Plan | Route | str, depth: int) -> Route:
     if isinstance(plan, Plan):
         return plan.route(depth)
     if not isinstance(plan, Route):
-        raise PlanError(f'expected a plan, its text ("swap 1 2; drop 3") or a Route, not {plan!r}')
+        joined = '; one plan may have several edits: "drop 1; drop 2"' if isinstance(plan, list | tuple) else ""
+        raise PlanError(f'expected a plan, its text ("swap 1 2; drop 3") or a Route, not {plan!r}{joined}')
     if missing := sorted({visit.block for visit in plan if visit.block >= depth}):
         raise PlanError(f"the route visits block {missing[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
     if not plan.canonical:

@@ -52,3 +52,14 @@ def test_a_model_that_would_be_partly_random(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
     with pytest.raises(ls.SourceError, match=r"lacks model.layers.6.* and 8 more.*would be random"):
         ls.load(llama)
+
+
+def test_a_device_instead_of_a_device_map(llama: Path) -> None:
+    assert ls.load(llama, device="cpu").model.device == torch.device("cpu")
+    assert ls.load(llama, device=torch.device("cpu")).model.device == torch.device("cpu")
+    with pytest.raises(ls.PlanError, match="device 'cuda:9' cannot be used: "):
+        ls.load(llama, device="cuda:9")
+    with pytest.raises(ls.PlanError, match="device 'gpu' cannot be used: "):
+        ls.load(llama, device="gpu")
+    with pytest.raises(ls.PlanError, match="device='cpu' and device_map='auto' were both given"):
+        ls.load(llama, device="cpu", device_map="auto")

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
 
 import layersurgery as ls
+from layersurgery.checkpoints.loading import Loaded
 from layersurgery.models.skipped_branch import SkippedBranch
 from layersurgery.models.unsupported import refuse_route
 from layersurgery.plans.route import Route, Visit
@@ -818,3 +819,30 @@ def test_an_adapter_with_one_module_a_layer() -> None:
     with ls.operate(model, "swap 1 2"):
         assert torch.equal(logits_of(model, tokens()), meant)
     assert torch.equal(logits_of(model, tokens()), before)
+
+
+# What is not a model or a plan
+
+
+class Holder:
+    """What holds a model, as a pipeline and a trainer do."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+
+def test_what_holds_a_model_is_refused_with_the_way_to_it(model: Any) -> None:
+    for held in (Holder(model), Loaded(model, None)):
+        for call in (
+            lambda held=held: ls.operate_(held, "drop 1"),
+            lambda held=held: ls.anatomy(held),
+            lambda held=held: ls.sweep(held, "drop", tokens()),
+            lambda held=held: ls.compare(held, "drop 1", tokens()),
+        ):
+            with pytest.raises(ls.PlanError, match=r"not (as )?(a )?(Holder|Loaded); give its attribute .model"):
+                call()
+
+
+def test_a_list_of_plans_is_not_a_plan(model: Any) -> None:
+    with pytest.raises(ls.PlanError, match='one plan may have several edits: "drop 1; drop 2"'):
+        ls.operate_(model, ["drop 1", "drop 2"])  # type: ignore[arg-type]
