@@ -71,6 +71,8 @@ def write_edits(
                 prepared_edits[name] = prepare_edit(checkpoint, plan, verify=True)
         else:
             prepared_edits[name] = prepare_edit(checkpoint, plan, verify=False)
+    for note in dict.fromkeys(note for prepared in prepared_edits.values() for note in prepared.notes):
+        console.note(note)
     results = []
     for name, prepared in prepared_edits.items():
         with console.byte_progress(prepared.nbytes) as progress:
@@ -115,4 +117,5 @@ def as_json(result: EditResult, source: str, revision: str | None) -> dict[str, 
         "bytes_linked": result.bytes_linked,
         "seconds": round(result.seconds, 3),
         "verified": result.verified,
+        "notes": list(result.notes),
     }

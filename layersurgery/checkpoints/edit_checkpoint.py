@@ -44,6 +44,7 @@ class EditResult:
         bytes_linked: size of the safetensors files that were hard-linked.
         seconds: time from the first byte to the finished directory.
         verified: whether the reload check was run.
+        notes: what users of the checkpoint should know, such as programs that would run another model.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class EditResult:
     bytes_linked: int
     seconds: float
     verified: bool
+    notes: tuple[str, ...] = ()
 
 
 def edit_checkpoint(
@@ -150,7 +152,12 @@ def write_edit(
         _copy_other_files(prepared, directory)
         checkpoint = prepared.checkpoint
         card = model_card(
-            checkpoint.source, prepared.plan, prepared.route, checkpoint.depth, verified=prepared.verified
+            checkpoint.source,
+            prepared.plan,
+            prepared.route,
+            checkpoint.depth,
+            verified=prepared.verified,
+            notes=prepared.notes,
         )
         _write_text(directory / "README.md", card)
     return EditResult(
@@ -162,6 +169,7 @@ def write_edit(
         bytes_linked=sum(shard.nbytes for shard in linked),
         seconds=time.perf_counter() - started,
         verified=prepared.verified,
+        notes=prepared.notes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from .sources import Source
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
-def model_card(source: Source, plan: Plan, route: Route, depth: int, *, verified: bool) -> str:
+def model_card(
+    source: Source, plan: Plan, route: Route, depth: int, *, verified: bool, notes: Sequence[str] = ()
+) -> str:
     """Return the text of the output's README.md, with the metadata block that the Hub reads."""
     from huggingface_hub import ModelCardData
 
@@ -43,7 +46,7 @@ trained; the layers were rearranged as follows.
 
 The route lists the blocks of the source model in the order in which this model runs them. Ranges exclude their end.
 `-attn` or `-mlp` marks a block whose attention or MLP output projection is set to zero.
-"""
+{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
 
 
 def _inline_code(text: str) -> str:

@@ -16,7 +16,7 @@ from ..models.config_fields import (
     new_positions,
     non_default_fields,
 )
-from ..models.config_periods import broken_periods
+from ..models.config_periods import broken_periods, describe_position_readers
 from ..models.config_rewrite import rewrite
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
@@ -48,6 +48,7 @@ class PreparedEdit:
         config: the new config.json.
         layout: the new safetensors files.
         verified: whether the reload check was run.
+        notes: what users of the edited checkpoint should know.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +58,7 @@ class PreparedEdit:
     config: Json
     layout: Layout
     verified: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +96,8 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
     layout = plan_output_files(
         checkpoint.tensors, checkpoint.block_prefix, positions, _tensors_to_zero(checkpoint, route, blocks)
     )
-    return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify)
+    note = describe_position_readers(str(fields["model_type"]), checkpoint.section.get_fields(config), len(route))
+    return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify, (note,) if note else ())
 
 
 def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[BlockList, TensorNames]:

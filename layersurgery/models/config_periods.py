@@ -66,6 +66,64 @@ PERIODS: Mapping[str, Period] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class PositionReaders:
+    """Programs that place the layers of a model type by position, whatever its config says.
+
+    Attributes:
+        programs: the programs.
+        key: the field of the config that the position stands for.
+        number: its value in these programs.
+        gguf: the architecture whose GGUF key can hold the list; None if there is none.
+    """
+
+    programs: str
+    key: str
+    number: int
+    gguf: str | None
+
+
+READ_BY_POSITION: Mapping[str, PositionReaders] = {
+    "cohere2": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 4, "cohere2"),
+    "gemma2": PositionReaders("llama.cpp", "sliding_window_pattern", 2, "gemma2"),
+    "gemma3": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 6, "gemma3"),
+    "gemma3_text": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 6, "gemma3"),
+    "gpt_oss": PositionReaders("llama.cpp", "sliding_window_pattern", 2, "gpt-oss"),
+    "llama4": PositionReaders("llama.cpp", "no_rope_layer_interval", 4, None),
+    "llama4_text": PositionReaders("llama.cpp", "no_rope_layer_interval", 4, None),
+    "smollm3": PositionReaders("llama.cpp", "no_rope_layer_interval", 4, None),
+}
+
+
+def describe_position_readers(model_type: str, fields: Json, depth: int) -> str | None:
+    """Describe the programs that would run another model than the edited config describes, and what to do.
+
+    Args:
+        model_type: the model type of the checkpoint.
+        fields: the decoder's section of the edited config.
+        depth: number of blocks of the edited model.
+
+    Returns:
+        A sentence or two; None if no such program is known.
+    """
+    readers = READ_BY_POSITION.get(model_type)
+    layers = PERIODS[readers.key].layers(fields, depth) if readers else None
+    if readers is None or layers is None or _places(PERIODS[readers.key], readers.number, fields, depth) == layers:
+        return None
+    list_name, kind = PERIODS[readers.key].list_name, PERIODS[readers.key].kind
+    remedy = (
+        f", or convert to GGUF and set {readers.gguf}.attention.sliding_window_pattern to a list that is true for each "
+        "sliding layer"
+        if readers.gguf
+        else ""
+    )
+    return (
+        f"{readers.programs} would run another model: of {model_type}, they take the last of every {readers.number} "
+        f"layers for one with {list_name} = {kind!r}, and this order breaks that period (transformers reads the list). "
+        f"For them, drop, repeat or move only whole groups of {readers.number} layers{remedy}."
+    )
+
+
 def follow_periods(fields: Json, depth: int) -> Json:
     """Return the fields with the numbers that describe their lists; a number that cannot describe its list is removed.
 

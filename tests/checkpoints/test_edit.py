@@ -20,6 +20,7 @@ from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_h
 from layersurgery.checkpoints.tensor_index import find_block_prefix
 from layersurgery.models.block_list import find_block_list
 from layersurgery.models.config_fields import find_section
+from layersurgery.models.config_periods import READ_BY_POSITION
 from layersurgery.models.config_rewrite import rewrite
 from layersurgery.plans.route import Route
 from tests.support.reference import logits_along, logits_of
@@ -484,6 +485,34 @@ def test_files_and_models_keep_no_number_that_contradicts_their_list(tmp_path: P
             reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
             assert torch.equal(logits_of(reloaded, tokens()), logits_of(model, tokens()))
     assert vars(model.config) == before
+
+
+def test_a_period_that_other_programs_take_from_the_position_is_noted(tmp_path: Path) -> None:
+    kinds = [*["sliding_attention"] * 5, "full_attention"] * 2
+    tiny_model("gemma3_text", num_hidden_layers=12, layer_types=kinds, sliding_window_pattern=6).save_pretrained(
+        tmp_path / "source"
+    )
+    for plan, gone in (("drop 0:6", False), ("skip-mlp 2", False), ("drop 4", True), ("swap 5 6", True)):
+        result = ls.edit_checkpoint(tmp_path / "source", plan, tmp_path / "out", overwrite=True, verify=False)
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert ("_sliding_window_pattern" in written, "sliding_window_pattern" in written) == (not gone, not gone)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert len(result.notes) == gone
+        for note in result.notes:
+            assert note in card
+            assert "llama.cpp and mlx-lm would run another model" in note
+            assert "whole groups of 6 layers" in note
+            assert "gemma3.attention.sliding_window_pattern" in note
+
+
+@pytest.mark.parametrize("name", ["cohere2", "gemma2", "gpt_oss", "llama4_text", "smollm3"])
+def test_every_family_that_is_read_by_position_has_a_note(tmp_path: Path, name: str) -> None:
+    interval = {"no_rope_layer_interval": 4} if name in ("llama4_text", "smollm3") else {}
+    tiny_model(name, num_hidden_layers=8, **interval).save_pretrained(tmp_path / "source")
+    number = READ_BY_POSITION[name].number
+    whole = ls.edit_checkpoint(tmp_path / "source", f"drop 0:{number}", tmp_path / "whole")
+    broken = ls.edit_checkpoint(tmp_path / "source", "drop 1", tmp_path / "broken")
+    assert (len(whole.notes), len(broken.notes)) == (0, 1)
 
 
 def test_a_period_without_a_list_of_an_unknown_type_is_refused(llama: Path, tmp_path: Path) -> None:
