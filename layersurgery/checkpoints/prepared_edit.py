@@ -100,20 +100,20 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
     return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify, (note,) if note else ())
 
 
-def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[BlockList, TensorNames]:
-    """Find the blocks of the model that a checkpoint is loaded as, and the tensors of each of their parameters."""
+def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, BlockList, TensorNames]:
+    """Return the model that a checkpoint is loaded as, its blocks, and the tensors of each of their parameters."""
     from ..models.block_list import find_block_list
     from .tensor_names import match_names
 
     block_list = find_block_list(model, checkpoint.depth)
-    return block_list, match_names(model, block_list.path, checkpoint.block_prefix, checkpoint.tensors.names())
+    return model, block_list, match_names(model, block_list.path, checkpoint.block_prefix, checkpoint.tensors.names())
 
 
-def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[BlockList, TensorNames]:
+def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[nn.Module, BlockList, TensorNames]:
     """Check, without weights, that the new checkpoint would be loaded as the source's blocks along the route.
 
     Returns:
-        The blocks of the model that the source is loaded as, and the tensors of each of their parameters.
+        The model that the source is loaded as, its blocks, and the tensors of each of their parameters.
     """
     from ..models.reload_check import ReloadCheck
 
@@ -164,7 +164,7 @@ def _renumber_layers(value: Any, checkpoint: Checkpoint, positions: Mapping[int,
 
 
 def _tensors_to_zero(
-    checkpoint: Checkpoint, route: Route, blocks: tuple[BlockList, TensorNames] | None
+    checkpoint: Checkpoint, route: Route, blocks: tuple[nn.Module, BlockList, TensorNames] | None
 ) -> Mapping[int, frozenset[str]]:
     """Return the names, within the block, of the tensors to zero at each position where a branch is skipped.
 

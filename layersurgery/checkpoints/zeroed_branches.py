@@ -30,14 +30,20 @@ _TINY_VOCABULARY = 256
 
 
 def tensors_to_zero(
-    config: Json, section: DecoderSection, block_list: BlockList, tensor_names: TensorNames, route: Route
+    config: Json,
+    section: DecoderSection,
+    model: nn.Module,
+    block_list: BlockList,
+    tensor_names: TensorNames,
+    route: Route,
 ) -> dict[int, frozenset[str]]:
     """Find the tensors to zero at each position of the route where a branch is skipped.
 
     Args:
         config: the source's config.json.
         section: the section of it that describes the decoder.
-        block_list: the blocks of the model that the source is loaded as, on the meta device.
+        model: the model that the source is loaded as, on the meta device.
+        block_list: its blocks.
         tensor_names: the tensors of each of their parameters.
         route: the source's blocks in their new order.
 
@@ -56,7 +62,8 @@ def tensors_to_zero(
         module = block_list.blocks[visit.block]
         kind = _class_and_shapes(module)
         if kind not in parts_of_kind:
-            parts_of_kind[kind] = _probe_parts(config, section, visit.block, module)
+            decoder_class = _find_decoder_class(model, block_list)
+            parts_of_kind[kind] = _probe_parts(config, section, visit.block, module, decoder_class)
         branch: Branch = "attention" if visit.mlp else "mlp"
         to_zero[position] = frozenset(
             _find_output_tensors(tensor_names, visit.block, module, branch, parts_of_kind[kind])
@@ -90,11 +97,25 @@ def _find_output_tensors(
     return output_tensors
 
 
-def _probe_parts(config: Json, section: DecoderSection, block: int, module: nn.Module) -> BlockParts:
+def _find_decoder_class(model: nn.Module, block_list: BlockList) -> Any:
+    """Return the class of the innermost transformers model that contains the blocks; of a vision model, its decoder."""
+    from transformers import PreTrainedModel
+
+    path = block_list.path
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(owner := model.get_submodule(path), PreTrainedModel):
+            return type(owner)
+    return type(model)
+
+
+def _probe_parts(
+    config: Json, section: DecoderSection, block: int, module: nn.Module, decoder_class: Any
+) -> BlockParts:
     """Find the parts of a block by running a block of the same architecture with random weights."""
     name = f"block {block} ({type(module).__name__})"
     with torch.no_grad(), silence_transformers():
-        model, position = _build_probe_model(config, section, block, module)
+        model, position = _build_probe_model(config, section, block, module, decoder_class)
         blocks = find_block_list(model, model.config.num_hidden_layers, type(module)).blocks
         parts = find_block_parts(blocks[position], record_block(model, blocks, position))
     if parts.skip_error:
@@ -107,7 +128,9 @@ def _class_and_shapes(module: nn.Module) -> tuple[object, ...]:
     return (type(module), tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters()))
 
 
-def _build_probe_model(config: Json, section: DecoderSection, block: int, module: nn.Module) -> tuple[Any, int]:
+def _build_probe_model(
+    config: Json, section: DecoderSection, block: int, module: nn.Module, decoder_class: Any
+) -> tuple[Any, int]:
     """Build a model with only one block, random weights and a small vocabulary, but the source's classes and widths.
 
     If the config cannot describe this block alone, the blocks before it stay, or all blocks.
@@ -128,8 +151,15 @@ def _build_probe_model(config: Json, section: DecoderSection, block: int, module
         except UnsupportedEditError as error:
             reason = str(error)
             continue
-        with torch.device("meta"):
-            meta_model = AutoModelForCausalLM.from_config(smaller)
+        # The decoder of an image-text model may have no causal language model of its own.
+        has_causal_model = type(smaller) in AutoModelForCausalLM._model_mapping
+        build = AutoModelForCausalLM.from_config if has_causal_model else decoder_class._from_config
+        try:
+            with torch.device("meta"):
+                meta_model = build(smaller)
+        except Exception as error:  # a model's constructor may raise anything
+            reason = f"transformers cannot build it: {str(error).partition(chr(10))[0][:200]}"
+            continue
         position = route.blocks.index(block)
         built = find_block_list(meta_model, len(route), type(module)).blocks[position]
         if _class_and_shapes(built) != _class_and_shapes(module):
@@ -138,9 +168,7 @@ def _build_probe_model(config: Json, section: DecoderSection, block: int, module
         if size > _MAX_PARAMETERS:
             reason = f"it would need {size / 1e9:.1f} billion parameters"
             continue
-        model = AutoModelForCausalLM.from_config(
-            smaller, dtype=torch.bfloat16 if size > _MAX_FLOAT32_PARAMETERS else torch.float32
-        )
+        model = build(smaller, dtype=torch.bfloat16 if size > _MAX_FLOAT32_PARAMETERS else torch.float32)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         return model.eval(), position

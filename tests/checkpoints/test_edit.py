@@ -12,7 +12,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import layersurgery as ls
 from layersurgery.checkpoints.quantization import rename_layers
@@ -232,8 +233,6 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 
 def test_a_vision_tower_of_the_same_depth_is_not_the_decoder(tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText, Gemma3Config
-
     text = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -264,6 +263,50 @@ def test_a_vision_tower_of_the_same_depth_is_not_the_decoder(tmp_path: Path) -> 
     assert written["text_config"]["layer_types"] == [kinds[block] for block in (0, 2, 1, 3, 5)]
     _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
+
+
+@pytest.mark.parametrize(("name", "section"), [("qwen2_5_vl", 2), ("qwen3_vl", 2), ("glm4v", 2)])
+@pytest.mark.parametrize("plan", ["skip-mlp 1", "skip-attention 2; drop 4"])
+def test_branches_of_a_decoder_without_a_causal_model_of_its_own(
+    tmp_path: Path, name: str, section: int, plan: str
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128, "pad_token_id": 0}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [section, 1, 1]}
+    vision = sizes | {
+        "depth": 2,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "image_size": 28,
+        "deepstack_visual_indexes": [],
+    }
+    config = CONFIG_MAPPING[name](
+        text_config=sizes | heads | {"num_hidden_layers": DEPTH, "rope_parameters": rope}, vision_config=vision
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    ls.edit_checkpoint(tmp_path / "source", plan, tmp_path / "out")
+    reloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    before = logits_of(model, tokens())
+    with ls.operate(model, plan):
+        edited = logits_of(model, tokens())
+    assert torch.equal(logits_of(reloaded, tokens()), edited)
+    assert not torch.allclose(edited, before)
+
+
+def test_a_decoder_that_cannot_be_run_alone_is_refused_shortly(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError(f"unknown classes: {'x' * 3000}")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(
+        ls.UnsupportedEditError, match="cannot be run with random weights: transformers cannot"
+    ) as error:
+        ls.edit_checkpoint(llama, "skip-mlp 1", tmp_path / "out", verify=False)
+    assert len(str(error.value)) < 500
 
 
 def test_a_sliding_pattern_is_written_as_the_list_that_its_class_reads(tmp_path: Path) -> None:
