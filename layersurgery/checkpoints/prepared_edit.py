@@ -102,11 +102,11 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
 
 def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, BlockList, TensorNames]:
     """Return the model that a checkpoint is loaded as, its blocks, and the tensors of each of their parameters."""
-    from ..models.block_list import find_block_list
-    from .tensor_names import match_names
+    from .tensor_names import find_loaded_list, match_names
 
-    block_list = find_block_list(model, checkpoint.depth)
-    return model, block_list, match_names(model, block_list.path, checkpoint.block_prefix, checkpoint.tensors.names())
+    names = checkpoint.tensors.names()
+    block_list = find_loaded_list(model, checkpoint.block_prefix, names)
+    return model, block_list, match_names(model, block_list.path, checkpoint.block_prefix, names)
 
 
 def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[nn.Module, BlockList, TensorNames]:
@@ -115,13 +115,16 @@ def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[n
     Returns:
         The model that the source is loaded as, its blocks, and the tensors of each of their parameters.
     """
+    from ..models.meta_model import build_meta_model
     from ..models.reload_check import ReloadCheck
 
+    source = build_meta_model(checkpoint.config)
+    blocks = _match_blocks(checkpoint, source)
     splits = map(checkpoint.block_prefix.split, checkpoint.tensors.names())
     file_tensors = {split[1] for split in splits if split is not None}
-    reload_check = ReloadCheck.build(checkpoint.config, config, checkpoint.section, route, file_tensors)
-    reload_check.check()
-    return _match_blocks(checkpoint, reload_check.source)
+    edited = build_meta_model(config)
+    ReloadCheck(source, edited, checkpoint.section, route, frozenset(file_tensors), blocks=blocks[1].path).check()
+    return blocks
 
 
 def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, list[int]], *, verify: bool) -> Json:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UnsupportedEditError
+from ..models.block_list import BlockList
 from ..models.meta_model import silence_transformers
 from .tensor_index import BlockPrefix
 
@@ -37,6 +38,37 @@ class TensorNames:
         if any(re.search(pattern, parameter) for pattern in self.merged):
             return ()
         return self.tensors.get(block, {}).get(parameter, ())
+
+
+def find_loaded_list(model: nn.Module, prefix: BlockPrefix, names: Iterable[str]) -> BlockList:
+    """Find the list of modules of a model that the blocks of the files are loaded into.
+
+    Args:
+        model: the model, on any device.
+        prefix: prefix of the blocks in the tensor names.
+        names: the tensor names of the checkpoint.
+
+    Raises:
+        UnsupportedEditError: transformers loads none of the tensors into such a list.
+    """
+    rename, _ = _read_conversion_rules(model)
+    # Names of experts differ only by a number, so looking up one of them is enough.
+    of_first = {_NUMBER.sub("N", name): name for name in names if (split := prefix.split(name)) and split[0] == 0}
+    loaded = [rename(name) for name in of_first.values()]
+    lists = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == prefix.depth
+    }
+    paths = [path for path in lists if any(re.match(rf"{re.escape(path)}\.\d+\.", name) for name in loaded)]
+    if not paths:
+        raise UnsupportedEditError(
+            f"transformers loads {prefix.prefix}.0 into none of the lists of {prefix.depth} modules of "
+            f"{type(model).__name__} ({', '.join(lists) or 'it has none'}), so the blocks of a reload would be random. "
+            "Rename the tensors in the files, or name the class that loads them in config.json (architectures)"
+        )
+    path = min(paths, key=len)  # the others are lists within a block
+    return BlockList(path, lists[path])
 
 
 def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterable[str]) -> TensorNames:

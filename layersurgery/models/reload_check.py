@@ -45,6 +45,7 @@ class ReloadCheck:
         route: the edit's route.
         file_tensors: names, relative to a block, of the tensors that the files hold.
         live: whether `source` is a model in use, which has extra attributes and whose buffers have its own dtype.
+        blocks: path of the list of blocks, if it is known.
     """
 
     source: nn.Module
@@ -53,6 +54,7 @@ class ReloadCheck:
     route: Route
     file_tensors: frozenset[str]
     live: bool = False
+    blocks: str | None = None
 
     @classmethod
     def build(
@@ -67,8 +69,8 @@ class ReloadCheck:
         Raises:
             UnsupportedEditError: the reloaded model would differ; lists the first differences.
         """
-        before = find_block_list(self.source, self.section.depth)
-        after = find_block_list(self.edited, len(self.route))
+        before = find_block_list(self.source, self.section.depth, path=self.blocks)
+        after = find_block_list(self.edited, len(self.route), path=self.blocks)
         differences = [
             f"{after.path}.{position} (block {block}): {difference}"
             for position, block in enumerate(self.route.blocks)

@@ -608,6 +608,26 @@ def test_the_block_prefix_is_found_among_other_numbered_names() -> None:
     )
 
 
+def test_the_named_blocks_are_those_that_the_reload_check_compares(tmp_path: Path) -> None:
+    from transformers import CsmConfig, CsmForConditionalGeneration
+
+    depth = 3
+    fields = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": depth, "num_attention_heads": 2}
+    fields |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32, "num_codebooks": 2}
+    config = CsmConfig(**fields, text_vocab_size=32, depth_decoder_config=fields | {"backbone_hidden_size": 16})
+    model = CsmForConditionalGeneration(config)
+    del model.codec_model  # 300 MB
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ls.UnsupportedEditError, match="backbone_model.layers, depth_decoder.model.layers; choose one"):
+        ls.edit_checkpoint(tmp_path / "source", "swap 1", tmp_path / "out")
+    result = ls.edit_checkpoint(tmp_path / "source", "drop 1", tmp_path / "out", blocks="backbone_model.layers")
+    assert result.verified
+    old, new = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "out")
+    name = "{}.layers.{}.mlp.up_proj.weight".format
+    assert torch.equal(new[name("backbone_model", 1)], old[name("backbone_model", 2)])
+    assert torch.equal(new[name("depth_decoder.model", 2)], old[name("depth_decoder.model", 2)])
+
+
 @pytest.mark.parametrize("tower", ["vision_model", "draft_model", "mtp", "speech_encoder"])
 def test_a_tower_that_is_not_text_is_not_the_decoder_in_files_and_in_memory(tower: str) -> None:
     model = nn.ModuleDict(
