@@ -24,6 +24,15 @@ Branch = Literal["attention", "mlp"]
 VERBS: dict[str, type[Edit]] = {}
 """The class of each edit, by the first word of its text. A subclass of `Edit` adds its own words."""
 _SHORT_VERBS = {"skip-attn": "skip-attention"}
+# Words of other programs and papers, which an error translates. Their spelling resembles that of other edits.
+_SYNONYMS = {
+    **dict.fromkeys(("delete", "del", "remove", "rm", "prune", "cut", "omit", "exclude", "erase"), "drop"),
+    **dict.fromkeys(("duplicate", "dup", "copy", "clone", "double", "loop"), "repeat"),
+    **dict.fromkeys(("exchange", "switch", "transpose"), "swap"),
+    **dict.fromkeys(("shift", "insert"), "move"),
+    **dict.fromkeys(("flip", "invert", "mirror"), "reverse"),
+    **dict.fromkeys(("permute", "order", "rearrange", "shuffle", "sort", "keep"), "reorder"),
+}
 
 
 class Edit(ABC):
@@ -76,6 +85,14 @@ class Edit(ABC):
         return edited
 
 
+def nearest_word(word: str, words: Iterable[str]) -> str | None:
+    """Return the word that a user probably meant: the one with the same meaning, else one with a similar spelling."""
+    words = list(words)
+    if _SYNONYMS.get(word) in words:
+        return _SYNONYMS[word]
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=0.5)), None)
+
+
 def parse_edit(text: str) -> Edit:
     """Read the text of one edit.
 
@@ -86,8 +103,8 @@ def parse_edit(text: str) -> Edit:
     verb = word.lower().replace("_", "-")
     verb = _SHORT_VERBS.get(verb, verb)
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the edits are {', '.join(VERBS)}."
+        near = nearest_word(verb, VERBS)
+        hint = f"did you mean {near!r}?" if near else f"the edits are {', '.join(VERBS)}."
         raise PlanError(f"unknown edit {word!r} in {text.strip()!r}; {hint}")
     example = VERBS[verb].examples[verb]
     if not rest.strip():

@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import PlanError
-from .edits import Edit
+from .edits import Edit, nearest_word
 from .families import FAMILIES
 from .plan import Blocks, Plan, adjacent_blocks, reorder
 from .route import Route, Span, parse_items, resolve
@@ -223,8 +222,8 @@ def _parse_family(name: str) -> tuple[str, int]:
     """Return the family's name, and the number after it (0 if it takes none)."""
     kind, colon, number = name.partition(":")
     if kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(FAMILIES)}"
+        near = nearest_word(kind, FAMILIES)
+        hint = f"did you mean {near!r}?" if near else f"they are {', '.join(FAMILIES)}"
         raise PlanError(f"unknown family of edits {name!r}; {hint}")
     if not FAMILIES[kind].takes_number:
         if colon:

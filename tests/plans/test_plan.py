@@ -163,6 +163,12 @@ def test_comments_and_lines_in_a_plan() -> None:
     ("text", "message"),
     [
         ("swpa 1 2", "unknown edit 'swpa'.*did you mean 'swap'"),
+        ("delete 3", "unknown edit 'delete'.*did you mean 'drop'"),
+        ("remove 3", "did you mean 'drop'"),
+        ("Prune 3", "did you mean 'drop'"),
+        ("duplicate 3", "did you mean 'repeat'"),
+        ("exchange 1 2", "did you mean 'swap'"),
+        ("permute 1 0", "did you mean 'reorder'"),
         ("skip-attentoin 1", "did you mean 'skip-attention'"),
         ("zzz 3", "the edits are swap, drop"),
         ("swap 3 3", "cannot be swapped with itself"),

@@ -99,6 +99,7 @@ def test_any_form() -> None:
     ("wanted", "words"),
     [
         ("swap,dorp", "unknown family of edits 'dorp'; did you mean 'drop'"),
+        ("remove", "unknown family of edits 'remove'; did you mean 'drop'"),
         ("zzz", "unknown family of edits 'zzz'; they are swap, drop"),
         ("drop-span", "has no number of blocks; write drop-span:4"),
         ("drop-span:0", "has no number of blocks"),
