@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic_io import atomic_directory, check_output
-from ..errors import PlanError
+from ..errors import PlanError, warn
 from ..plans.plan import Plan
 from ..plans.route import Route
 from .checkpoint import read_checkpoint
@@ -44,7 +44,7 @@ class EditResult:
         bytes_linked: size of the safetensors files that were hard-linked.
         seconds: time from the first byte to the finished directory.
         verified: whether the reload check was run.
-        notes: what users of the checkpoint should know, such as programs that would run another model.
+        notes: what users of the source or of the result should know, such as programs that would run another model.
     """
 
     path: Path
@@ -109,6 +109,8 @@ def edit_checkpoint(
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
     prepared = prepare_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
+    for note in prepared.notes:
+        warn(note)
     return write_edit(prepared, target, overwrite=overwrite, link=link, progress=progress)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PlanError, UnsupportedEditError
+from ..errors import PlanError, SourceError, UnsupportedEditError
 from ..models.config_fields import (
     IDENTICAL_LAYER_TYPES,
     POSITIONAL_ONLY,
@@ -21,9 +21,11 @@ from ..models.config_rewrite import rewrite
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
+from ..units import format_list
 from .checkpoint import Checkpoint
 from .output_layout import Layout, plan_output_files
 from .quantization import rename_layers
+from .tensor_index import INDEX
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +50,7 @@ class PreparedEdit:
         config: the new config.json.
         layout: the new safetensors files.
         verified: whether the reload check was run.
-        notes: what users of the edited checkpoint should know.
+        notes: what users of the source or of the result should know.
     """
 
     checkpoint: Checkpoint
@@ -82,6 +84,7 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
+        SourceError: a tensor is missing from the files.
         UnsupportedEditError: no checkpoint of this architecture can represent the edited model.
     """
     route = plan.route(checkpoint.depth)
@@ -96,8 +99,29 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
     layout = plan_output_files(
         checkpoint.tensors, checkpoint.block_prefix, positions, _tensors_to_zero(checkpoint, route, blocks)
     )
-    note = describe_position_readers(str(fields["model_type"]), checkpoint.section.get_fields(config), len(route))
-    return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify, (note,) if note else ())
+    notes = _check_absent(checkpoint, verify=verify)
+    readers = describe_position_readers(str(fields["model_type"]), checkpoint.section.get_fields(config), len(route))
+    notes += (readers,) if readers else ()
+    return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify, notes)
+
+
+def _check_absent(checkpoint: Checkpoint, *, verify: bool) -> tuple[str, ...]:
+    """Refuse tensors that only the index has, if the model needs them; return a note of the others."""
+    absent = checkpoint.tensors.absent
+    if not absent:
+        return ()
+    where = f"{INDEX} of {checkpoint.source.label} names"
+    if not verify:
+        raise SourceError(
+            f"{where} {format_list(absent)}, and no file has it; fetch the checkpoint again, or run the reload check "
+            "(verify), which shows whether the model needs it"
+        )
+    from ..models.meta_model import build_meta_model
+    from .tensor_names import find_needed
+
+    if needed := find_needed(build_meta_model(checkpoint.config), absent):
+        raise SourceError(f"{where} {format_list(needed)}, and no file has it; fetch the checkpoint again")
+    return (f"{where} {format_list(absent)}, which no file has and the model does not need; left out of the new index",)
 
 
 def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, BlockList, TensorNames]:

@@ -29,11 +29,13 @@ class TensorIndex:
         directory: the directory of the files.
         shards: the header of each file by file name, sorted by name.
         index: the parsed `model.safetensors.index.json`, or None for a single file.
+        absent: tensors that the index names and no file has.
     """
 
     directory: Path
     shards: Mapping[str, Header]
     index: Mapping[str, Any] | None
+    absent: tuple[str, ...] = ()
 
     def names(self) -> Iterable[str]:
         """Iterate over the names of all tensors, file by file, in the order of the data."""
@@ -86,10 +88,13 @@ def read_tensor_index(directory: Path) -> TensorIndex:
                 raise SourceError(f"tensor {name!r} is in both {file_of[name]} and {file} of {directory}")
             file_of[name] = file
     for name, file in weight_map.items():
-        if file_of.get(name) != file:
-            where = f"it is in {file_of[name]}" if name in file_of else "no file has it"
-            raise SourceError(f"{directory / INDEX} places {name!r} in {file}, but {where}; fetch the checkpoint again")
-    return TensorIndex(directory, shards, index)
+        if file_of.get(name, file) != file:
+            raise SourceError(
+                f"{directory / INDEX} places {name!r} in {file}, but it is in {file_of[name]}; fetch the checkpoint "
+                "again"
+            )
+    absent = tuple(name for name in weight_map if name not in file_of)
+    return TensorIndex(directory, shards, index, absent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

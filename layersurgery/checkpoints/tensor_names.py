@@ -71,6 +71,13 @@ def find_loaded_list(model: nn.Module, prefix: BlockPrefix, names: Iterable[str]
     return BlockList(path, lists[path])
 
 
+def find_needed(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of the names whose tensors the model loads, and does not tie to others."""
+    rename, _ = _read_conversion_rules(model)
+    state = model.state_dict().keys() - (getattr(model, "all_tied_weights_keys", None) or {}).keys()
+    return [name for name in names if rename(name) in state]
+
+
 def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterable[str]) -> TensorNames:
     """Match the tensor names of a checkpoint with the parameters of the blocks of the model that loads it.
 

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 import layersurgery as ls
 from layersurgery.atomic_io import directory_lock
 from layersurgery.checkpoints import shard_writer
+from layersurgery.errors import LayerSurgeryWarning
 from tests.checkpoints.test_edit import change_config, resave
-from tests.support.zoo import DEPTH
+from tests.support.zoo import DEPTH, tiny_model
 
 
 def nothing_written(parent: Path, *allowed: str) -> None:
@@ -94,13 +95,48 @@ def test_an_index_that_names_a_wrong_file(sharded: Path, tmp_path: Path, file: o
 def test_an_index_that_disagrees_with_its_files(sharded: Path, tmp_path: Path) -> None:
     path = sharded / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"]["model.ghost.weight"] = index["weight_map"]["model.norm.weight"]
-    path.write_text(json.dumps(index))
-    with pytest.raises(ls.SourceError, match="'model.ghost.weight' in .*no file has it"):
+    norm, embeddings = (index["weight_map"][f"model.{name}.weight"] for name in ("norm", "embed_tokens"))
+    assert norm != embeddings
+    path.write_text(json.dumps(index | {"weight_map": index["weight_map"] | {"model.norm.weight": embeddings}}))
+    with pytest.raises(ls.SourceError, match=f"places 'model.norm.weight' in {embeddings}, but it is in {norm}"):
         ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
     path.write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(ls.SourceError, match="no weight_map"):
         ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+
+
+def test_a_tensor_that_only_the_index_has(sharded: Path, tmp_path: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    ghost = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    index["weight_map"][ghost] = index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ls.SourceError, match=f"names {ghost}, and no file has it.*run the reload check"):
+        ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out", verify=False)
+    with pytest.warns(LayerSurgeryWarning, match=f"{ghost}, which no file has and the model does not need"):
+        result = ls.edit_checkpoint(sharded, ls.swap(1), tmp_path / "out")
+    assert len(result.notes) == 1
+    assert ghost not in (tmp_path / "out" / path.name).read_text()
+    assert ls.load(tmp_path / "out").model.config.num_hidden_layers == DEPTH
+    for needed in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
+        shutil.rmtree(tmp_path / "lost", ignore_errors=True)
+        shutil.copytree(sharded, tmp_path / "lost")
+        file = tmp_path / "lost" / index["weight_map"][needed]
+        tensors = load_file(file)
+        del tensors[needed]
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ls.SourceError, match=f"names {needed}, and no file has it; fetch the checkpoint again"):
+            ls.edit_checkpoint(tmp_path / "lost", ls.swap(1), tmp_path / "out2")
+
+
+def test_a_tied_head_that_only_the_index_has(tmp_path: Path) -> None:
+    tiny_model("llama-tied").save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    path = tmp_path / "source" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    with pytest.warns(LayerSurgeryWarning, match=r"lm_head.weight, which no file has and the model does not need"):
+        ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
 
 
 def test_a_block_count_that_is_not_the_configs(llama: Path, tmp_path: Path) -> None:
