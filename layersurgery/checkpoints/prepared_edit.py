@@ -25,7 +25,7 @@ from ..units import format_list
 from .checkpoint import Checkpoint
 from .output_layout import Layout, plan_output_files
 from .quantization import rename_layers
-from .tensor_index import INDEX
+from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,6 +92,12 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
         raise PlanError(f"'{plan}' leaves the model unchanged, so there is nothing to write")
     fields = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}
     refuse_architecture(fields)
+    if (checkpoint.source.directory / ADAPTER_CONFIG).exists():
+        raise UnsupportedEditError(
+            f"{checkpoint.source.label} has a PEFT adapter ({ADAPTER_CONFIG}) next to its weights; transformers loads "
+            f"both, and the adapter names layers of the unedited model. {MERGE_ADAPTER}, or edit a copy of the "
+            f"directory without {ADAPTER_CONFIG}"
+        )
     refuse_route(fields, route)
     positions = new_positions(route, checkpoint.section)
     config = _edit_config(checkpoint, route, positions, verify=verify)

@@ -17,6 +17,8 @@ from .safetensors_header import Header, TensorInfo, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE_ADAPTER = "Merge it into its base model first with merge_and_unload() of peft, then save_pretrained()"
 _NUMBERED = re.compile(r"(?<!^)\.(0|[1-9][0-9]*)(?=\.)")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
@@ -117,11 +119,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _no_weights_error(directory: Path) -> SourceError:
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     other_files = sorted(file.name for file in directory.glob("*.safetensors"))
-    if (directory / "adapter_config.json").exists():
-        return SourceError(
-            f"{directory} is a PEFT adapter without its base model; merge it into the model first with "
-            "merge_and_unload() of peft, then save_pretrained()"
-        )
+    if (directory / ADAPTER_CONFIG).exists():
+        return SourceError(f"{directory} is a PEFT adapter without its base model. {MERGE_ADAPTER}")
     if other_files:
         return SourceError(
             f"{directory} has {', '.join(other_files[:3])} but neither {SINGLE} nor {INDEX}; rename the file, or write "

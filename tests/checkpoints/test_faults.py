@@ -57,6 +57,17 @@ def test_no_safetensors(llama: Path, tmp_path: Path, name: str, message: str) ->
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_adapter_next_to_the_weights(llama: Path, tmp_path: Path, verify: bool) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(str(llama))
+    with pytest.raises(ls.UnsupportedEditError, match=r"adapter \(adapter_config.json\) next to .*merge_and_unload"):
+        ls.edit_checkpoint(llama, ls.drop(1), tmp_path / "out", verify=verify)
+    nothing_written(tmp_path, "llama")
+    assert ls.inspect(llama).depth == DEPTH
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{'a': 1}", "[" * 100_000])
 def test_a_config_that_is_not_a_json_object(llama: Path, tmp_path: Path, content: str) -> None:
     (llama / "config.json").write_text(content)
