@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
     from ..models.block_list import BlockList
     from .tensor_names import TensorNames
 
-_QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config"))
+_QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config", "quantization"))  # the last is MLX's
 # Quantized formats in which zero bytes mean zero weights.
 _ZERO_BYTES_ARE_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
+# Names of tensors, next to a weight, from which a quantized format computes the weight's values.
+_OFFSET = re.compile(r"biases$|zero|offset|shift")
+_SCALE_OR_OFFSET = re.compile(rf"scale|absmax|quant|codebook|{_OFFSET.pattern}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +212,63 @@ def _tensors_to_zero(
     """
     if all(visit.whole for visit in route):
         return {}
-    settings = [
-        fields[key]
+    settings = {
+        key: fields[key]
         for fields in (checkpoint.config, checkpoint.fields)
-        for key in _QUANTIZATION_KEYS & fields.keys()
+        for key in sorted(_QUANTIZATION_KEYS & fields.keys())
         if fields[key]
-    ]
-    method = settings[0].get("quant_method") if settings and isinstance(settings[0], dict) else None
-    if settings and method not in _ZERO_BYTES_ARE_ZERO:
-        raise UnsupportedEditError(
-            f"the checkpoint is quantized ({method}), and zero bytes do not mean zero weights in this format, so a "
-            "branch of it cannot be zeroed; skip the branch in the unquantized checkpoint"
-        )
+    }
+    methods = {
+        (value.get("quant_method") if isinstance(value, dict) else None) or f"{key} in config.json"
+        for key, value in settings.items()
+    }
+    if other := sorted(map(str, methods - _ZERO_BYTES_ARE_ZERO)):
+        raise _not_zero(f"the checkpoint is quantized ({', '.join(other)})")
     from ..models.meta_model import build_meta_model
     from .zeroed_branches import tensors_to_zero
 
     blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
-    return tensors_to_zero(checkpoint.config, checkpoint.section, *blocks, route)
+    zeroed = tensors_to_zero(checkpoint.config, checkpoint.section, *blocks, route)
+    for position, rests in zeroed.items():
+        _check_zeros_mean_zero(checkpoint, route[position].block, rests, blocks, packed=bool(methods))
+    return zeroed
+
+
+def _check_zeros_mean_zero(
+    checkpoint: Checkpoint, block: int, zeroed: Set[str], blocks: tuple[BlockList, TensorNames], *, packed: bool
+) -> None:
+    """Refuse tensors of a block whose zeros other tensors of their module would turn into other weights.
+
+    Args:
+        checkpoint: the source.
+        block: the block.
+        zeroed: the names, within the block, of the tensors to zero.
+        blocks: what `_match_blocks` returns.
+        packed: whether the format is one in which integers and scales are known to be harmless.
+
+    Raises:
+        UnsupportedEditError: a tensor holds integers, or has scales or offsets; gives its name.
+    """
+    block_list, tensor_names = blocks
+    parameters = block_list.blocks[block].state_dict().keys()
+    own = {rest for name, rests in tensor_names.tensors[block].items() if name in parameters for rest in rests}
+    modules = {rest.rpartition(".")[0] for rest in zeroed}
+    infos = {
+        split[1]: info
+        for name, info in checkpoint.tensors.tensors()
+        if (split := checkpoint.block_prefix.split(name)) and split[0] == block
+    }
+    for rest in sorted(zeroed):
+        if infos[rest].dtype.startswith(("I", "U")) and not packed:
+            raise _not_zero(f"{checkpoint.block_prefix.join(block, rest)} holds integers ({infos[rest].dtype})")
+    for rest in sorted(infos.keys() - own):  # the model's own parameters have been probed
+        module, _, last = rest.rpartition(".")
+        if module in modules and (_OFFSET if packed else _SCALE_OR_OFFSET).search(last):
+            raise _not_zero(f"{checkpoint.block_prefix.join(block, rest)} scales or shifts a weight to zero")
+
+
+def _not_zero(why: str) -> UnsupportedEditError:
+    return UnsupportedEditError(
+        f"{why}, and zero bytes do not mean zero weights in this format, so a branch of it cannot be zeroed; skip the "
+        "branch in the unquantized checkpoint"
+    )

@@ -201,6 +201,44 @@ def test_a_branch_of_a_quantized_checkpoint_is_not_zeroed(llama: Path, tmp_path:
         ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("tensors", "dtype", "message"),
+    [
+        ({"scales": torch.ones(1), "biases": torch.ones(1)}, torch.uint32, r"down_proj.weight holds integers \(U32\)"),
+        ({}, torch.int8, r"down_proj.weight holds integers \(I8\)"),
+        ({"scales": torch.ones(1)}, torch.float32, "down_proj.scales scales or shifts a weight to zero"),
+        ({"weight_scale": torch.ones(1)}, torch.float8_e4m3fn, "down_proj.weight_scale scales or shifts"),
+        ({"weight_zero_point": torch.ones(1)}, torch.float16, "down_proj.weight_zero_point scales or shifts"),
+    ],
+)
+def test_a_branch_whose_zeros_would_not_be_zero_is_not_zeroed(
+    llama: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, message: str
+) -> None:
+    module = "model.layers.1.mlp.down_proj"
+    more = {f"{module}.{name}": value for name, value in tensors.items()}
+    resave(
+        llama,
+        lambda old: (
+            {name: value.to(dtype) if name == f"{module}.weight" else value for name, value in old.items()} | more
+        ),
+    )
+    for verify in (True, False):
+        with pytest.raises(ls.UnsupportedEditError, match=message):
+            ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out", verify=verify)
+    nothing_written(tmp_path, "llama")
+    ls.edit_checkpoint(llama, ls.skip_mlp(2), tmp_path / "out")  # another block's weights are plain
+
+
+def test_settings_of_mlx_follow_and_refuse_a_skip(llama: Path, tmp_path: Path) -> None:
+    settings = {"group_size": 64, "bits": 4, "model.layers.3.mlp.down_proj": {"bits": 8}, "lm_head": False}
+    change_config(llama, quantization=settings)
+    with pytest.raises(ls.UnsupportedEditError, match=r"quantized \(quantization in config.json\)"):
+        ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "out")
+    ls.edit_checkpoint(llama, ls.drop(1), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert written == {"group_size": 64, "bits": 4, "model.layers.2.mlp.down_proj": {"bits": 8}, "lm_head": False}
+
+
 def test_the_checks_do_not_use_the_callers_random_state(llama: Path, tmp_path: Path) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
