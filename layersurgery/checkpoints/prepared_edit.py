@@ -103,13 +103,13 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
             f"directory without {ADAPTER_CONFIG}"
         )
     refuse_route(fields, route)
+    notes = _check_absent(checkpoint, verify=verify)
     positions = new_positions(route, checkpoint.section)
     config = _edit_config(checkpoint, route, positions, verify=verify)
     blocks = _check_reload(checkpoint, config, route) if verify else None
     layout = plan_output_files(
         checkpoint.tensors, checkpoint.block_prefix, positions, _tensors_to_zero(checkpoint, route, blocks)
     )
-    notes = _check_absent(checkpoint, verify=verify)
     readers = describe_position_readers(str(fields["model_type"]), checkpoint.section.get_fields(config), len(route))
     notes += (readers,) if readers else ()
     return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify, notes)
@@ -156,9 +156,23 @@ def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[n
     blocks = _match_blocks(checkpoint, source)
     splits = map(checkpoint.block_prefix.split, checkpoint.tensors.names())
     file_tensors = {split[1] for split in splits if split is not None}
+    _check_complete(checkpoint, *blocks)
     edited = build_meta_model(config)
     ReloadCheck(source, edited, checkpoint.section, route, frozenset(file_tensors), blocks=blocks[1].path).check()
     return blocks
+
+
+def _check_complete(checkpoint: Checkpoint, model: nn.Module, blocks: BlockList, tensors: TensorNames) -> None:
+    """Refuse blocks whose parameters have other names in the files, or none: a reload would make them random."""
+    from .tensor_names import find_missing
+
+    if any(_QUANTIZATION_KEYS & fields.keys() for fields in (checkpoint.config, checkpoint.fields)):
+        return  # packed weights have names that only the format's own loader knows
+    if missing := find_missing(model, blocks, tensors):
+        raise SourceError(
+            f"no tensor of {checkpoint.source.label} is loaded into {format_list(missing)}, so a reload would make it "
+            f"random. The checkpoint is incomplete, or its tensors have names that {type(model).__name__} does not load"
+        )
 
 
 def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, list[int]], *, verify: bool) -> Json:

@@ -78,6 +78,20 @@ def find_needed(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if rename(name) in state]
 
 
+def find_missing(model: nn.Module, block_list: BlockList, tensor_names: TensorNames) -> list[str]:
+    """Return the parameters of the blocks that no tensor is loaded into, so that a reload would leave them random."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    missing = []
+    for block, module in enumerate(block_list.blocks):
+        for name, _ in module.named_parameters():
+            path = f"{block_list.path}.{block}.{name}"
+            loaded = name in tensor_names.tensors[block] or any(re.search(part, name) for part in tensor_names.merged)
+            if not (loaded or path in tied or any(re.search(pattern, path) for pattern in ignored)):
+                missing.append(path)
+    return missing
+
+
 def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterable[str]) -> TensorNames:
     """Match the tensor names of a checkpoint with the parameters of the blocks of the model that loads it.
 
@@ -99,10 +113,10 @@ def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterabl
             # Names of experts differ only by a number, so looking up one of them is enough.
             similar[split[0], _NUMBER.sub("N", split[1])].append(split[1])
     tensors: dict[int, dict[str, tuple[str, ...]]] = defaultdict(dict)
-    in_block = re.compile(rf"(?:^|\.){re.escape(path)}\.(\d+)\.(.+)$")
+    in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)$")
 
     def find_parameter(block: int, rest: str) -> str:
-        match = in_block.search(rename(prefix.join(block, rest)))
+        match = in_block.match(rename(prefix.join(block, rest)))
         if match is not None and int(match[1]) != block:
             raise UnsupportedEditError(
                 f"{prefix.join(block, rest)} is loaded into block {match[1]}: the files of {type(model).__name__} "
@@ -118,7 +132,7 @@ def match_names(model: nn.Module, path: str, prefix: BlockPrefix, names: Iterabl
             parameter = find_parameter(block, rest) if separate else first
             tensors[block][parameter] = (*tensors[block].get(parameter, ()), rest)
     for block in range(prefix.depth):
-        if not any(in_block.search(rename(prefix.join(block, rest))) for rest in _one_of_each(similar, block)):
+        if not any(in_block.match(rename(prefix.join(block, rest))) for rest in _one_of_each(similar, block)):
             raise UnsupportedEditError(
                 f"no tensor at {prefix.prefix}.{block} is loaded into {path}.{block} of {type(model).__name__}: these "
                 "are not the tensors of its decoder blocks, or the model renames them in an unsupported way"

@@ -68,6 +68,28 @@ def test_an_adapter_next_to_the_weights(llama: Path, tmp_path: Path, verify: boo
     assert ls.inspect(llama).depth == DEPTH
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "",
+            "language_model.",
+            r"loads language_model.model.layers.0 into none of .* LlamaForCausalLM \(model.layers\)",
+        ),
+        ("model.layers", "model.blocks", "loads model.blocks.0 into none of the lists of 6 modules"),
+        (".self_attn.q_proj", ".attention.wq", "loaded into model.layers.0.self_attn.q_proj.weight and 5 more"),
+        ("layers.3.mlp", "layers.3.ffn", "loaded into model.layers.3.mlp.gate_proj.weight and 2 more"),
+    ],
+)
+def test_weights_under_names_that_the_class_does_not_load(
+    llama: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    resave(llama, lambda tensors: {name.replace(old, new, 1): value for name, value in tensors.items()})
+    with pytest.raises(ls.LayerSurgeryError, match=message):
+        ls.edit_checkpoint(llama, ls.drop(1), tmp_path / "out")
+    nothing_written(tmp_path, "llama")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{'a': 1}", "[" * 100_000])
 def test_a_config_that_is_not_a_json_object(llama: Path, tmp_path: Path, content: str) -> None:
     (llama / "config.json").write_text(content)
