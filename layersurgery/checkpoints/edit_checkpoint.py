@@ -24,11 +24,8 @@ from .checkpoint import read_checkpoint
 from .model_card import model_card
 from .prepared_edit import PreparedEdit, prepare_edit
 from .shard_writer import Progress, link_shard, write_shards
-from .sources import COPIED_FILES, Source, find_source
-from .tensor_index import INDEX, SINGLE, read_json
-
-# Files other than config.json that name layers in their quantization settings.
-_QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+from .sources import Source, find_source
+from .tensor_index import INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,19 +193,13 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _copy_other_files(prepared: PreparedEdit, directory: Path) -> None:
-    """Copy the other files of the model: tokenizer, templates, generation config, license, custom code."""
-    root = prepared.checkpoint.source.directory
-    written = {path.name for path in directory.iterdir()} | {SINGLE, INDEX, "README.md"}
-    for pattern in COPIED_FILES:
-        for path in sorted(root.glob(pattern)):
-            target = directory / path.relative_to(root)
-            if not path.is_file() or target.exists() or target.name in written or target.name.endswith(".index.json"):
-                continue
-            target.parent.mkdir(exist_ok=True)
-            if path.name in _QUANTIZATION_FILES:
-                value = prepared.renumber_layers(read_json(path))
-                _write_text(target, _format_json(value))
-            else:
-                shutil.copyfile(path, target)
-                with target.open("r+b") as copied:  # Windows syncs only what may be written
-                    os.fsync(copied.fileno())
+    """Copy the other files of the model, or write their new content."""
+    for path, value in prepared.other_files.items():
+        target = directory / path
+        target.parent.mkdir(exist_ok=True)
+        if value is not None:
+            _write_text(target, _format_json(value))
+        else:
+            shutil.copyfile(prepared.checkpoint.source.directory / path, target)
+            with target.open("r+b") as copied:  # Windows syncs only what may be written
+                os.fsync(copied.fileno())

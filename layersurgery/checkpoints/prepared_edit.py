@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError, SourceError, UnsupportedEditError
@@ -24,8 +24,9 @@ from ..plans.plan import Plan
 from ..plans.route import Route
 from ..units import format_list
 from .checkpoint import Checkpoint
+from .other_files import plan_other_files
 from .output_layout import Layout, plan_output_files
-from .quantization import rename_layers
+from .quantization import renumber_settings
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class PreparedEdit:
         positions: the positions in the new model of each block that is kept.
         config: the new config.json.
         layout: the new safetensors files.
+        other_files: the other files by their path in the directory, with their new content as JSON, or None for a copy.
         verified: whether the reload check was run.
         notes: what users of the source or of the result should know.
     """
@@ -63,6 +65,7 @@ class PreparedEdit:
     positions: Mapping[int, list[int]]
     config: Json
     layout: Layout
+    other_files: Mapping[Path, Any]
     verified: bool
     notes: tuple[str, ...] = ()
 
@@ -70,10 +73,6 @@ class PreparedEdit:
     def nbytes(self) -> int:
         """Return the size of the safetensors files to write or link, in bytes."""
         return self.layout.nbytes
-
-    def renumber_layers(self, value: Any) -> Any:
-        """Renumber the layers that quantization settings name."""
-        return _renumber_layers(value, self.checkpoint, self.positions)
 
 
 def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PreparedEdit:
@@ -112,7 +111,10 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
     )
     readers = describe_position_readers(str(fields["model_type"]), checkpoint.section.get_fields(config), len(route))
     notes += (readers,) if readers else ()
-    return PreparedEdit(checkpoint, plan, route, positions, config, layout, verify, notes)
+    files, left_out = plan_other_files(checkpoint, route, positions)
+    if left_out:
+        notes += (f"left out, because they describe layers of the source in an unknown format: {', '.join(left_out)}",)
+    return PreparedEdit(checkpoint, plan, route, positions, config, layout, files, verify, notes)
 
 
 def _check_absent(checkpoint: Checkpoint, *, verify: bool) -> tuple[str, ...]:
@@ -200,18 +202,8 @@ def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, l
         )
     for fields in (config, section.get_fields(config)) if section.path else (config,):
         for key in _QUANTIZATION_KEYS & fields.keys():
-            fields[key] = _renumber_layers(fields[key], checkpoint, positions)
+            fields[key] = renumber_settings(fields[key], checkpoint, positions)
     return config
-
-
-def _renumber_layers(value: Any, checkpoint: Checkpoint, positions: Mapping[int, list[int]]) -> Any:
-    """Renumber the layers that quantization settings name."""
-    modules: dict[int, set[str]] = defaultdict(lambda: {""})
-    for split in map(checkpoint.block_prefix.split, checkpoint.tensors.names()):
-        if split is not None:
-            path = split[1].split(".")
-            modules[split[0]] |= {".".join(path[:length]) for length in range(1, len(path))}
-    return rename_layers(value, positions, checkpoint.block_prefix.prefix, modules)
 
 
 def _tensors_to_zero(

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import UnsupportedEditError
+from .checkpoint import Checkpoint
 
 # Prefixes that mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
 _PATTERN_MARKS = ("re:", "+:", "-:")
 _PATTERN_CHARACTERS = re.compile(r"[*?+^$|\\\[\](){}]")
 _NOT_TEXT = re.compile(r"vision|visual|audio|image", re.IGNORECASE)
+
+
+def renumber_settings(value: Any, checkpoint: Checkpoint, positions: Mapping[int, Collection[int]]) -> Any:
+    """Renumber the layers that a checkpoint's quantization settings name.
+
+    Raises:
+        UnsupportedEditError: as for `rename_layers`.
+    """
+    modules: dict[int, set[str]] = defaultdict(lambda: {""})
+    for split in map(checkpoint.block_prefix.split, checkpoint.tensors.names()):
+        if split is not None:
+            path = split[1].split(".")
+            modules[split[0]] |= {".".join(path[:length]) for length in range(1, len(path))}
+    return rename_layers(value, positions, checkpoint.block_prefix.prefix, modules)
 
 
 def rename_layers(

@@ -19,6 +19,7 @@ import layersurgery as ls
 from layersurgery.checkpoints.quantization import rename_layers
 from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_header
 from layersurgery.checkpoints.tensor_index import find_block_prefix
+from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.models.block_list import find_block_list
 from layersurgery.models.config_fields import find_section
 from layersurgery.models.config_periods import READ_BY_POSITION
@@ -115,6 +116,34 @@ def test_the_other_files_of_the_directory_are_copied(llama: Path, tmp_path: Path
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     expected = {"config.json", "model.safetensors", "README.md", "additional_chat_templates/rag.jinja", *copied}
     assert names == expected
+
+
+def test_layers_that_other_files_name_follow_or_are_left_out(llama: Path, tmp_path: Path) -> None:
+    quantized = {"modules_to_not_convert": ["model.layers.4.mlp", "lm_head"], "w_bit": 4}
+    files: dict[str, Any] = {
+        **dict.fromkeys(("quantize_config.json", "quant_config.json", "hf_quant_config.json"), quantized),
+        "params.json": {"dim": 32, "n_layers": DEPTH, "vision_encoder": {"num_hidden_layers": 24}},
+        "genai_config.json": {"model": {"decoder": {"num_hidden_layers": DEPTH}}},
+        "scales.json": {"model.layers.4.self_attn.k_scale": 0.5},
+        "notes.json": {"layers": "6"},
+        "tokenizer_config.json": {"text": "model.layers.4."},
+    }
+    for name, value in files.items():
+        (llama / name).write_text(json.dumps(value))
+    (llama / "recipe.yaml").write_text("ignore: ['model.layers.4.mlp.down_proj']\nlayer_range: [0, 6]\n")
+    with pytest.warns(LayerSurgeryWarning, match="left out, .*: genai_config.json, scales.json, recipe.yaml"):
+        ls.edit_checkpoint(llama, ls.drop(1), tmp_path / "out")
+    files |= dict.fromkeys(
+        ("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+        quantized | {"modules_to_not_convert": ["model.layers.3.mlp", "lm_head"]},
+    )
+    files["params.json"] |= {"n_layers": DEPTH - 1}
+    del files["genai_config.json"], files["scales.json"]
+    written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert {name: written[name] for name in written.keys() - {"config.json", "generation_config.json"}} == files
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+    assert not ls.edit_checkpoint(llama, ls.skip_mlp(1), tmp_path / "skip").notes  # each block keeps its number
+    assert (tmp_path / "skip" / "recipe.yaml").read_bytes() == (llama / "recipe.yaml").read_bytes()
 
 
 def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
