@@ -141,7 +141,7 @@ POSITIONAL_ONLY: Mapping[str, object] = {
     "moe_layer_interval": 1,
     "moe_layer_start_index": 0,
 }
-_EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
+EXTRA_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def find_section(config: Json, depth_field: str | None = None) -> DecoderSection
         if names:
             depth = section[names[0]]
             fields = tuple(dict.fromkeys(name for name in names if section[name] == depth))
-            extra = max((section[name] for name in _EXTRA_FIELDS if is_count(section.get(name))), default=0)
+            extra = max((section[name] for name in EXTRA_FIELDS if is_count(section.get(name))), default=0)
             return DecoderSection(path, fields, depth, extra)
     raise SourceError(
         f"config.json has no number of layers: it has none of {', '.join(DEPTH_FIELDS)}. Check that this is the config "

@@ -1,7 +1,8 @@
 """Rewrite the per-layer fields of a config for a route. Plain dictionaries in and out; no torch.
 
 config.json is edited as JSON: saving it again through a config class would lose keys that older readers need. An
-unknown list with one value for each layer is refused, and the error gives its name.
+unknown list with one value for each layer, or an unknown number that counts layers, is refused, and the error gives its
+name.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from ..errors import UnsupportedEditError
 from ..plans.route import Route
 from .config_fields import (
     CYCLES,
+    DEPTH_FIELDS,
+    EXTRA_FIELDS,
     INDEX_LISTS,
     LISTS,
     NOT_PER_LAYER,
     NOT_TEXT,
     ONE_BASED_LISTS,
+    POSITIONAL_ONLY,
+    POSITIONAL_WITH_LIST,
     PREFIX_COUNTS,
     SUFFIX_COUNTS,
     DecoderSection,
@@ -28,11 +33,17 @@ from .config_fields import (
     is_subsection,
     sections,
 )
-from .config_periods import follow_periods
+from .config_periods import PERIODS, follow_periods
 
 _LAYER_NUMBER = re.compile(r"0|[1-9]\d*")
 _NUMBERS_AS_TEXT = re.compile(r"\d+(, *\d+)*")
 _NAMES_LAYERS = re.compile(r"layer|idx|indices|indexes", re.IGNORECASE)
+# Names of numbers that count layers from one end of the model, or name one of them: n_input_layers, layers_in_coda.
+_COUNTS_LAYERS = re.compile(r"(^|_)layers(_in_\w+)?$|(^|_)layer_(index|idx)(_|$)", re.IGNORECASE)
+_OTHER_LAYERS = re.compile(f"{NOT_TEXT.pattern}|decoder|projector|connector|adapter", re.IGNORECASE)
+_KNOWN_COUNTS = frozenset(
+    (*DEPTH_FIELDS, *EXTRA_FIELDS, *PREFIX_COUNTS, *SUFFIX_COUNTS, *POSITIONAL_WITH_LIST, *POSITIONAL_ONLY, *PERIODS)
+)
 
 
 def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
@@ -149,8 +160,25 @@ def _refuse_unknown_numbers(key: str, value: list[Any], depth: int, order: Seque
                 )
 
 
+def _refuse_unknown_counts(fields: Json, depth: int) -> None:
+    """Refuse a number that seems to count or name layers, since it would then mean other layers.
+
+    Looped models give in this way the layers that they run several times. In memory, a forward shows that.
+    """
+    for key, value in fields.items():
+        if key in _KNOWN_COUNTS or not _COUNTS_LAYERS.search(key) or _OTHER_LAYERS.search(key):
+            continue
+        if is_count(value) and value <= depth:
+            raise UnsupportedEditError(
+                f"config.json: {key} = {value} seems to count or name layers of {depth}, but its meaning is unknown; "
+                "ask us to add it, or, if the model does not read it, edit a copy without the field"
+            )
+
+
 def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> None:
     """Rewrite, in place, the counts and intervals that describe the first layers or every n-th layer."""
+    if reloaded:
+        _refuse_unknown_counts(fields, depth)
     for key in PREFIX_COUNTS & fields.keys():
         count = fields[key]
         if not is_count(count):

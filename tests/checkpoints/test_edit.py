@@ -604,6 +604,9 @@ def test_a_period_without_a_list_of_an_unknown_type_is_refused(llama: Path, tmp_
         ({"sub": {"kda_layers": [0, 4]}}, "swap 0 1", "'kda_layers' should hold layer numbers from 1 to 4"),
         ({"sub": {"mystery": [1, 2, 3, 4]}}, "swap 1 2", "'mystery' is a list of 4 values for 4 layers"),
         ({"odd_layers": [1, 2]}, "drop 0", r"'odd_layers' seems to hold layer numbers, \[1, 2\]"),
+        ({"n_input_layers": 1}, "drop 3", "n_input_layers = 1 seems to count or name layers of 4"),
+        ({"n_layers_in_coda": 2}, "repeat 1", "n_layers_in_coda = 2"),
+        ({"loop": {"loop_layer_index_end": 3}}, "swap 0 1", "loop_layer_index_end = 3"),
         ({"layer_types": ["a", "b"]}, "swap 0 1", "has 2 values for 4 layers"),
         ({"scale_attn_by_inverse_layer_idx": True}, "swap 0 1", "scales the attention of each layer by its position"),
     ],
@@ -612,6 +615,14 @@ def test_fields_that_cannot_follow_are_refused_by_name(fields: dict[str, Any], p
     config = {"num_hidden_layers": 4, **fields}
     with pytest.raises(ls.UnsupportedEditError, match=message):
         rewrite(config, find_section(config), ls.Plan.parse(plan).route(4))
+
+
+def test_numbers_that_count_something_else_than_layers_are_carried() -> None:
+    config: dict[str, Any] = {"num_hidden_layers": 4, "mm_projector_layers": 2, "mtp_layers": 1, "encoder_layers": 4}
+    config |= {"hidden_size_per_layer_input": 2, "loop_rank": 3, "frozen_layers": 0, "tie_layers": True}
+    assert rewrite(config, find_section(config), Route([2, 1])) == {**config, "num_hidden_layers": 2}
+    config["n_input_layers"] = 2
+    assert rewrite(config, find_section(config), ls.Plan.parse("skip-mlp 1").route(4)) == config
 
 
 def test_depth_under_its_other_names() -> None:
