@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 
-_POSITION_NAME = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
+POSITION_NAME = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 
 Copies = Mapping[int, nn.Module]
 
@@ -125,7 +125,7 @@ def _tensor_names(module: nn.Module) -> Iterator[str]:
 def position_name(module: nn.Module) -> str | None:
     """Return the name of the attribute in which a module stores its position; None if there is none."""
     return next(
-        (name for name, value in vars(module).items() if type(value) is int and _POSITION_NAME.match(name)), None
+        (name for name, value in vars(module).items() if type(value) is int and POSITION_NAME.match(name)), None
     )
 
 
@@ -134,7 +134,7 @@ def positions(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, int]]:
     for module in block.modules():
         attributes = vars(module)
         for name, value in attributes.items():
-            if type(value) is int and _POSITION_NAME.match(name):
+            if type(value) is int and POSITION_NAME.match(name):
                 yield attributes, name, value
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, warn
 from ..plans.route import Route
 from ..units import format_list
 from .block_list import find_block_list
+from .block_view import POSITION_NAME
 from .config_fields import DEPTH_FIELDS, DecoderSection, Json
 from .config_periods import PERIODS
 from .meta_model import build_meta_model
@@ -66,6 +67,8 @@ class ReloadCheck:
     def check(self) -> None:
         """Compare both models.
 
+        Warns about positions that a model in use keeps for another place of the block: a reload sets them right.
+
         Raises:
             UnsupportedEditError: the reloaded model would differ; lists the first differences.
         """
@@ -93,6 +96,11 @@ class ReloadCheck:
             raise UnsupportedEditError(
                 f"{self.route} would not reload as the intended model: {summary}. The architecture derives this from a "
                 "layer's position, and its config cannot change that"
+            )
+        if self.live and (stale := list(_stale_positions(before.blocks, after.blocks))):
+            warn(
+                f"{format_list(stale)} differ from the positions of the blocks, so generation with a cache is wrong in "
+                "memory; a reload sets them right"
             )
 
     def _compare(self, source: Modules, edited: Modules, old: int, new: int) -> Iterator[str]:
@@ -126,6 +134,7 @@ class ReloadCheck:
                 elif not (
                     _is_equal(source_values[name], edited_values[name])
                     or self._changed_in_use(source_values[name], edited_values[name])
+                    or (self.live and _is_position(name, edited_values[name], new))
                     or self._follows_route(name, source_values[name], edited_values[name], old, new)
                 ):
                     yield (
@@ -154,6 +163,21 @@ class ReloadCheck:
         if isinstance(source, list | tuple) and isinstance(edited, list | tuple) and len(source) == self.section.depth:
             return list(edited) == [source[block] for block in self.route.blocks]
         return False
+
+
+def _is_position(name: str, value: Any, position: int) -> bool:
+    """Check whether an attribute of a block holds its position, which only tells it the row of the cache."""
+    return type(value) is int and POSITION_NAME.match(name) is not None and value - position in (0, 1)
+
+
+def _stale_positions(blocks: nn.ModuleList, reloaded: nn.ModuleList) -> Iterator[str]:
+    """Describe the attributes of a model in use that hold another position than after a reload."""
+    for position, (block, new) in enumerate(zip(blocks, reloaded, strict=True)):
+        modules = _modules_by_path(block)
+        for path, module in new.named_modules():
+            for name, value in vars(module).items():
+                if _is_position(name, value, position) and (old := vars(modules[path]).get(name, value)) != value:
+                    yield f"{path}.{name} = {old} of block {position}".lstrip(".")
 
 
 def _original_class(module: nn.Module) -> type[nn.Module]:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForCondi
 
 import layersurgery as ls
 from layersurgery.checkpoints.loading import Loaded
+from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.models.skipped_branch import SkippedBranch
 from layersurgery.models.unsupported import refuse_route
 from layersurgery.plans.route import Route, Visit
@@ -623,6 +624,20 @@ def test_save_refuses_a_constant_changed_by_hand(model: Any, tmp_path: Any) -> N
     model.model.layers[2].self_attn.scaling *= 2
     with pytest.raises(ls.UnsupportedEditError, match="model.layers.2.*self_attn.scaling"):
         ls.save(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
+def test_save_takes_blocks_that_keep_an_old_position(name: str, tmp_path: Any) -> None:
+    """A block that was removed by hand leaves the others with their old numbers, which a reload sets right."""
+    model = tiny_model(name)
+    path = ls.anatomy(model).blocks
+    del model.get_submodule(path)[2]
+    model.config.num_hidden_layers -= 1
+    with pytest.warns(LayerSurgeryWarning, match=r"layer_idx = 3 of block 2 and \d more .* a reload sets them right"):
+        ls.save(model, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = model(tokens(), use_cache=False).logits
+    torch.testing.assert_close(reloaded(tokens(), use_cache=False).logits, expected, rtol=0, atol=1e-6)
 
 
 def test_a_copy_of_an_edited_model_is_its_own(model: Any) -> None:
