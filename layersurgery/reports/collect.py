@@ -17,6 +17,7 @@ from ..registry import ANALYSES
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
 from ..sweeps.results import summary_sentence
+from .text_format import without_directories
 
 _DEPTH = 3
 _CELLS = 6000
@@ -173,8 +174,26 @@ def _read(directory: Path, facts: Mapping[str, Any]) -> FinishedRun:
         tables[name] = read_table(directory, name) if name in ("stages", _CURVES) else pd.read_parquet(directory / file)
     if _CURVES in tables:
         _check(tables[_CURVES])
-    run = FinishedRun(directory, facts, tables, large, "")
+    tables = {
+        name: frame.assign(model=frame.model.map(without_directories)) if "model" in frame else frame
+        for name, frame in tables.items()
+    }
+    run = FinishedRun(directory, _without_directories(facts), tables, large, "")
     return replace(run, words=_words(run))
+
+
+def _without_directories(value: Any) -> Any:
+    """Replace absolute paths in an entry of `run.json`, except in the command, whose words must be split first."""
+    if isinstance(value, str):
+        return without_directories(value)
+    if isinstance(value, list):
+        return [*map(_without_directories, value)]
+    if isinstance(value, Mapping):
+        return {
+            without_directories(str(name)): item if name == "command" else _without_directories(item)
+            for name, item in value.items()
+        }
+    return value
 
 
 def _check(frame: pd.DataFrame) -> None:
@@ -206,7 +225,8 @@ def labels(runs: Sequence[FinishedRun]) -> list[str]:
     names = [run.short for run in runs]
     if len({run.model for run in runs}) == 1 and len(runs) > 1 and len({run.path.name for run in runs}) == len(runs):
         return [run.path.name for run in runs]
-    for describe in (lambda run: run.path.name, lambda run: str(run.path)):
+    above = os.path.commonpath([run.path.resolve() for run in runs]) if runs else ""
+    for describe in (lambda run: run.path.name, lambda run: os.path.relpath(run.path.resolve(), above)):
         if len(set(names)) == len(names):
             break
         names = [

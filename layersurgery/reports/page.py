@@ -20,7 +20,7 @@ from .collect import CollectedRuns, FinishedRun, labels
 from .images import Picture
 from .provenance import Provenance, provenance
 from .tables import Table, format_table, route_table
-from .text_format import show_control_characters
+from .text_format import show_control_characters, without_directories
 
 _CELLS_A_ROUTE = 12
 
@@ -124,7 +124,8 @@ def _sections(
         yield _Section("routes", "Every route", "routes", routes)
     yield _Section("tables", "All other tables", "tables", tables)
     yield _Section("how", "How it was run, and how to repeat it", "accounts", [*_accounts(runs)])
-    missing = [f"{path}: {why}" for path, why in collected.others] + left_out
+    missing = [f"{path.name}: {without_directories(why)}" for path, why in collected.others]
+    missing += map(without_directories, left_out)
     yield _Section("missing", "What is not in this page", "list", missing)
 
 
@@ -149,7 +150,7 @@ def _tables(runs: Sequence[FinishedRun], most_cells: int, left_out: list[str]) -
             most_cells -= frame.size
             shown.append(format_table(f"{label}: {name}", frame, name))
         left_out += [
-            f"{label}: table {name}, {rows} rows; it is {run.path / f'{name}.parquet'}" for name, rows in large.items()
+            f"{label}: table {name}, {rows} rows; see {name}.parquet in {run.path.name}" for name, rows in large.items()
         ]
     return shown
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..plans.families import FAMILIES
 from ..registry import ANALYSES
 from .collect import FinishedRun
-from .text_format import is_hidden, rounded
+from .text_format import is_hidden, rounded, without_directories
 
 _PROGRAM = "layersurgery"
 _BEGIN = {
@@ -66,12 +66,14 @@ def _command(run: FinishedRun) -> tuple[list[str], str]:
         words = shlex.split(str(run.fact("command", default="")))
     except ValueError:  # the recorded command was truncated
         words = []
+    recorded, words = words, ["=".join(map(without_directories, word.split("=", 1))) for word in words]
     if words[:1] == [_PROGRAM]:
-        missing = revision and not any(word.partition("=")[0] == "--revision" for word in words)
-        return (
-            words,
-            f"The model's revision was {revision}; add --revision {revision} to use the same." if missing else "",
-        )
+        notes = []
+        if words != recorded:
+            notes.append("Files are shown without their directories.")
+        if revision and not any(word.partition("=")[0] == "--revision" for word in words):
+            notes.append(f"The model's revision was {revision}; add --revision {revision} to use the same.")
+        return words, " ".join(notes)
     begin = ["sweep"] if run.is_sweep else _BEGIN.get(run.word)
     if begin is None:
         return [], "This run did not record its command, and it cannot be reconstructed."
@@ -179,7 +181,7 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     yield "Machine", machine
     yield "No figure", str(fact("figure_error"))
     files = fact("files")
-    yield "Files", f"{run.path}: {', '.join(map(str, files))}" if isinstance(files, list) else str(run.path)
+    yield "Files", f"{run.path.name}: {', '.join(map(str, files))}" if isinstance(files, list) else run.path.name
 
 
 def _text(run: FinishedRun) -> Iterator[str]:

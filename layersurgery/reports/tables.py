@@ -126,7 +126,7 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
         if len(frame) > share:
             notes.append(
                 f"{label}: {share} of {len(frame)} routes, edits of single layers and then those with the lowest KL; "
-                f"all are in {run.path / 'results.csv'}"
+                f"all are in results.csv in {run.path.name}"
             )
             few = frame.edit.isin(_FEW)
             chosen = pd.concat([frame[few], frame[~few].sort_values("kl_nats", kind="stable")]).index[:share]

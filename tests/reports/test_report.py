@@ -423,12 +423,35 @@ def test_the_same_results_give_the_same_page(made: ls.Report, runs: Path, tmp_pa
 def test_the_command_that_repeats_a_run(made: ls.Report, runs: Path) -> None:
     facts = json.loads((runs / "sweep" / "run.json").read_text())
     story = runs.parent / "story.txt"
-    meant = (
-        f"layersurgery sweep {runs.parent / 'tiny'} --data {story} -n 120 --context 30 --edits swap,drop,skip-mlp "
-        f"-o {runs / 'sweep'} --json"
+    options = "-n 120 --context 30 --edits swap,drop,skip-mlp"
+    assert facts["command"] == (
+        f"layersurgery sweep {runs.parent / 'tiny'} --data {story} {options} -o {runs / 'sweep'} --json"
     )
-    assert facts["command"] == meant
-    assert Text.of(made.path.read_text()).find(meant)
+    text = Text.of(made.path.read_text())
+    assert text.find(f"layersurgery sweep tiny --data story.txt {options} -o sweep --json")
+    assert text.find("Files are shown without their directories.")
+
+
+def test_a_page_names_files_and_not_the_directories_of_the_machine(made: ls.Report, runs: Path, tmp_path: Path) -> None:
+    assert str(runs.parent) not in made.path.read_text()
+    secret, windows = "/home/some one/models", "C:\\Users\\someone\\models"
+    arguments = {"model": {"name": f"{secret}/first"}, "text": {"data": f"{secret}/text.txt", "tokenizer": windows}}
+    facts: Any = {
+        "text": {"notes": [f"cannot read {tmp_path / 'a.txt'}: gone"], "tokens": 5},
+        "files": ["results.parquet"],
+    }
+    command = f"layersurgery sweep '{secret}/first' --data='{secret}/text.txt' -o {tmp_path}"
+    results_in(tmp_path / "a" / "run", f"{secret}/first", arguments=arguments, command=command, **facts)
+    results_in(
+        tmp_path / "b" / "run", f"{secret}/first", arguments=arguments, figure_error="no /home/someone/x", plans=9000
+    )
+    results_in(tmp_path / "c", windows, arguments={"model": {"name": windows}})
+    results_in(tmp_path / "d", state="begun")
+    page = ls.report(tmp_path, tmp_path / "page.html").path.read_text()
+    for word in ("some one", "someone", str(tmp_path), str(tmp_path.parent)):
+        assert word not in page
+    for word in ("first", "text.txt", "a.txt: gone"):
+        assert word in page
 
 
 def test_runs_that_noted_no_command(tmp_path: Path) -> None:
