@@ -160,7 +160,13 @@ Lines = Annotated[
     typer.Option("--lines", help="Each line of a text file is one document, such as a prompt.", rich_help_panel=_TEXT),
 ]
 Bos = Annotated[
-    bool, typer.Option("--bos", help="Start every sequence with the beginning-of-text token.", rich_help_panel=_TEXT)
+    str,
+    typer.Option(
+        "--bos",
+        help="Start every sequence with the beginning-of-text token; auto does what the tokenizer does.",
+        metavar="auto|yes|no",
+        rich_help_panel=_TEXT,
+    ),
 ]
 Shuffle = Annotated[
     bool | None,
@@ -353,10 +359,6 @@ _SEARCHED = {
             metavar="N",
             rich_help_panel=_TEXT,
         ),
-    ],
-    "bos": Annotated[
-        bool,
-        typer.Option("--bos", help="Start every window with the beginning-of-text token.", rich_help_panel=_TEXT),
     ],
 }
 SweepRun = Annotated[RunOptions, _group()]

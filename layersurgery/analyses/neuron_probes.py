@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.text import bos_token_id
+from ..runs.text import bos_token_id, uses_bos
 from ..runtime.block_runner import BlockRunner
 from ..runtime.neuron_activations import projections
 from .logistic_probe import ProbeData, interval, is_chance
@@ -83,7 +83,7 @@ def probe(
     tokens: int = 1_000_000,
     samples: int = 1000,
     seed: int = 0,
-    bos: bool = False,
+    bos: bool | str = "auto",
     batch_size: int = 128,
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
@@ -103,7 +103,7 @@ def probe(
         tokens: maximum number of tokens to search for windows.
         samples: maximum number of windows of each class; half of them are for training.
         seed: random seed for the windows, the random neurons and the shuffled labels.
-        bos: put the beginning-of-text token before every window.
+        bos: put the beginning-of-text token before every window: True, False, or "auto" for what the tokenizer does.
         batch_size: windows per batch.
         blocks: path of the list of blocks, if it cannot be found automatically.
         anatomy: the model's anatomy; found if not given.
@@ -125,7 +125,7 @@ def probe(
     """
     chosen = token_class(tokenizer, suffix=suffix, regex=regex)
     windows = find_balanced_windows(documents, tokenizer, chosen, tokens=tokens, samples=samples, seed=seed)
-    first = bos_token_id(tokenizer) if bos else None
+    first = bos_token_id(tokenizer) if uses_bos(bos, tokenizer) else None
     anatomy = anatomy or find_anatomy(model, blocks=blocks)
     return fit_probes(
         model, windows, chosen, first=first, seed=seed, batch_size=batch_size, anatomy=anatomy, progress=progress

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.text import bos_token_id
+from ..runs.text import bos_token_id, uses_bos
 from ..runtime.block_runner import BlockRunner
 from ..runtime.contributions import find_contributions
 from .window_attention import AttentionSums, sum_attention
@@ -62,7 +62,7 @@ def subjoiners(
     tokens: int = 1_000_000,
     samples: int = 200,
     seed: int = 0,
-    bos: bool = False,
+    bos: bool | str = "auto",
     batch_size: int = 128,
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
@@ -81,7 +81,7 @@ def subjoiners(
         tokens: maximum number of tokens to search for windows.
         samples: maximum number of windows of each class.
         seed: random seed for the selection of windows.
-        bos: put the beginning-of-text token before every window.
+        bos: put the beginning-of-text token before every window: True, False, or "auto" for what the tokenizer does.
         batch_size: windows per batch.
         blocks: path of the list of blocks, if it cannot be found automatically.
         anatomy: the model's anatomy; found if not given.
@@ -102,7 +102,7 @@ def subjoiners(
         ['model', 'layer', 'head', 'rank', 'score']
     """
     windows = find_word_windows(documents, tokenizer, tokens=tokens, samples=samples, seed=seed)
-    first = bos_token_id(tokenizer) if bos else None
+    first = bos_token_id(tokenizer) if uses_bos(bos, tokenizer) else None
     return score_heads(
         model,
         windows,

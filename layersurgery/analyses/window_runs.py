@@ -204,6 +204,8 @@ def _run(
     """
     session.check()
     first = bos_token_id(session.tokenizer) if request.bos else None
+    if request.bos:
+        session.reporter.log(f"Each window begins with {session.tokenizer.bos_token}")
     found = find()
     session.check_vocabulary(found.max_token)
 

@@ -91,9 +91,10 @@ def _options(run: FinishedRun) -> Iterator[str]:
         value = text.get(name)
         if value is not None and value != defaults.get(name):
             yield from (f"--{name}", str(value))
-    yield from (
-        word for word, on in (("--no-pack", text.get("pack") is False), ("--bos", text.get("bos") is True)) if on
-    )
+    if text.get("pack") is False:
+        yield "--no-pack"
+    if isinstance(text.get("bos"), bool):
+        yield from ("--bos", "yes" if text["bos"] else "no")
     if isinstance(text.get("shuffle"), bool):
         yield "--shuffle" if text["shuffle"] else "--no-shuffle"
     for name in ("spans", "dtype", "device", "batch_size", "blocks"):

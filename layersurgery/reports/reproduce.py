@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ def run_reproduction(
             continue
         lead = _make_lead(directory, reporter, results, overwrite=overwrite)
         try:
-            run_on_model(model, options, lead, reporter, group)
+            run_on_model(model, paper_options(model, options), lead, reporter, group)
         except (LayerSurgeryError, OSError) as error:
             if group.size > 1:  # the other processes may be waiting for data
                 raise
@@ -210,6 +210,11 @@ def run_reproduction(
     if group.rank == 0:
         _finish(output, results)
     return results
+
+
+def paper_options(model: str, options: RunOptions) -> RunOptions:
+    """Return the options of a model's runs: the paper puts the beginning-of-text token before every sequence."""
+    return replace(options, bos=True) if model in PAPER and options.bos == "auto" else options
 
 
 def _directories(models: Sequence[str], output: Path) -> dict[str, Path]:

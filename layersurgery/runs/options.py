@@ -27,7 +27,8 @@ class RunOptions:
         pack: join documents and cut them into sequences of one length; otherwise each document is one sequence. By
             default True, but False for a list of strings and with `lines`.
         lines: each line of a text file is one document.
-        bos: begin every sequence with the beginning-of-text token.
+        bos: begin every sequence with the beginning-of-text token: "yes" or True, "no" or False, or "auto" for what the
+            tokenizer itself does with plain text (Llama, Gemma: yes; GPT-2, Qwen: no).
         shuffle: take sequences in random order. By default True for Hub datasets only.
         seed: seed for shuffling.
         tokenizer: a tokenizer, or the name of a model to take it from; by default the model's own.
@@ -53,7 +54,7 @@ class RunOptions:
     context: int | None = None
     pack: bool | None = None
     lines: bool = False
-    bos: bool = False
+    bos: bool | str = "auto"
     shuffle: bool | None = None
     seed: int = 0
     tokenizer: Any = None

@@ -17,7 +17,7 @@ from ..errors import PlanError, SourceError
 from ..runtime.inputs import as_tokens
 from .options import RunOptions
 from .reporter import Reporter
-from .text import ALL, PILE, PYDOC, TextRequest, TokenizedText, fingerprint_of, parse_count
+from .text import ALL, PILE, PYDOC, TextRequest, TokenizedText, fingerprint_of, parse_bos, parse_count
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
@@ -281,8 +281,9 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     pack = options.pack
     if pack is None:
         pack = not options.lines if given is None else given.pack
-    sampling = {name: getattr(options, name) for name in ("split", "column", "bos", "shuffle", "seed", "lines")}
-    return TextRequest(data, tokens, context, pack=pack, documents=documents, **sampling)
+    sampling = {name: getattr(options, name) for name in ("split", "column", "shuffle", "seed", "lines")}
+    bos = False if given is not None and given.tokens is not None else parse_bos(options.bos)
+    return TextRequest(data, tokens, context, pack=pack, bos=bos, documents=documents, **sampling)
 
 
 def given_tokens(given: GivenText, padding: Padding) -> TokenizedText:

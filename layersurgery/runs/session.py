@@ -26,7 +26,7 @@ from .requests import GivenText, Padding, config_limits, given_tokens, read_mode
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
 from .tables import read_run
-from .text import ALL, TokenizedText, check_data, read_text
+from .text import ALL, TextRequest, TokenizedText, check_data, read_text, uses_bos
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,6 @@ class ModelSession:
         name: the model's name in names of directories.
         source: the model's files; they include the weights once a run has needed them. None for a loaded model.
         depth: number of blocks of the model.
-        request: the text to read.
         workers_idle: whether the other processes are waiting for the next work item.
     """
 
@@ -127,7 +126,18 @@ class ModelSession:
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
         self._positions = positions
-        self.request = text_request(model, options, positions, given)
+        self._request = text_request(model, options, positions, given)
+
+    @property
+    def request(self) -> TextRequest:
+        """Return the text to read.
+
+        Raises:
+            SourceError: there is no tokenizer, which must say whether it puts a token before a text.
+        """
+        if self._request.bos is None:
+            self._request = replace(self._request, bos=uses_bos(None, self.tokenizer))
+        return self._request
 
     @property
     def placement(self) -> Placement:
@@ -165,7 +175,7 @@ class ModelSession:
         previous = read_run(directory) or {}
         # A finished run of a Hub dataset is reported without contacting the Hub again.
         is_done = (
-            self._given is None and previous.get("state") == "finished" and self.request.from_hub and not overwrite
+            self._given is None and previous.get("state") == "finished" and self._request.from_hub and not overwrite
         )
         text = None if is_done and self._text is None else self.text
         arguments = self._run_arguments(task)
@@ -185,7 +195,7 @@ class ModelSession:
     def check(self) -> None:
         """Refuse a text or a device that cannot be had, before anything is read or loaded."""
         if self._given is None:
-            check_data(self.request)
+            check_data(self._request)
         _ = self.placement
 
     def _run_arguments(self, task: Task) -> dict[str, Any]:
@@ -251,7 +261,8 @@ class ModelSession:
                 "ones"
             )
         at_most = "" if request.pack else "up to "
-        reporter.log(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {at_most}{length}")
+        bos = f", each after {tokenizer.bos_token}" if request.bos else ""
+        reporter.log(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {at_most}{length}{bos}")
         for note in text.notes:
             reporter.note(note)
         return text

@@ -12,7 +12,7 @@ import logging
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ PILE = "EleutherAI/the_pile_deduplicated"
 _KINDS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _PACKED = (".zst", ".gz")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.+-]+)?")
+_BOS = {"auto": None, "yes": True, "no": False}
 ALL = 1 << 40
 """A number of tokens that stands for all there are."""
 _PIECE = 1_000_000  # characters tokenized at once
@@ -46,7 +47,7 @@ class TextRequest:
         column: the column that contains the text, for tables.
         pack: join documents with the end-of-text token and cut them into contexts; otherwise each document is one
             sequence.
-        bos: begin each context with the tokenizer's beginning-of-text token.
+        bos: begin each sequence with the tokenizer's beginning-of-text token; None does what the tokenizer does.
         shuffle: take contexts in random order instead of from the start; None means yes for a Hub dataset, no for other
             text.
         seed: seed for shuffling.
@@ -60,7 +61,7 @@ class TextRequest:
     split: str = "train"
     column: str = "text"
     pack: bool = True
-    bos: bool = False
+    bos: bool | None = None
     shuffle: bool | None = None
     seed: int = 0
     lines: bool = False
@@ -143,6 +144,7 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     """
     if request.context < 2:
         raise PlanError(f"a context of {request.context} has no next token to predict; give at least 2")
+    request = replace(request, bos=uses_bos(request.bos, tokenizer))
     context = min(request.context, max(2, request.tokens))
     notes = []
     cut: list[int] = []
@@ -221,15 +223,58 @@ def bos_token_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
+def parse_bos(bos: bool | str | None) -> bool | None:
+    """Return whether sequences begin with the beginning-of-text token; None for what the tokenizer does.
+
+    Raises:
+        PlanError: it is not "auto", "yes", "no" or a bool.
+    """
+    if bos is None or isinstance(bos, bool):
+        return bos
+    if bos not in _BOS:
+        raise PlanError(f"bos is auto, yes or no, not {bos!r}")
+    return _BOS[bos]
+
+
+def uses_bos(bos: bool | str | None, tokenizer: Any) -> bool:
+    """Return whether sequences begin with the beginning-of-text token, as asked for or as the tokenizer does.
+
+    Without the token that their training put first, models such as Gemma predict much worse.
+
+    Raises:
+        PlanError: it is asked for, and the tokenizer has none.
+    """
+    choice = parse_bos(bos)
+    if choice is None:
+        return adds_bos(tokenizer)
+    if choice:
+        bos_token_id(tokenizer)
+    return choice
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether a tokenizer puts its beginning-of-text token before plain text by itself."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    if first is None:
+        return False
+    with_special, text = (
+        tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"][:1] for special in (True, False)
+    )
+    return bool(list(with_special) == [first] != list(text))
+
+
 def _read_separately(request: TextRequest, length: int, tokenizer: Any, cut: list[int]) -> Iterator[list[int]]:
     """Yield each document with the special tokens that its tokenizer adds, cut off at `length`.
 
     Add the length of each that was cut to `cut`.
     """
+    strips_bos = not request.bos and adds_bos(tokenizer)
     for document in read_documents(request):
         ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
         if request.bos and ids[:1] != [bos_token_id(tokenizer)]:
             ids = [bos_token_id(tokenizer), *ids]
+        elif strips_bos:
+            ids = ids[1:]
         if len(ids) > length or len(document) > 32 * length:
             cut.append(len(ids))
         yield ids[:length]

@@ -338,7 +338,9 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
     assert changed.exit_code == 1
     assert "text fingerprint" in changed.stderr
 
-    result_of("analyze", "subjoiners", place / "tiny", "--data", place / "story.txt", "-o", tmp_path / "tiny", "--bos")
+    result_of(
+        "analyze", "subjoiners", place / "tiny", "--data", place / "story.txt", "-o", tmp_path / "tiny", "--bos", "yes"
+    )
     drawn = run("plot", tmp_path / "out", tmp_path / "tiny", "-o", tmp_path / "together")
     assert drawn.exit_code == 0, drawn.stderr
     assert {file.name for file in (tmp_path / "together").iterdir()} == {

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from layersurgery.reports import reproduce
+from layersurgery.reports.reproduce import PAPER, paper_options
+from layersurgery.runs.options import RunOptions
 from tests.analyses.test_probe import PLACE, knowing
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import LETTERS
@@ -136,3 +138,9 @@ def test_what_cannot_be_meant(place: Path, tmp_path: Path) -> None:
 def test_the_papers_models() -> None:
     assert len(set(reproduce.PAPER)) == 11
     assert sum("pythia" in name for name in reproduce.PAPER) == sum("gpt2" in name for name in reproduce.PAPER) == 4
+
+
+def test_the_papers_models_get_the_first_token_that_the_paper_gives_them() -> None:
+    assert paper_options(PAPER[0], RunOptions()).bos is True
+    assert paper_options(PAPER[0], RunOptions(bos="no")).bos == "no"
+    assert paper_options("smollm2-135m", RunOptions()) == RunOptions()

@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
+from tokenizers import processors
 
+import layersurgery as ls
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.runs.text import TextRequest, TokenizedText, check_data, parse_count, read_text
-from tests.support.tiny_checkpoint import LETTERS, tiny_tokenizer
+from layersurgery.runs.text import TextRequest, TokenizedText, adds_bos, check_data, parse_bos, parse_count, read_text
+from tests.cli.test_cli import run
+from tests.support.tiny_checkpoint import LETTERS, checkpoint, tiny_tokenizer
 
 END = 2
 DOCUMENTS = ["one document", "and another one", "x", "the third: a bit longer than those before it"]
@@ -260,3 +263,58 @@ def test_a_name_is_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("the right one" * 9)
     (tmp_path / "a1.txt").write_text("the wrong one" * 9)
     assert read(tmp_path / "a[1].txt", 13, 13).ids.flatten().tolist() == ids_of("the right one")
+
+
+def bos_tokenizer() -> Any:
+    """Return a tokenizer that puts its beginning-of-text token before a text, as those of Llama and Gemma do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_first_token_is_what_the_tokenizer_does(jsonl: Path, pack: bool) -> None:
+    def ids(tokenizer: Any, bos: bool | None) -> list[list[int]]:
+        return read(jsonl, 100, 20, tokenizer, pack=pack, bos=bos).ids.tolist()
+
+    plain, adding = tiny_tokenizer(), bos_tokenizer()
+    assert not adds_bos(plain)
+    assert adds_bos(adding)
+    assert ids(plain, None) == ids(plain, False) == ids(adding, False)
+    assert ids(adding, None) == ids(adding, True) == ids(plain, True)
+    assert all(row[0] == 1 for row in ids(adding, None))
+    assert not any(1 in row for row in ids(plain, None))
+    assert not adds_bos(_without("bos_token"))
+
+
+def test_what_bos_may_be() -> None:
+    assert [parse_bos(bos) for bos in ("auto", "yes", "no", None, True, False)] == [
+        None,
+        True,
+        False,
+        None,
+        True,
+        False,
+    ]
+    with pytest.raises(PlanError, match="bos is auto, yes or no, not 'perhaps'"):
+        parse_bos("perhaps")
+
+
+def test_the_first_token_is_said_and_recorded(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "tiny")
+    bos_tokenizer().save_pretrained(model)
+    (tmp_path / "text.txt").write_text("Once upon a time. " * 20)
+    words = ["sweep", model, "--data", tmp_path / "text.txt", "-n", 60, "--context", 30, "--edits", "drop"]
+    found = run(*words, "-o", tmp_path / "auto")
+    assert "60 tokens in 2 sequences of 30, each after <s>" in " ".join(found.stderr.split())
+    assert "each after" not in run(*words, "-o", tmp_path / "no", "--bos", "no").stderr
+    assert run(*words, "-o", tmp_path / "wrong", "--bos", "maybe").exit_code == 2
+    runs = {name: ls.read_results(tmp_path / name) for name in ("auto", "no")}
+    assert [frame.attrs["run"]["arguments"]["text"]["bos"] for frame in runs.values()] == [True, False]
+    # The first token is never a target: as many predictions, but others.
+    assert runs["auto"].tokens.iloc[0] == runs["no"].tokens.iloc[0] == 58
+    assert runs["auto"].kl_nats.iloc[1] != runs["no"].kl_nats.iloc[1]
+    again = ls.sweep(str(model), "drop", tmp_path / "text.txt", tokens=60, context=30, bos="yes", device="cpu")
+    assert list(again.kl_nats) == pytest.approx(list(runs["auto"].kl_nats))
