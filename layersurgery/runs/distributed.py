@@ -18,6 +18,8 @@ from ..errors import MeasurementError
 T = TypeVar("T")
 # A process may have to wait until another process has finished a long batch.
 _TIMEOUT = timedelta(days=2)
+# torch waits 30 minutes for processes that never come, for example after their launcher was killed.
+_CONNECTING = timedelta(minutes=3)
 
 
 class ProcessGroup(Protocol):
@@ -148,7 +150,7 @@ def find_process_group(cpu: bool) -> ProcessGroup:
 
     with _refuse_unreachable():
         was_connected = dist.is_initialized()
-        group = DistributedGroup(PartialState(cpu=cpu))
+        group = DistributedGroup(PartialState(cpu=cpu, timeout=_CONNECTING))
     if not was_connected:  # accelerate connects the processes once, so later runs of this process need it too
         atexit.register(_disconnect)
     return group
@@ -168,7 +170,8 @@ def _refuse_unreachable() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError) as error:
         raise MeasurementError(
-            f"the other processes of this run cannot be reached: {str(error).strip().partition(chr(10))[0]}"
+            f"the other processes of this run cannot be reached: {str(error).strip().partition(chr(10))[0]}. If their "
+            "launcher was ended, start all of them again; the results so far are kept"
         ) from error
 
 

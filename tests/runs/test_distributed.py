@@ -291,6 +291,26 @@ def test_a_leader_that_fails_before_any_work_lets_the_others_end(tmp_path: Path)
     assert group.sent == [None]
 
 
+_CONNECT = """
+import datetime
+from layersurgery.runs import distributed
+distributed._CONNECTING = datetime.timedelta(seconds=2)
+distributed.find_process_group(cpu=True)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_whose_launcher_was_killed_end_with_its_remedy(rank: int) -> None:
+    lone = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    env = {**ENV, **{name: str(value) for name, value in lone.items()}, "MASTER_PORT": str(free_port())}
+    if rank:
+        env["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the launcher had the store
+    found = subprocess.run([sys.executable, "-c", _CONNECT], env=env, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert "the other processes of this run cannot be reached" in found.stderr
+    assert "If their launcher was ended, start all of them again" in found.stderr
+
+
 def test_work_is_shared_out() -> None:
     assert list(chunked(list(range(7)), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
