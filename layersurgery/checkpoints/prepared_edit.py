@@ -236,7 +236,7 @@ def _tensors_to_zero(
     blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
     zeroed = tensors_to_zero(checkpoint.config, checkpoint.section, *blocks, route)
     for position, rests in zeroed.items():
-        _check_zeros_mean_zero(checkpoint, route[position].block, rests, blocks, packed=bool(methods))
+        _check_zeros_mean_zero(checkpoint, route[position].block, rests, blocks[1:], packed=bool(methods))
     return zeroed
 
 
@@ -249,7 +249,7 @@ def _check_zeros_mean_zero(
         checkpoint: the source.
         block: the block.
         zeroed: the names, within the block, of the tensors to zero.
-        blocks: what `_match_blocks` returns.
+        blocks: the blocks of the model, and the tensors of each of their parameters.
         packed: whether the format is one in which integers and scales are known to be harmless.
 
     Raises:
