@@ -140,7 +140,7 @@ def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, 
     """Return the model that a checkpoint is loaded as, its blocks, and the tensors of each of their parameters."""
     from .tensor_names import find_loaded_list, match_names
 
-    names = checkpoint.tensors.names()
+    names = list(checkpoint.tensors.names())
     block_list = find_loaded_list(model, checkpoint.block_prefix, names)
     return model, block_list, match_names(model, block_list.path, checkpoint.block_prefix, names)
 
