@@ -13,6 +13,7 @@ from ..models.config_rewrite import rewrite
 from ..plans.route import Route
 from .checkpoint import Checkpoint
 from .quantization import renumber_settings
+from .safetensors_header import refuse_pointer
 from .sources import COPIED_FILES
 from .tensor_index import INDEX, SINGLE, read_json
 
@@ -40,7 +41,7 @@ def plan_other_files(
         files that describe layers of the source in an unknown format, which the output must not have.
 
     Raises:
-        SourceError: a file that must be changed is not a JSON object.
+        SourceError: a file that must be changed is not a JSON object, or a file is a pointer of git-lfs.
         UnsupportedEditError: a file names layers in a way that cannot be renumbered.
     """
     root = checkpoint.source.directory
@@ -58,6 +59,7 @@ def plan_other_files(
             name = path.name
             if not path.is_file() or relative in files or name in _WRITTEN_ANEW or name.endswith(".index.json"):
                 continue
+            refuse_pointer(path)
             if same_order or path.suffix not in (".json", ".yaml") or _NO_LAYERS.fullmatch(name):
                 files[relative] = None
             elif name in _QUANTIZATION_FILES:

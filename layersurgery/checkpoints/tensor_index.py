@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import SourceError, UnsupportedEditError
 from ..models.config_fields import NOT_TEXT
-from .safetensors_header import Header, TensorInfo, read_header
+from .safetensors_header import Header, TensorInfo, read_header, refuse_pointer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,6 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
         SourceError: the file cannot be read, is not JSON, or does not contain an object.
     """
     try:
+        refuse_pointer(path)
         value = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from error

@@ -35,10 +35,44 @@ def test_no_config(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     with pytest.raises(ls.SourceError, match=r"has no config.json; give a directory"):
         ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
-    (tmp_path / "source" / "model.gguf").touch()
-    with pytest.raises(ls.SourceError, match=r"give the file .*model.gguf itself"):
+    (tmp_path / "source" / "model.GGUF").touch()
+    with pytest.raises(ls.SourceError, match=r"give the file .*model.GGUF itself"):
         ls.edit_checkpoint(tmp_path / "source", ls.swap(1), tmp_path / "out")
+    with pytest.raises(ls.SourceError, match=r"transformers cannot read .*model.GGUF"):
+        ls.edit_checkpoint(tmp_path / "source" / "model.GGUF", ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "source")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://huggingface.co/org/name", "is the address of a page; give the Hub ID instead: org/name$"),
+        ("https://huggingface.co/org/name/tree/main", "give the Hub ID instead: org/name$"),
+        ("hf.co/org/name.v1/blob/v2/config.json", "give the Hub ID instead: org/name.v1, at revision 'v2'"),
+        ("https://huggingface.co/gpt2?x=1", "give the Hub ID instead: gpt2$"),
+        ("hf://org/name", "give the Hub ID instead: org/name$"),
+        ("https://huggingface.co/datasets/org/name", "not that of a model; give the Hub ID of a model"),
+    ],
+)
+def test_the_address_of_a_page_is_not_a_model(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ls.SourceError, match=message):
+        ls.edit_checkpoint(name, ls.swap(1), tmp_path / "out")
+
+
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ls.SourceError, match=r"lora is a PEFT adapter of org/base and not a whole model. Merge it"):
+        ls.edit_checkpoint(tmp_path / "lora", ls.swap(1), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model.GGUF"])
+def test_a_pointer_of_git_lfs_is_not_the_file(llama: Path, tmp_path: Path, name: str) -> None:
+    (llama / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    model = llama / name if name.endswith("GGUF") else llama
+    with pytest.raises(ls.SourceError, match=f"{name} is a git-lfs pointer .*git lfs pull"):
+        ls.edit_checkpoint(model, ls.swap(1), tmp_path / "out")
+    nothing_written(tmp_path, "llama")
 
 
 @pytest.mark.parametrize(
