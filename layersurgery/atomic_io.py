@@ -19,25 +19,33 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     """Refuse an output that must not be written, before any work.
 
     Raises:
-        OutputError: it exists (without `overwrite`), is not a checkpoint that can be replaced, or overlaps the source.
+        OutputError: it exists (without `overwrite`) and is not empty, is not a checkpoint that can be replaced, or
+            overlaps the source.
     """
     target, origin = out.resolve(), source and source.resolve()
     if origin is not None and (target == origin or target in origin.parents or origin in target.parents):
         raise OutputError(
             f"the output {out} and the source {source} overlap: one contains the other. Choose another output"
         )
-    if not os.path.lexists(out):
+    if not os.path.lexists(out) or _is_empty(out):
         return
     if not overwrite:
         raise OutputError(f"{out} exists already; choose another output, or replace it (overwrite)")
     _check_replaceable(out)
 
 
+def _is_empty(out: Path) -> bool:
+    """Return whether the output is an existing directory without anything in it."""
+    with suppress(OSError):  # a directory that cannot be read counts as full
+        return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    return False
+
+
 def _check_replaceable(out: Path) -> None:
     """Refuse to replace anything but an empty directory or a checkpoint without other directories in it."""
-    entries = list(out.iterdir()) if out.is_dir() and not out.is_symlink() else None
-    if entries == []:
+    if _is_empty(out):
         return
+    entries = list(out.iterdir()) if out.is_dir() and not out.is_symlink() else None
     names = {path.name for path in entries or ()}
     others = [path.name for path in entries or () if path.is_dir() and path.name != "additional_chat_templates"]
     if "config.json" not in names or not names & {"model.safetensors", "model.safetensors.index.json"} or others:
@@ -125,7 +133,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
 def _move_into_place(partial: Path, out: Path, *, overwrite: bool) -> None:
     old = None
     if os.path.lexists(out):
-        if not overwrite:
+        if not overwrite and not _is_empty(out):
             raise OutputError(
                 f"{out} was created by another process in the meantime; it is left unchanged, and this result is "
                 "discarded"

@@ -9,11 +9,22 @@ outputs:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from layersurgery.errors import PlanError
 from layersurgery.plans.plan import Plan
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that refuses a second entry of the same name; YAML's own keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise PlanError(f"two entries are named {repeated!r}; give each its own name")
+        return super().construct_mapping(node, deep)
 
 
 def read_recipe(path: Path) -> tuple[str | None, dict[str | None, Plan]]:
@@ -26,9 +37,11 @@ def read_recipe(path: Path) -> tuple[str | None, dict[str | None, Plan]]:
         PlanError: the file cannot be read or is not a recipe; the message says where.
     """
     try:
-        recipe = yaml.safe_load(path.read_text("utf-8"))
+        recipe = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise PlanError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PlanError(f"the recipe {path} is not YAML: {error}") from error
     expected = "it needs 'outputs:', a mapping from names to plans, and may have 'model:'"

@@ -31,6 +31,8 @@ _HUB_ADDRESS = re.compile(
     r"(?:https?://[^/]+/|(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(models/|datasets/|spaces/|collections/|papers/)?"
     r"([\w.-]+/[\w.-]+|[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?"
 )
+# A model's directory in the Hub's cache: its Hub ID, with "--" for the slash, and its commit.
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 # Names of all files except weights that users of a model repository need.
 COPIED_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "*.spm", "*.vocab", "*.yaml",
@@ -94,7 +96,11 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
             files = sorted(file for file in path.iterdir() if _is_gguf(file))
             advice = f"the file {files[0]} itself" if files else "a directory written by save_pretrained, or a Hub ID"
             raise SourceError(f"{path} has no config.json; give {advice}")
-        return Source(path, text, path.resolve().name)
+        directory = path.resolve()
+        if match := _SNAPSHOT.search(directory.as_posix()):
+            model = match[1].replace("--", "/")
+            return Source(path, model, model.rpartition("/")[2], match[2], on_hub=True)
+        return Source(path, text, directory.name)
     if path.exists():
         raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a Hub ID")
     if text == EMBEDDED:

@@ -320,6 +320,35 @@ def test_an_output_that_exists(llama: Path, tmp_path: Path) -> None:
     nothing_written(tmp_path, "llama", "out")
 
 
+def test_an_empty_directory_is_used(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    ls.edit_checkpoint(llama, ls.swap(1), out)
+    assert (out / "config.json").exists()
+    (tmp_path / "saved").mkdir()
+    ls.save(tiny_model("llama"), tmp_path / "saved")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    with pytest.raises(ls.OutputError, match="exists already"):
+        ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "link")
+    nothing_written(tmp_path, "llama", "out", "saved", "empty", "link")
+
+
+def test_a_snapshot_of_the_hubs_cache_is_named_by_its_repository(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--org--small-1B" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(llama, snapshot)
+    monkeypatch.chdir(tmp_path)
+    out = ls.edit_checkpoint(snapshot, ls.swap(1)).path
+    assert out == Path("small-1B-swap-1-2")
+    card = (out / "README.md").read_text()
+    assert "base_model: org/small-1B" in card
+    assert f"at revision `{snapshot.name}`" in card
+    assert str(tmp_path) not in card
+
+
 def test_only_checkpoints_are_replaced(llama: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -105,6 +105,8 @@ def test_a_recipe_of_several_outputs(llama: Path, tmp_path: Path, monkeypatch: p
     [
         ("outputs: [1]", "it needs 'outputs:'"),
         ("outputs: {a: swap 1 2}\nlayers: 3", "unknown entry 'layers'"),
+        ("outputs:\n  a: swap 1 2\n  a: drop 1", "two entries are named 'a'; give each its own name"),
+        ("model: a\nmodel: b\noutputs: {a: swap 1 2}", "two entries are named 'model'"),
         ("outputs: {../a: swap 1 2}", "is not a plain directory name"),
         ("outputs: {a: 3}", "must be a string"),
         ("outputs: {a: swpa 1 2}", "output 'a': unknown edit 'swpa'"),
