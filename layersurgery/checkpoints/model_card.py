@@ -23,9 +23,12 @@ def model_card(
 
     inherited = _read_metadata(source.directory / "README.md")
     base = source.label if source.on_hub else inherited.get("base_model")
-    metadata: dict[str, Any] = {"base_model": base} if base else {}
+    # Of the Hub's four relations, the one of models that are put together from layers of others without training.
+    metadata: dict[str, Any] = {"base_model": base, "base_model_relation": "merge"} if base else {}
     metadata |= {key: inherited[key] for key in _INHERITED if key in inherited}
     metadata |= {"library_name": "transformers", "tags": ["layersurgery", "model surgery"]}
+    # Not the whole path, which is of no use to others and may say who made the model.
+    origin = source.label if source.on_hub else Path(source.label).expanduser().resolve().name
     revision = f" at revision `{source.revision}`" if source.revision else ""
     check = "passed" if verified else "not run"
     return f"""---
@@ -34,7 +37,7 @@ def model_card(
 
 # {source.name}, edited
 
-Made from {_inline_code(source.label)}{revision} by layersurgery {__version__}. No weight was
+Made from {_inline_code(origin)}{revision} by layersurgery {__version__}. No weight was
 trained; the layers were rearranged as follows.
 
 | | |

