@@ -8,6 +8,7 @@ any byte is written. File names cannot reveal this: such a checkpoint has no mis
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,9 @@ from ..errors import UnsupportedEditError, warn
 from ..plans.route import Route
 from ..units import format_list
 from .block_list import find_block_list
+from .block_probe import probe_forward
 from .block_view import POSITION_NAME
+from .call_tracing import eval_no_grad
 from .config_fields import DEPTH_FIELDS, DecoderSection, Json
 from .config_periods import PERIODS
 from .meta_model import build_meta_model
@@ -47,6 +50,7 @@ class ReloadCheck:
         file_tensors: names, relative to a block, of the tensors that the files hold.
         live: whether `source` is a model in use, which has extra attributes and whose buffers have its own dtype.
         blocks: path of the list of blocks, if it is known.
+        transient: attributes of `source` that are not compared, since a forward sets them, by module and name.
     """
 
     source: nn.Module
@@ -56,6 +60,7 @@ class ReloadCheck:
     file_tensors: frozenset[str]
     live: bool = False
     blocks: str | None = None
+    transient: frozenset[tuple[nn.Module, str]] = frozenset()
 
     @classmethod
     def build(
@@ -132,7 +137,8 @@ class ReloadCheck:
                     if source_values[name].shape != edited_values[name].shape:
                         yield f"{label}.{name} has another shape after the reload"
                 elif not (
-                    _is_equal(source_values[name], edited_values[name])
+                    (source_module, name) in self.transient
+                    or _is_equal(source_values[name], edited_values[name])
                     or self._changed_in_use(source_values[name], edited_values[name])
                     or (self.live and _is_position(name, edited_values[name], new))
                     or self._follows_route(name, source_values[name], edited_values[name], old, new)
@@ -148,7 +154,9 @@ class ReloadCheck:
             return False
         if isinstance(source, torch.Tensor):
             return edited is None or (
-                source.shape == edited.shape and bool(torch.equal(source.cpu(), edited.to(source.dtype)))
+                isinstance(edited, torch.Tensor)
+                and source.shape == edited.shape
+                and bool(torch.equal(source.cpu(), edited.to(source.dtype)))
             )
         return isinstance(edited, list) and len(edited) == self.section.depth
 
@@ -178,6 +186,25 @@ def _stale_positions(blocks: nn.ModuleList, reloaded: nn.ModuleList) -> Iterator
             for name, value in vars(module).items():
                 if _is_position(name, value, position) and (old := vars(modules[path]).get(name, value)) != value:
                     yield f"{path}.{name} = {old} of block {position}".lstrip(".")
+
+
+def changed_by_forward(model: nn.Module) -> frozenset[tuple[nn.Module, str]]:
+    """Return the attributes that a forward on a few tokens changes, by module and name.
+
+    Some rotary embeddings keep the frequencies for the length of the last text; other modules count their calls.
+
+    Raises:
+        UnsupportedEditError: the model cannot be run.
+    """
+    before = [(module, copy.deepcopy(_own_values(module))) for module in model.modules()]
+    with eval_no_grad(model):
+        probe_forward(model)
+    return frozenset(
+        (module, name)
+        for module, values in before
+        for name, value in _own_values(module).items()
+        if name not in values or not _is_equal(values[name], value)
+    )
 
 
 def _original_class(module: nn.Module) -> type[nn.Module]:

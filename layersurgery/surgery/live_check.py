@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,9 +13,10 @@ from ..errors import UnsupportedEditError
 from ..models.block_list import find_decoder_blocks, require_model
 from ..models.config_fields import Json
 from ..models.meta_model import build_meta_model, resolve_section
-from ..models.reload_check import ReloadCheck
+from ..models.reload_check import ReloadCheck, changed_by_forward
 from ..models.skipped_branch import SkippedBranch
 from ..plans.route import Route
+from .cached_state import clear_cached_state
 
 
 def transformers_model(model: nn.Module) -> Any:
@@ -91,6 +94,8 @@ def is_plain(model: nn.Module) -> bool:
 def check_reloads_equal(model: nn.Module) -> None:
     """Compare the blocks of a model in memory with the blocks that would be built from its config.
 
+    What a forward changes by itself is not compared.
+
     Raises:
         UnsupportedEditError: something would differ after a reload. The error names the first differences.
     """
@@ -99,14 +104,23 @@ def check_reloads_equal(model: nn.Module) -> None:
     blocks = find_decoder_blocks(inner).blocks
     fields = config_dict(inner)
     file_tensors = {name for block in blocks for name in block.state_dict(keep_vars=True)}
-    ReloadCheck(
+    check = ReloadCheck(
         inner,
         build_meta_model(fields),
         resolve_section(fields),
         Route.identity(len(blocks)),
         frozenset(file_tensors),
         live=True,
-    ).check()
+    )
+    try:
+        check.check()
+    except UnsupportedEditError:
+        with suppress(UnsupportedEditError):
+            check = replace(check, transient=changed_by_forward(inner))
+        clear_cached_state(inner)
+        if not check.transient:
+            raise
+        check.check()
 
 
 def _check_skips(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache, T5Config, T5ForConditionalGeneration
 
 import layersurgery as ls
 from layersurgery.checkpoints.loading import Loaded
@@ -638,6 +638,34 @@ def test_save_takes_blocks_that_keep_an_old_position(name: str, tmp_path: Any) -
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     expected = model(tokens(), use_cache=False).logits
     torch.testing.assert_close(reloaded(tokens(), use_cache=False).logits, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}
+        | {"original_max_position_embeddings": 32},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+)
+def test_frequencies_that_a_forward_sets_are_not_compared(rope: dict[str, Any], tmp_path: Any) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 6}
+    rope_parameters = {"rope_theta": 1e4, **rope}
+    config = LlamaConfig(**sizes, vocab_size=128, max_position_embeddings=32, rope_parameters=rope_parameters)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    long = torch.arange(50)[None] % 100
+    model(long)
+    ls.save(model, tmp_path / "whole")
+    for plan in ("swap 1 2", "swap 0 3"):
+        model(long)
+        ls.operate_(model, plan)
+    model(long)
+    ls.save(model, tmp_path / "swapped")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "swapped")
+    assert torch.equal(logits_of(reloaded, long), logits_of(model, long))
+    model.model.layers[1].self_attn.scaling *= 2
+    with pytest.raises(ls.UnsupportedEditError, match=r"self_attn.scaling is [\d.]+ in the source"):
+        ls.save(model, tmp_path / "changed")
 
 
 def test_a_copy_of_an_edited_model_is_its_own(model: Any) -> None:
