@@ -35,6 +35,9 @@ _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGN
 _TOLERANCE = 1e-9
 # Settings of a model in use, which are not part of its structure.
 _MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled"))
+# Attributes with which a block stores what other blocks read, and the attribute of the blocks that read it. Where no
+# block does, they change no output (Gemma 4).
+_STORED_FOR = {"store_full_length_kv": "is_kv_shared_layer"}
 Modules = Mapping[str, nn.Module]
 
 
@@ -138,6 +141,9 @@ class ReloadCheck:
                         yield f"{label}.{name} has another shape after the reload"
                 elif not (
                     (source_module, name) in self.transient
+                    or self._is_unread(name)
+                    # resize_token_embeddings leaves this copy; the rows of the embedding itself are compared.
+                    or (self.live and name == "vocab_size")
                     or _is_equal(source_values[name], edited_values[name])
                     or self._changed_in_use(source_values[name], edited_values[name])
                     or (self.live and _is_position(name, edited_values[name], new))
@@ -159,6 +165,12 @@ class ReloadCheck:
                 and bool(torch.equal(source.cpu(), edited.to(source.dtype)))
             )
         return isinstance(edited, list) and len(edited) == self.section.depth
+
+    def _is_unread(self, name: str) -> bool:
+        """Check whether an attribute stores what no block of either model reads."""
+        reader = _STORED_FOR.get(name)
+        modules = (module for model in (self.source, self.edited) for module in model.modules())
+        return reader is not None and not any(getattr(module, reader, False) for module in modules)
 
     def _follows_route(self, name: str, source: Any, edited: Any, old: int, new: int) -> bool:
         """Check whether two values differ exactly as the route's depth, positions or order require."""

@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    LlamaConfig,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import layersurgery as ls
 from layersurgery.checkpoints.loading import Loaded
@@ -666,6 +673,34 @@ def test_frequencies_that_a_forward_sets_are_not_compared(rope: dict[str, Any], 
     model.model.layers[1].self_attn.scaling *= 2
     with pytest.raises(ls.UnsupportedEditError, match=r"self_attn.scaling is [\d.]+ in the source"):
         ls.save(model, tmp_path / "changed")
+
+
+@pytest.mark.parametrize("plan", ["drop 4", "repeat 4", "swap 3 4"])
+def test_attributes_that_no_block_reads_do_not_refuse(plan: str, tmp_path: Any) -> None:
+    """Without layers that share keys, Gemma 4 marks the last layer of each kind, and nothing reads what it stores."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 6, "vocab_size": 128, "head_dim": 8, "global_head_dim": 8, "sliding_window": 4}
+    sizes |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    model = AutoModelForCausalLM.from_config(Gemma4TextConfig(**sizes, layer_types=kinds)).eval()
+    model.save_pretrained(tmp_path / "whole")
+    ls.edit_checkpoint(tmp_path / "whole", plan, tmp_path / "edited")
+    ls.save(ls.operate_(model, plan), tmp_path / "saved")
+    for name in ("edited", "saved"):
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(model, tokens()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_resized_embedding_is_saved(name: str, tmp_path: Any) -> None:
+    model = tiny_model(name)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    ls.save(ls.operate_(model, "drop 1"), tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(model, tokens()), rtol=0, atol=1e-6)
+    model.config.get_text_config().vocab_size += 1
+    with pytest.raises(ls.UnsupportedEditError, match=r"outside the blocks: .*weight"):
+        ls.save(model, tmp_path / "wrong")
 
 
 def test_a_copy_of_an_edited_model_is_its_own(model: Any) -> None:
