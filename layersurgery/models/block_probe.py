@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnsupportedEditError, is_out_of_memory
 from .block_list import unwrap_transformers
 from .block_view import share_parameters
-from .call_tracing import TOKENS, Call, first_tensor, random_like, record_calls
+from .call_tracing import TOKENS, Call, eval_no_grad, first_tensor, random_like, record_calls
 from .skipped_branch import SkipSpec, install_skips
 
 
@@ -32,6 +32,20 @@ def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
             f"{type(model).__name__} could not be run on {tokens} tokens "
             f"({type(error).__name__}: {str(error).partition(chr(10))[0]}), so its parts cannot be found"
         ) from error
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Run a model once if its weights are unpacked before its first forward (compressed-tensors).
+
+    A block that is not in the model at that time would stay without weights, and the view of a block would have no
+    others than the packed ones.
+
+    Raises:
+        UnsupportedEditError: the model raised an exception.
+    """
+    if any("ct_decompress_hook" in vars(module) for module in model.modules()):
+        with eval_no_grad(model):
+            probe_forward(model)
 
 
 def record_block(model: nn.Module, blocks: nn.ModuleList, position: int) -> Call:

@@ -22,6 +22,7 @@ from ..errors import PlanError, UndoError
 from ..models.anatomy import Anatomy, block_signature
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, find_decoder_blocks, text_config
+from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, share_parameters
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
@@ -166,6 +167,7 @@ class Surgery:
         fields = refusal_fields(config)
         refuse_architecture(fields)
         refuse_route(fields, route, live=True)
+        unpack_weights(model)
         self.state = "applying"
         clear_cached_state(model)
         self.installed = self._build_blocks(anatomy)

@@ -703,6 +703,31 @@ def test_a_resized_embedding_is_saved(name: str, tmp_path: Any) -> None:
         ls.save(model, tmp_path / "wrong")
 
 
+@pytest.mark.parametrize("plan", ["drop 2", "repeat 2", "skip-mlp 2"])
+def test_weights_that_the_first_forward_unpacks(model: Any, plan: str) -> None:
+    """As compressed-tensors does it: a hook of the model unpacks all blocks in it and removes itself."""
+    before = logits_of(model, tokens())
+    with ls.operate(model, plan):
+        edited = logits_of(model, tokens())
+    packed = copy.deepcopy(model)
+    for block in packed.model.layers:
+        block.mlp.packed = block.mlp.up_proj.weight
+        del block.mlp.up_proj.weight
+
+    def unpack(model: Any, _: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "packed"):
+                module.up_proj.weight = module.packed
+                del module.packed
+        model.ct_decompress_hook.remove()
+        del model.ct_decompress_hook
+
+    packed.ct_decompress_hook = packed.register_forward_pre_hook(unpack)
+    with ls.operate(packed, plan, verify=False):
+        assert torch.equal(logits_of(packed, tokens()), edited)
+    assert torch.equal(logits_of(packed, tokens()), before)
+
+
 def test_a_copy_of_an_edited_model_is_its_own(model: Any) -> None:
     ls.operate_(model, "repeat 1:3; skip-attention 0; skip-mlp 4")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
