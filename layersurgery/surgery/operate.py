@@ -28,6 +28,7 @@ from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
+from .adapter_settings import check_adapter_settings
 from .cached_state import clear_cached_state
 from .call_order import check_call_order
 from .config_edits import UndoLog, edit_config, edit_depth, edit_parent_modules, renumber_block
@@ -130,6 +131,7 @@ def operate_(
         surgery.apply(anatomy, verify=verify)
         if before is not None:
             check_adapters(model)
+            check_adapter_settings(model, surgery.route)
             check_edit(model, before, surgery.route)
             if is_plain(model):
                 check_reloads_equal(model)

@@ -475,6 +475,54 @@ def test_an_adapted_model() -> None:
     torch.testing.assert_close(logits_of(model.merge_and_unload(), tokens()), kept)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"layers_to_transform": [2, 4]},
+        {"layers_to_transform": 2},
+        {"rank_pattern": {"layers.2.self_attn.q_proj": 4}},
+        {"alpha_pattern": {r"layers\.[2-4]\..*q_proj": 9}},
+        {"target_modules": ["model.layers.2.self_attn.q_proj", "layers.4.mlp.up_proj"]},
+        {"target_modules": r".*layers\.[24]\.self_attn\.q_proj"},
+        {"exclude_modules": ["layers.2.self_attn.q_proj"]},
+        {"modules_to_save": ["layers.2.mlp"]},
+    ],
+)
+def test_adapter_settings_that_name_layers(setting: dict[str, Any], tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        settings_ = {"target_modules": ["q_proj"], "r": 2, "init_lora_weights": False, **setting}
+        return peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings_)).eval()
+
+    model = adapted()
+    before = logits_of(model, tokens())
+    for plan in ("drop 1", "swap 1 2"):
+        with pytest.raises(ls.UnsupportedEditError, match=f"PEFT setting {next(iter(setting))} = .* names layers"):
+            ls.operate_(model, plan)
+        assert torch.equal(logits_of(model, tokens()), before)
+    with ls.operate(model, "swap 1 2"):  # no adapter is saved
+        pass
+    ls.operate_(model, "drop 5; skip-mlp 3")  # these layers keep their numbers
+    model.save_pretrained(tmp_path)
+    base = ls.operate_(tiny_model("llama"), "drop 5; skip-mlp 3")
+    reloaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.equal(logits_of(reloaded, tokens()), logits_of(model, tokens()))
+
+
+def test_adapter_settings_that_name_modules_only() -> None:
+    peft = pytest.importorskip("peft")
+    names = [f"layers.{number}.self_attn.q_proj" for number in range(DEPTH)]
+    for setting in (
+        {"target_modules": names},
+        {"target_modules": r".*\d\.self_attn\.q_proj"},
+        {"rank_pattern": {"q_proj": 4}},
+    ):
+        settings_ = {"target_modules": ["q_proj", "v_proj"], **setting}
+        model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings_))
+        ls.operate_(model, "drop 1; swap 2 3")
+
+
 def test_a_model_in_ddp(model: Any, tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

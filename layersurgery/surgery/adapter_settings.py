@@ -1,0 +1,74 @@
+"""Check that the settings of PEFT adapters name the same layers after an edit.
+
+PEFT saves an adapter with its settings, and places it by them when it is loaded. A setting that names layers
+(`layers_to_transform`, a pattern with a number in it) would place it on other blocks of the edited model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedEditError
+from ..models.block_list import find_decoder_blocks
+from ..plans.route import Route
+from .live_check import transformers_model
+
+_NAMES_MODULES = re.compile(r"_(modules|parameters|pattern)$|^modules_to_save$")
+
+
+def check_adapter_settings(model: nn.Module, route: Route) -> None:
+    """Refuse an edit after which a setting of an adapter would mean other blocks.
+
+    Args:
+        model: the edited model, with its adapters.
+        route: the edit.
+
+    Raises:
+        UnsupportedEditError: there is such a setting. The error names it.
+    """
+    settings = [*_settings(model)]
+    if not settings:
+        return
+    block_list = find_decoder_blocks(transformers_model(model))  # PEFT names modules from there
+    paths = sorted({path for block in block_list.blocks for path, _ in block.named_modules()})
+    for name, value in settings:
+        for position, block in enumerate(route.blocks):
+            if any(
+                _answer(name, value, block_list.path, position, path)
+                != _answer(name, value, block_list.path, block, path)
+                for path in (paths if position != block else ())
+            ):
+                raise UnsupportedEditError(
+                    f"the PEFT setting {name} = {value!r} names layers, and after {route} it would not mean the blocks "
+                    "that have the adapter, so a saved adapter would be loaded onto other layers; merge the adapter "
+                    "first (merge_and_unload), add it after the edit, or edit only temporarily (operate)"
+                )
+
+
+def _settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Iterate over the settings, of all adapters, that can name layers or modules."""
+    for module in model.modules():
+        configs = vars(module).get("peft_config")
+        for config in configs.values() if isinstance(configs, dict) else ():
+            for name, value in vars(config).items():
+                if value is not None and (
+                    name == "layers_to_transform" or (name != "layers_pattern" and _NAMES_MODULES.search(name))
+                ):
+                    yield name, value
+
+
+def _answer(name: str, value: Any, blocks: str, number: int, path: str) -> object:
+    """Return what a setting says of a module of one layer, as PEFT reads it: a text is a pattern, a list has names."""
+    if name == "layers_to_transform":
+        return number in ([value] if isinstance(value, int) else value)
+    module = f"{blocks}.{number}.{path}".rstrip(".")
+    if isinstance(value, str):
+        return re.fullmatch(value, module) is not None
+    if isinstance(value, dict):
+        return next((item for key, item in value.items() if re.match(rf"(.*\.)?({key})$", module)), None)
+    names = value if isinstance(value, list | tuple | set) else ()
+    return any(module == item or module.endswith(f".{item}") for item in names)
