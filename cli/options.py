@@ -299,6 +299,15 @@ OverwriteResults = Annotated[
 ]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Also write tokens.parquet: every metric for every token.")]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that comes with the model. Without it, such code is never run, and nothing is asked.",
+        rich_help_panel=_EXECUTION,
+    ),
+]
+
 _SHOWN: dict[str, Any] = {
     "data": Data,
     "split": Split,
@@ -322,6 +331,7 @@ _SHOWN: dict[str, Any] = {
     "per_token": PerToken,
     "revision": Revision,
     "blocks": BlockList,
+    "trust_remote_code": TrustRemoteCode,
 }
 
 
@@ -348,7 +358,7 @@ def _group(*without: str, only: tuple[str, ...] = (), shown: dict[str, Any] | No
     return Group({name: (shown or {}).get(name, _SHOWN[name]) for name in names}, defaults)
 
 
-_MODEL = ("dtype", "device", "device_map", "max_memory", "offload_folder", "revision", "blocks")
+_MODEL = ("dtype", "device", "device_map", "max_memory", "offload_folder", "revision", "blocks", "trust_remote_code")
 _SEARCHED = {
     "tokens": Annotated[
         str,

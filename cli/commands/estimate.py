@@ -24,7 +24,7 @@ def show_estimate(model: str, edits: Any, layers: str | None, options: RunOption
     """Print the memory, traffic and arithmetic that a sweep needs."""
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
-    info = read_model_info(model, options.revision, console)
+    info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
     result, placement = estimate_run(model, info, variants(edits, info.depth, layers), options, console)
     value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtype, "peak": result.peak}

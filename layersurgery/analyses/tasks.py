@@ -226,6 +226,5 @@ def _one_pass_placement(source: Source, options: RunOptions, placement: Placemen
 
     from ..sweeps.weight_placement import blocks_on_disk
 
-    return dataclasses.replace(
-        placement, device_map=blocks_on_disk(AutoConfig.from_pretrained(source.directory), options.blocks)
-    )
+    config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    return dataclasses.replace(placement, device_map=blocks_on_disk(config, options.blocks))

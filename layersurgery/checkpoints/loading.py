@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..errors import PlanError, SourceError
@@ -24,6 +25,7 @@ def load(
     device: Any = None,
     device_map: Any = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Loaded:
     """Load a causal language model in evaluation mode, and its tokenizer, with transformers.
@@ -34,6 +36,7 @@ def load(
         device: the device of all weights ("cpu", "cuda:1"), instead of `device_map`.
         device_map: placement of the weights, as in accelerate ("auto", "cuda", or a map from modules to devices).
         revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the code that comes with the model and its tokenizer; without it, it is never run.
         options: further arguments for `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
@@ -59,13 +62,18 @@ def load(
         dtype = torch_dtype
     if device is not None:
         device_map = _placed_on(device, device_map)
-    source = find_source(model, revision=revision)
+    source = replace(find_source(model, revision=revision), trust_remote_code=trust_remote_code)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            source.directory, dtype=dtype, device_map=device_map, output_loading_info=True, **options
+            source.directory,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
     except Exception as error:  # config classes, constructors and weight loaders raise any exception
-        raise SourceError(f"transformers cannot load {source.label}: {type(error).__name__}: {error}") from error
+        raise SourceError(f"transformers cannot load {source.label}: {reason_of(error)}") from error
     if absent := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())):
         raise SourceError(
             f"{source.label} lacks {format_list(absent)}, which {type(loaded).__name__} needs, so some weights would "
@@ -91,6 +99,16 @@ def _placed_on(device: Any, device_map: Any) -> dict[str, Any]:
     return {"": device}
 
 
+def reason_of(error: Exception) -> str:
+    """Say why transformers cannot load something; code of the model that is not trusted has its own remedy."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with its own code, which is run only if you ask for it. Read the code; if you trust it, give "
+            "trust_remote_code=True (--trust-remote-code)"
+        )
+    return f"{type(error).__name__}: {error}"
+
+
 def tokenizer_of(source: Source) -> Any:
     """Load the tokenizer of a checkpoint; return None if it has no tokenizer.
 
@@ -103,8 +121,6 @@ def tokenizer_of(source: Source) -> Any:
     if not any((source.directory / name).exists() for name in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source.directory)
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # tokenizer loaders raise any exception
-        raise SourceError(
-            f"transformers cannot load the tokenizer of {source.label}: {type(error).__name__}: {error}"
-        ) from error
+        raise SourceError(f"transformers cannot load the tokenizer of {source.label}: {reason_of(error)}") from error

@@ -53,6 +53,7 @@ class Source:
         name: a short name for default outputs.
         revision: commit of a Hub model; None for other models.
         on_hub: whether `label` is a Hub ID.
+        trust_remote_code: whether the code that comes with the model may be run.
     """
 
     directory: Path
@@ -60,6 +61,7 @@ class Source:
     name: str
     revision: str | None = None
     on_hub: bool = False
+    trust_remote_code: bool = False
 
 
 def find_source(model: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Source:

@@ -275,7 +275,7 @@ def _plan_model(model: str, directory: Path, options: RunOptions) -> ModelPlan:
     states = {name: str((read_run(directory / name) or {}).get("state", "")) for name in EXPERIMENTS}
     plan = ModelPlan(model, directory, states)
     try:
-        info = read_model_info(model, options.revision, Reporter())
+        info = read_model_info(model, options.revision, Reporter(), trust_remote_code=options.trust_remote_code)
         plan.depth = info.depth
         plan.tokens = text_request(model, options, info.positions).tokens
         _add_cost(plan, info, options)

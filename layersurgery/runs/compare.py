@@ -61,7 +61,7 @@ def compare(
         if _is_model_name(other):
             with quiet_libraries():
                 reporter = Reporter()
-                info = read_model_info(other, None, reporter)
+                info = read_model_info(other, None, reporter, trust_remote_code=run_options.trust_remote_code)
                 placement = choose_placement(run_options, info.source, reporter)
                 second = exit_stack.enter_context(load_model(info.source, placement, SingleProcess()))
         return compare_tokens(

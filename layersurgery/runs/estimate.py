@@ -43,7 +43,7 @@ def estimate(
         31
     """
     run_options, reporter = RunOptions.of(options), Reporter()
-    info = read_model_info(model, run_options.revision, reporter)
+    info = read_model_info(model, run_options.revision, reporter, trust_remote_code=run_options.trust_remote_code)
     return estimate_run(model, info, variants(edits, info.depth, layers), run_options, reporter)[0]
 
 
@@ -64,7 +64,7 @@ def estimate_run(
     request = text_request(model, options, info.positions)
     placement = choose_placement(options, info.source, reporter)
     cost = estimate_config(
-        AutoConfig.from_pretrained(info.source.directory),
+        AutoConfig.from_pretrained(info.source.directory, trust_remote_code=info.source.trust_remote_code),
         edited_models,
         tokens=request.tokens,
         context=request.context,

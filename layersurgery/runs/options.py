@@ -45,6 +45,7 @@ class RunOptions:
         per_token: also write every metric of every token.
         revision: branch, tag or commit of the model on the Hub.
         blocks: path of the list of decoder blocks, if it cannot be found automatically.
+        trust_remote_code: run the code that comes with a model and its tokenizer; without it, it is never run.
     """
 
     data: str | None = None
@@ -69,6 +70,7 @@ class RunOptions:
     per_token: bool = False
     revision: str | None = None
     blocks: str | None = None
+    trust_remote_code: bool = False
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> RunOptions:

@@ -117,7 +117,9 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
     from ..checkpoints.loading import load
 
     if placement.device_map is None:
-        yield load(source.directory, dtype=placement.dtype).model.to(_local_device(placement.device, group))
+        yield load(source.directory, dtype=placement.dtype, trust_remote_code=source.trust_remote_code).model.to(
+            _local_device(placement.device, group)
+        )
         return
     if placement.offload_folder is not None:
         placement.offload_folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +137,7 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
             device_map=local_map,
             max_memory=_resolve_max_memory(placement.max_memory, group),
             offload_folder=folder,
+            trust_remote_code=source.trust_remote_code,
         ).model
 
 

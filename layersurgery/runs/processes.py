@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..checkpoints.sources import find_source
@@ -104,7 +105,9 @@ def _work(model: str, options: RunOptions, group: ProcessGroup) -> None:
         while (item := _next_item(group)) is not None:
             try:
                 if loaded is None:
-                    source = find_source(model, revision=options.revision)
+                    source = replace(
+                        find_source(model, revision=options.revision), trust_remote_code=options.trust_remote_code
+                    )
                     if group.local_rank == 0 and fingerprint(source.directory) != item.weights:
                         raise SourceError(
                             f"process {group.rank}: {source.label} in {source.directory} differs from the leading "

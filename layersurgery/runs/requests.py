@@ -70,13 +70,17 @@ class ModelInfo:
     padding: Padding
 
 
-def read_model_info(model: str | os.PathLike[str], revision: str | None, reporter: Reporter) -> ModelInfo:
+def read_model_info(
+    model: str | os.PathLike[str], revision: str | None, reporter: Reporter, *, trust_remote_code: bool = False
+) -> ModelInfo:
     """Find a model without fetching its weights.
 
     Raises:
         SourceError: there is no such model, or transformers cannot read its config.
     """
     from transformers import AutoConfig
+
+    from ..checkpoints.loading import reason_of
 
     if not isinstance(model, str | os.PathLike):
         hint = "; give its attribute .model" if hasattr(model, "model") else ""
@@ -87,13 +91,13 @@ def read_model_info(model: str | os.PathLike[str], revision: str | None, reporte
         else f"Reading the config of {model}"
     ):
         source = find_source(model, revision=revision, weights=False)
+        source = replace(source, trust_remote_code=trust_remote_code)
         try:
-            config = AutoConfig.from_pretrained(source.directory).get_text_config(decoder=True)
+            loaded = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+            config = loaded.get_text_config(decoder=True)
             depth = int(config.num_hidden_layers)
         except Exception as error:  # a config class may raise any exception
-            raise SourceError(
-                f"transformers cannot read the config of {source.label}: {type(error).__name__}: {error}"
-            ) from error
+            raise SourceError(f"transformers cannot read the config of {source.label}: {reason_of(error)}") from error
     return ModelInfo(source, depth, *config_limits(config), Padding.of(config))
 
 

@@ -116,7 +116,7 @@ class ModelSession:
             self._padding = Padding.of(text_config(model), getattr(model, "generation_config", None))
             self._placement: Placement | None = _placement_of(model, options)
         else:
-            info = read_model_info(model, options.revision, reporter)
+            info = read_model_info(model, options.revision, reporter, trust_remote_code=options.trust_remote_code)
             self.source, self.depth, positions, self._vocabulary = (
                 info.source, info.depth, info.positions, info.vocabulary,
             )  # fmt: skip
@@ -274,7 +274,8 @@ class ModelSession:
         Raises:
             SourceError: there is none.
         """
-        return tokenizer_of_run(self.source, self.options.tokenizer, self.label)
+        options = self.options
+        return tokenizer_of_run(self.source, options.tokenizer, self.label, trust_remote_code=options.trust_remote_code)
 
     @property
     def tokenizer_name(self) -> str | None:
@@ -299,7 +300,9 @@ class ModelSession:
     def _with_weights(self) -> Source:
         assert self.source is not None
         if not self._has_weights:
-            self.source, self._has_weights = find_source(self.model, revision=self.options.revision), True
+            found = find_source(self.model, revision=self.options.revision)
+            self.source = replace(found, trust_remote_code=self.options.trust_remote_code)
+            self._has_weights = True
         return self.source
 
     def load(self) -> Any:
@@ -388,13 +391,14 @@ class ModelSession:
         self.reporter.skipped(measurer.skipped)
 
 
-def tokenizer_of_run(source: Source | None, other: Any, label: str) -> Any:
+def tokenizer_of_run(source: Source | None, other: Any, label: str, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer for the text.
 
     Args:
         source: the model's files; None for a loaded model.
         other: a tokenizer, the name of another model to take it from, or None.
         label: the model's name, for errors.
+        trust_remote_code: run the code that comes with the other model's tokenizer.
 
     Raises:
         SourceError: the model has no tokenizer.
@@ -405,7 +409,10 @@ def tokenizer_of_run(source: Source | None, other: Any, label: str) -> Any:
         return other
     if source is None and other is None:
         raise SourceError("a loaded model needs a tokenizer for texts: give tokenizer, or token ids")
-    tokenizer = tokenizer_of(find_source(other, weights=False) if other else source)  # type: ignore[arg-type]
+    if other:
+        source = replace(find_source(other, weights=False), trust_remote_code=trust_remote_code)
+    assert source is not None
+    tokenizer = tokenizer_of(source)
     if tokenizer is None:
         raise SourceError(f"{other or label} has no tokenizer; name a model that has one (tokenizer)")
     return tokenizer

@@ -127,9 +127,13 @@ def build_meta_model(config: Any, dtype: str) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    # A config of the model's own code exists only where that code was trusted.
+    is_trusted = type(config).__module__.startswith("transformers_modules")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype, torch.float32))
+            return AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype, torch.float32), trust_remote_code=is_trusted
+            )
     except Exception as error:  # a constructor may raise anything
         raise SourceError(
             f"transformers cannot build the model of this config: {type(error).__name__}: {error}"
