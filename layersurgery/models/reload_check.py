@@ -34,7 +34,7 @@ _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGN
 # Values that a constructor computes in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
 # Settings of a model in use, which are not part of its structure.
-_MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled"))
+_MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled", "name_or_path"))
 # Attributes with which a block stores what other blocks read, and the attribute of the blocks that read it. Where no
 # block does, they change no output (Gemma 4).
 _STORED_FOR = {"store_full_length_kv": "is_kv_shared_layer"}

@@ -107,7 +107,7 @@ class ModelSession:
         self.source: Source | None = None
         if isinstance(model, nn.Module):
             self._loaded = model
-            self.label = str(getattr(model, "name_or_path", "") or type(model).__name__)
+            self.label = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
             self.name = Path(self.label).name
             self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
             positions, self._vocabulary = config_limits(text_config(model))

@@ -1,4 +1,4 @@
-"""Check that the settings of PEFT adapters name the same layers after an edit.
+"""Check that the settings of PEFT adapters name the same layers after an edit, and no base that is not edited.
 
 PEFT saves an adapter with its settings, and places it by them when it is loaded. A setting that names layers
 (`layers_to_transform`, a pattern with a number in it) would place it on other blocks of the edited model.
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedEditError
+from ..errors import UnsupportedEditError, warn
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from .live_check import transformers_model
@@ -49,16 +49,41 @@ def check_adapter_settings(model: nn.Module, route: Route) -> None:
                 )
 
 
+def forget_base(model: nn.Module, depth: int, route: Route) -> None:
+    """Remove the name of the model that was loaded, which PEFT saves as the base of an adapter.
+
+    With that name, the adapter would be loaded onto the unedited model. The name in the config stays: pipelines find
+    the tokenizer by it.
+    """
+    if route.is_identity(depth):
+        return
+    if vars(inner := transformers_model(model)).get("name_or_path"):
+        inner.name_or_path = ""
+    named = [config for config in _configs(model) if getattr(config, "base_model_name_or_path", None)]
+    if named:
+        warn(
+            f"the adapter was made for {named[0].base_model_name_or_path}, which is not edited, so it no longer names "
+            "a base; to load it, give PeftModel.from_pretrained the edited model, or save that (layersurgery.save) and "
+            "set base_model_name_or_path in the adapter's settings"
+        )
+    for config in named:
+        config.base_model_name_or_path = ""  # PEFT replaces None by the name in the model's config
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Return the settings of all adapters."""
+    settings = [vars(module).get("peft_config") for module in model.modules()]
+    return [config for configs in settings if isinstance(configs, dict) for config in configs.values()]
+
+
 def _settings(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Iterate over the settings, of all adapters, that can name layers or modules."""
-    for module in model.modules():
-        configs = vars(module).get("peft_config")
-        for config in configs.values() if isinstance(configs, dict) else ():
-            for name, value in vars(config).items():
-                if value is not None and (
-                    name == "layers_to_transform" or (name != "layers_pattern" and _NAMES_MODULES.search(name))
-                ):
-                    yield name, value
+    for config in _configs(model):
+        for name, value in vars(config).items():
+            if value is not None and (
+                name == "layers_to_transform" or (name != "layers_pattern" and _NAMES_MODULES.search(name))
+            ):
+                yield name, value
 
 
 def _answer(name: str, value: Any, blocks: str, number: int, path: str) -> object:

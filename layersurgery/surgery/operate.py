@@ -28,7 +28,7 @@ from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
-from .adapter_settings import check_adapter_settings
+from .adapter_settings import check_adapter_settings, forget_base
 from .cached_state import clear_cached_state
 from .call_order import check_call_order
 from .config_edits import UndoLog, edit_config, edit_depth, edit_parent_modules, renumber_block
@@ -138,6 +138,7 @@ def operate_(
     except BaseException:
         surgery.undo()
         raise
+    forget_base(model, len(surgery.original), surgery.route)
     return model
 
 

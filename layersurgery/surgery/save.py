@@ -58,4 +58,5 @@ def save(
         inner.save_pretrained(directory, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+    inner.name_or_path = str(target)  # PEFT saves this as the base of an adapter that is added later
     return target

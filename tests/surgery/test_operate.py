@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pickle
 import sys
 from contextlib import ExitStack, suppress
@@ -521,6 +522,33 @@ def test_adapter_settings_that_name_modules_only() -> None:
         settings_ = {"target_modules": ["q_proj", "v_proj"], **setting}
         model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings_))
         ls.operate_(model, "drop 1; swap 2 3")
+
+
+def test_an_adapter_never_names_the_unedited_base(tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    settings_ = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+
+    def saved_base(adapted: Any) -> str:
+        adapted.save_pretrained(tmp_path / "adapter")
+        return str(
+            json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] or ""
+        )
+
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), copy.deepcopy(settings_))
+    with ls.operate(adapted, "drop 1"):
+        pass
+    assert saved_base(adapted) == str(tmp_path / "base")
+    with pytest.warns(LayerSurgeryWarning, match=r"made for .*base, which is not edited"):
+        ls.operate_(adapted, "drop 1")
+    assert saved_base(adapted) == ""
+    model = ls.operate_(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "drop 1")
+    assert saved_base(peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(settings_))) == ""
+    ls.save(model, tmp_path / "edited")
+    adapted = peft.get_peft_model(model, settings_).eval()
+    assert saved_base(adapted) == str(tmp_path / "edited")
+    reloaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits_of(reloaded, tokens()), logits_of(adapted, tokens()), rtol=0, atol=1e-6)
 
 
 def test_a_model_in_ddp(model: Any, tmp_path: Any) -> None:
