@@ -10,8 +10,8 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
-# Not after a letter or a colon: "tokens/s" and addresses are not paths. A full stop ends a sentence.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~-])(?:~?/|[A-Za-z]:[\\/])[^\s'\":;,()<>|]*[^\s'\":;,()<>|.]")
+# Not after a letter, a colon or "<": "tokens/s", addresses and tags are not paths. A full stop ends a sentence.
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:~?/|[A-Za-z]:[\\/])[^\s'\":;,()<>|]*[^\s'\":;,()<>|.]")
 _MINUS = "\N{MINUS SIGN}"
 _MAX_FULL_INTEGER = 1e9
 _MAX_DECIMALS = 7
