@@ -37,7 +37,7 @@ _SHARES = {(2048, 50304): 0.80, (4096, 50432): 0.85}
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """The paper's protocol on one geometry, and its goals on one H100.
+    """Describe the paper's protocol on one geometry, and its goals on one H100.
 
     Attributes:
         setting: model and text.
@@ -90,11 +90,11 @@ class Settings:
 
 @dataclass(slots=True)
 class Report:
-    """What was measured: lines of the table of goals, and what failed.
+    """Collect what was measured: lines of the table of goals, and what failed.
 
     Attributes:
         title: title of the table.
-        goals: quantity, measured value, goal, and whether it was met (None if there is no goal).
+        goals: quantity, measured value, goal, and whether it was met (None without a goal).
         failed: faults of layersurgery.
     """
 
@@ -129,7 +129,7 @@ def measure(parts: Sequence[str], settings: Settings) -> list[str]:
     """Run the chosen parts, and print the table of goals after each part and at the end.
 
     Returns:
-        The faults of layersurgery: processes that failed and wrong results. A goal that is not met is no fault.
+        The faults of layersurgery: processes that failed and wrong results. A missed goal is not a fault.
 
     Raises:
         SystemExit: there is no GPU.

@@ -239,7 +239,7 @@ def require_no_fault(rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         SystemExit: it failed, or its metrics are wrong.
     """
-    # A reason why a method does not run on this device is no fault.
+    # A method that does not run on this device is not a fault.
     faults = [row["fault"] for row in rows if row["way"].startswith("layersurgery") and row["fault"]]
     if wrong := [fault for fault in faults if not fault.startswith("it is for ")]:
         raise SystemExit(f"layersurgery: {wrong[0]}")

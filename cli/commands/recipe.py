@@ -18,7 +18,7 @@ from layersurgery.plans.plan import Plan
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses a second entry of the same name; YAML's own keeps the last without a word."""
+    """Refuse a second entry of the same name; YAML's own loader keeps the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]

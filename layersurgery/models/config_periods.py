@@ -16,7 +16,7 @@ from .config_fields import Json
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """A number that places the layers of one kind.
+    """Describe a number that places the layers of one kind.
 
     Attributes:
         list_name: the list that holds the kind of each layer.
@@ -31,7 +31,7 @@ class Period:
     first: int = 1
 
     def layers(self, fields: Json, depth: int) -> list[bool] | None:
-        """Return which layers the list gives this kind; None if there is no list for this depth."""
+        """Return for each layer whether the list gives it this kind; None without a list for this depth."""
         values = fields.get(self.list_name)
         if not isinstance(values, list | tuple) or (self.kind is not None and len(values) < depth):
             return None

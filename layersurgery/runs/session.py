@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import nn
 
 from ..checkpoints.sources import Source, find_source
 from ..checkpoints.tensor_index import fingerprint
 from ..errors import PlanError, SourceError
 from ..models.block_list import find_decoder_blocks, text_config, unwrap_transformers
-from ..runtime.offload import device_of, offload_hooks
+from ..runtime.offload import device_of
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
+from .model_fingerprint import model_fingerprint
 from .options import RunOptions
 from .placement import Placement, choose_placement, describe_placement, load_model
 from .reporter import Reporter
@@ -133,7 +132,7 @@ class ModelSession:
         """Return the text to read.
 
         Raises:
-            SourceError: there is no tokenizer, which must say whether it puts a token before a text.
+            SourceError: the model has no tokenizer, which is needed for `bos="auto"`.
         """
         if self._request.bos is None:
             self._request = replace(self._request, bos=uses_bos(None, self.tokenizer))
@@ -226,7 +225,7 @@ class ModelSession:
         if self.source is None:
             assert self._loaded is not None
             if self._fingerprint is None:
-                self._fingerprint = _model_fingerprint(self._loaded)
+                self._fingerprint = model_fingerprint(self._loaded)
             return {"name": self.label, "revision": None, "weights": self._fingerprint}
         source = self._with_weights()
         return {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
@@ -431,38 +430,3 @@ def _placement_of(model: nn.Module, options: RunOptions) -> Placement:
         raise PlanError("dtype is for a model that is loaded by its name; this one is loaded already")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Placement(str(device_of(model)), dtype)
-
-
-def _model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of all that a loaded model's predictions depend on.
-
-    These are its modules and their settings, its config, the state of adapters, and its parameters and buffers, also
-    those that accelerate keeps elsewhere.
-    """
-    digest = hashlib.sha256(str(model).encode())
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_json_string"):
-        digest.update(config.to_json_string(use_diff=False).encode())
-        digest.update(str(getattr(config, "_attn_implementation", "")).encode())
-    for path, module in model.named_modules():
-        settings: dict[str, Any] = {
-            name: value
-            for name, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and name != "training" and "cache" not in name
-        }
-        if hasattr(module, "disable_adapters"):
-            settings |= {"off": module.disable_adapters, "active": getattr(module, "active_adapters", None)}
-        digest.update(f"{path} {sorted(settings.items(), key=lambda item: item[0])}".encode())
-        for hook in offload_hooks(module):
-            for name, _ in module.named_parameters(recurse=False):
-                if hook.weights_map is not None and name in hook.weights_map:
-                    _update(digest, f"{path}.{name}", hook.weights_map[name])
-    for name, tensor in model.state_dict().items():
-        if tensor.device.type != "meta":
-            _update(digest, name, tensor)
-    return digest.hexdigest()[:16]
-
-
-def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

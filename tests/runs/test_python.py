@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import layersurgery as ls
 from layersurgery.errors import LayerSurgeryWarning
+from layersurgery.runs.model_fingerprint import model_fingerprint
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
@@ -410,3 +411,13 @@ def test_numbers_of_numpy_are_options(tmp_path: Path) -> None:
     for call in (lambda: ls.rank(model, tokens(), spans=fraction), lambda: ls.prune(model, tokens(), remove=fraction)):
         with pytest.raises(ls.PlanError, match="is given as a whole number, not as"):
             call()
+
+
+def test_a_model_that_was_saved_is_still_the_model_of_its_run(tmp_path: Path) -> None:
+    """Saving gives the model another name; weights and settings count."""
+    model = tiny_model("llama")
+    before = model_fingerprint(model)
+    ls.save(model, tmp_path / "saved")
+    assert model_fingerprint(model) == before
+    next(model.parameters()).data[0, 0] += 1
+    assert model_fingerprint(model) != before

@@ -19,7 +19,7 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Killed(BaseException):
-    """The program was killed here."""
+    """Stand for the end of a program that is killed here."""
 
 
 @dataclass

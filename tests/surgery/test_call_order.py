@@ -21,7 +21,7 @@ SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 128}
 
 
 class LoopedBlocks(nn.ModuleList):
-    """A list of which a forward runs the middle third several times, as a model's own code may do."""
+    """Hold a list of which a forward runs the middle third several times, as a model's own code may do."""
 
     loops: int
 
@@ -33,7 +33,7 @@ class LoopedBlocks(nn.ModuleList):
 
 
 def looped(loops: int) -> Any:
-    """A llama that runs its middle blocks several times. As in published models, its list is split at fixed numbers."""
+    """Build a llama that runs its middle blocks several times, and splits its list at fixed numbers."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
     blocks = LoopedBlocks(model.model.layers)
@@ -57,7 +57,7 @@ def test_a_looped_model_is_refused_by_name_and_unchanged(plan: str) -> None:
 
 
 def test_a_list_that_is_split_at_fixed_numbers_keeps_its_length() -> None:
-    """With one loop all blocks are called in order, but a longer or shorter list is not called as a whole."""
+    """Call all blocks in order with one loop, but not the whole of a longer or shorter list."""
     model = looped(1)
     with ls.operate(model, "swap 1 4"):
         pass

@@ -711,7 +711,7 @@ def test_save_refuses_a_constant_changed_by_hand(model: Any, tmp_path: Any) -> N
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])
 def test_save_takes_blocks_that_keep_an_old_position(name: str, tmp_path: Any) -> None:
-    """A block that was removed by hand leaves the others with their old numbers, which a reload sets right."""
+    """Save blocks that keep their old numbers after another was removed by hand: a reload sets them right."""
     model = tiny_model(name)
     path = ls.anatomy(model).blocks
     del model.get_submodule(path)[2]
@@ -1004,7 +1004,7 @@ def test_an_adapter_with_one_module_a_layer() -> None:
 
 
 class Holder:
-    """What holds a model, as a pipeline and a trainer do."""
+    """Hold a model, as a pipeline and a trainer do."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
