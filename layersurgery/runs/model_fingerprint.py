@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..runtime.offload import offload_hooks
 
 # Settings that predictions do not depend on; saving a model changes its name.
 _NOT_PREDICTIONS = frozenset(("training", "name_or_path"))
+_WRITTEN_BY_SAVING = frozenset(("architectures", "dtype", "transformers_version"))
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -23,7 +25,9 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(str(model).encode())
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_json_string"):
-        digest.update(config.to_json_string(use_diff=False).encode())
+        fields = json.loads(config.to_json_string(use_diff=False))
+        kept = {name: value for name, value in fields.items() if name not in _WRITTEN_BY_SAVING}
+        digest.update(json.dumps(kept, sort_keys=True).encode())
         digest.update(str(getattr(config, "_attn_implementation", "")).encode())
     for path, module in model.named_modules():
         settings: dict[str, Any] = {
