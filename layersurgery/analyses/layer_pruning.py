@@ -19,9 +19,10 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
-from ..sweeps.measurer import Measurer, collect_sums
+from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE, Observed
 from ..sweeps.results import results_table
+from ..sweeps.sweep import collect_sums
 from .layer_ranking import CRITERIA, rank, spans
 from .signal_tables import SignalTables
 

@@ -14,8 +14,8 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.route import whole_number
 from ..runs.tables import as_records
 from ..runtime.inputs import as_tokens
-from ..sweeps.measurer import collect_sums
 from ..sweeps.observer import CHANGE
+from ..sweeps.sweep import collect_sums
 from .signal_tables import DROP, SignalTables, make_measurer
 
 CRITERIA = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}

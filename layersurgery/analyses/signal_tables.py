@@ -18,7 +18,7 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from ..plans.variants import Variant, family
-from ..sweeps.measurer import Measurer, collect_sums
+from ..sweeps.measurer import Measurer
 from ..sweeps.observer import (
     ATTENTION,
     CHANGE,
@@ -33,6 +33,7 @@ from ..sweeps.observer import (
     first_quantity,
 )
 from ..sweeps.results import results_table
+from ..sweeps.sweep import collect_sums
 
 LENS, DROP = "lens", "drop"
 FROM_TEXT = (LENS, *SIGNALS, DROP)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..runs.placement import Placement
     from ..runs.runner import RunOutput
     from ..runs.session import ModelSession
+    from ..sweeps.row_progress import StopRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,11 @@ class TableTask:
         """Return the kind of result directory: an analysis."""
         return ANALYSIS
 
-    def output(self, measurer: Measurer, label: str, _reporter: Reporter) -> RunOutput:
+    def rule(self, length: int) -> StopRule | None:  # noqa: ARG002 - a race needs it
+        """Return the rule that says which rows need no more text; None to measure all rows on all text."""
+        return None
+
+    def output(self, measurer: Measurer, label: str, _reporter: Reporter, _rule: StopRule | None) -> RunOutput:
         """Make the output: this task's tables."""
         return TableOutput(measurer, label, self.tables)
 
@@ -77,9 +82,11 @@ class SignalTask(TableTask):
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of the analysis's signals."""
-        return make_measurer(model, ANALYSES[self.analysis].signals, self.depth, blocks=options.blocks)
+        return make_measurer(
+            model, ANALYSES[self.analysis].signals, self.depth, blocks=options.blocks, read=options.read_positions
+        )
 
-    def output(self, measurer: Measurer, label: str, reporter: Reporter) -> RunOutput:
+    def output(self, measurer: Measurer, label: str, reporter: Reporter, _rule: StopRule | None) -> RunOutput:
         """Make the output: the analysis's tables."""
         announced: list[bool] = []
 
@@ -108,7 +115,9 @@ class RankTask(TableTask):
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer: it drops every layer, and measures angular distances over spans."""
-        return make_measurer(model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans)
+        return make_measurer(
+            model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans, read=options.read_positions
+        )
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make the tables of layers and of spans."""
@@ -133,7 +142,9 @@ class GreedyStepTask(TableTask):
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of each remaining layer."""
-        return make_step_measurer(model, self.by, self.removed, self.depth, blocks=options.blocks)
+        return make_step_measurer(
+            model, self.by, self.removed, self.depth, blocks=options.blocks, read=options.read_positions
+        )
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each remaining layer."""
@@ -160,7 +171,9 @@ class CostTask(TableTask):
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all pruned models."""
-        return Measurer(model, pruned_variants(self.orders, self.depth), blocks=options.blocks)
+        return Measurer(
+            model, pruned_variants(self.orders, self.depth), blocks=options.blocks, read=options.read_positions
+        )
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each criterion and number of layers."""

@@ -26,7 +26,7 @@ class BatchResult:
         first: number of its first sequence in the text.
         counts: number of positions measured in each sequence.
         values: sums over these positions, (sequences, rows, len(METRICS)). Row 0 is the unedited model, the others are
-            the variants.
+            the variants. NaN in rows that were not measured.
         observed: counts and sums of the observer, (sequences, the observer's size).
         seconds: time that the batch took.
         calls: number of block calls.
@@ -35,6 +35,7 @@ class BatchResult:
         max_sequences: number of sequences that fit into memory; None if memory never ran out.
         token_metrics: metrics at each position, (len(METRICS), positions), by rows of the result that share them; empty
             if they are not wanted.
+        rows: the rows that were measured; None for all.
     """
 
     first: int
@@ -47,6 +48,23 @@ class BatchResult:
     bytes_read: int = 0
     max_sequences: int | None = None
     token_metrics: dict[tuple[int, ...], torch.Tensor] | None = None
+    rows: tuple[int, ...] | None = None
+
+    def has(self, row: int) -> bool:
+        """Return whether a row was measured."""
+        return self.rows is None or row in self.rows
+
+    def merge(self, other: BatchResult) -> BatchResult:
+        """Return this result with the rows that another measurement of the same batch adds."""
+        if self.rows is None:
+            return self
+        values = self.values.copy()
+        added = [row for row in range(values.shape[1]) if other.has(row) and not self.has(row)]
+        values[:, added] = other.values[:, added]
+        rows = None if other.rows is None else tuple(sorted({*self.rows, *added}))
+        return replace(
+            self, values=values, rows=rows, seconds=self.seconds + other.seconds, calls=self.calls + other.calls
+        )
 
     @classmethod
     def concatenate(cls, results: Sequence[BatchResult]) -> BatchResult:
@@ -63,6 +81,7 @@ class BatchResult:
             sum(result.bytes_read for result in results),
             results[-1].max_sequences,
             {rows: torch.cat([part[rows] for part in parts], -1) for rows in parts[0]} if parts else None,
+            results[0].rows,
         )
 
 
@@ -75,16 +94,28 @@ class SequenceSums:
         counts: predictions in each sequence, (sequences,).
         values: sums of metrics, (sequences, rows, len(METRICS)).
         observed: sums of the observer, (sequences, quantities).
+        used: whether a row uses a sequence, (sequences, rows); None if every row uses all.
     """
 
     numbers: list[int]
     counts: Array
     values: Array
     observed: Array
+    used: npt.NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(cls, results: Iterable[BatchResult]) -> SequenceSums:
-        """Make it from the results of batches, in any order."""
+    def of(cls, results: Iterable[BatchResult], used: Sequence[npt.NDArray[np.bool_]] | None = None) -> SequenceSums:
+        """Make it from the results of batches.
+
+        Args:
+            results: the results; in any order if every row uses all.
+            used: for each result, whether a row uses it, (rows,).
+        """
+        results = list(results)
+        if used is not None:
+            sums = cls.of(results)
+            flags = [flag for result, flag in zip(results, used, strict=True) for count in result.counts if count]
+            return replace(sums, used=np.array(flags)) if not np.all(flags) else sums
         ordered = sorted(results, key=lambda result: result.first)
         numbers = [result.first + offset for result in ordered for offset, count in enumerate(result.counts) if count]
         assert len(set(numbers)) == len(numbers), "a sequence is counted twice"
@@ -96,7 +127,14 @@ class SequenceSums:
 
     def rows(self, rows: Sequence[int]) -> SequenceSums:
         """Return the sums of some rows."""
-        return replace(self, values=self.values[:, list(rows)])
+        chosen = list(rows)
+        used = None if self.used is None else self.used[:, chosen]
+        return replace(self, values=self.values[:, chosen], used=used)
+
+    def of_row(self, row: int) -> tuple[Array, Array]:
+        """Return a row's sums, (sequences, len(METRICS)), and counts, (sequences,), of the sequences that it uses."""
+        chosen = slice(None) if self.used is None else self.used[:, row]
+        return self.values[chosen, row], self.counts[chosen]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -112,8 +150,10 @@ class SequenceSums:
         See `ratio` for what is NaN.
         """
         _, rows, metrics = self.values.shape
-        columns = self.values.reshape(len(self), rows * metrics).T
-        pairs = np.array([ratio(column, self.counts) for column in columns]).reshape(rows, metrics, 2)
+        pairs = np.empty((rows, metrics, 2))
+        for row in range(rows):
+            values, counts = self.of_row(row)
+            pairs[row] = [ratio(column, counts) for column in values.T]
         return pairs[..., 0], pairs[..., 1]
 
 

@@ -175,17 +175,6 @@ def _refuse_unreachable() -> Iterator[None]:
         ) from error
 
 
-def chunked(items: list[T], size: int) -> Iterator[list[T]]:
-    """Split a list into chunks of `size` items, one item for each process.
-
-    >>> from layersurgery.runs.distributed import chunked
-    >>> list(chunked([1, 2, 3, 4, 5], 2))
-    [[1, 2], [3, 4], [5]]
-    """
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def assign_gpus(group: ProcessGroup, devices: int) -> range:
     """Return the numbers of the GPUs that this process uses.
 

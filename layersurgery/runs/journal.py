@@ -13,7 +13,7 @@ import numpy as np
 
 from ..atomic_io import atomic_file
 from ..errors import OutputError
-from ..metrics.aggregation import BatchResult, SequenceSums
+from ..metrics.aggregation import BatchResult
 from ..metrics.reference import METRICS
 
 _RESUME = "The batches measured before are kept; fix this problem, then run the same command again to resume"
@@ -51,7 +51,7 @@ class Journal:
             with np.load(path, allow_pickle=False) as file:
                 result = BatchResult(
                     int(file["first"]), file["counts"].tolist(), file["values"], file["observed"],
-                    float(file["seconds"]),
+                    float(file["seconds"]), int(file["calls"]), rows=tuple(file["rows"].tolist()) or None,
                 )  # fmt: skip
         except Exception:  # a damaged file may raise any exception
             return None
@@ -63,7 +63,7 @@ class Journal:
         return (result.values.shape, result.observed.shape) == shapes
 
     def append(self, batch: int, result: BatchResult) -> None:
-        """Append a batch. It is on the disk when this returns.
+        """Append a batch, or rows that an earlier result of it does not have. It is on the disk when this returns.
 
         Args:
             batch: its number.
@@ -73,7 +73,10 @@ class Journal:
             OutputError: the file cannot be written.
         """
         assert self._has_shapes(result)
-        arrays = {name: getattr(result, name) for name in ("first", "counts", "values", "observed", "seconds")}
+        if batch in self.results:
+            result = self.results[batch].merge(result)
+        names = ("first", "counts", "values", "observed", "seconds", "calls")
+        arrays = {**{name: getattr(result, name) for name in names}, "rows": np.array(result.rows or (), int)}
         try:
             with atomic_file(self.directory / f"{batch:06}.npz") as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)
@@ -86,15 +89,13 @@ class Journal:
         """Return the time that all measured batches took together."""
         return sum(result.seconds for result in self.results.values())
 
-    def sums(self) -> SequenceSums:
-        """Return the sums of all measured sequences, in the order of the sequences."""
-        return SequenceSums.of(self.results.values())
-
     def non_finite(self, values: Literal["values", "observed"]) -> dict[int, list[int]]:
         """Return the batches with NaN or infinity, for each row of the values or column of the observer that has it."""
         batches_by_index: dict[int, list[int]] = {}
         for batch, result in sorted(self.results.items()):
             wrong = ~np.isfinite(getattr(result, values))
+            if values == "values" and result.rows is not None:
+                wrong &= np.isin(np.arange(self.rows), result.rows)[None, :, None]
             for index in np.flatnonzero(wrong.any(tuple(axis for axis in range(wrong.ndim) if axis != 1))).tolist():
                 batches_by_index.setdefault(index, []).append(batch)
         return batches_by_index

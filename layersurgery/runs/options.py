@@ -6,10 +6,14 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..plans.route import as_int
+
+if TYPE_CHECKING:
+    from ..sweeps.precision import Precision
+    from ..sweeps.read_positions import ReadPositions
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,10 @@ class RunOptions:
         shuffle: take sequences in random order. By default True for Hub datasets only.
         seed: seed for shuffling.
         tokenizer: a tokenizer, or the name of a model to take it from; by default the model's own.
+        until: for sweeps: measure each edit until its metrics are known this precisely, such as "agreement=0.5pt,kl=2%"
+            (see `sweeps.precision.Precision.parse`); then `tokens` is the most that is used.
+        confidence: for `until`: probability that an interval holds the true mean.
+        read: read predictions at a random share of each sequence's positions ("1/4"), or at a number of them (64).
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
             float16 becomes float32).
@@ -59,6 +67,9 @@ class RunOptions:
     shuffle: bool | None = None
     seed: int = 0
     tokenizer: Any = None
+    until: Any = None
+    confidence: float = 0.95
+    read: str | float | None = None
     batch_size: int | None = None
     dtype: str = "auto"
     device: str | None = None
@@ -86,6 +97,35 @@ class RunOptions:
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
                 raise PlanError(f"{name} is a whole number of at least {least}, not {number!r}")
         return cls(**values)
+
+    @property
+    def precision(self) -> Precision | None:
+        """Return the precision at which an edit is finished; None to measure all text.
+
+        Raises:
+            PlanError: it cannot be understood, or excludes another option.
+        """
+        if self.until is None:
+            self.refuse(["confidence"], "has an effect only with until")
+            return None
+        from ..sweeps.precision import Precision
+
+        self.refuse(["per_token"], "needs all text for every edit; leave until out")
+        return Precision.parse(self.until, self.confidence)
+
+    @property
+    def read_positions(self) -> ReadPositions | None:
+        """Return the positions at which predictions are read; None for all.
+
+        Raises:
+            PlanError: it cannot be understood, or excludes another option.
+        """
+        if self.read is None:
+            return None
+        from ..sweeps.read_positions import ReadPositions
+
+        self.refuse(["per_token"], "needs every position; leave read out")
+        return ReadPositions.parse(self.read, self.seed)
 
     def refuse(self, names: Iterable[str], why: str) -> None:
         """Refuse options that have no effect here.

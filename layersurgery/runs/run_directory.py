@@ -37,6 +37,8 @@ class Run:
         arguments: all arguments that affect the digits of the results.
         facts: the content of `run.json`.
         command: the command line that a new run records, so that it can be repeated; empty if there is none.
+        until: when the run stops before the end of the text (`StopRule.record`); None if it measures all text. A
+            finished run with another value is gone on with, since its batches are kept.
     """
 
     directory: Path
@@ -44,11 +46,13 @@ class Run:
     arguments: dict[str, Any]
     facts: RunRecord = field(default_factory=lambda: RunRecord())
     command: str = ""
+    until: dict[str, Any] | None = None
 
     @property
     def finished(self) -> bool:
-        """Return whether the results have been written."""
-        return self.facts.get("state") == "finished"
+        """Return whether the results have been written, as precise as they are asked for now."""
+        recorded = self.facts.get("until")
+        return self.facts.get("state") == "finished" and (recorded is None or recorded == self.until)
 
     @property
     def started(self) -> bool:
@@ -72,9 +76,17 @@ class Run:
             old_results = _find_results(self.directory, earlier)
             if old_results:
                 facts["replaced"] = old_results
+            self.facts = RunRecord()
             self.update(facts)
             _remove_files(self.directory, old_results)
             self.facts.pop("replaced", None)
+        if self.facts.get("until") != self.until or self.facts.get("state") == "finished":
+            self.update({"state": "begun", "until": self.until})
+
+    def clear_progress(self) -> None:
+        """Remove the files that a finished run does not need; batches are kept if more text could be measured."""
+        if self.facts.get("until") is None:
+            clear_progress(self.directory)
 
     def update(self, facts: RunRecord) -> None:
         """Add facts to `run.json`."""
@@ -85,7 +97,13 @@ class Run:
 
 @contextmanager
 def open_run(
-    directory: Path, arguments: dict[str, Any], *, kind: str = SWEEP, overwrite: bool = False, command: str = ""
+    directory: Path,
+    arguments: dict[str, Any],
+    *,
+    kind: str = SWEEP,
+    overwrite: bool = False,
+    command: str = "",
+    until: dict[str, Any] | None = None,
 ) -> Iterator[Run]:
     """Open and lock the output directory of a run while the `with` block runs.
 
@@ -97,6 +115,7 @@ def open_run(
         kind: one of `KINDS`.
         overwrite: accept a run with other arguments, which is removed when the new run starts.
         command: the command line to record in a new run.
+        until: when the run stops before the end of the text; see `Run`.
 
     Raises:
         OutputError: the directory contains something else, or a run with other arguments (the message names them), or
@@ -111,7 +130,7 @@ def open_run(
     except OSError as error:
         raise OutputError(f"cannot create {directory}: {error.strerror or error}") from error
     with directory_lock(directory):
-        run = _find_run(directory, kind, arguments, overwrite)
+        run = _find_run(directory, kind, arguments, overwrite, until)
         run.command = command
         try:
             yield run
@@ -122,21 +141,23 @@ def open_run(
             raise
 
 
-def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool) -> Run:
+def _find_run(
+    directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool, until: dict[str, Any] | None
+) -> Run:
     """Return the run to resume or the finished run in a directory, or a new run; arguments as for `open_run`."""
     earlier = read_run(directory)
     # A run that was killed while it wrote its first file has left a part of it.
     is_empty = all(path.name == f".{RUN}.partial" for path in directory.iterdir())
     if not is_empty and not _is_our_run(earlier, kind):
         raise OutputError(f"{directory} contains something other than {KINDS[kind]}; choose another output")
-    run = Run(directory, kind, arguments, earlier or {})
+    run = Run(directory, kind, arguments, earlier or {}, until=until)
     if (directory / FORMER_JOURNAL).exists() and not (run.finished or overwrite):
         raise OutputError(
             f"{directory} contains {KINDS[kind]} that an earlier version of layersurgery began, which this version "
             "cannot resume. Finish it with that version, start again with overwrite, or choose another output"
         )
     if earlier is None or overwrite or not (run.finished or run.started):
-        return Run(directory, kind, arguments)
+        return Run(directory, kind, arguments, until=until)
     recorded = earlier.get("arguments", {})
     if recorded.get("analysis") != arguments.get("analysis"):  # different analyses have different arguments
         recorded, arguments = ({"analysis": values.get("analysis")} for values in (recorded, arguments))
@@ -146,7 +167,7 @@ def _find_run(directory: Path, kind: str, arguments: dict[str, Any], overwrite: 
             "or choose another output"
         )
     if run.finished:  # the run may have been killed after it finished, before it removed these files
-        clear_progress(directory)
+        run.clear_progress()
     return run
 
 

@@ -29,6 +29,16 @@ class ScheduleFacts(TypedDict):
     bytes_read_a_batch: int
 
 
+class StoppingFacts(TypedDict):
+    """Facts about a run that stopped once its results were precise."""
+
+    finished: int  # edits that were precise before the end of the text
+    edits: int
+    sequences: int  # of the text that were measured on any edit
+    block_call_tokens: int  # block calls times the positions they were measured at
+    block_call_tokens_of_all_text: int
+
+
 RunRecord = TypedDict(
     "RunRecord",
     {
@@ -39,10 +49,12 @@ RunRecord = TypedDict(
         "command": str,
         "replaced": list[str],  # results of another run that are being removed
         "batch_size": int,
+        "until": dict[str, Any] | None,  # when the run stops before the end of the text
         # From the end of a measurement on text.
         "model": ModelFacts,
         "text": TextFacts,
         "schedule": ScheduleFacts,
+        "stopping": StoppingFacts | None,
         "sequences_at_once": int,
         "readout": str,
         "compiled": bool | str,  # or why compiled blocks were refused

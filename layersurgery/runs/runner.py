@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +16,14 @@ from ..metrics.aggregation import BatchResult, SequenceSums
 from ..plans.variants import Variant
 from ..runtime.offload import device_of
 from ..sweeps.measurer import Measurer
+from ..sweeps.precision import Precision
 from ..sweeps.results import results_table, sequence_table
-from .distributed import ProcessGroup, SingleProcess, chunked
+from ..sweeps.row_progress import BatchRows, RowProgress, StopRule
+from .distributed import ProcessGroup, SingleProcess
 from .journal import Journal
 from .per_token import PARTS, TOKENS, is_complete, join_parts, write_batch
-from .run_directory import JOURNAL, Run, clear_progress
-from .run_record import RunRecord
+from .run_directory import JOURNAL, Run
+from .run_record import RunRecord, StoppingFacts
 from .tables import CSV, RESULTS, SEQUENCES, write_sweep
 from .text import TokenizedText
 
@@ -38,11 +40,13 @@ class Progress:
             batch.
         total: number of all sequences.
         table: returns the results so far; None within a batch.
+        precision: the precision at which edits are finished; None if all text is measured.
     """
 
     sequences: float
     total: int
     table: Callable[[], pd.DataFrame] | None = None
+    precision: Precision | None = None
 
 
 class RunOutput(Protocol):
@@ -62,33 +66,22 @@ class SweepOutput:
     Attributes:
         variants: the models, the unedited one first.
         name: the model's name.
+        precision: the precision at which an edit is finished; None if all text is measured.
     """
 
     variants: Sequence[Variant]
     name: str
+    precision: Precision | None = None
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return a table with a row for each model."""
-        return results_table(self.variants, sums, self.name)
+        return results_table(self.variants, sums, self.name, self.precision)
 
     def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write the table of results and the sums of each sequence; return the table and the names of the files."""
         frame = self.table(sums)
         write_sweep(directory, frame, sequence_table(self.variants, sums))
         return frame, [RESULTS, CSV, SEQUENCES]
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Work that all processes of a run share.
-
-    Attributes:
-        size: number of sequences in a batch.
-        missing: numbers of the batches to measure.
-    """
-
-    size: int
-    missing: list[int]
 
 
 def run_measurement(
@@ -103,6 +96,7 @@ def run_measurement(
     draw: Draw | None = None,
     on_progress: OnProgress | None = None,
     group: ProcessGroup | None = None,
+    rule: StopRule | None = None,
 ) -> pd.DataFrame:
     """Measure the batches that are still missing, and write the results.
 
@@ -117,6 +111,7 @@ def run_measurement(
         draw: draws figures of the results into the directory, and returns their paths.
         on_progress: called at the beginning, from time to time, and after each batch.
         group: the processes that measure together; this one leads, and the others call `run_worker`.
+        rule: says after each batch which rows need no more text; None to measure every row on all text.
 
     Returns:
         The table of results.
@@ -127,26 +122,21 @@ def run_measurement(
         OutputError: the directory cannot be written. The measured batches are kept.
     """
     group = group or SingleProcess()
-    work = _Work(run, measurer, text, output, batch_size, per_token, tokenizer, on_progress)
-    assignment = Assignment(work.size, work.missing())
-    group.broadcast(assignment)
+    work = _Work(run, measurer, text, output, batch_size, per_token, tokenizer, on_progress, rule)
+    group.broadcast(work.size)
     work.report_progress(work.measured())
-
-    def on_fraction(batches: list[int], fraction: float) -> None:
-        work.report_progress(work.measured() + fraction * sum(map(work.sequences, batches)))
-
-    for batches, results in _rounds(measurer, text, assignment, group, per_token, on_fraction):
+    while batches := group.broadcast(work.next(group.size)):
+        results = _measure_round(measurer, text, work.size, batches, group, per_token, work.on_fraction(batches))
         errors = [result for result in results if isinstance(result, str)]
-        stop = True
         try:
-            for batch, result in zip(batches, results, strict=False):  # the last round may have fewer batches
+            for (batch, _), result in zip(batches, results, strict=False):  # the last round may have fewer batches
                 if isinstance(result, BatchResult):
                     work.store(batch, result)
-            stop = bool(errors)
-        finally:
-            group.broadcast(stop)
-        if stop:
-            raise MeasurementError(errors[0])
+            if errors:
+                raise MeasurementError(errors[0])
+        except BaseException:
+            group.broadcast(None)
+            raise
     return work.finish(draw)
 
 
@@ -159,41 +149,46 @@ def run_worker(measurer: Measurer, text: TokenizedText, *, per_token: bool = Fal
     Raises:
         MeasurementError: another process has ended.
     """
-    assignment: Assignment = group.broadcast(Assignment(0, []))
-    rounds = _rounds(measurer, text, assignment, group, per_token)
-    return not any(group.broadcast(False) for _ in rounds)
+    size = group.broadcast(0)
+    nothing: list[BatchRows] | None = None
+    while batches := group.broadcast(nothing):
+        _measure_round(measurer, text, size, batches, group, per_token)
+    return batches is not None
 
 
-def _rounds(
+def _measure_round(
     measurer: Measurer,
     text: TokenizedText,
-    assignment: Assignment,
+    size: int,
+    batches: Sequence[BatchRows],
     group: ProcessGroup,
     per_token: bool,
-    on_fraction: Callable[[list[int], float], None] | None = None,
-) -> Iterator[tuple[list[int], list[BatchResult | str | None]]]:
-    """Measure in rounds of one batch for each process.
+    on_fraction: Callable[[float], None] | None = None,
+) -> list[BatchResult | str | None]:
+    """Measure one batch in each process.
 
-    Yields:
-        The numbers of the round's batches; and in the leader, by process, the result, the error message, or None where
-        no batch was left.
+    Args:
+        measurer: the model and its variants.
+        text: the tokens.
+        size: number of sequences in a batch.
+        batches: the round's batches, by process; the last round may have fewer than processes.
+        group: the processes.
+        per_token: keep the metrics at each position.
+        on_fraction: called from time to time with the fraction of this process's batch that is done.
+
+    Returns:
+        In the leader, by process: the result, the error message, or None where no batch was left.
     """
-    batches: list[int] = []
-    mine = measurer.measure_batches(
-        text.ids,
-        text.mask,
-        assignment.size,
-        assignment.missing[group.rank :: group.size],
-        per_token=per_token,
-        on_fraction=None if on_fraction is None else lambda fraction: on_fraction(batches, fraction),
-    )
-    for batches in chunked(assignment.missing, group.size):
-        result: BatchResult | str | None
+    result: BatchResult | str | None = None
+    if group.rank < len(batches):
+        batch, rows = batches[group.rank]
         try:
-            result = next(mine, None)
+            result = measurer.measure_batch(
+                text.ids, text.mask, size, batch, rows, per_token=per_token, on_fraction=on_fraction
+            )
         except MeasurementError as error:
-            result = f"batch {batches[group.rank]}: {error}"
-        yield batches, group.gather(result)
+            result = f"batch {batch}: {error}"
+    return group.gather(result)
 
 
 class _Work:
@@ -209,6 +204,7 @@ class _Work:
         per_token: bool,
         tokenizer: Any,
         on_progress: OnProgress | None,
+        rule: StopRule | None,
     ) -> None:
         self.run, self.measurer, self.text, self.output = run, measurer, text, output
         self.per_token, self.tokenizer, self.on_progress = per_token, tokenizer, on_progress
@@ -219,11 +215,12 @@ class _Work:
         )
         # A resumed run keeps its batch size, because the journal stores whole batches.
         recorded_size: int | None = run.facts.get("batch_size")
-        self.size = recorded_size or min(len(text.ids), batch_size or measurer.suggest(text.ids.shape[1]))
+        self.size = recorded_size or min(
+            len(text.ids), batch_size or measurer.suggest(text.ids.shape[1], stops=rule is not None)
+        )
         if recorded_size is None:
             run.update({"batch_size": self.size})
         self.batches = -(-len(text.ids) // self.size)
-        self.done: set[int] = set()
         self.max_sequences = self.size
         self.parts = run.directory / PARTS
         if per_token:
@@ -231,9 +228,10 @@ class _Work:
                 self.parts.mkdir(exist_ok=True)
             except OSError as error:
                 raise OutputError(f"cannot create {self.parts}: {error.strerror or error}") from error
+        self.rows = RowProgress(len(measurer.variants), self.batches, rule, self._usable())
 
     def table(self) -> pd.DataFrame:
-        return self.output.table(self.journal.sums())
+        return self.output.table(self.rows.sums())
 
     def report_progress(self, sequences: float, *, table: bool = False) -> None:
         if self.on_progress is not None:
@@ -243,16 +241,25 @@ class _Work:
         """Return the path of a batch's rows for each token."""
         return self.parts / f"{batch:06}.parquet"
 
-    def missing(self) -> list[int]:
-        """Return the batches to measure.
+    def _usable(self) -> dict[int, BatchResult]:
+        """Return the batches that need not be measured again.
 
-        They are the batches without a result, and those without their file of rows for each token if such rows are
-        wanted.
+        They are the batches with a result and, if rows for each token are wanted, with their file of these.
         """
-        for batch, result in self.journal.results.items():
-            if not self.per_token or not any(result.counts) or is_complete(self.part_path(batch)):
-                self.done.add(batch)
-        return [batch for batch in range(self.batches) if batch not in self.done]
+        return {
+            batch: result
+            for batch, result in self.journal.results.items()
+            if not self.per_token or not any(result.counts) or is_complete(self.part_path(batch))
+        }
+
+    def next(self, most: int) -> list[BatchRows]:
+        """Return the next batches to measure, `most` of them or fewer, each with its rows."""
+        return self.rows.next(most)
+
+    def on_fraction(self, batches: Sequence[BatchRows]) -> Callable[[float], None]:
+        """Return a function that reports the fraction of these batches that is done."""
+        before, now = self.measured(), sum(self.sequences(batch) for batch, _ in batches)
+        return lambda fraction: self.report_progress(before + fraction * now)
 
     def sequences(self, batch: int) -> int:
         """Return the number of sequences in a batch. The last batch may have fewer than the others."""
@@ -260,7 +267,7 @@ class _Work:
 
     def measured(self) -> int:
         """Return the number of measured sequences."""
-        return sum(map(self.sequences, self.done))
+        return sum(map(self.sequences, self.rows.results))
 
     def store(self, batch: int, result: BatchResult) -> None:
         """Store a measured batch on the disk."""
@@ -269,8 +276,9 @@ class _Work:
             path, variants = self.part_path(batch), self.measurer.variants
             write_batch(path, variants, self.text.ids[span], self.text.mask[span], result, self.tokenizer)
         self.max_sequences = min(self.max_sequences, result.max_sequences or self.size)
-        self.journal.append(batch, replace(result, token_metrics=None))
-        self.done.add(batch)
+        result = replace(result, token_metrics=None)
+        self.journal.append(batch, result)
+        self.rows.add(batch, result)
         self.report_progress(self.measured(), table=True)
 
     def finish(self, draw: Draw | None) -> pd.DataFrame:
@@ -278,7 +286,7 @@ class _Work:
 
         In this order, a run that is killed loses nothing.
         """
-        frame, files = self.output.write(self.run.directory, self.journal.sums())
+        frame, files = self.output.write(self.run.directory, self.rows.sums())
         if self.per_token:
             paths = [self.part_path(batch) for batch in range(self.batches)]
             join_parts([path for path in paths if path.exists()], self.run.directory / TOKENS)
@@ -286,7 +294,7 @@ class _Work:
         self.run.update({"files": files, **self._describe_run()})
         figures, error = draw_safely(draw, frame, self.run.directory)
         self.run.update({"state": "finished", "figures": figures, "figure_error": error})
-        clear_progress(self.run.directory)
+        self.run.clear_progress()
         return frame
 
     def _find_non_finite(self) -> dict[str, list[int]]:
@@ -299,6 +307,19 @@ class _Work:
             observed = self.journal.non_finite("observed")
             batches_by_name |= {names[column]: batches for column, batches in observed.items()}
         return batches_by_name
+
+    def _describe_stopping(self) -> StoppingFacts | None:
+        """Return how much of the text was enough; None if all was measured."""
+        if self.rows.rule is None:
+            return None
+        calls = sum(result.calls * sum(result.counts) for result in self.rows.results.values())
+        return {
+            "finished": len(self.rows.finished),
+            "edits": self.rows.rows - 1,
+            "sequences": min(len(self.text.ids), self.size * max(self.rows.results, default=0) + self.size),
+            "block_call_tokens": calls,
+            "block_call_tokens_of_all_text": self.measurer.schedule.calls * self.text.tokens,
+        }
 
     def _describe_run(self) -> RunRecord:
         """Return the facts about the model, the text and the run for `run.json`."""
@@ -324,6 +345,7 @@ class _Work:
                 "block_calls_apart": measurer.schedule.calls_without_sharing,
                 "bytes_read_a_batch": measurer.bytes_to_read,
             },
+            "stopping": self._describe_stopping(),
             "sequences_at_once": self.max_sequences,
             "readout": measurer.readout.description,
             "compiled": _compiled_or_reason(measurer),

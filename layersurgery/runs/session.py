@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..sweeps.measurer import Measurer
+    from ..sweeps.row_progress import StopRule
     from .distributed import ProcessGroup
 
 
@@ -51,7 +52,10 @@ class Task(Protocol):
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer."""
 
-    def output(self, measurer: Measurer, label: str, reporter: Reporter) -> RunOutput:
+    def rule(self, length: int) -> StopRule | None:
+        """Return the rule that says which rows need no more text, for sequences of `length` tokens; None for none."""
+
+    def output(self, measurer: Measurer, label: str, reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output, which writes the result tables."""
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
@@ -172,16 +176,29 @@ class ModelSession:
         """
         self.check()
         previous = read_run(directory) or {}
+        rule = task.rule(2)
+        until = None if rule is None else rule.record()
         # A finished run of a Hub dataset is reported without contacting the Hub again.
         is_done = (
-            self._given is None and previous.get("state") == "finished" and self._request.from_hub and not overwrite
+            self._given is None
+            and previous.get("state") == "finished"
+            and previous.get("until") in (None, until)
+            and self._request.from_hub
+            and not overwrite
         )
         text = None if is_done and self._text is None else self.text
         arguments = self._run_arguments(task)
         arguments["text"]["fingerprint"] = (
             text.fingerprint if text else previous.get("arguments", {}).get("text", {}).get("fingerprint")
         )
-        with open_run(directory, arguments, kind=task.kind, overwrite=overwrite, command=self.reporter.command) as run:
+        with open_run(
+            directory,
+            arguments,
+            kind=task.kind,
+            overwrite=overwrite,
+            command=self.reporter.command,
+            until=until,
+        ) as run:
             if run.finished or text is None:
                 self.reporter.finished(run.directory)
             else:
@@ -208,6 +225,7 @@ class ModelSession:
             "compiled": options.compile,
             "batch_size": options.batch_size,
             "per_token": options.per_token,
+            "read": None if options.read is None else str(options.read_positions),
             "blocks": options.blocks,
             "versions": package_versions(),
         }
@@ -315,7 +333,7 @@ class ModelSession:
     def _measure(self, run: Run, task: Task, text: TokenizedText) -> None:
         options, reporter = self.options, self.reporter
         model = self.load()
-        measurer = task.measurer(model, options)
+        measurer, rule = task.measurer(model, options), task.rule(text.ids.shape[1])
         devices = describe_placement(model, self.placement, measurer.runner.path)
         reporter.log(
             f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype} on {devices}; "
@@ -330,13 +348,14 @@ class ModelSession:
                     run,
                     measurer,
                     text,
-                    task.output(measurer, self.label, reporter),
+                    task.output(measurer, self.label, reporter, rule),
                     batch_size=options.batch_size,
                     per_token=options.per_token,
                     tokenizer=self.tokenizer_or_none() if options.per_token else None,
                     draw=lambda frame, directory: task.draw(frame, directory, run),
                     on_progress=on_progress,
                     group=self.group,
+                    rule=rule,
                 )
         except (KeyboardInterrupt, SystemExit) as stop:
             hint = ". If another process has ended, see its own message for the reason" if self.group.size > 1 else ""

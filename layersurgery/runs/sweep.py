@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..plans.variants import Variant, variants
 from ..sweeps.measurer import Measurer
+from ..sweeps.precision import Precision
 from ..sweeps.sweep import sweep_tokens
 from .frames import ResultFrame, as_result
 from .open_text import open_text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ..plans.variants import Edits, Layers
+    from ..sweeps.row_progress import StopRule
     from .runner import RunOutput
 
 
@@ -34,6 +36,7 @@ class SweepTask:
     """Measurement of edited models."""
 
     variants: list[Variant]
+    precision: Precision | None = None
     name: str = "sweep"
 
     @property
@@ -47,11 +50,23 @@ class SweepTask:
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all variants."""
-        return Measurer(model, self.variants, blocks=options.blocks, compiled=options.compile, order=options.schedule)
+        return Measurer(
+            model,
+            self.variants,
+            blocks=options.blocks,
+            compiled=options.compile,
+            order=options.schedule,
+            read=options.read_positions,
+        )
 
-    def output(self, measurer: Measurer, label: str, _reporter: Reporter) -> RunOutput:
+    def rule(self, length: int) -> StopRule | None:
+        """Return the rule that finishes an edit, for sequences of `length` tokens; None to measure all text."""
+        return None if self.precision is None else self.precision.for_length(length)
+
+    def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""
-        return SweepOutput(measurer.variants, label)
+        assert rule is None or isinstance(rule, Precision)
+        return SweepOutput(measurer.variants, label, rule)
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""
@@ -64,7 +79,7 @@ def run_sweep(
     session: ModelSession, directory: Path, edits: Edits, *, layers: Layers = None, overwrite: bool = False
 ) -> Run:
     """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
-    task = SweepTask(variants(edits, session.depth, layers))
+    task = SweepTask(variants(edits, session.depth, layers), session.options.precision)
     return session.run(task, directory, overwrite=overwrite)
 
 
@@ -104,7 +119,9 @@ def sweep(
         One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that
         the edit names), relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits,
         entropy_change_bits, loss_nats, loss_change_nats, accuracy (0 to 1), each with its standard error over sequences
-        (kl_nats_sem). It is a pandas DataFrame, with figures: `frame.plot()`.
+        (kl_nats_sem) and the ends of its confidence interval (kl_nats_low, kl_nats_high); `interval` says what the
+        intervals hold for. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
+        sequences differ between rows. It is a pandas DataFrame, with figures: `frame.plot()`.
 
     Raises:
         PlanError: an edit does not fit the model, or the text cannot be measured.
@@ -124,6 +141,7 @@ def sweep(
     run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
     if directory is None:
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
+        precision, read = run_options.precision, run_options.read_positions
         with open_text(model, given, run_options) as (session, loaded, tokens):
             frame = sweep_tokens(
                 loaded,
@@ -136,6 +154,8 @@ def sweep(
                 anatomy=anatomy,
                 compiled=run_options.compile,
                 order=run_options.schedule,
+                precision=precision,
+                read=read,
                 progress=progress,
             )
         return as_result(frame, "sweep", session.caption(tokens))

@@ -24,7 +24,7 @@ class BatchMetrics:
         readout: maps streams to logits.
         rows: returns the rows of the result that belong to the route of a number.
         ids: tokens, (sequences, length).
-        has_next: True for positions that have a next token, (sequences, length - 1).
+        reads: True for positions at which predictions are read; each has a next token, (sequences, length - 1).
         states: the streams that are in memory, by number; streams are added and removed while the batch runs.
         final_stream: the unedited model's stream after its last block.
         token_metrics: receives the metrics of single positions by rows of the result; None if they are not wanted.
@@ -39,7 +39,7 @@ class BatchMetrics:
         readout: Readout,
         rows: Callable[[int], Sequence[int]],
         ids: torch.Tensor,
-        has_next: torch.Tensor,
+        reads: torch.Tensor,
         states: dict[int, torch.Tensor],
         final_stream: torch.Tensor,
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
@@ -48,11 +48,11 @@ class BatchMetrics:
     ) -> None:
         self.readout, self.rows, self.states, self.token_metrics = readout, rows, states, token_metrics
         self.sums: dict[int, torch.Tensor] = {}
-        self._counts = has_next.sum(-1).tolist()
+        self._counts = reads.sum(-1).tolist()
         # On the device before the first readout: each copy makes the CPU wait for the GPU.
-        self._positions = functional.pad(has_next, (0, 1)).flatten().nonzero()[:, 0].to(final_stream.device)
+        self._positions = functional.pad(reads, (0, 1)).flatten().nonzero()[:, 0].to(final_stream.device)
         x = readout.normalize(final_stream, self._positions)
-        self._baseline = dispatch.baseline(readout, x, ids[:, 1:][has_next], compiled=compiled)
+        self._baseline = dispatch.baseline(readout, x, ids[:, 1:][reads], compiled=compiled)
         self._add([0], dispatch.measure_unedited(self._baseline))
 
     def read(self, state: int, routes: Sequence[int]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,10 +31,26 @@ from .batch_metrics import BatchMetrics, check_readout
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observed, Observer
+from .read_positions import ReadPositions
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 
 _SHARE_FOR_BLOCKS = 0.25
 _MIN_COMPILED_LENGTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _ActiveRows:
+    """The rows that are measured, with their schedule.
+
+    Attributes:
+        rows: the rows; None for all.
+        schedule: the schedule of their routes.
+        of_route: the rows of each of these routes.
+    """
+
+    rows: tuple[int, ...] | None
+    schedule: Schedule
+    of_route: list[list[int]]
 
 
 class Measurer:
@@ -51,6 +67,7 @@ class Measurer:
             of blocks are offloaded or if the observer needs additional routes.
         observe: signals to measure on the blocks while they run. Then `variants` may be empty.
         check: check on the first text that reading the stream after the last block gives the model's own logits.
+        read: the positions at which predictions are read; None for all.
 
     Attributes:
         variants: the unedited model, then the measured variants.
@@ -76,9 +93,10 @@ class Measurer:
         order: str | None = None,
         observe: Observed | None = None,
         check: bool = False,
+        read: ReadPositions | None = None,
     ) -> None:
         refuse_architecture(refusal_fields(text_config(model)))
-        self.model = model
+        self.model, self.read = model, read
         self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
         if observe is not None and observe.route is not None:
             refuse_route(refusal_fields(text_config(model)), observe.route, live=True)
@@ -99,7 +117,7 @@ class Measurer:
         observed = () if self.observer is None else self.observer.routes
         self._run_only = [route for route in observed if route not in self.routes]
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
-        self.schedule = self._make_schedule(order)
+        self.schedule = self._make_schedule(order, self.routes)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
         self._memory_model = MemoryModel.from_model(
             model,
@@ -109,18 +127,32 @@ class Measurer:
             head_rows=self.readout.tokens_at_once,
             tile_elements=tiled.tile_elements(self._device),
         )
-        # Rows of the result that belong to each route.
-        self._rows = [
-            [row for row, variant in enumerate(self.variants) if row and variant.route == route]
-            for route in self.routes
-        ]
+        self._active = _ActiveRows(None, self.schedule, self._rows_of(self.routes))
 
-    def _make_schedule(self, order: str | None) -> Schedule:
+    def _rows_of(self, routes: Sequence[Route], rows: Sequence[int] | None = None) -> list[list[int]]:
+        """Return the rows of the result that belong to each route, of all rows or of these."""
+        chosen = range(1, len(self.variants)) if rows is None else [row for row in rows if row]
+        return [[row for row in chosen if self.variants[row].route == route] for route in routes]
+
+    def _activate(self, rows: tuple[int, ...] | None) -> None:
+        """Schedule only the routes of these rows; all if None."""
+        if rows != self._active.rows:
+            chosen = range(len(self.variants)) if rows is None else rows
+            routes = list(dict.fromkeys(self.variants[row].route for row in chosen if row))
+            plan = self.schedule if rows is None else self._make_schedule(self.schedule.name, routes)
+            self._active = _ActiveRows(rows, plan, self._rows_of(routes, rows))
+
+    def calls_for(self, rows: tuple[int, ...] | None) -> int:
+        """Return the number of block calls that a batch takes on these rows; all if None."""
+        self._activate(rows)
+        return self._active.schedule.calls
+
+    def _make_schedule(self, order: str | None, routes: Sequence[Route]) -> Schedule:
         if (order or (LAYER_MAJOR if any(self._offloaded_bytes) or self._run_only else DEPTH_FIRST)) == DEPTH_FIRST:
-            return schedule(self.routes, self.runner.depth, self._run_only)
+            return schedule(routes, self.runner.depth, self._run_only)
         fitting = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._offloaded_bytes)
         max_resident = max(2 if self._run_only else 1, min(fitting, self.runner.depth))
-        return layer_major(self.routes, self.runner.depth, max_resident, self._run_only)
+        return layer_major(routes, self.runner.depth, max_resident, self._run_only)
 
     @property
     def bytes_to_read(self) -> int:
@@ -148,57 +180,67 @@ class Measurer:
         in_flight = self.schedule.bytes_in_flight(self._offloaded_bytes)
         return replace(memory, weights=memory.weights - max(0, sum(self._offloaded_bytes) - in_flight))
 
-    def measure_batches(
+    def measure_batch(
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
         size: int,
-        batches: Iterable[int] | None = None,
+        batch: int,
+        rows: tuple[int, ...] | None = None,
         *,
         per_token: bool = False,
         on_fraction: OnFraction | None = None,
-    ) -> Iterator[BatchResult]:
-        """Measure a text, and yield the result of each batch.
+    ) -> BatchResult:
+        """Measure one batch of a text.
 
         Args:
             ids: tokens of the text, (sequences, length).
             mask: 1 for a token and 0 for padding, the same shape.
             size: number of sequences in a batch.
-            batches: numbers of the batches to measure; all if not given.
+            batch: number of the batch.
+            rows: the rows of the result to measure, with 0 for the unedited model; all if None.
             per_token: keep the metrics at each position.
             on_fraction: called from time to time with the fraction of the batch that is done.
 
         Raises:
             MeasurementError: as for `measure`.
         """
-        for batch in range(-(-len(ids) // size)) if batches is None else batches:
-            span = slice(batch * size, (batch + 1) * size)
-            result = self.measure(ids[span], mask[span], per_token=per_token, on_fraction=on_fraction)
-            yield replace(result, first=span.start)
+        span = slice(batch * size, (batch + 1) * size)
+        return self.measure(ids[span], mask[span], rows, first=span.start, per_token=per_token, on_fraction=on_fraction)
 
     def measure(
-        self, ids: torch.Tensor, mask: torch.Tensor, *, per_token: bool = False, on_fraction: OnFraction | None = None
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        rows: tuple[int, ...] | None = None,
+        *,
+        first: int = 0,
+        per_token: bool = False,
+        on_fraction: OnFraction | None = None,
     ) -> BatchResult:
-        """Measure one batch. If memory runs out, halve the number of sequences and continue, as often as needed.
+        """Measure some sequences. If memory runs out, halve the number of sequences and continue, as often as needed.
 
         Args:
             ids: tokens, (sequences, length).
             mask: 1 for a token and 0 for padding, the same shape.
+            rows: the rows of the result to measure, with 0 for the unedited model; all if None.
+            first: the first sequence's number in the text.
             per_token: keep the metrics at each position.
             on_fraction: called from time to time with the fraction of the work that is done.
 
         Returns:
-            The sums of the batch.
+            The sums of the sequences.
 
         Raises:
             MeasurementError: the unedited model returns NaN or infinite logits, or memory is too small for one
                 sequence.
         """
+        self._activate(rows)
         results: list[BatchResult] = []
         start, started = 0, time.perf_counter()
         while start < len(ids):
             span = slice(start, start + (self.max_sequences or len(ids)))
-            result = self._try_measure(ids, mask, span, per_token, on_fraction)
+            result = self._try_measure(ids, mask, span, first, per_token, on_fraction)
             if result is None:
                 self._halve(len(ids[span]), ids.shape[1])
                 continue
@@ -206,12 +248,20 @@ class Measurer:
             start = span.stop
         return replace(
             BatchResult.concatenate(results),
+            first=first,
             seconds=time.perf_counter() - started,
             max_sequences=self.max_sequences,
+            rows=rows,
         )
 
     def _try_measure(
-        self, ids: torch.Tensor, mask: torch.Tensor, span: slice, per_token: bool, on_fraction: OnFraction | None
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        span: slice,
+        first: int,
+        per_token: bool,
+        on_fraction: OnFraction | None,
     ) -> BatchResult | None:
         """Measure some sequences of a batch; return None if memory ran out."""
         start, share = span.start / len(ids), len(ids[span]) / len(ids)
@@ -219,6 +269,7 @@ class Measurer:
             return self._measure(
                 ids[span],
                 mask[span],
+                first + span.start,
                 {} if per_token else None,
                 None if on_fraction is None else lambda fraction: on_fraction(start + fraction * share),
             )
@@ -234,7 +285,7 @@ class Measurer:
         if sequences == 1:
             another_order = (
                 ", the schedule depth-first, which keeps fewer streams in memory"
-                if self.schedule.during_trunk and not self._run_only
+                if self._active.schedule.during_trunk and not self._run_only
                 else ""
             )
             raise MeasurementError(
@@ -248,11 +299,12 @@ class Measurer:
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
+        first: int,
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
         on_fraction: OnFraction | None,
     ) -> BatchResult:
         """Measure all these sequences at once, and store the metrics at each position in `token_metrics` if given."""
-        has_next = has_next_token(mask)
+        has_next, plan = has_next_token(mask), self._active.schedule
         if not bool(has_next.any()):
             size = 0 if self.observer is None else self.observer.size
             values = np.zeros((len(ids), len(self.variants), len(METRICS)))
@@ -266,18 +318,19 @@ class Measurer:
                 check_readout(self.runner, self.readout, ids[has_next.any(-1)][:1], mask[has_next.any(-1)][:1])
                 self._check_pending = False
             with nullcontext() if self.observer is None else self.observer.observing(mask):
-                executor = ScheduleExecutor(self.runner, self.schedule, on_fraction, self.observer)
+                executor = ScheduleExecutor(self.runner, plan, on_fraction, self.observer)
                 with executor.cleanup():
                     record = self.runner.record(
-                        model_inputs(self.model, ids, mask), self.schedule.saved_states, executor.around_block
+                        model_inputs(self.model, ids, mask), plan.saved_states, executor.around_block
                     )
                     executor.track_peak(record.states)
+                    reads = has_next if self.read is None else self.read.choose(has_next, first)
                     metrics = (
-                        self._read_unedited(ids, has_next, record.states, token_metrics) if self._reads_logits else None
+                        self._read_unedited(ids, reads, record.states, token_metrics) if self._reads_logits else None
                     )
-                    if not self.schedule.needs_final_state:
+                    if not plan.needs_final_state:
                         del record.states[self.runner.depth]
-                    executor.run_steps(self.schedule.steps, record, _no_output if metrics is None else metrics.read)
+                    executor.run_steps(plan.steps, record, _no_output if metrics is None else metrics.read)
                     assert not record.states
                 if self.observer is not None:
                     observed = self.observer.sums()
@@ -285,7 +338,10 @@ class Measurer:
         values = np.zeros((len(ids), 1, len(METRICS)))
         if metrics is not None:
             _refuse_non_finite(self.model, metrics.sums[0])
-            values = torch.stack([metrics.sums[row] for row in range(len(self.variants))], 1).cpu().numpy()
+            missing = torch.full_like(metrics.sums[0], torch.nan)
+            values = torch.stack([metrics.sums.get(row, missing) for row in range(len(self.variants))], 1).cpu().numpy()
+            if self.read is not None:
+                values = values * (has_next.sum(-1) / reads.sum(-1).clamp(min=1)).numpy()[:, None, None]
         bytes_read = self.runner.offloaded.bytes_read - bytes_read_before
         return BatchResult(
             0, counts, values, observed, calls=executor.calls, states_at_peak=executor.peak, bytes_read=bytes_read,
@@ -295,14 +351,14 @@ class Measurer:
     def _read_unedited(
         self,
         ids: torch.Tensor,
-        has_next: torch.Tensor,
+        reads: torch.Tensor,
         states: dict[int, torch.Tensor],
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
     ) -> BatchMetrics:
         """Read the unedited model's logits; return the metrics to which the edited models are added."""
         compiled = self.runner.compiler is not None
         metrics = BatchMetrics(
-            self.readout, self.rows, ids, has_next, states, states[self.runner.depth], token_metrics, compiled=compiled
+            self.readout, self.rows, ids, reads, states, states[self.runner.depth], token_metrics, compiled=compiled
         )
         # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later
         # batches are checked at their end.
@@ -312,8 +368,8 @@ class Measurer:
         return metrics
 
     def rows(self, route: int) -> list[int]:
-        """Return the rows of the result that belong to the route of this number."""
-        return self._rows[route]
+        """Return the rows of the result that belong to the route of this number in the schedule that runs."""
+        return self._active.of_route[route]
 
     def _trimmed_length(self, mask: torch.Tensor) -> int:
         """Return the length of the longest sequence without the padding at its end.
@@ -327,19 +383,22 @@ class Measurer:
 
     def names_of_non_finite(self, sums: SequenceSums) -> list[str]:
         """Return the plans, and the quantities of the observer, whose sums are infinite or not a number."""
-        wrong = np.flatnonzero(~np.isfinite(sums.values).all((0, 2)))
+        finite = np.isfinite(sums.values).all(2)
+        wrong = np.flatnonzero(~(finite if sums.used is None else finite | ~sums.used).all(0))
         names = [self.variants[row].plan or self.variants[row].name for row in wrong.tolist()]
         if self.observer is not None:
             columns = np.flatnonzero(~np.isfinite(sums.observed).all(0))
             names += [self.observer.names[column] for column in columns.tolist()]
         return names
 
-    def suggest(self, length: int) -> int:
+    def suggest(self, length: int, *, stops: bool = False) -> int:
         """Suggest how many sequences of `length` tokens to measure in one batch.
 
-        A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory.
+        A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory. If rows may
+        stop after each batch (`stops`), it holds a quarter of these.
         """
-        return suggest_batch_size(self._memory_model, self.schedule, length, self._device)
+        size = suggest_batch_size(self._memory_model, self.schedule, length, self._device)
+        return max(1, size // 4) if stops else size
 
 
 def select_supported(runner: BlockRunner, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
@@ -372,34 +431,6 @@ def select_supported(runner: BlockRunner, variants: Sequence[Variant]) -> tuple[
                 continue
         supported.append(variant)
     return supported, skipped
-
-
-def collect_sums(
-    measurer: Measurer,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    batch_size: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> SequenceSums:
-    """Measure all tokens once, batch by batch, and return the sums of each sequence.
-
-    Args:
-        measurer: the model and its variants.
-        ids: tokens, (sequences, length).
-        mask: 1 for a token and 0 for padding, the same shape.
-        batch_size: number of sequences in a batch; chosen from the free memory if None.
-        progress: called after each batch with the number of sequences done and the number of all sequences.
-    """
-    size = min(batch_size or measurer.suggest(ids.shape[1]), len(ids))
-    results = []
-    for result in measurer.measure_batches(ids, mask, size):
-        results.append(result)
-        if progress is not None:
-            progress(result.first + len(result.counts), len(ids))
-    sums = SequenceSums.of(results)
-    if non_finite := measurer.names_of_non_finite(sums):
-        warn(f"not finite: {', '.join(non_finite[:8])}{' ...'[: 4 * (len(non_finite) > 8)]} gave NaN or infinity")
-    return sums
 
 
 def _no_output(_state: int, _routes: Sequence[int]) -> None:

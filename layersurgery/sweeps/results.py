@@ -8,26 +8,39 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..metrics.aggregation import SequenceSums
+from ..metrics.intervals import CONFIDENCE
 from ..metrics.reference import METRICS
 from ..plans.families import FAMILIES
 from ..plans.variants import Variant
+from .precision import Precision, row_intervals
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FIXED, STOPPING = "for this number of sequences", "at every number of sequences"
+"""What the intervals of a table hold for: see `metrics.intervals`."""
 
-def results_table(variants: Sequence[Variant], sums: SequenceSums, model: str) -> pd.DataFrame:
+
+def results_table(
+    variants: Sequence[Variant],
+    sums: SequenceSums,
+    model: str,
+    precision: Precision | None = None,
+) -> pd.DataFrame:
     """Build the table of results: one row for each measured model, the unedited one first.
 
     Args:
         variants: the models, in the order of the sums' rows; the first is the unedited one.
         sums: the measured sums.
         model: the model's name.
+        precision: the precision at which an edit was finished; None if all text was measured.
     """
     means, errors = sums.means_and_errors()
     depth = len(variants[0].route)
+    kind = f"{100 * (precision.confidence if precision else CONFIDENCE):g} %, {STOPPING if precision else FIXED}"
     rows = []
     for number, variant in enumerate(variants):
+        values, counts = sums.of_row(number)
         row: dict[str, Any] = {
             "model": model,
             "name": variant.name,
@@ -37,21 +50,26 @@ def results_table(variants: Sequence[Variant], sums: SequenceSums, model: str) -
             "relative_depth": None if variant.layer is None else variant.layer / max(1, depth - 1),
             "depth": depth,
             "route": str(variant.route),
-            "tokens": sums.tokens,
-            "sequences": len(sums),
+            "tokens": int(counts.sum()),
+            "sequences": len(counts),
         }
-        for column, metric in enumerate(METRICS):
+        intervals = row_intervals(precision, values, counts)
+        for column, (metric, (low, high)) in enumerate(zip(METRICS, intervals, strict=True)):
             row[metric] = means[number, column]
             row[f"{metric}_sem"] = errors[number, column]
+            row[f"{metric}_low"], row[f"{metric}_high"] = low, high
+        row["interval"] = kind
+        if precision is not None:
+            row["precise"] = None if not number else precision.reached(values, counts)
         rows.append(row)
     frame = pd.DataFrame(rows)
     return frame.astype({"layer": "Int64", "relative_depth": "float64"})
 
 
 def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
-    """Build the table of sums: one row for each sequence and model.
+    """Build the table of sums: one row for each sequence and each model that was measured on it.
 
-    The means and standard errors of the results can be computed again from it.
+    The means, standard errors and intervals of the results can be computed again from it.
     """
     import numpy as np
     import pyarrow as pa
@@ -66,7 +84,8 @@ def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
     }
     for column, metric in enumerate(METRICS):
         columns[f"{metric}_sum"] = pa.array(sums.values[:, :, column].reshape(-1))
-    return pa.table(columns)
+    table = pa.table(columns)
+    return table if sums.used is None else table.filter(pa.array(sums.used.reshape(-1)))
 
 
 def intermediate_rows(frame: pd.DataFrame, edit: str) -> pd.DataFrame:

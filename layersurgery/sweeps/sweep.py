@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from ..errors import warn
+from ..metrics.aggregation import SequenceSums
 from ..models.anatomy import Anatomy
 from ..plans.variants import Variant
-from .measurer import Measurer, collect_sums
+from .measurer import Measurer
+from .precision import Precision
+from .read_positions import ReadPositions
 from .results import results_table
+from .row_progress import RowProgress, StopRule
 
 
 def sweep_tokens(
@@ -27,6 +31,8 @@ def sweep_tokens(
     anatomy: Anatomy | None = None,
     compiled: bool = False,
     order: str | None = None,
+    precision: Precision | None = None,
+    read: ReadPositions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one on the same tokens, in memory.
@@ -46,14 +52,48 @@ def sweep_tokens(
         order: order in which the edited models are run, "depth-first" or "layer-major"; the digits are the same. The
             default is depth-first, and layer-major if accelerate keeps weights of blocks on disk or in main memory, so
             that each block is loaded once per batch.
+        precision: measure each edit until it is known this precisely; None to measure all tokens.
+        read: the positions at which predictions are read; None for all.
         progress: called after each batch with the number of sequences done and the number of all sequences.
 
     Returns:
         The table of results, one row for each model, the unedited one first.
     """
-    measurer = Measurer(model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order)
+    measurer = Measurer(model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order, read=read)
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
         warn(f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}")
-    sums = collect_sums(measurer, ids, mask, batch_size, progress)
-    return results_table(measurer.variants, sums, label)
+    rule = None if precision is None else precision.for_length(ids.shape[1])
+    sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
+    return results_table(measurer.variants, sums, label, rule)
+
+
+def collect_sums(
+    measurer: Measurer,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
+    rule: StopRule | None = None,
+) -> SequenceSums:
+    """Measure all tokens once, batch by batch, and return the sums of each sequence.
+
+    Args:
+        measurer: the model and its variants.
+        ids: tokens, (sequences, length).
+        mask: 1 for a token and 0 for padding, the same shape.
+        batch_size: number of sequences in a batch; chosen from the free memory if None.
+        progress: called after each batch with the number of sequences done and the number of all sequences.
+        rule: says after each batch which rows need no more text; None to measure all rows on all text.
+    """
+    size = min(batch_size or measurer.suggest(ids.shape[1], stops=rule is not None), len(ids))
+    rows = RowProgress(len(measurer.variants), -(-len(ids) // size), rule)
+    while work := rows.next(1):
+        ((batch, missing),) = work
+        rows.add(batch, measurer.measure_batch(ids, mask, size, batch, missing))
+        if progress is not None:
+            progress(min(len(ids), (batch + 1) * size), len(ids))
+    sums = rows.sums()
+    if non_finite := measurer.names_of_non_finite(sums):
+        warn(f"not finite: {', '.join(non_finite[:8])}{' ...'[: 4 * (len(non_finite) > 8)]} gave NaN or infinity")
+    return sums

@@ -23,7 +23,7 @@ from layersurgery.runtime import attention_weights
 from layersurgery.runtime.block_runner import BlockRunner
 from layersurgery.runtime.contributions import capture_contributions, find_contributions
 from layersurgery.sweeps.batch_metrics import check_readout
-from layersurgery.sweeps.measurer import collect_sums
+from layersurgery.sweeps.sweep import collect_sums
 from tests.runtime.test_offload import dispatched, on_disk
 from tests.support.dense import BRANCH_MODULES, blocks_of, contributions, matrices, model_of, previous_five
 from tests.support.reference import logits_along, logits_of

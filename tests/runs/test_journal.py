@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layersurgery.errors import OutputError
-from layersurgery.metrics.aggregation import BatchResult
+from layersurgery.metrics.aggregation import BatchResult, SequenceSums
 from layersurgery.metrics.reference import METRICS
 from layersurgery.runs.journal import Journal
 
@@ -46,8 +46,9 @@ def test_what_is_appended_is_read_back_with_its_digits(tmp_path: Path) -> None:
     assert sorted(journal.results) == [0, 1, 2]
     assert all(same(journal.results[batch], batch_result(batch)) for batch in range(3))
     assert journal.seconds == 1.5
-    assert len(journal.sums()) == 6
-    assert journal.sums().tokens == 2 * (5 + 6 + 7)
+    sums = SequenceSums.of(journal.results.values())
+    assert len(sums) == 6
+    assert sums.tokens == 2 * (5 + 6 + 7)
     assert sorted(path.name for path in (tmp_path / "j").iterdir()) == ["000000.npz", "000001.npz", "000002.npz"]
 
 
@@ -107,7 +108,7 @@ def test_rows_that_are_no_numbers_are_named_with_their_batches(tmp_path: Path) -
         journal.append(batch, bad)
     assert journal.non_finite("values") == {2: [0, 2]}
     assert journal.non_finite("observed") == {3: [0, 1], 4: [2]}
-    means, _ = journal.sums().means_and_errors()
+    means, _ = SequenceSums.of(journal.results.values()).means_and_errors()
     assert np.isnan(means[2, 0])
     assert np.isfinite(means[:2]).all()
 

@@ -178,7 +178,7 @@ def test_a_batch_whose_rows_of_tokens_are_lost_is_measured_again(
 
 
 def test_a_batch_size_found_by_trying_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Measurer, "suggest", lambda *_: 3)
+    monkeypatch.setattr(Measurer, "suggest", lambda *_, **__: 3)
 
     def stop(now: Any) -> None:
         if now.table is not None:

@@ -1,0 +1,81 @@
+"""Choose at random the positions at which predictions are read.
+
+The blocks see every token, but the unembedding, which is the larger part of the work for a small model with a large
+vocabulary, sees only some of the positions. They are the same for every edit. Each sequence's sums are scaled by its
+number of positions over the number that was read, so that means stay unbiased; the spread between sequences, and with
+it every standard error, includes what the choice adds.
+
+>>> import torch
+>>> from layersurgery.sweeps.read_positions import ReadPositions
+>>> quarter = ReadPositions.parse("1/4")
+>>> quarter.choose(torch.ones(2, 8, dtype=torch.bool), first=0).sum(-1).tolist()
+[2, 2]
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from ..errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPositions:
+    """Random choice of positions of each sequence.
+
+    Attributes:
+        share: share of a sequence's positions, rounded up; or their number, if it is a whole number.
+        seed: seed of the choice. It depends on the seed and on the sequence's number in the text alone.
+    """
+
+    share: Fraction | int
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, read: str | float, seed: int = 0) -> ReadPositions:
+        """Parse "1/4", 0.25 (a share of the positions) or 64 (positions of each sequence).
+
+        Raises:
+            PlanError: it is neither a share between 0 and 1 nor a whole number of at least 1.
+        """
+        try:
+            value = Fraction(str(read).strip())
+        except (ValueError, ZeroDivisionError):
+            value = Fraction(0)
+        if 0 < value < 1:
+            return cls(value, seed)
+        if value >= 1 and value.denominator == 1 and "/" not in str(read):
+            return cls(int(value), seed)
+        raise PlanError(
+            f"read is a share of the positions, such as 1/4, or a number of positions of each sequence, such as 64; "
+            f"not {read!r}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.share} of the positions" if isinstance(self.share, Fraction) else f"{self.share} positions"
+
+    def number(self, count: int) -> int:
+        """Return how many of `count` positions are read."""
+        return math.ceil(count * self.share) if isinstance(self.share, Fraction) else min(count, self.share)
+
+    def choose(self, positions: torch.Tensor, first: int) -> torch.Tensor:
+        """Choose positions of some sequences.
+
+        Args:
+            positions: True where a prediction may be read, (sequences, length).
+            first: the first sequence's number in the text.
+
+        Returns:
+            True where a prediction is read, the same shape.
+        """
+        chosen = torch.zeros_like(positions)
+        for number, row in enumerate(positions):
+            candidates = row.nonzero()[:, 0].numpy()
+            drawn = np.random.default_rng([self.seed, first + number]).permutation(len(candidates))
+            chosen[number, candidates[drawn[: self.number(len(candidates))]]] = True
+        return chosen
