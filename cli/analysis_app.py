@@ -119,6 +119,16 @@ def rank(
             metavar="N",
         ),
     ] = None,
+    lowest: Annotated[
+        int | None,
+        typer.Option(
+            "--lowest",
+            min=1,
+            help="Find only the N layers with the lowest KL: measure each layer until it is sure whether it is one.",
+            show_default="measure every layer on all text",
+            metavar="N",
+        ),
+    ] = None,
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
@@ -127,7 +137,7 @@ def rank(
     """Rank layers by the measured cost of removing them, and by block influence and angular distance."""
     from .commands.measure import run_analysis
 
-    run_analysis("rank", model, run, output, overwrite, console, spans=spans)
+    run_analysis("rank", model, run, output, overwrite, console, spans=spans, lowest=lowest)
 
 
 @o.expand
@@ -148,6 +158,14 @@ def prune(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Measure the remaining layers again after each removal.")
     ] = False,
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race/--no-race",
+            help="With kl: measure each layer only until it is sure whether it is among those to remove, then the "
+            "chosen plan on all text and the others on the first 16 sequences; or measure everything on all text.",
+        ),
+    ] = True,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -181,7 +199,7 @@ def prune(
     """
     from .commands.prune import run_prune
 
-    run_prune(model, run, remove, by, greedy, output, results, link, verify, overwrite, console)
+    run_prune(model, run, remove, by, greedy, race, output, results, link, verify, overwrite, console)
 
 
 @o.expand

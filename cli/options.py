@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from layersurgery.plans.families import FAMILIES
-from layersurgery.runs.options import RunOptions
+from layersurgery.runs.options import SWEEP_ONLY, RunOptions
 
 from .terminal.console import Console
 
@@ -79,6 +79,7 @@ Range = Annotated[
 
 _EDITS = "Edits to measure"
 _TEXT = "Text"
+_PRECISION = "Precision"
 _EXECUTION = "Execution"
 
 Edits = Annotated[
@@ -183,6 +184,38 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         "--tokenizer", help="Model to take the tokenizer from, if not MODEL.", metavar="MODEL", rich_help_panel=_TEXT
+    ),
+]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until",
+        help="Measure each edit until it is known this precisely, for example agreement=0.5pt,kl=2%: half of the "
+        "interval's width, in percentage points (pt), nats or bits, or in % of the value. --tokens is then the most "
+        "that is used.",
+        show_default="measure all text",
+        metavar="METRIC=AMOUNT,...",
+        rich_help_panel=_PRECISION,
+    ),
+]
+Confidence = Annotated[
+    float,
+    typer.Option(
+        "--confidence",
+        help="For --until: probability that an interval holds the true value.",
+        metavar="P",
+        rich_help_panel=_PRECISION,
+    ),
+]
+Read = Annotated[
+    str | None,
+    typer.Option(
+        "--read",
+        help="Read predictions at a random share of the positions of each sequence, for example 1/4, or at a number "
+        "of them, for example 64. The standard errors include what this adds.",
+        show_default="all",
+        metavar="SHARE",
+        rich_help_panel=_PRECISION,
     ),
 ]
 BatchSize = Annotated[
@@ -320,6 +353,9 @@ _SHOWN: dict[str, Any] = {
     "shuffle": Shuffle,
     "seed": Seed,
     "tokenizer": Tokenizer,
+    "until": Until,
+    "confidence": Confidence,
+    "read": Read,
     "batch_size": BatchSize,
     "dtype": Dtype,
     "device": Device,
@@ -372,13 +408,15 @@ _SEARCHED = {
     ],
 }
 SweepRun = Annotated[RunOptions, _group()]
-TextRun = Annotated[RunOptions, _group("schedule", "compile", "per_token")]
+TextRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token")]
 WindowsRun = Annotated[
-    RunOptions, _group("context", "pack", "schedule", "compile", "per_token", shown=_SEARCHED, tokens="1M")
+    RunOptions, _group(*SWEEP_ONLY, "context", "pack", "schedule", "compile", "per_token", shown=_SEARCHED, tokens="1M")
 ]
 WeightsRun = Annotated[RunOptions, _group(only=_MODEL)]
-ReproduceRun = Annotated[RunOptions, _group("tokenizer", "schedule", "compile", "per_token", "revision", "blocks")]
-CompareRun = Annotated[RunOptions, _group("schedule", "compile", "revision", "per_token", "blocks")]
+ReproduceRun = Annotated[
+    RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "revision", "blocks")
+]
+CompareRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "revision", "per_token", "blocks")]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

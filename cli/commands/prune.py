@@ -29,6 +29,7 @@ def run_prune(
     remove: int,
     by: str,
     greedy: bool,
+    race: bool,
     output: Path | None,
     results: Path | None,
     link: bool,
@@ -47,7 +48,8 @@ def run_prune(
         out = output or Path(f"{session.name}-prune-{remove}-{by}{'-greedy' if greedy else ''}")
         check_target(session, out, overwrite=overwrite)
         directory = results or results_directory(out)
-        return out, directory, run_in(session, directory, remove=remove, by=by, greedy=greedy, overwrite=overwrite)
+        pruning = run_in(session, directory, remove=remove, by=by, greedy=greedy, race=race, overwrite=overwrite)
+        return out, directory, pruning
 
     done = run_session(model, options, lead, reporter=console)
     if done is None:

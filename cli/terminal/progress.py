@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .analysis_results import progress_line
 from .console import Console
+from .live_table import live_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 30
 _SECONDS_BETWEEN_SUMMARIES = 2
+_OTHER_LINES = 4  # of the terminal: the table's heading and last line, the bar, and one to spare
 
 
 @contextmanager
 def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
     """Show sequences, tokens per second, time left and the results so far.
 
-    On a terminal this is one progress bar; elsewhere, one line every 30 seconds.
+    On a terminal this is a progress bar, above it a table of a sweep's results so far; elsewhere, one line every 30
+    seconds.
 
     Args:
         text: the tokens that are measured.
@@ -49,13 +54,14 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
     started = time.monotonic()
     last = -math.inf if is_shown else started  # time of the latest summary
     summary, table = "", None
-    with Progress(
-        *columns, console=console.err, disable=not is_shown, transient=True, speed_estimate_period=600
-    ) as bar:
-        task = bar.add_task("", total=len(text.ids), done="", summary="")
+    results: RenderableType = ""
+    bar = Progress(*columns, console=console.err, speed_estimate_period=600)
+    task = bar.add_task("", total=len(text.ids), done="", summary="")
+    live = Live(console=console.err, transient=True, get_renderable=lambda: Group(results, bar))
+    with live if is_shown else nullcontext():
 
         def on_progress(progress: Any) -> None:
-            nonlocal first, last, summary, table
+            nonlocal first, last, results, summary, table
             # Sequences of an earlier, interrupted run took no time in this one.
             first = progress.sequences if first is None else first
             seconds = max(1e-9, time.monotonic() - started)
@@ -65,26 +71,34 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
             # The table takes a tenth of a second, while a GPU waits.
             is_due = time.monotonic() - last > (_SECONDS_BETWEEN_SUMMARIES if is_shown else _SECONDS_BETWEEN_LINES)
             if is_due and table is not None and not console.err.quiet:
-                summary, table = _summarize(table()), None
+                frame, table = table(), None
+                summary = _summarize(frame)
+                if is_shown and _is_sweep(frame):
+                    results = live_table(frame, max(1, console.err.height - _OTHER_LINES), progress.precision)
                 last = time.monotonic()
             bar.update(task, completed=progress.sequences, done=done, summary=summary)
             if is_due and not is_shown:
                 last = time.monotonic()
                 left = f"{(progress.total - progress.sequences) * tokens / rate:,.0f} s left" if rate else ""
-                console.log("; ".join(filter(None, [done, left, summary])))
+                at_most = "at most " if progress.precision is not None and left else ""
+                console.log("; ".join(filter(None, [done, at_most + left, summary])))
 
         yield on_progress
 
 
 def _summarize(frame: pd.DataFrame) -> str:
     """Summarize a table of results so far in a few words."""
-    if "edit" not in frame or "kl_nats" not in frame:
+    if not _is_sweep(frame):
         return progress_line(frame)
     edited = frame[frame.edit != "none"].dropna(subset=["kl_nats"])
     if edited.empty:
         return ""
     worst, best = edited.loc[edited.kl_nats.idxmax()], edited.loc[edited.kl_nats.idxmin()]
     return f"worst {worst['name']} ({worst.kl_nats:.2g} nats), best {best['name']} ({best.kl_nats:.2g})"
+
+
+def _is_sweep(frame: pd.DataFrame) -> bool:
+    return "edit" in frame and "kl_nats" in frame
 
 
 @contextmanager

@@ -22,8 +22,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.runs.run_directory import Run
+    from layersurgery.runs.run_record import RunRecord
 
-_FACTS = ("model", "text", "schedule", "batch_size", "seconds", "tokens_per_second", "skipped", "non_finite")
+_FACTS = (
+    "model",
+    "text",
+    "schedule",
+    "stopping",
+    "batch_size",
+    "seconds",
+    "tokens_per_second",
+    "skipped",
+    "non_finite",
+)
 _MAX_ROWS = 40
 _MAX_NAME = 24
 _GAP = 2  # between the columns of a table
@@ -128,7 +139,7 @@ def _cells(row: pd.Series, metrics: Sequence[Column], max_kl: float | None) -> l
 def show_sweep(run: Run, console: Console) -> None:
     """Print the results of a finished sweep."""
     from layersurgery.runs.tables import read_results
-    from layersurgery.sweeps.results import summary_sentence
+    from layersurgery.sweeps.results import precision_sentence, summary_sentence
 
     frame = read_results(run.directory)
     facts = run.facts
@@ -137,6 +148,7 @@ def show_sweep(run: Run, console: Console) -> None:
         "finished": True,
         **{name: value for name, value in facts.items() if name in _FACTS},
         "summary": summary_sentence(frame),
+        "precision": precision_sentence(frame),
         "results": _records(frame),
     }
     files = [
@@ -155,12 +167,24 @@ def show_sweep(run: Run, console: Console) -> None:
         items.append(escape(f"No figure could be drawn: {facts['figure_error']}"))
     if sentence := summary_sentence(frame):
         items.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
-    items.append(
-        f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s "
-        f"({facts['tokens_per_second']:,.0f} tokens/s through every edit)"
-    )
+    if sentence := precision_sentence(frame):
+        items.append(escape(sentence[0].upper() + sentence[1:]))
+    items.append(_cost(facts))
     items.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
     console.result(result, *items)
+
+
+def _cost(facts: RunRecord) -> str:
+    """Say how much was measured, and how long it took."""
+    seconds, stopping = facts["seconds"], facts.get("stopping")
+    if stopping is None:
+        rate = f"{facts['tokens_per_second']:,.0f} tokens/s through every edit"
+        return f"{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
+    share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
+    return (
+        f"{stopping['sequences']:,} of {facts['text']['sequences']:,} sequences in {seconds:,.0f} s; "
+        f"{100 * share:.2g} % of the block calls that all the text takes"
+    )
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from ..plans.route import as_int
 from ..registry import ANALYSES, resolve
 from ..runs.frames import ResultFrame, as_result
 from ..runs.open_text import open_model, open_text
-from ..runs.options import RunOptions, refuse_unknown
+from ..runs.options import SWEEP_ONLY, RunOptions, refuse_unknown
 from ..runs.processes import run_session
 from ..runs.reporter import Reporter
 from ..runs.requests import read_given_text
@@ -201,7 +201,7 @@ def _refuse_ignored(name: str, text: Any, options: dict[str, Any]) -> None:
     Raises:
         PlanError: one of them is given.
     """
-    for option in ("compile", "schedule", "per_token"):
+    for option in ("compile", "schedule", "per_token", *SWEEP_ONLY):
         if options.get(option):
             raise PlanError(f"{option} is for sweep; {name} does not take it")
     if ANALYSES[name].needs == "weights" and text is not None:

@@ -21,6 +21,7 @@ from ..plans.route import Route
 from ..plans.variants import Variant
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE, Observed
+from ..sweeps.race import OthersOnLess, Race
 from ..sweeps.results import results_table
 from ..sweeps.sweep import collect_sums
 from .layer_ranking import CRITERIA, rank, spans
@@ -64,6 +65,7 @@ def prune_tokens(
     remove: int,
     by: str = "kl",
     greedy: bool = False,
+    race: bool = True,
     batch_size: int | None = None,
     blocks: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -71,6 +73,7 @@ def prune_tokens(
     """Choose layers to remove, and measure the cost of removing them, in memory; arguments as for `prune`."""
     depth = len(find_decoder_blocks(model, blocks).blocks)
     check_removal(depth, remove, by)
+    race = race and by == "kl"
     anatomy = find_anatomy(model, blocks=blocks)
 
     def report_progress(label: str) -> Callable[[int, int], None] | None:
@@ -81,6 +84,7 @@ def prune_tokens(
         model,
         ids,
         spans=remove,
+        lowest=remove if race else None,
         attention_mask=mask,
         batch_size=batch_size,
         progress=report_progress("ranking layers"),
@@ -92,13 +96,16 @@ def prune_tokens(
         def measure_step(removed: tuple[int, ...]) -> pd.DataFrame:
             measurer = make_step_measurer(model, by, removed, depth, **options)
             label = f"choosing layer {len(removed) + 1} of {remove}"
-            sums = collect_sums(measurer, ids, mask, batch_size, report_progress(label))
-            return step_table(SignalTables(measurer, sums, ""), by, removed)
+            rule = Race(1) if race else None
+            sums = collect_sums(measurer, ids, mask, batch_size, report_progress(label), rule)
+            return step_table(SignalTables(measurer, sums, "", rule), by, removed)
 
         orders[GREEDY] = prefixes([layer for layer, _ in greedy_removals(remove, by, measure_step)])
     measurer = Measurer(model, pruned_variants(orders, depth), **options)
-    sums = collect_sums(measurer, ids, mask, batch_size, report_progress("measuring the cost of each criterion"))
-    layers = orders[GREEDY if greedy else by][-1]
+    chosen = GREEDY if greedy else by
+    rule = chosen_in_full(orders, chosen, depth) if race else None
+    sums = collect_sums(measurer, ids, mask, batch_size, report_progress("measuring the cost of each criterion"), rule)
+    layers = orders[chosen][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, cost_table(measurer, sums, type(model).__name__))
 
 
@@ -121,7 +128,10 @@ def greedy_removals(
     """
     removed: tuple[int, ...] = ()
     while len(removed) < remove:
-        scores = measure_step(removed).set_index("layer")[CRITERIA[by]].dropna()
+        table = measure_step(removed).set_index("layer")
+        if "race" in table:
+            table = table[table.race != "higher"]
+        scores = table[CRITERIA[by]].dropna()
         if scores.empty:
             raise MeasurementError(
                 f"after {len(removed)} layers, no other layer can be removed: their scores are NaN or infinite"
@@ -160,7 +170,7 @@ def removal_orders(ranks: pd.DataFrame, spans: pd.DataFrame, remove: int, by: st
             first = int(candidates.loc[candidates.angular_distance.idxmin(), "layer"])
             chosen_spans.append(tuple(range(first, first + span)))
         return chosen_spans
-    ordered = ranks.dropna(subset=[CRITERIA[by]]).sort_values([CRITERIA[by], "layer"])
+    ordered = ranks.dropna(subset=[CRITERIA[by]]).sort_values(f"{by}_rank")
     if len(ordered) < remove:
         reason = next(iter(ranks.attrs.get("skipped", {}).values()), "their scores are NaN or infinite")
         raise MeasurementError(f"cannot remove {remove} layers; only {len(ordered)} can be removed: {reason}")
@@ -187,6 +197,13 @@ def pruned_variants(orders: Mapping[str, Sequence[tuple[int, ...]]], depth: int)
         for criterion, order in orders.items()
         for layers in order
     ]
+
+
+def chosen_in_full(orders: Mapping[str, Sequence[tuple[int, ...]]], chosen: str, depth: int) -> OthersOnLess:
+    """Return the rule that measures a criterion's last plan on all text, and the other plans on less."""
+    route = Variant.from_plan(chosen, removal_plan(orders[chosen][-1]), depth).route
+    variants = pruned_variants(orders, depth)
+    return OthersOnLess(frozenset(row for row, variant in enumerate(variants, 1) if variant.route == route))
 
 
 def cost_table(measurer: Measurer, sums: SequenceSums, model: str) -> pd.DataFrame:

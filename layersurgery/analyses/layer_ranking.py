@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from ..errors import MeasurementError, warn
+from ..errors import MeasurementError, PlanError, warn
 from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import whole_number
 from ..runs.tables import as_records
 from ..runtime.inputs import as_tokens
 from ..sweeps.observer import CHANGE
+from ..sweeps.race import Race
 from ..sweeps.sweep import collect_sums
 from .signal_tables import DROP, SignalTables, make_measurer
 
@@ -34,11 +36,26 @@ def max_span(depth: int, spans: int | None = None) -> int:
     return max(1, min(longest or depth // 2, depth - 1))
 
 
+def check_lowest(lowest: int | None, depth: int) -> int | None:
+    """Return how many layers a race searches; None for no race.
+
+    Raises:
+        PlanError: there are not so many others.
+    """
+    if lowest is None:
+        return None
+    number = whole_number(lowest, "lowest")
+    if not 1 <= number < depth:
+        raise PlanError(f"cannot search the {number} lowest of {depth} layers; give 1 to {depth - 1}")
+    return number
+
+
 def rank(
     model: nn.Module,
     tokens: torch.Tensor | Sequence[Sequence[int]],
     *,
     spans: int | None = None,
+    lowest: int | None = None,
     attention_mask: torch.Tensor | None = None,
     batch_size: int | None = None,
     blocks: str | None = None,
@@ -57,6 +74,8 @@ def rank(
         model: a transformers causal language model, or a wrapper around one; it is not changed.
         tokens: token ids, (sequences, length).
         spans: longest span of blocks to measure angular distances over; half of the model's depth if not given.
+        lowest: find so many layers with the lowest KL by a race: a layer is measured until it is sure, with an error
+            probability of 5 %, whether it is one of them. By default every layer is measured on all text.
         attention_mask: 1 for a token and 0 for padding, of the same shape.
         batch_size: sequences per batch; chosen by free memory if not given.
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
@@ -67,7 +86,10 @@ def rank(
         One row for each block: layer, relative_depth, tokens, sequences, kl_nats, agreement, loss_change_nats,
         entropy_change_bits (all four for the model without the block), block_influence, angular_distance (over the
         block alone), angular_distance_last, each with a standard error over sequences; and kl_rank, influence_rank,
-        angular_rank (1 is removed first). `analyses.spans(frame)` returns the angular distances over longer spans.
+        angular_rank (1 is removed first). After a race, `race` says what is sure of a layer ("lowest", "higher" or
+        "open"), layers that are surely higher rank last, and kl_tokens says on how much text its KL was measured; the
+        two scores are of all text that the race took. `analyses.spans(frame)` returns the angular distances over longer
+        spans.
 
     Raises:
         PlanError: tokens that cannot be measured.
@@ -85,7 +107,10 @@ def rank(
     ids, mask = as_tokens(tokens, attention_mask)
     depth = len(find_decoder_blocks(model, blocks).blocks)
     measurer = make_measurer(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=max_span(depth, spans))
-    tables = SignalTables(measurer, collect_sums(measurer, ids, mask, batch_size, progress), type(model).__name__)
+    lowest = check_lowest(lowest, depth)
+    rule = None if lowest is None else Race(lowest)
+    sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
+    tables = SignalTables(measurer, sums, type(model).__name__, rule)
     if tables.skipped:
         name, reason = next(iter(tables.skipped.items()))
         warn(f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])")
@@ -136,6 +161,12 @@ def rank_table(tables: SignalTables) -> pd.DataFrame:
         frame.insert(position, name, dropped[name].reindex(frame.layer).to_numpy(float))
     for criterion, score in CRITERIA.items():
         frame[f"{criterion}_rank"] = frame[score].rank(method="first").astype("Int64")
+    if "race" in dropped:
+        frame["kl_tokens"] = dropped.tokens.reindex(frame.layer).astype("Int64").to_numpy()
+        frame["race"] = dropped.race.reindex(frame.layer).to_numpy()
+        order = np.lexsort([frame.kl_nats, frame.race == "higher"])
+        frame.loc[order, "kl_rank"] = np.arange(1, len(frame) + 1)
+        frame.loc[frame.kl_nats.isna(), "kl_rank"] = pd.NA
     return frame
 
 

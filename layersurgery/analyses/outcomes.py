@@ -21,6 +21,7 @@ from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_tables
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import sequence_table as by_model
+from ..sweeps.row_progress import StopRule
 from .inference_stages import stage_table
 from .prediction_neurons import neuron_scores, neurons_per_block
 from .signal_tables import SignalTables
@@ -37,19 +38,21 @@ class TableOutput:
         measurer: the measurer.
         name: name of the model.
         make: makes the tables, by their names; the main table is first.
+        rule: the rule by which rows stopped; None if all text was measured.
     """
 
     measurer: Measurer
     name: str
     make: Callable[[SignalTables], dict[str, pd.DataFrame]]
+    rule: StopRule | None = None
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return the main table of what is measured so far."""
-        return next(iter(self.make(SignalTables(self.measurer, sums, self.name)).values()))
+        return next(iter(self.make(SignalTables(self.measurer, sums, self.name, self.rule)).values()))
 
     def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write all tables; return the main one and the names of the files."""
-        tables = SignalTables(self.measurer, sums, self.name)
+        tables = SignalTables(self.measurer, sums, self.name, self.rule)
         frames = self.make(tables)
         files = write_tables(directory, frames)
         self.measurer.skipped.update(tables.skipped)
@@ -144,13 +147,14 @@ def _read_scores(path: Path) -> pd.DataFrame:
 
 
 def sums_table(tables: SignalTables) -> pa.Table:
-    """Return sums and counts by sequence, a row for each sequence and quantity.
+    """Return sums and counts by sequence, a row for each sequence and each quantity that was measured on it.
 
     All means and standard errors can be computed from them again.
     """
     sums_by_sequence, measurer = tables.sums_by_sequence, tables.measurer
     sequences = len(sums_by_sequence.counts)
-    columns: list[tuple[str, int | None, str, str, np.ndarray, np.ndarray]] = []
+    columns: list[tuple[str, int | None, str, str, np.ndarray, np.ndarray, np.ndarray]] = []
+    everything = np.ones(sequences, bool)
     for row, variant in enumerate(measurer.variants):
         if len(measurer.variants) > 1:
             for index, metric in enumerate(METRICS):
@@ -162,11 +166,12 @@ def sums_table(tables: SignalTables) -> pa.Table:
                         metric,
                         sums_by_sequence.values[:, row, index],
                         sums_by_sequence.counts,
+                        everything if sums_by_sequence.used is None else sums_by_sequence.used[:, row],
                     )
                 )
     for quantity in measurer.observer.quantities if measurer.observer is not None else ():
         sums, counts = tables.sums(quantity.layer, quantity.part, quantity.name)
-        columns.append((quantity.signal, quantity.layer, quantity.part, quantity.name, sums, counts))
+        columns.append((quantity.signal, quantity.layer, quantity.part, quantity.name, sums, counts, everything))
     labels = [[column[index] for column in columns for _ in range(sequences)] for index in range(4)]
     return pa.table(
         {
@@ -178,4 +183,4 @@ def sums_table(tables: SignalTables) -> pa.Table:
             "sum": pa.array(np.concatenate([column[4] for column in columns]), pa.float64()),
             "count": pa.array(np.concatenate([column[5] for column in columns]).astype("int64"), pa.int64()),
         }
-    )
+    ).filter(pa.array(np.concatenate([column[6] for column in columns])))

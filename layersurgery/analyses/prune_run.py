@@ -16,6 +16,7 @@ from ..errors import OutputError, PlanError
 from ..plans.route import whole_number
 from ..runs.frames import as_result
 from ..runs.open_text import open_text
+from ..runs.options import SWEEP_ONLY
 from ..runs.processes import run_session
 from ..runs.reporter import Reporter
 from ..runs.requests import read_given_text
@@ -46,6 +47,7 @@ def prune(
     remove: int,
     by: str = "kl",
     greedy: bool = False,
+    race: bool = True,
     attention_mask: Any = None,
     directory: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -67,6 +69,9 @@ def prune(
             angular distance, Gromov et al.).
         greedy: remove one layer at a time and measure the remaining layers again after each removal. With "angular"
             this chooses single blocks, not a span.
+        race: with "kl": stop measuring a layer once it is sure, with an error probability of 5 %, whether it is among
+            those with the lowest KL; then measure the chosen plan on all text, and the others on the first 16
+            sequences. Otherwise everything is measured on all text.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         directory: where to write the measurements. A run that was interrupted resumes there. Default: nothing is
             written.
@@ -95,6 +100,7 @@ def prune(
     """
     remove = whole_number(remove, "remove")
     run_options, own = split_options(options, prune_tokens)
+    run_options.refuse(SWEEP_ONLY, "is for sweep; prune does not take it")
     run_options, given = read_given_text(text, run_options, attention_mask)
     if output is not None and isinstance(model, nn.Module):
         raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")
@@ -107,6 +113,7 @@ def prune(
                 remove=remove,
                 by=by,
                 greedy=greedy,
+                race=race,
                 batch_size=run_options.batch_size,
                 blocks=run_options.blocks,
                 progress=progress,
@@ -120,7 +127,7 @@ def prune(
     def lead(session: ModelSession) -> Pruning:
         if target is not None:
             check_target(session, target, overwrite=overwrite)
-        return run_prune(session, results, remove=remove, by=by, greedy=greedy, overwrite=overwrite)
+        return run_prune(session, results, remove=remove, by=by, greedy=greedy, race=race, overwrite=overwrite)
 
     done = run_session(model, run_options, lead, reporter=Reporter(progress), given=given)
     if done is None:  # another process leads, and writes
@@ -149,7 +156,14 @@ def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> Non
 
 
 def run_prune(
-    session: ModelSession, directory: Path, *, remove: int, by: str, greedy: bool, overwrite: bool = False
+    session: ModelSession,
+    directory: Path,
+    *,
+    remove: int,
+    by: str,
+    greedy: bool,
+    race: bool = True,
+    overwrite: bool = False,
 ) -> Pruning:
     """Choose layers to remove and measure the cost, in directories below `directory`, or use the finished runs there.
 
@@ -159,14 +173,18 @@ def run_prune(
         remove: number of layers to remove.
         by: the criterion.
         greedy: measure the remaining layers again after each removal.
+        race: with "kl", stop measuring a layer once it is sure whether it is among those to remove.
         overwrite: replace measurements made with other arguments.
     """
+    race = race and by == "kl"
     check_removal(session.depth, remove, by)
     log = session.reporter.log
     reporter = session.reporter
     log(f"Ranking {session.depth} layers")
     reporter.subject = "ranking layers"
-    rank = _run_or_reuse(session, RankTask(session.depth, remove), directory / "rank", overwrite=overwrite)
+    rank = _run_or_reuse(
+        session, RankTask(session.depth, remove, remove if race else None), directory / "rank", overwrite=overwrite
+    )
     ranks, spans = read_results(rank.directory), read_results(rank.directory, "spans")
     ranks.attrs["skipped"] = ranks.attrs["run"]["skipped"]
     orders = {criterion: removal_orders(ranks, spans, remove, criterion) for criterion in CRITERIA}
@@ -175,7 +193,7 @@ def run_prune(
         def measure_step(removed: tuple[int, ...]) -> Any:
             log(f"Choosing layer {len(removed) + 1} of {remove}")
             reporter.subject = f"choosing layer {len(removed) + 1} of {remove}"
-            step = GreedyStepTask(session.depth, by, removed)
+            step = GreedyStepTask(session.depth, by, removed, race)
             path = directory / f"step-{len(removed) + 1:02}"
             return read_results(_run_or_reuse(session, step, path, overwrite=overwrite).directory)
 
@@ -186,8 +204,10 @@ def run_prune(
         orders[GREEDY] = prefixes(removed)
     log("Measuring the cost of each criterion")
     reporter.subject = "measuring the cost of each criterion"
-    costs = _run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
-    layers = orders[GREEDY if greedy else by][-1]
+    chosen = GREEDY if greedy else by
+    task = CostTask(session.depth, orders, chosen if race else None)
+    costs = _run_or_reuse(session, task, directory / "costs", overwrite=overwrite)
+    layers = orders[chosen][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))
 
 

@@ -32,7 +32,9 @@ from ..sweeps.observer import (
     count_columns,
     first_quantity,
 )
+from ..sweeps.race import Race
 from ..sweeps.results import results_table
+from ..sweeps.row_progress import StopRule
 from ..sweeps.sweep import collect_sums
 
 LENS, DROP = "lens", "drop"
@@ -90,11 +92,13 @@ class SignalTables:
         measurer: the measurer.
         sums_by_sequence: the sums of each sequence.
         model: name of the model.
+        rule: the rule by which rows stopped; None if all text was measured.
     """
 
     measurer: Measurer
     sums_by_sequence: SequenceSums
     model: str
+    rule: StopRule | None = None
 
     def table(self, signal: str) -> pd.DataFrame:
         """Return the table of one signal; `frame.attrs["skipped"]` names what is missing, with the reasons."""
@@ -203,11 +207,12 @@ class SignalTables:
         return _typed(rows)
 
     def drop(self) -> pd.DataFrame:
-        """Return the sweep's table of dropped blocks."""
+        """Return the sweep's table of dropped blocks; after a race, with what is sure of each in the column `race`."""
         indices = [index for index, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
-        return results_table(
+        frame = results_table(
             [self.measurer.variants[index] for index in indices], self.sums_by_sequence.rows(indices), self.model
         )
+        return frame.assign(race=[self.rule.outcome(row) for row in indices]) if isinstance(self.rule, Race) else frame
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
         """Return the sums and counts of one quantity by sequence.

@@ -16,9 +16,10 @@ from ..runs.reporter import Reporter
 from ..runs.run_directory import ANALYSIS, Run
 from ..runs.single_step import TablesAndFacts, run_once
 from ..sweeps.measurer import Measurer
+from ..sweeps.race import Race
 from ..units import format_count
-from .layer_pruning import cost_table, make_step_measurer, pruned_variants, step_table
-from .layer_ranking import SIGNALS, max_span, rank_table, span_table
+from .layer_pruning import chosen_in_full, cost_table, make_step_measurer, pruned_variants, step_table
+from .layer_ranking import SIGNALS, check_lowest, max_span, rank_table, span_table
 from .outcomes import AnalysisOutput, TableOutput
 from .prediction_neurons import neuron_scores, neurons_per_block
 from .signal_tables import SignalTables, make_measurer
@@ -48,13 +49,13 @@ class TableTask:
         """Return the kind of result directory: an analysis."""
         return ANALYSIS
 
-    def rule(self, length: int) -> StopRule | None:  # noqa: ARG002 - a race needs it
+    def rule(self, _length: int) -> StopRule | None:
         """Return the rule that says which rows need no more text; None to measure all rows on all text."""
         return None
 
-    def output(self, measurer: Measurer, label: str, _reporter: Reporter, _rule: StopRule | None) -> RunOutput:
+    def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: this task's tables."""
-        return TableOutput(measurer, label, self.tables)
+        return TableOutput(measurer, label, self.tables, rule)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make the tables from the measured sums."""
@@ -103,6 +104,7 @@ class RankTask(TableTask):
     """Cost of removing each layer, and two scores that predict it."""
 
     spans: int
+    lowest: int | None = None  # race for so many layers with the lowest KL
 
     @property
     def name(self) -> str:
@@ -112,6 +114,10 @@ class RankTask(TableTask):
     def arguments(self) -> dict[str, Any]:
         """Return the name of the analysis and its parameters."""
         return {"analysis": self.name, "spans": self.spans}
+
+    def rule(self, _length: int) -> StopRule | None:
+        """Return the race; None to measure every layer on all text."""
+        return None if self.lowest is None else Race(self.lowest)
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer: it drops every layer, and measures angular distances over spans."""
@@ -130,6 +136,7 @@ class GreedyStepTask(TableTask):
 
     by: str
     removed: tuple[int, ...]
+    race: bool = False
 
     @property
     def name(self) -> str:
@@ -139,6 +146,10 @@ class GreedyStepTask(TableTask):
     def arguments(self) -> dict[str, Any]:
         """Return the name of the analysis and its parameters."""
         return {"analysis": self.name, "by": self.by, "removed": list(self.removed)}
+
+    def rule(self, _length: int) -> StopRule | None:
+        """Return the race for the layer with the lowest KL; None to measure every layer on all text."""
+        return Race(1) if self.race else None
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of each remaining layer."""
@@ -156,6 +167,7 @@ class CostTask(TableTask):
     """Cost of each criterion, for each number of removed layers."""
 
     orders: Mapping[str, Sequence[tuple[int, ...]]]
+    chosen: str | None = None  # criterion whose last plan is measured on all text, the others on less
 
     @property
     def name(self) -> str:
@@ -168,6 +180,10 @@ class CostTask(TableTask):
             "analysis": self.name,
             "orders": {criterion: [list(layers) for layers in order] for criterion, order in self.orders.items()},
         }
+
+    def rule(self, _length: int) -> StopRule | None:
+        """Return the rule that measures the chosen plan in full; None to measure every plan so."""
+        return None if self.chosen is None else chosen_in_full(self.orders, self.chosen, self.depth)
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all pruned models."""
@@ -192,6 +208,7 @@ def run_rank(
     analysis: str = "rank",  # noqa: ARG001 - every analysis is given its name
     overwrite: bool = False,
     spans: int | None = None,
+    lowest: int | None = None,
 ) -> Run:
     """Rank the layers on the session's text, or resume it, or use the finished run in the directory.
 
@@ -201,8 +218,10 @@ def run_rank(
         analysis: the analysis's name.
         overwrite: replace what another run has left in the directory.
         spans: longest span of blocks for angular distances; by default half of the model's blocks.
+        lowest: race for so many layers with the lowest KL; by default every layer is measured on all text.
     """
-    return session.run(RankTask(session.depth, max_span(session.depth, spans)), directory, overwrite=overwrite)
+    task = RankTask(session.depth, max_span(session.depth, spans), check_lowest(lowest, session.depth))
+    return session.run(task, directory, overwrite=overwrite)
 
 
 def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:

@@ -12,7 +12,7 @@ from ..plans.edits import VERBS
 from ..sweeps.compare import Comparison, compare_tokens
 from .distributed import SingleProcess
 from .open_text import open_text
-from .options import RunOptions
+from .options import SWEEP_ONLY, RunOptions
 from .placement import choose_placement, load_model
 from .reporter import Reporter
 from .requests import read_given_text, read_model_info
@@ -53,7 +53,7 @@ def compare(
         (True, True)
     """
     run_options = RunOptions.of(options)
-    run_options.refuse(["schedule", "compile"], "is for sweep; compare does not take it")
+    run_options.refuse(["schedule", "compile", *SWEEP_ONLY], "is for sweep; compare does not take it")
     run_options, given = read_given_text(text, run_options, attention_mask)
     with ExitStack() as exit_stack:
         session, first, tokens = exit_stack.enter_context(open_text(model, given, run_options))

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..sweeps.precision import Precision
     from ..sweeps.read_positions import ReadPositions
 
+SWEEP_ONLY = ("until", "confidence", "read")
+"""Options that only sweeps take."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:

@@ -235,7 +235,9 @@ class _Work:
 
     def report_progress(self, sequences: float, *, table: bool = False) -> None:
         if self.on_progress is not None:
-            self.on_progress(Progress(sequences, len(self.text.ids), self.table if table else None))
+            rule = self.rows.rule
+            precision = rule if isinstance(rule, Precision) else None
+            self.on_progress(Progress(sequences, len(self.text.ids), self.table if table else None, precision))
 
     def part_path(self, batch: int) -> Path:
         """Return the path of a batch's rows for each token."""

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from ..metrics.intervals import (
 )
 from ..metrics.reference import METRICS
 from ..registry import Column, column
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Array = npt.NDArray[np.float64]
 
@@ -103,6 +106,24 @@ class Precision:
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.targets))
+
+    def sequences_left(self, frame: pd.DataFrame) -> pd.Series:
+        """Estimate how many more sequences each row of a table of results needs to be precise enough.
+
+        Widths shrink with the root of the number of sequences; the estimate is rough while there are few.
+
+        Args:
+            frame: a table of `results.results_table` with intervals.
+
+        Returns:
+            One number for each row of the table; NaN where nothing is known yet.
+        """
+        needed = 0 * frame.sequences
+        for target in self.targets:
+            low, high = frame[f"{target.metric}_low"], frame[f"{target.metric}_high"]
+            goal = target.amount * ((low + high).abs() / 2 if target.relative else 1)
+            needed = np.maximum(needed, frame.sequences * ((high - low) / 2 / goal) ** 2)
+        return (needed - frame.sequences).clip(lower=0)
 
     def for_length(self, length: int) -> Precision:
         """Return the precision for a text of sequences of `length` tokens or fewer."""

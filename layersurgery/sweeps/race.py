@@ -38,7 +38,6 @@ class Race:
 
     Attributes:
         lowest: how many edits with the lowest values are searched.
-        rows: the rows that race; None for all. Other rows leave with the last of them.
         metric: the metric that is compared.
         error: probability that any comparison is wrong.
         winners: rows that are surely among the lowest.
@@ -46,7 +45,6 @@ class Race:
     """
 
     lowest: int
-    rows: Sequence[int] | None = None
     metric: str = "kl_nats"
     error: float = ERROR
     winners: set[int] = field(default_factory=set)
@@ -56,6 +54,10 @@ class Race:
         """Return what `run.json` records: how many are searched, by what, and the error probability."""
         return {"lowest": self.lowest, "metric": self.metric, "error": self.error}
 
+    def outcome(self, row: int) -> str:
+        """Return what is sure of a row: "lowest", "higher", or "open" for one that the text did not decide."""
+        return "lowest" if row in self.winners else "higher" if row in self.losers else "open"
+
     def finished(self, values: Array, counts: Array, rows: Sequence[int]) -> set[int]:
         """Return the rows of which it is sure whether they are among the lowest.
 
@@ -64,15 +66,14 @@ class Race:
             counts: positions of each sequence, (sequences,), none of them 0.
             rows: the rows that are still measured.
         """
-        racing = [row for row in rows if self.rows is None or row in self.rows]
+        racing = list(rows)
         if len(counts) >= MIN_SEQUENCES:
             sums = values[:, :, METRICS.index(self.metric)]
             broken = [row for row in racing if not np.isfinite(sums[:, row]).all()]
             self.losers.update(broken)  # a value that is not finite is not among the lowest
             racing = [row for row in racing if row not in broken]
             self._compare(sums, counts, racing)
-        left = [row for row in racing if row not in self.winners | self.losers]
-        return set(rows) - set(left) if left else set(rows)
+        return set(rows) & (self.winners | self.losers)
 
     def _compare(self, sums: Array, counts: Array, racing: list[int]) -> None:
         """Decide about as many of the racing rows as possible."""
@@ -92,6 +93,27 @@ class Race:
             racing = [row for row, is_left in zip(racing, left, strict=True) if is_left]
             is_lower = is_lower[np.ix_(left, left)]
             places -= int(winning.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class OthersOnLess:
+    """Rule that measures some rows on all text, and the others on its first sequences.
+
+    Attributes:
+        full: the rows to measure on all text.
+        sequences: fewest sequences of the others.
+    """
+
+    full: frozenset[int]
+    sequences: int = 16
+
+    def record(self) -> dict[str, Any]:
+        """Return what `run.json` records: the rows that are measured in full, and the sequences of the others."""
+        return {"full": sorted(self.full), "sequences_of_others": self.sequences}
+
+    def finished(self, _values: Array, counts: Array, rows: Sequence[int]) -> set[int]:
+        """Return the rows that need no more text; arguments as for `Race.finished`."""
+        return set(rows) - self.full if len(counts) >= self.sequences else set()
 
 
 def surely_lower(sums: Array, counts: Array, confidence: float) -> npt.NDArray[np.bool_]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,3 +123,32 @@ def summary_sentence(frame: pd.DataFrame) -> str:
         return ""
     first = clauses[0].replace(" % under", " % of predictions under", 1)
     return "intermediate layers keep " + "; ".join([first, *clauses[1:]])
+
+
+def precision_sentence(frame: pd.DataFrame) -> str:
+    """Say in a sentence how precisely the text tells the edits' agreement and KL, or how many edits are as asked.
+
+    Args:
+        frame: results of a sweep.
+
+    Returns:
+        Half widths of the intervals, medians over the edits. Empty if there are no intervals, as for one sequence.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> model, tokenizer = ls.load("smollm2-135m")
+        >>> frame = ls.sweep(model, "drop", "pydoc", tokenizer=tokenizer, tokens=128, context=32)
+        >>> ls.sweeps.results.precision_sentence(frame)
+        'agreement is known to ... points and KL to ... % (medians over the edits; 95 %, for this number of sequences)'
+    """
+    edited = frame[frame.edit != "none"]
+    points = (50 * (edited.agreement_high - edited.agreement_low)).median()
+    share = (50 * (edited.kl_nats_high - edited.kl_nats_low) / edited.kl_nats.abs().where(edited.kl_nats != 0)).median()
+    if not (math.isfinite(points) and math.isfinite(share)):
+        return ""
+    kind = frame.interval.iloc[0]
+    known = f"agreement is known to {points:.2g} points and KL to {share:.2g} % (medians over the edits; {kind})"
+    if "precise" not in frame:
+        return known
+    reached = int(edited.precise.astype(bool).sum())
+    return f"{reached} of {len(edited)} edits are known as precisely as asked; {known}"

@@ -13,6 +13,7 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.analyses.layer_pruning import greedy_removals, removal_plan
+from layersurgery.errors import PlanError
 from layersurgery.runtime.residual_change import angular_distance, block_influence
 from tests.support.zoo import tiny_model
 
@@ -187,3 +188,45 @@ def test_what_cannot_be_meant_is_refused() -> None:
 def test_a_plan_names_runs_as_ranges() -> None:
     assert str(removal_plan([7, 3, 4, 5])) == "drop 3:6 7"
     assert str(removal_plan([2])) == "drop 2"
+
+
+def many_tokens(sequences: int) -> torch.Tensor:
+    return torch.randint(4, 60, (sequences, 20), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_race_finds_the_same_layers_with_less_text() -> None:
+    model, ids = tiny_model("llama").eval(), many_tokens(96)
+    whole = ls.rank(model, ids, batch_size=8)
+    raced = ls.rank(model, ids, batch_size=8, lowest=2)
+    assert "race" not in whole
+    assert raced.kl_tokens.min() < whole.tokens[0]
+    lowest, higher = (set(raced.layer[raced.race == outcome]) for outcome in ("lowest", "higher"))
+    truth = set(whole.sort_values("kl_nats").layer[:2])
+    assert lowest <= truth
+    assert not higher & truth
+    assert higher
+    assert set(raced.sort_values("kl_rank").layer[:2]) == truth
+    assert sorted(raced.kl_rank) == list(range(1, len(raced) + 1))
+    assert raced.kl_rank[raced.race == "higher"].min() > raced.kl_rank[raced.race != "higher"].max()
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_pruning_with_a_race_removes_the_same_layers(greedy: bool) -> None:
+    model, ids = tiny_model("llama").eval(), many_tokens(64)
+    raced, whole = (ls.prune(model, ids, remove=2, greedy=greedy, race=race, batch_size=8) for race in (True, False))
+    assert raced.plan == whole.plan
+    name = "greedy" if greedy else "kl"
+    rows = [costs[(costs.criterion == name) & (costs.removed == 2)].iloc[0] for costs in (raced.costs, whole.costs)]
+    assert rows[0].tokens == rows[1].tokens == 64 * 19
+    assert rows[0].kl_nats == rows[1].kl_nats
+    others = raced.costs[(raced.costs.route != rows[0].route) & (raced.costs.criterion != "unedited")]
+    assert set(others.sequences) == {16}
+    assert set(whole.costs.sequences) == {64}
+    by_influence = ls.prune(model, ids, remove=2, by="influence", batch_size=8)
+    assert set(by_influence.costs.sequences) == {64}
+
+
+@pytest.mark.parametrize("lowest", [0, 6, -1, 1.5, "two"])
+def test_a_race_for_a_number_of_layers_that_there_are_not(lowest: Any) -> None:
+    with pytest.raises(PlanError, match="lowest"):
+        ls.rank(tiny_model("llama"), tokens(), lowest=lowest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import rich.console
 import layersurgery as ls
 from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
-from tests.support.zoo import tiny_model
+from tests.support.zoo import tiny_model, tokens
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +266,10 @@ def test_the_table_of_a_running_sweep_is_made_only_when_it_is_shown(
     def table() -> pd.DataFrame:
         nonlocal made
         made += 1
-        return pd.DataFrame({"edit": ["none", "drop"], "kl_nats": [0.0, 1.0], "name": ["unedited", "drop 1"]})
+        frame = pd.DataFrame({"edit": ["none", "drop"], "name": ["unedited", "drop 1"], "sequences": 8})
+        metrics = {"kl_nats": [0.0, 1.0], "agreement": [1.0, 0.5]}
+        ends = {f"{name}{end}": values for name, values in metrics.items() for end in ("_low", "_high")}
+        return frame.assign(**metrics, **ends)
 
     text: Any = SimpleNamespace(tokens=100, ids=[0] * 100)
     with progress_module.progress_bar(text, console) as on_progress:
@@ -274,3 +278,54 @@ def test_the_table_of_a_running_sweep_is_made_only_when_it_is_shown(
             now = float(batch)
             on_progress(Progress(batch, 100, table if batch in (1, 2, 30) else None))
     assert made == tables
+
+
+def test_the_table_of_a_running_sweep_has_the_slowest_edit_first() -> None:
+    from layersurgery_cli.terminal.live_table import live_table
+
+    from layersurgery.sweeps.precision import Precision
+
+    frame = ls.sweep(tiny_model("llama"), "drop", tokens(24, 12), until="kl=30%", batch_size=8)
+    assert set(frame.precise[1:]) == {True, False}
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    console.print(live_table(frame, 4, Precision.parse("kl=30%").for_length(12)))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0].split() == ["edit", "KL", "agree", "sequences", "more"]
+    slowest = ((frame.kl_nats_high - frame.kl_nats_low) / frame.kl_nats)[~frame.precise.fillna(True).astype(bool)]
+    row = frame.loc[slowest.idxmax()]
+    half = (row.kl_nats_high - row.kl_nats_low) / 2
+    assert lines[1].startswith(f"{row['name']}  {row.kl_nats:.3f} ± {half:.3f}")
+    assert f"~{math.ceil(24 * (half / row.kl_nats / 0.3) ** 2 - 24)}" in lines[1]
+    assert lines[-1].strip() == "and 2 more"
+
+
+def test_a_sweep_until_it_is_precise_goes_on_with_more(small: list[Any], tmp_path: Path) -> None:
+    words = [*small, "--edits", "drop", "--tokens", "1000", "-o", tmp_path / "out"]
+    loose = run(*words, "--until", "kl=60%")
+    assert loose.exit_code == 0, loose.stderr
+    assert "edits are known as precisely as asked" in loose.stdout
+    assert "% of the block calls that all the text takes" in loose.stdout
+    first = ls.read_results(tmp_path / "out")
+    assert run(*words, "--until", "kl=60%").exit_code == 0
+    tight = run(*words, "--until", "kl=40%")
+    assert tight.exit_code == 0
+    assert "Resuming from the results measured so far" in tight.stderr
+    second = ls.read_results(tmp_path / "out")
+    assert second.sequences.sum() > first.sequences.sum()
+    assert run(*words[:-1], tmp_path / "fresh", "--until", "kl=40%").exit_code == 0
+    pd.testing.assert_frame_equal(second, ls.read_results(tmp_path / "fresh"), check_exact=True)
+    everything = run(*words)
+    assert everything.exit_code == 0
+    assert run(*words[:-1], tmp_path / "whole").exit_code == 0
+    pd.testing.assert_frame_equal(
+        ls.read_results(tmp_path / "out"), ls.read_results(tmp_path / "whole"), check_exact=True
+    )
+    assert not (tmp_path / "out" / "sums.parts").exists()
+    # What all text says is as precise as the text allows.
+    assert "has finished; nothing to do" in run(*words, "--until", "kl=40%").stderr
+
+
+def test_a_wrong_precision_is_a_usage_error(small: list[Any]) -> None:
+    found = run(*small, "--until", "klo=1%")
+    assert found.exit_code == 2
+    assert "did you mean kl?" in found.stderr

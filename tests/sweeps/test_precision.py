@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,7 +133,7 @@ def test_more_precision_goes_on_from_what_is_known() -> None:
     assert back.sums().means_and_errors()[0].tobytes() == first.sums().means_and_errors()[0].tobytes()
 
 
-def sweep(**options: object) -> pd.DataFrame:
+def sweep(**options: Any) -> pd.DataFrame:
     return ls.sweep(tiny_model("llama"), "swap,drop", tokens(40, 12), **options)
 
 
@@ -188,6 +191,6 @@ def test_routes_that_left_are_not_run() -> None:
         ({"read": "some"}, "read is a share"),
     ],
 )
-def test_options_that_exclude_each_other(options: dict[str, object], message: str, tmp_path: object) -> None:
+def test_options_that_exclude_each_other(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
         sweep(directory=tmp_path, **options)
