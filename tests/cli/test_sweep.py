@@ -300,7 +300,7 @@ def test_the_table_of_a_running_sweep_has_the_slowest_edit_first() -> None:
 
 
 def test_a_sweep_until_it_is_precise_goes_on_with_more(small: list[Any], tmp_path: Path) -> None:
-    words = [*small, "--edits", "drop", "--tokens", "1000", "-o", tmp_path / "out"]
+    words = [*small, "--edits", "drop", "--tokens", "1000", "-b", "2", "-o", tmp_path / "out"]
     loose = run(*words, "--until", "kl=60%")
     assert loose.exit_code == 0, loose.stderr
     assert "edits are known as precisely as asked" in loose.stdout

@@ -141,7 +141,8 @@ def start(
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.name != "run.json"}
+    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and path.name != "run.json"]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,19 @@ def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, byt
     assert "block calls per batch, 66 without sharing, on 3 processes" in ended.err[0]
     assert ended.out[1:] == ["", ""], "one process speaks"
     assert not [said for said in ended.err[1:] if "edited models" in said or "sequences" in said]
+
+
+@pytest.mark.slow
+def test_processes_stop_where_one_does(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "said").mkdir()
+    found = []
+    for size, name in ((1, "one"), (3, "three")):
+        given = [word for word in words(place, name, "--until", "kl=40%") if word != "--per-token"]
+        ended = start(place, tmp_path / "said", size, given)
+        assert ended.codes == [0] * size, ended.err
+        found.append(files(place / name))
+    assert found[0] == found[1]
+    assert ls.read_results(place / "one").sequences.nunique() > 1
 
 
 @pytest.mark.slow
