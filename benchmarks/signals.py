@@ -16,7 +16,8 @@ import torch
 
 import layersurgery as ls
 from layersurgery.analyses.signal_tables import make_measurer
-from layersurgery.runs.text import TextRequest, read_text
+from layersurgery.runs.text import read_text
+from layersurgery.runs.text_request import TextRequest
 from layersurgery.runtime.inputs import model_inputs
 
 from .timing import append_results, make_table, quartiles, run_timed, wide_console

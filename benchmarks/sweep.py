@@ -263,7 +263,8 @@ def _prepare_inputs(setting: Setting, work: Path) -> _Inputs:
         np.save(path, np.random.default_rng(0).integers(0, vocabulary, (setting.sequences, setting.context)))
         return _Inputs(setting.model, depth, path)
     from layersurgery.checkpoints.loading import tokenizer_of
-    from layersurgery.runs.text import PYDOC, TextRequest, read_text
+    from layersurgery.runs.text import read_text
+    from layersurgery.runs.text_request import PYDOC, TextRequest
 
     source = find_source(setting.model)
     text = read_text(TextRequest(PYDOC, setting.sequences * setting.context, setting.context), tokenizer_of(source))

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.text import bos_token_id, uses_bos
+from ..runs.first_token import bos_token_id, uses_bos
 from ..runtime.block_runner import BlockRunner
 from ..runtime.neuron_activations import projections
 from .logistic_probe import ProbeData, interval, is_chance

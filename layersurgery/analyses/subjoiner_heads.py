@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UnsupportedEditError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.text import bos_token_id, uses_bos
+from ..runs.first_token import bos_token_id, uses_bos
 from ..runtime.block_runner import BlockRunner
 from ..runtime.contributions import find_contributions
 from .window_attention import AttentionSums, sum_attention

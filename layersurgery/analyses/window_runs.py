@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.anatomy import anatomy as find_anatomy
+from ..runs.documents import read_documents
+from ..runs.first_token import bos_token_id
 from ..runs.run_directory import Run
 from ..runs.single_step import TablesAndFacts, run_once
-from ..runs.text import TextRequest, bos_token_id, parse_count, read_documents
+from ..runs.text_request import TextRequest, parse_count
 from .neuron_probes import describe_probes, fit_probes
 from .subjoiner_heads import describe_subjoiners, score_heads
 from .token_classes import CONTEXT, check_class, find_balanced_windows, token_class

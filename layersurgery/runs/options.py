@@ -25,7 +25,7 @@ class RunOptions:
 
     Attributes:
         data: the text: "pydoc" (Python's own help), a file, a directory of files, or a Hub dataset; see
-            `runs.text.TextRequest`. By default the Pile, and pydoc for the bundled model.
+            `runs.text_request.TextRequest`. By default the Pile, and pydoc for the bundled model.
         split: split of the Hub dataset.
         column: the column that contains the text, for tables.
         tokens: number of tokens, such as 4096, "100k" or "1M"; rounded up to whole sequences. By default 1M, and 4096

@@ -15,9 +15,11 @@ import torch
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
 from ..errors import PlanError, SourceError
 from ..runtime.inputs import as_tokens
+from .first_token import parse_bos
 from .options import RunOptions
 from .reporter import Reporter
-from .text import ALL, PILE, PYDOC, TextRequest, TokenizedText, fingerprint_of, parse_bos, parse_count
+from .text import TokenizedText, fingerprint_of
+from .text_request import ALL, PILE, PYDOC, TextRequest, parse_count
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
@@ -249,7 +251,7 @@ def _padded(ids: Any, own_mask: Any, mask: Any) -> tuple[Any, Any]:
 
 def _column(dataset: Any, column: str) -> Iterable[str]:
     """Yield the texts of a column of a dataset."""
-    from .text import column_texts
+    from .documents import column_texts
 
     return column_texts(dataset, column, "the dataset")
 

@@ -17,6 +17,8 @@ from ..models.block_list import find_decoder_blocks, text_config, unwrap_transfo
 from ..runtime.offload import device_of
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
+from .documents import check_data
+from .first_token import uses_bos
 from .model_fingerprint import model_fingerprint
 from .options import RunOptions
 from .placement import Placement, choose_placement, describe_placement, load_model
@@ -25,7 +27,8 @@ from .requests import GivenText, Padding, config_limits, given_tokens, read_mode
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
 from .tables import read_run
-from .text import ALL, TextRequest, TokenizedText, check_data, read_text, uses_bos
+from .text import TokenizedText, read_text
+from .text_request import ALL, TextRequest
 
 if TYPE_CHECKING:
     import pandas as pd

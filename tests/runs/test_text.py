@@ -17,7 +17,10 @@ from tokenizers import processors
 
 import layersurgery as ls
 from layersurgery.errors import MeasurementError, PlanError, SourceError
-from layersurgery.runs.text import TextRequest, TokenizedText, adds_bos, check_data, parse_bos, parse_count, read_text
+from layersurgery.runs.documents import check_data
+from layersurgery.runs.first_token import adds_bos, parse_bos
+from layersurgery.runs.text import TokenizedText, read_text
+from layersurgery.runs.text_request import TextRequest, parse_count
 from tests.cli.test_cli import run
 from tests.support.tiny_checkpoint import LETTERS, checkpoint, tiny_tokenizer
 
