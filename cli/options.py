@@ -114,16 +114,30 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Text to measure on: a Hub dataset (id or id:configuration), a .txt or .jsonl file (also .zst or .gz), a "
-        ".parquet file, a directory of these, or pydoc (Python's own help text).",
+        help="Text to measure on: a Hub dataset (id or id:configuration), a .txt, .jsonl, .json, .csv or .tsv file "
+        "(also .zst or .gz), a .parquet file, a directory of these, a dataset saved with save_to_disk, or pydoc "
+        "(Python's own help text).",
         show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m",
         metavar="DATA",
         rich_help_panel=_TEXT,
     ),
 ]
-Split = Annotated[str, typer.Option("--split", help="Split of the Hub dataset.", metavar="NAME", rich_help_panel=_TEXT)]
+Split = Annotated[
+    str,
+    typer.Option(
+        "--split", help="Split of the Hub dataset or of the saved dataset.", metavar="NAME", rich_help_panel=_TEXT
+    ),
+]
 Column = Annotated[
-    str, typer.Option("--column", help="Column that holds the text.", metavar="NAME", rich_help_panel=_TEXT)
+    str | None,
+    typer.Option(
+        "--column",
+        help="Column that holds the texts, or conversations (lists of messages), which the tokenizer's chat template "
+        "writes.",
+        show_default="text, or else messages, conversations or conversation",
+        metavar="NAME",
+        rich_help_panel=_TEXT,
+    ),
 ]
 Tokens = Annotated[
     str | None,

@@ -87,8 +87,8 @@ def analyze(
     Args:
         name: the analysis, such as "lens" or "stages"; `layersurgery.registry.ANALYSES` has all.
         model: a transformers causal language model, or the name of one.
-        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
-            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings or of conversations; a Hugging
+            Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         directory: where to write.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         overwrite: discard what another run has left in the directory, and measure again.
@@ -176,8 +176,8 @@ def on_any_text(
 
 _TOKENS = "        tokens: token ids, (sequences, length).\n"
 _TEXT = """\
-        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
-            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings or of conversations; a Hugging
+            Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
 """
 _DIRECTORY = """\
         directory: where to write tables, figures and a record of the run. A run that was interrupted resumes there,

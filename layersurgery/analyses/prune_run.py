@@ -61,8 +61,8 @@ def prune(
 
     Args:
         model: a transformers causal language model, a wrapper around one, or the name of one.
-        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
-            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings or of conversations; a Hugging
+            Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         remove: number of layers to remove.
         by: the criterion, see `rank`: "kl" (layers whose removal changes predictions least, measured one at a time),
             "influence" (lowest block influence, ShortGPT), or "angular" (the span of adjacent blocks with the lowest

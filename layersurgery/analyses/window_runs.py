@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.anatomy import anatomy as find_anatomy
-from ..runs.documents import read_documents
+from ..runs.documents import ReadingRecord, read_plain_texts
 from ..runs.first_token import bos_token_id
 from ..runs.run_directory import Run
 from ..runs.single_step import TablesAndFacts, run_once
@@ -64,12 +64,12 @@ def run_subjoiners(
         samples: maximum number of windows of each class.
     """
     reporter, request = session.reporter, _search_request(session, searched_tokens)
-    tokenizer = session.tokenizer
+    tokenizer, record = session.tokenizer, ReadingRecord()
 
     def find() -> _Found:
         with reporter.status(f"Searching for words of four tokens in {request.data}"):
             windows = find_word_windows(
-                read_documents(request),
+                read_plain_texts(request, tokenizer, record),
                 tokenizer,
                 tokens=request.tokens,
                 samples=samples,
@@ -96,7 +96,10 @@ def run_subjoiners(
                     progress=on_windows,
                 )
             frames = {analysis: result.heads, "attention_to_words": result.attention, "examples": result.examples}
-            return frames, {"skipped": result.skipped, "windows": facts, "summary": describe_subjoiners(result.heads)}
+            return frames, {
+                "skipped": result.skipped, "windows": facts, "read": record.facts(),
+                "summary": describe_subjoiners(result.heads),
+            }  # fmt: skip
 
         caption = f"{count} + {count} windows of {WINDOW} tokens, from {searched} of {request.data}"
         return _Found(windows, int(windows.ids.max()), {"samples": samples}, caption, make)
@@ -129,7 +132,7 @@ def run_probe(
     """
     check_class(suffix, regex)
     reporter, request = session.reporter, _search_request(session, searched_tokens)
-    tokenizer = session.tokenizer
+    tokenizer, record = session.tokenizer, ReadingRecord()
 
     def find() -> _Found:
         target = token_class(tokenizer, suffix=suffix, regex=regex)
@@ -138,7 +141,7 @@ def run_probe(
         reporter.log(f"The text of {counts} {target.description}: {examples}")
         with reporter.status(f"Searching for them in {request.data}"):
             windows = find_balanced_windows(
-                read_documents(request),
+                read_plain_texts(request, tokenizer, record),
                 tokenizer,
                 target,
                 tokens=request.tokens,
@@ -175,7 +178,10 @@ def run_probe(
                 "effects": result.effects,
             }
             summary = describe_probes(result.probes)
-            return frames, {"skipped": result.skipped, "windows": facts, "class": target.facts, "summary": summary}
+            return frames, {
+                "skipped": result.skipped, "windows": facts, "read": record.facts(), "class": target.facts,
+                "summary": summary,
+            }  # fmt: skip
 
         caption = f"next token {target.description}; {halves}, from {searched} of {request.data}"
         max_token = int(max(windows.ids.max(), windows.following.max()))
@@ -216,7 +222,8 @@ def _run(
         frames = {table: frame.assign(model=session.label) for table, frame in frames.items()}
         return frames, {**facts, "caption": found.caption}
 
-    text = {name: getattr(request, name) for name in ("data", "split", "column", "tokens", "bos", "seed")}
+    text = {name: getattr(request, name) for name in ("data", "split", "tokens", "bos", "seed")}
+    text["column"] = request.arguments()["column"]
     arguments = session.arguments(
         {
             "analysis": analysis,

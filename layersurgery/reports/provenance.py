@@ -186,6 +186,10 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
 
 
 def _text(run: FinishedRun) -> Iterator[str]:
+    read = run.fact("text", "read", default=None) or run.fact("read", default=None)
+    read = read if isinstance(read, Mapping) else {}
+    columns = read.get("columns")
+    column = ", ".join(map(str, columns)) if isinstance(columns, list) else None
     for name, words in (
         ("split", "split {}"),
         ("column", "column {}"),
@@ -193,8 +197,11 @@ def _text(run: FinishedRun) -> Iterator[str]:
         ("tokenizer", "tokenizer of {}"),
     ):
         value = run.fact("arguments", "text", name, default=None)
+        value = column or value if name == "column" else value
         if value is not None and (name != "seed" or run.fact("arguments", "text", "shuffle", default=False)):
             yield words.format(value)
+    if chats := read.get("conversations"):
+        yield f"{_grouped(chats)} conversations in the tokenizer's chat template"
     for name, yes, no in (
         ("pack", "packed", "a document a sequence"),
         ("bos", "with a first token", ""),

@@ -30,8 +30,8 @@ def compare(
         model: a causal language model, or the name of one: p.
         other: another model with the same vocabulary, or the name of one that exists here, or an edit of `model` (a
             plan, its text or a route): q.
-        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
-            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings or of conversations; a Hugging
+            Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         per_token: also return the metrics of every position.
         options: as `layersurgery.runs.options.RunOptions`: tokens, context, tokenizer, batch_size, dtype, device and

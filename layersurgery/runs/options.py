@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..plans.route import as_int
+from .text_request import DEFAULT_SPLIT
 
 if TYPE_CHECKING:
     from ..sweeps.precision import Precision
@@ -24,10 +25,11 @@ class RunOptions:
     """Set how a measurement is done: text, devices and order. The command line has the same options.
 
     Attributes:
-        data: the text: "pydoc" (Python's own help), a file, a directory of files, or a Hub dataset; see
-            `runs.text_request.TextRequest`. By default the Pile, and pydoc for the bundled model.
-        split: split of the Hub dataset.
-        column: the column that contains the text, for tables.
+        data: the text: "pydoc" (Python's own help), a file, a directory of files, a saved dataset, or a Hub dataset;
+            see `runs.text_request.TextRequest`. By default the Pile, and pydoc for the bundled model.
+        split: split of a dataset that has several, on the Hub, saved or given.
+        column: the column that contains the texts, or conversations as lists of messages, for tables. By default text,
+            or else messages, conversations or conversation.
         tokens: number of tokens, such as 4096, "100k" or "1M"; rounded up to whole sequences. By default 1M, and 4096
             for pydoc.
         context: tokens of one sequence. By default 2048 or the model's maximum, and 512 for pydoc.
@@ -60,8 +62,8 @@ class RunOptions:
     """
 
     data: str | None = None
-    split: str = "train"
-    column: str = "text"
+    split: str = DEFAULT_SPLIT
+    column: str | None = None
     tokens: str | int | None = None
     context: int | None = None
     pack: bool | None = None

@@ -15,6 +15,9 @@ import torch
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
 from ..errors import PlanError, SourceError
 from ..runtime.inputs import as_tokens
+from .chat import as_messages
+from .data_files import find_column, missing_column
+from .documents import choose_split
 from .first_token import parse_bos
 from .options import RunOptions
 from .reporter import Reporter
@@ -116,14 +119,14 @@ class GivenText:
     Attributes:
         tokens: the tokens and their mask.
         masked: whether the caller gave the mask.
-        documents: texts to tokenize.
+        documents: texts or conversations to tokenize, or a dataset whose rows hold them.
         pack: whether documents are joined if the caller does not say it.
         is_finite: whether all documents are measured if the caller does not say how many tokens.
     """
 
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
     masked: bool = False
-    documents: Iterable[str] | None = None
+    documents: Iterable[Any] | None = None
     pack: bool = False
     is_finite: bool = True
 
@@ -133,9 +136,9 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
 
     Args:
         text: token ids, (sequences, length); a tokenizer's output, with its attention mask, also of sequences that were
-            not padded; a list of strings; a Hugging Face dataset or a pandas table, of which `options.column` is read,
-            or the columns of a tokenizer; a path; "pydoc"; the id of a Hub dataset; or None for what `options.data`
-            names.
+            not padded; a list of strings or of conversations (lists of messages); a Hugging Face dataset or a pandas
+            table, of which `options.column` is read, or the columns of a tokenizer; a path; "pydoc"; the id of a Hub
+            dataset; or None for what `options.data` names.
         options: the options; `data` is replaced if the text is a path or the id of a dataset.
         attention_mask: 1 for a token and 0 for padding, for token ids.
 
@@ -144,7 +147,11 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
 
     Raises:
         PlanError: it is nothing of these.
+        SourceError: a dataset of several splits does not have `options.split`.
     """
+    has_splits = isinstance(text, Mapping) and _is_dataset(text)
+    if has_splits:
+        text = choose_split(text, options.split, "the dataset")
     if isinstance(text, np.ndarray | pd.Series) and text.dtype.kind not in "iub":
         text = list(text)
     if isinstance(text, pd.DataFrame):
@@ -164,6 +171,7 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
         return options, None
     if not isinstance(text, str | os.PathLike):
         options.refuse(["lines"], "is for text files")
+        options.refuse(["split"] if not has_splits else [], "is for a dataset of several splits")
     if isinstance(text, str | os.PathLike):
         if isinstance(text, str) and ("\n" in text or (" " in text.strip() and not Path(text).expanduser().exists())):
             raise PlanError(
@@ -171,14 +179,12 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
                 "give texts as a list of strings"
             )
         return replace(options, data=str(text)), None
-    if isinstance(text, Mapping) and _is_dataset(text):
-        raise PlanError(f"a dataset of several splits; give one of them: {', '.join(map(str, text))}")
     if _is_dataset(text):
-        return options, GivenText(
-            documents=_column(text, options.column), pack=True, is_finite=hasattr(text, "__len__")
-        )
-    if isinstance(text, Sequence) and any(isinstance(item, str) for item in text):
-        if wrong := next((item for item in text if not isinstance(item, str)), None):
+        return options, GivenText(documents=text, pack=True, is_finite=hasattr(text, "__len__"))
+    if as_messages(text) is not None:
+        return options, GivenText(documents=[text])
+    if isinstance(text, Sequence) and any(map(_is_document, text)):
+        if wrong := next((item for item in text if not _is_document(item)), None):
             raise PlanError(f"a list of texts holds {wrong!r}, which is no text")
         return options, GivenText(documents=list(text))
     if isinstance(text, torch.Tensor) or hasattr(text, "__array__") or _is_list(text):
@@ -196,7 +202,12 @@ def _is_text(text: Any) -> bool:
     """Return whether this is a text or names one, and is not token ids."""
     if text is None or isinstance(text, str | os.PathLike) or _is_dataset(text):
         return True
-    return _is_list(text) and any(isinstance(item, str) for item in text)
+    return _is_list(text) and (as_messages(text) is not None or any(map(_is_document, text)))
+
+
+def _is_document(item: Any) -> bool:
+    """Return whether this is a text or a conversation."""
+    return isinstance(item, str) or as_messages(item) is not None
 
 
 def _is_list(text: Any) -> bool:
@@ -208,22 +219,19 @@ def _is_dataset(text: Any) -> bool:
     return hasattr(text, "column_names")
 
 
-def _holds_tokens(dataset: Any, column: str) -> bool:
+def _holds_tokens(dataset: Any, column: str | None) -> bool:
     """Return whether a dataset in memory has a tokenizer's columns and not the column of text."""
     names = dataset.column_names or ()
-    return hasattr(dataset, "__len__") and "input_ids" in names and column not in names
+    return hasattr(dataset, "__len__") and "input_ids" in names and find_column(names, column) is None
 
 
-def _rows_of_table(table: pd.DataFrame, column: str) -> Any:
-    """Return the texts of a pandas table, or a tokenizer's columns."""
-    if column in table:
-        return table[column].tolist()
+def _rows_of_table(table: pd.DataFrame, column: str | None) -> Any:
+    """Return the texts or conversations of a pandas table, or a tokenizer's columns."""
+    if chosen := find_column(table, column):
+        return [item.tolist() if isinstance(item, np.ndarray) else item for item in table[chosen]]
     if "input_ids" in table:
         return {name: table[name].tolist() for name in ("input_ids", "attention_mask") if name in table}
-    raise PlanError(
-        f"the table has no column {column!r}; it has {', '.join(map(str, table))}. Name the column that contains the "
-        "text (column)"
-    )
+    raise PlanError(missing_column("the table", table, column))
 
 
 def _padded(ids: Any, own_mask: Any, mask: Any) -> tuple[Any, Any]:
@@ -247,13 +255,6 @@ def _padded(ids: Any, own_mask: Any, mask: Any) -> tuple[Any, Any]:
     masks = [[1] * len(row) for row in ids] if own_mask is None else [list(row) for row in own_mask]
     longest = max(lengths)
     return [[*row, *[0] * (longest - len(row))] for row in ids], [[*row, *[0] * (longest - len(row))] for row in masks]
-
-
-def _column(dataset: Any, column: str) -> Iterable[str]:
-    """Yield the texts of a column of a dataset."""
-    from .documents import column_texts
-
-    return column_texts(dataset, column, "the dataset")
 
 
 def text_request(model: Any, options: RunOptions, positions: int | None, given: GivenText | None = None) -> TextRequest:

@@ -18,6 +18,7 @@ class TextFacts(TypedDict):
     sequences: int
     length: int
     notes: tuple[str, ...] | list[str]
+    read: dict[str, Any]  # what it was made from: files, columns, numbers of documents, the chat template
 
 
 class ScheduleFacts(TypedDict):
@@ -65,6 +66,7 @@ RunRecord = TypedDict(
         "machine": dict[str, Any],
         # From the end of an analysis of windows.
         "windows": dict[str, int],
+        "read": dict[str, Any],  # the searched text, as `TextFacts.read`
         "class": dict[str, Any],
         "caption": str,
         "summary": str,

@@ -339,7 +339,7 @@ class _Work:
             },
             "text": {
                 "fingerprint": text.fingerprint, "tokens": text.tokens, "sequences": sequences, "length": length,
-                "notes": text.notes,
+                "notes": text.notes, "read": text.read,
             },
             "schedule": {
                 "order": measurer.schedule.name,

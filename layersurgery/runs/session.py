@@ -282,7 +282,10 @@ class ModelSession:
             )
         at_most = "" if request.pack else "up to "
         bos = f", each after {tokenizer.bos_token}" if request.bos else ""
-        reporter.log(f"{text.tokens:,} tokens in {sequences} sequence{'s'[: sequences != 1]} of {at_most}{length}{bos}")
+        chats = text.read.get("conversations", 0)
+        chat = f"; {chats:,} conversation{'s'[: chats != 1]} in the tokenizer's chat template" if chats else ""
+        count = f"{sequences} sequence{'s'[: sequences != 1]}"
+        reporter.log(f"{text.tokens:,} tokens in {count} of {at_most}{length}{bos}{chat}")
         for note in text.notes:
             reporter.note(note)
         return text

@@ -103,8 +103,8 @@ def sweep(
         model: a transformers causal language model, a wrapper around one, or the name of one.
         edits: the edits to measure: families of edits ("swap,drop"; see `layersurgery.plans.families.FAMILIES`), a
             plan, its text, a route, a list of these, or a dictionary of plans by name.
-        text: token ids, (sequences, length); a tokenizer's output; a list of strings; a Hugging Face dataset; a path;
-            "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
+        text: token ids, (sequences, length); a tokenizer's output; a list of strings or of conversations; a Hugging
+            Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         layers: for families: measure only the edits that change no blocks except these; a range, adjacent numbers, or
             "4:20".

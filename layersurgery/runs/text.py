@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..errors import MeasurementError, PlanError
-from .documents import read_documents
+from .documents import ReadingRecord, read_documents
 from .first_token import adds_bos, bos_token_id, uses_bos
 from .text_request import ALL, TextRequest
 
@@ -32,12 +32,14 @@ class TokenizedText:
         mask: 1 for a token and 0 for padding, the same shape.
         fingerprint: hash of the ids and the mask.
         notes: messages about differences from the request.
+        read: what the tokens were made from, for `run.json`.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     fingerprint: str
     notes: tuple[str, ...] = ()
+    read: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -56,7 +58,8 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
         The tokens, padded on the right to one length.
 
     Raises:
-        SourceError: the data does not exist, cannot be read, is not text, or has no such column.
+        SourceError: the data does not exist, cannot be read, is not text, or has no such column; or the tokenizer has
+            no chat template for a conversation.
         MeasurementError: the data contains no text of at least two tokens.
         PlanError: the context is too short, or the tokenizer has no beginning-of-text token.
     """
@@ -66,12 +69,13 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     context = min(request.context, max(2, request.tokens))
     notes = []
     cut: list[int] = []
+    record = ReadingRecord()
     if request.pack and tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-text token, so documents are joined without one")
     source = (
-        _pack_documents(request, context, tokenizer)
+        _pack_documents(request, context, tokenizer, record)
         if request.pack
-        else _read_separately(request, context, tokenizer, cut)
+        else _read_separately(request, context, tokenizer, record, cut)
     )
     needed = context * -(-request.tokens // context) if request.pack else request.tokens
     sequences = _take_tokens(source, needed * (_POOL if request.shuffled and not request.from_hub else 1))
@@ -81,6 +85,7 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
         sequences = _take_tokens(random.Random(request.seed).sample(sequences, len(sequences)), needed)
     if not sequences:
         raise MeasurementError(f"{request.data} contains no text of at least two tokens")
+    notes += record.all_notes()
     total = sum(map(len, sequences))
     if cut:
         notes.append(f"documents longer than {context} tokens (context), which were cut: {len(cut)}")
@@ -90,7 +95,7 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     # Pad with 0, not with the tokenizer's padding token, which the model may not have. Padding is masked.
     ids = torch.tensor([[*sequence, *[0] * (length - len(sequence))] for sequence in sequences])
     mask = torch.tensor([[1] * len(sequence) + [0] * (length - len(sequence)) for sequence in sequences])
-    return TokenizedText(ids, mask, fingerprint_of(ids, mask), tuple(notes))
+    return TokenizedText(ids, mask, fingerprint_of(ids, mask), tuple(notes), record.facts())
 
 
 def _take_tokens(source: Iterable[list[int]], tokens: int) -> list[list[int]]:
@@ -113,36 +118,54 @@ def fingerprint_of(ids: torch.Tensor, mask: torch.Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def _pack_documents(request: TextRequest, length: int, tokenizer: Any) -> Iterator[list[int]]:
+def _pack_documents(request: TextRequest, length: int, tokenizer: Any, record: ReadingRecord) -> Iterator[list[int]]:
     """Join documents with the end-of-text token and cut them into contexts. The last context may be shorter."""
     prefix = [bos_token_id(tokenizer)] if request.bos else []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    step = length - len(prefix)
     remaining: list[int] = []
-    for document in read_documents(request):
-        for piece in pieces(document):
+    has_chat = False
+
+    def cut(*, is_last: bool = False) -> Iterator[list[int]]:
+        start = 0
+        while start < len(remaining):
+            # A chat template writes the first token by itself; it is not put before another one.
+            first = [] if has_chat and remaining[start : start + 1] == prefix else prefix
+            stop = start + length - len(first)
+            if stop > len(remaining) and not is_last:
+                break
+            yield [*first, *remaining[start:stop]]
+            start = stop
+        del remaining[:start]
+
+    for document in read_documents(request, tokenizer, record):
+        has_chat = has_chat or document.is_chat
+        for piece in pieces(document.text):
             remaining += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            complete = len(remaining) // step * step
-            yield from ([*prefix, *remaining[start : start + step]] for start in range(0, complete, step))
-            remaining = remaining[complete:]
-        remaining += separator
-    if remaining:
-        yield [*prefix, *remaining[:step]]
+            yield from cut()
+        # The templates of many chat models end with the end-of-text token, and white space.
+        if not (document.is_chat and separator and document.text.rstrip().endswith(tokenizer.eos_token)):
+            remaining += separator
+    yield from cut(is_last=True)
 
 
-def _read_separately(request: TextRequest, length: int, tokenizer: Any, cut: list[int]) -> Iterator[list[int]]:
-    """Yield each document with the special tokens that its tokenizer adds, cut off at `length`.
+def _read_separately(
+    request: TextRequest, length: int, tokenizer: Any, record: ReadingRecord, cut: list[int]
+) -> Iterator[list[int]]:
+    """Yield each document with the special tokens that its tokenizer or its chat template adds, cut off at `length`.
 
     Add the length of each that was cut to `cut`.
     """
     strips_bos = not request.bos and adds_bos(tokenizer)
-    for document in read_documents(request):
-        ids: list[int] = tokenizer(document[: 32 * length], verbose=False)["input_ids"]
+    for document in read_documents(request, tokenizer, record):
+        text = document.text
+        ids: list[int] = tokenizer(text[: 32 * length], add_special_tokens=not document.is_chat, verbose=False)[
+            "input_ids"
+        ]
         if request.bos and ids[:1] != [bos_token_id(tokenizer)]:
             ids = [bos_token_id(tokenizer), *ids]
-        elif strips_bos:
+        elif strips_bos and not document.is_chat:
             ids = ids[1:]
-        if len(ids) > length or len(document) > 32 * length:
+        if len(ids) > length or len(text) > 32 * length:
             cut.append(len(ids))
         yield ids[:length]
 

@@ -12,6 +12,7 @@ from ..errors import PlanError
 
 PYDOC = "pydoc"
 PILE = "EleutherAI/the_pile_deduplicated"
+DEFAULT_SPLIT = "train"
 ALL = 1 << 40
 """A number of tokens that stands for all there are."""
 
@@ -21,12 +22,14 @@ class TextRequest:
     """Request for text.
 
     Attributes:
-        data: "pydoc", a file (.txt or .jsonl, also compressed as .zst or .gz, or .parquet), a directory of such files,
-            or the id of a Hub dataset ("id:configuration" if it has several configurations).
+        data: "pydoc", a file (.txt, .jsonl, .json, .csv or .tsv, also compressed as .zst or .gz, or .parquet), a
+            directory of such files, a directory that datasets' `save_to_disk` wrote, or the id of a Hub dataset
+            ("id:configuration" if it has several configurations).
         tokens: number of tokens; rounded up to whole contexts.
         context: largest number of tokens of one sequence.
-        split: split of the Hub dataset.
-        column: the column that contains the text, for tables.
+        split: split of a Hub dataset or of a saved dataset of several splits.
+        column: the column that contains the texts or the conversations, for tables; None for text, or else messages,
+            conversations or conversation.
         pack: join documents with the end-of-text token and cut them into contexts; otherwise each document is one
             sequence.
         bos: begin each sequence with the tokenizer's beginning-of-text token; None does what the tokenizer does.
@@ -34,30 +37,37 @@ class TextRequest:
             text.
         seed: seed for shuffling.
         lines: each line of a text file is one document.
-        documents: texts that were given from Python; `data` is then a name for them.
+        documents: texts, conversations or the rows of a dataset that were given from Python; `data` is then a name for
+            them.
     """
 
     data: str
     tokens: int
     context: int
-    split: str = "train"
-    column: str = "text"
+    split: str = DEFAULT_SPLIT
+    column: str | None = None
     pack: bool = True
     bos: bool | None = None
     shuffle: bool | None = None
     seed: int = 0
     lines: bool = False
-    documents: Iterable[str] | None = field(default=None, compare=False, repr=False)
+    documents: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def from_hub(self) -> bool:
         """Return whether the text comes from the Hub."""
-        if self.documents is not None:
-            return False
+        return self.documents is None and self.data != PYDOC and self.path is None
+
+    @property
+    def path(self) -> Path | None:
+        """Return the file or directory that `data` names; None if it names none."""
+        if self.documents is not None or self.data == PYDOC:
+            return None
         try:
-            return self.data != PYDOC and not Path(self.data).expanduser().exists()
+            path = Path(self.data).expanduser()
+            return path if path.exists() else None
         except (OSError, RuntimeError):  # the name is too long, or "~user" names no user
-            return True
+            return None
 
     @property
     def shuffled(self) -> bool:
@@ -67,7 +77,7 @@ class TextRequest:
     def arguments(self) -> dict[str, Any]:
         """Return what the tokens depend on, as `run.json` records it."""
         names = ("data", "tokens", "context", "split", "column", "pack", "bos")
-        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names} | {"column": self.column or "text"}
         if self.tokens >= ALL:
             arguments["tokens"] = "all"
         arguments |= {"shuffle": self.shuffled, "seed": self.seed}

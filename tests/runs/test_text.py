@@ -198,19 +198,24 @@ def test_what_is_no_number(text: str) -> None:
 def test_wrong_columns(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(
         SourceError,
-        match=r"some.jsonl has no column 'body'; it has text, meta. Name the column that contains the text \(column\)",
+        match="some.jsonl, row 1 has no column 'body'; it has text, meta. Name the column that contains the text or",
     ):
         read(jsonl, column="body")
-    with pytest.raises(SourceError, match="the column 'meta' of .* contains dict, not text"):
+    with pytest.raises(
+        SourceError, match="row 1, column 'meta': found an object with s, not text or a list of messages"
+    ):
         read(jsonl, column="meta")
 
 
 def test_what_is_no_text(tmp_path: Path) -> None:
     cases: dict[str, tuple[bytes, str]] = {
         "bad.txt": (b"ok\n\xff\xfe\x00", "bad.txt is not UTF-8 text"),
-        "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "cannot read .*bad.jsonl as json"),
+        "bad.jsonl": (
+            b'{"text": "a"}\n{"text": \n',
+            r"bad.jsonl, row 2 is not JSON \(Expecting value.*found {\"text\":",
+        ),
         "bad.parquet": (b"PAR1 not really", "cannot read .*bad.parquet as parquet"),
-        "bad.jsonl.zst": (b"not packed", "cannot read .*bad.jsonl.zst as json"),
+        "bad.jsonl.zst": (b"not packed", "cannot read .*bad.jsonl.zst as jsonl"),
         "empty.jsonl": (b"", "(contains no text|cannot read)"),
         "blank.jsonl": (b'{"text": "  "}\n{"text": null}\n', "contains no text of at least two tokens"),
     }
@@ -226,7 +231,7 @@ def test_what_is_no_text(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").touch()
     cases: dict[Path | str, str] = {
-        tmp_path / "a.pdf": "a.pdf has a format that is not supported: give .txt, .jsonl, .parquet",
+        tmp_path / "a.pdf": "a.pdf has a format that is not supported: give .txt, .jsonl, .json, .csv, .tsv, .parquet",
         tmp_path / "gone.txt": "gone.txt does not exist on this machine and is not a Hub dataset",
         "gone.jsonl": "gone.jsonl does not exist on this machine",
         "not a name": "not a name does not exist on this machine",
