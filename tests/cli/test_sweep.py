@@ -189,7 +189,7 @@ def test_what_cannot_be_done_is_said_before_the_model_is_loaded(
 def test_a_column_that_is_not_there(small: list[Any], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n')
     found = run(*small, "--data", tmp_path / "a.jsonl")
-    assert (found.exit_code, "has no column 'text'; it has body" in " ".join(found.stderr.split())) == (1, True)
+    assert (found.exit_code, "or 'conversation'; it has body" in " ".join(found.stderr.split())) == (1, True)
     found = run(*small, "--data", tmp_path / "a.jsonl", "--column", "body")
     assert found.exit_code == 0
     assert "the text is too short: it has 10 tokens of the 120 requested" in found.stderr
