@@ -1,4 +1,4 @@
-"""Draw sweeps. Bands are one standard error over sequences to each side."""
+"""Draw sweeps. Bands are the confidence intervals of the table."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ def _has_positive(sweeps: Sequence[Sweep], kind: str, metric: Column) -> bool:
 
 def _line(axis: Axes, rows: pd.DataFrame, metric: Column, index: int, label: str) -> None:
     x = rows.relative_depth.to_numpy(float)
-    y, error = (metric.factor * rows[name].to_numpy(float) for name in (metric.name, f"{metric.name}_sem"))
+    names = (metric.name, f"{metric.name}_low", f"{metric.name}_high")
+    y, low, high = (metric.factor * rows[name].to_numpy(float) for name in names)
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-    low = y - error
     if metric.log:
         y = np.where(y > 0, y, np.nan)  # a logarithmic axis cannot show zero
         low = np.maximum(low, y / 100)
-    axis.fill_between(x, low, y + error, color=color, alpha=0.2, linewidth=0)
+    axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, y, color=color, marker=marker, label=label)
 
 
@@ -159,8 +159,10 @@ def plans(sweep: Sweep) -> Figure:
         names = [name if len(name) < 44 else f"{name[:40]} ..." for name in rows.name]
         positions = np.arange(len(rows))
         for axis, metric, color in ((left, _KL, COLORS[0]), (right, _AGREEMENT, COLORS[1])):
-            values, errors = (metric.factor * rows[name] for name in (metric.name, f"{metric.name}_sem"))
-            axis.barh(positions, values, xerr=errors, color=color, ecolor="#444444")
+            parts = (metric.name, f"{metric.name}_low", f"{metric.name}_high")
+            values, low, high = (metric.factor * rows[name].to_numpy(float) for name in parts)
+            ends = np.maximum([values - low, high - values], 0)
+            axis.barh(positions, values, xerr=ends, color=color, ecolor="#444444")
             axis.set_xlabel(metric.axis)
             axis.grid(visible=False, axis="y")
         left.set_yticks(positions, names)

@@ -15,6 +15,7 @@ from .text_format import format_with_error, is_number, plain, rounded
 
 _FEW = ("none", *(family.name for family in FAMILIES.values() if family.per_layer and not family.takes_number))
 _LONG = 40
+_YES_NO = {True: "yes", False: "no"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ def format_table(title: str, frame: pd.DataFrame, name: str = "") -> Table:
     """
     frame = frame.set_axis([str(key) for key in frame.columns], axis=1)
     errors = {key for key in frame if key.endswith("_sem") and key.removesuffix("_sem") in frame}
+    # A metric's interval is as wide as a few of its errors; the files have it.
+    errors |= {f"{metric.name}{end}" for metric in METRICS for end in ("_low", "_high")} | {"interval"}
     kept = [key for key in frame if key not in errors and not (key == "model" and frame.model.nunique() < 2)]
     entries = [column(key, name) for key in kept]
     numeric = [_numeric(frame[key]) for key in kept]
@@ -119,6 +122,9 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
     columns = [Column(title, numeric=False) for title in texts.values()]
     columns += [Column("Layer")]
     columns += [Column(f"{metric.label[0].upper()}{metric.label[1:]}", metric.unit) for metric in metrics]
+    stopped = any("precise" in frame for frame in frames)
+    if stopped:
+        columns += [Column("Tokens"), Column("As precise as asked", numeric=False)]
     columns += [Column("Blocks in order", numeric=False)]
     rows, notes = [], []
     for run, label in zip(runs, labels(runs), strict=True):
@@ -135,6 +141,8 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
             cells = [Cell(label if name == "model" else rounded(row[name])) for name in texts]
             cells += [_cell(row["layer"], None)]
             cells += [_cell(row[one.name], row.get(f"{one.name}_sem"), one.factor) for one in metrics]
+            if stopped:
+                cells += [_cell(row["tokens"], None), Cell(_YES_NO.get(row.get("precise"), ""))]
             rows.append([*cells, Cell(rounded(row["route"]))])
     return Table("routes", columns, rows, notes)
 
