@@ -28,10 +28,11 @@ def show_estimate(model: str, edits: Any, layers: str | None, options: RunOption
     source = info.source
     result, placement = estimate_run(model, info, variants(edits, info.depth, layers), options, console)
     value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtype, "peak": result.peak}
-    console.result(value, *_lines(source.label, placement.dtype, result))
+    at_most = "" if options.precision is None else f"; at most, since an edit stops at {options.precision}"
+    console.result(value, *_lines(source.label, placement.dtype, result, at_most))
 
 
-def _lines(label: str, dtype: str, cost: Estimate) -> list[str | Table]:
+def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | Table]:
     memory = cost.memory
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading, align_right in (("memory", False), ("where", False), ("", True)):
@@ -60,7 +61,7 @@ def _lines(label: str, dtype: str, cost: Estimate) -> list[str | Table]:
         table,
         f"{cost.batches:,} batch{plural} of {cost.sequences} sequence{'s'[: cost.sequences != 1]}, "
         f"{cost.block_calls:,} block calls and {cost.readouts} readouts each{traffic}",
-        f"Arithmetic: {flops(cost.flops)}",
+        f"Arithmetic: {flops(cost.flops)}{at_most}",
     ]
 
 

@@ -149,7 +149,11 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _drawn(frame: pd.DataFrame, column: str) -> bool:
-    if column in _NO_CURVES or column.endswith(("_sem", "_low", "_high")) or not pd.api.types.is_numeric_dtype(frame[column]):
+    if (
+        column in _NO_CURVES
+        or column.endswith(("_sem", "_low", "_high"))
+        or not pd.api.types.is_numeric_dtype(frame[column])
+    ):
         return False
     return not pd.api.types.is_bool_dtype(frame[column]) and bool(frame[column].notna().any())
 

@@ -155,6 +155,10 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     text = fact("arguments", "text", "data")
     yield "Text", ", ".join(filter(None, [str(text), *_text(run)]))
     yield "Tokens", _tokens(run)
+    until = fact("until")
+    if isinstance(until, Mapping) and "targets" in until:
+        yield "Until", f"{until['targets']}, each with {until.get('confidence')} confidence"
+    yield "Predictions read at", _if(fact("arguments", "read"), "{}")
     notes = fact("text", "notes")
     yield "Notes on the text", "; ".join(map(str, notes)) if isinstance(notes, list) else str(notes)
     dtype = fact("model", "dtype") or fact("arguments", "dtype")

@@ -75,5 +75,6 @@ def estimate_run(
         batch_size=options.batch_size,
         order=options.schedule,
         blocks=options.blocks,
+        read=options.read_positions,
     )
     return cost, placement

@@ -81,7 +81,8 @@ class Run:
             _remove_files(self.directory, old_results)
             self.facts.pop("replaced", None)
         if self.facts.get("until") != self.until or self.facts.get("state") == "finished":
-            self.update({"state": "begun", "until": self.until})
+            command: RunRecord = {"command": self.command} if self.command else {}
+            self.update({"state": "begun", "until": self.until, **command})
 
     def clear_progress(self) -> None:
         """Remove the files that a finished run does not need; batches are kept if more text could be measured."""

@@ -17,6 +17,7 @@ from ..plans.route import Route
 from ..plans.variants import Variant
 from ..runtime.device_map import DeviceMap, MaxMemory
 from .memory import MemoryModel, MemoryUse, suggest_batch_size
+from .read_positions import ReadPositions
 from .schedule import LAYER_MAJOR, Schedule, layer_major, schedule
 from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, place_weights
 
@@ -85,6 +86,7 @@ def estimate(
     batch_size: int | None = None,
     order: str | None = None,
     blocks: str | None = None,
+    read: ReadPositions | None = None,
 ) -> Estimate:
     """Estimate the cost of measuring edited models on text.
 
@@ -100,6 +102,7 @@ def estimate(
         batch_size: number of sequences in a batch; by default chosen from the memory that is free on this machine now.
         order: order of the schedule, as for `sweep`.
         blocks: path of the list of blocks, if it cannot be found automatically.
+        read: the positions at which predictions are read; None for all.
 
     Returns:
         The estimated cost.
@@ -118,6 +121,9 @@ def estimate(
     sequences = math.ceil(tokens / context)
     size = min(sequences, batch_size or suggest_batch_size(needs, plan, context, placement.compute_device))
     readouts = len(routes) + 1
+    readout_flops = (
+        2.0 * needs.width * needs.vocabulary * (1 if read is None else read.number(context - 1) / (context - 1))
+    )
     block_flops = _flops_per_token(config, list(block_list.blocks), needs.width, context)
     return Estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -135,7 +141,7 @@ def estimate(
         batches=math.ceil(sequences / size),
         block_calls=plan.calls,
         readouts=readouts,
-        flops=sequences * context * (plan.calls * block_flops + readouts * 2.0 * needs.width * needs.vocabulary),
+        flops=sequences * context * (plan.calls * block_flops + readouts * readout_flops),
     )
 
 

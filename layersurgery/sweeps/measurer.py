@@ -113,9 +113,6 @@ class Measurer:
         assert self.observer is None or all(visit.whole for route in self.routes for visit in route), (
             "a skip runs on a view of the block, which is not observed"
         )
-        # Routes that the observer needs. They are run, but their logits are not read.
-        observed = () if self.observer is None else self.observer.routes
-        self._run_only = [route for route in observed if route not in self.routes]
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order, self.routes)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
@@ -148,11 +145,14 @@ class Measurer:
         return self._active.schedule.calls
 
     def _make_schedule(self, order: str | None, routes: Sequence[Route]) -> Schedule:
-        if (order or (LAYER_MAJOR if any(self._offloaded_bytes) or self._run_only else DEPTH_FIRST)) == DEPTH_FIRST:
-            return schedule(routes, self.runner.depth, self._run_only)
+        # Routes that the observer needs are run, but their logits are not read.
+        observed = () if self.observer is None else self.observer.routes
+        run_only = [route for route in observed if route not in routes]
+        if (order or (LAYER_MAJOR if any(self._offloaded_bytes) or run_only else DEPTH_FIRST)) == DEPTH_FIRST:
+            return schedule(routes, self.runner.depth, run_only)
         fitting = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._offloaded_bytes)
-        max_resident = max(2 if self._run_only else 1, min(fitting, self.runner.depth))
-        return layer_major(routes, self.runner.depth, max_resident, self._run_only)
+        max_resident = max(2 if run_only else 1, min(fitting, self.runner.depth))
+        return layer_major(routes, self.runner.depth, max_resident, run_only)
 
     @property
     def bytes_to_read(self) -> int:
@@ -285,7 +285,7 @@ class Measurer:
         if sequences == 1:
             another_order = (
                 ", the schedule depth-first, which keeps fewer streams in memory"
-                if self._active.schedule.during_trunk and not self._run_only
+                if self._active.schedule.during_trunk and (self.observer is None or not self.observer.routes)
                 else ""
             )
             raise MeasurementError(

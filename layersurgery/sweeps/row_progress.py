@@ -1,8 +1,9 @@
 """Keep which batches every row of a result has been measured on, and say what to measure next.
 
-Without a rule, every row needs every batch. With one, the rule is asked after each batch which rows need no more text;
-they leave the schedule. What it answers depends on the sums of the batches up to there alone: neither on the number of
-processes nor on interruptions. A batch that was measured on a row after it left is not used.
+Without a rule, every row needs every batch. With one, the rule is asked which rows need no more text, after each of the
+first twenty batches and then whenever there is a twentieth more; these rows leave the schedule. What it answers depends
+on the sums of the batches up to there alone: neither on the number of processes nor on interruptions. A batch that was
+measured on a row after it left is not used.
 """
 
 from __future__ import annotations
@@ -59,9 +60,8 @@ class RowProgress:
         self.rows, self.batches, self.rule = rows, batches, rule
         self.results: dict[int, BatchResult] = dict(results or {})
         self.finished: dict[int, int] = {}
-        self._looks = 0  # the rule was asked after each of the first so many batches
-        self._values: list[Array] = []
-        self._counts: list[Array] = []
+        self._complete = 0  # so many batches from the first are measured on every row that needs them
+        self._next_look = 1
         self._ask()
 
     def add(self, batch: int, result: BatchResult) -> None:
@@ -75,24 +75,25 @@ class RowProgress:
         return [row for row in range(1, self.rows) if row not in self.finished]
 
     def _ask(self) -> None:
-        """Ask the rule after each batch that is complete."""
-        while self.rule is not None and (active := self.active) and self._looks in self.results:
-            result = self.results[self._looks]
-            if not all(map(result.has, active)):
+        """Ask the rule after every batch at which it is to be asked, as far as batches are complete."""
+        while self.rule is not None and (active := self.active) and self._complete in self.results:
+            if not all(map(self.results[self._complete].has, active)):
                 return
-            counts = np.array(result.counts, float)
-            self._values.append(result.values[counts > 0])
-            self._counts.append(counts[counts > 0])
-            self._looks += 1
-            values, all_counts = np.concatenate(self._values), np.concatenate(self._counts)
-            for row in sorted(self.rule.finished(values, all_counts, active)):
-                self.finished[row] = self._looks
+            self._complete += 1
+            if self._complete < min(self._next_look, self.batches):
+                continue
+            self._next_look = self._complete + max(1, self._complete // 20)
+            results = [self.results[batch] for batch in range(self._complete)]
+            counts = np.concatenate([np.array(result.counts, float) for result in results])
+            values = np.concatenate([result.values for result in results])
+            for row in sorted(self.rule.finished(values[counts > 0], counts[counts > 0], active)):
+                self.finished[row] = self._complete
 
     def next(self, most: int) -> list[BatchRows]:
         """Return the batches to measure next, `most` of them or fewer, each with its rows; empty at the end."""
         work: list[BatchRows] = []
         active = self.active
-        for batch in range(self._looks, self.batches if active or self.rule is None else 0):
+        for batch in range(self._complete, self.batches if active or self.rule is None else 0):
             known = self.results.get(batch)
             missing = active if known is None else [row for row in active if not known.has(row)]
             if known is None and self.rule is None:
@@ -107,7 +108,7 @@ class RowProgress:
         """Return the sums of all sequences that a row uses, in the order of the sequences."""
         if self.rule is None:
             return SequenceSums.of(self.results.values())
-        used = np.array([0, *(self.finished.get(row, self._looks) for row in range(1, self.rows))])
+        used = np.array([0, *(self.finished.get(row, self._complete) for row in range(1, self.rows))])
         used[0] = used.max()
         batches = range(used[0])
         return SequenceSums.of([self.results[batch] for batch in batches], [batch < used for batch in batches])
