@@ -228,6 +228,24 @@ def paper_costs() -> None:
 
 
 @app.command()
+def stopping(
+    directory: Annotated[Path, typer.Argument(help="A finished sweep of swap and drop that measured all of its text.")],
+    until: Annotated[str, typer.Option("--until", help="Precision, as for sweep.")] = "agreement=1pt,kl=10%",
+    lowest: Annotated[int, typer.Option("--lowest", min=1, help="Layers that a race searches.")] = 6,
+    orders: Annotated[int, typer.Option("--orders", min=1, help="Random texts for coverage.")] = 1000,
+    quick: Annotated[bool, typer.Option("--quick", help="Ten texts, to test the benchmark itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Simulate sweeps that stop when they are sure: coverage, block calls saved, and races."""
+    from .stopping import measure
+
+    name = "stopping-quick" if quick else "stopping"
+    rows = measure(directory, until, lowest, 10 if quick else orders, as_json=as_json, name=name)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
+@app.command()
 def plot(
     model: Annotated[str, typer.Option("--model", help="Model of the sweep to plot.")] = "smollm2-135m",
 ) -> None:

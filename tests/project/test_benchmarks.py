@@ -14,8 +14,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from benchmarks import gpu, plot_results, readout, readout_variants, sweep, timing
+import layersurgery as ls
+from benchmarks import gpu, plot_results, readout, readout_variants, stopping, sweep, timing
 from benchmarks.peers import common
+from layersurgery.metrics.reference import METRICS
+from tests.support.zoo import tiny_model, tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -235,3 +238,27 @@ def test_all_of_them_run_in_five_minutes() -> None:
     for way in ("layersurgery --compile", "TransformerLens 3", "nnsight 0.8", "mergekit"):
         assert way in run.stdout
     assert "wrong result" not in run.stdout
+
+
+def test_a_sweep_that_stops_is_simulated_from_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    model = tiny_model("llama")
+    ls.sweep(model, "swap,drop", tokens(40, 32), directory=tmp_path / "sweep")
+    rows = stopping.measure(tmp_path / "sweep", "agreement=5pt,kl=25%", 2, 100, name="stopping-quick")
+    shares = {row["what"]: row["share"] for row in rows if row["part"] == "coverage"}
+    assert len(shares) == 4
+    assert all(share >= 0.95 for what, share in shares.items() if "every stopping time" in what)
+    saving, race = rows[-2:]
+    assert saving["ratio"] > 30
+    assert saving["spearman"] > 0.8
+    assert race["ratio"] >= 1
+    assert race["share"] >= 0.8
+    assert (tmp_path / "stopping-quick.csv").exists()
+
+
+def test_the_kept_sums_are_those_of_the_sweep(tmp_path: Path) -> None:
+    frame = ls.sweep(tiny_model("llama"), "drop", tokens(6, 10), directory=tmp_path / "sweep")
+    kept = stopping.KeptSums.read(tmp_path / "sweep")
+    assert kept.context == 10
+    for index, metric in enumerate(METRICS):
+        assert kept.means()[:, index] == pytest.approx(frame[metric].to_numpy(float))
