@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
+from ..models.block_dependencies import blocks_read_by
 from ..models.block_list import BlockList, find_block_list
 from ..models.block_parts import BlockParts, find_block_parts
 from ..models.block_probe import record_block
@@ -133,7 +134,8 @@ def _build_probe_model(
 ) -> tuple[Any, int]:
     """Build a model with only one block, random weights and a small vocabulary, but the source's classes and widths.
 
-    If the config cannot describe this block alone, the blocks before it stay, or all blocks.
+    Blocks that it reads keys or selected tokens of stay. If the config cannot describe these alone, all blocks before
+    it stay, or all blocks.
 
     Returns:
         The model, and the position of the block in it.
@@ -145,7 +147,11 @@ def _build_probe_model(
     fields |= {"vocab_size": _TINY_VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     decoder = find_section(fields, section.depth_fields[0])
     reason = "its config cannot describe this block alone"
-    for route in (Route([block]), Route(range(block + 1)), Route.identity(section.depth)):
+    for route in (
+        Route([*blocks_read_by(block, fields), block]),
+        Route(range(block + 1)),
+        Route.identity(section.depth),
+    ):
         try:
             smaller = load_hf_config(write_derived_fields(fields, rewrite(fields, decoder, route), decoder, route))
         except UnsupportedEditError as error:

@@ -82,6 +82,8 @@ INDEX_LISTS = frozenset(
         "rope_scaling_layers",
     ]
 )
+# For each layer, the number of the layer whose keys it uses.
+SOURCE_LISTS = frozenset(("kv_source_layers",))
 # Lists of layer numbers that begin at 1 (Kimi-Linear).
 ONE_BASED_LISTS = frozenset(("full_attn_layers", "kda_layers"))
 # Cycles of layer kinds, repeated over the depth.

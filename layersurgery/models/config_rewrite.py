@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UnsupportedEditError
 from ..plans.route import Route
+from .block_dependencies import rewrite_sources
 from .config_fields import (
     CYCLES,
     DEPTH_FIELDS,
@@ -26,6 +27,7 @@ from .config_fields import (
     POSITIONAL_ONLY,
     POSITIONAL_WITH_LIST,
     PREFIX_COUNTS,
+    SOURCE_LISTS,
     SUFFIX_COUNTS,
     DecoderSection,
     Json,
@@ -100,6 +102,8 @@ def _rewrite_value(key: str, value: Any, depth: int, route: Route) -> Any:
             kinds = [value[block % len(value)] for block in range(depth)]
             new = [kinds[block] for block in order]
             return value if all(kind == value[position % len(value)] for position, kind in enumerate(new)) else new
+        if key in SOURCE_LISTS and len(value) == depth:
+            return rewrite_sources(value, order)
         first = int(key in ONE_BASED_LISTS)
         if first or key in INDEX_LISTS or value == list(range(depth)):
             if not _are_layer_numbers(value, first, depth):

@@ -38,6 +38,9 @@ _MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled",
 # Attributes with which a block stores what other blocks read, and the attribute of the blocks that read it. Where no
 # block does, they change no output (Gemma 4).
 _STORED_FOR = {"store_full_length_kv": "is_kv_shared_layer"}
+# Attributes with which a block writes what another reads. A block may write what no block of the edited model reads:
+# no route is accepted on which a block would read it (`block_dependencies`).
+_WRITES = frozenset(("store_full_length_kv", "next_skip_topk"))
 Modules = Mapping[str, nn.Module]
 
 
@@ -142,6 +145,7 @@ class ReloadCheck:
                 elif not (
                     (source_module, name) in self.transient
                     or self._is_unread(name)
+                    or (name in _WRITES and source_values[name] is True and edited_values[name] is False)
                     # resize_token_embeddings leaves this copy; the rows of the embedding itself are compared.
                     or (self.live and name == "vocab_size")
                     or _is_equal(source_values[name], edited_values[name])

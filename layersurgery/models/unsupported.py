@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UnsupportedEditError
 from ..plans.route import Route
+from .block_dependencies import DEPENDENCY_FIELDS, refuse_other_sources
 
 _ALWAYS = {
     "hrm_text": "runs its blocks in nested cycles and not one after another",
@@ -22,13 +23,11 @@ _ALWAYS = {
     "zamba": "shares one block's weights among several positions",
     "zamba2": "shares one block's weights among several positions",
 }
-# In these, a "shared" layer attends to the tokens selected by the last full layer before it.
-_INDEXED = frozenset(("glm_moe_dsa", "glm5_next_text", "hy_v4", "mistral_large4_text"))
 
 
 def refusal_fields(config: Any) -> dict[str, Any]:
     """Return the fields of a config object that the refusals depend on."""
-    names = ("model_type", "hidden_size_per_layer_input", "rescale_every", "indexer_types")
+    names = ("model_type", "hidden_size_per_layer_input", "rescale_every", *DEPENDENCY_FIELDS)
     return {name: getattr(config, name, None) for name in names}
 
 
@@ -73,29 +72,4 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
         raise UnsupportedEditError(
             "rwkv: block 0 holds the norm of the embedding and works only at position 0; keep it there, once"
         )
-    _refuse_indexers(fields, route)
-
-
-def _refuse_indexers(fields: dict[str, Any], route: Route) -> None:
-    """Refuse a route that separates a layer from the layer that selects the tokens for its attention."""
-    kinds = fields.get("indexer_types")
-    if kinds is None and fields.get("model_type") in _INDEXED:
-        raise UnsupportedEditError(
-            f"{fields['model_type']}: add indexer_types to config.json, one for each layer, so that the edit can "
-            "follow it"
-        )
-    if not kinds or "shared" not in kinds:
-        return
-    sources: list[int | None] = []
-    for block, kind in enumerate(kinds):
-        sources.append(block if kind != "shared" else sources[-1] if sources else None)
-    selecting_block: int | None = None
-    for visit in route:
-        if visit.block >= len(kinds) or kinds[visit.block] != "shared":
-            selecting_block = visit.block if visit.attention else None
-        elif visit.attention and selecting_block != sources[visit.block]:
-            raise UnsupportedEditError(
-                f"{fields.get('model_type')}: block {visit.block} attends to the tokens that block "
-                f"{sources[visit.block]} selects (indexer_types), and on {route} another block would select them; keep "
-                "these blocks together"
-            )
+    refuse_other_sources(fields, route, live=live)

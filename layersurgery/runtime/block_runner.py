@@ -116,8 +116,8 @@ class BlockRunner:
                 if (source := earlier.get((tensor.data_ptr(), tensor.shape))) is not None:
                     raise UnsupportedEditError(
                         f"{type(self.model).__name__}: block {source} hands block {number} more than the residual "
-                        f"stream (a tensor of shape {tuple(tensor.shape)}), so the blocks cannot be run in another "
-                        "order"
+                        f"stream (a tensor of shape {tuple(tensor.shape)}), so the blocks cannot be run one by "
+                        "one; measure single edits with compare, which runs the edited model as a whole"
                     )
             extra_outputs = observer.output[1:] if isinstance(observer.output, tuple | list) else ()
             earlier |= {

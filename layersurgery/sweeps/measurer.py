@@ -18,6 +18,7 @@ from ..metrics.aggregation import BatchResult, SequenceSums
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
+from ..models.block_dependencies import refuse_block_by_block
 from ..models.block_list import text_config
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.route import Route
@@ -100,6 +101,7 @@ class Measurer:
         self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
         if observe is not None and observe.route is not None:
             refuse_route(refusal_fields(text_config(model)), observe.route, live=True)
+            refuse_block_by_block(refusal_fields(text_config(model)), observe.route)
         self.observer = None if observe is None else Observer(self.runner, observe)
         self._reads_logits = bool(variants) or check
         supported, self.skipped = select_supported(self.runner, variants)
@@ -422,6 +424,7 @@ def select_supported(runner: BlockRunner, variants: Sequence[Variant]) -> tuple[
         if variant.route != trunk[: len(variant.route)]:  # else the trunk computes it
             try:
                 refuse_route(fields, variant.route, live=True)
+                refuse_block_by_block(fields, variant.route)
                 for visit in variant.route:
                     runner.anatomy.skip_specs(visit)
             except UnsupportedEditError as error:

@@ -30,7 +30,6 @@ import layersurgery as ls
 from layersurgery.checkpoints.loading import Loaded
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.models.skipped_branch import SkippedBranch
-from layersurgery.models.unsupported import refuse_route
 from layersurgery.plans.route import Route, Visit
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens
@@ -936,19 +935,6 @@ def test_a_skipped_projection_under_another_name_is_not_saved_as_it_is(model: An
         ls.UnsupportedEditError, match="self_attn.o_proj.weight of a skipped LlamaAttention does not exist"
     ):
         model.state_dict()
-
-
-@pytest.mark.parametrize(
-    ("plan", "right"), [("drop 0:2", True), ("swap 0 1", False), ("drop 2", False), ("drop 3", True)]
-)
-def test_blocks_that_use_what_another_picked(plan: str, right: bool) -> None:
-    fields = {"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared", "full", "shared"]}
-    route = ls.Plan.parse(plan).route(4)
-    if right:
-        refuse_route(fields, route)
-    else:
-        with pytest.raises(ls.UnsupportedEditError, match=r"attends to the tokens that block \d selects"):
-            refuse_route(fields, route)
 
 
 def test_an_edit_upon_one_that_was_not_verified() -> None:
