@@ -6,6 +6,8 @@
 '0:12 13 12 14:20 21:32'
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -136,3 +138,15 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """This module. nnsight gives every object an attribute `save`, which would hide a name that is not yet imported."""
+
+    @property
+    def save(self) -> Any:
+        """Return the function."""
+        return __getattr__("save")
+
+
+sys.modules[__name__].__class__ = _Package

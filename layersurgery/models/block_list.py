@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedEditError
 from .config_fields import NOT_TEXT
+from .other_wrappers import refuse_wrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,13 @@ def find_block_list(
 
 
 def require_model(model: object) -> None:
-    """Refuse what is not a loaded model: its name, what `load` returns, or a pipeline.
+    """Refuse what is not a loaded model: its name, what `load` returns, a pipeline, or a wrapper of another program.
 
     Raises:
-        PlanError: says how to load a model.
+        PlanError: says how to load a model, or what to edit instead.
+        UnsupportedEditError: TransformerLens has replaced modules of the model.
     """
+    refuse_wrapper(model)
     if isinstance(model, nn.Module):
         return
     if isinstance(getattr(model, "model", None), nn.Module):  # what `load` returns, a pipeline, a trainer
@@ -92,7 +95,8 @@ def unwrap_transformers(model: nn.Module) -> Any:
     """
     require_model(model)
     for module in model.modules():
-        if hasattr(getattr(module, "config", None), "get_text_config"):
+        # Modules inside a model, such as an attention, have its config, too.
+        if hasattr(getattr(module, "config", None), "get_text_config") and hasattr(module, "get_input_embeddings"):
             return module
     raise UnsupportedEditError(
         f"{type(model).__name__} has no transformers config; only transformers models can be edited"

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
+from .other_wrappers import without_nnsight
 
 POSITION_NAME = re.compile(r"^_?(layer|block)_?(idx|index|id|number|num|no)$")
 
@@ -39,7 +40,7 @@ def share_parameters(block: nn.Module) -> nn.Module:
         copies[id(module)] = type(module).__new__(type(module))
     for module in modules:
         attributes = vars(copies[id(module)])
-        for name, value in vars(module).items():
+        for name, value in without_nnsight(module).items():
             attributes[name] = _rebind(value, copies)
         attributes["_compiled_call_impl"] = None
         for name, parameter in attributes["_parameters"].items():
@@ -54,7 +55,7 @@ def share_parameters(block: nn.Module) -> nn.Module:
 
 def _check_copyable(module: nn.Module) -> None:
     """Refuse a module with a replaced forward that cannot be bound to a copy, or one sharded by FSDP."""
-    forward = vars(module).get("forward")
+    forward = without_nnsight(module).get("forward")
     if forward is not None and not isinstance(forward, types.MethodType | functools.partial):
         raise UnsupportedEditError(
             f"the forward of a {type(module).__name__} was replaced by {getattr(forward, '__qualname__', forward)!r}, "

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
 from ..errors import PlanError, SourceError
+from ..models.other_wrappers import refuse_wrapper
 from ..runtime.inputs import as_tokens
 from .chat import as_messages
 from .data_files import find_column, missing_column
@@ -88,6 +89,7 @@ def read_model_info(
     from ..checkpoints.loading import reason_of
 
     if not isinstance(model, str | os.PathLike):
+        refuse_wrapper(model)
         hint = "; give its attribute .model" if hasattr(model, "model") else ""
         raise PlanError(f"a model is given as a transformers model or as its name, not as {type(model).__name__}{hint}")
     with reporter.status(

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedEditError
+from ..models.block_list import BlockList
 from ..models.block_view import positions
 from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise
 from ..models.config_rewrite import rewrite_fields
@@ -212,3 +213,30 @@ def _reorder_list(module: nn.Module, name: str, value: Any, depth: int, route: R
             "unknown, so the layers cannot be rearranged"
         )
     return new
+
+
+def parent_modules(model: nn.Module, block_list: BlockList) -> Iterator[nn.Module]:
+    """Iterate over the modules that contain the list of blocks, from the model inwards."""
+    yield model
+    module = model
+    for name in block_list.path.split(".")[:-1]:
+        module = module.get_submodule(name)
+        yield module
+
+
+def edit_device_map(model: nn.Module, block_list: BlockList, route: Route, log: UndoLog) -> None:
+    """Edit accelerate's map from the paths of the blocks to their devices."""
+    names = block_list.path.split(".")
+    for level, module in enumerate(parent_modules(model, block_list)):
+        devices = vars(module).get("hf_device_map")
+        if isinstance(devices, dict):
+            block_path = re.compile(rf"{re.escape('.'.join(names[level:]))}\.(\d+)(.*)")
+            moved: dict[str, Any] = {}
+            for path, device in devices.items():
+                match = block_path.fullmatch(path)
+                positions = [
+                    position for position, block in enumerate(route.blocks) if match and block == int(match[1])
+                ]
+                paths = [f"{path[: match.start(1)]}{position}{match[2]}" for position in positions] if match else [path]
+                moved.update(dict.fromkeys(paths, device))
+            log.set(vars(module), "hf_device_map", moved, "hf_device_map")

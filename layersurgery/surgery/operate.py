@@ -11,19 +11,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from ..errors import PlanError, UndoError
+from ..errors import PlanError, UndoError, UnsupportedEditError, warn
 from ..models.anatomy import Anatomy, block_signature
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, find_decoder_blocks, text_config
 from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, share_parameters
+from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
@@ -31,8 +31,17 @@ from ..plans.route import Route
 from .adapter_settings import check_adapter_settings, forget_base
 from .cached_state import clear_cached_state
 from .call_order import check_call_order
-from .config_edits import UndoLog, edit_config, edit_depth, edit_parent_modules, renumber_block
+from .config_edits import (
+    UndoLog,
+    edit_config,
+    edit_depth,
+    edit_device_map,
+    edit_parent_modules,
+    parent_modules,
+    renumber_block,
+)
 from .live_check import check_adapters, check_edit, check_reloads_equal, config_dict, is_plain
+from .module_tree import ModuleTree
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -70,7 +79,8 @@ def operate(
         PlanError: the plan does not fit the model.
         UnsupportedEditError: the architecture cannot be edited in this way; the model is unchanged.
         UndoError: at the end, if other code has changed the list of blocks inside the `with` block. That change is
-            kept.
+            kept. Or if a TransformerBridge was made of the model; then the model is restored, and the bridge is of no
+            use.
 
     Example:
         >>> import layersurgery as ls
@@ -84,7 +94,14 @@ def operate(
         surgery.apply(anatomy, verify=verify)
         yield model
     finally:
+        traced = surgery.state == "edited" and is_traced(model)
         surgery.undo()
+        if traced:
+            warn(
+                "a wrapper of nnsight that was made inside operate still exists. It has numbered the blocks of the "
+                "edited model, so do not use it any more; delete it inside the with block (del), or edit permanently "
+                "(operate_) and then wrap"
+            )
 
 
 def operate_(
@@ -146,7 +163,7 @@ class Surgery:
     """One edit of a model in memory that can be undone."""
 
     def __init__(self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None) -> None:
-        self.trainingl = model
+        self.model = model
         self.block_list = find_decoder_blocks(model, blocks)
         self.original = list(self.block_list.blocks)
         self.training = self.block_list.blocks.training
@@ -154,6 +171,8 @@ class Surgery:
         self.log = UndoLog()
         self.installed: list[nn.Module] = []
         self.state: Literal["original", "applying", "edited", "restoring"] = "original"
+        self.tree: ModuleTree | None = None
+        self.bridged = False
 
     def apply(self, anatomy: Anatomy | None = None, *, verify: bool = True) -> None:
         """Make the edit; if this raises, `undo` restores what was changed before the error.
@@ -165,7 +184,12 @@ class Surgery:
         Raises:
             UnsupportedEditError: the architecture cannot be edited in this way.
         """
-        model, depth, route = self.trainingl, len(self.original), self.route
+        model, depth, route = self.model, len(self.original), self.route
+        if is_traced(model):
+            raise UnsupportedEditError(
+                f"a wrapper of nnsight around this {type(model).__name__} exists, and has numbered its blocks; delete "
+                f"it (del), {WRAP_AGAIN}"
+            )
         config = text_config(model)
         fields = refusal_fields(config)
         refuse_architecture(fields)
@@ -176,11 +200,12 @@ class Surgery:
         self.installed = self._build_blocks(anatomy)
         for decoder_config in _find_configs(model, self.block_list, config):
             edit_config(decoder_config, depth, route, self.log)
-        edit_parent_modules(_parent_modules(model, self.block_list), depth, route, self.log)
+        edit_parent_modules(parent_modules(model, self.block_list), depth, route, self.log)
         field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         edit_depth(self.installed, {field, "num_hidden_layers"}, depth, len(route), self.log)
-        _edit_device_map(model, self.block_list, route, self.log)
+        edit_device_map(model, self.block_list, route, self.log)
         _set_blocks(self.block_list.blocks, self.installed)
+        self.tree = ModuleTree(model) if may_get_bridge() else None
         self.state = "edited"
         if verify:
             check_call_order(model, self.block_list.blocks)
@@ -217,7 +242,7 @@ class Surgery:
         if not skipping:
             return {}
         if anatomy is None:
-            anatomy = find_anatomy(self.trainingl, blocks=self.block_list.path)
+            anatomy = find_anatomy(self.model, blocks=self.block_list.path)
         for visit in skipping:
             if anatomy.depth <= visit.block or anatomy.signatures[anatomy.kind_of[visit.block]] != block_signature(
                 self.original[visit.block]
@@ -245,11 +270,21 @@ class Surgery:
                 interruption = error
         if interruption is not None:
             raise interruption
+        if self.bridged:
+            self.bridged = False
+            raise UndoError(
+                "a TransformerBridge was made of the model inside operate, and put its own modules in place of the "
+                "model's. The model is restored, as before the edit, and the bridge must not be used. Edit a model "
+                "that is only for the bridge permanently (operate_), and then make the bridge"
+            )
 
     def _undo_once(self) -> None:
         if self.state == "original":
             return
         if self.state == "edited":
+            if self.tree is not None and has_bridge(self.model):
+                self.tree.restore()
+                self.bridged = True
             self._check_unchanged()
         self.state = "restoring"
         self._restore()
@@ -258,7 +293,7 @@ class Surgery:
     def _check_unchanged(self) -> None:
         blocks, now = self.block_list.blocks, list(self.block_list.blocks)
         changes = self.log.changed_since()
-        if self.trainingl.get_submodule(self.block_list.path) is not blocks:
+        if self.model.get_submodule(self.block_list.path) is not blocks:
             changes = [f"the list at {self.block_list.path} was replaced by another"]
         elif len(now) != len(self.installed) or any(
             current is not installed for current, installed in zip(now, self.installed, strict=False)
@@ -272,7 +307,7 @@ class Surgery:
             )
 
     def _restore(self) -> None:
-        clear_cached_state(self.trainingl, self.original)
+        clear_cached_state(self.model, self.original)
         self.log.undo()
         _set_blocks(self.block_list.blocks, self.original)
         self._apply_training_mode()
@@ -329,7 +364,7 @@ def _set_blocks(blocks: nn.ModuleList, modules: list[nn.Module]) -> None:
 def _find_configs(model: nn.Module, block_list: BlockList, config: Any) -> list[Any]:
     """Return the decoder's config object, and its copies in the modules that contain the list of blocks."""
     configs = {id(config): config}
-    for module in _parent_modules(model, block_list):
+    for module in parent_modules(model, block_list):
         module_config = vars(module).get("config")
         get_text_config = getattr(module_config, "get_text_config", None)
         if get_text_config is not None:
@@ -337,30 +372,3 @@ def _find_configs(model: nn.Module, block_list: BlockList, config: Any) -> list[
             if getattr(decoder_config, "num_hidden_layers", None) == config.num_hidden_layers:
                 configs.setdefault(id(decoder_config), decoder_config)
     return list(configs.values())
-
-
-def _parent_modules(model: nn.Module, block_list: BlockList) -> Iterator[nn.Module]:
-    """Iterate over the modules that contain the list of blocks, from the model inwards."""
-    yield model
-    module = model
-    for name in block_list.path.split(".")[:-1]:
-        module = module.get_submodule(name)
-        yield module
-
-
-def _edit_device_map(model: nn.Module, block_list: BlockList, route: Route, log: UndoLog) -> None:
-    """Edit accelerate's map from the paths of the blocks to their devices."""
-    names = block_list.path.split(".")
-    for level, module in enumerate(_parent_modules(model, block_list)):
-        devices = vars(module).get("hf_device_map")
-        if isinstance(devices, dict):
-            block_path = re.compile(rf"{re.escape('.'.join(names[level:]))}\.(\d+)(.*)")
-            moved: dict[str, Any] = {}
-            for path, device in devices.items():
-                match = block_path.fullmatch(path)
-                positions = [
-                    position for position, block in enumerate(route.blocks) if match and block == int(match[1])
-                ]
-                paths = [f"{path[: match.start(1)]}{position}{match[2]}" for position in positions] if match else [path]
-                moved.update(dict.fromkeys(paths, device))
-            log.set(vars(module), "hf_device_map", moved, "hf_device_map")
