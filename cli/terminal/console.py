@@ -100,6 +100,9 @@ class Console(Reporter):
         for name, reason in reasons.items():
             self.log(f"Skipped: {name}: {reason}")
 
+    def not_finite(self, batches: Mapping[str, list[int]]) -> None:
+        """Print nothing: the results that are printed at the end name them."""
+
     def warn(self, label: str, text: str) -> None:
         """Print an error that does not end the command."""
         print_error(label, text)

@@ -45,6 +45,11 @@ class Reporter:
     def skipped(self, reasons: Mapping[str, str]) -> None:
         """Say what is not measured, with the reasons. The measurement itself warns, so this says nothing."""
 
+    def not_finite(self, batches: Mapping[str, list[int]]) -> None:
+        """Say which plans or quantities gave NaN or infinity, and in which batches. Here it is a warning."""
+        if batches:
+            warn(f"not finite: {', '.join([*batches][:8])}{' ...'[: 4 * (len(batches) > 8)]} gave NaN or infinity")
+
     def warn(self, label: str, text: str) -> None:
         """Say that something failed or was interrupted; `label` says which in a word."""
 

@@ -204,6 +204,7 @@ class ModelSession:
         ) as run:
             if run.finished or text is None:
                 self.reporter.finished(run.directory)
+                self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
                 self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.placement))
                 self.workers_idle = False
@@ -370,6 +371,7 @@ class ModelSession:
                 raise KeyboardInterrupt(kept) from None
             reporter.warn("interrupted", kept)
             raise
+        reporter.not_finite(run.facts.get("non_finite", {}))
         if measurer.runner.compiler is not None and (reason := measurer.runner.compiler.error):
             reporter.log(f"Note: {reason}; blocks were run without compilation")
         if measurer.max_sequences is not None:

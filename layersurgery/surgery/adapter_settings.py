@@ -15,17 +15,18 @@ from torch import nn
 from ..errors import UnsupportedEditError, warn
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
-from .live_check import transformers_model
+from .live_check import path_inside, transformers_model
 
 _NAMES_MODULES = re.compile(r"_(modules|parameters|pattern)$|^modules_to_save$")
 
 
-def check_adapter_settings(model: nn.Module, route: Route) -> None:
+def check_adapter_settings(model: nn.Module, route: Route, path: str | None = None) -> None:
     """Refuse an edit after which a setting of an adapter would mean other blocks.
 
     Args:
         model: the edited model, with its adapters.
         route: the edit.
+        path: path of the list of blocks, if it cannot be found automatically.
 
     Raises:
         UnsupportedEditError: there is such a setting. The error names it.
@@ -33,7 +34,9 @@ def check_adapter_settings(model: nn.Module, route: Route) -> None:
     settings = [*_settings(model)]
     if not settings:
         return
-    block_list = find_decoder_blocks(transformers_model(model))  # PEFT names modules from there
+    block_list = find_decoder_blocks(
+        transformers_model(model), path_inside(model, path)
+    )  # PEFT names modules from there
     paths = sorted({path for block in block_list.blocks for path, _ in block.named_modules()})
     for name, value in settings:
         for position, block in enumerate(route.blocks):

@@ -35,6 +35,13 @@ def transformers_model(model: nn.Module) -> Any:
     raise UnsupportedEditError(f"{type(model).__name__} contains no transformers model, so there is nothing to reload")
 
 
+def path_inside(model: nn.Module, path: str | None) -> str | None:
+    """Return the path of a list of blocks from the transformers model inside wrappers."""
+    inner = transformers_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is inner)
+    return None if path is None else path.removeprefix(f"{prefix}.")
+
+
 def config_dict(model: nn.Module) -> Json:
     """Return the config of the transformers model inside, as `save_pretrained` would write it."""
     inner = transformers_model(model)
@@ -42,21 +49,24 @@ def config_dict(model: nn.Module) -> Json:
     return fields | {"architectures": [type(inner).__name__]}
 
 
-def check_edit(model: nn.Module, before: Json, route: Route) -> None:
+def check_edit(model: nn.Module, before: Json, route: Route, path: str | None = None) -> None:
     """Compare the blocks built from the edited config with those built from the original config, along the route.
 
     Args:
         model: the edited model.
         before: its config before the edit, as returned by `config_dict`.
         route: the edit.
+        path: path of the list of blocks, if it cannot be found automatically.
 
     Raises:
         UnsupportedEditError: something would differ after a reload. The error names the first differences.
     """
     _check_skips(model)
-    blocks = find_decoder_blocks(model).blocks
+    path = path_inside(model, path)
+    blocks = find_decoder_blocks(transformers_model(model), path).blocks
     file_tensors = {name for block in blocks for name in block.state_dict(keep_vars=True)}
-    ReloadCheck.build(before, config_dict(model), resolve_section(before), route, file_tensors).check()
+    check = ReloadCheck.build(before, config_dict(model), resolve_section(before), route, file_tensors)
+    replace(check, blocks=path).check()
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -91,17 +101,22 @@ def is_plain(model: nn.Module) -> bool:
     return not adapters(model) and getattr(transformers_model(model), "hf_quantizer", None) is None
 
 
-def check_reloads_equal(model: nn.Module) -> None:
+def check_reloads_equal(model: nn.Module, path: str | None = None) -> None:
     """Compare the blocks of a model in memory with the blocks that would be built from its config.
 
     What a forward changes by itself is not compared.
+
+    Args:
+        model: the model.
+        path: path of the list of blocks, if it cannot be found automatically.
 
     Raises:
         UnsupportedEditError: something would differ after a reload. The error names the first differences.
     """
     _check_skips(model)
     inner = transformers_model(model)
-    blocks = find_decoder_blocks(inner).blocks
+    path = path_inside(model, path)
+    blocks = find_decoder_blocks(inner, path).blocks
     fields = config_dict(inner)
     file_tensors = {name for block in blocks for name in block.state_dict(keep_vars=True)}
     check = ReloadCheck(
@@ -111,6 +126,7 @@ def check_reloads_equal(model: nn.Module) -> None:
         Route.identity(len(blocks)),
         frozenset(file_tensors),
         live=True,
+        blocks=path,
     )
     try:
         check.check()

@@ -148,10 +148,10 @@ def operate_(
         surgery.apply(anatomy, verify=verify)
         if before is not None:
             check_adapters(model)
-            check_adapter_settings(model, surgery.route)
-            check_edit(model, before, surgery.route)
+            check_adapter_settings(model, surgery.route, blocks)
+            check_edit(model, before, surgery.route, blocks)
             if is_plain(model):
-                check_reloads_equal(model)
+                check_reloads_equal(model, blocks)
     except BaseException:
         surgery.undo()
         raise

@@ -14,7 +14,13 @@ from .live_check import adapters, check_reloads_equal, transformers_model
 
 
 def save(
-    model: nn.Module, out: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False, **options: Any
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    blocks: str | None = None,
+    **options: Any,
 ) -> Path:
     """Save a model with `save_pretrained`, and refuse a model that would not reload to the same function.
 
@@ -25,6 +31,7 @@ def save(
         out: the new directory.
         tokenizer: saved to the same directory, so that a pipeline needs no other files.
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
+        blocks: path of the list of blocks, if it cannot be found automatically.
         options: further arguments for `save_pretrained`, such as `max_shard_size`.
 
     Returns:
@@ -50,7 +57,7 @@ def save(
             f"{adapter_paths[-1]} is a PEFT adapter, which a checkpoint of the model does not contain; merge it first "
             "(merge_and_unload)"
         )
-    check_reloads_equal(model)
+    check_reloads_equal(model, blocks)
     size = sum(
         parameter.numel() * parameter.element_size() for _, parameter in inner.named_parameters(remove_duplicate=False)
     )

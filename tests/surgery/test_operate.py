@@ -25,6 +25,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import layersurgery as ls
 from layersurgery.checkpoints.loading import Loaded
@@ -1011,3 +1012,38 @@ def test_what_holds_a_model_is_refused_with_the_way_to_it(model: Any) -> None:
 def test_a_list_of_plans_is_not_a_plan(model: Any) -> None:
     with pytest.raises(ls.PlanError, match='one plan may have several edits: "drop 1; drop 2"'):
         ls.operate_(model, ["drop 1", "drop 2"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_reload_check_reads_the_list_that_was_given(
+    wrapped: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An architecture with a second list as long as the blocks makes them ambiguous for every check."""
+    build = LlamaModel.__init__
+
+    def build_two_lists(self: Any, config: Any) -> None:
+        build(self, config)
+        self.more = nn.ModuleList(nn.Linear(2, 2) for _ in range(DEPTH))
+
+    monkeypatch.setattr(LlamaModel, "__init__", build_two_lists)
+    model: Any = tiny_model("llama", tie_word_embeddings=False)
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ls.UnsupportedEditError, match="Choose one: blocks="):
+        ls.operate_(model, "swap 1 2")
+    before = logits_of(model, tokens())
+    path = "base_model.model.model.layers" if wrapped else "model.layers"
+    ls.operate_(model, "swap 1 2", blocks=path)
+    model = model.merge_and_unload() if wrapped else model
+    edited = logits_of(model, tokens())
+    assert not torch.equal(edited, before)
+    with pytest.raises(ls.UnsupportedEditError, match="Choose one: blocks="):
+        ls.save(model, tmp_path / "out")
+    ls.save(model, tmp_path / "out", blocks="model.layers")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens()), edited)
+    # A difference is found in the blocks of that list.
+    fields: Any = model.model.layers[0].self_attn
+    fields.scaling = 1.0
+    with pytest.raises(ls.UnsupportedEditError, match="scaling is 1.0"):
+        ls.operate_(model, "swap 1 2", blocks="model.layers")

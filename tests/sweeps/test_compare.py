@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_what_cannot_be_compared() -> None:
         ls.compare(model, "drop 2", [[1, 2, 3], [4, 5]])
 
 
-def test_a_true_token_of_probability_0_is_reported() -> None:
+def test_a_true_token_of_probability_0_is_reported(tmp_path: Path) -> None:
     model, ids = tiny_model("llama"), tokens()
     with torch.no_grad():
         head = nn.Linear(model.config.hidden_size, model.config.vocab_size)
@@ -145,6 +146,9 @@ def test_a_true_token_of_probability_0_is_reported() -> None:
     assert "non_finite" in repr(found)
     with pytest.warns(LayerSurgeryWarning, match="not finite: unedited, drop 0, drop 1, .* gave NaN or infinity"):
         ls.sweep(model, "drop", ids)
+    for _ in ("measured", "read again"):
+        with pytest.warns(LayerSurgeryWarning, match="not finite: .*drop 0, drop 1, .* gave NaN or infinity"):
+            ls.sweep(model, "drop", ids, directory=tmp_path / "run")
     with warnings.catch_warnings():
         warnings.simplefilter("error", LayerSurgeryWarning)
         assert ls.compare(tiny_model("llama"), "drop 2", ids).non_finite == {}
