@@ -40,3 +40,8 @@ def test_a_name_instead_of_a_model(call: Callable[[Any], Any], tmp_path: Path, m
     with pytest.raises(ls.PlanError, match=r"not a tuple; load one: model, tokenizer = layersurgery.load\('smollm2"):
         call((tiny_model("llama"), None))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_part_of_a_model_is_no_model() -> None:
+    with pytest.raises(ls.UnsupportedEditError, match="ModuleList has no transformers config"):
+        ls.anatomy(tiny_model("llama").model.layers)
