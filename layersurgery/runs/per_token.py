@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from ..atomic_io import atomic_file
@@ -20,6 +18,9 @@ from ..metrics.aggregation import BatchResult
 from ..metrics.reference import METRICS
 from ..plans.variants import Variant
 from ..runtime.inputs import has_next_token
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 TOKENS = "tokens.parquet"
 PARTS = "tokens.parts"
@@ -43,6 +44,9 @@ def write_batch(
         result: the batch's result, with its metrics at each position.
         tokenizer: writes tokens as text; if None, the column "token" is empty.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sequence, position = (index.numpy() for index in torch.where(has_next_token(mask)))
     tokens, decode = ids.numpy(), _make_decoder(tokenizer)
     token_ids = tokens[sequence, position]
@@ -73,6 +77,9 @@ def write_batch(
 
 def is_complete(path: Path) -> bool:
     """Return whether a batch's file exists and can be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         pq.read_metadata(path)
     except (OSError, pa.ArrowInvalid):
@@ -92,6 +99,8 @@ def join_parts(parts: Sequence[Path], path: Path) -> None:
 
     Only one batch is in memory at a time.
     """
+    import pyarrow.parquet as pq
+
     with atomic_file(path) as partial:
         schema = pq.read_schema(parts[0])
         with pq.ParquetWriter(partial, schema, compression="zstd") as writer:

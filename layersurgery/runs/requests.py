@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
@@ -24,6 +24,9 @@ from .options import RunOptions
 from .reporter import Reporter
 from .text import TokenizedText, fingerprint_of
 from .text_request import ALL, PILE, PYDOC, TextRequest, parse_count
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _TOKENS, _CONTEXT = "1M", 2048
 _EMBEDDED_TOKENS, _EMBEDDED_CONTEXT = "4096", 512
@@ -154,9 +157,9 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
     has_splits = isinstance(text, Mapping) and _is_dataset(text)
     if has_splits:
         text = choose_split(text, options.split, "the dataset")
-    if isinstance(text, np.ndarray | pd.Series) and text.dtype.kind not in "iub":
+    if (isinstance(text, np.ndarray) or _is_pandas(text, "Series")) and text.dtype.kind not in "iub":
         text = list(text)
-    if isinstance(text, pd.DataFrame):
+    if _is_pandas(text, "DataFrame"):
         text = _rows_of_table(text, options.column)
     elif _is_dataset(text) and _holds_tokens(text, options.column):
         text = {name: text[name] for name in ("input_ids", "attention_mask") if name in text.column_names}
@@ -214,6 +217,12 @@ def _is_document(item: Any) -> bool:
 
 def _is_list(text: Any) -> bool:
     return isinstance(text, Sequence) and not isinstance(text, bytes | bytearray | memoryview)
+
+
+def _is_pandas(text: Any, kind: str) -> bool:
+    """Return whether this is an object of a class of pandas; if nobody has imported pandas, it is not."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(text, getattr(pandas, kind))
 
 
 def _is_dataset(text: Any) -> bool:

@@ -6,9 +6,8 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import pandas as pd
 import torch
 
 from ..errors import MeasurementError, OutputError
@@ -27,7 +26,10 @@ from .run_record import RunRecord, StoppingFacts
 from .tables import CSV, RESULTS, SEQUENCES, write_sweep
 from .text import TokenizedText
 
-Draw = Callable[[pd.DataFrame, Path], Sequence[Path]]
+if TYPE_CHECKING:
+    import pandas as pd
+
+Draw: TypeAlias = "Callable[[pd.DataFrame, Path], Sequence[Path]]"
 OnProgress = Callable[["Progress"], None]
 
 

@@ -12,7 +12,6 @@ from ..plans.variants import Variant, variants
 from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
 from ..sweeps.sweep import sweep_tokens
-from .frames import ResultFrame, as_result
 from .open_text import open_text
 from .options import RunOptions
 from .processes import run_session
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
+    from .frames import ResultFrame
     from .runner import RunOutput
 
 
@@ -137,6 +137,8 @@ def sweep(
         >>> frame[frame.edit == "drop"].set_index("layer").kl_nats.shape
         (30,)
     """
+    from .frames import as_result
+
     anatomy = options.pop("anatomy", None)
     run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
     if directory is None:

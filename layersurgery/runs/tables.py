@@ -7,16 +7,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
-
 from ..atomic_io import atomic_file
 from ..errors import SourceError
 from ..registry import ANALYSES
-from .frames import ResultFrame, as_result
 from .run_record import RunRecord
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
+
+    from .frames import ResultFrame
 
 RESULTS = "results.parquet"
 CSV = "results.csv"
@@ -94,6 +94,8 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
         ...
         layersurgery.errors.SourceError: nowhere contains no results: ...
     """
+    from .frames import as_result
+
     path = Path(directory)
     run = read_run(path)
     if run is None or not str(run.get("kind")).startswith("layersurgery "):
@@ -133,6 +135,8 @@ def as_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
     pandas can compare, copy and store these in `frame.attrs`; a table there breaks `concat`, `merge` and `to_parquet`.
     """
+    import pandas as pd
+
     return [
         {str(name): None if pd.isna(value) else value for name, value in record.items()}
         for record in frame.to_dict("records")
@@ -140,6 +144,8 @@ def as_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _read_parquet(directory: Path, name: str) -> pd.DataFrame:
+    import pandas as pd
+
     path = directory / f"{name}.parquet"
     try:
         return pd.read_parquet(path)

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -26,6 +25,9 @@ from ..plans.plan import Plan
 from ..plans.route import Route
 from ..runtime.inputs import has_next_token, model_inputs
 from ..surgery.operate import as_route, operate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Edit = Plan | Route | str
 
@@ -87,6 +89,8 @@ class Comparison:
 
     def to_pandas(self) -> pd.Series:
         """Return the numbers as a Series."""
+        import pandas as pd
+
         return pd.Series({"tokens": self.tokens, **self.metrics})
 
     def _repr_html_(self) -> str:
@@ -154,12 +158,18 @@ def compare_tokens(
     found = Comparison(
         count,
         means,
-        pd.concat(rows, ignore_index=True) if per_token else None,
+        _joined(rows) if per_token else None,
         {name: number for name, number in zip(METRICS, non_finite.tolist(), strict=True) if number},
     )
     if found.non_finite:
         warn(found.describe_non_finite())
     return found
+
+
+def _joined(rows: list[pd.DataFrame]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.concat(rows, ignore_index=True)
 
 
 def _second_model(
@@ -198,6 +208,8 @@ def _position_rows(
     sequence: int, ids: torch.Tensor, mask: torch.Tensor, metrics: torch.Tensor, tokenizer: Any
 ) -> pd.DataFrame:
     """Return a row for each measured position of a sequence."""
+    import pandas as pd
+
     positions = has_next_token(mask[None])[0].nonzero()[:, 0]
     tokens, targets = ids[positions].tolist(), ids[positions + 1].tolist()
     return pd.DataFrame(

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from ..metrics.aggregation import SequenceSums
 from ..metrics.intervals import CONFIDENCE
 from ..metrics.reference import METRICS
@@ -16,6 +14,7 @@ from ..plans.variants import Variant
 from .precision import Precision, row_intervals
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 FIXED, STOPPING = "for this number of sequences", "at every number of sequences"
@@ -36,6 +35,8 @@ def results_table(
         model: the model's name.
         precision: the precision at which an edit was finished; None if all text was measured.
     """
+    import pandas as pd
+
     means, errors = sums.means_and_errors()
     depth = len(variants[0].route)
     kind = f"{100 * (precision.confidence if precision else CONFIDENCE):g} %, {STOPPING if precision else FIXED}"

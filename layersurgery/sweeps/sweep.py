@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -17,6 +17,9 @@ from .precision import Precision
 from .read_positions import ReadPositions
 from .results import results_table
 from .row_progress import RowProgress, StopRule
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def sweep_tokens(
