@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layersurgery.quick_imports import quick_imports
+
 from ..terminal.console import Console
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def run_sweep(
     console: Console,
 ) -> None:  # fmt: skip
     """Measure the effect of the edits, and print it."""
-    from layersurgery.runs.sweep import run_sweep as run_in
+    with quick_imports():
+        from layersurgery.runs.sweep import run_sweep as run_in
 
     from ..terminal.sweep_results import show_sweep
 
@@ -70,7 +73,8 @@ def run_analysis(
     name: str, model: str, options: RunOptions, output: Path | None, overwrite: bool, console: Console, **own: Any
 ) -> None:
     """Run an analysis, and print its results; `own` are the options that only this analysis has."""
-    from layersurgery.analyses.analyze import run_analysis as run_in
+    with quick_imports():
+        from layersurgery.analyses.analyze import run_analysis as run_in
 
     from ..terminal.analysis_results import show_analysis
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from layersurgery.quick_imports import quick_imports
+
 from ..terminal.console import Console
 from .edit import EditOptions, as_json, describe_result, write_edits
 
@@ -38,10 +40,11 @@ def run_prune(
     console: Console,
 ) -> None:
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
-    from layersurgery.analyses.layer_pruning import check_removal
-    from layersurgery.analyses.prune_run import check_target, results_directory
-    from layersurgery.analyses.prune_run import run_prune as run_in
-    from layersurgery.runs.processes import run_session
+    with quick_imports():
+        from layersurgery.analyses.layer_pruning import check_removal
+        from layersurgery.analyses.prune_run import check_target, results_directory
+        from layersurgery.analyses.prune_run import run_prune as run_in
+        from layersurgery.runs.processes import run_session
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
         check_removal(session.depth, remove, by)

@@ -22,6 +22,7 @@ from ..models.config_rewrite import rewrite
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
+from ..quick_imports import quick_imports
 from ..units import format_list
 from .checkpoint import Checkpoint
 from .other_files import plan_other_files
@@ -151,8 +152,9 @@ def _check_reload(checkpoint: Checkpoint, config: Json, route: Route) -> tuple[n
     Returns:
         The model that the source is loaded as, its blocks, and the tensors of each of their parameters.
     """
-    from ..models.meta_model import build_meta_model
-    from ..models.reload_check import ReloadCheck
+    with quick_imports():
+        from ..models.meta_model import build_meta_model
+        from ..models.reload_check import ReloadCheck
 
     source = build_meta_model(checkpoint.config)
     blocks = _match_blocks(checkpoint, source)

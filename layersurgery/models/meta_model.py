@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import SourceError, UnsupportedEditError
 from ..library_logs import quiet_libraries
 from ..plans.route import Route
+from ..quick_imports import quick_imports
 from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise
 from .config_periods import follow_periods
 from .config_rewrite import rewrite_fields
@@ -164,7 +165,9 @@ def build_meta_model(config: Json) -> nn.Module:
     Raises:
         UnsupportedEditError: transformers cannot build it.
     """
-    import transformers
+    with quick_imports():
+        import transformers.generation.utils
+        import transformers.modeling_utils
 
     hf_config = load_hf_config(config)
     architecture_name = next(iter(config.get("architectures") or []), "")
