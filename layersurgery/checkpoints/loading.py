@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..errors import PlanError, SourceError
+from ..quick_imports import quick_imports
 from ..units import format_list
 from .sources import Source, find_source
 
@@ -52,24 +53,28 @@ def load(
         >>> model.config.num_hidden_layers
         30
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if isinstance(dtype, str) and dtype != "auto":
-        torch_dtype = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(torch_dtype, torch.dtype):
-            raise SourceError(f"{dtype!r} is not a torch dtype; use float32, bfloat16, float16 or auto")
-        dtype = torch_dtype
+    dtype = _torch_dtype(dtype)  # before anything is fetched
     if device is not None:
         device_map = _placed_on(device, device_map)
     source = replace(find_source(model, revision=revision), trust_remote_code=trust_remote_code)
+    return Loaded(load_weights(source, dtype=dtype, device_map=device_map, **options), tokenizer_of(source))
+
+
+def load_weights(source: Source, *, dtype: Any = "auto", device_map: Any = None, **options: Any) -> Any:
+    """Load the model of a checkpoint in evaluation mode, without its tokenizer; arguments and errors are `load`'s."""
+    with quick_imports():
+        import transformers.generation.utils
+        import transformers.modeling_utils  # noqa: F401 - the slow part, which transformers imports later
+        from transformers import AutoModelForCausalLM
+
+    dtype = _torch_dtype(dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             source.directory,
             dtype=dtype,
             device_map=device_map,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             **options,
         )
     except Exception as error:  # config classes, constructors and weight loaders raise any exception
@@ -79,7 +84,23 @@ def load(
             f"{source.label} lacks {format_list(absent)}, which {type(loaded).__name__} needs, so some weights would "
             "be random. Check that it is a complete checkpoint of a causal language model"
         )
-    return Loaded(loaded.eval(), tokenizer_of(source))
+    return loaded.eval()
+
+
+def _torch_dtype(dtype: Any) -> Any:
+    """Return the torch dtype of a name; "auto" and a dtype stay as they are.
+
+    Raises:
+        SourceError: there is no such dtype.
+    """
+    import torch
+
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    torch_dtype = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise SourceError(f"{dtype!r} is not a torch dtype; use float32, bfloat16, float16 or auto")
+    return torch_dtype
 
 
 def _placed_on(device: Any, device_map: Any) -> dict[str, Any]:

@@ -114,12 +114,10 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
     Raises:
         PlanError: the placement names a GPU that this process does not have.
     """
-    from ..checkpoints.loading import load
+    from ..checkpoints.loading import load_weights
 
     if placement.device_map is None:
-        yield load(source.directory, dtype=placement.dtype, trust_remote_code=source.trust_remote_code).model.to(
-            _local_device(placement.device, group)
-        )
+        yield load_weights(source, dtype=placement.dtype).to(_local_device(placement.device, group))
         return
     if placement.offload_folder is not None:
         placement.offload_folder.mkdir(parents=True, exist_ok=True)
@@ -131,14 +129,13 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
             if isinstance(device_map, dict)
             else _local_device(device_map, group)
         )
-        yield load(
-            source.directory,
+        yield load_weights(
+            source,
             dtype=placement.dtype,
             device_map=local_map,
             max_memory=_resolve_max_memory(placement.max_memory, group),
             offload_folder=folder,
-            trust_remote_code=source.trust_remote_code,
-        ).model
+        )
 
 
 def _local_device(device: int | str, group: ProcessGroup) -> int | str:

@@ -106,6 +106,7 @@ class ModelSession:
         self.model, self.options, self.reporter, self.group = model, options, reporter, group
         self._exit_stack, self._given = exit_stack, given
         self._text: TokenizedText | None = None
+        self._tokenizer: Any = None
         self._loaded: nn.Module | None = None
         self._has_weights = False
         self._fingerprint: str | None = None
@@ -293,13 +294,17 @@ class ModelSession:
 
     @property
     def tokenizer(self) -> Any:
-        """Return the model's tokenizer, or the one that the options name.
+        """Return the model's tokenizer, or the one that the options name; load it at the first use.
 
         Raises:
             SourceError: there is none.
         """
-        options = self.options
-        return tokenizer_of_run(self.source, options.tokenizer, self.label, trust_remote_code=options.trust_remote_code)
+        if self._tokenizer is None:
+            options = self.options
+            self._tokenizer = tokenizer_of_run(
+                self.source, options.tokenizer, self.label, trust_remote_code=options.trust_remote_code
+            )
+        return self._tokenizer
 
     @property
     def tokenizer_name(self) -> str | None:
