@@ -219,6 +219,30 @@ def neurons(
         print(json.dumps(rows, indent=2))
 
 
+@app.command()
+def startup(
+    model: Annotated[str, typer.Option("--model", help="The model to load.")] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens of the first batch.")] = 512,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, help="Runs of each command that count; commands take turns.")
+    ] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Little text and one run, to test the benchmark.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Time a sweep until its first number, by phase, and commands that need no model."""
+    from .startup import measure
+
+    rows = measure(
+        1 if quick else runs,
+        model,
+        min(tokens, 64) if quick else tokens,
+        as_json=as_json,
+        name="startup-quick" if quick else "startup",
+    )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
 @app.command(name="paper-costs")
 def paper_costs() -> None:
     """Estimate the time of the paper's protocol on GPUs, and print it as a table."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import layersurgery as ls
-from benchmarks import gpu, plot_results, readout, readout_variants, stopping, sweep, timing
+from benchmarks import gpu, plot_results, readout, readout_variants, startup, stopping, sweep, timing
 from benchmarks.peers import common
 from layersurgery.metrics.reference import METRICS
+from tests.support.tiny_checkpoint import checkpoint
 from tests.support.zoo import tiny_model, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +205,40 @@ def test_a_goal_is_met_or_not() -> None:
     measured = [measured for _, measured, _, _ in report.goals]
     assert measured == ["0.80", "0.79", "2.00 min", "not measured", "1.0e-03", "2.10"]
     assert [*report.table(dry=False).columns[3].cells] == ["yes", "no", "no", "no", "no", ""]
+
+
+def test_a_sweep_does_nothing_twice_before_its_first_number(tmp_path: Path) -> None:
+    """Modules that only the results need are not imported yet, and files are read once."""
+    command = [sys.executable, "-m", "benchmarks.first_number", "layersurgery", "sweep"]
+    model, output = str(checkpoint(tmp_path / "tiny")), str(tmp_path / "out")
+    text = ["--data", "pydoc", "--tokens", "64", "--context", "64"]
+    done = subprocess.run([*command, model, *text, "-o", output], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    once = {"config", "hash of the weights", "tokenizer", "text", "weights", "checks", "first number"}
+    assert {phase: count for phase, count in facts["calls"].items() if phase != "imports"} == dict.fromkeys(once, 1)
+    assert not {"pandas", "pyarrow", "datasets", "matplotlib", "sklearn"} & set(facts["modules"])
+    assert set(facts["seconds"]) == once | {"imports", "other"}
+
+
+@pytest.mark.slow
+def test_the_time_to_the_first_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "RESULTS", tmp_path)
+    rows = startup.measure(1, str(checkpoint(tmp_path / "tiny")), 64)
+    total = {row["way"]: row["cpu_seconds"] for row in rows if row["phase"] == "total"}
+    assert list(total)[:2] == [startup.FLOOR, startup.SWEEP]
+    assert max(total["layersurgery --help"], total["layersurgery drop --help"]) < total[startup.FLOOR]
+    for way in (startup.FLOOR, startup.SWEEP):
+        phases = sum(row["cpu_seconds"] for row in rows if row["way"] == way and row["phase"] != "total")
+        assert 0.9 * total[way] < phases <= total[way]
+    assert len((tmp_path / "startup.csv").read_text().splitlines()) == 1 + len(rows)
+
+
+def test_a_first_number_that_differs_is_noticed() -> None:
+    startup.check_same_loss([{"loss_nats": 2.0}, {"loss_nats": 2.0001}])
+    for wrong in (2.1, float("nan")):
+        with pytest.raises(SystemExit, match="wrong result: the losses"):
+            startup.check_same_loss([{"loss_nats": 2.0}, {"loss_nats": wrong}])
 
 
 @pytest.mark.slow
