@@ -80,3 +80,15 @@ def _hide_warnings_and_bars(transformers_logging: Any) -> None:
 def _set_levels() -> None:
     for logger in _LOGGERS:
         logger.setLevel(max(*_open_levels, _effective_levels[logger]))
+
+
+@contextmanager
+def quiet_casts() -> Iterator[None]:
+    """Hide what bitsandbytes says at each product with an 8-bit weight: that the input is rounded to float16."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -67,6 +67,8 @@ def load_weights(source: Source, *, dtype: Any = "auto", device_map: Any = None,
         import transformers.modeling_utils  # noqa: F401 - the slow part, which transformers imports later
         from transformers import AutoModelForCausalLM
 
+        from ..models.quantized import keep_unpacked, quantizer_of
+
     dtype = _torch_dtype(dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -84,6 +86,8 @@ def load_weights(source: Source, *, dtype: Any = "auto", device_map: Any = None,
             f"{source.label} lacks {format_list(absent)}, which {type(loaded).__name__} needs, so some weights would "
             "be random. Check that it is a complete checkpoint of a causal language model"
         )
+    if quantizer_of(loaded) is not None:
+        keep_unpacked(loaded)
     return loaded.eval()
 
 

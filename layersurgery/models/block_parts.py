@@ -22,6 +22,7 @@ from .block_view import share_parameters
 from .call_tracing import Call, first_tensor, is_per_token, random_like
 from .numerics import is_same_change, tolerance
 from .output_projections import output_parameters
+from .quantized import is_quantized
 from .skipped_branch import SkippedBranch, SkipSpec, install_skips
 
 # A module mixes tokens if the other tokens change a token's output by more than this share of what its own input
@@ -289,22 +290,43 @@ def _confirm(probe: BlockProbe, parts: BlockParts, skips: list[list[SkipSpec]]) 
     return replace(parts, skip_error=reason)
 
 
+class _Zeros(nn.Module):
+    """A linear layer whose weight and bias are zero."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros((*x.shape[:-1], self.outputs))
+
+
 def _check_outputs(probe: BlockProbe, parts: BlockParts) -> BlockParts:
     """Keep the output parameters only if zeroing them gives the same output as skipping the branch."""
 
     def check_branch(branch: Branch) -> tuple[SkipSpec, ...]:
         skips = parts.skips(branch)
         zeroed = share_parameters(probe.block)
+        quantized = False
         for name in parts.outputs(branch):
             owner, _, key = name.rpartition(".")
-            parameters = zeroed.get_submodule(owner)._parameters
+            module = zeroed.get_submodule(owner)
+            if isinstance(module, _Zeros):  # its weight came before
+                continue
+            if is_quantized(module):
+                parent, _, child = owner.rpartition(".")
+                zeroed.get_submodule(parent)._modules[child] = _Zeros(probe.stream.shape[-1])
+                quantized = True
+                continue
+            parameters = module._parameters
             parameter = parameters[key]
             assert parameter is not None
             if parameter.is_meta:  # offloaded, so it cannot be tested here
                 return skips
             parameters[key] = nn.Parameter(torch.zeros_like(parameter), requires_grad=False)
         if torch.equal(probe.run(zeroed), probe.without(skips)):
-            return skips
+            # Zeros are not zero weights in every quantized format.
+            return tuple(replace(skip, savable=False) for skip in skips) if quantized else skips
         return tuple(replace(skip, outputs=(), savable=False) for skip in skips)
 
     return replace(parts, attention_skips=check_branch("attention"), mlp_skips=check_branch("mlp"))

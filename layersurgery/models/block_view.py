@@ -106,21 +106,13 @@ def clone_in_state_dict(block: nn.Module) -> None:
         block.register_state_dict_post_hook(_clone_tensors)  # type: ignore[no-untyped-call] # untyped in torch
 
 
-def _clone_tensors(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _clone_tensors(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     """Replace the module's tensors in a state dict by copies."""
-    names = [f"{prefix}{name}" for name in _tensor_names(module)]
-    for name in names:
-        tensor = state.get(name)
+    # Also what a quantized module adds to its tensors, such as scales.
+    for name in [name for name in state if name.startswith(prefix)]:
+        tensor = state[name]
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, nn.Parameter) and not tensor.is_meta:
             state[name] = tensor.clone()
-
-
-def _tensor_names(module: nn.Module) -> Iterator[str]:
-    """List the names of all parameters and buffers, shared ones included."""
-    for name, _ in module.named_parameters(remove_duplicate=False):
-        yield name
-    for name, _ in module.named_buffers(remove_duplicate=False):
-        yield name
 
 
 def position_name(module: nn.Module) -> str | None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..library_logs import quiet_casts
+
 TOKENS = 7
 ArgumentKey = int | str
 """The index of a positional argument, or the name of a keyword argument."""
@@ -162,7 +164,7 @@ def eval_no_grad(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
+        with torch.no_grad(), quiet_casts():
             yield
     finally:
         for module in training:

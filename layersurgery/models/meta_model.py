@@ -157,10 +157,14 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_meta_model(config: Json) -> nn.Module:
+def build_meta_model(config: Json, quantization: Any = None) -> nn.Module:
     """Build the model that a reload would build, without memory for its parameters.
 
     Buffers are real, since their values are compared.
+
+    Args:
+        config: the config.
+        quantization: the settings of a quantized model; the modules are then those of its format.
 
     Raises:
         UnsupportedEditError: transformers cannot build it.
@@ -178,6 +182,12 @@ def build_meta_model(config: Json) -> nn.Module:
                 model: nn.Module = architecture(hf_config)
             else:
                 model = transformers.AutoModelForCausalLM.from_config(hf_config)
+        if quantization is not None:
+            from transformers.quantizers.auto import AutoHfQuantizer
+
+            with silence_transformers():
+                quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=True)
+                quantizer.preprocess_model(model=model, dtype=None, device_map=None, checkpoint_files=None)
     except Exception as error:  # a model's constructor may raise anything
         raise UnsupportedEditError(
             f"transformers cannot build {architecture_name or hf_config.model_type} from the config: {error}. "

@@ -12,6 +12,7 @@ import re
 from torch import nn
 
 from ..errors import UnsupportedEditError
+from .quantized import is_quantized, quantized_shape
 
 _ROUTER = re.compile(r"gate$|router", re.IGNORECASE)
 _OUT = re.compile(
@@ -34,7 +35,10 @@ def output_parameters(block: nn.Module, path: str, width: int) -> tuple[str, ...
     module = block.get_submodule(path)
     names = _parameter_names(module, path) if isinstance(module, nn.Linear) else _find_outputs(module, path)
     for name in names:
+        owner = block.get_submodule(name.rpartition(".")[0])
         shape = tuple(block.get_parameter(name).shape)
+        if is_quantized(owner) and name.endswith("weight"):
+            shape = quantized_shape(owner)
         if width not in shape:
             raise UnsupportedEditError(
                 f"{type(block).__name__}: {name}, of shape {shape}, looks like an output of {path}, but does not write "

@@ -28,19 +28,21 @@ from .call_tracing import eval_no_grad
 from .config_fields import DEPTH_FIELDS, DecoderSection, Json
 from .config_periods import PERIODS
 from .meta_model import build_meta_model
+from .quantized import CPU_PACKING, is_quantized
 from .skipped_branch import SkippedBranch
 
 _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
 # Values that a constructor computes in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
 # Settings of a model in use, which are not part of its structure.
-_MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled", "name_or_path"))
+_MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled", "name_or_path", CPU_PACKING))
 # Attributes with which a block stores what other blocks read, and the attribute of the blocks that read it. Where no
 # block does, they change no output (Gemma 4).
 _STORED_FOR = {"store_full_length_kv": "is_kv_shared_layer"}
 # Attributes with which a block writes what another reads. A block may write what no block of the edited model reads:
 # no route is accepted on which a block would read it (`block_dependencies`).
 _WRITES = frozenset(("store_full_length_kv", "next_skip_topk"))
+_MISSING = object()
 Modules = Mapping[str, nn.Module]
 
 
@@ -133,6 +135,8 @@ class ReloadCheck:
             for name in sorted(
                 edited_values.keys() - _MODES if self.live else source_values.keys() | edited_values.keys()
             ):
+                if self.live and edited_values.get(name, _MISSING) is None and name in vars(source_module):
+                    continue  # loading the weights, or a run, sets it
                 if name not in source_values or name not in edited_values:
                     yield (
                         f"{label}.{name} exists only {'after the reload' if name in edited_values else 'in the source'}"
@@ -144,6 +148,8 @@ class ReloadCheck:
                         yield f"{label}.{name} has another shape after the reload"
                 elif not (
                     (source_module, name) in self.transient
+                    # The shape of packed numbers; the layer's numbers of inputs and outputs are compared.
+                    or (self.live and name == "weight" and is_quantized(source_module))
                     or self._is_unread(name)
                     or (name in _WRITES and source_values[name] is True and edited_values[name] is False)
                     # resize_token_embeddings leaves this copy; the rows of the embedding itself are compared.

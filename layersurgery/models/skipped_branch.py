@@ -27,8 +27,9 @@ class SkipSpec:
         residual: the argument that the module adds to its output, if it adds the residual stream itself.
         passthrough: whether it only prepares input for a later module of the branch, and may return its own input.
         updates_cache: whether it must update the block's row of the key-value cache.
-        outputs: parameters, relative to the block, that are saved as zeros, so that any program skips the branch.
-        savable: whether those parameters are known, if they are needed.
+        outputs: parameters, relative to the block, with which the branch writes the stream. They are saved as zeros, so
+            that any program skips the branch.
+        savable: whether those parameters are known, if they are needed, and can be zero (they are not quantized).
     """
 
     path: str
@@ -71,6 +72,11 @@ class SkippedBranch(nn.Module):
     def original_class(self) -> type[nn.Module]:
         """Return the class of the module that this one replaces."""
         return type(self._original)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Return the names, relative to the block, of the parameters with which the module writes the stream."""
+        return self._spec.outputs
 
     @property
     def saves_as_zeros(self) -> bool:
@@ -120,6 +126,8 @@ class SkippedBranch(nn.Module):
         Raises:
             UnsupportedEditError: a parameter has been renamed, so its zeros would not be saved.
         """
+        if not self._spec.savable:
+            return {}
         parameters = dict(self.named_parameters(remove_duplicate=False))
         zeroed: dict[str, torch.Tensor] = {}
         for output in self._spec.outputs:

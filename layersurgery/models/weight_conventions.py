@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import UnsupportedEditError, is_out_of_memory
 from .call_tracing import first_tensor
 from .numerics import relative_error, tolerance
+from .quantized import is_quantized, quantized_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,9 @@ def output_weight_rows(module: nn.Module, name: str, width: int, most: int) -> I
     Raises:
         UnsupportedEditError: the weight's layout is unknown.
     """
+    if is_quantized(module):
+        yield from quantized_rows(module, most)
+        return
     weight: torch.Tensor = getattr(module, name).detach()
     rows = weight.movedim(output_dim(module, name, width), -1)
     for expert in rows if rows.dim() == 3 else (rows,):

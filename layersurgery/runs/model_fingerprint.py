@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.quantized import CPU_PACKING, lasting_state
 from ..runtime.offload import offload_hooks
 
 # Settings that predictions do not depend on; saving a model changes its name.
-_NOT_PREDICTIONS = frozenset(("training", "name_or_path"))
+_NOT_PREDICTIONS = frozenset(("training", "name_or_path", CPU_PACKING))
 _WRITTEN_BY_SAVING = frozenset(("architectures", "dtype", "transformers_version"))
 
 
@@ -42,7 +43,7 @@ def model_fingerprint(model: nn.Module) -> str:
             for name, _ in module.named_parameters(recurse=False):
                 if hook.weights_map is not None and name in hook.weights_map:
                     _update(digest, f"{path}.{name}", hook.weights_map[name])
-    for name, tensor in model.state_dict().items():
+    for name, tensor in lasting_state(model).items():
         if tensor.device.type != "meta":
             _update(digest, name, tensor)
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ import torch
 
 from ..models.block_probe import probe_forward
 from ..models.call_tracing import ModuleWrapper, replace_modules
+from ..models.quantized import is_quantized, quantized_shape
 from ..models.weight_conventions import output_dim
 from .block_runner import BlockRunner
 
@@ -57,8 +58,12 @@ def projections(runner: BlockRunner) -> tuple[list[Projection], dict[str, str]]:
                 )
                 continue
             owner, _, key = name.rpartition(".")
-            written = output_dim(block.get_submodule(owner), key, runner.width)
-            found.append(Projection(layer, name, weight.shape[1 - written]))
+            module = block.get_submodule(owner)
+            if is_quantized(module):
+                neurons, _ = quantized_shape(module)
+            else:
+                neurons = weight.shape[1 - output_dim(module, key, runner.width)]
+            found.append(Projection(layer, name, neurons))
     shapes_by_projection: dict[Projection, list[tuple[int, ...]]] = {projection: [] for projection in found}
 
     def record_shape(projection: Projection) -> OnActivations:

@@ -20,6 +20,7 @@ from ..models.block_list import require_model, text_config, unwrap_transformers
 from ..models.block_probe import BlockProbe
 from ..models.call_tracing import TOKENS, first_tensor
 from ..models.numerics import relative_error, tolerance
+from ..models.quantized import quantizer_name, quantizer_of
 from ..models.weight_conventions import fit_norm, output_dim
 from ..runtime.block_runner import BlockRunner
 from ..runtime.contributions import reads_are_mean_free
@@ -82,6 +83,11 @@ def fold(
         ['model.layers.0.input_layernorm', 'model.layers.0.post_attention_layernorm']
     """
     require_model(model)
+    if quantizer_of(model) is not None:
+        raise UnsupportedEditError(
+            f"the weights are quantized ({quantizer_name(model)}), so they cannot absorb a norm without being rounded "
+            "again; load the model without quantization to fold it"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedEditError(
             "some weights are not in memory (offloaded to disk, for example); load the whole model into memory to "

@@ -13,6 +13,7 @@ from ..errors import UnsupportedEditError
 from ..models.block_list import find_decoder_blocks, require_model
 from ..models.config_fields import Json
 from ..models.meta_model import build_meta_model, resolve_section
+from ..models.quantized import quantizer_of, undo_cpu_packing
 from ..models.reload_check import ReloadCheck, changed_by_forward
 from ..models.skipped_branch import SkippedBranch
 from ..plans.route import Route
@@ -64,8 +65,7 @@ def check_edit(model: nn.Module, before: Json, route: Route, path: str | None = 
     _check_skips(model)
     path = path_inside(model, path)
     blocks = find_decoder_blocks(transformers_model(model), path).blocks
-    file_tensors = {name for block in blocks for name in block.state_dict(keep_vars=True)}
-    check = ReloadCheck.build(before, config_dict(model), resolve_section(before), route, file_tensors)
+    check = ReloadCheck.build(before, config_dict(model), resolve_section(before), route, _file_tensors(blocks))
     replace(check, blocks=path).check()
 
 
@@ -118,13 +118,12 @@ def check_reloads_equal(model: nn.Module, path: str | None = None) -> None:
     path = path_inside(model, path)
     blocks = find_decoder_blocks(inner, path).blocks
     fields = config_dict(inner)
-    file_tensors = {name for block in blocks for name in block.state_dict(keep_vars=True)}
     check = ReloadCheck(
         inner,
-        build_meta_model(fields),
+        build_meta_model(fields, None if quantizer_of(inner) is None else quantizer_of(inner).quantization_config),
         resolve_section(fields),
         Route.identity(len(blocks)),
-        frozenset(file_tensors),
+        _file_tensors(blocks),
         live=True,
         blocks=path,
     )
@@ -139,9 +138,21 @@ def check_reloads_equal(model: nn.Module, path: str | None = None) -> None:
         check.check()
 
 
+def _file_tensors(blocks: nn.ModuleList) -> frozenset[str]:
+    """Return the names, relative to a block, of the tensors that a checkpoint would hold."""
+    undo_cpu_packing(blocks)
+    return frozenset(name for block in blocks for name in block.state_dict(keep_vars=True))
+
+
 def _check_skips(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, SkippedBranch) and not module.saves_as_zeros:
+            if module.outputs:
+                raise UnsupportedEditError(
+                    f"{name} ({module.original_class.__name__}) is skipped, but its output weights are quantized, and "
+                    "a checkpoint would need zeros there; skip the branch in the unquantized checkpoint, and quantize "
+                    "that when it is loaded, or use the model in memory only (verify=False)"
+                )
             raise UnsupportedEditError(
                 f"{name} ({module.original_class.__name__}) is skipped, but which of its weights write into the "
                 "residual stream is unknown, so no checkpoint can represent the skip; use the model in memory only "

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..metrics import tiled
 from ..models.block_list import text_config
+from ..models.quantized import is_quantized, quantized_shape
 from ..runtime.offload import distinct_tensors
 from .schedule import Schedule
 
@@ -148,8 +149,11 @@ def _count_widest_matrices(block: nn.Module, experts: int) -> int:
 
     If the matrices of all experts are one tensor, (experts, outputs, inputs), each token uses `experts` of them.
     """
-    matrices = [parameter for parameter in block.parameters() if parameter.dim() in (2, 3)]
-    widths = sorted(
-        (max(matrix.shape[-2:]) * (experts if matrix.dim() == 3 else 1) for matrix in matrices), reverse=True
-    )
-    return sum(widths[:3])
+    widths = [
+        max(quantized_shape(module) if is_quantized(module) else matrix.shape[-2:])
+        * (experts if matrix.dim() == 3 else 1)
+        for module in block.modules()
+        for matrix in module._parameters.values()
+        if matrix is not None and matrix.dim() in (2, 3)
+    ]
+    return sum(sorted(widths, reverse=True)[:3])
