@@ -254,6 +254,16 @@ Dtype = Annotated[
         rich_help_panel=_EXECUTION,
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="Quantize the linear layers while the model is loaded: nf4 (4 bits) or int8. Needs bitsandbytes "
+        "(pip install 'layersurgery[quantize]').",
+        metavar="nf4|int8",
+        rich_help_panel=_EXECUTION,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -372,6 +382,7 @@ _SHOWN: dict[str, Any] = {
     "read": Read,
     "batch_size": BatchSize,
     "dtype": Dtype,
+    "quantize": Quantize,
     "device": Device,
     "device_map": DeviceMap,
     "max_memory": MaxMemory,
@@ -408,7 +419,10 @@ def _group(*without: str, only: tuple[str, ...] = (), shown: dict[str, Any] | No
     return Group({name: (shown or {}).get(name, _SHOWN[name]) for name in names}, defaults)
 
 
-_MODEL = ("dtype", "device", "device_map", "max_memory", "offload_folder", "revision", "blocks", "trust_remote_code")
+_MODEL = (
+    "dtype", "quantize", "device", "device_map", "max_memory", "offload_folder", "revision", "blocks",
+    "trust_remote_code",
+)  # fmt: skip
 _SEARCHED = {
     "tokens": Annotated[
         str,

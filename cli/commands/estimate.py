@@ -27,9 +27,9 @@ def show_estimate(model: str, edits: Any, layers: str | None, options: RunOption
     info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
     result, placement = estimate_run(model, info, variants(edits, info.depth, layers), options, console)
-    value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtype, "peak": result.peak}
+    value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtypes, "peak": result.peak}
     at_most = "" if options.precision is None else f"; at most, since an edit stops at {options.precision}"
-    console.result(value, *_lines(source.label, placement.dtype, result, at_most))
+    console.result(value, *_lines(source.label, placement.dtypes, result, at_most))
 
 
 def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | Table]:

@@ -247,16 +247,18 @@ def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwr
 def _one_pass_placement(source: Source, options: RunOptions, placement: Placement) -> Placement:
     """Choose where to load a model of which each weight is read once.
 
-    On a CPU, the blocks stay on disk and are loaded one at a time. Weights keep their own dtype unless the caller
-    chooses one.
+    On a CPU, the blocks stay on disk and are loaded one at a time, unless they are quantized. Weights keep their own
+    dtype unless the caller chooses one.
     """
     if options.dtype == "auto":
         placement = dataclasses.replace(placement, dtype="auto")
-    if placement.device != "cpu" or placement.device_map is not None:
+    if placement.device != "cpu" or placement.device_map is not None or placement.quantize is not None:
         return placement
     from transformers import AutoConfig
 
     from ..sweeps.weight_placement import blocks_on_disk
 
     config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+    if getattr(config, "quantization_config", None):  # of a checkpoint that is quantized already
+        return placement
     return dataclasses.replace(placement, device_map=blocks_on_disk(config, options.blocks))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..errors import PlanError, SourceError
 from ..quick_imports import quick_imports
 from ..units import format_list
+from .quantize_on_load import quantization_config
 from .sources import Source, find_source
 
 
@@ -27,6 +28,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
     **options: Any,
 ) -> Loaded:
     """Load a causal language model in evaluation mode, and its tokenizer, with transformers.
@@ -38,14 +40,18 @@ def load(
         device_map: placement of the weights, as in accelerate ("auto", "cuda", or a map from modules to devices).
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the code that comes with the model and its tokenizer; without it, it is never run.
+        quantize: quantize the linear layers while the model is loaded: "nf4" (4 bits) or "int8"; the unembedding stays
+            as it is. It needs bitsandbytes: `pip install 'layersurgery[quantize]'`.
         options: further arguments for `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
         The model and its tokenizer, as a named tuple.
 
     Raises:
-        SourceError: the model is not found, transformers cannot load it, or weights are missing from the checkpoint.
-        PlanError: both a device and a device map are given, or the device does not exist.
+        SourceError: the model is not found, transformers cannot load it, weights are missing from the checkpoint, or
+            bitsandbytes is missing.
+        PlanError: both a device and a device map are given, the device does not exist, or the model cannot be quantized
+            in this way.
 
     Example:
         >>> import layersurgery as ls
@@ -54,22 +60,35 @@ def load(
         30
     """
     dtype = _torch_dtype(dtype)  # before anything is fetched
-    if device is not None:
-        device_map = _placed_on(device, device_map)
     source = replace(find_source(model, revision=revision), trust_remote_code=trust_remote_code)
-    return Loaded(load_weights(source, dtype=dtype, device_map=device_map, **options), tokenizer_of(source))
+    loaded = load_weights(source, dtype=dtype, device=device, device_map=device_map, quantize=quantize, **options)
+    return Loaded(loaded, tokenizer_of(source))
 
 
-def load_weights(source: Source, *, dtype: Any = "auto", device_map: Any = None, **options: Any) -> Any:
+def load_weights(
+    source: Source,
+    *,
+    dtype: Any = "auto",
+    device: Any = None,
+    device_map: Any = None,
+    quantize: str | None = None,
+    **options: Any,
+) -> Any:
     """Load the model of a checkpoint in evaluation mode, without its tokenizer; arguments and errors are `load`'s."""
     with quick_imports():
         import transformers.generation.utils
         import transformers.modeling_utils  # noqa: F401 - the slow part, which transformers imports later
         from transformers import AutoModelForCausalLM
 
-        from ..models.quantized import keep_unpacked, quantizer_of
+        from ..models.quantized import is_quantized, keep_unpacked, quantizer_of
 
     dtype = _torch_dtype(dtype)
+    if device is not None:
+        device_map = _placed_on(device, device_map)
+    if quantize is not None:
+        if "quantization_config" in options:
+            raise PlanError("quantize and quantization_config were both given; give one of them")
+        options["quantization_config"] = quantization_config(quantize, source, dtype)
     try:
         loaded, report = AutoModelForCausalLM.from_pretrained(
             source.directory,
@@ -88,6 +107,8 @@ def load_weights(source: Source, *, dtype: Any = "auto", device_map: Any = None,
         )
     if quantizer_of(loaded) is not None:
         keep_unpacked(loaded)
+    if quantize is not None and not any(map(is_quantized, loaded.modules())):
+        raise SourceError(f"{source.label} has no linear layer that bitsandbytes quantizes; omit quantize={quantize!r}")
     return loaded.eval()
 
 

@@ -97,7 +97,7 @@ def _options(run: FinishedRun) -> Iterator[str]:
         yield from ("--bos", "yes" if text["bos"] else "no")
     if isinstance(text.get("shuffle"), bool):
         yield "--shuffle" if text["shuffle"] else "--no-shuffle"
-    for name in ("spans", "dtype", "device", "batch_size", "blocks"):
+    for name in ("spans", "dtype", "quantize", "device", "batch_size", "blocks"):
         value = run.fact("arguments", name, default=None)
         if value is not None:
             yield from (f"--{name.replace('_', '-')}", str(value))
@@ -162,7 +162,9 @@ def _facts(run: FinishedRun) -> Iterator[tuple[str, str]]:
     notes = fact("text", "notes")
     yield "Notes on the text", "; ".join(map(str, notes)) if isinstance(notes, list) else str(notes)
     dtype = fact("model", "dtype") or fact("arguments", "dtype")
-    yield "Ran", " on ".join(filter(None, [str(dtype), str(fact("model", "device") or fact("arguments", "device"))]))
+    quantize = fact("arguments", "quantize")
+    dtypes = f"{quantize} and {dtype}" if quantize else str(dtype)
+    yield "Ran", " on ".join(filter(None, [dtypes, str(fact("model", "device") or fact("arguments", "device"))]))
     batch, at_once = fact("batch_size"), fact("sequences_at_once")
     yield "At once", _if(batch, "batches of {}") + (_if(at_once, ", {} in memory") if at_once != batch else "")
     yield "Read out by", str(fact("readout"))

@@ -76,5 +76,6 @@ def estimate_run(
         order=options.schedule,
         blocks=options.blocks,
         read=options.read_positions,
+        quantize=placement.quantize,
     )
     return cost, placement

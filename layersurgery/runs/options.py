@@ -48,6 +48,8 @@ class RunOptions:
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
             float16 becomes float32).
+        quantize: quantize the linear layers while the model is loaded, with bitsandbytes: "nf4" (4 bits) or "int8". The
+            unembedding keeps its data type, in which 4-bit weights are multiplied, too.
         device: device to run on: "cpu", "cuda", "cuda:1"; by default CUDA if it is available.
         device_map: spread the model over devices, main memory and disk: "auto", "balanced", "sequential", or a map.
         max_memory: memory limit of each device for `device_map`, such as "0=70GiB,cpu=100GiB".
@@ -77,6 +79,7 @@ class RunOptions:
     read: str | float | None = None
     batch_size: int | None = None
     dtype: str = "auto"
+    quantize: str | None = None
     device: str | None = None
     device_map: Any = None
     max_memory: Any = None

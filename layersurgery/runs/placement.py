@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.quantize_on_load import check_quantize
 from ..errors import PlanError, SourceError
 from ..runtime.device_map import (
     DeviceMap,
@@ -40,6 +41,7 @@ class Placement:
         device_map: devices by module, or the strategy to choose them; None for a single device.
         max_memory: memory limit of each device.
         offload_folder: directory for weights that a checkpoint does not hold in the form needed.
+        quantize: format to which linear layers are quantized while they are loaded; None to leave them as they are.
     """
 
     device: str
@@ -47,10 +49,18 @@ class Placement:
     device_map: DeviceMap | None = None
     max_memory: MaxMemory | None = None
     offload_folder: Path | None = None
+    quantize: str | None = None
+
+    @property
+    def dtypes(self) -> str:
+        """Describe the data types of the weights in words."""
+        return f"{self.quantize} and {self.dtype}" if self.quantize else self.dtype
 
     def arguments(self) -> dict[str, Any]:
         """Return what the results may depend on: the type of device (not its index), the dtype and the device map."""
         arguments = {"device": self.device.partition(":")[0], "dtype": self.dtype}
+        if self.quantize is not None:
+            arguments["quantize"] = self.quantize
         return (
             arguments
             if self.device_map is None
@@ -83,7 +93,10 @@ def choose_placement(options: RunOptions, source: Source, reporter: Reporter) ->
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SourceError(f"device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
-    return Placement(device, _resolve_dtype(options.dtype, device, source, reporter), device_map, max_memory, folder)
+    dtype = _resolve_dtype(options.dtype, device, source, reporter)
+    if options.quantize is not None:
+        check_quantize(options.quantize, source, dtype)
+    return Placement(device, dtype, device_map, max_memory, folder, options.quantize)
 
 
 def _resolve_dtype(requested: str, device: str, source: Source, reporter: Reporter) -> str:
@@ -116,6 +129,12 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
     """
     from ..checkpoints.loading import load_weights
 
+    quantize = placement.quantize
+    if quantize is not None and placement.device_map is None:
+        # Weights are quantized where they are loaded to; without a device, this is the first GPU.
+        device = _local_device(placement.device, group)
+        yield load_weights(source, dtype=placement.dtype, device=device, quantize=quantize)
+        return
     if placement.device_map is None:
         yield load_weights(source, dtype=placement.dtype).to(_local_device(placement.device, group))
         return
@@ -135,6 +154,7 @@ def load_model(source: Source, placement: Placement, group: ProcessGroup) -> Ite
             device_map=local_map,
             max_memory=_resolve_max_memory(placement.max_memory, group),
             offload_folder=folder,
+            quantize=quantize,
         )
 
 

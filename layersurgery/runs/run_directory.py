@@ -227,6 +227,6 @@ def _as_text(value: Any) -> str:
     return "nothing" if value is None else str(value)
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that affect the digits of the results."""
-    return {"layersurgery": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+def package_versions(*others: str) -> dict[str, str]:
+    """Return the versions of the packages that affect the digits of the results; `others` are optional ones in use."""
+    return {"layersurgery": __version__, **{name: version(name) for name in ("torch", "transformers", *others)}}

@@ -232,7 +232,7 @@ class ModelSession:
             "per_token": options.per_token,
             "read": None if options.read is None else str(options.read_positions),
             "blocks": options.blocks,
-            "versions": package_versions(),
+            "versions": package_versions(*(["bitsandbytes"] if self.placement.quantize else [])),
         }
 
     def arguments(self, analysis: Mapping[str, Any]) -> dict[str, Any]:
@@ -348,7 +348,7 @@ class ModelSession:
         measurer, rule = task.measurer(model, options), task.rule(text.ids.shape[1])
         devices = describe_placement(model, self.placement, measurer.runner.path)
         reporter.log(
-            f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype} on {devices}; "
+            f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtypes} on {devices}; "
             f"logits computed by {measurer.readout.description}"
         )
         self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"))
@@ -455,7 +455,7 @@ def _placement_of(model: nn.Module, options: RunOptions) -> Placement:
     Raises:
         PlanError: an option would move it.
     """
-    for name in ("device", "device_map", "max_memory", "offload_folder", "revision"):
+    for name in ("quantize", "device", "device_map", "max_memory", "offload_folder", "revision"):
         if getattr(options, name) is not None:
             raise PlanError(f"{name} is for a model that is loaded by its name; this one is loaded already")
     if options.dtype != "auto":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -16,10 +16,10 @@ from ..models.block_list import find_decoder_blocks, text_config
 from ..plans.route import Route
 from ..plans.variants import Variant
 from ..runtime.device_map import DeviceMap, MaxMemory
-from .memory import MemoryModel, MemoryUse, suggest_batch_size
+from .memory import MemoryModel, MemoryUse, suggest_batch_size, tensor_bytes
 from .read_positions import ReadPositions
 from .schedule import LAYER_MAJOR, Schedule, layer_major, schedule
-from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, place_weights
+from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, pack_weights, place_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,7 @@ def estimate(
     order: str | None = None,
     blocks: str | None = None,
     read: ReadPositions | None = None,
+    quantize: str | None = None,
 ) -> Estimate:
     """Estimate the cost of measuring edited models on text.
 
@@ -103,6 +104,7 @@ def estimate(
         order: order of the schedule, as for `sweep`.
         blocks: path of the list of blocks, if it cannot be found automatically.
         read: the positions at which predictions are read; None for all.
+        quantize: format to which linear layers are quantized, "nf4" or "int8".
 
     Returns:
         The estimated cost.
@@ -113,11 +115,17 @@ def estimate(
     """
     model = build_meta_model(config, dtype)
     block_list = find_decoder_blocks(model, blocks)
-    placement = place_weights(model, block_list, device, device_map, max_memory, dtype)
+    stored, stored_blocks = model, block_list
+    if quantize is not None:  # its weights have other sizes, and the same products
+        stored = build_meta_model(config, dtype)
+        pack_weights(stored, quantize)
+        stored_blocks = find_decoder_blocks(stored, blocks)
+    placement = place_weights(stored, stored_blocks, device, device_map, max_memory, dtype)
     context = min(context, max(2, tokens))
     routes = list(dict.fromkeys(variant.route for variant in variants))
     plan = _make_schedule(routes, placement, order)
     needs = _memory_model(model, list(block_list.blocks), placement.compute_device)
+    needs = replace(needs, weights=needs.weights - tensor_bytes(model) + tensor_bytes(stored))
     sequences = math.ceil(tokens / context)
     size = min(sequences, batch_size or suggest_batch_size(needs, plan, context, placement.compute_device))
     readouts = len(routes) + 1

@@ -88,8 +88,8 @@ class MemoryModel:
         eager = getattr(config, "_attn_implementation", "") == "eager"
         active_experts = getattr(config, "num_experts_per_tok", None) or 1
         return cls(
-            weights=_bytes(model),
-            blocks=tuple(map(_bytes, blocks)),
+            weights=tensor_bytes(model),
+            blocks=tuple(map(tensor_bytes, blocks)),
             width=width,
             widest=max(_count_widest_matrices(block, active_experts) for block in blocks),
             vocabulary=vocabulary,
@@ -138,7 +138,8 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _bytes(module: nn.Module) -> int:
+def tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers."""
     return sum(tensor.nbytes for tensor in distinct_tensors(module))
 
 

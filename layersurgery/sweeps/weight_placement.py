@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,24 @@ def build_meta_model(config: Any, dtype: str) -> Any:
         raise SourceError(
             f"transformers cannot build the model of this config: {type(error).__name__}: {error}"
         ) from error
+
+
+def pack_weights(model: Any, quantize: str) -> None:
+    """Give the linear layers of a model on the meta device the sizes of quantized ones, scales included.
+
+    Args:
+        model: the model; its unembedding is not quantized.
+        quantize: "nf4" (blocks of 64 numbers with a float32 scale), or "int8" (a float32 scale for each output).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if type(module) in (nn.Linear, Conv1D) and module is not head:
+            numbers = module.weight.numel()
+            outputs = module.weight.shape[1 if type(module) is Conv1D else 0]
+            size = numbers // 2 + 4 * math.ceil(numbers / 64) if quantize == "nf4" else numbers + 4 * outputs
+            module.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
 
 
 def _resolve_device_map(model: Any, device_map: DeviceMap, max_memory: MaxMemory | None, dtype: str) -> dict[str, Any]:
