@@ -14,7 +14,9 @@ from .errors import LayerSurgeryWarning
 
 _LOGGERS = [
     logging.getLogger(name)
-    for name in ("accelerate", "datasets", "fsspec", "httpx", "huggingface_hub", "transformers", "urllib3")
+    for name in (
+        *("accelerate", "bitsandbytes", "datasets", "fsspec", "httpx", "huggingface_hub", "transformers", "urllib3"),
+    )
 ]
 _lock = threading.Lock()
 # The levels of the `with` blocks that are open. A block in a generator can end after the block around it.

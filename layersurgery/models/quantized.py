@@ -52,14 +52,11 @@ def quantized_shape(module: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def packed_numbers(model: nn.Module) -> int:
-    """Return how many more numbers a model's quantized weights stand for than their tensors hold."""
-    weights: dict[int, int] = {}
-    for module in filter(is_quantized, model.modules()):
-        weight = module._parameters["weight"]
-        assert weight is not None
-        weights[id(weight)] = math.prod(quantized_shape(module)) - weight.numel()
-    return sum(weights.values())
+def quantized_numbers(model: nn.Module) -> tuple[int, int]:
+    """Return how many numbers a model's quantized weights stand for, and how many their tensors hold."""
+    modules = {id(module._parameters["weight"]): module for module in model.modules() if is_quantized(module)}
+    weights = [module.get_parameter("weight") for module in modules.values()]
+    return sum(math.prod(quantized_shape(module)) for module in modules.values()), sum(w.numel() for w in weights)
 
 
 @torch.no_grad()

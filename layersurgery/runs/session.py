@@ -14,6 +14,7 @@ from ..checkpoints.sources import Source, find_source
 from ..checkpoints.tensor_index import fingerprint
 from ..errors import PlanError, SourceError
 from ..models.block_list import find_decoder_blocks, text_config, unwrap_transformers
+from ..models.quantized import quantized_numbers
 from ..runtime.offload import device_of
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
@@ -347,9 +348,13 @@ class ModelSession:
         model = self.load()
         measurer, rule = task.measurer(model, options), task.rule(text.ids.shape[1])
         devices = describe_placement(model, self.placement, measurer.runner.path)
+        quantized = ""
+        if self.placement.quantize:
+            percent = 100 * quantized_numbers(model)[0] / measurer.parameters
+            quantized = f" ({percent:.0f} % of them in {self.placement.quantize})"
         reporter.log(
-            f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtypes} on {devices}; "
-            f"logits computed by {measurer.readout.description}"
+            f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype}{quantized} "
+            f"on {devices}; logits computed by {measurer.readout.description}"
         )
         self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"))
         if run.started:

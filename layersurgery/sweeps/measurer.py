@@ -20,7 +20,7 @@ from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_dependencies import refuse_block_by_block
 from ..models.block_list import text_config
-from ..models.quantized import packed_numbers
+from ..models.quantized import quantized_numbers
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.route import Route
 from ..plans.variants import Variant, unedited
@@ -169,7 +169,8 @@ class Measurer:
     def parameters(self) -> int:
         """Return the model's number of parameters, with tied parameters counted once."""
         stored = (tensor.numel() for tensor in distinct_tensors(self.model) if isinstance(tensor, nn.Parameter))
-        return sum(stored) + packed_numbers(self.model)
+        quantized, packed = quantized_numbers(self.model)
+        return sum(stored) + quantized - packed
 
     def memory_use(self, sequences: int, length: int) -> MemoryUse:
         """Predict the memory for a batch of `sequences` sequences of `length` tokens.

@@ -148,6 +148,18 @@ def test_a_skip_is_measured_but_not_saved(checkpoint: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_that_are_not_quantized_are_named_by_position(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_ours(checkpoint, **settings("nf4", llm_int8_skip_modules=["lm_head", "model.layers.3.mlp"]))
+    ids = tokens(2)
+    ls.operate_(model, "swap 0 1")
+    expected = logits_of(model, ids)
+    ls.save(model, tmp_path / "swapped")
+    assert torch.equal(logits_of(load_ours(tmp_path / "swapped"), ids), expected)
+    ls.operate_(model, "drop 1")
+    with pytest.raises(ls.UnsupportedEditError, match=r"layers.2 \(block 2\): mlp.down_proj is a Linear in the source"):
+        ls.save(model, tmp_path / "dropped")
+
+
 def test_quantized_weights_are_not_folded(checkpoint: Path) -> None:
     model = load_ours(checkpoint, dtype=torch.float32, **settings("int8"))
     with pytest.raises(ls.UnsupportedEditError, match=r"quantized \(bitsandbytes\).*without quantization"):
