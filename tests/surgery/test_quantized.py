@@ -91,6 +91,8 @@ def test_an_edit_and_its_undo_leave_a_used_model_as_it_was(checkpoint: Path, nam
 @pytest.mark.parametrize("double", [False, True])
 def test_packing_for_a_cpu_is_undone_exactly(double: bool) -> None:
     functional = bitsandbytes.functional
+    if not hasattr(functional, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this version of bitsandbytes does not pack weights for a CPU")
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     scales = state.absmax if not double else functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
