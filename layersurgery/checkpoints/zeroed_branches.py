@@ -17,7 +17,7 @@ from ..models.block_dependencies import blocks_read_by
 from ..models.block_list import BlockList, find_block_list
 from ..models.block_parts import BlockParts, find_block_parts
 from ..models.block_probe import record_block
-from ..models.config_fields import DecoderSection, Json, find_section
+from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..plans.edits import Branch
@@ -117,7 +117,7 @@ def _probe_parts(
     name = f"block {block} ({type(module).__name__})"
     with torch.no_grad(), silence_transformers():
         model, position = _build_probe_model(config, section, block, module, decoder_class)
-        blocks = find_block_list(model, model.config.num_hidden_layers, type(module)).blocks
+        blocks = find_block_list(model, getattr(model.config, depth_field(model.config)), type(module)).blocks
         parts = find_block_parts(blocks[position], record_block(model, blocks, position))
     if parts.skip_error:
         raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.skip_error}")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import PlanError, UnsupportedEditError
-from .config_fields import NOT_TEXT
+from .config_fields import NOT_TEXT, depth_field
 from .other_wrappers import refuse_wrapper
 
 
@@ -128,9 +128,10 @@ def find_decoder_blocks(model: nn.Module, blocks: str | None = None) -> BlockLis
     Raises:
         UnsupportedEditError: no list could be the decoder blocks, or several could.
     """
-    depth = getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    depth = getattr(config, name := depth_field(config), None)
     if not isinstance(depth, int) or depth < 1:
         raise UnsupportedEditError(
-            f"the config of {type(model).__name__} does not give the number of layers (num_hidden_layers is {depth!r})"
+            f"the config of {type(model).__name__} does not give the number of layers ({name} is {depth!r})"
         )
     return find_block_list(model, depth, path=blocks)

@@ -13,6 +13,9 @@ from ..plans.route import Route
 Json = dict[str, Any]
 
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Names of the depths of a decoder and of an encoder. Where the decoder was taken out of an encoder-decoder (BART),
+# its config has both, num_hidden_layers is that of the encoder, and no encoder is built.
+_DECODER_AND_ENCODER = (("decoder_layers", "encoder_layers"), ("num_decoder_layers", "num_encoder_layers"))
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model_config")
 
 # Words in names of modules and tensors that show that a list of layers is not the text decoder.
@@ -90,6 +93,8 @@ ONE_BASED_LISTS = frozenset(("full_attn_layers", "kda_layers"))
 CYCLES = frozenset(("block_types",))
 # Counts of layers of another kind at the start of the model.
 PREFIX_COUNTS = frozenset(("first_k_dense_replace", "num_dense_layers", "num_hash_layers"))
+# The list that many config classes derive from such a count, and accept in its place.
+PREFIX_LIST = "mlp_layer_types"
 # Counts of layers of another kind at the end of the model.
 SUFFIX_COUNTS = frozenset(("num_kv_shared_layers",))
 # Numbers from which a config class derives the kind of each position, and the value for which all positions are the
@@ -180,7 +185,8 @@ def find_section(config: Json, depth_field: str | None = None) -> DecoderSection
         SourceError: no field gives the number of layers.
     """
     for path, section in sections(config, ()):
-        names = [name for name in (depth_field, *DEPTH_FIELDS) if name and is_count(section.get(name))]
+        candidates = (depth_field, *_lone_decoder_fields(section), *DEPTH_FIELDS)
+        names = [name for name in candidates if name and is_count(section.get(name))]
         if names:
             depth = section[names[0]]
             fields = tuple(dict.fromkeys(name for name in names if section[name] == depth))
@@ -190,6 +196,25 @@ def find_section(config: Json, depth_field: str | None = None) -> DecoderSection
         f"config.json has no number of layers: it has none of {', '.join(DEPTH_FIELDS)}. Check that this is the config "
         "of a language model"
     )
+
+
+def _lone_decoder_fields(section: Json) -> tuple[str, ...]:
+    """Return the names of the depths of a decoder without its encoder: its own, and the one that the encoder had."""
+    if section.get("is_encoder_decoder") is not False:
+        return ()
+    return next((names for names in _DECODER_AND_ENCODER if all(is_count(section.get(name)) for name in names)), ())
+
+
+def depth_field(config: Any) -> str:
+    """Return the name of the attribute with the number of decoder blocks of a config object.
+
+    Args:
+        config: the config of a text decoder, not of an encoder-decoder.
+    """
+    for decoder, encoder in _DECODER_AND_ENCODER:
+        if hasattr(config, decoder) and hasattr(config, encoder):
+            return decoder
+    return str(config.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
 
 
 def sections(config: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Json]]:

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
 from ..errors import PlanError, SourceError
+from ..models.config_fields import depth_field
 from ..models.other_wrappers import refuse_wrapper
 from ..runtime.inputs import as_tokens
 from .chat import as_messages
@@ -105,7 +106,7 @@ def read_model_info(
         try:
             loaded = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
             config = loaded.get_text_config(decoder=True)
-            depth = int(config.num_hidden_layers)
+            depth = int(getattr(config, depth_field(config)))
         except Exception as error:  # a config class may raise any exception
             raise SourceError(f"transformers cannot read the config of {source.label}: {reason_of(error)}") from error
     return ModelInfo(source, depth, *config_limits(config), Padding.of(config))

@@ -17,6 +17,8 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from .live_check import path_inside, transformers_model
 
+# Adapters that are keys and values in front of those of the text.
+_PREFIXES = frozenset(("PREFIX_TUNING", "CARTRIDGE"))
 _NAMES_MODULES = re.compile(r"_(modules|parameters|pattern)$|^modules_to_save$")
 
 
@@ -52,6 +54,26 @@ def check_adapter_settings(model: nn.Module, route: Route, path: str | None = No
                 )
 
 
+def refuse_prefixes(model: nn.Module, depth: int, route: Route) -> None:
+    """Refuse to move blocks of a model with a prefix, whose keys and values PEFT keeps by position.
+
+    A block that moves would attend to the prefix of another.
+
+    Raises:
+        UnsupportedEditError: there is such an adapter. The error names it.
+    """
+    if route.blocks == tuple(range(depth)):
+        return
+    for config in _configs(model):
+        kind = getattr(config, "peft_type", None)
+        if (name := str(getattr(kind, "value", kind))) in _PREFIXES:
+            raise UnsupportedEditError(
+                f"the PEFT adapter {name} gives each layer keys and values by its position, so after {route} blocks "
+                "would get those of other blocks; edit the model without the adapter (get_base_model), and train the "
+                "adapter on the edited model"
+            )
+
+
 def forget_base(model: nn.Module, depth: int, route: Route) -> None:
     """Remove the name of the model that was loaded, which PEFT saves as the base of an adapter.
 
@@ -75,7 +97,9 @@ def forget_base(model: nn.Module, depth: int, route: Route) -> None:
 
 def _configs(model: nn.Module) -> list[Any]:
     """Return the settings of all adapters."""
-    settings = [vars(module).get("peft_config") for module in model.modules()]
+    # Of an adapter in front of the text, PEFT keeps the settings under the second name.
+    names = ("peft_config", "_peft_config")
+    settings = [vars(module).get(name) for module in model.modules() for name in names]
     return [config for configs in settings if isinstance(configs, dict) for config in configs.values()]
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import UnsupportedEditError
 from ..models.block_list import BlockList
 from ..models.block_view import positions
-from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, is_layerwise
+from ..models.config_fields import DEPTH_FIELDS, INDEX_LISTS, LISTS, depth_field, is_layerwise
 from ..models.config_rewrite import rewrite_fields
 from ..plans.route import Route
 
@@ -91,12 +91,12 @@ def edit_config(config: Any, depth: int, route: Route, log: UndoLog) -> None:
     for name, value in rewritten.items():
         if value is not fields[name] and value != fields[name]:
             log.set(attributes, name, tuple(value) if isinstance(attributes[name], tuple) else value, f"config.{name}")
-    field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for name in {field, *DEPTH_FIELDS}:
+    field = depth_field(config)
+    for name in {field, *DEPTH_FIELDS, config.attribute_map.get("num_hidden_layers", field)}:
         if attributes.get(name) == depth and len(route) != depth:
             log.set(attributes, name, len(route), f"config.{name}")
     _edit_overrides(attributes, route, log)
-    if config.num_hidden_layers != len(route):
+    if getattr(config, field) != len(route):
         raise UnsupportedEditError(
             f"the config class {type(config).__name__} computes its number of layers and accepts no other value, so it "
             f"cannot represent the route {route}"

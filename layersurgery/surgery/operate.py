@@ -23,12 +23,13 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, find_decoder_blocks, text_config
 from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, share_parameters
+from ..models.config_fields import depth_field
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
-from .adapter_settings import check_adapter_settings, forget_base
+from .adapter_settings import check_adapter_settings, forget_base, refuse_prefixes
 from .cached_state import clear_cached_state
 from .call_order import check_call_order
 from .config_edits import (
@@ -164,6 +165,7 @@ class Surgery:
 
     def __init__(self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None) -> None:
         self.model = model
+        refuse_architecture(refusal_fields(text_config(model)))  # a looped model may have several lists, or none
         self.block_list = find_decoder_blocks(model, blocks)
         self.original = list(self.block_list.blocks)
         self.training = self.block_list.blocks.training
@@ -191,9 +193,8 @@ class Surgery:
                 f"it (del), {WRAP_AGAIN}"
             )
         config = text_config(model)
-        fields = refusal_fields(config)
-        refuse_architecture(fields)
-        refuse_route(fields, route, live=True)
+        refuse_route(refusal_fields(config), route, live=True)
+        refuse_prefixes(model, depth, route)
         unpack_weights(model)
         self.state = "applying"
         clear_cached_state(model)
@@ -201,8 +202,7 @@ class Surgery:
         for decoder_config in _find_configs(model, self.block_list, config):
             edit_config(decoder_config, depth, route, self.log)
         edit_parent_modules(parent_modules(model, self.block_list), depth, route, self.log)
-        field = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        edit_depth(self.installed, {field, "num_hidden_layers"}, depth, len(route), self.log)
+        edit_depth(self.installed, {depth_field(config), "num_hidden_layers"}, depth, len(route), self.log)
         edit_device_map(model, self.block_list, route, self.log)
         _set_blocks(self.block_list.blocks, self.installed)
         self.tree = ModuleTree(model) if may_get_bridge() else None

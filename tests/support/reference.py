@@ -10,6 +10,8 @@ from torch import nn
 from layersurgery.models.block_list import find_block_list
 from layersurgery.plans.route import Route
 
+_DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+
 
 class _Recorder(nn.Module):
     """Module that runs a block and records its arguments."""
@@ -52,7 +54,9 @@ def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits of the model with its blocks run in the order of `route` (whole blocks only), without cache."""
     text = model.config.get_text_config(decoder=True)
-    blocks = find_block_list(model, text.num_hidden_layers).blocks
+    # A decoder that was taken out of an encoder-decoder has num_hidden_layers of the encoder.
+    depth = next(getattr(text, name) for name in _DEPTHS if hasattr(text, name))
+    blocks = find_block_list(model, depth).blocks
     originals = list(blocks)
     calls: list[Any] = []
     try:
