@@ -18,7 +18,7 @@ from ..models.config_fields import (
     non_default_fields,
 )
 from ..models.config_periods import broken_periods, describe_position_readers
-from ..models.config_rewrite import rewrite
+from ..models.config_rewrite import breaks_prefix, rewrite
 from ..models.unsupported import refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
@@ -181,7 +181,13 @@ def _check_complete(checkpoint: Checkpoint, model: nn.Module, blocks: BlockList,
 
 def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, list[int]], *, verify: bool) -> Json:
     section = checkpoint.section
-    config = rewrite(checkpoint.config, section, route)
+    config = checkpoint.config
+    if breaks_prefix(checkpoint.fields, route):
+        from ..models.meta_model import is_known_model_type, write_prefix_list
+
+        if is_known_model_type(config):
+            config = write_prefix_list(config, section)
+    config = rewrite(config, section, route)
     identical_layer_types = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
         checkpoint.fields, POSITIONAL_WITH_LIST
     )

@@ -27,6 +27,7 @@ from .config_fields import (
     POSITIONAL_ONLY,
     POSITIONAL_WITH_LIST,
     PREFIX_COUNTS,
+    PREFIX_LIST,
     SOURCE_LISTS,
     SUFFIX_COUNTS,
     DecoderSection,
@@ -187,10 +188,11 @@ def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> N
         count = fields[key]
         if not is_count(count):
             continue
-        in_prefix = [block < count for block in route.blocks]
-        if sorted(in_prefix, reverse=True) == in_prefix:
-            fields[key] = sum(in_prefix)
-        elif reloaded and not isinstance(fields.get("mlp_layer_types"), list):
+        if not _breaks_prefix(count, route):
+            fields[key] = sum(block < count for block in route.blocks)
+        elif isinstance(fields.get(PREFIX_LIST), list):
+            del fields[key]  # transformers reads the list; other programs would read a number that contradicts it
+        elif reloaded:
             raise UnsupportedEditError(
                 f"config.json: {key} = {count} means that the first {count} layers are of another kind, and {route} "
                 "would put one of them after a layer of the other kind, which the field cannot describe"
@@ -209,6 +211,18 @@ def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> N
         dense = {position for position, block in enumerate(route.blocks) if (block + 1) % step}
         fields["mlp_only_layers"] = sorted(dense.union(fields.get("mlp_only_layers") or []))
         fields["decoder_sparse_step"] = 1
+
+
+def _breaks_prefix(count: int, route: Route) -> bool:
+    """Check whether a route puts one of the first layers after a layer of the other kind."""
+    in_prefix = [block < count for block in route.blocks]
+    return sorted(in_prefix, reverse=True) != in_prefix
+
+
+def breaks_prefix(fields: Json, route: Route) -> bool:
+    """Check whether a count of the first layers, which no list describes, cannot describe the new order."""
+    counts = [fields[key] for key in PREFIX_COUNTS & fields.keys() if is_count(fields[key])]
+    return not isinstance(fields.get(PREFIX_LIST), list) and any(_breaks_prefix(count, route) for count in counts)
 
 
 def _rewrite_interval(fields: Json, route: Route) -> None:

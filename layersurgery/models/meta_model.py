@@ -19,7 +19,7 @@ from ..errors import SourceError, UnsupportedEditError
 from ..library_logs import quiet_libraries
 from ..plans.route import Route
 from ..quick_imports import quick_imports
-from .config_fields import LISTS, DecoderSection, Json, find_section, is_layerwise
+from .config_fields import LISTS, PREFIX_LIST, DecoderSection, Json, depth_field, find_section, is_layerwise
 from .config_periods import follow_periods
 from .config_rewrite import rewrite_fields
 
@@ -71,8 +71,8 @@ def resolve_section(config: Json) -> DecoderSection:
         text = load_hf_config(config).get_text_config(decoder=True)
     except UnsupportedEditError as error:
         raise SourceError(f"config.json has no number of layers, and {error}") from error
-    name = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    config[name] = int(getattr(text, "num_hidden_layers", 0) or 0)
+    name = depth_field(text)
+    config[name] = int(getattr(text, name, 0) or 0)
     return find_section(config, name)
 
 
@@ -115,6 +115,15 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
             f"layers and accepts no list, so it cannot represent the route {route}"
         )
     return edited
+
+
+def write_prefix_list(config: Json, section: DecoderSection) -> Json:
+    """Write the list that the config class derives from a count of the first layers, if it has one, next to it."""
+    value = _read_fields(load_hf_config(config)).get(PREFIX_LIST)
+    if isinstance(value, list) and len(value) == section.depth:
+        config = copy.deepcopy(config)
+        section.get_fields(config)[PREFIX_LIST] = value
+    return config
 
 
 def _find_differing(expected: Json, edited: Json) -> list[str]:

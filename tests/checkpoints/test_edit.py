@@ -433,6 +433,26 @@ def test_layer_numbers_that_begin_at_one_in_a_nested_dictionary(tmp_path: Path) 
     assert model.config.linear_attn_config == nested
 
 
+def test_a_count_of_first_layers_becomes_the_list_that_its_class_reads(tmp_path: Path) -> None:
+    sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    model = tiny_model("kimi_linear", num_key_value_heads=4, **sizes)
+    model.save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    assert config.pop("mlp_layer_types")[:2] == ["dense", "sparse"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"first_k_dense_replace": 1}))
+    for plan in ("swap 0 1", "drop 0", "drop 1"):
+        out = tmp_path / plan
+        ls.edit_checkpoint(tmp_path / "source", plan, out)
+        written = json.loads((out / "config.json").read_text())
+        # No number that contradicts the list is left for programs that read only the number.
+        expected = {"swap 0 1": None, "drop 0": 0, "drop 1": 1}[plan]
+        assert written.get("first_k_dense_replace") == expected
+        assert ("mlp_layer_types" in written) is (plan == "swap 0 1")
+        route = ls.Plan.parse(plan).route(DEPTH)
+        reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
+        assert torch.equal(logits_of(reloaded, tokens()), logits_along(model, route, tokens()))
+
+
 def test_default_layer_types_are_written_also_without_the_check(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     model.save_pretrained(tmp_path / "source")
