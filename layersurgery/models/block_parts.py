@@ -73,16 +73,35 @@ def find_block_parts(block: nn.Module, call: Call) -> BlockParts:
     try:
         probe = BlockProbe(block, call, seed=1)
         mixers, mlp, calls = _sort_modules(probe)
-        parts = BlockParts(tuple(c.name for c in mixers), tuple(c.name for c in mlp))
-        reason = _is_sequential(probe, mixers)
-        if reason:
-            return replace(parts, skip_error=reason)
-        skips = [_skip_specs(probe, branch, calls) for branch in (mixers, mlp)]
-        skips[0] = [replace(skip, updates_cache=index == 0) for index, skip in enumerate(skips[0])]
-        before, after = _find_norms(probe, calls, [*mixers, *mlp])
-        return _confirm(probe, replace(parts, norms_before=before, norms_after=after), skips)
+        if len(writing := [call for call in mlp if not _prepares(call, [*mixers, *mlp], probe.stream)]) < len(mlp):
+            parts = _find_skips(probe, mixers, writing, calls)
+            if not parts.skip_error:
+                return parts
+        return _find_skips(probe, mixers, mlp, calls)
     except UnsupportedEditError as error:
         return BlockParts((), (), skip_error=str(error))
+
+
+def _find_skips(probe: BlockProbe, mixers: list[Call], mlp: list[Call], calls: list[Call]) -> BlockParts:
+    """Find how the branches with these modules can be skipped."""
+    parts = BlockParts(tuple(c.name for c in mixers), tuple(c.name for c in mlp))
+    reason = _is_sequential(probe, mixers)
+    if reason:
+        return replace(parts, skip_error=reason)
+    skips = [_skip_specs(probe, branch, calls) for branch in (mixers, mlp)]
+    skips[0] = [replace(skip, updates_cache=index == 0) for index, skip in enumerate(skips[0])]
+    before, after = _find_norms(probe, calls, [*mixers, *mlp])
+    return _confirm(probe, replace(parts, norms_before=before, norms_after=after), skips)
+
+
+def _prepares(call: Call, branches: list[Call], like: torch.Tensor) -> bool:
+    """Check whether a module only computes the input of another, such as a norm with a gate that has matrices."""
+    output = first_tensor(call.output)
+    return (
+        output is not None
+        and output.shape == like.shape
+        and any(_reads(other, output) for other in branches if other.name != call.name)
+    )
 
 
 def _sort_modules(probe: BlockProbe) -> tuple[list[Call], list[Call], list[Call]]:

@@ -31,7 +31,8 @@ from .meta_model import build_meta_model
 from .quantized import CPU_PACKING, is_quantized
 from .skipped_branch import SkippedBranch
 
-_INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|number|depth", re.IGNORECASE)
+# A seed that is the position draws another random pattern in training (BigBird), and none otherwise.
+_INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|^seed$|number|depth", re.IGNORECASE)
 # Values that a constructor computes in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
 # Settings of a model in use, which are not part of its structure.
@@ -132,6 +133,7 @@ class ReloadCheck:
                 yield f"{label} is a {kind.__name__} in the source and would be a {type(edited_module).__name__}"
                 continue
             source_values, edited_values = _own_values(source_module), _own_values(edited_module)
+            _forget_kinds(source_values, edited_values)
             for name in sorted(
                 edited_values.keys() - _MODES if self.live else source_values.keys() | edited_values.keys()
             ):
@@ -263,6 +265,21 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.Tensor)
+
+
+def _forget_kinds(source: dict[str, Any], edited: dict[str, Any]) -> None:
+    """Remove, from the values of a module, what it keeps for kinds of layers of which the edited model has none.
+
+    A rotary embedding has a list of the kinds, `layer_types`, and for each kind its frequencies.
+    """
+    before, after = source.get("layer_types"), edited.get("layer_types")
+    if not (isinstance(before, list) and isinstance(after, list) and all(isinstance(kind, str) for kind in before)):
+        return
+    gone = [kind for kind in before if kind not in after]
+    if gone and sorted(set(before)) == before and after == [kind for kind in before if kind not in gone]:
+        for name in [name for name in source if name == "layer_types" or name.startswith(tuple(gone))]:
+            source.pop(name)
+            edited.pop(name, None)
 
 
 def _is_equal(source: Any, edited: Any) -> bool:

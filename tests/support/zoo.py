@@ -16,7 +16,7 @@ DEPTH = 6
 VOCAB = 128
 
 # Set if a config class has the field; ZOO adds fields for single architectures.
-_SMALL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "d_model": 32,
@@ -196,7 +196,7 @@ def tiny_config(name: str, **overrides: Any) -> Any:
     model_type = name.partition("-")[0]
     config_class = CONFIG_MAPPING[model_type]
     known = set(config_class().to_dict()) | set(config_class.attribute_map)
-    fields = {key: value for key, value in _SMALL.items() if key in known}
+    fields = {key: value for key, value in SMALL.items() if key in known}
     fields = {
         key: value
         for key, value in fields.items()
