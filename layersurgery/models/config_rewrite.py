@@ -8,6 +8,7 @@ name.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -197,6 +198,10 @@ def _rewrite_counts(fields: Json, depth: int, route: Route, reloaded: bool) -> N
                 f"config.json: {key} = {count} means that the first {count} layers are of another kind, and {route} "
                 "would put one of them after a layer of the other kind, which the field cannot describe"
             )
+    scale = fields.get("scale_depth")
+    if isinstance(scale, int | float) and len(route) != depth:
+        # MiniCPM's blocks multiply what they add to the stream by scale_depth / sqrt(depth).
+        fields["scale_depth"] = scale * math.sqrt(len(route) / depth)
     _rewrite_interval(fields, route)
     _rewrite_cycle(fields, depth, route)
     if reloaded and fields.get("scale_attn_by_inverse_layer_idx") and route.blocks != tuple(range(len(route))):

@@ -105,16 +105,21 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
     followed = follow_periods(edited_fields, len(route))
     edited_fields.clear()
     edited_fields.update(followed)
+    accepts = "list"
     try:
-        accepted = not _find_differing(expected, edited)
+        if not (still := _find_differing(expected, edited)):
+            return edited
+        actual = _read_fields(load_hf_config(edited)).get(still[0])
+        if isinstance(actual, list) and len(actual) == len(route):
+            # Some classes accept a list and change entries of it: Gemma 4 makes the last layer full attention.
+            position = next(index for index, value in enumerate(actual) if value != expected[still[0]][index])
+            accepts = f"other value than {actual[position]!r} at position {position}"
     except UnsupportedEditError:  # a property without a setter
-        accepted = False
-    if not accepted:
-        raise UnsupportedEditError(
-            f"the config class of {config.get('model_type')!r} computes {', '.join(differing)} from the positions of "
-            f"layers and accepts no list, so it cannot represent the route {route}"
-        )
-    return edited
+        pass
+    raise UnsupportedEditError(
+        f"the config class of {config.get('model_type')!r} computes {', '.join(differing)} from the positions of "
+        f"layers and accepts no {accepts}, so it cannot represent the route {route}"
+    )
 
 
 def write_prefix_list(config: Json, section: DecoderSection) -> Json:

@@ -25,7 +25,7 @@ from .block_list import find_block_list
 from .block_probe import probe_forward
 from .block_view import POSITION_NAME
 from .call_tracing import eval_no_grad
-from .config_fields import DEPTH_FIELDS, DecoderSection, Json
+from .config_fields import DEPTH_FIELDS, INDEX_LISTS, DecoderSection, Json
 from .config_periods import PERIODS
 from .meta_model import build_meta_model
 from .quantized import CPU_PACKING, is_quantized
@@ -192,6 +192,8 @@ class ReloadCheck:
             return True
         if type(source) is int and type(edited) is int:
             return bool(_INDEX_NAME.search(name)) and source - old == edited - new
+        if name in INDEX_LISTS and isinstance(source, list | tuple) and isinstance(edited, list | tuple):
+            return list(edited) == [position for position, block in enumerate(self.route.blocks) if block in source]
         if isinstance(source, list | tuple) and isinstance(edited, list | tuple) and len(source) == self.section.depth:
             return list(edited) == [source[block] for block in self.route.blocks]
         return False

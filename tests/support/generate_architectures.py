@@ -1,20 +1,27 @@
 """Generate ARCHITECTURES.md by trying every kind of edit on every architecture of the zoo.
 
-Run `python -m tests.support.generate_architectures`. Every row is what the edits did; none is written by hand.
+Run `python -m tests.support.generate_architectures`. Every row is what the edits did; none is written by hand. The
+second table takes a quarter of an hour. `python -m tests.support.survey > FILE` makes its cases, and
+`python -m tests.support.generate_architectures FILE` reads them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 import layersurgery as ls
 from layersurgery.models.anatomy import Anatomy
+from tests.support.survey import EDITS, Case, examine, types
 from tests.support.unsupported import BLOCK_EDITS, SKIP_EDITS
 from tests.support.zoo import ZOO, tiny_model
 
+_WAYS = {"memory": "in memory", "disk": "on disk"}
 PAGE = Path(__file__).parents[2] / "ARCHITECTURES.md"
 INTRO = """# Architectures
 
@@ -35,6 +42,22 @@ blocks can still work. Other model types of transformers with the same structure
 
 | type | mixes tokens | MLP | order | refused |
 |---|---|---|---|---|
+"""
+
+
+SURVEY = """
+## Every causal language model of transformers
+
+The types that transformers {version} loads as causal language models, without those above. A tiny model of each is
+edited in memory and on disk: {edits}. Every result that is not refused equals a reference that uses nothing of
+layersurgery's surgery: the model's own blocks, called by hand in the new order (`tests/support/survey.py`). A skipped
+branch equals a copy of the model whose output projections are set to zero by name. Text that is generated with the
+cache equals text without. `tests/surgery/test_survey.py` tries all of them again.
+
+{counts}
+
+| type | right in memory | right on disk | refused |
+|---|---|---|---|
 """
 
 
@@ -71,6 +94,39 @@ def _list_refusals(name: str) -> str:
     )
 
 
+def survey_row(cases: list[Case]) -> str:
+    """Return the table row of one type of the survey."""
+    name, tried = cases[0].type, [case for case in cases if case.plan]
+    if not tried:
+        reason = cases[0].detail.strip().replace("\n", " ").replace("|", "\\|")
+        return f"| {name} | | | not built: {reason[:160]} |"
+    plans: dict[tuple[str, str], list[str]] = {}
+    for plan in dict.fromkeys(case.plan for case in tried):
+        reasons = {case.way: _shorten(case.detail) for case in tried if case.plan == plan and case.result == "refused"}
+        for reason in dict.fromkeys(reasons.values()):
+            ways = " and ".join(_WAYS[way] for way in reasons if reasons[way] == reason)
+            plans.setdefault((ways, reason), []).append(plan)
+    refused = "; ".join(
+        f"{ways} *{'everything' if len(edits) == len(EDITS) else ', '.join(edits)}*: {reason}"
+        for (ways, reason), edits in plans.items()
+    )
+    right = [f"{sum(case.way == way and case.result == 'right' for case in tried)} of {len(EDITS)}" for way in _WAYS]
+    return f"| {name} | {right[0]} | {right[1]} | {refused or 'nothing'} |"
+
+
+def _counts(survey: dict[str, list[Case]]) -> str:
+    """Return a sentence with the counts of the survey."""
+    cases = [case for cases in survey.values() for case in cases if case.plan]
+    results = [case.result for case in cases]
+    wrong = [case for case in cases if case.result not in ("right", "refused")]
+    assert not wrong, wrong
+    built = sum(any(case.result == "built" for case in cases) for cases in survey.values())
+    return (
+        f"{len(survey)} types, of which {built} were built; {len(cases)} cases, of which {results.count('right')} are "
+        f"right and {results.count('refused')} are refused by name."
+    )
+
+
 def _operate_and_undo(model: Any, plan: str) -> None:
     with ls.operate(model, plan):
         pass
@@ -80,20 +136,41 @@ def _shorten(message: str) -> str:
     """Reduce an error message to its reason."""
     if match := re.search(r"\(block \d+\): (\S+) is .* in the source and would be ", message):
         return f"`{match[1]}` depends on the position"
+    message = re.sub(
+        r"block \d+ (attends to the tokens that block) \d+ selects", r"a block \1 before it selects", message
+    )
     message = re.sub(r"^.*(can be skipped|config\.json): |^(rwkv: |block \d+ \(\w+\) )", "", message)
-    return re.split(r"[;.] |, so |, and works", message)[0].replace("|", "\\|")
+    return re.split(r"[;.] |, so |, and (?:works|on |\d)", message)[0].replace("|", "\\|")
 
 
-def page() -> str:
-    """Return the page."""
+def page(survey: dict[str, list[Case]]) -> str:
+    """Return the page.
+
+    Args:
+        survey: the cases of each type outside the zoo.
+    """
     block_edits, skip_edits = (", ".join(f"`{plan}`" for plan in plans) for plans in (BLOCK_EDITS, SKIP_EDITS))
     intro = INTRO.format(block_edits=block_edits, skip_edits=skip_edits)
-    return intro + "\n".join(map(row, ZOO)) + "\n"
+    edits = ", ".join(f"`{plan}`" for plan in EDITS)
+    heading = SURVEY.format(version=transformers.__version__, edits=edits, counts=_counts(survey))
+    return intro + "\n".join(map(row, ZOO)) + "\n" + heading + "\n".join(map(survey_row, survey.values())) + "\n"
+
+
+def _read_survey(files: list[str]) -> dict[str, list[Case]]:
+    """Read the cases of the survey, or make them; a later line about a type replaces the earlier ones."""
+    survey: dict[str, list[Case]] = {}
+    if not files:
+        survey = {name: list(examine(name)) for name in types() if name not in ZOO}
+    for file in files:
+        cases = [Case(**json.loads(line)) for line in Path(file).read_text("utf-8").splitlines()]
+        survey |= {name: [case for case in cases if case.type == name] for name in dict.fromkeys(c.type for c in cases)}
+    return {name: survey[name] for name in types() if name not in ZOO and name in survey}
 
 
 if __name__ == "__main__":
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    PAGE.write_text(page(), "utf-8")
+    logging.disable_progress_bar()
+    PAGE.write_text(page(_read_survey(sys.argv[1:])), "utf-8")
     print(f"wrote {PAGE.name}: {len(ZOO)} architectures", file=sys.stderr)

@@ -40,7 +40,7 @@ class _Replay(_Recorder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.block(*args, **kwargs)
-        return (self.value, *output[1:]) if isinstance(output, tuple) else self.value
+        return type(output)([self.value, *output[1:]]) if isinstance(output, tuple | list) else self.value
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
                 first_args, first_kwargs = calls[0]
                 stream = first_args[0] if first_args else first_kwargs["hidden_states"]
             output = originals[visit.block](*_replace_first(args, stream), **_replace_keyword(kwargs, args, stream))
-            stream = output[0] if isinstance(output, tuple) else output
+            stream = output[0] if isinstance(output, tuple | list) else output
         assert stream is not None
         for position, block in enumerate(originals):
             blocks[position] = _Replay(block, stream)
