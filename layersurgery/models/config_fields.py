@@ -12,7 +12,7 @@ from ..plans.route import Route
 
 Json = dict[str, Any]
 
-DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")  # the last is xLSTM's
 # Names of the depths of a decoder and of an encoder. Where the decoder was taken out of an encoder-decoder (BART),
 # its config has both, num_hidden_layers is that of the encoder, and no encoder is built.
 _DECODER_AND_ENCODER = (("decoder_layers", "encoder_layers"), ("num_decoder_layers", "num_encoder_layers"))

@@ -49,10 +49,16 @@ SURVEY = """
 ## Every causal language model of transformers
 
 The types that transformers {version} loads as causal language models, without those above. A tiny model of each is
-edited in memory and on disk: {edits}. Every result that is not refused equals a reference that uses nothing of
-layersurgery's surgery: the model's own blocks, called by hand in the new order (`tests/support/survey.py`). A skipped
-branch equals a copy of the model whose output projections are set to zero by name. Text that is generated with the
-cache equals text without. `tests/surgery/test_survey.py` tries all of them again.
+edited in memory and on disk:
+
+- {edits}
+
+Every result that is not refused equals a reference that uses nothing of layersurgery's surgery: the model's own blocks,
+called by hand in the new order, or a model built from a config whose lists are permuted by hand
+(`tests/support/survey.py`). A skipped branch equals a copy of the model whose output projections are set to zero by
+name; where the names are in no table, memory and disk equal each other ({unnamed}).
+Text that is generated with the cache equals text without. Looped models are among them, and are refused by name: Dory, Inkling 2 and its looped
+form, HRM. `tests/surgery/test_survey.py` tries all of them again.
 
 {counts}
 
@@ -127,6 +133,13 @@ def _counts(survey: dict[str, list[Case]]) -> str:
     )
 
 
+def _unnamed(survey: dict[str, list[Case]]) -> str:
+    """List the types with a skipped branch that has no reference of its own."""
+    return (
+        ", ".join(name for name, cases in survey.items() if any(case.detail == "unnamed" for case in cases)) or "none"
+    )
+
+
 def _operate_and_undo(model: Any, plan: str) -> None:
     with ls.operate(model, plan):
         pass
@@ -134,11 +147,12 @@ def _operate_and_undo(model: Any, plan: str) -> None:
 
 def _shorten(message: str) -> str:
     """Reduce an error message to its reason."""
-    if match := re.search(r"\(block \d+\): (\S+) is .* in the source and would be ", message):
+    if match := re.search(r"\(block \d+\): (?:the block\.)?(\S+) is .* in the source and would be ", message):
         return f"`{match[1]}` depends on the position"
     message = re.sub(
         r"block \d+ (attends to the tokens that block) \d+ selects", r"a block \1 before it selects", message
     )
+    message = re.sub(r" \(a forward calls .*?\)|^\w+(ForCausalLM|LMHeadModel): ", "", message)
     message = re.sub(r"^.*(can be skipped|config\.json): |^(rwkv: |block \d+ \(\w+\) )", "", message)
     return re.split(r"[;.] |, so |, and (?:works|on |\d)", message)[0].replace("|", "\\|")
 
@@ -152,7 +166,9 @@ def page(survey: dict[str, list[Case]]) -> str:
     block_edits, skip_edits = (", ".join(f"`{plan}`" for plan in plans) for plans in (BLOCK_EDITS, SKIP_EDITS))
     intro = INTRO.format(block_edits=block_edits, skip_edits=skip_edits)
     edits = ", ".join(f"`{plan}`" for plan in EDITS)
-    heading = SURVEY.format(version=transformers.__version__, edits=edits, counts=_counts(survey))
+    heading = SURVEY.format(
+        version=transformers.__version__, edits=edits, counts=_counts(survey), unnamed=_unnamed(survey)
+    )
     return intro + "\n".join(map(row, ZOO)) + "\n" + heading + "\n".join(map(survey_row, survey.values())) + "\n"
 
 
@@ -162,7 +178,9 @@ def _read_survey(files: list[str]) -> dict[str, list[Case]]:
     if not files:
         survey = {name: list(examine(name)) for name in types() if name not in ZOO}
     for file in files:
-        cases = [Case(**json.loads(line)) for line in Path(file).read_text("utf-8").splitlines()]
+        # Some models print.
+        lines = [line for line in Path(file).read_text("utf-8").splitlines() if line.startswith("{")]
+        cases = [Case(**json.loads(line)) for line in lines]
         survey |= {name: [case for case in cases if case.type == name] for name in dict.fromkeys(c.type for c in cases)}
     return {name: survey[name] for name in types() if name not in ZOO and name in survey}
 

@@ -20,6 +20,8 @@ MENDED = [
     ("bart-unequal", "drop 0"),
     ("prophetnet", "repeat 2:4"),
     ("blenderbot", "skip-attention 2"),
+    # A second name of the depth.
+    ("xlstm", "repeat 2:4"),
     # A factor that depends on the depth.
     ("minicpm3", "drop 0"),
 ]
