@@ -57,8 +57,9 @@ Every result that is not refused equals a reference that uses nothing of layersu
 called by hand in the new order, or a model built from a config whose lists are permuted by hand
 (`tests/support/survey.py`). A skipped branch equals a copy of the model whose output projections are set to zero by
 name; where the names are in no table, memory and disk equal each other ({unnamed}).
-Text that is generated with the cache equals text without. Looped models are among them, and are refused by name: Dory, Inkling 2 and its looped
-form, HRM. `tests/surgery/test_survey.py` tries all of them again.
+Text that is generated with the cache equals text without.
+Looped models are among them, and are refused by name: Dory, Inkling 2 and its looped form, HRM.
+`tests/surgery/test_survey.py` tries all of them again.
 
 {counts}
 
