@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..errors import PlanError, SourceError
+from ..models.model_class import find_model_classes
 from ..quick_imports import quick_imports
 from ..units import format_list
 from .quantize_on_load import quantization_config
@@ -31,7 +32,10 @@ def load(
     quantize: str | None = None,
     **options: Any,
 ) -> Loaded:
-    """Load a causal language model in evaluation mode, and its tokenizer, with transformers.
+    """Load a language model in evaluation mode, and its tokenizer, with transformers.
+
+    A model that also reads images or sound is loaded as a whole, unless transformers can load its text decoder alone.
+    Everything here gives it text only.
 
     Args:
         model: Hub ID, local directory, `.gguf` file, or "smollm2-135m".
@@ -42,7 +46,8 @@ def load(
         trust_remote_code: run the code that comes with the model and its tokenizer; without it, it is never run.
         quantize: quantize the linear layers while the model is loaded: "nf4" (4 bits) or "int8"; the unembedding stays
             as it is. It needs bitsandbytes: `pip install 'layersurgery[quantize]'`.
-        options: further arguments for `AutoModelForCausalLM.from_pretrained`.
+        options: further arguments for `from_pretrained` of AutoModelForCausalLM, or of AutoModelForMultimodalLM for a
+            model that the first does not know.
 
     Returns:
         The model and its tokenizer, as a named tuple.
@@ -78,9 +83,10 @@ def load_weights(
     with quick_imports():
         import transformers.generation.utils
         import transformers.modeling_utils  # noqa: F401 - the slow part, which transformers imports later
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         from ..models.quantized import is_quantized, keep_unpacked, quantizer_of
+        from ..models.text_model import find_text_model
 
     dtype = _torch_dtype(dtype)
     if device is not None:
@@ -89,27 +95,34 @@ def load_weights(
         if "quantization_config" in options:
             raise PlanError("quantize and quantization_config were both given; give one of them")
         options["quantization_config"] = quantization_config(quantize, source, dtype)
+    arguments = {
+        "dtype": dtype, "device_map": device_map, "trust_remote_code": source.trust_remote_code, **options
+    }  # fmt: skip
+    refusal: SourceError | None = None
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            source.directory,
-            dtype=dtype,
-            device_map=device_map,
-            output_loading_info=True,
-            trust_remote_code=source.trust_remote_code,
-            **options,
-        )
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
+        for model_class, own_config in find_model_classes(config):
+            config_argument = {} if own_config is config else {"config": own_config}
+            loaded, report = model_class.from_pretrained(
+                source.directory, output_loading_info=True, **config_argument, **arguments
+            )
+            absent = [str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())]
+            if not absent:
+                break
+            refusal = refusal or SourceError(
+                f"{source.label} lacks {format_list(sorted(absent))}, which {type(loaded).__name__} needs, so some "
+                "weights would be random. Check that it is a complete checkpoint of a language model"
+            )
+        else:
+            assert refusal is not None
+            raise refusal
     except Exception as error:  # config classes, constructors and weight loaders raise any exception
-        raise SourceError(f"transformers cannot load {source.label}: {reason_of(error)}") from error
-    if absent := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind, ())):
-        raise SourceError(
-            f"{source.label} lacks {format_list(absent)}, which {type(loaded).__name__} needs, so some weights would "
-            "be random. Check that it is a complete checkpoint of a causal language model"
-        )
+        raise refusal or SourceError(f"transformers cannot load {source.label}: {reason_of(error)}") from error
     if quantizer_of(loaded) is not None:
         keep_unpacked(loaded)
     if quantize is not None and not any(map(is_quantized, loaded.modules())):
         raise SourceError(f"{source.label} has no linear layer that bitsandbytes quantizes; omit quantize={quantize!r}")
-    return loaded.eval()
+    return find_text_model(loaded.eval())
 
 
 def _torch_dtype(dtype: Any) -> Any:

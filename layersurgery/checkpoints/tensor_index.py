@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError, UnsupportedEditError
-from ..models.config_fields import NOT_TEXT
+from ..models.config_fields import text_paths
 from .safetensors_header import Header, TensorInfo, read_header, refuse_pointer
 
 SINGLE = "model.safetensors"
@@ -191,7 +191,7 @@ def find_block_prefix(names: Iterable[str], depth: int, extra: int = 0, prefix: 
     }
     accepted = (set(range(depth)), set(range(depth + extra)))
     matching = [candidate for candidate, numbers in outer.items() if numbers in accepted]
-    text = [candidate for candidate, numbers in outer.items() if len(numbers) > 1 and not NOT_TEXT.search(candidate)]
+    text = text_paths(candidate for candidate, numbers in outer.items() if len(numbers) > 1)
     if text and prefix is None:  # an encoder of images or sound can be the decoder only if there is no other list
         matching = [candidate for candidate in matching if candidate in text or depth == 1]
     if len(matching) > 1:

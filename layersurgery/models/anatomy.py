@@ -23,6 +23,7 @@ from torch import nn
 from ..errors import UnsupportedEditError
 from ..plans.edits import Branch
 from ..plans.route import Visit
+from ..units import format_list
 from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
 from .block_parts import BlockParts, find_block_parts
 from .block_probe import probe_forward
@@ -194,7 +195,7 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
         signatures=tuple(kind_numbers),
         embedding=_path_of(model, "get_input_embeddings"),
         final_norm=final_norm,
-        unembedding=_path_of(model, "get_output_embeddings"),
+        unembedding=_path_of(model, "get_output_embeddings", block_list.path),
     )
 
 
@@ -243,10 +244,17 @@ def _modules_around(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
 def _check_order(model: nn.Module, block_list: BlockList, calls: list[Call]) -> None:
     """Refuse a model that does not pass one residual stream through each block once and in order."""
     order = [int(call.name.removeprefix("block ")) for call in calls]
-    if order != list(range(len(block_list.blocks))):
+    count = len(block_list.blocks)
+    if order and order == sorted(set(order)) and len(order) < count:
+        absent = format_list([str(block) for block in range(count) if block not in order])
+        raise UnsupportedEditError(
+            f"{type(model).__name__} does not run all of its {count} blocks on text alone (not {absent}), so edits of "
+            "them cannot be measured on text"
+        )
+    if order != list(range(count)):
         shown = ", ".join(map(str, order[:12])) + (", ..." if len(order) > 12 else "") if order else "none"
         raise UnsupportedEditError(
-            f"{type(model).__name__} does not run the {len(block_list.blocks)} blocks at {block_list.path} once each "
+            f"{type(model).__name__} does not run the {count} blocks at {block_list.path} once each "
             f"and in order (it ran {shown}), so reordering this list would not reorder the computation; if the decoder "
             "blocks are in another list, give its path: blocks=..."
         )
@@ -272,10 +280,21 @@ def _check_order(model: nn.Module, block_list: BlockList, calls: list[Call]) -> 
             )
 
 
-def _path_of(model: nn.Module, getter: str) -> str | None:
-    """Return the path of the module that a getter of the model returns; None if there is none."""
-    try:
-        target = getattr(unwrap_transformers(model), getter)()
-    except (AttributeError, NotImplementedError):
-        return None
-    return next((name for name, module in model.named_modules() if module is target), None)
+def _path_of(model: nn.Module, getter: str, inside: str = "") -> str | None:
+    """Return the path of the module that a getter of the model returns; None if there is none.
+
+    Args:
+        model: the model.
+        getter: the method's name.
+        inside: a path; where the model itself has no such module, the models on this path are asked.
+    """
+    names = inside.split(".")
+    owners = [unwrap_transformers(model), *(model.get_submodule(".".join(names[:end])) for end in range(1, len(names)))]
+    for owner in owners:
+        try:
+            target = getattr(owner, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if target is not None:
+            return next((name for name, module in model.named_modules() if module is target), None)
+    return None

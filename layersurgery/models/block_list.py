@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import PlanError, UnsupportedEditError
-from .config_fields import NOT_TEXT, depth_field
+from .config_fields import depth_field, text_paths
 from .other_wrappers import refuse_wrapper
 
 
@@ -53,7 +53,7 @@ def find_block_list(
     ]
     outermost = [name for name in candidates if not any(name.startswith(f"{other}.") for other in candidates)]
     if len(outermost) > 1:
-        outermost = [name for name in outermost if not NOT_TEXT.search(name)] or outermost
+        outermost = text_paths(outermost) or outermost
     if not outermost:
         raise UnsupportedEditError(
             f"{type(model).__name__} has no list of {depth} modules, the number of layers in its config (module lists: "
@@ -110,12 +110,21 @@ def text_config(model: nn.Module) -> Any:
         UnsupportedEditError: the model is an encoder-decoder.
     """
     config = unwrap_transformers(model).config
+    refuse_encoder_decoder(config, type(model).__name__)
+    return config.get_text_config(decoder=True)
+
+
+def refuse_encoder_decoder(config: Any, name: str) -> None:
+    """Refuse a model that is an encoder and a decoder of text.
+
+    Raises:
+        UnsupportedEditError: the config says that it is one.
+    """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedEditError(
-            f"{type(model).__name__} is an encoder-decoder model, and an edit cannot specify which of the two it "
-            "changes; only decoder-only models can be edited"
+            f"{name} is an encoder-decoder model, and an edit cannot specify which of the two it changes; only "
+            "decoder-only models can be edited"
         )
-    return config.get_text_config(decoder=True)
 
 
 def find_decoder_blocks(model: nn.Module, blocks: str | None = None) -> BlockList:

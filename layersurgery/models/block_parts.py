@@ -80,6 +80,10 @@ def find_block_parts(block: nn.Module, call: Call) -> BlockParts:
         return _find_skips(probe, mixers, mlp, calls)
     except UnsupportedEditError as error:
         return BlockParts((), (), skip_error=str(error))
+    except Exception as error:  # a block may raise anything on random numbers, or with its modules recorded
+        if is_out_of_memory(error):
+            raise
+        return BlockParts((), (), skip_error=f"it cannot be run by itself ({type(error).__name__}: {error})")
 
 
 def _find_skips(probe: BlockProbe, mixers: list[Call], mlp: list[Call], calls: list[Call]) -> BlockParts:

@@ -92,6 +92,12 @@ class ModuleWrapper(nn.Module):
         # Bypass nn.Module's attribute handling: a module among the attributes must not become a child of the wrapper.
         vars(self).update(attributes)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[nn.Module]:  # type: ignore[override]
+        """Return the class of the module, by which a block may choose how to call it (`isinstance`)."""
+        modules = vars(self).get("_modules", {})
+        return type(modules["module"]) if "module" in modules else type(self)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

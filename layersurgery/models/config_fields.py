@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,14 @@ _DECODER_AND_ENCODER = (("decoder_layers", "encoder_layers"), ("num_decoder_laye
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model_config")
 
 # Words in names of modules and tensors that show that a list of layers is not the text decoder.
-NOT_TEXT = re.compile(r"vision|visual|audio|image|video|speech|encoder|mtp|qformer|resampler|draft", re.IGNORECASE)
+NOT_TEXT = re.compile(
+    r"vision|visual|\bvit\b|\bsam_model|audio|image|video|speech|talker|2wav|encoder|codec|mtp|qformer|resampler|"
+    r"projector|draft",
+    re.IGNORECASE,
+)
+_NOT_TEXT_BUT_ENCODER = re.compile(NOT_TEXT.pattern.replace("|encoder|", "|"), re.IGNORECASE)
+# An encoder in such a module is the text decoder's own name for its layers.
+_LANGUAGE_MODEL = re.compile(r"\b(language|text)_(model|decoder)\b", re.IGNORECASE)
 
 # One value per layer.
 LISTS = frozenset(
@@ -223,6 +230,13 @@ def sections(config: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
     for name in _TEXT_SECTIONS:
         if isinstance(config.get(name), dict):
             yield from sections(config[name], (*path, name))
+
+
+def text_paths(paths: Iterable[str]) -> list[str]:
+    """Return the paths of lists of layers that can be the text decoder, by their names; empty if none can."""
+    paths = [path for path in paths if not _NOT_TEXT_BUT_ENCODER.search(path)]
+    # Some text decoders are called encoders (BLIP, GIT), so that the others may be all that tells them apart.
+    return [path for path in paths if not NOT_TEXT.search(path) or _LANGUAGE_MODEL.search(path)] or paths
 
 
 def is_subsection(key: str, value: object) -> bool:

@@ -19,9 +19,10 @@ from ..errors import SourceError, UnsupportedEditError
 from ..library_logs import quiet_libraries
 from ..plans.route import Route
 from ..quick_imports import quick_imports
-from .config_fields import LISTS, PREFIX_LIST, DecoderSection, Json, depth_field, find_section, is_layerwise
+from .config_fields import LISTS, PREFIX_LIST, DecoderSection, Json, depth_field, find_section, is_layerwise, sections
 from .config_periods import follow_periods
 from .config_rewrite import rewrite_fields
+from .model_class import build_model
 
 _UNVERIFIED = "Without this check (verify), the checkpoint can be written at your own risk."
 
@@ -60,7 +61,7 @@ def load_hf_config(config: Json) -> Any:
 def resolve_section(config: Json) -> DecoderSection:
     """Find the decoder's section, even if only the config class defines the depth or the name of the depth field.
 
-    The depth is then written into `config`.
+    The depth is then written into that section of `config`.
 
     Raises:
         SourceError: transformers does not know the model type, or the class does not give the depth.
@@ -72,7 +73,8 @@ def resolve_section(config: Json) -> DecoderSection:
     except UnsupportedEditError as error:
         raise SourceError(f"config.json has no number of layers, and {error}") from error
     name = depth_field(text)
-    config[name] = int(getattr(text, name, 0) or 0)
+    *_, (_, fields) = sections(config, ())
+    fields[name] = int(getattr(text, name, 0) or 0)
     return find_section(config, name)
 
 
@@ -93,6 +95,7 @@ def write_derived_fields(config: Json, edited: Json, section: DecoderSection, ro
         UnsupportedEditError: a per-layer value that the class does not accept from the config.
     """
     fields = _read_fields(load_hf_config(config))
+    fields = {key: value for key, value in fields.items() if key not in section.depth_fields}
     layerwise = [key for key, value in fields.items() if is_layerwise(key, value, section.depth)]
     rewritten = rewrite_fields(fields, section.depth, route)
     expected = {key: rewritten[key] for key in layerwise}
@@ -195,7 +198,7 @@ def build_meta_model(config: Json, quantization: Any = None) -> nn.Module:
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model: nn.Module = architecture(hf_config)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(hf_config)
+                model = build_model(hf_config)
         if quantization is not None:
             from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..checkpoints.sources import EMBEDDED, Source, find_source, needs_conversion
-from ..errors import PlanError, SourceError
+from ..errors import PlanError, SourceError, UnsupportedEditError
+from ..models.block_list import refuse_encoder_decoder
 from ..models.config_fields import depth_field
 from ..models.other_wrappers import refuse_wrapper
 from ..runtime.inputs import as_tokens
@@ -87,6 +88,7 @@ def read_model_info(
 
     Raises:
         SourceError: there is no such model, or transformers cannot read its config.
+        UnsupportedEditError: it is an encoder-decoder.
     """
     from transformers import AutoConfig
 
@@ -105,8 +107,11 @@ def read_model_info(
         source = replace(source, trust_remote_code=trust_remote_code)
         try:
             loaded = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+            refuse_encoder_decoder(loaded, source.label)
             config = loaded.get_text_config(decoder=True)
             depth = int(getattr(config, depth_field(config)))
+        except UnsupportedEditError:
+            raise
         except Exception as error:  # a config class may raise any exception
             raise SourceError(f"transformers cannot read the config of {source.label}: {reason_of(error)}") from error
     return ModelInfo(source, depth, *config_limits(config), Padding.of(config))

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import PlanError, SourceError
 from ..models.block_list import BlockList, find_decoder_blocks
+from ..models.model_class import build_model
 from ..runtime.device_map import AUTO, DeviceMap, MaxMemory, describe
 from ..units import format_list
 
@@ -126,15 +127,11 @@ def build_meta_model(config: Any, dtype: str) -> Any:
     Raises:
         SourceError: transformers cannot build the model.
     """
-    from transformers import AutoModelForCausalLM
-
     # A config of the model's own code exists only where that code was trusted.
     is_trusted = type(config).__module__.startswith("transformers_modules")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype, torch.float32), trust_remote_code=is_trusted
-            )
+            return build_model(config, dtype=getattr(torch, dtype, torch.float32), trust_remote_code=is_trusted)
     except Exception as error:  # a constructor may raise anything
         raise SourceError(
             f"transformers cannot build the model of this config: {type(error).__name__}: {error}"
