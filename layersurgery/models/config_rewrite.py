@@ -44,7 +44,7 @@ _NUMBERS_AS_TEXT = re.compile(r"\d+(, *\d+)*")
 _NAMES_LAYERS = re.compile(r"layer|idx|indices|indexes", re.IGNORECASE)
 # Names of numbers that count layers from one end of the model, or name one of them: n_input_layers, layers_in_coda.
 _COUNTS_LAYERS = re.compile(r"(^|_)layers(_in_\w+)?$|(^|_)layer_(index|idx)(_|$)", re.IGNORECASE)
-_OTHER_LAYERS = re.compile(f"{NOT_TEXT.pattern}|decoder|projector|connector|adapter", re.IGNORECASE)
+_OTHER_LAYERS = re.compile(f"{NOT_TEXT.pattern}|decoder|connector|adapter", re.IGNORECASE)
 _KNOWN_COUNTS = frozenset(
     (*DEPTH_FIELDS, *EXTRA_FIELDS, *PREFIX_COUNTS, *SUFFIX_COUNTS, *POSITIONAL_WITH_LIST, *POSITIONAL_ONLY, *PERIODS)
 )
@@ -64,10 +64,11 @@ def rewrite(config: Json, section: DecoderSection, route: Route) -> Json:
         # Some configs hold the decoder's fields twice, at the top and in their section.
         depth_fields = [key for key in section.depth_fields if fields.get(key) == section.depth]
         if depth_fields:
-            rewritten = rewrite_fields(fields, section.depth, route)
+            others = {key: value for key, value in fields.items() if key not in depth_fields}
+            rewritten = rewrite_fields(others, section.depth, route) | dict.fromkeys(depth_fields, len(route))
+            order = [key for key in fields if key in rewritten]
             fields.clear()
-            fields.update(rewritten)
-            fields.update(dict.fromkeys(depth_fields, len(route)))
+            fields.update({key: rewritten[key] for key in (*order, *rewritten)})
     return config
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UnsupportedEditError, warn
 from ..plans.route import Route
@@ -129,8 +130,9 @@ class ReloadCheck:
                 yield f"{label} exists only {'after the reload' if path in edited else 'in the source'}"
                 continue
             source_module, edited_module = source[path], edited[path]
-            if (kind := _original_class(source_module)) is not type(edited_module):
-                yield f"{label} is a {kind.__name__} in the source and would be a {type(edited_module).__name__}"
+            kind, edited_kind = _original_class(source_module), _original_class(edited_module)
+            if kind is not edited_kind:
+                yield f"{label} is a {kind.__name__} in the source and would be a {edited_kind.__name__}"
                 continue
             source_values, edited_values = _own_values(source_module), _own_values(edited_module)
             _forget_kinds(source_values, edited_values)
@@ -234,8 +236,13 @@ def changed_by_forward(model: nn.Module) -> frozenset[tuple[nn.Module, str]]:
 
 
 def _original_class(module: nn.Module) -> type[nn.Module]:
-    """Return a module's class; for a skipped branch, the class of the module that it replaces."""
-    return module.original_class if isinstance(module, SkippedBranch) else type(module)
+    """Return a module's class, before a skipped branch replaced it or torch made it a class of its own.
+
+    torch makes a new class for each module of which a parametrization computes a weight (weight norm).
+    """
+    if isinstance(module, SkippedBranch):
+        return module.original_class
+    return type(module).__mro__[1] if is_parametrized(module) else type(module)
 
 
 def _modules_by_path(block: nn.Module) -> Modules:

@@ -12,6 +12,7 @@ from ..plans.route import Route
 from .block_dependencies import DEPENDENCY_FIELDS, refuse_other_sources
 
 _ALWAYS = {
+    "diffusion_gemma_text": "runs each of its layers in an encoder and in a decoder",
     "hrm_text": "runs its blocks in nested cycles and not one after another",
     "longcat_flash": "keeps two cache rows for each block",
     "dory": "runs its middle blocks several times, and splits its list of blocks at fixed numbers",
