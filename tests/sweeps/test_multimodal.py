@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPImageProcessor, LlavaProcessor
 
 import layersurgery as ls
 from layersurgery.metrics.reference import METRICS, measure
@@ -22,6 +24,7 @@ from tests.support.multimodal import (
     multimodal_model,
 )
 from tests.support.reference import logits_along, logits_of
+from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import DEPTH, slow, tokens
 
 # One of each way to load and to find the decoder: a vision tower of the same depth; a decoder that is called an
@@ -82,6 +85,15 @@ def test_what_cannot_be_measured_on_text_is_refused(saved: Callable[[str], Path]
     found = run("sweep", saved(name), "--data", story, "-n", 60, "--context", 30, "-o", out)
     assert found.exit_code == 1
     assert not list(out.glob("*.csv"))
+
+
+def test_a_processor_holds_the_tokenizer(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(saved("llava"), tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    assert ls.load(tmp_path / "model").tokenizer is None
+    LlavaProcessor(CLIPImageProcessor(), tiny_tokenizer()).save_pretrained(tmp_path / "model")
+    assert ls.load(tmp_path / "model").tokenizer("abc").input_ids == tiny_tokenizer()("abc").input_ids
 
 
 def test_every_type_of_transformers_is_in_the_tests() -> None:
