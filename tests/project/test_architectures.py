@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import transformers
 
+from tests.support import multimodal_section
 from tests.support.generate_architectures import PAGE, row, survey_row
+from tests.support.multimodal import MULTIMODAL, NOT_BUILT, UNMEASURED
 from tests.support.survey import EDITS, Case, types
 from tests.support.unsupported import ALL_UNSUPPORTED
 from tests.support.zoo import ZOO, rotate, slow
@@ -39,6 +41,19 @@ def test_a_row_of_the_survey_says_what_was_refused_and_why() -> None:
     refused = "in memory and on disk *skip-attention 2, skip-mlp 2*: it mixes"
     assert survey_row(cases) == f"| new | {whole} | {whole} | {refused} |"
     assert survey_row([Case("new", "", "", "not built", "no weights")]) == "| new | | | not built: no weights |"
+
+
+@pytest.mark.parametrize("name", [slow(name) for name in MULTIMODAL if name not in NOT_BUILT])
+def test_the_line_of_a_type_that_reads_images_or_sound_is_true(name: str) -> None:
+    assert multimodal_section.line(name) in PAGE.read_text("utf-8").splitlines()
+
+
+def test_there_is_a_line_for_each_type_that_reads_images_or_sound() -> None:
+    _, section = PAGE.read_text("utf-8").split(multimodal_section.HEADING)
+    lines = [line.removeprefix("- ") for line in section.splitlines() if line.startswith("- ")]
+    assert {line.partition(": ")[0]: "`" in line for line in lines} == {
+        name: name not in UNMEASURED | NOT_BUILT for name in MULTIMODAL
+    }, "run: python -m tests.support.generate_architectures"
 
 
 @pytest.mark.parametrize("count", [1, 3])

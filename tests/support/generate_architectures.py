@@ -17,6 +17,7 @@ import transformers
 
 import layersurgery as ls
 from layersurgery.models.anatomy import Anatomy
+from tests.support import multimodal_section
 from tests.support.survey import EDITS, Case, examine, types
 from tests.support.unsupported import BLOCK_EDITS, SKIP_EDITS
 from tests.support.zoo import ZOO, tiny_model
@@ -170,7 +171,8 @@ def page(survey: dict[str, list[Case]]) -> str:
     heading = SURVEY.format(
         version=transformers.__version__, edits=edits, counts=_counts(survey), unnamed=_unnamed(survey)
     )
-    return intro + "\n".join(map(row, ZOO)) + "\n" + heading + "\n".join(map(survey_row, survey.values())) + "\n"
+    survey_rows = "\n".join(map(survey_row, survey.values()))
+    return intro + "\n".join(map(row, ZOO)) + "\n" + heading + survey_rows + "\n\n" + multimodal_section.section()
 
 
 def _read_survey(files: list[str]) -> dict[str, list[Case]]:

@@ -76,7 +76,7 @@ _THINKER = {"thinker_config": {"text_config": _MROPE}}
 _SOUND = {"depths": (1, 1), "downsampling_ratios": (2,), "hidden_size": 32, "num_filters": 4}
 
 # What a type needs to be built, or to be built small.
-MULTIMODAL: dict[str, dict[str, Any]] = {name: {} for name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES} | {
+_FIELDS: dict[str, dict[str, Any]] = {
     "apertus1p5": {
         "audio_config": {"codebook_dim": 32, "codebook_size": 8}, "vision_config": {"codebook_size": 8},
         "image_token_offset": 100, "audio_token_offset": 108,
@@ -162,6 +162,8 @@ MULTIMODAL: dict[str, dict[str, Any]] = {name: {} for name in MODEL_FOR_MULTIMOD
         },
     },
 }  # fmt: skip
+
+MULTIMODAL = {name: _FIELDS.get(name, {}) for name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
 
 # Types that cannot be built here, and why.
 NOT_BUILT = dict.fromkeys(["fast_vlm", "gemma3n", "perception_lm"], "its vision tower is a model of the package timm")
