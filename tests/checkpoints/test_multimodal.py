@@ -22,7 +22,6 @@ UNSUPPORTED_ON_DISK = {
     "cosmos3_omni": _SEVERAL,
     "deepseek_ocr2": _SEVERAL,
     "nemo_speechlm": _SEVERAL,
-    "nemotron_h_omni": "computes hybrid_override_pattern, layer_types, layers_block_type from the positions",
 }
 EDITED = [name for name in MULTIMODAL if name not in UNMEASURED | NOT_BUILT]
 
