@@ -7,7 +7,7 @@ bootstrap), so that the true means are known: those of the sweep.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def coverage(kept: KeptSums, precision: Precision, orders: int, most: int) -> li
 def saving(kept: KeptSums, precision: Precision, repetitions: int, most: int) -> list[dict[str, Any]]:
     """Count the block calls of a sweep that stops, against those of the paper's million tokens."""
     rows = list(range(1, len(kept.frame)))
-    rule = precision.for_length(kept.context)
+    rule = replace(precision, positions=kept.context - 1)
     whole = kept.calls(rows) * _PAPER_TOKENS
     ratios, correlations = [], []
     for number in range(repetitions):

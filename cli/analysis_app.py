@@ -162,8 +162,8 @@ def prune(
         bool,
         typer.Option(
             "--race/--no-race",
-            help="With kl: measure each layer only until it is sure whether it is among those to remove, then the "
-            "chosen plan on all text and the others on the first 16 sequences; or measure everything on all text.",
+            help="With kl: measure each layer only until it is sure whether it is among those to remove, or measure "
+            "every layer on all text.",
         ),
     ] = True,
     output: Annotated[

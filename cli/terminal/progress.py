@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 30
 _SECONDS_BETWEEN_SUMMARIES = 2
+_SHARE_OF_TIME = 20  # the table is made again only after so many times the time that it took
 _OTHER_LINES = 4  # of the terminal: the table's heading and last line, the bar, and one to spare
 
 
@@ -53,7 +54,7 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
     first: float | None = None
     started = time.monotonic()
     last = -math.inf if is_shown else started  # time of the latest summary
-    summary, table = "", None
+    summary, table, table_seconds = "", None, 0.0
     results: RenderableType = ""
     bar = Progress(*columns, console=console.err, speed_estimate_period=600)
     task = bar.add_task("", total=len(text.ids), done="", summary="")
@@ -61,17 +62,21 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
     with live if is_shown else nullcontext():
 
         def on_progress(progress: Any) -> None:
-            nonlocal first, last, results, summary, table
+            nonlocal first, last, results, summary, table, table_seconds
             # Sequences of an earlier, interrupted run took no time in this one.
             first = progress.sequences if first is None else first
             seconds = max(1e-9, time.monotonic() - started)
             rate = (progress.sequences - first) * tokens / seconds
             done = f"{progress.sequences:.1f}/{progress.total} sequences, {rate:,.3g} tokens/s"
             table = progress.table or table
-            # The table takes a tenth of a second, while a GPU waits.
-            is_due = time.monotonic() - last > (_SECONDS_BETWEEN_SUMMARIES if is_shown else _SECONDS_BETWEEN_LINES)
+            # The measurement waits for the table, which takes longer the more sequences there are.
+            is_due = time.monotonic() - last > max(
+                _SECONDS_BETWEEN_SUMMARIES if is_shown else _SECONDS_BETWEEN_LINES, _SHARE_OF_TIME * table_seconds
+            )
             if is_due and table is not None and not console.err.quiet:
+                started_table = time.monotonic()
                 frame, table = table(), None
+                table_seconds = time.monotonic() - started_table
                 summary = _summarize(frame)
                 if is_shown and _is_sweep(frame):
                     results = live_table(frame, max(1, console.err.height - _OTHER_LINES), progress.precision)
@@ -80,7 +85,7 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
             if is_due and not is_shown:
                 last = time.monotonic()
                 left = f"{(progress.total - progress.sequences) * tokens / rate:,.0f} s left" if rate else ""
-                at_most = "at most " if progress.precision is not None and left else ""
+                at_most = "at most " if progress.stops and left else ""
                 console.log("; ".join(filter(None, [done, at_most + left, summary])))
 
         yield on_progress

@@ -86,14 +86,20 @@ def describe_ranks(frame: pd.DataFrame) -> str:
         >>> describe_ranks(ranks).partition(". ")[0]
         'Lowest KL when removed: layer 2 (0.1 nats), measured one layer at a time'
     """
-    measured = frame.dropna(subset=["kl_nats"]).sort_values("kl_nats", kind="stable")
+    # After a race, only the ranks can be compared: the KL of each layer is of other text.
+    key = "kl_rank" if "race" in frame else "kl_nats"
+    measured = frame.dropna(subset=["kl_nats"]).sort_values(key, kind="stable")
     if measured.empty:
         return "No layer could be removed and measured."
-    count = min(_MAX_LISTED, max(1, len(frame) // 3))
+    sure = int((measured.race == "lowest").sum()) if "race" in frame else 0
+    count = sure or min(_MAX_LISTED, max(1, len(frame) // 3))
     lowest = measured.head(count)
     low, high = (f"{lowest.kl_nats.iloc[place]:.3g}" for place in (0, -1))
     values = f"{low} nats" if low == high else f"{low} to {high} nats"
-    sentences = [f"Lowest KL when removed: {_layers(lowest.layer)} ({values}), measured one layer at a time."]
+    begin = "Surely among those with the lowest KL when removed" if sure else "Lowest KL when removed"
+    sentences = [f"{begin}: {_layers(lowest.layer)} ({values}), measured one layer at a time."]
+    if "race" in frame and (left := measured[measured.race == "open"].layer).size:
+        sentences.append(f"The text does not decide about {_layers(left)}.")
     for name in _SCORES:
         scored = measured.dropna(subset=[name])
         if len(scored) < 2:
@@ -101,7 +107,7 @@ def describe_ranks(frame: pd.DataFrame) -> str:
         best = scored.sort_values(name, kind="stable").layer.head(count)
         common = len(set(best) & set(lowest.layer))
         # Spearman's: the correlation of the ranks.
-        correlation = scored[name].astype(float).rank().corr(scored.kl_nats.astype(float).rank())
+        correlation = scored[name].astype(float).rank().corr(scored[key].astype(float).rank())
         agreement = "" if np.isnan(correlation) else f"; rank correlation with KL {correlation:.2f}"
         sentences.append(
             f"Lowest {column(name).label}: {_layers(best)} ({common} of {len(best)} in common{agreement})."

@@ -21,7 +21,7 @@ from ..plans.route import Route
 from ..plans.variants import Variant
 from ..sweeps.measurer import Measurer
 from ..sweeps.observer import CHANGE, Observed
-from ..sweeps.race import OthersOnLess, Race
+from ..sweeps.race import Race
 from ..sweeps.results import results_table
 from ..sweeps.sweep import collect_sums
 from .layer_ranking import CRITERIA, rank, spans
@@ -102,10 +102,8 @@ def prune_tokens(
 
         orders[GREEDY] = prefixes([layer for layer, _ in greedy_removals(remove, by, measure_step)])
     measurer = Measurer(model, pruned_variants(orders, depth), **options)
-    chosen = GREEDY if greedy else by
-    rule = chosen_in_full(orders, chosen, depth) if race else None
-    sums = collect_sums(measurer, ids, mask, batch_size, report_progress("measuring the cost of each criterion"), rule)
-    layers = orders[chosen][-1]
+    sums = collect_sums(measurer, ids, mask, batch_size, report_progress("measuring the cost of each criterion"))
+    layers = orders[GREEDY if greedy else by][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, cost_table(measurer, sums, type(model).__name__))
 
 
@@ -130,7 +128,7 @@ def greedy_removals(
     while len(removed) < remove:
         table = measure_step(removed).set_index("layer")
         if "race" in table:
-            table = table[table.race != "higher"]
+            table = table[table.race == ("lowest" if (table.race == "lowest").any() else "open")]
         scores = table[CRITERIA[by]].dropna()
         if scores.empty:
             raise MeasurementError(
@@ -197,13 +195,6 @@ def pruned_variants(orders: Mapping[str, Sequence[tuple[int, ...]]], depth: int)
         for criterion, order in orders.items()
         for layers in order
     ]
-
-
-def chosen_in_full(orders: Mapping[str, Sequence[tuple[int, ...]]], chosen: str, depth: int) -> OthersOnLess:
-    """Return the rule that measures a criterion's last plan on all text, and the other plans on less."""
-    route = Variant.from_plan(chosen, removal_plan(orders[chosen][-1]), depth).route
-    variants = pruned_variants(orders, depth)
-    return OthersOnLess(frozenset(row for row, variant in enumerate(variants, 1) if variant.route == route))
 
 
 def cost_table(measurer: Measurer, sums: SequenceSums, model: str) -> pd.DataFrame:

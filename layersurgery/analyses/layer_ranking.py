@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
 from ..errors import MeasurementError, PlanError, warn
+from ..metrics.aggregation import SequenceSums
+from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import whole_number
@@ -164,10 +165,30 @@ def rank_table(tables: SignalTables) -> pd.DataFrame:
     if "race" in dropped:
         frame["kl_tokens"] = dropped.tokens.reindex(frame.layer).astype("Int64").to_numpy()
         frame["race"] = dropped.race.reindex(frame.layer).to_numpy()
-        order = np.lexsort([frame.kl_nats, frame.race == "higher"])
-        frame.loc[order, "kl_rank"] = np.arange(1, len(frame) + 1)
+        assert isinstance(tables.rule, Race)
+        variants = tables.measurer.variants
+        ranked = [variants[row].layer for row in race_order(tables.rule, tables.sums_by_sequence)]
+        places = {layer: place for place, layer in enumerate(ranked, 1)}
+        frame["kl_rank"] = pd.array([places.get(layer) for layer in frame.layer], dtype="Int64")
         frame.loc[frame.kl_nats.isna(), "kl_rank"] = pd.NA
     return frame
+
+
+def race_order(race: Race, sums: SequenceSums) -> list[int]:
+    """Return the rows that raced, the lowest first: those surely lowest, those left open, those surely higher.
+
+    Means on different text cannot be compared, so within each of the three they are taken over the sequences that all
+    of its rows were measured on.
+    """
+    kl = METRICS.index("kl_nats")
+    classes: dict[str, list[int]] = {"lowest": [], "open": [], "higher": []}
+    for row in range(1, sums.values.shape[1]):
+        classes[race.outcome(row)].append(row)
+    order: list[int] = []
+    for rows in classes.values():
+        shared = min((len(sums.of_row(row)[1]) for row in rows), default=0)
+        order += sorted(rows, key=lambda row: sums.of_row(row)[0][:shared, kl].sum())
+    return order
 
 
 def span_table(tables: SignalTables) -> pd.DataFrame:

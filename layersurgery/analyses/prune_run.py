@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ..runs.options import SWEEP_ONLY
 from ..runs.processes import run_session
 from ..runs.reporter import Reporter
 from ..runs.requests import read_given_text
-from ..runs.tables import read_results
+from ..runs.tables import read_results, read_run
 from .analyze import split_options
 from .layer_pruning import (
     GREEDY,
@@ -69,9 +70,9 @@ def prune(
             angular distance, Gromov et al.).
         greedy: remove one layer at a time and measure the remaining layers again after each removal. With "angular"
             this chooses single blocks, not a span.
-        race: with "kl": stop measuring a layer once it is sure, with an error probability of 5 %, whether it is among
-            those with the lowest KL; then measure the chosen plan on all text, and the others on the first 16
-            sequences. Otherwise everything is measured on all text.
+        race: with "kl": stop measuring a layer once it is sure, with an error probability of about 5 %, whether it is
+            among those with the lowest KL. The two scores of the other criteria are then of the text that the race
+            took. The costs are measured on all text.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         directory: where to write the measurements. A run that was interrupted resumes there. Default: nothing is
             written.
@@ -204,21 +205,22 @@ def run_prune(
         orders[GREEDY] = prefixes(removed)
     log("Measuring the cost of each criterion")
     reporter.subject = "measuring the cost of each criterion"
-    chosen = GREEDY if greedy else by
-    task = CostTask(session.depth, orders, chosen if race else None)
-    costs = _run_or_reuse(session, task, directory / "costs", overwrite=overwrite)
-    layers = orders[chosen][-1]
+    costs = _run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
+    layers = orders[GREEDY if greedy else by][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))
 
 
 def _run_or_reuse(session: ModelSession, task: Task, directory: Path, *, overwrite: bool) -> Run:
     """Run a measurement, or use the finished one.
 
-    A measurement made with other arguments is replaced if `overwrite` says so.
+    A measurement made with other arguments is replaced if `overwrite` says so, or if it is of other layers, which the
+    ranking has chosen since (a race may have been continued).
     """
     try:
         return session.run(task, directory)
     except OutputError:
-        if not overwrite:
+        recorded = (read_run(directory) or {}).get("arguments", {})
+        now = json.loads(json.dumps(task.arguments()))
+        if not overwrite and not any(recorded.get(name) != now.get(name) for name in ("orders", "removed")):
             raise
         return session.run(task, directory, overwrite=True)

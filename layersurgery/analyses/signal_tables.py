@@ -212,7 +212,11 @@ class SignalTables:
         frame = results_table(
             [self.measurer.variants[index] for index in indices], self.sums_by_sequence.rows(indices), self.model
         )
-        return frame.assign(race=[self.rule.outcome(row) for row in indices]) if isinstance(self.rule, Race) else frame
+        if not isinstance(self.rule, Race):
+            return frame
+        # These intervals would be for a number of sequences that was chosen before.
+        ends = [f"{metric}{end}" for metric in METRICS for end in ("_low", "_high")]
+        return frame.drop(columns=[*ends, "interval"]).assign(race=[self.rule.outcome(row) for row in indices])
 
     def sums(self, layer: int, part: str, name: str) -> tuple[Array, Array]:
         """Return the sums and counts of one quantity by sequence.

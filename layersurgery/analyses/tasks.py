@@ -18,13 +18,15 @@ from ..runs.single_step import TablesAndFacts, run_once
 from ..sweeps.measurer import Measurer
 from ..sweeps.race import Race
 from ..units import format_count
-from .layer_pruning import chosen_in_full, cost_table, make_step_measurer, pruned_variants, step_table
+from .layer_pruning import cost_table, make_step_measurer, pruned_variants, step_table
 from .layer_ranking import SIGNALS, check_lowest, max_span, rank_table, span_table
 from .outcomes import AnalysisOutput, TableOutput
 from .prediction_neurons import neuron_scores, neurons_per_block
 from .signal_tables import SignalTables, make_measurer
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoints.sources import Source
     from ..runs.options import RunOptions
     from ..runs.placement import Placement
@@ -49,7 +51,7 @@ class TableTask:
         """Return the kind of result directory: an analysis."""
         return ANALYSIS
 
-    def rule(self, _length: int) -> StopRule | None:
+    def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
         """Return the rule that says which rows need no more text; None to measure all rows on all text."""
         return None
 
@@ -115,7 +117,7 @@ class RankTask(TableTask):
         """Return the name of the analysis and its parameters."""
         return {"analysis": self.name, "spans": self.spans}
 
-    def rule(self, _length: int) -> StopRule | None:
+    def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
         """Return the race; None to measure every layer on all text."""
         return None if self.lowest is None else Race(self.lowest)
 
@@ -147,7 +149,7 @@ class GreedyStepTask(TableTask):
         """Return the name of the analysis and its parameters."""
         return {"analysis": self.name, "by": self.by, "removed": list(self.removed)}
 
-    def rule(self, _length: int) -> StopRule | None:
+    def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
         """Return the race for the layer with the lowest KL; None to measure every layer on all text."""
         return Race(1) if self.race else None
 
@@ -167,7 +169,6 @@ class CostTask(TableTask):
     """Cost of each criterion, for each number of removed layers."""
 
     orders: Mapping[str, Sequence[tuple[int, ...]]]
-    chosen: str | None = None  # criterion whose last plan is measured on all text, the others on less
 
     @property
     def name(self) -> str:
@@ -180,10 +181,6 @@ class CostTask(TableTask):
             "analysis": self.name,
             "orders": {criterion: [list(layers) for layers in order] for criterion, order in self.orders.items()},
         }
-
-    def rule(self, _length: int) -> StopRule | None:
-        """Return the rule that measures the chosen plan in full; None to measure every plan so."""
-        return None if self.chosen is None else chosen_in_full(self.orders, self.chosen, self.depth)
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all pruned models."""

@@ -1,4 +1,4 @@
-"""Draw sweeps. Bands are the confidence intervals of the table."""
+"""Draw sweeps. Bands are the confidence intervals of the table; in one of an earlier version, standard errors."""
 
 from __future__ import annotations
 
@@ -116,14 +116,23 @@ def _has_positive(sweeps: Sequence[Sweep], kind: str, metric: Column) -> bool:
 
 def _line(axis: Axes, rows: pd.DataFrame, metric: Column, index: int, label: str) -> None:
     x = rows.relative_depth.to_numpy(float)
-    names = (metric.name, f"{metric.name}_low", f"{metric.name}_high")
-    y, low, high = (metric.factor * rows[name].to_numpy(float) for name in names)
+    y, low, high = _with_interval(rows, metric)
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
     if metric.log:
         y = np.where(y > 0, y, np.nan)  # a logarithmic axis cannot show zero
         low = np.maximum(low, y / 100)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, y, color=color, marker=marker, label=label)
+
+
+def _with_interval(rows: pd.DataFrame, metric: Column) -> list[np.ndarray]:
+    """Return a metric's values and the ends of their intervals; without intervals, one standard error to each side."""
+    value = rows[metric.name]
+    if f"{metric.name}_low" in rows:
+        parts = [value, rows[f"{metric.name}_low"], rows[f"{metric.name}_high"]]
+    else:
+        parts = [value, value - rows[f"{metric.name}_sem"], value + rows[f"{metric.name}_sem"]]
+    return [metric.factor * part.to_numpy(float) for part in parts]
 
 
 def swap_pairs(sweep: Sweep) -> Figure:
@@ -159,8 +168,7 @@ def plans(sweep: Sweep) -> Figure:
         names = [name if len(name) < 44 else f"{name[:40]} ..." for name in rows.name]
         positions = np.arange(len(rows))
         for axis, metric, color in ((left, _KL, COLORS[0]), (right, _AGREEMENT, COLORS[1])):
-            parts = (metric.name, f"{metric.name}_low", f"{metric.name}_high")
-            values, low, high = (metric.factor * rows[name].to_numpy(float) for name in parts)
+            values, low, high = _with_interval(rows, metric)
             ends = np.maximum([values - low, high - values], 0)
             axis.barh(positions, values, xerr=ends, color=color, ecolor="#444444")
             axis.set_xlabel(metric.axis)

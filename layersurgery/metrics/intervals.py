@@ -47,9 +47,7 @@ def fixed_interval(sums: Array, counts: Array, confidence: float = CONFIDENCE) -
         The lower and the upper end; NaN for fewer than two sequences, or sums that are not finite.
     """
     mean, error = ratio(sums, counts)
-    if math.isnan(error):
-        return math.nan, math.nan
-    half = error * _student(confidence, len(sums))
+    half = error * student_errors(len(sums), confidence)
     return mean - half, mean + half
 
 
@@ -70,20 +68,27 @@ def asymptotic_interval(sums: Array, counts: Array, confidence: float = CONFIDEN
         The lower and the upper end; NaN for fewer than two sequences, or sums that are not finite.
     """
     mean, error = ratio(sums, counts)
-    if math.isnan(error):
-        return math.nan, math.nan
-    half = error * errors_to_each_side(len(sums), confidence)
+    half = error * asymptotic_errors(len(sums), confidence)
     return mean - half, mean + half
 
 
-def errors_to_each_side(n: int, confidence: float) -> float:
-    """Return the half width of `asymptotic_interval` for n sequences, in standard errors."""
+def student_errors(n: int, confidence: float) -> float:
+    """Return the half width of `fixed_interval` for n sequences, in standard errors; NaN for fewer than two."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, (1 + confidence) / 2)) if n > 1 else math.nan
+
+
+def asymptotic_errors(n: int, confidence: float) -> float:
+    """Return the half width of `asymptotic_interval` for n sequences, in standard errors; NaN for fewer than two."""
     from scipy.special import ndtri
 
+    if n < 2:
+        return math.nan
     alpha = 1 - confidence
     spread = n * (1 - 2 * math.log(alpha) + math.log(-2 * math.log(alpha))) / _TIGHTEST_AT
     half = math.sqrt(2 * (spread + 1) / spread * math.log(math.sqrt(spread + 1) / alpha))
-    return half * _student(confidence, n) / float(ndtri((1 + confidence) / 2))
+    return half * student_errors(n, confidence) / float(ndtri((1 + confidence) / 2))
 
 
 def betting_interval(
@@ -128,12 +133,6 @@ def betting_interval(
         return bool(np.log1p(stake * (candidate * weights - values)).sum() >= needed)
 
     return _last_true(below, 0.0, mean), _last_true(above, 1.0, mean)
-
-
-def _student(confidence: float, n: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(n - 1, (1 + confidence) / 2))
 
 
 def _bets(shares: Array, confidence: float, half_width: float | None) -> Array:

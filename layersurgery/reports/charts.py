@@ -15,7 +15,8 @@ from ..registry import METRICS, Column, column
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
 
-_NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row")
+_NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens")
+_NO_KEYS = ("precise", "race", "interval")
 _MOST_GROUPS = 8
 
 
@@ -140,7 +141,9 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     keys = [
         column
         for column in rows.columns
-        if not pd.api.types.is_numeric_dtype(rows[column]) and 1 < rows[column].nunique() <= _MOST_GROUPS
+        if column not in _NO_KEYS
+        and not pd.api.types.is_numeric_dtype(rows[column])
+        and 1 < rows[column].nunique() <= _MOST_GROUPS
     ]
     if not keys or rows.duplicated([*keys, "layer"]).any():
         return

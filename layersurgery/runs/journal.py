@@ -51,7 +51,7 @@ class Journal:
             with np.load(path, allow_pickle=False) as file:
                 result = BatchResult(
                     int(file["first"]), file["counts"].tolist(), file["values"], file["observed"],
-                    float(file["seconds"]), int(file["calls"]), rows=tuple(file["rows"].tolist()) or None,
+                    float(file["seconds"]), rows=tuple(file["rows"].tolist()) or None if "rows" in file else None,
                 )  # fmt: skip
         except Exception:  # a damaged file may raise any exception
             return None
@@ -75,7 +75,7 @@ class Journal:
         assert self._has_shapes(result)
         if batch in self.results:
             result = self.results[batch].merge(result)
-        names = ("first", "counts", "values", "observed", "seconds", "calls")
+        names = ("first", "counts", "values", "observed", "seconds")
         arrays = {**{name: getattr(result, name) for name in names}, "rows": np.array(result.rows or (), int)}
         try:
             with atomic_file(self.directory / f"{batch:06}.npz") as partial, partial.open("wb") as file:

@@ -38,7 +38,7 @@ class Run:
         facts: the content of `run.json`.
         command: the command line that a new run records, so that it can be repeated; empty if there is none.
         until: when the run stops before the end of the text (`StopRule.record`); None if it measures all text. A
-            finished run with another value is gone on with, since its batches are kept.
+            finished run with another value is continued, since its batches are kept.
     """
 
     directory: Path
@@ -157,7 +157,8 @@ def _find_run(
             f"{directory} contains {KINDS[kind]} that an earlier version of layersurgery began, which this version "
             "cannot resume. Finish it with that version, start again with overwrite, or choose another output"
         )
-    if earlier is None or overwrite or not (run.finished or run.started):
+    has_results = run.facts.get("state") == "finished"
+    if earlier is None or overwrite or not (has_results or run.started):
         return Run(directory, kind, arguments, until=until)
     recorded = earlier.get("arguments", {})
     if recorded.get("analysis") != arguments.get("analysis"):  # different analyses have different arguments
@@ -166,6 +167,11 @@ def _find_run(
         raise OutputError(
             f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Overwrite it to start again, "
             "or choose another output"
+        )
+    if has_results and not (run.finished or run.started):
+        raise OutputError(
+            f"{directory} contains {KINDS[kind]} that stopped at another precision, but not its measured batches "
+            f"({JOURNAL}), so it cannot be continued. Overwrite it to measure again, or choose another output"
         )
     if run.finished:  # the run may have been killed after it finished, before it removed these files
         run.clear_progress()

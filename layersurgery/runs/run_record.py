@@ -35,8 +35,9 @@ class StoppingFacts(TypedDict):
 
     finished: int  # edits that were precise before the end of the text
     edits: int
-    sequences: int  # of the text that were measured on any edit
-    block_call_tokens: int  # block calls times the positions they were measured at
+    sequences: int  # of the text that any edit uses
+    tokens: int  # positions measured in them
+    block_call_tokens: int  # block calls of each batch, times its positions
     block_call_tokens_of_all_text: int
 
 

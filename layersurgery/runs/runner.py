@@ -13,6 +13,7 @@ import torch
 from ..errors import MeasurementError, OutputError
 from ..metrics.aggregation import BatchResult, SequenceSums
 from ..plans.variants import Variant
+from ..runtime.inputs import has_next_token
 from ..runtime.offload import device_of
 from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
@@ -42,13 +43,15 @@ class Progress:
             batch.
         total: number of all sequences.
         table: returns the results so far; None within a batch.
-        precision: the precision at which edits are finished; None if all text is measured.
+        precision: the precision at which edits are finished; None if there is none.
+        stops: whether the run may end before the end of the text.
     """
 
     sequences: float
     total: int
     table: Callable[[], pd.DataFrame] | None = None
     precision: Precision | None = None
+    stops: bool = False
 
 
 class RunOutput(Protocol):
@@ -136,6 +139,7 @@ def run_measurement(
                     work.store(batch, result)
             if errors:
                 raise MeasurementError(errors[0])
+            work.report_progress(work.measured(), table=True)
         except BaseException:
             group.broadcast(None)
             raise
@@ -239,7 +243,8 @@ class _Work:
         if self.on_progress is not None:
             rule = self.rows.rule
             precision = rule if isinstance(rule, Precision) else None
-            self.on_progress(Progress(sequences, len(self.text.ids), self.table if table else None, precision))
+            total, made = len(self.text.ids), self.table if table else None
+            self.on_progress(Progress(sequences, total, made, precision, rule is not None))
 
     def part_path(self, batch: int) -> Path:
         """Return the path of a batch's rows for each token."""
@@ -262,7 +267,8 @@ class _Work:
 
     def on_fraction(self, batches: Sequence[BatchRows]) -> Callable[[float], None]:
         """Return a function that reports the fraction of these batches that is done."""
-        before, now = self.measured(), sum(self.sequences(batch) for batch, _ in batches)
+        numbers = {batch for batch, _ in batches}
+        before, now = (sum(map(self.sequences, part)) for part in (self.rows.results.keys() - numbers, numbers))
         return lambda fraction: self.report_progress(before + fraction * now)
 
     def sequences(self, batch: int) -> int:
@@ -283,7 +289,6 @@ class _Work:
         result = replace(result, token_metrics=None)
         self.journal.append(batch, result)
         self.rows.add(batch, result)
-        self.report_progress(self.measured(), table=True)
 
     def finish(self, draw: Draw | None) -> pd.DataFrame:
         """Write the results, then mark the run as finished, then remove temporary files.
@@ -316,13 +321,15 @@ class _Work:
         """Return how much of the text was enough; None if all was measured."""
         if self.rows.rule is None:
             return None
-        calls = sum(result.calls * sum(result.counts) for result in self.rows.results.values())
+        used = [(batch, rows) for batch in sorted(self.rows.results) if (rows := self.rows.rows_of(batch)) != (0,)]
+        calls = [self.measurer.calls_for(rows) * sum(self.rows.results[batch].counts) for batch, rows in used]
         return {
             "finished": len(self.rows.finished),
             "edits": self.rows.rows - 1,
-            "sequences": min(len(self.text.ids), self.size * max(self.rows.results, default=0) + self.size),
-            "block_call_tokens": calls,
-            "block_call_tokens_of_all_text": self.measurer.schedule.calls * self.text.tokens,
+            "sequences": sum(self.sequences(batch) for batch, _ in used),
+            "tokens": sum(sum(self.rows.results[batch].counts) for batch, _ in used),
+            "block_call_tokens": sum(calls),
+            "block_call_tokens_of_all_text": self.measurer.schedule.calls * int(has_next_token(self.text.mask).sum()),
         }
 
     def _describe_run(self) -> RunRecord:
@@ -330,6 +337,8 @@ class _Work:
         text, measurer, seconds = self.text, self.measurer, self.journal.seconds
         sequences, length = text.ids.shape
         parameters = list(measurer.model.parameters())
+        stopping = self._describe_stopping()
+        measured = text.tokens if stopping is None else stopping["tokens"]
         device = device_of(measurer.model)
         return {
             "model": {
@@ -349,7 +358,7 @@ class _Work:
                 "block_calls_apart": measurer.schedule.calls_without_sharing,
                 "bytes_read_a_batch": measurer.bytes_to_read,
             },
-            "stopping": self._describe_stopping(),
+            "stopping": stopping,
             "sequences_at_once": self.max_sequences,
             "readout": measurer.readout.description,
             "compiled": _compiled_or_reason(measurer),
@@ -357,7 +366,7 @@ class _Work:
             "centred": None if measurer.observer is None else measurer.observer.reads_are_mean_free,
             "non_finite": self._find_non_finite(),
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(text.tokens / max(seconds, 1e-9), 3),
+            "tokens_per_second": round(measured / max(seconds, 1e-9), 3),
             "machine": {
                 "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
                 "threads": torch.get_num_threads(),

@@ -33,6 +33,7 @@ from .text_request import ALL, TextRequest
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from ..sweeps.measurer import Measurer
     from ..sweeps.row_progress import StopRule
@@ -56,8 +57,12 @@ class Task(Protocol):
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer."""
 
-    def rule(self, length: int) -> StopRule | None:
-        """Return the rule that says which rows need no more text, for sequences of `length` tokens; None for none."""
+    def rule(self, mask: torch.Tensor | None) -> StopRule | None:
+        """Return the rule that says which rows need no more text; None for none.
+
+        Args:
+            mask: 1 for a token and 0 for padding, (sequences, length); None as long as the text is not read.
+        """
 
     def output(self, measurer: Measurer, label: str, reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output, which writes the result tables."""
@@ -181,7 +186,7 @@ class ModelSession:
         """
         self.check()
         previous = read_run(directory) or {}
-        rule = task.rule(2)
+        rule = task.rule(None)
         until = None if rule is None else rule.record()
         # A finished run of a Hub dataset is reported without contacting the Hub again.
         is_done = (
@@ -346,7 +351,7 @@ class ModelSession:
     def _measure(self, run: Run, task: Task, text: TokenizedText) -> None:
         options, reporter = self.options, self.reporter
         model = self.load()
-        measurer, rule = task.measurer(model, options), task.rule(text.ids.shape[1])
+        measurer, rule = task.measurer(model, options), task.rule(text.mask)
         devices = describe_placement(model, self.placement, measurer.runner.path)
         quantized = ""
         if self.placement.quantize:
@@ -356,7 +361,12 @@ class ModelSession:
             f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype}{quantized} "
             f"on {devices}; logits computed by {measurer.readout.description}"
         )
-        self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"))
+        if rule is not None and not self.request.shuffle:
+            reporter.log(
+                "Note: edits may stop before the end of the text, which is taken in its own order. The intervals hold "
+                "for the whole text if its order is random (shuffle)"
+            )
+        self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"), stops=rule is not None)
         if run.started:
             reporter.log("Resuming from the results measured so far")
         try:
@@ -400,10 +410,10 @@ class ModelSession:
             return None
         return self.tokenizer
 
-    def _announce(self, measurer: Measurer, text: TokenizedText, batch_size: int | None) -> None:
+    def _announce(self, measurer: Measurer, text: TokenizedText, batch_size: int | None, *, stops: bool) -> None:
         """Say what is measured, and how much memory it is expected to need."""
         length = text.ids.shape[1]
-        batch = min(batch_size or measurer.suggest(length), len(text.ids))
+        batch = min(batch_size or measurer.suggest(length, stops=stops), len(text.ids))
         memory, schedule = measurer.memory_use(batch, length), measurer.schedule
         without_sharing = f", {schedule.calls_without_sharing:,} without sharing"
         saving = without_sharing if schedule.calls_without_sharing > schedule.calls else ""

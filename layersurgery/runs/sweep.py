@@ -24,6 +24,7 @@ from .tables import read_results
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
@@ -59,9 +60,9 @@ class SweepTask:
             read=options.read_positions,
         )
 
-    def rule(self, length: int) -> StopRule | None:
-        """Return the rule that finishes an edit, for sequences of `length` tokens; None to measure all text."""
-        return None if self.precision is None else self.precision.for_length(length)
+    def rule(self, mask: torch.Tensor | None) -> StopRule | None:
+        """Return the rule that finishes an edit, for a text with this mask; None to measure all text."""
+        return self.precision if self.precision is None or mask is None else self.precision.for_text(mask)
 
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""

@@ -346,7 +346,7 @@ class Measurer:
             missing = torch.full_like(metrics.sums[0], torch.nan)
             values = torch.stack([metrics.sums.get(row, missing) for row in range(len(self.variants))], 1).cpu().numpy()
             if self.read is not None:
-                values = values * (has_next.sum(-1) / reads.sum(-1).clamp(min=1)).numpy()[:, None, None]
+                values = values * (has_next.sum(-1).double() / reads.sum(-1).clamp(min=1)).numpy()[:, None, None]
         bytes_read = self.runner.offloaded.bytes_read - bytes_read_before
         return BatchResult(
             0, counts, values, observed, calls=executor.calls, states_at_peak=executor.peak, bytes_read=bytes_read,

@@ -23,13 +23,14 @@ from ..metrics.intervals import (
     Interval,
     asymptotic_interval,
     betting_interval,
-    fixed_interval,
+    student_errors,
 )
 from ..metrics.reference import METRICS
 from ..registry import Column, column
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 Array = npt.NDArray[np.float64]
 
@@ -70,12 +71,13 @@ class Precision:
     Attributes:
         targets: the half widths that are asked for.
         confidence: probability that the intervals of one metric of one edit hold its true mean, whenever one stops.
-        largest_count: a number of positions that no sequence exceeds, known before the text is measured.
+        positions: number of positions of each sequence, known before the text is measured; 0 if they differ. Shares
+            have betting intervals only where it is known, since these are wide for sequences of unequal length.
     """
 
     targets: tuple[Target, ...]
     confidence: float = CONFIDENCE
-    largest_count: int = 0
+    positions: int = 0
 
     @classmethod
     def parse(cls, until: str | Mapping[str, str], confidence: float = CONFIDENCE) -> Precision:
@@ -125,23 +127,26 @@ class Precision:
             needed = np.maximum(needed, frame.sequences * ((high - low) / 2 / goal) ** 2)
         return (needed - frame.sequences).clip(lower=0)
 
-    def for_length(self, length: int) -> Precision:
-        """Return the precision for a text of sequences of `length` tokens or fewer."""
-        return replace(self, largest_count=length - 1)
+    def for_text(self, mask: torch.Tensor) -> Precision:
+        """Return the precision for a text; `mask` is 1 for a token and 0 for padding, (sequences, length)."""
+        return replace(self, positions=mask.shape[1] - 1 if bool(mask.all()) else 0)
 
     def record(self) -> dict[str, Any]:
         """Return what `run.json` records: the targets and the confidence."""
         return {"targets": str(self), "confidence": self.confidence}
 
     def finished(self, values: Array, counts: Array, rows: Sequence[int]) -> set[int]:
-        """Return the rows that are measured precisely enough.
+        """Return the rows that are measured precisely enough, and those whose values are not finite.
 
         Args:
             values: sums by sequence of all rows, (sequences, rows, len(METRICS)).
             counts: positions of each sequence, (sequences,), none of them 0.
             rows: the rows that are still measured.
         """
-        return {row for row in rows if self.reached(values[:, row], counts)}
+        columns = [METRICS.index(target.metric) for target in self.targets]
+        # A value that is not finite does not become precise.
+        broken = {row for row in rows if not np.isfinite(values[:, row][:, columns]).all()}
+        return broken | {row for row in rows if self.reached(values[:, row], counts)}
 
     def reached(self, values: Array, counts: Array) -> bool:
         """Return whether one row is measured precisely enough; arguments as for `interval`."""
@@ -158,22 +163,27 @@ class Precision:
             counts: positions of each sequence, (sequences,).
         """
         sums = values[:, METRICS.index(metric)]
-        if not is_share(metric):
+        if not (is_share(metric) and self.positions):
             return asymptotic_interval(sums, counts, self.confidence)
         aim = next((target.amount for target in self.targets if target.metric == metric and not target.relative), None)
-        return betting_interval(sums, counts, self.largest_count, self.confidence, aim)
+        return betting_interval(sums, counts, self.positions, self.confidence, aim)
 
 
-def row_intervals(precision: Precision | None, values: Array, counts: Array) -> list[Interval]:
+def row_intervals(
+    precision: Precision | None, values: Array, counts: Array, means: Array, errors: Array
+) -> list[Interval]:
     """Return the intervals of all metrics of a row: for every stopping time, or for a fixed number of sequences.
 
     Args:
         precision: the precision at which the run stops; None if it measures all text.
         values: the row's sums by sequence, (sequences, len(METRICS)).
         counts: positions of each sequence, (sequences,).
+        means: the row's means, (len(METRICS),).
+        errors: their standard errors, the same shape.
     """
     if precision is None:
-        return [fixed_interval(values[:, index], counts) for index in range(len(METRICS))]
+        halves = errors * student_errors(len(counts), CONFIDENCE)
+        return list(zip((means - halves).tolist(), (means + halves).tolist(), strict=True))
     return [precision.interval(metric, values, counts) for metric in METRICS]
 
 

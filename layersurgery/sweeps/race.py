@@ -2,7 +2,7 @@
 
 Two edits are compared by the differences of their sums on the same sequences, which vary much less than the sums. An
 edit that is surely not among the lowest leaves the race, and so does one that surely is. The comparisons hold at every
-number of sequences together, and the probability that any of them is wrong is at most `ERROR`.
+number of sequences together, and the probability that any of them is wrong is about `ERROR` or less.
 
 >>> import numpy as np
 >>> from layersurgery.metrics.reference import METRICS
@@ -25,11 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..metrics.aggregation import Array
-from ..metrics.intervals import MIN_SEQUENCES, errors_to_each_side
+from ..metrics.intervals import asymptotic_errors
 from ..metrics.reference import METRICS
 
 ERROR = 0.05
-"""Probability that a race, which may end at any time, removes one of the lowest or keeps one that is not."""
+"""Probability that a race, which may end at any time, removes one of the lowest or keeps one that is not.
+
+It is approximate, as the intervals that compare edits are; differences with a long tail need more sequences.
+"""
+_MIN_SEQUENCES = 16
 
 
 @dataclass(slots=True)
@@ -37,7 +41,7 @@ class Race:
     """Rule that lets edits leave once it is sure whether they are among the lowest.
 
     Attributes:
-        lowest: how many edits with the lowest values are searched.
+        lowest: how many edits with the lowest values are to be found.
         metric: the metric that is compared.
         error: probability that any comparison is wrong.
         winners: rows that are surely among the lowest.
@@ -67,7 +71,7 @@ class Race:
             rows: the rows that are still measured.
         """
         racing = list(rows)
-        if len(counts) >= MIN_SEQUENCES:
+        if len(counts) >= _MIN_SEQUENCES:
             sums = values[:, :, METRICS.index(self.metric)]
             broken = [row for row in racing if not np.isfinite(sums[:, row]).all()]
             self.losers.update(broken)  # a value that is not finite is not among the lowest
@@ -95,27 +99,6 @@ class Race:
             places -= int(winning.sum())
 
 
-@dataclass(frozen=True, slots=True)
-class OthersOnLess:
-    """Rule that measures some rows on all text, and the others on its first sequences.
-
-    Attributes:
-        full: the rows to measure on all text.
-        sequences: fewest sequences of the others.
-    """
-
-    full: frozenset[int]
-    sequences: int = 16
-
-    def record(self) -> dict[str, Any]:
-        """Return what `run.json` records: the rows that are measured in full, and the sequences of the others."""
-        return {"full": sorted(self.full), "sequences_of_others": self.sequences}
-
-    def finished(self, _values: Array, counts: Array, rows: Sequence[int]) -> set[int]:
-        """Return the rows that need no more text; arguments as for `Race.finished`."""
-        return set(rows) - self.full if len(counts) >= self.sequences else set()
-
-
 def surely_lower(sums: Array, counts: Array, confidence: float) -> npt.NDArray[np.bool_]:
     """Return whether each row's mean is surely lower than each other's, from their differences by sequence.
 
@@ -128,8 +111,10 @@ def surely_lower(sums: Array, counts: Array, confidence: float) -> npt.NDArray[n
         (rows, rows): whether the mean of the first is lower than that of the second.
     """
     n = len(counts)
-    differences = sums[:, :, None] - sums[:, None, :]
-    means = differences.sum(0) / counts.sum()
-    spread = ((differences - means * counts[:, None, None]) ** 2).sum(0)
+    means = sums.sum(0) / counts.sum()
+    residuals = sums - means * counts[:, None]  # those of a difference are the differences of these
+    products = residuals.T @ residuals
+    squares = np.diag(products)
+    spread = np.maximum(squares[:, None] + squares[None, :] - 2 * products, 0)
     errors = np.sqrt(n / (n - 1) * spread) / counts.sum()
-    return np.asarray(means + errors * errors_to_each_side(n, confidence) < 0)
+    return np.asarray(means[:, None] - means[None, :] + errors * asymptotic_errors(n, confidence) < 0)

@@ -49,7 +49,7 @@ class ReadPositions:
             value = Fraction(0)
         if 0 < value < 1:
             return cls(value, seed)
-        if value >= 1 and value.denominator == 1 and "/" not in str(read):
+        if value >= 1 and str(read).strip().isdigit():
             return cls(int(value), seed)
         raise PlanError(
             f"read is a share of the positions, such as 1/4, or a number of positions of each sequence, such as 64; "

@@ -55,7 +55,7 @@ def results_table(
             "tokens": int(counts.sum()),
             "sequences": len(counts),
         }
-        intervals = row_intervals(precision, values, counts)
+        intervals = row_intervals(precision, values, counts, means[number], errors[number])
         for column, (metric, (low, high)) in enumerate(zip(METRICS, intervals, strict=True)):
             row[metric] = means[number, column]
             row[f"{metric}_sem"] = errors[number, column]
@@ -133,7 +133,8 @@ def precision_sentence(frame: pd.DataFrame) -> str:
         frame: results of a sweep.
 
     Returns:
-        Half widths of the intervals, medians over the edits. Empty if there are no intervals, as for one sequence.
+        Half widths of the intervals, medians over the edits. Empty if there are no intervals, as for one sequence or a
+        table of an earlier version.
 
     Example:
         >>> import layersurgery as ls
@@ -142,6 +143,8 @@ def precision_sentence(frame: pd.DataFrame) -> str:
         >>> ls.sweeps.results.precision_sentence(frame)
         'agreement is known to ... points and KL to ... % (medians over the edits; 95 %, for this number of sequences)'
     """
+    if "interval" not in frame:
+        return ""
     edited = frame[frame.edit != "none"]
     points = (50 * (edited.agreement_high - edited.agreement_low)).median()
     share = (50 * (edited.kl_nats_high - edited.kl_nats_low) / edited.kl_nats.abs().where(edited.kl_nats != 0)).median()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import MeasurementError
 from ..metrics.aggregation import Array, BatchResult, SequenceSums
 
 BatchRows = tuple[int, tuple[int, ...] | None]
@@ -23,7 +24,7 @@ class StopRule(Protocol):
     """Rule that says which rows need no more text."""
 
     def record(self) -> dict[str, Any]:
-        """Return what `run.json` records of the rule. A finished run with another record is gone on with."""
+        """Return what `run.json` records of the rule. A finished run with another record is continued."""
 
     def finished(self, values: Array, counts: Array, rows: Sequence[int]) -> set[int]:
         """Return which of the rows need no more text.
@@ -46,7 +47,7 @@ class RowProgress:
 
     Attributes:
         results: the measured batches by number.
-        finished: number of batches that each row uses which needs no more, by row; the unedited model is not among
+        finished: for each row that needs no more text, the number of batches it uses; the unedited model is not among
             them.
     """
 
@@ -89,9 +90,17 @@ class RowProgress:
             for row in sorted(self.rule.finished(values[counts > 0], counts[counts > 0], active)):
                 self.finished[row] = self._complete
 
+    def rows_of(self, batch: int) -> tuple[int, ...] | None:
+        """Return the rows that use a batch, with the unedited model; None for all."""
+        rows = [row for row in range(1, self.rows) if batch < self.finished.get(row, self._complete)]
+        return None if len(rows) == self.rows - 1 else (0, *rows)
+
     def next(self, most: int) -> list[BatchRows]:
         """Return the batches to measure next, `most` of them or fewer, each with its rows; empty at the end."""
         work: list[BatchRows] = []
+        if self.rule is None:
+            while self._complete in self.results:
+                self._complete += 1
         active = self.active
         for batch in range(self._complete, self.batches if active or self.rule is None else 0):
             known = self.results.get(batch)
@@ -105,10 +114,16 @@ class RowProgress:
         return work
 
     def sums(self) -> SequenceSums:
-        """Return the sums of all sequences that a row uses, in the order of the sequences."""
+        """Return the sums of all sequences that a row uses, in the order of the sequences.
+
+        Raises:
+            MeasurementError: no batch is complete yet.
+        """
         if self.rule is None:
             return SequenceSums.of(self.results.values())
         used = np.array([0, *(self.finished.get(row, self._complete) for row in range(1, self.rows))])
         used[0] = used.max()
         batches = range(used[0])
+        if not batches:
+            raise MeasurementError("no batch has been measured on all edits yet")
         return SequenceSums.of([self.results[batch] for batch in batches], [batch < used for batch in batches])

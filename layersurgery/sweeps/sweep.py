@@ -66,7 +66,7 @@ def sweep_tokens(
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
         warn(f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}")
-    rule = None if precision is None else precision.for_length(ids.shape[1])
+    rule = None if precision is None else precision.for_text(mask)
     sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
     return results_table(measurer.variants, sums, label, rule)
 

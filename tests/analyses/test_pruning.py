@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,8 +14,12 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.analyses.layer_pruning import greedy_removals, removal_plan
+from layersurgery.analyses.layer_ranking import race_order
 from layersurgery.errors import PlanError
+from layersurgery.metrics.aggregation import SequenceSums
+from layersurgery.metrics.reference import METRICS
 from layersurgery.runtime.residual_change import angular_distance, block_influence
+from layersurgery.sweeps.race import Race
 from tests.support.zoo import tiny_model
 
 NAMES = ("llama", "gpt2", "gpt_neox", "gemma2", "bloom")
@@ -219,14 +224,42 @@ def test_pruning_with_a_race_removes_the_same_layers(greedy: bool) -> None:
     rows = [costs[(costs.criterion == name) & (costs.removed == 2)].iloc[0] for costs in (raced.costs, whole.costs)]
     assert rows[0].tokens == rows[1].tokens == 64 * 19
     assert rows[0].kl_nats == rows[1].kl_nats
-    others = raced.costs[(raced.costs.route != rows[0].route) & (raced.costs.criterion != "unedited")]
-    assert set(others.sequences) == {16}
-    assert set(whole.costs.sequences) == {64}
-    by_influence = ls.prune(model, ids, remove=2, by="influence", batch_size=8)
-    assert set(by_influence.costs.sequences) == {64}
+    assert set(raced.costs.sequences) == set(whole.costs.sequences) == {64}
 
 
 @pytest.mark.parametrize("lowest", [0, 6, -1, 1.5, "two"])
 def test_a_race_for_a_number_of_layers_that_there_are_not(lowest: Any) -> None:
     with pytest.raises(PlanError, match="lowest"):
         ls.rank(tiny_model("llama"), tokens(), lowest=lowest)
+
+
+def test_layers_that_are_surely_lowest_come_first_whatever_their_text_was() -> None:
+    """The first sequences are hard, and layer 0 was measured on these alone."""
+    rng = np.random.default_rng(0)
+    hard = np.where(np.arange(48) < 16, 10, 1)[:, None]
+    kl = hard * np.array([1, 2, 2, 9]) * (1 + rng.normal(0, 0.02, (48, 4)))
+    values = np.zeros((48, 5, len(METRICS)))
+    values[:, 1:, METRICS.index("kl_nats")] = 10 * kl
+    race = Race(2)
+    counts = np.full(48, 10.0)
+    left = race.finished(values[:16], counts[:16], [1, 2, 3, 4])
+    assert left == {1, 4}
+    used = np.ones((48, 5), bool)
+    used[16:, list(left)] = False
+    sums = SequenceSums(list(range(48)), counts, values, np.zeros((48, 0)), used)
+    order = race_order(race, sums)
+    assert order[0] == 1
+    assert order[-1] == 4
+    assert set(order[1:3]) == {2, 3}
+    # Within a class, on the text that all of it share.
+    race.winners = {1, 2}
+    assert race_order(race, sums)[:2] == [1, 2]
+
+
+def test_a_continued_race_replaces_what_was_made_of_its_ranking(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama").eval(), many_tokens(48)
+    for greedy, race in ((False, True), (False, False), (True, True), (True, False)):
+        found = ls.prune(model, ids, remove=2, greedy=greedy, race=race, directory=tmp_path / "pruned", batch_size=8)
+        alone = ls.prune(model, ids, remove=2, greedy=greedy, race=race, batch_size=8)
+        assert found.plan == alone.plan
+        assert found.costs.kl_nats.tolist() == alone.costs.kl_nats.tolist()

@@ -288,7 +288,7 @@ def test_the_table_of_a_running_sweep_has_the_slowest_edit_first() -> None:
     frame = ls.sweep(tiny_model("llama"), "drop", tokens(24, 12), until="kl=30%", batch_size=8)
     assert set(frame.precise[1:]) == {True, False}
     console = rich.console.Console(file=io.StringIO(), width=100)
-    console.print(live_table(frame, 4, Precision.parse("kl=30%").for_length(12)))
+    console.print(live_table(frame, 4, Precision.parse("kl=30%")))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0].split() == ["edit", "KL", "agree", "sequences", "more"]
     slowest = ((frame.kl_nats_high - frame.kl_nats_low) / frame.kl_nats)[~frame.precise.fillna(True).astype(bool)]

@@ -90,7 +90,7 @@ def test_a_confidence_is_a_share(confidence: float) -> None:
 
 
 def test_rows_leave_when_they_are_precise_and_not_before() -> None:
-    rule = Precision.parse("kl=10%").for_length(11)
+    rule = Precision.parse("kl=10%").for_text(torch.ones(1, 11))
     progress = measured(rule)
     assert progress.finished[1] < progress.finished[2] < BATCHES
     assert progress.active == [3]
@@ -109,7 +109,7 @@ def test_rows_leave_when_they_are_precise_and_not_before() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
 def test_the_number_of_processes_changes_no_digit(processes: int) -> None:
-    rule = Precision.parse("kl=10%").for_length(11)
+    rule = Precision.parse("kl=10%").for_text(torch.ones(1, 11))
     alone, together = measured(rule), measured(rule, processes)
     assert together.finished == alone.finished
     assert [found.tobytes() for found in together.sums().means_and_errors()] == [
@@ -118,7 +118,7 @@ def test_the_number_of_processes_changes_no_digit(processes: int) -> None:
 
 
 def test_more_precision_goes_on_from_what_is_known() -> None:
-    loose, tight = (Precision.parse(text).for_length(11) for text in ("kl=10%", "kl=6%"))
+    loose, tight = (Precision.parse(text).for_text(torch.ones(1, 11)) for text in ("kl=10%", "kl=6%"))
     first = measured(loose)
     before = {batch: result.rows for batch, result in first.results.items()}
     on, fresh = measured(tight, known=first), measured(tight)

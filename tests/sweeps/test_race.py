@@ -9,7 +9,7 @@ import pytest
 
 from layersurgery.metrics.intervals import asymptotic_interval
 from layersurgery.metrics.reference import METRICS
-from layersurgery.sweeps.race import OthersOnLess, Race, surely_lower
+from layersurgery.sweeps.race import Race, surely_lower
 
 KL = METRICS.index("kl_nats")
 
@@ -68,13 +68,6 @@ def test_rows_that_are_not_finite_lose() -> None:
     race = Race(1)
     assert set(run(race, kl)) == {1, 2, 3}
     assert race.winners == {2}
-
-
-def test_others_are_measured_on_less() -> None:
-    rule = OthersOnLess(frozenset({2}), 16)
-    values = table(np.ones((20, 3)))
-    assert rule.finished(values[:15], np.full(15, 1.0), [1, 2, 3]) == set()
-    assert rule.finished(values[:16], np.full(16, 1.0), [1, 2, 3]) == {1, 3}
 
 
 @pytest.mark.slow
