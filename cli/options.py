@@ -49,7 +49,7 @@ Verify = Annotated[
     bool,
     typer.Option(
         "--verify/--no-verify",
-        help="Check before writing that the edited checkpoint will reload as the intended model (needs torch).",
+        help="Check that the edited checkpoint will reload as the intended model, else leave nothing (needs torch).",
     ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.", metavar="REV")]

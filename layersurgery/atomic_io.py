@@ -57,12 +57,14 @@ def _check_replaceable(out: Path) -> None:
 def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
     """Give a temporary directory next to `out`, and rename it to `out` at the end. Remove it on any exception.
 
-    Temporary directories of killed runs with the same output are removed first. Call `check_output` before.
+    So are the parents of `out` that were made for it. Temporary directories of killed runs with the same output are
+    removed first. Call `check_output` before.
 
     Raises:
         OutputError: no space, no permission, or any other error of the file system.
     """
     partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+    missing = [parent for parent in (out.parent, *out.parent.parents) if not os.path.lexists(parent)]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
@@ -87,6 +89,10 @@ def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterat
                 "another output"
             ) from error
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        for parent in missing:
+            with suppress(OSError):  # one with anything in it stays, as after a success
+                parent.rmdir()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.markup import escape
 from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.checkpoint import read_checkpoint
 from layersurgery.checkpoints.edit_checkpoint import write_edit
-from layersurgery.checkpoints.prepared_edit import prepare_edit
+from layersurgery.checkpoints.prepared_edit import plan_edit
 from layersurgery.checkpoints.sources import EMBEDDED, find_source, needs_conversion
 from layersurgery.library_logs import quiet_libraries
 from layersurgery.plans.plan import swap
@@ -35,11 +35,11 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
         source = find_source(EMBEDDED)
     check_output(output, source.directory, overwrite=overwrite)
     plan = swap(12)
-    with console.status("2. Checking that the edited checkpoint will reload as the intended model"):
-        prepared = prepare_edit(read_checkpoint(source), plan)
-    console.log(f"   {plan}: the residual stream now visits {prepared.route}")
-    with console.byte_progress(prepared.nbytes) as progress:
-        result = write_edit(prepared, output, overwrite=overwrite, progress=progress)
+    console.log("2. Copying the weights, and checking that the edited checkpoint will reload as the intended model")
+    planned = plan_edit(read_checkpoint(source), plan)
+    console.log(f"   {plan}: the residual stream now visits {planned.route}")
+    with console.byte_progress(planned.nbytes) as progress:
+        result = write_edit(planned, output, overwrite=overwrite, progress=progress)
     console.log(f"3. Wrote {output} ({format_bytes(result.bytes_written)} in {result.seconds:.1f} s)")
     started = time.perf_counter()
     with console.status('4. Loading both models in transformers.pipeline("text-generation")'):
@@ -61,7 +61,7 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
     value = {
         "path": str(output),
         "plan": str(plan),
-        "route": str(prepared.route),
+        "route": str(planned.route),
         **metrics,
         "continuations": continuations,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.checkpoint import read_checkpoint
 from layersurgery.checkpoints.edit_checkpoint import EditResult, default_output, write_edit
-from layersurgery.checkpoints.prepared_edit import PreparedEdit, prepare_edit
+from layersurgery.checkpoints.prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
 from layersurgery.plans.plan import Plan
 from layersurgery.units import format_bytes
@@ -45,7 +46,7 @@ def write_edits(
 ) -> tuple[list[EditResult], Source]:
     """Write an edited checkpoint for each plan.
 
-    All plans are checked before the first checkpoint is written.
+    All plans are checked before the first checkpoint is complete.
 
     Returns:
         The results, in the order of the plans, and the model's files.
@@ -62,23 +63,35 @@ def write_edits(
     files = len(checkpoint.tensors.shards)
     size = format_bytes(checkpoint.tensors.nbytes)
     console.log(f"{model}: {checkpoint.depth} blocks, {size} in {files} file{'s'[: files > 1]}")
-    prepared_edits: dict[str | None, PreparedEdit] = {}
+    planned_edits: dict[str | None, PlannedEdit] = {}
     for name, plan in plans.items():
         route = plan.route(checkpoint.depth)
         console.log(f"{f'{name}: ' if name else ''}{plan}  ->  {route}")
-        if options.verify:
-            with console.status("Checking that the edited checkpoint will reload as this model"):
-                prepared_edits[name] = prepare_edit(checkpoint, plan, verify=True)
-        else:
-            prepared_edits[name] = prepare_edit(checkpoint, plan, verify=False)
-    for note in dict.fromkeys(note for prepared in prepared_edits.values() for note in prepared.notes):
-        console.note(note)
+        planned_edits[name] = plan_edit(checkpoint, plan, verify=options.verify)
+
+    @cache
+    def check_all() -> dict[str | None, PreparedEdit]:
+        prepared_edits: dict[str | None, PreparedEdit] = {}
+        for name, planned in planned_edits.items():
+            if options.verify:
+                console.log("Checking that the edited checkpoint will reload as this model")
+            prepared_edits[name] = check_edit(planned)
+        for note in dict.fromkeys(note for prepared in prepared_edits.values() for note in prepared.notes):
+            console.note(note)
+        return prepared_edits
+
+    def check(name: str | None) -> PreparedEdit:
+        return check_all()[name]
+
     results = []
-    for name, prepared in prepared_edits.items():
-        with console.byte_progress(prepared.nbytes) as progress:
+    for name, planned in planned_edits.items():
+        with console.byte_progress(planned.nbytes) as progress:
             results.append(
-                write_edit(prepared, outputs[name], overwrite=options.overwrite, link=options.link, progress=progress)
-            )
+                write_edit(
+                    planned, outputs[name], check=partial(check, name), overwrite=options.overwrite,
+                    link=options.link, progress=progress,
+                )
+            )  # fmt: skip
     if options.link and not any(result.bytes_linked for result in results):
         console.log(
             "No file was linked, since every file changes or the output is on another file system; "

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from ..plans.plan import Plan
 from ..plans.route import Route
 from .checkpoint import read_checkpoint
 from .model_card import model_card
-from .prepared_edit import PreparedEdit, prepare_edit
-from .shard_writer import Progress, link_shard, write_shards
+from .prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
+from .shard_writer import Progress, shard_writer
 from .sources import Source, find_source
 from .tensor_index import INDEX
 
@@ -39,7 +40,7 @@ class EditResult:
         depth: number of blocks of the source.
         bytes_written: size of the safetensors files that were copied (or shared by the file system).
         bytes_linked: size of the safetensors files that were hard-linked.
-        seconds: time from the first byte to the finished directory.
+        seconds: time from the first byte to the finished directory, with the reload check, which runs meanwhile.
         verified: whether the reload check was run.
         notes: what users of the source or of the result should know, such as programs that would run another model.
     """
@@ -79,7 +80,8 @@ def edit_checkpoint(
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
         link: hard-link files that do not change. They are then the same files as the source's: a change to one changes
             both.
-        verify: run the reload check first. It needs torch and transformers; without it, a swap needs neither.
+        verify: run the reload check, while the bytes are copied. It needs torch and transformers; without it, a swap
+            needs neither.
         blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically.
         progress: called repeatedly with the number of bytes written since the last call, by one thread at a time.
 
@@ -105,10 +107,15 @@ def edit_checkpoint(
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    prepared = prepare_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
-    for note in prepared.notes:
-        warn(note)
-    return write_edit(prepared, target, overwrite=overwrite, link=link, progress=progress)
+    planned = plan_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
+
+    def check() -> PreparedEdit:
+        prepared = check_edit(planned)
+        for note in prepared.notes:
+            warn(note)
+        return prepared
+
+    return write_edit(planned, target, check=check, overwrite=overwrite, link=link, progress=progress)
 
 
 def default_output(source: Source, plan: Plan) -> Path:
@@ -117,57 +124,63 @@ def default_output(source: Source, plan: Plan) -> Path:
 
 
 def write_edit(
-    prepared: PreparedEdit, out: Path, *, overwrite: bool = False, link: bool = False, progress: Progress | None = None
+    planned: PlannedEdit,
+    out: Path,
+    *,
+    check: Callable[[], PreparedEdit] | None = None,
+    overwrite: bool = False,
+    link: bool = False,
+    progress: Progress | None = None,
 ) -> EditResult:
-    """Write a prepared edit to `out`, completely or not at all.
+    """Check an edit and write it to `out`, completely or not at all.
+
+    Bytes are copied by other threads while the check runs in this one, since nothing is visible before the end.
 
     Args:
-        prepared: the edit.
+        planned: the edit.
         out: the new directory.
+        check: called once, in this thread, instead of `check_edit(planned)`.
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
         link: hard-link files that do not change.
-        progress: called with the number of bytes written since the last call.
+        progress: called with the number of bytes written since the last call, by one thread at a time.
 
     Raises:
         SourceError: a source file cannot be read, or was changed after its header was read.
+        UnsupportedEditError: the check refuses the edit.
         OutputError: `out` exists or cannot be written; no partial output remains.
     """
     started = time.perf_counter()
-    report = progress or _no_progress
-    linked = [shard for shard in prepared.layout.shards if link and shard.unchanged]
-    written = [shard for shard in prepared.layout.shards if shard not in linked]
-    needed = sum(shard.nbytes for shard in written)
+    settled = planned.settled_shards
+    needed = sum(shard.nbytes for shard in planned.layout.shards if not (link and shard.unchanged and shard in settled))
     with atomic_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
-        for shard in linked:
-            if link_shard(shard, directory):
-                report(shard.nbytes)
-            else:
-                written.append(shard)
-        linked = [shard for shard in linked if shard not in written]
-        write_shards(written, directory, report)
+        with shard_writer(directory, progress or _no_progress, link=link) as writer:
+            writer.start(settled)
+            prepared = check_edit(planned) if check is None else check()
+            writer.start(shard for shard in prepared.layout.shards if shard not in settled)
+            writer.finish()
+        # config.json comes after the shards, so that no partial directory passes for a checkpoint.
         _write_text(directory / "config.json", _format_json(prepared.config))
         if prepared.layout.index is not None:
             _write_text(directory / INDEX, prepared.layout.index)
-        _copy_other_files(prepared, directory)
-        checkpoint = prepared.checkpoint
+        _copy_other_files(planned, directory)
         card = model_card(
-            checkpoint.source,
-            prepared.plan,
-            prepared.route,
-            checkpoint.depth,
-            verified=prepared.verified,
+            planned.checkpoint.source,
+            planned.plan,
+            planned.route,
+            planned.checkpoint.depth,
+            verified=planned.verify,
             notes=prepared.notes,
         )
         _write_text(directory / "README.md", card)
     return EditResult(
         path=out,
-        plan=prepared.plan,
-        route=prepared.route,
-        depth=prepared.checkpoint.depth,
-        bytes_written=sum(shard.nbytes for shard in written),
-        bytes_linked=sum(shard.nbytes for shard in linked),
+        plan=planned.plan,
+        route=planned.route,
+        depth=planned.checkpoint.depth,
+        bytes_written=sum(shard.nbytes for shard in writer.written),
+        bytes_linked=sum(shard.nbytes for shard in writer.linked),
         seconds=time.perf_counter() - started,
-        verified=prepared.verified,
+        verified=planned.verify,
         notes=prepared.notes,
     )
 
@@ -192,14 +205,14 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _copy_other_files(prepared: PreparedEdit, directory: Path) -> None:
+def _copy_other_files(planned: PlannedEdit, directory: Path) -> None:
     """Copy the other files of the model, or write their new content."""
-    for path, value in prepared.other_files.items():
+    for path, value in planned.other_files.items():
         target = directory / path
         target.parent.mkdir(exist_ok=True)
         if value is not None:
             _write_text(target, _format_json(value))
         else:
-            shutil.copyfile(prepared.checkpoint.source.directory / path, target)
+            shutil.copyfile(planned.checkpoint.source.directory / path, target)
             with target.open("r+b") as copied:  # Windows syncs only what may be written
                 os.fsync(copied.fileno())

@@ -1,9 +1,11 @@
-"""Compute the config and the files of an edited checkpoint, and check them, before anything is written."""
+"""Compute the config and the files of an edited checkpoint, and check them.
+
+`plan_edit` does what needs no torch. So the bytes can be copied while `check_edit` imports torch and transformers.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +28,9 @@ from ..quick_imports import quick_imports
 from ..units import format_list
 from .checkpoint import Checkpoint
 from .other_files import plan_other_files
-from .output_layout import Layout, plan_output_files
-from .quantization import renumber_settings
+from .output_layout import Layout, Shard, plan_output_files
+from .packed_zeros import check_zeros_mean_zero, quantization_methods, refuse_packed_zeros
+from .quantization import QUANTIZATION_KEYS, renumber_settings
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER
 
 if TYPE_CHECKING:
@@ -36,27 +39,20 @@ if TYPE_CHECKING:
     from ..models.block_list import BlockList
     from .tensor_names import TensorNames
 
-_QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config", "quantization"))  # the last is MLX's
-# Quantized formats in which zero bytes mean zero weights.
-_ZERO_BYTES_ARE_ZERO = frozenset(("fp8", "fbgemm_fp8", "mxfp4"))
-# Names of tensors, next to a weight, from which a quantized format computes the weight's values.
-_OFFSET = re.compile(r"biases$|zero|offset|shift")
-_SCALE_OR_OFFSET = re.compile(rf"scale|absmax|quant|codebook|{_OFFSET.pattern}")
-
 
 @dataclass(frozen=True, slots=True)
-class PreparedEdit:
-    """An edited checkpoint that has been checked but not written.
+class PlannedEdit:
+    """An edited checkpoint as far as the files alone decide it: the headers, config.json and the other files.
 
     Attributes:
         checkpoint: the source.
         plan: the edits.
         route: the source's blocks in the order in which the new model runs them.
         positions: the positions in the new model of each block that is kept.
-        config: the new config.json.
-        layout: the new safetensors files.
+        config: the new config.json, without the lists that its class may derive.
+        layout: the safetensors files, as if no branch were skipped.
         other_files: the other files by their path in the directory, with their new content as JSON, or None for a copy.
-        verified: whether the reload check was run.
+        verify: whether `check_edit` runs the reload check.
         notes: what users of the source or of the result should know.
     """
 
@@ -67,7 +63,7 @@ class PreparedEdit:
     config: Json
     layout: Layout
     other_files: Mapping[Path, Any]
-    verified: bool
+    verify: bool
     notes: tuple[str, ...] = ()
 
     @property
@@ -75,16 +71,42 @@ class PreparedEdit:
         """Return the size of the safetensors files to write or link, in bytes."""
         return self.layout.nbytes
 
+    @property
+    def settled_shards(self) -> list[Shard]:
+        """Return the safetensors files that `check_edit` cannot change: those without a block with a skipped branch."""
+        skipped = {position for position, visit in enumerate(self.route) if not visit.whole}
+        prefix = self.checkpoint.block_prefix
+        return [
+            shard
+            for shard in self.layout.shards
+            if not any((split := prefix.split(name)) and split[0] in skipped for name in shard.tensors)
+        ]
 
-def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PreparedEdit:
-    """Compute the config and the file layout of an edited checkpoint, and check that it would reload as intended.
 
-    Nothing is written.
+@dataclass(frozen=True, slots=True)
+class PreparedEdit:
+    """An edited checkpoint that has been checked, and that may be written.
+
+    Attributes:
+        config: the new config.json.
+        layout: the new safetensors files.
+        notes: what users of the source or of the result should know.
+    """
+
+    config: Json
+    layout: Layout
+    notes: tuple[str, ...] = ()
+
+
+def plan_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PlannedEdit:
+    """Compute what the files alone decide of an edited checkpoint, and refuse what they alone forbid.
+
+    This is quick, and needs neither torch nor transformers. Nothing is written.
 
     Args:
         checkpoint: the source.
         plan: the edits.
-        verify: run the reload check.
+        verify: run the reload check in `check_edit`.
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
@@ -103,38 +125,66 @@ def prepare_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> 
             f"directory without {ADAPTER_CONFIG}"
         )
     refuse_route(fields, route)
-    notes = _check_absent(checkpoint, verify=verify)
+    if checkpoint.tensors.absent and not verify:
+        raise SourceError(
+            f"{_describe_absent(checkpoint)}, and no file has it; fetch the checkpoint again, or run the reload check "
+            "(verify), which shows whether the model needs it"
+        )
     positions = new_positions(route, checkpoint.section)
     config = _edit_config(checkpoint, route, positions, verify=verify)
-    blocks = _check_reload(checkpoint, config, route) if verify else None
-    layout = plan_output_files(
-        checkpoint.tensors, checkpoint.block_prefix, positions, _tensors_to_zero(checkpoint, route, blocks)
-    )
-    readers = describe_position_readers(str(fields["model_type"]), checkpoint.section.get_fields(config), len(route))
-    notes += (readers,) if readers else ()
+    refuse_packed_zeros(checkpoint, route)
+    layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, positions, {})
     files, left_out = plan_other_files(checkpoint, route, positions)
-    if left_out:
-        notes += (f"left out, because they describe layers of the source in an unknown format: {', '.join(left_out)}",)
-    return PreparedEdit(checkpoint, plan, route, positions, config, layout, files, verify, notes)
+    notes = (
+        (f"left out, because they describe layers of the source in an unknown format: {', '.join(left_out)}",)
+        if left_out
+        else ()
+    )
+    return PlannedEdit(checkpoint, plan, route, positions, config, layout, files, verify, notes)
 
 
-def _check_absent(checkpoint: Checkpoint, *, verify: bool) -> tuple[str, ...]:
+def check_edit(planned: PlannedEdit) -> PreparedEdit:
+    """Compute the rest of an edited checkpoint, and check that it would reload as intended.
+
+    Nothing is written. Imports transformers for the reload check, for a skipped branch, and for a config whose class
+    derives lists of layers.
+
+    Raises:
+        SourceError: the model needs a tensor that no file has.
+        UnsupportedEditError: no checkpoint of this architecture can represent the edited model.
+    """
+    checkpoint, route = planned.checkpoint, planned.route
+    notes = _check_absent(checkpoint)
+    config = _derive_config(planned)
+    blocks = _check_reload(checkpoint, config, route) if planned.verify else None
+    layout = planned.layout
+    if zeroed := _tensors_to_zero(checkpoint, route, blocks):
+        layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, planned.positions, zeroed)
+    model_type = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}["model_type"]
+    readers = describe_position_readers(str(model_type), checkpoint.section.get_fields(config), len(route))
+    return PreparedEdit(config, layout, notes + ((readers,) if readers else ()) + planned.notes)
+
+
+def _describe_absent(checkpoint: Checkpoint) -> str:
+    return f"{INDEX} of {checkpoint.source.label} names {format_list(checkpoint.tensors.absent)}"
+
+
+def _check_absent(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Refuse tensors that only the index has, if the model needs them; return a note of the others."""
     absent = checkpoint.tensors.absent
     if not absent:
         return ()
-    where = f"{INDEX} of {checkpoint.source.label} names"
-    if not verify:
-        raise SourceError(
-            f"{where} {format_list(absent)}, and no file has it; fetch the checkpoint again, or run the reload check "
-            "(verify), which shows whether the model needs it"
-        )
     from ..models.meta_model import build_meta_model
     from .tensor_names import find_needed
 
     if needed := find_needed(build_meta_model(checkpoint.config), absent):
-        raise SourceError(f"{where} {format_list(needed)}, and no file has it; fetch the checkpoint again")
-    return (f"{where} {format_list(absent)}, which no file has and the model does not need; left out of the new index",)
+        raise SourceError(
+            f"{INDEX} of {checkpoint.source.label} names {format_list(needed)}, and no file has it; fetch the "
+            "checkpoint again"
+        )
+    return (
+        f"{_describe_absent(checkpoint)}, which no file has and the model does not need; left out of the new index",
+    )
 
 
 def _match_blocks(checkpoint: Checkpoint, model: nn.Module) -> tuple[nn.Module, BlockList, TensorNames]:
@@ -170,7 +220,7 @@ def _check_complete(checkpoint: Checkpoint, model: nn.Module, blocks: BlockList,
     """Refuse blocks whose parameters have other names in the files, or none: a reload would make them random."""
     from .tensor_names import find_missing
 
-    if any(_QUANTIZATION_KEYS & fields.keys() for fields in (checkpoint.config, checkpoint.fields)):
+    if any(QUANTIZATION_KEYS & fields.keys() for fields in (checkpoint.config, checkpoint.fields)):
         return  # packed weights have names that only the format's own loader knows
     if missing := find_missing(model, blocks, tensors):
         raise SourceError(
@@ -180,28 +230,17 @@ def _check_complete(checkpoint: Checkpoint, model: nn.Module, blocks: BlockList,
 
 
 def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, list[int]], *, verify: bool) -> Json:
+    """Rewrite config.json as far as its own fields tell how."""
     section = checkpoint.section
     config = checkpoint.config
-    if breaks_prefix(checkpoint.fields, route):
+    if breaks_prefix(
+        checkpoint.fields, route
+    ):  # rare: the list comes from the config class, so transformers is imported
         from ..models.meta_model import is_known_model_type, write_prefix_list
 
         if is_known_model_type(config):
             config = write_prefix_list(config, section)
     config = rewrite(config, section, route)
-    identical_layer_types = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
-        checkpoint.fields, POSITIONAL_WITH_LIST
-    )
-    if verify or not identical_layer_types:
-        from ..models.meta_model import is_known_model_type, write_derived_fields
-
-        if verify or is_known_model_type(checkpoint.config):
-            config = write_derived_fields(checkpoint.config, config, section, route)
-        elif broken := broken_periods(checkpoint.fields, section.depth, route):
-            raise UnsupportedEditError(
-                f"config.json: {', '.join(broken)} places the layers of one kind, {route} breaks its period, and "
-                f"transformers does not know the model type {checkpoint.config.get('model_type')!r}; rearrange layers "
-                "only by whole periods"
-            )
     positional = non_default_fields(checkpoint.fields, POSITIONAL_ONLY)
     if positional and not verify and route.blocks != tuple(range(section.depth)):
         raise UnsupportedEditError(
@@ -209,9 +248,30 @@ def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, l
             "show whether the result would be right; run it (verify)"
         )
     for fields in (config, section.get_fields(config)) if section.path else (config,):
-        for key in _QUANTIZATION_KEYS & fields.keys():
+        for key in QUANTIZATION_KEYS & fields.keys():
             fields[key] = renumber_settings(fields[key], checkpoint, positions)
     return config
+
+
+def _derive_config(planned: PlannedEdit) -> Json:
+    """Return the new config.json with the lists that its class would derive wrongly from positions."""
+    checkpoint, route = planned.checkpoint, planned.route
+    identical_layer_types = checkpoint.config.get("model_type") in IDENTICAL_LAYER_TYPES and not non_default_fields(
+        checkpoint.fields, POSITIONAL_WITH_LIST
+    )
+    if identical_layer_types and not planned.verify:
+        return planned.config
+    from ..models.meta_model import is_known_model_type, write_derived_fields
+
+    if planned.verify or is_known_model_type(checkpoint.config):
+        return write_derived_fields(checkpoint.config, planned.config, checkpoint.section, route)
+    if broken := broken_periods(checkpoint.fields, checkpoint.section.depth, route):
+        raise UnsupportedEditError(
+            f"config.json: {', '.join(broken)} places the layers of one kind, {route} breaks its period, and "
+            f"transformers does not know the model type {checkpoint.config.get('model_type')!r}; rearrange layers "
+            "only by whole periods"
+        )
+    return planned.config
 
 
 def _tensors_to_zero(
@@ -226,63 +286,12 @@ def _tensors_to_zero(
     """
     if all(visit.whole for visit in route):
         return {}
-    settings = {
-        key: fields[key]
-        for fields in (checkpoint.config, checkpoint.fields)
-        for key in sorted(_QUANTIZATION_KEYS & fields.keys())
-        if fields[key]
-    }
-    methods = {
-        (value.get("quant_method") if isinstance(value, dict) else None) or f"{key} in config.json"
-        for key, value in settings.items()
-    }
-    if other := sorted(map(str, methods - _ZERO_BYTES_ARE_ZERO)):
-        raise _not_zero(f"the checkpoint is quantized ({', '.join(other)})")
     from ..models.meta_model import build_meta_model
     from .zeroed_branches import tensors_to_zero
 
     blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
     zeroed = tensors_to_zero(checkpoint.config, checkpoint.section, *blocks, route)
+    packed = bool(quantization_methods(checkpoint))
     for position, rests in zeroed.items():
-        _check_zeros_mean_zero(checkpoint, route[position].block, rests, blocks[1:], packed=bool(methods))
+        check_zeros_mean_zero(checkpoint, route[position].block, rests, blocks[1:], packed=packed)
     return zeroed
-
-
-def _check_zeros_mean_zero(
-    checkpoint: Checkpoint, block: int, zeroed: Set[str], blocks: tuple[BlockList, TensorNames], *, packed: bool
-) -> None:
-    """Refuse tensors of a block whose zeros other tensors of their module would turn into other weights.
-
-    Args:
-        checkpoint: the source.
-        block: the block.
-        zeroed: the names, within the block, of the tensors to zero.
-        blocks: the blocks of the model, and the tensors of each of their parameters.
-        packed: whether the format is one in which integers and scales are known to be harmless.
-
-    Raises:
-        UnsupportedEditError: a tensor holds integers, or has scales or offsets; gives its name.
-    """
-    block_list, tensor_names = blocks
-    parameters = block_list.blocks[block].state_dict().keys()
-    own = {rest for name, rests in tensor_names.tensors[block].items() if name in parameters for rest in rests}
-    modules = {rest.rpartition(".")[0] for rest in zeroed}
-    infos = {
-        split[1]: info
-        for name, info in checkpoint.tensors.tensors()
-        if (split := checkpoint.block_prefix.split(name)) and split[0] == block
-    }
-    for rest in sorted(zeroed):
-        if infos[rest].dtype.startswith(("I", "U")) and not packed:
-            raise _not_zero(f"{checkpoint.block_prefix.join(block, rest)} holds integers ({infos[rest].dtype})")
-    for rest in sorted(infos.keys() - own):  # the model's own parameters have been probed
-        module, _, last = rest.rpartition(".")
-        if module in modules and (_OFFSET if packed else _SCALE_OR_OFFSET).search(last):
-            raise _not_zero(f"{checkpoint.block_prefix.join(block, rest)} scales or shifts a weight to zero")
-
-
-def _not_zero(why: str) -> UnsupportedEditError:
-    return UnsupportedEditError(
-        f"{why}, and zero bytes do not mean zero weights in this format, so a branch of it cannot be zeroed; skip the "
-        "branch in the unquantized checkpoint"
-    )

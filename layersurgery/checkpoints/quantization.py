@@ -11,6 +11,8 @@ from typing import Any
 from ..errors import UnsupportedEditError
 from .checkpoint import Checkpoint
 
+# The fields of a config that hold quantization settings; the last is MLX's.
+QUANTIZATION_KEYS = frozenset(("quantization_config", "compression_config", "quantization"))
 # Prefixes that mark a pattern of module names (compressed-tensors; GPTQModel's `dynamic`).
 _PATTERN_MARKS = ("re:", "+:", "-:")
 _PATTERN_CHARACTERS = re.compile(r"[*?+^$|\\\[\](){}]")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -31,7 +31,85 @@ _datasync = getattr(os, "fdatasync", os.fsync)
 _NO_KERNEL_COPY = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.EIO}
 
 
-def link_shard(shard: Shard, directory: Path) -> bool:
+class ShardWriter:
+    """Writes shards in the threads of a pool; made by `shard_writer`.
+
+    Attributes:
+        linked: the shards that were hard-linked.
+        written: the other shards.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, directory: Path, progress: Progress, *, link: bool) -> None:
+        self.linked: list[Shard] = []
+        self.written: list[Shard] = []
+        self._pool, self._directory, self._progress, self._link = pool, directory, progress, link
+        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._failures: list[BaseException] = []
+        self._copies: list[Future[None]] = []
+
+    def start(self, shards: Iterable[Shard]) -> None:
+        """Start to write shards, and return at once."""
+        # Start with the largest, so that no large file is copied alone at the end.
+        for shard in sorted(shards, key=lambda shard: shard.nbytes, reverse=True):
+            self._copies.append(self._pool.submit(self._write, shard))
+
+    def finish(self) -> None:
+        """Wait until all shards are written.
+
+        Raises:
+            SourceError: a source file cannot be read, or was changed after its header was read.
+            OSError: an error of the file system.
+        """
+        wait(self._copies)
+        if self._failures:
+            raise self._failures[0]  # the others stopped because of it
+
+    def stop(self) -> None:
+        """Stop to write."""
+        self._stopping.set()
+
+    def _write(self, shard: Shard) -> None:
+        try:
+            if self._link and shard.unchanged and _link_shard(shard, self._directory):
+                self.linked.append(shard)
+                self._report(shard.nbytes)
+            else:
+                self.written.append(shard)
+                _write_shard(shard, self._directory, self._report)
+        except BaseException as error:
+            self._failures.append(error)
+            self.stop()
+
+    def _report(self, count: int) -> None:
+        if self._stopping.is_set():
+            raise InterruptedError
+        with self._lock:
+            self._progress(count)
+
+
+@contextmanager
+def shard_writer(directory: Path, progress: Progress, *, link: bool = False) -> Iterator[ShardWriter]:
+    """Write shards into a directory, several at a time, while the `with` block goes on.
+
+    One thread alone is limited by the speed of the kernel's copying. With several, some copy while others wait for the
+    disk. An exception in the `with` block stops them.
+
+    Args:
+        directory: the directory of the new files.
+        progress: called with the number of bytes written since the last call, by one thread at a time.
+        link: hard-link the files that do not change, where the file system can.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        writer = ShardWriter(pool, directory, progress, link=link)
+        try:
+            yield writer
+        except BaseException:
+            writer.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _link_shard(shard: Shard, directory: Path) -> bool:
     """Hard-link a shard's source file into a directory.
 
     Returns:
@@ -42,39 +120,6 @@ def link_shard(shard: Shard, directory: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def write_shards(shards: list[Shard], directory: Path, progress: Progress) -> None:
-    """Write several shards at a time, one per thread.
-
-    One thread alone is limited by the speed of the kernel's copying. With several, some copy while others wait for the
-    disk.
-
-    Raises:
-        SourceError: a source file cannot be read, or was changed after its header was read.
-        OSError: an error of the file system.
-    """
-    if not shards:
-        return
-    lock, stopping = threading.Lock(), threading.Event()
-
-    def report(count: int) -> None:
-        if stopping.is_set():
-            raise InterruptedError
-        with lock:
-            progress(count)
-
-    with ThreadPoolExecutor(min(_THREADS, len(shards))) as pool:
-        # Start with the largest, so that no large file is copied alone at the end.
-        ordered = sorted(shards, key=lambda shard: shard.nbytes, reverse=True)
-        copies = [pool.submit(_write_shard, shard, directory, report) for shard in ordered]
-        try:
-            for copy in as_completed(copies):
-                copy.result()
-        except BaseException:
-            stopping.set()
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def copy_bytes(source: BinaryIO, start: int, count: int, target: BinaryIO, progress: Progress) -> None:
@@ -159,6 +204,7 @@ def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progr
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
         else:
             target.write(shard.header)
+            progress(len(shard.header))
             for byte_range in shard.ranges:
                 if byte_range.start is None:
                     write_zeros(byte_range.count, target, progress)

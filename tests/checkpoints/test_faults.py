@@ -385,13 +385,13 @@ def test_a_run_killed_between_its_two_renames_is_mended_by_the_next(llama: Path,
 def test_a_source_that_is_saved_again_while_it_is_read(llama: Path, tmp_path: Path) -> None:
     from layersurgery.checkpoints.checkpoint import read_checkpoint
     from layersurgery.checkpoints.edit_checkpoint import write_edit
-    from layersurgery.checkpoints.prepared_edit import prepare_edit
+    from layersurgery.checkpoints.prepared_edit import plan_edit
     from layersurgery.checkpoints.sources import find_source
 
-    prepared = prepare_edit(read_checkpoint(find_source(llama)), ls.swap(1))
+    planned = plan_edit(read_checkpoint(find_source(llama)), ls.swap(1))
     resave(llama, lambda tensors: {name: value + 1 for name, value in tensors.items()})
     with pytest.raises(ls.SourceError, match="not the file from which the header was read"):
-        write_edit(prepared, tmp_path / "out")
+        write_edit(planned, tmp_path / "out")
     nothing_written(tmp_path, "llama")
 
 

@@ -141,11 +141,21 @@ def test_a_killed_analysis_that_replaces_another(tmp_path: Path, monkeypatch: py
     )
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_a_killed_edit_leaves_nothing_or_all(sharded: Path, tmp_path: Path, link: bool) -> None:
+@pytest.mark.parametrize(
+    ("plan", "link", "verify"),
+    [
+        ("swap 1 2", False, False),
+        ("swap 1 2", True, False),
+        ("swap 1 2", False, True),
+        pytest.param("skip-mlp 3", True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_edit_leaves_nothing_or_all(
+    sharded: Path, tmp_path: Path, plan: str, link: bool, verify: bool
+) -> None:
     def edit(place: Path) -> None:
         out = place / "out"
-        ls.edit_checkpoint(sharded, "swap 1 2", out, link=link, verify=False, overwrite=out.exists())
+        ls.edit_checkpoint(sharded, plan, out, link=link, verify=verify, overwrite=out.exists())
 
     (tmp_path / "kills").mkdir()
     check_every_kill(tmp_path / "kills", edit, nothing)
