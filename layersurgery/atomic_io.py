@@ -212,10 +212,20 @@ def _remove_leftovers(out: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(out)
-    name = f".{glob.escape(out.name)}.partial-????????"
-    partials = set(out.parent.glob(name))
+    remove_leftovers(out.parent, glob.escape(out.name))
+
+
+def remove_leftovers(directory: Path, outputs: str = "*") -> None:
+    """Remove the temporary directories that killed runs of `atomic_directory` left.
+
+    Args:
+        directory: the parent of the outputs.
+        outputs: pattern of their names.
+    """
+    name = f".{outputs}.partial-????????"
+    partials = set(directory.glob(name))
     # A run that was killed before it made its directory, or after it renamed it, left the lock alone.
-    for lock in out.parent.glob(f".lock{name}"):
+    for lock in directory.glob(f".lock{name}"):
         with suppress(OSError):
             if time.time() - lock.stat().st_mtime > _LOCKING_SECONDS:
                 partials.add(lock.with_name(lock.name.removeprefix(".lock")))

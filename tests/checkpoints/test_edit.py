@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemm
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import layersurgery as ls
-from layersurgery.checkpoints import sources
+from layersurgery.checkpoints import gguf_conversion
 from layersurgery.checkpoints.quantization import rename_layers
 from layersurgery.checkpoints.safetensors_header import DISK_BLOCK_BYTES, read_header
 from layersurgery.checkpoints.tensor_index import find_block_prefix
@@ -244,7 +244,9 @@ def test_the_card_of_a_gguf_file_has_what_the_file_states(
     writer.write_kv_data_to_file()
     writer.close()
     monkeypatch.setenv("LAYERSURGERY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_convert", lambda _, target: shutil.copytree(llama, target, dirs_exist_ok=True))
+    monkeypatch.setattr(
+        gguf_conversion, "_convert", lambda _, target: shutil.copytree(llama, target, dirs_exist_ok=True)
+    )
     ls.edit_checkpoint(tmp_path / "small.gguf", ls.swap(1), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     metadata = yaml.safe_load(card.split("---")[1])

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.random_checkpoint import write_random_checkpoint
 from layersurgery.analyses import neuron_probes
 from layersurgery.checkpoints import sources
+from layersurgery.checkpoints.gguf_conversion import conversion_directory
 
 DEPTH, WIDTH, VOCAB_SIZE = 30, 32, 600
 
@@ -59,7 +60,7 @@ def make_demo_model(cache: Path) -> None:
         eos_token_id=0,
         initializer_range=0.3,
     )
-    target = cache / sources._conversion_directory(sources.embedded_file()).name
+    target = cache / conversion_directory(sources.embedded_file()).name
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(config)
     add_prediction_neurons(
