@@ -27,13 +27,16 @@ def checkpoint(
         Path | None, typer.Option("--hub", help="Hub cache that holds, or will hold, the checkpoint.")
     ] = None,
     work: Annotated[Path | None, typer.Option("--work", help="Directory for outputs; needs 45 GB.")] = None,
+    only: Annotated[
+        str, typer.Option("--only", help="Methods to time besides cp -r, as names or parts of names: layersurgery.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
 ) -> None:
     """Time the swap of two layers of a checkpoint on disk."""
     from .checkpoint import measure
 
     with tempfile.TemporaryDirectory(prefix="layersurgery-benchmark-") as temporary:
-        rows = measure(runs, hub, work or Path(temporary), quick=quick, as_json=as_json)
+        rows = measure(runs, hub, work or Path(temporary), only=only, quick=quick, as_json=as_json)
     if as_json:
         print(json.dumps(rows, indent=2))
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -60,13 +61,16 @@ def list_commands(source: Path, out: Path, work: Path, first: int, depth: int) -
     }  # fmt: skip
 
 
-def measure(runs: int, hub: Path | None, work: Path, *, quick: bool, as_json: bool) -> list[dict[str, Any]]:
+def measure(
+    runs: int, hub: Path | None, work: Path, *, only: str = "", quick: bool, as_json: bool
+) -> list[dict[str, Any]]:
     """Write the checkpoint, check that layersurgery and transformers agree, time all methods, and print a table.
 
     Args:
         runs: runs of each method that count.
         hub: hub cache that holds, or will hold, the checkpoint; None for one in `work`.
         work: directory for outputs.
+        only: methods to time besides `cp -r`, as names or parts of names with commas; all if empty.
         quick: use a small checkpoint.
         as_json: print progress on stderr, since stdout is for JSON.
 
@@ -87,6 +91,14 @@ def measure(runs: int, hub: Path | None, work: Path, *, quick: bool, as_json: bo
     commands = list_commands(source, out, work, first, depth)
     console.print("Correctness check: layersurgery against transformers, tensor by tensor")
     check_same_weights(commands, env, out, work)
+    wanted = [*filter(None, only.split(","))]
+    commands = {
+        name: command
+        for name, command in commands.items()
+        if not wanted
+        or name == "cp -r"
+        or any(part == name or (part in name and part not in commands) for part in wanted)
+    }
     results: dict[str, list[Run]] = {name: [] for name in commands}
     failed: dict[str, str] = {}
     for number in range(runs + 1):  # the first run does not count: it warms up the caches
@@ -152,8 +164,10 @@ def find_tensors(directory: Path) -> dict[str, Path]:
 
 
 def print_report(results: dict[str, list[Run]], failed: dict[str, str], console: Console) -> list[dict[str, Any]]:
-    """Print the table, and return its rows."""
-    base = summarize("cp -r", results["cp -r"]).seconds
+    """Print the table, and return its rows.
+
+    The ratio is the median of the rounds' ratios, since what else the machine does changes from round to round.
+    """
     table = make_table("two layers of a checkpoint swapped", "way", "seconds", "quartiles", "x cp -r", "peak MB")
     rows: list[dict[str, Any]] = []
     for name, runs in results.items():
@@ -161,7 +175,7 @@ def print_report(results: dict[str, list[Run]], failed: dict[str, str], console:
             table.add_row(f"{name}: {failed[name][:60]}")
             continue
         summary = summarize(name, runs)
-        ratio = summary.seconds / base
+        ratio = median(run.seconds / copy.seconds for run, copy in zip(runs, results["cp -r"], strict=True))
         quartiles = f"{summary.seconds_low:.1f} to {summary.seconds_high:.1f}"
         table.add_row(name, f"{summary.seconds:.1f}", quartiles, f"{ratio:.2f}", f"{summary.bytes_peak / 1e6:.0f}")
         rows.append(dataclasses.asdict(summary) | {"ratio_to_cp": round(ratio, 3)})
