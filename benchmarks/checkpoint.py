@@ -95,9 +95,7 @@ def measure(
     commands = {
         name: command
         for name, command in commands.items()
-        if not wanted
-        or name == "cp -r"
-        or any(part == name or (part in name and part not in commands) for part in wanted)
+        if not wanted or name == "cp -r" or any(part in name for part in wanted)
     }
     results: dict[str, list[Run]] = {name: [] for name in commands}
     failed: dict[str, str] = {}
