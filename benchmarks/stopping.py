@@ -170,16 +170,17 @@ def saving(kept: KeptSums, precision: Precision, repetitions: int, most: int) ->
     ]  # fmt: skip
 
 
-def race(kept: KeptSums, lowest: int, repetitions: int) -> list[dict[str, Any]]:
-    """Race for the layers with the lowest KL on resampled texts of the sweep's own length."""
+def race(kept: KeptSums, lowest: int, repetitions: int, sequences: int) -> list[dict[str, Any]]:
+    """Race for the layers with the lowest KL on resampled texts of so many sequences."""
     rows, same, extra, ratios = kept.rows("drop"), 0, [], []
     size, truth = max(1, 512 // kept.context), kept.means()[kept.rows("drop"), _KL]
     for number in range(repetitions):
-        order = np.random.default_rng(number).integers(len(kept.counts), size=len(kept.counts))
+        order = np.random.default_rng(number).integers(len(kept.counts), size=sequences)
         rule = Race(lowest)
         progress, cost = stop(kept, rule, order, rows, size)
         whole = kept.values[order][:, rows, _KL].sum(0)
         means = progress.sums().means_and_errors()[0][1:, _KL]
+        # As `analyses.layer_ranking.race_order` does: the race's own answer first, then the values.
         keys = [
             (rule.outcome(row) == "higher", rule.outcome(row) != "lowest", means[row - 1])
             for row in range(1, len(rows) + 1)
@@ -191,7 +192,8 @@ def race(kept: KeptSums, lowest: int, repetitions: int) -> list[dict[str, Any]]:
         ratios.append(kept.calls(rows) * kept.counts[order].sum() / cost)
     return [
         {
-            "part": "race", "what": f"the {lowest} lowest of {len(rows)} drops", "orders": repetitions,
+            "part": "race", "what": f"the {lowest} lowest of {len(rows)} drops, {sequences} sequences",
+            "orders": repetitions,
             "share": same / repetitions, "ratio": float(np.median(ratios)), "worst_extra_kl": float(max(extra)),
         }
     ]  # fmt: skip
@@ -215,7 +217,8 @@ def measure(
     rows = [
         *coverage(kept, precision, orders, most),
         *saving(kept, precision, max(1, orders // 100), most),
-        *race(kept, lowest, max(1, orders // 10)),
+        *race(kept, lowest, max(1, orders // 10), len(kept.counts)),
+        *race(kept, lowest, max(1, orders // 10), 4 * len(kept.counts)),
     ]
     title = f"{kept.frame.model[0]}, {len(kept.counts)} kept sequences of {kept.context} tokens, resampled"
     table = make_table(title, "what", "texts", "held / same", "x fewer", "sequences", "rank correlation", "extra KL")

@@ -82,8 +82,10 @@ class Race:
     def _compare(self, sums: Array, counts: Array, racing: list[int]) -> None:
         """Decide about as many of the racing rows as possible."""
         contenders = len(racing) + len(self.winners) + len(self.losers)
-        pairs = max(1, contenders * (contenders - 1))  # each is judged in both directions
-        is_lower = surely_lower(sums[:, racing], counts, 1 - self.error / pairs)
+        # A row is judged wrongly only if a comparison of one of the lowest with one of the others is wrong, since there
+        # are too few rows on its own side. Each interval misses to one side with half of its error probability.
+        pairs = max(1, self.lowest * (contenders - self.lowest))
+        is_lower = surely_lower(sums[:, racing], counts, 1 - 2 * self.error / max(2, pairs))
         places = self.lowest - len(self.winners)
         while racing:
             better, worse = is_lower.sum(0), is_lower.sum(1)
