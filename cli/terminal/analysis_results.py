@@ -17,6 +17,7 @@ from layersurgery.units import format_list
 
 from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
+from .run_cost import run_cost
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,5 +196,4 @@ def _notes(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts.get("figure_error"):
         yield escape(f"No figure could be drawn: {facts['figure_error']}")
     if "text" in facts:
-        rate = f"{facts['tokens_per_second']:,.0f} tokens/s"
-        yield f"{facts['text']['tokens']:,} tokens in {facts['seconds']:,.0f} s ({rate})"
+        yield run_cost(facts)

@@ -17,12 +17,12 @@ from layersurgery.registry import METRICS, Column
 
 from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
+from .run_cost import run_cost
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from layersurgery.runs.run_directory import Run
-    from layersurgery.runs.run_record import RunRecord
 
 _FACTS = (
     "model",
@@ -169,22 +169,9 @@ def show_sweep(run: Run, console: Console) -> None:
         items.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
     if sentence := precision_sentence(frame):
         items.append(escape(sentence[0].upper() + sentence[1:]))
-    items.append(_cost(facts))
+    items.append(run_cost(facts))
     items.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
     console.result(result, *items)
-
-
-def _cost(facts: RunRecord) -> str:
-    """Say how much was measured, and how long it took."""
-    seconds, stopping = facts["seconds"], facts.get("stopping")
-    if stopping is None:
-        rate = f"{facts['tokens_per_second']:,.0f} tokens/s through every edit"
-        return f"{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
-    share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
-    return (
-        f"{stopping['sequences']:,} of {facts['text']['sequences']:,} sequences in {seconds:,.0f} s; "
-        f"{100 * share:.2g} % of the block calls that all the text takes"
-    )
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -40,7 +40,8 @@ class Sweep:
         """Make a sweep to draw from results and the name of the data."""
         row = frame.iloc[0]
         sequences = f"{row.sequences} sequence{'s' if row.sequences > 1 else ''}"
-        return cls(frame, str(row.model).rpartition("/")[2], f"{row.tokens:,} tokens of {data} in {sequences}")
+        up_to = "up to " if frame.sequences.nunique() > 1 else ""
+        return cls(frame, str(row.model).rpartition("/")[2], f"{up_to}{row.tokens:,} tokens of {data} in {sequences}")
 
 
 def draw(sweeps: Sequence[Sweep], directory: Path) -> list[Path]:

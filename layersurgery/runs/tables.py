@@ -158,8 +158,9 @@ def caption_of(run: RunRecord) -> str:
     if "text" not in run:
         return str(run.get("caption", "from weights alone"))
     sequences = run["text"]["sequences"]
+    up_to = "" if run.get("stopping") is None else "up to "
     source = run["arguments"].get("text", {}).get("data", "the text")
-    return f"{run['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
+    return f"{up_to}{run['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
 
 
 def table_names(run: RunRecord) -> list[str]:

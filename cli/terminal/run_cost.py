@@ -1,0 +1,19 @@
+"""Say how much text a run measured, and how long it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def run_cost(facts: Mapping[str, Any]) -> str:
+    """Say how much of the text was measured, in how many seconds, and what was saved where edits stopped before."""
+    seconds, stopping = facts["seconds"], facts.get("stopping")
+    if stopping is None:
+        rate = f"{facts['tokens_per_second']:,.0f} tokens/s"
+        return f"{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
+    share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
+    return (
+        f"{stopping['sequences']:,} of {facts['text']['sequences']:,} sequences in {seconds:,.0f} s; "
+        f"{100 * share:.2g} % of the block calls that all the text takes"
+    )
