@@ -99,15 +99,13 @@ class RowProgress:
         """Return the batches to measure next, `most` of them or fewer, each with its rows; empty at the end."""
         work: list[BatchRows] = []
         if self.rule is None:
-            while self._complete in self.results:
+            while self._complete in self.results and all(map(self.results[self._complete].has, self.active)):
                 self._complete += 1
         active = self.active
         for batch in range(self._complete, self.batches if active or self.rule is None else 0):
             known = self.results.get(batch)
             missing = active if known is None else [row for row in active if not known.has(row)]
-            if known is None and self.rule is None:
-                work.append((batch, None))
-            elif missing:
+            if known is None or missing:
                 work.append((batch, None if len(missing) == self.rows - 1 else (0, *missing)))
             if len(work) == most:
                 break

@@ -37,7 +37,7 @@ def test_lines_are_the_columns_of_the_table(frame: pd.DataFrame) -> None:
             np.testing.assert_allclose(line.get_xdata(), rows.layer / 5)
             np.testing.assert_allclose(line.get_ydata(), by * rows[metric])
             band = axis.collections[0].get_paths()[0].vertices
-            assert band[:, 1].max() == pytest.approx((by * (rows[metric] + rows[f"{metric}_sem"])).max())
+            assert band[:, 1].max() == pytest.approx((by * rows[f"{metric}_high"]).max())
         assert axes[1].get_ylabel() == "top-1 agreement (%)"
     labels = [text.get_text().partition("\n")[0] for text in grid[-1][0].get_xticklabels()]
     assert labels == ["0", "1", "2", "3", "4", "5"]

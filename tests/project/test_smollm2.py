@@ -63,7 +63,7 @@ def test_a_damaged_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ls.SourceError, match=r"transformers cannot read .*broken.gguf"):
         ls.edit_checkpoint(tmp_path / "broken.gguf", ls.swap(1), tmp_path / "out")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").glob("*")) == []
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_what_it_leaves(undisturbed: Path) -> None:
     for name in frame.columns:
         assert list(csv[name].dropna()) == list(frame[name].dropna()), name
     run = json.loads((undisturbed / "run.json").read_text())
-    assert run["text"] == {"fingerprint": "f", "tokens": 66, "sequences": 7, "length": 10, "notes": []}
+    assert run["text"] == {"fingerprint": "f", "tokens": 66, "sequences": 7, "length": 10, "notes": [], "read": {}}
     assert run["schedule"] == {
         "order": "depth-first",
         "block_calls": 36,

@@ -194,3 +194,19 @@ def test_routes_that_left_are_not_run() -> None:
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=message):
         sweep(directory=tmp_path, **options)
+
+
+def test_without_conditions_every_row_gets_the_batches_that_it_lacks() -> None:
+    first = measured(Precision.parse("kl=10%").for_text(torch.ones(1, 11)))
+    everything = RowProgress(ROWS, BATCHES, None, first.results)
+    lacking = dict(everything.next(BATCHES))
+    assert lacking == {
+        batch: (0, *(row for row in range(1, ROWS) if not first.results[batch].has(row)))
+        for batch in range(BATCHES)
+        if not all(map(first.results[batch].has, range(ROWS)))
+    }
+    while work := everything.next(3):
+        for batch, rows in work:
+            everything.add(batch, made_up(batch, rows))
+    assert np.isfinite(everything.sums().values).all()
+    assert len(everything.sums()) == SIZE * BATCHES
