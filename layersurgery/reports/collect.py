@@ -16,7 +16,7 @@ from ..plans.route import Route
 from ..registry import ANALYSES
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
-from ..sweeps.results import summary_sentence
+from ..sweeps.results import precision_sentence, summary_sentence
 from .text_format import without_directories
 
 _DEPTH = 3
@@ -206,7 +206,9 @@ def _check(frame: pd.DataFrame) -> None:
 
 def _words(run: FinishedRun) -> str:
     if run.is_sweep:
-        return summary_sentence(run.tables[_CURVES])
+        frame = run.tables[_CURVES]
+        known = precision_sentence(frame) if "precise" in frame else ""
+        return "; ".join(filter(None, [summary_sentence(frame), known]))
     summary = run.facts.get("summary")
     if isinstance(summary, str):
         return summary

@@ -34,6 +34,7 @@ from layersurgery.runs.tables import write_table
 from tests.analyses.test_descriptions import costs, ranks
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import checkpoint
+from tests.support.zoo import tiny_model, tokens
 
 HOSTILE = "<script>alert('ran')</script><img src=x onerror=\"document.title='ran'\">&amp;\"'\x00\x07\x1b[31m\u202eevil\u2066\u200b\x85"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -593,6 +594,18 @@ def test_what_pruning_found_is_said_in_words(tmp_path: Path) -> None:
     shown = Text.of(ls.report(tmp_path, tmp_path / "page.html").path.read_text())
     assert shown.find(describe_ranks(ranks()))
     assert shown.find(describe_costs(costs()))
+
+
+def test_a_sweep_that_stopped_says_what_each_edit_took(tmp_path: Path) -> None:
+    directory = tmp_path / "stopped"
+    ids = tokens(40, 12)
+    frame = ls.sweep(tiny_model("llama"), "swap,drop", ids, until="kl=25%", directory=directory, batch_size=4)
+    assert 0 < frame.precise[1:].sum() < len(frame) - 1
+    page = ls.report([directory], tmp_path / "report.html").path.read_text("utf-8")
+    assert f"{int(frame.precise[1:].sum())} of {len(frame) - 1} edits are known as precisely as asked" in page
+    assert "As precise as asked" in page
+    assert "kl_nats to 25 %, each with 0.95 confidence" in page
+    assert "swap, True" not in page  # one curve for each family
 
 
 def test_colours_are_those_of_the_figures() -> None:
