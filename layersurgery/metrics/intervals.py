@@ -28,8 +28,11 @@ Array = npt.NDArray[np.float64]
 Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
-MIN_SEQUENCES = 8
-"""Fewest sequences of which a standard error is believed, when a run stops by it."""
+MIN_SEQUENCES = 32
+"""Fewest sequences of which a standard error is believed, when a run stops by it.
+
+With fewer, a run would often stop because the first sequences happen to be alike.
+"""
 _TIGHTEST_AT = 64  # number of sequences at which the asymptotic interval is tightest; 16 and 256 cost 5 % of width
 _PRIOR_SPREAD = 0.05  # of a share between sequences, before any is seen; it affects the width, not the validity
 _LARGEST_BET = 0.9  # share of the capital that one sequence can lose

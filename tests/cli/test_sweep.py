@@ -285,34 +285,34 @@ def test_the_table_of_a_running_sweep_has_the_slowest_edit_first() -> None:
 
     from layersurgery.sweeps.precision import Precision
 
-    frame = ls.sweep(tiny_model("llama"), "drop", tokens(24, 12), until="kl=30%", batch_size=8)
+    frame = ls.sweep(tiny_model("llama"), "drop", tokens(64, 12), until="kl=16%", batch_size=8)
     assert set(frame.precise[1:]) == {True, False}
     console = rich.console.Console(file=io.StringIO(), width=100)
-    console.print(live_table(frame, 4, Precision.parse("kl=30%")))
+    console.print(live_table(frame, 4, Precision.parse("kl=16%")))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0].split() == ["edit", "KL", "agree", "sequences", "more"]
     slowest = ((frame.kl_nats_high - frame.kl_nats_low) / frame.kl_nats)[~frame.precise.fillna(True).astype(bool)]
     row = frame.loc[slowest.idxmax()]
     half = (row.kl_nats_high - row.kl_nats_low) / 2
     assert lines[1].startswith(f"{row['name']}  {row.kl_nats:.3f} ± {half:.3f}")
-    assert f"~{math.ceil(24 * (half / row.kl_nats / 0.3) ** 2 - 24)}" in lines[1]
+    assert f"~{math.ceil(64 * (half / row.kl_nats / 0.16) ** 2 - 64)}" in lines[1]
     assert lines[-1].strip() == "and 2 more"
 
 
 def test_a_sweep_until_it_is_precise_goes_on_with_more(small: list[Any], tmp_path: Path) -> None:
-    words = [*small, "--edits", "drop", "--tokens", "1000", "-b", "2", "-o", tmp_path / "out"]
-    loose = run(*words, "--until", "kl=60%")
+    words = [*small, "--edits", "drop", "--tokens", "2400", "-b", "2", "-o", tmp_path / "out"]
+    loose = run(*words, "--until", "kl=10%")
     assert loose.exit_code == 0, loose.stderr
     assert "edits are known as precisely as asked" in loose.stdout
     assert "% of the block calls that all the text takes" in loose.stdout
     first = ls.read_results(tmp_path / "out")
-    assert run(*words, "--until", "kl=60%").exit_code == 0
-    tight = run(*words, "--until", "kl=40%")
+    assert run(*words, "--until", "kl=10%").exit_code == 0
+    tight = run(*words, "--until", "kl=5%")
     assert tight.exit_code == 0
     assert "Resuming from the results measured so far" in tight.stderr
     second = ls.read_results(tmp_path / "out")
     assert second.sequences.sum() > first.sequences.sum()
-    assert run(*words[:-1], tmp_path / "fresh", "--until", "kl=40%").exit_code == 0
+    assert run(*words[:-1], tmp_path / "fresh", "--until", "kl=5%").exit_code == 0
     pd.testing.assert_frame_equal(second, ls.read_results(tmp_path / "fresh"), check_exact=True)
     everything = run(*words)
     assert everything.exit_code == 0
@@ -322,7 +322,7 @@ def test_a_sweep_until_it_is_precise_goes_on_with_more(small: list[Any], tmp_pat
     )
     assert not (tmp_path / "out" / "sums.parts").exists()
     # What all text says is as precise as the text allows.
-    assert "has finished; nothing to do" in run(*words, "--until", "kl=40%").stderr
+    assert "has finished; nothing to do" in run(*words, "--until", "kl=5%").stderr
 
 
 def test_a_wrong_precision_is_a_usage_error(small: list[Any]) -> None:

@@ -195,7 +195,7 @@ def test_processes_stop_where_one_does(place: Path, tmp_path: Path) -> None:
     (tmp_path / "said").mkdir()
     found = []
     for size, name in ((1, "one"), (3, "three")):
-        given = [word for word in words(place, name, "--until", "kl=40%") if word != "--per-token"]
+        given = [word for word in words(place, name, "--until", "kl=30%") if word != "--per-token"]
         ended = start(place, tmp_path / "said", size, given)
         assert ended.codes == [0] * size, ended.err
         found.append(files(place / name))

@@ -195,7 +195,8 @@ _SAVED_BY = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
 def multimodal_config(name: str) -> Any:
     """Return the config of a tiny model of one type."""
     config_class = CONFIG_MAPPING[name]
-    return config_class(**_merged(_shrunk(config_class()), MULTIMODAL[name]))
+    # A copy: some config classes write into the dictionaries that they are given, and types share some.
+    return config_class(**_merged(_shrunk(config_class()), copy.deepcopy(MULTIMODAL[name])))
 
 
 def _shrunk(config: Any) -> dict[str, Any]:

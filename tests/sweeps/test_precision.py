@@ -20,7 +20,7 @@ from layersurgery.sweeps.precision import Precision, Target
 from layersurgery.sweeps.row_progress import RowProgress
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
-ROWS, SIZE, BATCHES = 4, 3, 20
+ROWS, SIZE, BATCHES = 4, 4, 40
 KL = METRICS.index("kl_nats")
 
 
@@ -90,7 +90,7 @@ def test_a_confidence_is_a_share(confidence: float) -> None:
 
 
 def test_rows_leave_when_they_are_precise_and_not_before() -> None:
-    rule = Precision.parse("kl=10%").for_text(torch.ones(1, 11))
+    rule = Precision.parse("kl=5%").for_text(torch.ones(1, 11))
     progress = measured(rule)
     assert progress.finished[1] < progress.finished[2] < BATCHES
     assert progress.active == [3]
@@ -109,7 +109,7 @@ def test_rows_leave_when_they_are_precise_and_not_before() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
 def test_the_number_of_processes_changes_no_digit(processes: int) -> None:
-    rule = Precision.parse("kl=10%").for_text(torch.ones(1, 11))
+    rule = Precision.parse("kl=5%").for_text(torch.ones(1, 11))
     alone, together = measured(rule), measured(rule, processes)
     assert together.finished == alone.finished
     assert [found.tobytes() for found in together.sums().means_and_errors()] == [
@@ -118,7 +118,7 @@ def test_the_number_of_processes_changes_no_digit(processes: int) -> None:
 
 
 def test_more_precision_goes_on_from_what_is_known() -> None:
-    loose, tight = (Precision.parse(text).for_text(torch.ones(1, 11)) for text in ("kl=10%", "kl=6%"))
+    loose, tight = (Precision.parse(text).for_text(torch.ones(1, 11)) for text in ("kl=5%", "kl=4%"))
     first = measured(loose)
     before = {batch: result.rows for batch, result in first.results.items()}
     on, fresh = measured(tight, known=first), measured(tight)
@@ -134,19 +134,19 @@ def test_more_precision_goes_on_from_what_is_known() -> None:
 
 
 def sweep(**options: Any) -> pd.DataFrame:
-    return ls.sweep(tiny_model("llama"), "swap,drop", tokens(40, 12), **options)
+    return ls.sweep(tiny_model("llama"), "swap,drop", tokens(96, 12), **options)
 
 
 def test_a_row_that_stopped_has_the_digits_of_a_sweep_on_its_text() -> None:
-    frame = sweep(until="kl=25%", batch_size=4)
+    frame = sweep(until="kl=15%", batch_size=4)
     assert frame.sequences.nunique() > 2
     assert frame.sequences[0] == frame.sequences.max()
     for count in sorted(set(frame.sequences[1:])):
-        whole = ls.sweep(tiny_model("llama"), "swap,drop", tokens(40, 12)[:count], batch_size=4)
+        whole = ls.sweep(tiny_model("llama"), "swap,drop", tokens(96, 12)[:count], batch_size=4)
         rows = frame.index[frame.sequences == count]
         for name in ("tokens", "kl_nats", "kl_nats_sem", "agreement", "loss_nats", "entropy_bits"):
             assert frame[name][rows].tolist() == whole[name][rows].tolist()
-    narrow = (frame.kl_nats_high - frame.kl_nats_low) / 2 <= 0.25 * frame.kl_nats.abs()
+    narrow = (frame.kl_nats_high - frame.kl_nats_low) / 2 <= 0.15 * frame.kl_nats.abs()
     assert (frame.precise[1:] == narrow[1:]).all()
     assert frame.precise[1:].any()
     assert set(frame.interval) == {"95 %, at every number of sequences"}
@@ -155,7 +155,7 @@ def test_a_row_that_stopped_has_the_digits_of_a_sweep_on_its_text() -> None:
 def test_a_row_that_did_not_get_there_says_so() -> None:
     frame = sweep(until="kl=0.01%")
     assert not frame.precise[1:].any()
-    assert set(frame.sequences) == {40}
+    assert set(frame.sequences) == {96}
 
 
 def test_a_sweep_without_conditions_has_students_intervals() -> None:
@@ -163,7 +163,7 @@ def test_a_sweep_without_conditions_has_students_intervals() -> None:
     assert "precise" not in frame
     assert set(frame.interval) == {"95 %, for this number of sequences"}
     assert ((frame.kl_nats_high + frame.kl_nats_low) / 2 - frame.kl_nats).abs().max() < 1e-12
-    half = frame.kl_nats_sem * 2.022690920036762  # Student's t for 39 degrees of freedom
+    half = frame.kl_nats_sem * 1.9852510035054973  # Student's t for 95 degrees of freedom
     assert ((frame.kl_nats_high - frame.kl_nats_low) / 2 - half).abs().max() < 1e-12
 
 
@@ -197,7 +197,7 @@ def test_options_that_exclude_each_other(options: dict[str, Any], message: str, 
 
 
 def test_without_conditions_every_row_gets_the_batches_that_it_lacks() -> None:
-    first = measured(Precision.parse("kl=10%").for_text(torch.ones(1, 11)))
+    first = measured(Precision.parse("kl=5%").for_text(torch.ones(1, 11)))
     everything = RowProgress(ROWS, BATCHES, None, first.results)
     lacking = dict(everything.next(BATCHES))
     assert lacking == {
