@@ -64,6 +64,8 @@ def _rope(*sections: int) -> dict[str, Any]:
 
 
 _MROPE = _rope(2, 1, 1)
+# Half of 16 numbers of each head are rotated.
+_HALF_ROTATED = {"rope_parameters": _MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}, "head_dim": 16}
 _ALL_HEADS = {"num_key_value_heads": 4}
 _MLA = {**_ALL_HEADS, "head_dim": 8, "qk_head_dim": 16, "first_k_dense_replace": 1}
 _HYBRID = {
@@ -109,8 +111,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
             **_MLA, "head_dim": 0, "qk_head_dim": 8, "qk_rope_head_dim": 0, "indexer_types": ["full"] * DEPTH,
         },
     },
-    "glm_ocr": {"text_config": {**_MROPE, "head_dim": 16}},
-    "glmga": {"text_config": {**_MROPE, "head_dim": 16}},
+    "glm_ocr": {"text_config": _HALF_ROTATED},
+    "glmga": {"text_config": _HALF_ROTATED},
     "granite4_vision": {
         "vision_config": {"hidden_size": 64}, "deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2",
     },
