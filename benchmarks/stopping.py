@@ -214,12 +214,13 @@ def measure(
     """
     kept, precision = KeptSums.read(directory), Precision.parse(until)
     most = _PAPER_TOKENS // kept.context
-    rows = [
+    found = [
         *coverage(kept, precision, orders, most),
         *saving(kept, precision, max(1, orders // 100), most),
         *race(kept, lowest, max(1, orders // 10), len(kept.counts)),
         *race(kept, lowest, max(1, orders // 10), 4 * len(kept.counts)),
     ]
+    rows = [{"model": kept.frame.model[0], "context": kept.context, **row} for row in found]
     title = f"{kept.frame.model[0]}, {len(kept.counts)} kept sequences of {kept.context} tokens, resampled"
     table = make_table(title, "what", "texts", "held / same", "x fewer", "sequences", "rank correlation", "extra KL")
     for row in rows:
