@@ -20,7 +20,7 @@ _DATE = date(2024, 7, 26)  # the date of Llama's templates where there is no clo
 
 
 def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
-    """Return a conversation's messages; None if the value is no conversation.
+    """Return a conversation's messages; None if the value is not a conversation.
 
     Args:
         value: a list of objects, or, as some datasets give it, an object of lists.
