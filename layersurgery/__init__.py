@@ -141,7 +141,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This module. nnsight gives every object an attribute `save`, which would hide a name that is not yet imported."""
+    """Find names before attributes: nnsight gives every object a `save`, which would hide one not yet imported."""
 
     @property
     def save(self) -> Any:

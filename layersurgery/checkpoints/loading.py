@@ -129,7 +129,7 @@ def _torch_dtype(dtype: Any) -> Any:
     """Return the torch dtype of a name; "auto" and a dtype stay as they are.
 
     Raises:
-        SourceError: there is no such dtype.
+        SourceError: torch has no dtype of this name.
     """
     import torch
 

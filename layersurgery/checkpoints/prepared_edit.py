@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PlannedEdit:
-    """An edited checkpoint as far as the files alone decide it: the headers, config.json and the other files.
+    """Hold what the files alone decide of an edited checkpoint: the headers, config.json and the other files.
 
     Attributes:
         checkpoint: the source.
@@ -85,7 +85,7 @@ class PlannedEdit:
 
 @dataclass(frozen=True, slots=True)
 class PreparedEdit:
-    """An edited checkpoint that has been checked, and that may be written.
+    """Hold an edited checkpoint that has been checked, and that may be written.
 
     Attributes:
         config: the new config.json.

@@ -89,7 +89,7 @@ class ShardWriter:
 
 @contextmanager
 def shard_writer(directory: Path, progress: Progress, *, link: bool = False) -> Iterator[ShardWriter]:
-    """Write shards into a directory, several at a time, while the `with` block goes on.
+    """Write shards into a directory, several at a time, while the `with` block runs.
 
     One thread alone is limited by the speed of the kernel's copying. With several, some copy while others wait for the
     disk. An exception in the `with` block stops them.

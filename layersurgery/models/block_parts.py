@@ -314,7 +314,7 @@ def _confirm(probe: BlockProbe, parts: BlockParts, skips: list[list[SkipSpec]]) 
 
 
 class _Zeros(nn.Module):
-    """A linear layer whose weight and bias are zero."""
+    """Stand for a linear layer whose weight and bias are zero."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()

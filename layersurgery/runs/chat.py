@@ -16,7 +16,7 @@ _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-_DATE = date(2024, 7, 26)  # the date of Llama's templates where there is no clock
+_DATE = date(2024, 7, 26)  # the date that Llama's templates use without a clock
 
 
 def as_messages(value: Any) -> list[Mapping[str, Any]] | None:
@@ -86,7 +86,7 @@ class ChatWriter:
     def _find_template(self, place: str) -> None:
         way_out = (
             "name the tokenizer of a chat model that has the same vocabulary (tokenizer), or give the tokenizer a "
-            "template (its chat_template, or the file chat_template.jinja beside it)"
+            "template (its chat_template, or the file chat_template.jinja in the same directory)"
         )
         if not getattr(self.tokenizer, "chat_template", None):
             raise SourceError(f"{place}: this is a conversation, and the tokenizer has no chat template; {way_out}")

@@ -20,7 +20,7 @@ FORMATS = {
 }  # fmt: skip
 PACKED = (".zst", ".gz")
 COLUMNS = ("text", "messages", "conversations", "conversation")
-"""The columns that are read if none is named, the first of them that there is."""
+"""Columns that are read if none is named: the first one found."""
 # save_to_disk writes these.
 _SAVED_DATASET, _SAVED_SPLITS = ("dataset_info.json", "state.json"), "dataset_dict.json"
 _LONGEST_FIELD = (1 << 31) - 1  # of a .csv; Python's limit is 131,072 characters

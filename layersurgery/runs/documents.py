@@ -34,7 +34,7 @@ _Entry = tuple[str, Any]  # where it stands, and what stands there
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to tokenize.
+    """Describe a text to tokenize.
 
     Attributes:
         text: the text.
@@ -47,7 +47,7 @@ class Document:
 
 @dataclass(slots=True)
 class ReadingRecord:
-    """What was read so far.
+    """Record what was read so far.
 
     Attributes:
         files: the files.
@@ -126,7 +126,7 @@ def check_data(request: TextRequest) -> None:
     """Check that the requested data can exist, before anything is loaded.
 
     Raises:
-        SourceError: there is no such file, directory or split, its format is not supported, or the name is not a Hub
+        SourceError: the file, directory or split does not exist, its format is not supported, or the name is not a Hub
             dataset id.
         PlanError: an option is for other data.
     """

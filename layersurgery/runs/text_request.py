@@ -14,7 +14,7 @@ PYDOC = "pydoc"
 PILE = "EleutherAI/the_pile_deduplicated"
 DEFAULT_SPLIT = "train"
 ALL = 1 << 40
-"""A number of tokens that stands for all there are."""
+"""Number of tokens that stands for all of them."""
 
 
 @dataclass(frozen=True, slots=True)

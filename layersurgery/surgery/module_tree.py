@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ModuleTree:
-    """The modules, parameters and config objects of a model as they are now."""
+    """Record the modules, parameters and config objects of a model as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
         dictionaries: dict[int, dict[str, Any]] = {}

@@ -42,7 +42,7 @@ _MIN_COMPILED_LENGTH = 64
 
 @dataclass(frozen=True, slots=True)
 class _ActiveRows:
-    """The rows that are measured, with their schedule.
+    """Hold the rows that are measured, with their schedule.
 
     Attributes:
         rows: the rows; None for all.

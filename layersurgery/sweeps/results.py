@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FIXED, STOPPING = "for this number of sequences", "at every number of sequences"
-"""What the intervals of a table hold for: see `metrics.intervals`."""
+"""Names of what a table's intervals hold for; see `metrics.intervals`."""
 
 
 def results_table(

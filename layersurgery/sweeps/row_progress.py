@@ -17,7 +17,7 @@ from ..errors import MeasurementError
 from ..metrics.aggregation import Array, BatchResult, SequenceSums
 
 BatchRows = tuple[int, tuple[int, ...] | None]
-"""A batch's number, and the rows to measure on it; None for all."""
+"""Number of a batch, and the rows to measure on it; None for all."""
 
 
 class StopRule(Protocol):

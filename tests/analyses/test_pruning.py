@@ -234,7 +234,7 @@ def test_a_race_for_a_number_of_layers_that_there_are_not(lowest: Any) -> None:
 
 
 def test_layers_that_are_surely_lowest_come_first_whatever_their_text_was() -> None:
-    """The first sequences are hard, and layer 0 was measured on these alone."""
+    """Begin with hard sequences, and measure layer 0 on these alone."""
     rng = np.random.default_rng(0)
     hard = np.where(np.arange(48) < 16, 10, 1)[:, None]
     kl = hard * np.array([1, 2, 2, 9]) * (1 + rng.normal(0, 0.02, (48, 4)))

@@ -1,4 +1,4 @@
-"""The reload check runs while bytes are copied: what it refuses leaves nothing, and the files alone are asked first."""
+"""Check that bytes are copied while the reload check runs: a refusal leaves nothing, and the files are asked first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GGUF file is read once and converted as transformers does it; a killed conversion leaves nothing for long."""
+"""Check that a GGUF file is read once and converted as transformers does it, and that a kill leaves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What blocks read of earlier blocks: an edit in memory computes what a reload of the edited checkpoint computes."""
+"""Check what blocks read of earlier blocks: an edit in memory computes what a reload of the checkpoint computes."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_conversations_in_any_form_are_what_transformers_writes(tmp_path: Path, 
 
 
 def test_keys_that_a_table_fills_with_nothing_are_not_given_to_the_template(tmp_path: Path) -> None:
-    """A table gives all messages the same keys; a template that asks "if name is defined" must not find them."""
+    """Leave out keys that a table adds: a template that asks "if name is defined" must not find them."""
     template = (
         "{% for m in messages %}{{ m.content }}{% if m.name is defined %}{{ m.name }}{% endif %}"
         "{% if 'tool_calls' in m %}{{ 'calls' }}{% endif %}{% endfor %}"
@@ -146,7 +146,7 @@ def test_packed_conversations_double_neither_the_first_nor_the_last_token(jsonl:
 
 
 def test_texts_before_which_a_first_token_is_put_do_not_begin_with_one(jsonl: Path) -> None:
-    """The analyses that search a text for windows put it before every window."""
+    """Expect it before every window of the analyses that search a text for windows."""
     tokenizer = chat_tokenizer()
     for bos in (True, False):
         texts = list(read_plain_texts(TextRequest(str(jsonl), 100, 10, bos=bos), tokenizer))

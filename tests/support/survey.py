@@ -154,7 +154,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What one edit of one model type did.
+    """Record what one edit of one model type did.
 
     Attributes:
         type: the model type.

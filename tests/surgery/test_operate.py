@@ -1018,7 +1018,7 @@ def test_a_list_of_plans_is_not_a_plan(model: Any) -> None:
 def test_the_reload_check_reads_the_list_that_was_given(
     wrapped: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An architecture with a second list as long as the blocks makes them ambiguous for every check."""
+    """Give every check the path, where a second list is as long as the blocks."""
     build = LlamaModel.__init__
 
     def build_two_lists(self: Any, config: Any) -> None:

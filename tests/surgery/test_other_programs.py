@@ -192,7 +192,7 @@ def test_a_bridge_made_inside_leaves_the_model_as_it_was(plan: str, program: str
 
 
 def test_edit_first_then_wrap(program: str, tmp_path: Path) -> None:
-    """What the programs then show of each layer is what the edited model computes there."""
+    """Compare what the programs then show of each layer with what the edited model computes there."""
     if program == "stand-in":
         pytest.skip("stand-ins show nothing")
     nnsight = pytest.importorskip("nnsight", reason="needs nnsight")
@@ -215,7 +215,7 @@ def test_edit_first_then_wrap(program: str, tmp_path: Path) -> None:
 
 
 def test_nnsight_does_not_hide_save() -> None:
-    """It gives every object an attribute `save`; a module has names that are imported when first asked for after it."""
+    """Ask for names that are imported late: nnsight gives every object an attribute `save`."""
     pytest.importorskip("nnsight", reason="needs nnsight")
     code = (
         "import nnsight, layersurgery as ls; print(ls.save.__module__)\n"

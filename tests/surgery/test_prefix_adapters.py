@@ -1,4 +1,4 @@
-"""A prefix of PEFT holds keys and values by position, so no block of its model may move."""
+"""Check that no block moves in a model with a PEFT prefix, which holds keys and values by position."""
 
 from __future__ import annotations
 
