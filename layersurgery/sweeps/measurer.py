@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
-from ..errors import MeasurementError, PlanError, UnsupportedEditError, is_out_of_memory, warn
+from ..errors import MeasurementError, UnsupportedEditError, is_out_of_memory, warn
 from ..metrics import tiled
 from ..metrics.aggregation import BatchResult, SequenceSums
 from ..metrics.reference import METRICS
@@ -35,6 +35,7 @@ from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observed, Observer
 from .read_positions import ReadPositions
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
+from .supported_variants import select_supported
 
 _SHARE_FOR_BLOCKS = 0.25
 _MIN_COMPILED_LENGTH = 64
@@ -404,39 +405,6 @@ class Measurer:
         """
         size = suggest_batch_size(self._memory_model, self.schedule, length, self._device)
         return max(1, size // 4) if stops else size
-
-
-def select_supported(runner: BlockRunner, variants: Sequence[Variant]) -> tuple[list[Variant], dict[str, str]]:
-    """Return the variants that a model can run, and the reason for each one of a family that it cannot run, by plan.
-
-    Args:
-        runner: runs the model's blocks.
-        variants: the edited models.
-
-    Raises:
-        PlanError: a route does not fit the model.
-        UnsupportedEditError: the model cannot run a plan that the caller wrote; it is never skipped.
-    """
-    fields, depth = refusal_fields(text_config(runner.model)), runner.depth
-    trunk = Route.identity(depth)
-    supported: list[Variant] = []
-    skipped: dict[str, str] = {}
-    for variant in variants:
-        if any(visit.block >= depth for visit in variant.route):
-            raise PlanError(f"the route {variant.route} does not fit: the model has {depth} blocks, 0 to {depth - 1}")
-        if variant.route != trunk[: len(variant.route)]:  # else the trunk computes it
-            try:
-                refuse_route(fields, variant.route, live=True)
-                refuse_block_by_block(fields, variant.route)
-                for visit in variant.route:
-                    runner.anatomy.skip_specs(visit)
-            except UnsupportedEditError as error:
-                if variant.edit == "plan":
-                    raise
-                skipped[variant.plan] = str(error)
-                continue
-        supported.append(variant)
-    return supported, skipped
 
 
 def _no_output(_state: int, _routes: Sequence[int]) -> None:
