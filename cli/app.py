@@ -135,9 +135,21 @@ def repeat(
     layer: o.RepeatedLayers = None,
     layers: o.Range = None,
     times: Annotated[int, typer.Option("--times", help="Total number of passes.")] = 2,
+    each: Annotated[bool, typer.Option("--each", help="Repeat every block of the span by itself: 8 8 9 9.")] = False,
 ) -> Plan:
     """Run a block, or a span as a unit, several times."""
-    return _parse_plan("repeat", f"{_join_blocks(layer, layers)} x{times}")
+    return _parse_plan("repeat", f"{_join_blocks(layer, layers)}{' each' * each} x{times}")
+
+
+@_edit_command
+def replace(
+    layer: o.Layer,
+    with_: Annotated[int, typer.Option("--with", help="Block to run instead; it keeps its own place, too.")],
+) -> Plan:
+    """Run another block in the place of a block."""
+    from layersurgery.plans import plan
+
+    return plan.replace(layer, with_)
 
 
 @_edit_command
@@ -235,6 +247,7 @@ def sweep(
     edits: o.Edits = None,
     plans: o.Plans = None,
     layers: o.LayerRange = None,
+    max_span: o.MaxSpan = None,
     estimate: o.Estimate = False,
     output: o.SweepOutput = None,
     overwrite: o.OverwriteResults = False,
@@ -245,15 +258,15 @@ def sweep(
 
     Interrupted runs resume when you run the same command again.
     """
-    wanted = _edits(edits, plans)
+    wanted, bounds = _edits(edits, plans), {"layers": layers, "max_span": max_span}
     if estimate:
         from .commands.estimate import show_estimate
 
-        show_estimate(model, wanted, layers, run, console)
+        show_estimate(model, wanted, bounds, run, console)
         return
     from .commands.measure import run_sweep
 
-    run_sweep(model, wanted, layers, run, output, overwrite, console)
+    run_sweep(model, wanted, bounds, run, output, overwrite, console)
 
 
 @app.command(rich_help_panel=_MEASURE)

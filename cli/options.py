@@ -110,6 +110,17 @@ LayerRange = Annotated[
         rich_help_panel=_EDITS,
     ),
 ]
+MaxSpan = Annotated[
+    int | None,
+    typer.Option(
+        "--max-span",
+        min=1,
+        help="Longest span of the families of spans, and largest distance of two blocks in families of pairs.",
+        show_default="no limit",
+        metavar="N",
+        rich_help_panel=_EDITS,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -19,7 +19,7 @@ from .errors import (
     UndoError,
     UnsupportedEditError,
 )
-from .plans.plan import Plan, drop, move, reorder, repeat, reverse, skip_attention, skip_mlp, swap
+from .plans.plan import Plan, drop, move, reorder, repeat, replace, reverse, skip_attention, skip_mlp, swap
 from .plans.route import Route, Visit
 from .version import __version__
 
@@ -83,6 +83,7 @@ __all__ = [
     "read_results",
     "reorder",
     "repeat",
+    "replace",
     "report",
     "reproduce",
     "reverse",

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate
 
 
-def show_estimate(model: str, edits: Any, layers: str | None, options: RunOptions, console: Console) -> None:
+def show_estimate(model: str, edits: Any, bounds: dict[str, Any], options: RunOptions, console: Console) -> None:
     """Print the memory, traffic and arithmetic that a sweep needs."""
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
     info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
-    result, placement = estimate_run(model, info, variants(edits, info.depth, layers), options, console)
+    result, placement = estimate_run(model, info, variants(edits, info.depth, **bounds), options, console)
     value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtypes, "peak": result.peak}
     at_most = "" if options.precision is None else f"; at most, since an edit stops at {options.precision}"
     console.result(value, *_lines(source.label, placement.dtypes, result, at_most))

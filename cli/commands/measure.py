@@ -48,10 +48,10 @@ def measure(
 
 
 def run_sweep(
-    model: str, edits: Any, layers: str | None, options: RunOptions, output: Path | None, overwrite: bool,
+    model: str, edits: Any, bounds: dict[str, Any], options: RunOptions, output: Path | None, overwrite: bool,
     console: Console,
 ) -> None:  # fmt: skip
-    """Measure the effect of the edits, and print it."""
+    """Measure the effect of the edits, within `layers` and `max_span` of the bounds, and print it."""
     with quick_imports():
         from layersurgery.runs.sweep import run_sweep as run_in
 
@@ -63,7 +63,7 @@ def run_sweep(
         output,
         "sweep",
         console,
-        lambda session, directory: run_in(session, directory, edits, layers=layers, overwrite=overwrite),
+        lambda session, directory: run_in(session, directory, edits, **bounds, overwrite=overwrite),
     )
     if run is not None:
         show_sweep(run, console)

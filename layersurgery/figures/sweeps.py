@@ -76,14 +76,13 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
         for axes, kind in zip(grid, kinds, strict=True):
             for index, sweep in enumerate(sweeps):
                 rows = sweep.frame[sweep.frame.edit == kind].sort_values("layer")
-                lengths = [FAMILIES[kind].length(*row) for row in zip(rows.plan, rows.depth, strict=True)]
-                several = len(set(lengths)) > 1
-                for length_index, (length, of_length) in enumerate(rows.groupby(np.array(lengths))):
-                    label = f"{sweep.label}, {length} blocks" if several else sweep.label
+                names = FAMILIES[kind].lines(rows.plan, rows.layer, int(rows.depth.iloc[0])) if len(rows) else []
+                for number, (name, part) in enumerate(rows.groupby(np.array(names, dtype=str), sort=False)):
+                    label = f"{sweep.label}, {name}" if name else sweep.label
                     for axis, metric in zip(axes, _PANELS, strict=True):
-                        _line(axis, of_length, metric, index + length_index * len(sweeps), label)
-            if FAMILIES[kind].takes_number:
-                _label_spans(axes[0])
+                        _line(axis, part, metric, index + number * len(sweeps), label)
+            if len(axes[0].get_lines()) > len(sweeps):
+                disable_mathtext(axes[0].legend(fontsize=7).get_texts())
             axes[0].set_title(FAMILIES[kind].title, loc="left", fontweight="bold")
             for axis, metric in zip(axes, _PANELS, strict=True):
                 label_axis(axis, metric)
@@ -98,12 +97,6 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
             disable_mathtext(legend.get_texts())
         _add_title(figure, sweeps)
     return figure
-
-
-def _label_spans(axis: Axes) -> None:
-    """Add a legend to a panel that shows spans of several lengths."""
-    if any(label.endswith(" blocks") for label in axis.get_legend_handles_labels()[1]):
-        disable_mathtext(axis.legend(fontsize=7).get_texts())
 
 
 def _has_positive(sweeps: Sequence[Sweep], kind: str, metric: Column) -> bool:

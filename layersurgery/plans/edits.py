@@ -31,6 +31,7 @@ _SYNONYMS = {
     **dict.fromkeys(("exchange", "switch", "transpose"), "swap"),
     **dict.fromkeys(("shift", "insert"), "move"),
     **dict.fromkeys(("flip", "invert", "mirror"), "reverse"),
+    **dict.fromkeys(("substitute", "overwrite"), "replace"),
     **dict.fromkeys(("permute", "order", "rearrange", "shuffle", "sort", "keep"), "reorder"),
 }
 
@@ -231,18 +232,22 @@ class Move(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Repeat(Edit):
-    """Pass the stream through a block, or a span as a whole, `times` times in total: 8 9 becomes 8 9 8 9."""
+    """Pass the stream through a block, or a span as a whole, `times` times in total: 8 9 becomes 8 9 8 9.
+
+    With `each`, every block of the span is repeated by itself: 8 9 becomes 8 8 9 9.
+    """
 
     blocks: Ref
     times: int = 2
-    examples: ClassVar = {"repeat": "repeat 8:16 or repeat 8 x3"}
+    each: bool = False
+    examples: ClassVar = {"repeat": "repeat 8:16, repeat 8 x3 or repeat 8:16 each"}
 
     @classmethod
     def _parse(cls, _verb: str, text: str, /) -> Edit:
-        match = re.fullmatch(r"(.+?)(?:\s+(?:x|times\s+)(\d{1,4}))?", text.strip())
+        match = re.fullmatch(r"(.+?)(\s+each)?(?:\s+(?:x|times\s+)(\d{1,4}))?", text.strip())
         if match is None:
             raise PlanError("expected a block or a range")
-        return cls(_parse_ref(match[1]), int(match[2] or 2))
+        return cls(_parse_ref(match[1]), int(match[3] or 2), each=match[2] is not None)
 
     @property
     def _first(self) -> Ref:
@@ -254,10 +259,47 @@ class Repeat(Edit):
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         segment = _segment(route, resolve(self.blocks, depth), self)
-        return [*route[: segment.start], *(route[segment.start : segment.stop] * self.times), *route[segment.stop :]]
+        visits = route[segment.start : segment.stop]
+        repeated = [visit for visit in visits for _ in range(self.times)] if self.each else visits * self.times
+        return [*route[: segment.start], *repeated, *route[segment.stop :]]
 
     def __str__(self) -> str:
-        return f"repeat {self.blocks}" + (f" x{self.times}" if self.times != 2 else "")
+        each, times = " each" * self.each, f" x{self.times}" if self.times != 2 else ""
+        return f"repeat {self.blocks}{each}{times}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replace(Edit):
+    """Run another block in the place of a block. The other block keeps its own place, so it runs twice."""
+
+    replaced: int
+    block: int
+    examples: ClassVar = {"replace": "replace 5 9, which runs block 9 in the place of block 5"}
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        replaced, block = map(_number, _exactly(2, _parse_refs(text)))
+        return cls(replaced, block)
+
+    @property
+    def _first(self) -> Ref:
+        return self.replaced
+
+    def __post_init__(self) -> None:
+        if self.replaced == self.block:
+            raise PlanError(f"block {self.block} cannot replace itself; name two blocks")
+
+    def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
+        (replaced,), (block,) = resolve(self.replaced, depth), resolve(self.block, depth)
+        if replaced == block:
+            raise PlanError(
+                f"blocks {self.replaced} and {self.block} are the same block of {depth}; name two different blocks"
+            )
+        position, visit = _only_position(route, replaced, self), route[_positions(route, block, self)[0]]
+        return [*route[:position], visit, *route[position + 1 :]]
+
+    def __str__(self) -> str:
+        return f"replace {self.replaced} {self.block}"
 
 
 @dataclass(frozen=True, slots=True)

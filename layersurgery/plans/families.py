@@ -1,22 +1,97 @@
-"""The families of edits: sets of edits that a sweep makes for every block of a model.
+"""The families of edits: sets of edits that a sweep makes for every block, every span or every pair of a model.
 
 A new family gets its entry here, and appears in sweeps, figures, tables, the report and the command line.
 
->>> from layersurgery.plans.families import FAMILIES
->>> [str(edit) for edit in FAMILIES["swap"].edits(range(4), 0, 4)]
+>>> from layersurgery.plans.families import FAMILIES, Bounds
+>>> [str(member.edit) for member in FAMILIES["swap"].members(Bounds(range(4), depth=4))]
 ['swap 0 1', 'swap 1 2', 'swap 2 3']
->>> [family.usage for family in FAMILIES.values() if family.per_layer]
-['swap', 'drop', 'skip-attention', 'skip-mlp', 'drop-span:N']
+>>> [family.usage for family in FAMILIES.values() if family.axes]
+['drop-spans', 'repeat-spans[:TIMES]', 'jump', 'replace', 'swap-pairs']
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, permutations
 
-from .edits import Drop, Edit, Skip, Swap, parse_edit
-from .route import Span
+from .edits import Drop, Edit, Reorder, Repeat, Replace, Reverse, Skip, Swap, parse_edit
+from .route import Ref, RouteItem, Span
+
+Cell = tuple[int, int]
+"""The place of an edit in a map: the block of its row and the block of its column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the edits of a family may touch.
+
+    Attributes:
+        blocks: the blocks.
+        depth: number of blocks of the model.
+        max_span: length of the longest span, and largest distance of two blocks; None for no limit.
+        number: the number that follows the family's name; 0 if it takes none.
+    """
+
+    blocks: range
+    depth: int
+    max_span: int | None = None
+    number: int = 0
+
+    def spans(self) -> Iterator[Cell]:
+        """Yield the first block and the end of every span, in the order of the first blocks, short ones first."""
+        for start in self.blocks:
+            longest = self.blocks.stop - start
+            for length in range(1, min(longest, self.max_span or longest) + 1):
+                yield start, start + length
+
+    def pairs(self) -> Iterator[Cell]:
+        """Yield every ordered pair of two blocks."""
+        for first, second in permutations(self.blocks, 2):
+            if self.max_span is None or abs(first - second) <= self.max_span:
+                yield first, second
+
+    def middles(self) -> Iterator[Cell]:
+        """Yield the first block and the end of all blocks, then without the first and the last, and so on."""
+        for start, stop in zip(self.blocks, range(self.blocks.stop, 0, -1), strict=False):
+            if stop - start >= 2 and (self.max_span is None or stop - start <= self.max_span):
+                yield start, stop
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An edit of a family.
+
+    Attributes:
+        edit: the edit.
+        layer: the layer that it is drawn at; the first block that it names if None.
+        cell: its place in the family's map; None if the family has no map.
+    """
+
+    edit: Edit
+    layer: int | None = None
+    cell: Cell | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """The number that follows a family's name.
+
+    Attributes:
+        name: how it is written in the usage.
+        what: what it counts.
+        of: returns the number of an edit in a model of some depth; None if edits of one layer do not differ in it.
+        default: its value if it is left out; None if it must be given.
+        least: its smallest value.
+    """
+
+    name: str
+    what: str
+    of: Callable[[Edit, int], int] | None
+    default: int | None = None
+    least: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +103,238 @@ class Family:
         help: what its edits do, in a sentence without a full stop.
         title: what one of its edits does, for a figure.
         label: a short form of the title, for a list.
-        edits: returns its edits, from the range of the blocks that they may touch, the number and the depth; in the
-            order of their first blocks.
-        per_layer: whether each edit belongs to one layer, the first block that it names, so that it is drawn over
-            depth.
-        takes_number: whether a number follows the name, as in "drop-span:4": the number of adjacent blocks.
+        members: returns its edits within bounds, in the order of their first blocks.
+        per_layer: whether each edit belongs to one layer, so that it is drawn over depth.
+        number: the number that follows the name, as in "drop-span:4"; None if none does.
         width: number of adjacent blocks that one edit changes, if the family takes no number.
+        axes: the labels of the rows and of the columns of its map; empty if it has none.
+        symmetric: whether the map has one cell for both orders of two blocks.
+        takes_span: whether the bound `max_span` has an effect.
     """
 
     name: str
     help: str
     title: str
     label: str
-    edits: Callable[[range, int, int], Iterable[Edit]]
+    members: Callable[[Bounds], Iterator[Member]]
     per_layer: bool = True
-    takes_number: bool = False
+    number: Number | None = None
     width: int = 1
+    axes: tuple[str, str] | tuple[()] = ()
+    symmetric: bool = False
+    takes_span: bool = False
 
     @property
     def usage(self) -> str:
         """Return how the family is written in a text of edits."""
-        return f"{self.name}:N" if self.takes_number else self.name
+        if self.number is None:
+            return self.name
+        return f"{self.name}:{self.number.name}" if self.number.default is None else f"{self.name}[:{self.number.name}]"
 
-    def length(self, plan: str, depth: int) -> int:
-        """Return the number of adjacent blocks that one of its edits changes.
+    def lines(self, plans: Iterable[str], layers: Iterable[int], depth: int) -> list[str]:
+        """Return for each of the family's edits the name of its line over depth, where they form several lines.
 
         Args:
-            plan: the plan's text, which is this edit alone.
+            plans: the plans' texts.
+            layers: the layer of each.
             depth: number of blocks of the model.
 
         Example:
             >>> from layersurgery.plans.families import FAMILIES
-            >>> FAMILIES["drop-span"].length("drop 4:8", 32)
-            4
+            >>> FAMILIES["drop-span"].lines(["drop 4:8", "drop 4:6"], [4, 4], 32)
+            ['4 blocks', '2 blocks']
+            >>> FAMILIES["shuffle"].lines(["reorder 1 0 2", "reorder 2 0 1"], [0, 0], 3)
+            ['order 1', 'order 2']
         """
-        return len(parse_edit(plan).first_blocks(depth)) if self.takes_number else self.width
+        number = self.number
+        if number is None:
+            return [""] * len(list(plans))
+        if (of := number.of) is None:
+            count: Counter[int] = Counter()
+            return [f"{number.what.removesuffix('s')} {count.update([layer]) or count[layer]}" for layer in layers]
+        names = [f"{of(parse_edit(plan), depth)} {number.what}" for plan in plans]
+        return names if len(set(names)) > 1 else [""] * len(names)
 
+    def written(self, plans: Iterable[str], layers: Iterable[int], depth: int) -> list[str]:
+        """Return how the families that gave these edits are written, each with its number.
+
+        Args:
+            plans: the plans' texts.
+            layers: the layer of each.
+            depth: number of blocks of the model.
+
+        Example:
+            >>> from layersurgery.plans.families import FAMILIES
+            >>> FAMILIES["drop-span"].written(["drop 4:8", "drop 4:6"], [4, 4], 32)
+            ['drop-span:2', 'drop-span:4']
+        """
+        edits = list(map(parse_edit, plans))
+        if self.number is None or not edits:
+            return [self.name] * bool(edits)
+        of = self.number.of
+        numbers = {of(edit, depth) for edit in edits} if of else {max(Counter(layers).values())}
+        return [self.name if number == self.number.default else f"{self.name}:{number}" for number in sorted(numbers)]
+
+
+def _swap(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Swap(block, block + 1)) for block in bounds.blocks[:-1])
+
+
+def _drop(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Drop((block,))) for block in bounds.blocks if bounds.depth > 1)
+
+
+def _skip_attention(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Skip("attention", (block,))) for block in bounds.blocks)
+
+
+def _skip_mlp(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Skip("mlp", (block,))) for block in bounds.blocks)
+
+
+def _drop_span(bounds: Bounds) -> Iterator[Member]:
+    for start in bounds.blocks[: max(0, len(bounds.blocks) - bounds.number + 1)]:
+        yield Member(Drop((Span(start, start + bounds.number),)))
+
+
+def _drop_spans(bounds: Bounds) -> Iterator[Member]:
+    for start, stop in bounds.spans():
+        if stop - start < bounds.depth:
+            yield Member(Drop((_blocks(start, stop),)), cell=(start, stop))
+
+
+def _repeat_spans(bounds: Bounds) -> Iterator[Member]:
+    for start, stop in bounds.spans():
+        yield Member(Repeat(_blocks(start, stop), bounds.number or 2), cell=(stop, start))
+
+
+def _jump(bounds: Bounds) -> Iterator[Member]:
+    yield from chain(_drop_spans(bounds), _repeat_spans(bounds))
+
+
+def _replace(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Replace(*pair), cell=pair) for pair in bounds.pairs())
+
+
+def _swap_pairs(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Swap(*pair), cell=pair) for pair in bounds.pairs() if pair[0] < pair[1])
+
+
+def _copy(bounds: Bounds) -> Iterator[Member]:
+    start = bounds.blocks.start
+    for stop in range(start + 1, bounds.blocks.stop + 1):
+        if bounds.max_span is None or stop - start <= bounds.max_span:
+            several = stop - start > 1
+            yield Member(Repeat(_blocks(start, stop), bounds.number + 1, each=several), layer=stop - 1)
+
+
+def _exit(bounds: Bounds) -> Iterator[Member]:
+    for block in bounds.blocks:
+        if block + 1 < bounds.depth:
+            yield Member(Drop((Span(block + 1, bounds.depth),)), layer=block)
+
+
+def _reverse_middle(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Reverse(Span(*middle))) for middle in bounds.middles())
+
+
+def _shuffle(bounds: Bounds) -> Iterator[Member]:
+    for start, stop in bounds.middles():
+        for seed in range(bounds.number):
+            order, generator = list(range(start, stop)), random.Random(seed)
+            while order == list(range(start, stop)):
+                generator.shuffle(order)
+            yield Member(_reorder(start, order, stop, bounds.depth), layer=start)
+
+
+def _centre(bounds: Bounds) -> Iterator[Member]:
+    for start, stop in bounds.middles():
+        yield Member(_reorder(start, [(start + stop) // 2] * (stop - start), stop, bounds.depth), layer=start)
+
+
+def _blocks(start: int, stop: int) -> Ref:
+    """Return the reference to a span as a user would write it: a block by its number."""
+    return start if stop - start == 1 else Span(start, stop)
+
+
+def _reorder(start: int, middle: list[int], stop: int, depth: int) -> Reorder:
+    """Return the edit that gives the blocks of a span another order, and leaves those around it."""
+    refs: list[Ref] = [*([_blocks(0, start)] if start else []), *middle, *([_blocks(stop, depth)] if stop < depth else [])]
+    return Reorder(tuple(map(RouteItem, refs)))
+
+
+def _span_length(edit: Edit, depth: int) -> int:
+    return len(edit.first_blocks(depth))
+
+
+def _passes(edit: Edit, _depth: int) -> int:
+    assert isinstance(edit, Repeat)
+    return edit.times
+
+
+def _copies(edit: Edit, depth: int) -> int:
+    return _passes(edit, depth) - 1
+
+
+_MIDDLE = "for all blocks, then without the first and the last, and so on"
 
 FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "swap", "swap every two adjacent blocks", "swap a block with the next", "swap",
-            lambda blocks, _number, _depth: (Swap(block, block + 1) for block in blocks[:-1]), width=2,
+            "swap", "swap every two adjacent blocks", "swap a block with the next", "swap", _swap, width=2,
         ),
-        Family(
-            "drop", "drop every block", "drop a block", "drop",
-            lambda blocks, _number, depth: (Drop((block,)) for block in blocks if depth > 1),
-        ),
+        Family("drop", "drop every block", "drop a block", "drop", _drop),
         Family(
             "skip-attention", "skip the attention of every block", "skip a block's attention", "skip attention",
-            lambda blocks, _number, _depth: (Skip("attention", (block,)) for block in blocks),
+            _skip_attention,
         ),
-        Family(
-            "skip-mlp", "skip the MLP of every block", "skip a block's MLP", "skip MLP",
-            lambda blocks, _number, _depth: (Skip("mlp", (block,)) for block in blocks),
-        ),
+        Family("skip-mlp", "skip the MLP of every block", "skip a block's MLP", "skip MLP", _skip_mlp),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",
-            lambda blocks, number, _depth: (
-                Drop((Span(start, start + number),)) for start in blocks[: max(0, len(blocks) - number + 1)]
-            ),
-            takes_number=True,
+            _drop_span, number=Number("N", "blocks", _span_length),
         ),
         Family(
-            "swap-pairs", "swap every two blocks", "swap two blocks", "swap two blocks",
-            lambda blocks, _number, _depth: (Swap(*pair) for pair in combinations(blocks, 2)), per_layer=False,
+            "drop-spans", "drop every span of blocks", "drop a span", "drop any span", _drop_spans, per_layer=False,
+            axes=("first block dropped", "next block that runs"), takes_span=True,
+        ),
+        Family(
+            "repeat-spans", "repeat every span of blocks; repeat-spans:3 for three passes in total", "repeat a span",
+            "repeat any span", _repeat_spans, per_layer=False, number=Number("TIMES", "passes", _passes, 2, 2),
+            axes=("block after the span", "first block repeated"), takes_span=True,
+        ),
+        Family(
+            "jump", "drop every span and repeat every span", "jump to a later or an earlier block", "jump", _jump,
+            per_layer=False, axes=("leaves before block", "continues with block"), takes_span=True,
+        ),
+        Family(
+            "replace", "run every block in the place of every other", "run another block in a block's place",
+            "replace a block", _replace, per_layer=False, axes=("block replaced", "block that runs in its place"),
+            takes_span=True,
+        ),
+        Family(
+            "swap-pairs", "swap every two blocks", "swap two blocks", "swap two blocks", _swap_pairs, per_layer=False,
+            axes=("block", "swapped with block"), symmetric=True, takes_span=True,
+        ),
+        Family(
+            "copy", "pass N more times through each of the blocks up to every block; written copy:N",
+            "repeat each block up to this one", "copy layers", _copy,
+            number=Number("N", "copies", _copies), takes_span=True,
+        ),
+        Family("exit", "end the model after every block", "end the model after a block", "exit", _exit),
+        Family(
+            "reverse-middle", f"reverse the blocks, {_MIDDLE}", "reverse the middle from this block",
+            "reverse the middle", _reverse_middle, takes_span=True,
+        ),
+        Family(
+            "shuffle", f"put the blocks into N random orders, {_MIDDLE}; written shuffle:N",
+            "shuffle the middle from this block", "shuffle the middle", _shuffle,
+            number=Number("N", "orders", None), takes_span=True,
+        ),
+        Family(
+            "centre", f"run the centre block in the place of all blocks, {_MIDDLE}",
+            "repeat the centre block in place of the middle from this block", "centre block only", _centre,
+            takes_span=True,
         ),
     )
 }  # fmt: skip

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from ..errors import PlanError
-from .edits import Drop, Edit, Move, Reorder, Repeat, Reverse, Skip, Swap, parse_edit
+from .edits import Drop, Edit, Move, Reorder, Repeat, Replace, Reverse, Skip, Swap, parse_edit
 from .html import plan_html
 from .route import Ref, Route, RouteItem, Span, Visit, as_int, parse_items, whole_number
 
@@ -119,9 +119,14 @@ def move(blocks: Blocks, *, after: SupportsIndex | None = None, before: Supports
     return Plan((Move(adjacent_blocks(blocks, "move"), *targets),))
 
 
-def repeat(blocks: Blocks, times: SupportsIndex = 2) -> Plan:
-    """Pass through a block, or a span as a whole, `times` times in total."""
-    return Plan((Repeat(adjacent_blocks(blocks, "repeat"), whole_number(times, "times")),))
+def repeat(blocks: Blocks, times: SupportsIndex = 2, *, each: bool = False) -> Plan:
+    """Pass through a block, or a span as a whole, `times` times in total; with `each`, through every block by itself."""
+    return Plan((Repeat(adjacent_blocks(blocks, "repeat"), whole_number(times, "times"), each),))
+
+
+def replace(block: SupportsIndex, by: SupportsIndex) -> Plan:
+    """Run the block `by` in the place of another block; `by` keeps its own place, so it runs twice."""
+    return Plan((Replace(_block(block), _block(by)),))
 
 
 def reverse(blocks: Blocks) -> Plan:

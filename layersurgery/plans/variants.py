@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import PlanError
 from .edits import Edit, nearest_word
-from .families import FAMILIES
+from .families import FAMILIES, Bounds, Cell
 from .plan import Blocks, Plan, adjacent_blocks, reorder
-from .route import Route, Span, parse_items, resolve
+from .route import Route, Span, parse_items, resolve, whole_number
 
 Edits = str | Edit | Plan | Route | Iterable["Edits"] | Mapping[str, "Edits"]
 """The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
@@ -33,8 +33,10 @@ class Variant:
         edit: its family, "plan" for the caller's own plan, or "none" for the unedited model.
         plan: the plan's text; empty for the unedited model.
         route: the edited model.
-        layer: the first block that the plan names; None for the unedited model.
+        layer: the layer that it is drawn at: the first block that the plan names, unless its family says another; None
+            for the unedited model.
         name: the caller's name for it; the plan's text if there is none.
+        cell: its place in the map of its family: the row and the column; None if the family has no map.
     """
 
     edit: str
@@ -42,9 +44,10 @@ class Variant:
     route: Route
     layer: int | None
     name: str = ""
+    cell: Cell | None = None
 
     @classmethod
-    def from_plan(cls, edit: str, plan: Plan, depth: int, name: str = "") -> Variant:
+    def from_plan(cls, edit: str, plan: Plan, depth: int, layer: int | None = None, cell: Cell | None = None) -> Variant:
         """Make the variant of a plan for a model of `depth` blocks.
 
         Raises:
@@ -52,7 +55,9 @@ class Variant:
         """
         if not plan.edits:
             raise PlanError("an empty plan is the unedited model, which is always measured; remove this plan")
-        return cls(edit, str(plan), plan.route(depth), plan.edits[0].first_blocks(depth)[0], name or str(plan))
+        if layer is None:
+            layer = plan.edits[0].first_blocks(depth)[0]
+        return cls(edit, str(plan), plan.route(depth), layer, str(plan), cell)
 
 
 def unedited(depth: int) -> Variant:
@@ -60,22 +65,28 @@ def unedited(depth: int) -> Variant:
     return Variant("none", "", Route.identity(depth), None, "unedited")
 
 
-def family(name: str, depth: int, layers: Layers = None) -> list[Variant]:
+def family(name: str, depth: int, layers: Layers = None, max_span: int | None = None) -> list[Variant]:
     """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
     Args:
         name: one of `FAMILIES`; one that takes a number with the number, "drop-span:4".
         depth: number of blocks.
         layers: only edits that touch no blocks except these, as a range or as text ("4:20").
+        max_span: only spans of at most so many blocks, and only pairs of blocks at most so far apart.
 
     Raises:
         PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
     """
     kind, number = _parse_family(name)
-    if number > depth:
+    if kind == "drop-span" and number > depth:
         raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
-    edits = FAMILIES[kind].edits(layer_range(layers, depth) or range(depth), number, depth)
-    return [Variant.from_plan(kind, Plan((edit,)), depth) for edit in edits]
+    if max_span is not None and (max_span := whole_number(max_span, "max_span")) < 1:
+        raise PlanError(f"max_span is a number of blocks, at least 1, not {max_span}")
+    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number)
+    return [
+        Variant.from_plan(kind, Plan((member.edit,)), depth, member.layer, member.cell)
+        for member in FAMILIES[kind].members(bounds)
+    ]
 
 
 def layer_range(layers: Layers, depth: int) -> range | None:
@@ -121,7 +132,7 @@ def is_family(text: str) -> bool:
     return all(word.strip().partition(":")[0] in FAMILIES for word in text.split(","))
 
 
-def variants(edits: Edits, depth: int, layers: Layers = None) -> list[Variant]:
+def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | None = None) -> list[Variant]:
     """Make the variants to measure from any accepted form of edits.
 
     Args:
@@ -129,23 +140,31 @@ def variants(edits: Edits, depth: int, layers: Layers = None) -> list[Variant]:
             plans by name.
         depth: number of blocks of the model.
         layers: for families, only edits that touch no blocks except these, as a range or as text ("4:20").
+        max_span: for families of spans and pairs, only spans of at most so many blocks, and only pairs of blocks at
+            most so far apart.
 
     Raises:
         PlanError: an edit cannot be read, or there is nothing to measure.
     """
     chosen = layer_range(layers, depth)
-    unique = list(dict.fromkeys(_variants(edits, depth, chosen)))
+    unique = list(dict.fromkeys(_variants(edits, depth, chosen, max_span)))
     if not unique:
         where = "" if chosen is None else f" with layers {chosen.start}:{chosen.stop}"
+        where += "" if max_span is None else f" and spans of at most {max_span}"
         raise PlanError(f"nothing to measure: {edits!r} has no edit of a model of {depth} blocks{where}")
+    if max_span is not None and not any(
+        variant.edit in FAMILIES and FAMILIES[variant.edit].takes_span for variant in unique
+    ):
+        names = ", ".join(family.name for family in FAMILIES.values() if family.takes_span)
+        raise PlanError(f"max_span has no effect on these edits; it bounds {names}")
     return unique
 
 
-def _variants(edits: Edits, depth: int, layers: range | None) -> Iterator[Variant]:
+def _variants(edits: Edits, depth: int, layers: range | None, max_span: int | None) -> Iterator[Variant]:
     match edits:
         case str() if is_family(edits):
             for name in edits.split(","):
-                yield from family(name.strip(), depth, layers)
+                yield from family(name.strip(), depth, layers, max_span)
         case str():
             try:
                 yield Variant.from_plan("plan", Plan.parse(edits), depth)
@@ -162,13 +181,11 @@ def _variants(edits: Edits, depth: int, layers: range | None) -> Iterator[Varian
             yield _of_route(edits, depth)
         case Mapping():
             for name, plan in edits.items():
-                yield from (
-                    Variant(variant.edit, variant.plan, variant.route, variant.layer, str(name))
-                    for variant in _variants(plan, depth, layers)
-                )
+                for variant in _variants(plan, depth, layers, max_span):
+                    yield replace(variant, name=str(name))
         case Iterable() if not isinstance(edits, bytes):
             for item in edits:
-                yield from _variants(item, depth, layers)
+                yield from _variants(item, depth, layers, max_span)
         case _:
             raise PlanError(f"expected families ('swap,drop'), plans or routes, not {edits!r}")
 
@@ -225,10 +242,14 @@ def _parse_family(name: str) -> tuple[str, int]:
         near = nearest_word(kind, FAMILIES)
         hint = f"did you mean {near!r}?" if near else f"they are {', '.join(FAMILIES)}"
         raise PlanError(f"unknown family of edits {name!r}; {hint}")
-    if not FAMILIES[kind].takes_number:
+    expected = FAMILIES[kind].number
+    if expected is None:
         if colon:
             raise PlanError(f"{name!r}: {kind} takes no number")
         return kind, 0
-    if not re.fullmatch(r"[1-9]\d{0,5}", number):
-        raise PlanError(f"{name!r} has no number of blocks; write {kind}:4 for every four adjacent blocks")
+    if not colon and expected.default is not None:
+        return kind, expected.default
+    if not re.fullmatch(r"[1-9]\d{0,3}", number) or int(number) < expected.least:
+        least = f" of at least {expected.least}" if expected.least > 1 else ""
+        raise PlanError(f"{name!r} has no number of {expected.what}{least}; write {kind}:4, for example")
     return kind, int(number)

@@ -100,11 +100,9 @@ def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             rows = rows[(rows.edit == family.name) & rows.layer.notna()].sort_values("layer")
             if rows.empty:
                 continue
-            lengths = [family.length(str(plan), depth) for plan, depth in zip(rows.plan, rows.depth, strict=True)]
-            several = len(set(lengths)) > 1
-            for length, part in rows.groupby(np.array(lengths)):
-                names = [metric.name for metric in _shown()]
-                lines.append(_line(part, f"{label}, {length} blocks" if several else label, names))
+            names = [metric.name for metric in _shown()]
+            for name, part in rows.groupby(np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0]))), sort=False):
+                lines.append(_line(part, f"{label}, {name}" if name else label, names))
         if lines:
             views.append(_view(family.name, family.label, lines))
     if len(runs) == 1 and len(views) > 1:

@@ -119,16 +119,14 @@ def _quoted(word: str) -> str:
 
 def _edits(run: FinishedRun) -> tuple[list[str], str]:
     frame = run.tables["results"]
-    families = []
+    families: list[str] = []
+    has_spans = False
     for family in FAMILIES.values():
         rows = frame[frame.edit == family.name]
-        if family.takes_number:
-            lengths = {family.length(str(plan), depth) for plan, depth in zip(rows.plan, rows.depth, strict=True)}
-            families += [f"{family.name}:{length}" for length in sorted(lengths)]
-        elif len(rows):
-            families.append(family.name)
+        families += family.written(map(str, rows.plan), rows.layer, int(frame.depth.iloc[0]))
+        has_spans |= family.takes_span and len(rows) > 0
     words = ["--edits", ",".join(families)] if families else []
-    note = "If only some layers were edited, add --layers."
+    note = f"If only some layers were edited, add --layers{' or --max-span' * has_spans}."
     if (frame.edit == "plan").any():
         words += ["--plans", "plans.txt"]
         note += " plans.txt stands for a file of the plans in the table, one per line, for example “name: drop 20:24”."

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 
 def estimate(
-    model: str | os.PathLike[str], edits: Edits = "swap,drop", *, layers: Layers = None, **options: Any
-) -> Estimate:
+    model: str | os.PathLike[str], edits: Edits = "swap,drop", *, layers: Layers = None, max_span: int | None = None,
+    **options: Any,
+) -> Estimate:  # fmt: skip
     """Estimate the memory, traffic and arithmetic that a sweep needs, from the model's config alone.
 
     Args:
         model: the model's name: a Hub ID, a directory, a `.gguf` file, or "smollm2-135m".
         edits: the edits to measure, as for `sweep`.
         layers: for families: only the edits that change no blocks except these; a range, or "4:20".
+        max_span: for families of spans and pairs: the longest span, and the largest distance.
         options: as `layersurgery.runs.options.RunOptions`: tokens, context, batch_size, dtype, device_map and others.
 
     Returns:
@@ -44,7 +46,7 @@ def estimate(
     """
     run_options, reporter = RunOptions.of(options), Reporter()
     info = read_model_info(model, run_options.revision, reporter, trust_remote_code=run_options.trust_remote_code)
-    return estimate_run(model, info, variants(edits, info.depth, layers), run_options, reporter)[0]
+    return estimate_run(model, info, variants(edits, info.depth, layers, max_span), run_options, reporter)[0]
 
 
 def estimate_run(

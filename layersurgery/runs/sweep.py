@@ -77,10 +77,16 @@ class SweepTask:
 
 
 def run_sweep(
-    session: ModelSession, directory: Path, edits: Edits, *, layers: Layers = None, overwrite: bool = False
+    session: ModelSession,
+    directory: Path,
+    edits: Edits,
+    *,
+    layers: Layers = None,
+    max_span: int | None = None,
+    overwrite: bool = False,
 ) -> Run:
     """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
-    task = SweepTask(variants(edits, session.depth, layers), session.options.precision)
+    task = SweepTask(variants(edits, session.depth, layers, max_span), session.options.precision)
     return session.run(task, directory, overwrite=overwrite)
 
 
@@ -91,6 +97,7 @@ def sweep(
     *,
     attention_mask: Any = None,
     layers: Layers = None,
+    max_span: int | None = None,
     directory: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -109,6 +116,8 @@ def sweep(
         attention_mask: 1 for a token and 0 for padding, for token ids.
         layers: for families: measure only the edits that change no blocks except these; a range, adjacent numbers, or
             "4:20".
+        max_span: for families of spans and pairs ("jump", "replace" and others): measure only spans of at most so many
+            blocks, and pairs of blocks at most so far apart.
         directory: where to write tables, figures and a record of the run. A sweep that was interrupted resumes there,
             and a finished one is read. Default: nothing is written.
         overwrite: discard what another sweep has left in the directory, and measure again.
@@ -118,7 +127,7 @@ def sweep(
 
     Returns:
         One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that
-        the edit names), relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits,
+        the edit names), relative_depth, depth, route, from and to (where a family has a map), tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits,
         entropy_change_bits, loss_nats, loss_change_nats, accuracy (0 to 1), each with its standard error over sequences
         (kl_nats_sem) and the ends of its confidence interval (kl_nats_low, kl_nats_high); `interval` says what the
         intervals hold for. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
@@ -148,7 +157,7 @@ def sweep(
         with open_text(model, given, run_options) as (session, loaded, tokens):
             frame = sweep_tokens(
                 loaded,
-                variants(edits, session.depth, layers),
+                variants(edits, session.depth, layers, max_span),
                 tokens.ids,
                 tokens.mask,
                 label=session.label,
@@ -166,7 +175,7 @@ def sweep(
     run_session(
         model,
         run_options,
-        lambda session: run_sweep(session, output, edits, layers=layers, overwrite=overwrite),
+        lambda session: run_sweep(session, output, edits, layers=layers, max_span=max_span, overwrite=overwrite),
         reporter=Reporter(None if progress is None else lambda _, done, total: progress(done, total)),
         given=given,
     )

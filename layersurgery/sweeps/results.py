@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FIXED, STOPPING = "for this number of sequences", "at every number of sequences"
 """Names of what a table's intervals hold for; see `metrics.intervals`."""
+CELL = ("from", "to")
+"""Columns of an edit's place in the map of its family: the row and the column; see `plans.families.Family.axes`."""
 
 
 def results_table(
@@ -40,6 +42,7 @@ def results_table(
     means, errors = sums.means_and_errors()
     depth = len(variants[0].route)
     kind = f"{100 * (precision.confidence if precision else CONFIDENCE):g} %, {STOPPING if precision else FIXED}"
+    has_cells = any(variant.cell for variant in variants)
     rows = []
     for number, variant in enumerate(variants):
         values, counts = sums.of_row(number)
@@ -52,6 +55,7 @@ def results_table(
             "relative_depth": None if variant.layer is None else variant.layer / max(1, depth - 1),
             "depth": depth,
             "route": str(variant.route),
+            **({} if not has_cells else dict(zip(CELL, variant.cell or (None, None), strict=True))),
             "tokens": int(counts.sum()),
             "sequences": len(counts),
         }
@@ -65,7 +69,7 @@ def results_table(
             row["precise"] = None if not number else precision.reached(values, counts)
         rows.append(row)
     frame = pd.DataFrame(rows)
-    return frame.astype({"layer": "Int64", "relative_depth": "float64"})
+    return frame.astype({"layer": "Int64", "relative_depth": "float64", **dict.fromkeys(CELL * has_cells, "Int64")})
 
 
 def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
@@ -115,7 +119,7 @@ def summary_sentence(frame: pd.DataFrame) -> str:
         'intermediate layers keep ... % of predictions under drop, median ... %'
     """
     clauses = []
-    for edit in (name for name, family in FAMILIES.items() if family.per_layer and not family.takes_number):
+    for edit in (name for name, family in FAMILIES.items() if family.per_layer and not (family.number or family.takes_span)):
         agreement = 100 * intermediate_rows(frame, edit).agreement
         if len(agreement) and agreement.notna().all():
             low, high, median = agreement.min(), agreement.max(), agreement.median()
