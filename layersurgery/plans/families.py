@@ -106,7 +106,7 @@ class Family:
         members: returns its edits within bounds, in the order of their first blocks.
         per_layer: whether each edit belongs to one layer, so that it is drawn over depth.
         number: the number that follows the name, as in "drop-span:4"; None if none does.
-        width: number of adjacent blocks that one edit changes, if the family takes no number.
+        width: number of adjacent blocks that each edit changes; 0 if edits differ in it.
         axes: the labels of the rows and of the columns of its map; empty if it has none.
         symmetric: whether the map has one cell for both orders of two blocks.
         takes_span: whether the bound `max_span` has an effect.
@@ -119,7 +119,7 @@ class Family:
     members: Callable[[Bounds], Iterator[Member]]
     per_layer: bool = True
     number: Number | None = None
-    width: int = 1
+    width: int = 0
     axes: tuple[str, str] | tuple[()] = ()
     symmetric: bool = False
     takes_span: bool = False
@@ -259,7 +259,11 @@ def _blocks(start: int, stop: int) -> Ref:
 
 def _reorder(start: int, middle: list[int], stop: int, depth: int) -> Reorder:
     """Return the edit that gives the blocks of a span another order, and leaves those around it."""
-    refs: list[Ref] = [*([_blocks(0, start)] if start else []), *middle, *([_blocks(stop, depth)] if stop < depth else [])]
+    refs: list[Ref] = [
+        *([_blocks(0, start)] if start else []),
+        *middle,
+        *([_blocks(stop, depth)] if stop < depth else []),
+    ]
     return Reorder(tuple(map(RouteItem, refs)))
 
 
@@ -284,12 +288,12 @@ FAMILIES = {
         Family(
             "swap", "swap every two adjacent blocks", "swap a block with the next", "swap", _swap, width=2,
         ),
-        Family("drop", "drop every block", "drop a block", "drop", _drop),
+        Family("drop", "drop every block", "drop a block", "drop", _drop, width=1),
         Family(
             "skip-attention", "skip the attention of every block", "skip a block's attention", "skip attention",
-            _skip_attention,
+            _skip_attention, width=1,
         ),
-        Family("skip-mlp", "skip the MLP of every block", "skip a block's MLP", "skip MLP", _skip_mlp),
+        Family("skip-mlp", "skip the MLP of every block", "skip a block's MLP", "skip MLP", _skip_mlp, width=1),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",
             _drop_span, number=Number("N", "blocks", _span_length),

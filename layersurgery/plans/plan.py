@@ -120,7 +120,7 @@ def move(blocks: Blocks, *, after: SupportsIndex | None = None, before: Supports
 
 
 def repeat(blocks: Blocks, times: SupportsIndex = 2, *, each: bool = False) -> Plan:
-    """Pass through a block, or a span as a whole, `times` times in total; with `each`, through every block by itself."""
+    """Pass through a block, or a span as a whole, `times` times in total; with `each`, through each block by itself."""
     return Plan((Repeat(adjacent_blocks(blocks, "repeat"), whole_number(times, "times"), each),))
 
 

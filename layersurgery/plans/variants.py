@@ -47,7 +47,9 @@ class Variant:
     cell: Cell | None = None
 
     @classmethod
-    def from_plan(cls, edit: str, plan: Plan, depth: int, layer: int | None = None, cell: Cell | None = None) -> Variant:
+    def from_plan(
+        cls, edit: str, plan: Plan, depth: int, layer: int | None = None, cell: Cell | None = None
+    ) -> Variant:
         """Make the variant of a plan for a model of `depth` blocks.
 
         Raises:

@@ -101,7 +101,9 @@ def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             if rows.empty:
                 continue
             names = [metric.name for metric in _shown()]
-            for name, part in rows.groupby(np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0]))), sort=False):
+            for name, part in rows.groupby(
+                np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0]))), sort=False
+            ):
                 lines.append(_line(part, f"{label}, {name}" if name else label, names))
         if lines:
             views.append(_view(family.name, family.label, lines))

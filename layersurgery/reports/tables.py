@@ -13,7 +13,7 @@ from ..registry import METRICS, column
 from .collect import FinishedRun, labels
 from .text_format import format_with_error, is_number, plain, rounded
 
-_FEW = ("none", *(family.name for family in FAMILIES.values() if family.per_layer and not (family.number or family.takes_span)))
+_FEW = ("none", *(family.name for family in FAMILIES.values() if family.width))
 _LONG = 40
 _YES_NO = {True: "yes", False: "no"}
 

@@ -127,10 +127,11 @@ def sweep(
 
     Returns:
         One row for each edit, the unedited model first. Columns: model, name, plan, edit, layer (the first block that
-        the edit names), relative_depth, depth, route, from and to (where a family has a map), tokens, sequences, and kl_nats, agreement (0 to 1), entropy_bits,
-        entropy_change_bits, loss_nats, loss_change_nats, accuracy (0 to 1), each with its standard error over sequences
-        (kl_nats_sem) and the ends of its confidence interval (kl_nats_low, kl_nats_high); `interval` says what the
-        intervals hold for. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
+        the edit names, in most families), relative_depth, depth, route, tokens, sequences, and kl_nats, agreement (0 to
+        1), entropy_bits, entropy_change_bits, loss_nats, loss_change_nats, accuracy (0 to 1), each with its standard
+        error over sequences (kl_nats_sem) and the ends of its confidence interval (kl_nats_low, kl_nats_high);
+        `interval` says what the intervals hold for. Families of spans and pairs also have `from` and `to`, the edit's
+        place in their map. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
         sequences differ between rows. It is a pandas DataFrame, with figures: `frame.plot()`.
 
     Raises:

@@ -97,7 +97,7 @@ def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
 def intermediate_rows(frame: pd.DataFrame, edit: str) -> pd.DataFrame:
     """Return the rows of one family of edits that change neither the first two blocks nor the last two."""
     rows = frame[frame.edit == edit]
-    last_offset = FAMILIES[edit].width - 1 if edit in FAMILIES else 0  # a swap also changes the next block
+    last_offset = max(0, FAMILIES[edit].width - 1) if edit in FAMILIES else 0  # a swap also changes the next block
     return rows[(rows.layer >= 2) & (rows.layer + last_offset <= rows.depth - 3)]
 
 
@@ -119,7 +119,7 @@ def summary_sentence(frame: pd.DataFrame) -> str:
         'intermediate layers keep ... % of predictions under drop, median ... %'
     """
     clauses = []
-    for edit in (name for name, family in FAMILIES.items() if family.per_layer and not (family.number or family.takes_span)):
+    for edit in (name for name, family in FAMILIES.items() if family.width):
         agreement = 100 * intermediate_rows(frame, edit).agreement
         if len(agreement) and agreement.notna().all():
             low, high, median = agreement.min(), agreement.max(), agreement.median()

@@ -25,7 +25,7 @@ visits = st.builds(Visit, blocks, st.booleans(), st.booleans())
 @st.composite
 def edits(draw: st.DrawFn) -> Plan:
     """One edit that fits a model of DEPTH blocks."""
-    kind = draw(st.sampled_from(["swap", "drop", "move", "repeat", "reverse", "skip_attention", "skip_mlp"]))
+    kind = draw(st.sampled_from(["swap", "drop", "move", "repeat", "replace", "reverse", "skip_attention", "skip_mlp"]))
     a, b = draw(st.lists(blocks, min_size=2, max_size=2, unique=True))
     span = draw(spans)
     if kind == "swap":
@@ -35,7 +35,9 @@ def edits(draw: st.DrawFn) -> Plan:
     if kind == "move":
         return ls.move(a, after=b) if draw(st.booleans()) else ls.move(a, before=b)
     if kind == "repeat":
-        return ls.repeat(span, times=draw(st.integers(2, 3)))
+        return ls.repeat(span, times=draw(st.integers(2, 3)), each=draw(st.booleans()))
+    if kind == "replace":
+        return ls.replace(a, b)
     if kind == "reverse":
         return ls.reverse(span)
     return ls.skip_attention(a) if kind == "skip_attention" else ls.skip_mlp(a)

@@ -82,6 +82,7 @@ def test_every_edit_names_its_first_blocks() -> None:
     named = {
         "swap 3 1": (3,), "drop 3 1": (3,), "move 3:5 before 1": (3, 4), "repeat 3:5": (3, 4),
         "reverse -3:": (3, 4, 5), "reorder 3 1": (3,), "skip-attention 3 1": (3,), "skip-mlp 3:5": (3, 4),
+        "replace 3 1": (3,),
     }  # fmt: skip
     assert {text.split()[0] for text in named} == set(VERBS)
     for text, blocks in named.items():

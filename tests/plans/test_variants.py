@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,32 +44,129 @@ def test_what_is_asked_for_twice_is_meant_once() -> None:
 
 def test_layers_restrict_to_edits_that_touch_no_other_block() -> None:
     for kind in FAMILIES.values():
-        for variant in family(kind.usage.replace("N", "3"), 10, range(2, 7)):
-            touched = {block for block in range(10) if variant.route.blocks[block : block + 1] != (block,)}
-            named = set(ls.Plan.parse(variant.plan).route(10).blocks) ^ set(range(10))
-            assert named <= set(range(2, 7))
-            assert min(touched | {2}) >= 2
+        if kind.name == "exit":  # it ends the model after these blocks
+            continue
+        found = family(f"{kind.name}:3" if kind.number else kind.name, 10, range(2, 7))
+        assert found, kind.name
+        for variant in found:
+            blocks = variant.route.blocks
+            assert blocks[:2] == (0, 1)
+            assert blocks[-3:] == (7, 8, 9)
+            assert set(blocks[2:-3]) <= set(range(2, 7))
     assert [variant.plan for variant in family("swap", 10, range(8, 10))] == ["swap 8 9"]
     assert family("drop-span:4", 10, range(2, 5)) == []
     assert variants("swap", 10, "-2:") == family("swap", 10, "8:10") == family("swap", 10, range(8, 10))
+    assert [variant.plan for variant in family("exit", 10, "4:6")] == ["drop 5:10", "drop 6:10"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 8])
+def test_a_map_has_every_span_or_pair_once(depth: int) -> None:
+    spans = {(start, stop) for start in range(depth) for stop in range(start + 1, depth + 1)}
+    drops = spans - {(0, depth)}
+    repeats = {(stop, start) for start, stop in spans}
+    assert _cells("drop-spans", depth) == drops
+    assert _cells("repeat-spans", depth) == _cells("repeat-spans:3", depth) == repeats
+    assert _cells("jump", depth) == drops | repeats
+    pairs = {(first, second) for first in range(depth) for second in range(depth) if first != second}
+    assert _cells("replace", depth) == pairs
+    assert _cells("swap-pairs", depth) == {pair for pair in pairs if pair[0] < pair[1]}
+    for name in ("drop-spans", "repeat-spans", "jump", "replace", "swap-pairs"):
+        assert _cells(name, depth, 2) == {
+            (row, column) for row, column in _cells(name, depth) if abs(row - column) <= 2
+        }
+
+
+def _cells(name: str, depth: int, max_span: int | None = None) -> set[tuple[int, int]]:
+    """The cells of a family's map; each edit has one, and no two edits share one."""
+    cells = [variant.cell for variant in family(name, depth, max_span=max_span)]
+    assert None not in cells
+    assert len(cells) == len(set(cells))
+    return {cell for cell in cells if cell}
+
+
+def test_a_cell_says_where_the_stream_jumps() -> None:
+    for variant in family("jump", 7):
+        assert variant.cell
+        at, to = variant.cell
+        assert variant.route.blocks == (*range(at), *range(to, 7))
+    for variant in family("repeat-spans:3", 7):
+        assert variant.cell
+        end, start = variant.cell
+        assert variant.route.blocks == (*range(end), *range(start, end), *range(start, end), *range(end, 7))
+    for variant in family("replace", 7):
+        assert variant.cell
+        place, block = variant.cell
+        assert variant.route.blocks == (*range(place), block, *range(place + 1, 7))
+
+
+def test_families_of_the_middle() -> None:
+    assert [str(variant.route) for variant in family("reverse-middle", 6)] == [
+        "5 4 3 2 1 0",
+        "0 4 3 2 1 5",
+        "0 1 3 2 4 5",
+    ]
+    assert [str(variant.route) for variant in family("centre", 5)] == ["2 2 2 2 2", "0 2 2 2 4"]
+    assert [variant.route.blocks for variant in family("copy:1", 3)] == [
+        (0, 0, 1, 2),
+        (0, 0, 1, 1, 2),
+        (0, 0, 1, 1, 2, 2),
+    ]
+    assert [variant.layer for variant in family("copy:1", 3)] == [0, 1, 2]
+    assert [variant.layer for variant in family("exit", 4)] == [0, 1, 2]
+    orders = family("shuffle:3", 8)
+    assert [variant.layer for variant in orders] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert len(variants("shuffle:3", 8)) == 10  # two blocks have one other order
+    for variant in orders:
+        assert sorted(variant.route.blocks) == list(range(8))
+        assert variant.route.blocks[: variant.layer] == tuple(range(variant.layer or 0))
+    assert orders == family("shuffle:3", 8)  # the same in every process
+    assert orders[0].plan == "reorder 4 1 5 2 0 3 7 6"
+
+
+def test_copies_pass_through_each_block_by_itself() -> None:
+    assert [str(ls.repeat(range(1, 3), each=True).route(4)), str(ls.repeat(range(1, 3)).route(4))] == [
+        "0 1 1 2 2 3", "0:3 1:4",
+    ]  # fmt: skip
+    assert str(ls.repeat(range(1, 3), 3, each=True)) == "repeat 1:3 each x3"
 
 
 def test_a_family_says_how_it_is_written_and_drawn() -> None:
     assert [name for name, kind in FAMILIES.items() if kind.per_layer] == [
-        "swap", "drop", "skip-attention", "skip-mlp", "drop-span",
+        "swap", "drop", "skip-attention", "skip-mlp", "drop-span", "copy", "exit", "reverse-middle", "shuffle",
+        "centre",
     ]  # fmt: skip
     for name, kind in FAMILIES.items():
         assert kind.name == name
-        edits = list(kind.edits(range(8), 3, 8))
-        widths = {len(set(range(8)) - set(_untouched(str(edit)))) for edit in edits}
-        if kind.per_layer:
-            assert widths == {3 if kind.takes_number else kind.width} == {kind.length(str(edit), 8) for edit in edits}
+        found = family(f"{name}:3" if kind.number else name, 8)
+        written = kind.written([variant.plan for variant in found], [variant.layer or 0 for variant in found], 8)
+        assert written == [f"{name}:3" if kind.number else name]
+        if kind.width:
+            assert {len(set(range(8)) - set(_untouched(variant.plan))) for variant in found} == {kind.width}
+    assert FAMILIES["repeat-spans"].written(["repeat 1", "repeat 1 x3"], [1, 1], 4) == [
+        "repeat-spans",
+        "repeat-spans:3",
+    ]
+    assert FAMILIES["drop"].written([], [], 4) == []
 
 
-def test_the_length_of_a_span_is_that_of_the_plan_and_not_of_the_route() -> None:
-    family_with_number = replace(FAMILIES["drop-span"], name="reverse-span")
-    assert [family_with_number.length(text, 8) for text in ("drop 2:4", "reverse 2:5", "repeat 4:8")] == [2, 3, 4]
-    assert FAMILIES["swap"].length("swap 3 4", 8) == 2
+def test_edits_of_one_layer_form_lines() -> None:
+    assert FAMILIES["drop-span"].lines(["drop 2:4", "drop 3:6"], [2, 3], 8) == ["2 blocks", "3 blocks"]
+    assert FAMILIES["drop-span"].lines(["drop 2:4", "drop 3:5"], [2, 3], 8) == ["", ""]
+    assert FAMILIES["copy"].lines(["repeat 0 x3", "repeat 0"], [0, 0], 8) == ["2 copies", "1 copies"]
+    assert FAMILIES["swap"].lines(["swap 3 4"], [3], 8) == [""]
+
+
+def test_max_span_bounds_spans_and_pairs_only() -> None:
+    with pytest.raises(
+        ls.PlanError, match=r"^max_span has no effect on these edits; it bounds drop-spans, repeat-spans"
+    ):
+        variants("swap,drop", 8, max_span=2)
+    with pytest.raises(ls.PlanError, match=r"^max_span is a number of blocks, at least 1, not 0$"):
+        variants("jump", 8, max_span=0)
+    with pytest.raises(ls.PlanError, match=r"^max_span is given as a whole number, not as 1\.5$"):
+        variants("jump", 8, max_span=1.5)  # type: ignore[arg-type]
+    found = variants("drop,jump", 8, max_span=1)
+    assert (len(found), len({variant.route for variant in found})) == (24, 16)  # a jump over one block is a drop
 
 
 def _untouched(text: str) -> list[int]:
