@@ -109,7 +109,7 @@ class Family:
         width: number of adjacent blocks that each edit changes; 0 if edits differ in it.
         axes: the labels of the rows and of the columns of its map; empty if it has none.
         symmetric: whether the map has one cell for both orders of two blocks.
-        takes_span: whether the bound `max_span` has an effect.
+        bounded: whether `max_span` bounds its edits.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Family:
     width: int = 0
     axes: tuple[str, str] | tuple[()] = ()
     symmetric: bool = False
-    takes_span: bool = False
+    bounded: bool = False
 
     @property
     def usage(self) -> str:
@@ -300,45 +300,45 @@ FAMILIES = {
         ),
         Family(
             "drop-spans", "drop every span of blocks", "drop a span", "drop any span", _drop_spans, per_layer=False,
-            axes=("first block dropped", "next block that runs"), takes_span=True,
+            axes=("first block dropped", "next block that runs"), bounded=True,
         ),
         Family(
             "repeat-spans", "repeat every span of blocks; repeat-spans:3 for three passes in total", "repeat a span",
             "repeat any span", _repeat_spans, per_layer=False, number=Number("TIMES", "passes", _passes, 2, 2),
-            axes=("block after the span", "first block repeated"), takes_span=True,
+            axes=("block after the span", "first block repeated"), bounded=True,
         ),
         Family(
             "jump", "drop every span and repeat every span", "jump to a later or an earlier block", "jump", _jump,
-            per_layer=False, axes=("leaves before block", "continues with block"), takes_span=True,
+            per_layer=False, axes=("leaves before block", "continues with block"), bounded=True,
         ),
         Family(
             "replace", "run every block in the place of every other", "run another block in a block's place",
             "replace a block", _replace, per_layer=False, axes=("block replaced", "block that runs in its place"),
-            takes_span=True,
+            bounded=True,
         ),
         Family(
             "swap-pairs", "swap every two blocks", "swap two blocks", "swap two blocks", _swap_pairs, per_layer=False,
-            axes=("block", "swapped with block"), symmetric=True, takes_span=True,
+            axes=("block", "swapped with block"), symmetric=True, bounded=True,
         ),
         Family(
             "copy", "pass N more times through each of the blocks up to every block; written copy:N",
             "repeat each block up to this one", "copy layers", _copy,
-            number=Number("N", "copies", _copies), takes_span=True,
+            number=Number("N", "copies", _copies), bounded=True,
         ),
         Family("exit", "end the model after every block", "end the model after a block", "exit", _exit),
         Family(
             "reverse-middle", f"reverse the blocks, {_MIDDLE}", "reverse the middle from this block",
-            "reverse the middle", _reverse_middle, takes_span=True,
+            "reverse the middle", _reverse_middle, bounded=True,
         ),
         Family(
             "shuffle", f"put the blocks into N random orders, {_MIDDLE}; written shuffle:N",
             "shuffle the middle from this block", "shuffle the middle", _shuffle,
-            number=Number("N", "orders", None), takes_span=True,
+            number=Number("N", "orders", None), bounded=True,
         ),
         Family(
             "centre", f"run the centre block in the place of all blocks, {_MIDDLE}",
             "repeat the centre block in place of the middle from this block", "centre block only", _centre,
-            takes_span=True,
+            bounded=True,
         ),
     )
 }  # fmt: skip

@@ -155,9 +155,9 @@ def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | No
         where += "" if max_span is None else f" and spans of at most {max_span}"
         raise PlanError(f"nothing to measure: {edits!r} has no edit of a model of {depth} blocks{where}")
     if max_span is not None and not any(
-        variant.edit in FAMILIES and FAMILIES[variant.edit].takes_span for variant in unique
+        variant.edit in FAMILIES and FAMILIES[variant.edit].bounded for variant in unique
     ):
-        names = ", ".join(family.name for family in FAMILIES.values() if family.takes_span)
+        names = ", ".join(family.name for family in FAMILIES.values() if family.bounded)
         raise PlanError(f"max_span has no effect on these edits; it bounds {names}")
     return unique
 

@@ -124,7 +124,7 @@ def _edits(run: FinishedRun) -> tuple[list[str], str]:
     for family in FAMILIES.values():
         rows = frame[frame.edit == family.name]
         families += family.written(map(str, rows.plan), rows.layer, int(frame.depth.iloc[0]))
-        has_spans |= family.takes_span and len(rows) > 0
+        has_spans |= family.bounded and len(rows) > 0
     words = ["--edits", ",".join(families)] if families else []
     note = f"If only some layers were edited, add --layers{' or --max-span' * has_spans}."
     if (frame.edit == "plan").any():

@@ -48,6 +48,8 @@ def result_of(*words: object) -> Any:
         (["move", "MODEL", "--layer", 4, "--before", 0], "move 4 before 0"),
         (["repeat", "MODEL", "--layers", "2:4"], "repeat 2:4"),
         (["repeat", "MODEL", "--layer", 2, "--times", 3], "repeat 2 x3"),
+        (["repeat", "MODEL", "--layers", "2:4", "--each"], "repeat 2:4 each"),
+        (["replace", "MODEL", "--layer", 1, "--with", 4], "replace 1 4"),
         (["reverse", "MODEL", "--layers", "1:5"], "reverse 1:5"),
         (["reorder", "MODEL", "--order", "0:3 4 3 4 5"], "reorder 0:3 4 3 4 5"),
         (["edit", "MODEL", "--plan", "swap 1 2; drop 4"], "swap 1 2; drop 4"),
@@ -212,7 +214,7 @@ def test_inspect_fetches_headers_and_no_weights(llama: Path, monkeypatch: pytest
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"layersurgery {__version__}\n"
     text = run("--help").stdout
-    for command in ("swap", "drop", "move", "repeat", "reverse", "reorder", "skip", "edit", "plan", "inspect", "demo"):
+    for command in ("swap", "drop", "move", "repeat", "replace", "reverse", "reorder", "skip", "edit", "plan", "demo"):
         assert command in text
         assert run(command, "--help").exit_code == 0
 
@@ -220,7 +222,7 @@ def test_version_and_help() -> None:
 def test_shell_completion() -> None:
     env = {**os.environ, "_LAYERSURGERY_COMPLETE": "complete_bash", "COMP_WORDS": "layersurgery re", "COMP_CWORD": "1"}
     found = subprocess.run(COMMAND, env=env, capture_output=True, text=True, check=True)
-    assert set(found.stdout.split()) == {"repeat", "report", "reproduce", "reverse", "reorder"}
+    assert set(found.stdout.split()) == {"repeat", "replace", "report", "reproduce", "reverse", "reorder"}
 
 
 def test_help_is_as_quick_as_a_bare_program(tmp_path: Path) -> None:

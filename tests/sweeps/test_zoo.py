@@ -9,6 +9,7 @@ import torch
 
 import layersurgery as ls
 from layersurgery.metrics.reference import METRICS, measure
+from layersurgery.plans.families import FAMILIES
 from layersurgery.plans.variants import Variant, family, variants
 from layersurgery.sweeps.measurer import Measurer
 from tests.support.reference import logits_along, logits_of
@@ -22,6 +23,16 @@ EDITS = [
     "skip-mlp",
     "drop-span:4",
     {"mine": "repeat 2:4; swap 0 5", "skips": "skip-mlp 1; drop 3"},
+    "drop-spans",
+    "repeat-spans:3",
+    "jump",
+    "replace",
+    "swap-pairs",
+    "copy:1",
+    "exit",
+    "reverse-middle",
+    "shuffle:2",
+    "centre",
 ]
 # Families of which a sweep leaves some edits out, and why.
 LEFT_OUT = {
@@ -37,12 +48,19 @@ def wanted(model: Any, edits: list[Any]) -> list[Variant]:
     blocks = ls.anatomy(model)
     found: list[Variant] = []
     for edit in edits:
+        of_edit = made(edit, None if edits == EDITS else 2)
         try:
-            Measurer(model, variants(edit, DEPTH), anatomy=blocks)
+            Measurer(model, of_edit, anatomy=blocks)
         except ls.UnsupportedEditError:
             continue
-        found += variants(edit, DEPTH)
+        found += of_edit
     return found
+
+
+def made(edit: Any, max_span: int | None) -> list[Variant]:
+    """The edits of a family, or the plans; `max_span` bounds the families that take it."""
+    is_bounded = isinstance(edit, str) and FAMILIES[edit.partition(":")[0]].bounded
+    return variants(edit, DEPTH, max_span=max_span if is_bounded else None)
 
 
 # Drops, which every architecture can do in part, and another family in turn; the slow tests measure all in one sweep.
