@@ -1,4 +1,4 @@
-"""Format numbers of bytes, large counts, and long lists of names, for people."""
+"""Format numbers of bytes, large counts, durations, and long lists of names, for people."""
 
 from __future__ import annotations
 
@@ -39,3 +39,16 @@ def format_list(names: Sequence[str], limit: int = 1, separator: str = ", ") -> 
     """
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more
+
+
+def format_time(seconds: float) -> str:
+    """Format a duration in the largest unit of which there are at least two.
+
+    >>> from layersurgery.units import format_time
+    >>> format_time(1.234), format_time(150), format_time(9000)
+    ('1.2 s', '2.5 min', '2.5 h')
+    """
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.2g} s"

@@ -11,7 +11,7 @@ from rich.table import Table
 from layersurgery.plans.variants import variants
 from layersurgery.runs.estimate import estimate_run
 from layersurgery.runs.requests import read_model_info
-from layersurgery.units import format_bytes, format_count
+from layersurgery.units import format_bytes, format_count, format_time
 
 from ..terminal.console import Console
 
@@ -56,12 +56,19 @@ def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | T
         )
         traffic = f"; weights loaded: {format_bytes(cost.bytes_loaded_per_batch)} per batch ({cost.order}{resident})"
     plural = "es"[: 2 * (cost.batches != 1)]
+    edits = cost.readouts - 1
+    apart = f" ({cost.block_calls_apart:,} without sharing)" if cost.block_calls_apart > cost.block_calls else ""
+    time = (
+        ""
+        if cost.seconds is None
+        else f", at least {format_time(cost.seconds)} at this machine's speed for large products"
+    )
     return [
         f"{label}: {format_count(cost.parameters)} parameters in {dtype} on {cost.devices}",
         table,
         f"{cost.batches:,} batch{plural} of {cost.sequences} sequence{'s'[: cost.sequences != 1]}, "
-        f"{cost.block_calls:,} block calls and {cost.readouts} readouts each{traffic}",
-        f"Arithmetic: {flops(cost.flops)}{at_most}",
+        f"{cost.block_calls:,} block calls{apart} and {cost.readouts} readouts each{traffic}",
+        f"{edits:,} edited model{'s'[: edits != 1]}; arithmetic: {flops(cost.flops)}{time}{at_most}",
     ]
 
 

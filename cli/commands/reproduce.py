@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from layersurgery.units import format_bytes, format_count
+from layersurgery.units import format_bytes, format_count, format_time
 
 from ..terminal.console import Console
 from .estimate import flops
@@ -91,7 +91,7 @@ def _describe_plan(plan: Sequence[ModelPlan]) -> Iterator[Any]:
         for heading in ("blocks", "parameters", "tokens", "to do", "FLOP", "at least"):
             table.add_column(heading, justify="right", no_wrap=True)
         for model_plan in measurable:
-            cost = (flops(model_plan.flops), _format_time(model_plan.seconds)) if model_plan.left else ("-", "-")
+            cost = (flops(model_plan.flops), format_time(model_plan.seconds)) if model_plan.left else ("-", "-")
             left = f"{len(model_plan.left)} of {len(model_plan.states)} runs"
             table.add_row(
                 escape(model_plan.directory.name),
@@ -107,7 +107,7 @@ def _describe_plan(plan: Sequence[ModelPlan]) -> Iterator[Any]:
             sum(model_plan.flops for model_plan in measurable),
         )
         yield (
-            f"At least {_format_time(seconds)} in total: {flops(operations)} at this machine's speed for large matrix "
+            f"At least {format_time(seconds)} in total: {flops(operations)} at this machine's speed for large matrix "
             "products. If interrupted, run the same command again to resume"
         )
     reasons: dict[str, list[str]] = {}
@@ -116,10 +116,3 @@ def _describe_plan(plan: Sequence[ModelPlan]) -> Iterator[Any]:
             reasons.setdefault(model_plan.fault.removeprefix(model_plan.model).lstrip(), []).append(model_plan.model)
     for reason, models in reasons.items():
         yield f"[bold red]Cannot be read:[/] {escape(', '.join(models))}: {escape(reason)}"
-
-
-def _format_time(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.2g} s"

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ..analyses.analyze import run_analysis
 from ..analyses.signal_tables import FROM_TEXT, signal_variants
@@ -26,6 +22,7 @@ from ..runs.requests import ModelInfo, read_model_info, text_request
 from ..runs.run_directory import Run
 from ..runs.sweep import run_sweep
 from ..runs.tables import read_run
+from ..runtime.matmul_rate import matmul_rate
 from .report import Report, report
 
 if TYPE_CHECKING:
@@ -47,7 +44,6 @@ FIGURES = {
 """The figures of the paper that each experiment draws."""
 _EDITS = "swap,drop,skip-attention,skip-mlp"
 _MIN_SEARCHED_TOKENS = 1_000_000
-_MATRIX_SIZE = 2048
 
 
 @dataclass(slots=True)
@@ -293,16 +289,4 @@ def _add_cost(plan: ModelPlan, info: ModelInfo, options: RunOptions) -> None:
         plan.parameters, plan.weights = cost.parameters, sum(cost.weights.values())
         if name in plan.left:
             plan.flops += cost.flops
-    plan.rate = _measure_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)
-
-
-@lru_cache
-def _measure_rate(device: str, dtype: str) -> float:
-    """Measure the floating-point operations per second of large matrix products."""
-    square = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=getattr(torch, dtype), device=device)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        float((square @ square)[0, 0])  # wait for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * _MATRIX_SIZE**3 / best
+    plan.rate = matmul_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..plans.variants import Variant, variants
+from ..runtime.matmul_rate import matmul_rate
 from ..sweeps.estimate import Estimate
 from ..sweeps.estimate import estimate as estimate_config
 from .options import RunOptions
@@ -32,7 +34,8 @@ def estimate(
         options: as `layersurgery.runs.options.RunOptions`: tokens, context, batch_size, dtype, device_map and others.
 
     Returns:
-        The estimate: `peak` is the memory of each device in bytes, `flops` the floating-point operations.
+        The estimate: `peak` is the memory of each device in bytes, `flops` the floating-point operations, and `seconds`
+        a lower bound of the time on this machine.
 
     Raises:
         PlanError: an edit does not fit the model, or an option is invalid.
@@ -80,4 +83,5 @@ def estimate_run(
         read=options.read_positions,
         quantize=placement.quantize,
     )
-    return cost, placement
+    rate = matmul_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)
+    return replace(cost, seconds=cost.flops / rate), placement

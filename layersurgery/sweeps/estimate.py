@@ -44,6 +44,9 @@ class Estimate:
         readouts: number of readouts in a batch.
         flops: floating-point operations of matrix products for the whole text (two for each multiplication and
             addition).
+        block_calls_apart: number of block calls in a batch if no call was shared between edited models.
+        seconds: the time of these products at the speed of large products on this machine, a lower bound; None if it
+            was not measured.
     """
 
     parameters: int
@@ -62,6 +65,8 @@ class Estimate:
     block_calls: int
     readouts: int
     flops: float
+    block_calls_apart: int
+    seconds: float | None = None
 
     @property
     def peak(self) -> dict[str, int]:
@@ -150,6 +155,7 @@ def estimate(
         block_calls=plan.calls,
         readouts=readouts,
         flops=sequences * context * (plan.calls * block_flops + readouts * readout_flops),
+        block_calls_apart=plan.calls_without_sharing,
     )
 
 
