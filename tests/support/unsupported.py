@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BLOCK_EDITS = ["swap 1 2", "drop 0", "drop -1", "move 1 after 3", "repeat 2:4", "reverse 1:5"]
+BLOCK_EDITS = ["swap 1 2", "drop 0", "drop -1", "move 1 after 3", "repeat 2:4", "replace 1 4", "reverse 1:5"]
 SKIP_EDITS = ["skip-attention 2", "skip-mlp 2"]
 _MOVING_EDITS = [plan for plan in BLOCK_EDITS if plan != "drop -1"]
 _INNER_EDITS = ["swap 1 2", "move 1 after 3", "reverse 1:5"]
