@@ -252,6 +252,7 @@ def _parse_family(name: str) -> tuple[str, int]:
     if not colon and expected.default is not None:
         return kind, expected.default
     if not re.fullmatch(r"[1-9]\d{0,3}", number) or int(number) < expected.least:
-        least = f" of at least {expected.least}" if expected.least > 1 else ""
-        raise PlanError(f"{name!r} has no number of {expected.what}{least}; write {kind}:4, for example")
+        raise PlanError(
+            f"{name!r}: {kind} takes a number of {expected.what}, {expected.least} to 9999; write {kind}:4, for example"
+        )
     return kind, int(number)

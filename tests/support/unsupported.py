@@ -30,7 +30,7 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
 UNSUPPORTED_ON_DISK: dict[tuple[str, str], str] = {
     **_rows("deepseek_v3", _INNER_EDITS, "first_k_dense_replace = 2|mlp is a DeepseekV3MoE in the source"),
     **_rows("lfm2_moe", _INNER_EDITS, "num_dense_layers = 2|feed_forward is a Lfm2MoeSparseMoeBlock in the source"),
-    **_rows("jamba", ["reverse 1:5"], "feed_forward is a JambaMLP in the source"),
+    **_rows("jamba", ["replace 1 4", "reverse 1:5"], "feed_forward is a JambaMLP in the source"),
     **_rows("gpt2-inverse", _MOVING_EDITS, "scale_attn_by_inverse_layer_idx|attn.scaling is .* in the source"),
     **_rows("diffllama", _MOVING_EDITS, "lambda_init is .* in the source"),
     **_rows("gpt_neox_japanese", ["drop -1"], "dense_bias is None in the source"),

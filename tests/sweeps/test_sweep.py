@@ -6,6 +6,7 @@ import gc
 import math
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,21 @@ def test_the_table() -> None:
         assert 0 <= row.entropy_bits <= math.log2(VOCAB)
         assert row.entropy_change_bits == pytest.approx(row.entropy_bits - none.entropy_bits, abs=1e-12)
         assert row.loss_change_nats == pytest.approx(row.loss_nats - none.loss_nats, abs=1e-12)
+
+
+def test_the_table_of_a_map_has_the_place_of_each_edit(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama"), tokens(2)
+    assert "from" not in ls.sweep(model, "drop", ids)
+    frame = ls.sweep(model, "drop,jump", ids, max_span=2, directory=tmp_path / "run")
+    assert (frame["from"].dtype, frame["to"].dtype) == ("Int64", "Int64")
+    assert frame[frame.edit != "jump"]["from"].isna().all()
+    cells = frame[frame.edit == "jump"].set_index(["from", "to"])
+    assert cells.index.is_unique
+    assert (cells.plan[3, 5], cells.plan[5, 3], cells.plan[4, 3]) == ("drop 3:5", "repeat 3:5", "repeat 3")
+    dropped = frame[frame.edit == "drop"].set_index("layer")
+    assert [cells.kl_nats[block, block + 1] for block in range(6)] == [dropped.kl_nats[block] for block in range(6)]
+    written = pd.read_csv(tmp_path / "run" / "results.csv")
+    assert written["from"].dropna().tolist() == frame["from"].dropna().tolist()
 
 
 def test_one_route_is_run_once_and_said_of_all_its_plans() -> None:
