@@ -132,18 +132,20 @@ def _last_block(table: pd.DataFrame) -> int | None:
     return round(float(row.layer) / float(row.relative_depth)) if row.relative_depth > 0 else None
 
 
-def labeled_blocks(last: int, most: int) -> list[int]:
-    """Choose the blocks to label, at most `most` of 0 to `last`: equally spaced ones, and the last.
+def labeled_blocks(last: int, most: int, first: int = 0) -> list[int]:
+    """Choose the blocks to label, at most `most` of `first` to `last`: the first, multiples of a step, and the last.
 
     Example:
         >>> from layersurgery.figures.style import labeled_blocks
-        >>> labeled_blocks(29, 8), labeled_blocks(79, 8)
-        ([0, 5, 10, 15, 20, 25, 29], [0, 20, 40, 60, 79])
+        >>> labeled_blocks(29, 8), labeled_blocks(79, 8), labeled_blocks(18, 8, 4)
+        ([0, 5, 10, 15, 20, 25, 29], [0, 20, 40, 60, 79], [4, 10, 15, 18])
     """
     steps = (scale * step for scale in (1, 10, 100, 1000) for step in (1, 2, 5))
-    step = next(step for step in steps if last // step + 1 < most)
-    # The last label replaces one that it would touch.
-    return [*(block for block in range(0, last, step) if last - block > step / 2), last]
+    step = next(step for step in steps if (last - first) // step + 1 < most)
+    # The first and the last label replace those that they would touch.
+    between = range(first - first % step, last, step)
+    inner = [block for block in between if block - first > step / 2 and last - block > step / 2]
+    return [first, *inner, last] if last > first else [first]
 
 
 def add_title_and_legend(figure: Figure, models: Sequence[ModelTables], axis: Axes, *, legend: bool = True) -> None:
