@@ -77,8 +77,9 @@ class MapScale:
             low = max(float(positive.min()), high / 10**_MOST_DECADES)
             return cls("log", low, high, 1, _log_ticks(low, high), False)
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-        if low == high:  # one value is in the middle of the scale
-            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value is in the middle of the scale
+            room = max(abs(high), 1e-9) / 2 if high else 1.0
+            low, high = low - room, high + room
         return cls("linear", low, high, 1, _linear_ticks(low, high), False)
 
     @classmethod

@@ -167,7 +167,7 @@ def _names(marked: pd.DataFrame, about: Column) -> list[str]:
     """Name the marked cells, with their values."""
     parts = []
     for _, row in marked.iterrows():
-        name = str(row["name"]) if "name" in row else f"{row['from']}, {row['to']}"
+        name = str(row["name"]) if "name" in row else f"{row['from']:.0f}, {row['to']:.0f}"
         value = _number(float(f"{about.factor * row[about.name]:.3g}"))
         parts.append(f"{name if len(name) < 40 else f'{name[:36]} ...'}: {value} {about.unit}".rstrip())
     return [fill(f"○ lowest: {'; '.join(parts)}", _WIDTH)] if parts else []

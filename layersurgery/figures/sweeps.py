@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..plans.families import FAMILIES
 from ..registry import Column, column
+from .maps import edit_map
 from .style import COLORS, MARKERS, disable_mathtext, label_axis, label_depth, new_figure, save
 
 _BY_LAYER = tuple(family.name for family in FAMILIES.values() if family.per_layer)
@@ -57,8 +57,7 @@ def sweep_figures(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
         figures["robustness"] = robustness(sweeps)
     for index, sweep in enumerate(sweeps):
         suffix = f"-{index + 1}" if len(sweeps) > 1 else ""
-        if (sweep.frame.edit == "swap-pairs").any():
-            figures[f"swap-pairs{suffix}"] = swap_pairs(sweep)
+        figures |= {f"{name}{suffix}": figure for name, figure in maps(sweep).items()}
         if (sweep.frame.edit == "plan").any():
             figures[f"plans{suffix}"] = plans(sweep)
     return figures
@@ -129,29 +128,22 @@ def _with_interval(rows: pd.DataFrame, metric: Column) -> list[np.ndarray]:
     return [metric.factor * part.to_numpy(float) for part in parts]
 
 
-def swap_pairs(sweep: Sweep) -> Figure:
-    """Draw the KL of swapping any two blocks as a matrix with a cell for each pair."""
-    rows = sweep.frame[sweep.frame.edit == "swap-pairs"]
-    depth = int(rows.depth.iloc[0])
-    matrix = np.full((depth, depth), np.nan)
-    for plan, value in zip(rows.plan, rows.kl_nats, strict=True):
-        first, second = map(int, plan.split()[1:])
-        matrix[first, second] = matrix[second, first] = value
-    with new_figure(6.4, 5.4) as figure:
-        axis = figure.subplots()
-        axis.grid(visible=False)
-        positive = matrix[np.isfinite(matrix) & (matrix > 0)]
-        norm = (
-            matplotlib.colors.LogNorm(positive.min(), positive.max())
-            if len(positive) and positive.min() < positive.max()
-            else None
-        )
-        image = axis.imshow(matrix, cmap="cividis", origin="lower", norm=norm, interpolation="nearest")
-        figure.colorbar(image, label=_KL.axis)
-        axis.set_xlabel("block")
-        axis.set_ylabel("swapped with block")
-        _add_title(figure, [sweep])
-    return figure
+def maps(sweep: Sweep) -> dict[str, Figure]:
+    """Draw the map of each family of edits that has one, and return the figures by the families' names.
+
+    A family that was measured with several numbers (of passes) has a figure for each, numbered from the second.
+    """
+    figures = {}
+    for family in FAMILIES.values():
+        rows = sweep.frame[sweep.frame.edit == family.name]
+        if not family.axes or rows.empty or "from" not in rows:
+            continue
+        lines = np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0])), dtype=str)
+        for number, (line, part) in enumerate(rows.groupby(lines, sort=False), 1):
+            title = ", ".join(filter(None, [f"{sweep.label}: {family.title}", str(line), sweep.caption]))
+            name = f"{family.name}-{number}" if number > 1 else family.name
+            figures[name] = edit_map(part, family.axes, title, symmetric=family.symmetric)
+    return figures
 
 
 def plans(sweep: Sweep) -> Figure:

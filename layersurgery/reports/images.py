@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..plans.families import FAMILIES
 from ..registry import ANALYSES
 from .collect import FinishedRun, labels
 
@@ -15,7 +16,12 @@ _MAGIC = {".svg": (b"<?xml", b"<svg"), ".png": (b"\x89PNG\r\n\x1a\n",)}
 _ABOUT = {
     "robustness": "KL from the unedited model, top-1 agreement and change in entropy over depth, a row of panels for "
     "each kind of edit",
-    "swap-pairs": "KL from the unedited model when two blocks are swapped, a cell for each pair",
+    **{
+        family.name: f"{family.title}: KL from the unedited model, top-1 agreement and change in loss, a cell for each "
+        "edit; rings mark the lowest KL"
+        for family in FAMILIES.values()
+        if family.axes
+    },
     "plans": "KL from the unedited model and top-1 agreement, a bar for each plan",
     "stages": "the signals of the stages of inference over depth, the stages shaded",
     "rank": "KL when each block is removed, block influence and angular distance over depth",

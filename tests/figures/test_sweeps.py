@@ -12,7 +12,7 @@ from PIL import Image
 
 import layersurgery as ls
 from layersurgery.figures.style import COLORS
-from layersurgery.figures.sweeps import Sweep, draw, plans, robustness, swap_pairs
+from layersurgery.figures.sweeps import Sweep, draw, maps, plans, robustness
 from tests.support.zoo import tiny_model, tokens
 
 
@@ -51,15 +51,14 @@ def test_several_sweeps_share_panels_and_a_legend(frame: pd.DataFrame) -> None:
     assert len({line.get_marker() for line in figure.axes[0].get_lines()[:2]}) == 2
 
 
-def test_pairs_and_plans(frame: pd.DataFrame) -> None:
-    square = swap_pairs(Sweep.of(frame, "pydoc")).axes[0].get_images()[0].get_array()
-    assert square is not None
-    by_plan = frame.set_index("plan").kl_nats
-    assert (
-        square[1, 4] == square[4, 1] == by_plan["swap 1 4"].iloc[0]
-        if isinstance(by_plan["swap 1 4"], pd.Series)
-        else by_plan["swap 1 4"]
-    )
+def test_maps_and_plans(frame: pd.DataFrame) -> None:
+    figure = maps(Sweep.of(frame, "pydoc"))["swap-pairs"]
+    by_plan = frame[frame.edit == "swap-pairs"].set_index("plan")
+    for axis, metric, factor in zip(
+        figure.axes, ("kl_nats", "agreement", "loss_change_nats"), (1, 100, 1), strict=False
+    ):
+        square: Any = axis.get_images()[0].get_array()
+        assert square[1, 4] == square[4, 1] == factor * by_plan[metric]["swap 1 4"]
     bars = plans(Sweep.of(frame, "pydoc")).axes[0]
     assert {label.get_text() for label in bars.get_yticklabels()} == {"mine", "other"}
     widths = [getattr(bar, "get_width")() for bar in bars.patches]  # noqa: B009 - patches are of many kinds
