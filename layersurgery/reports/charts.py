@@ -15,9 +15,13 @@ from ..registry import METRICS, Column, column
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
 
-_NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens")
+_NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens", "from", "to")
 _NO_KEYS = ("precise", "race", "interval")
 _MOST_GROUPS = 8
+_NOTE = (
+    "Bands show one standard error over sequences on each side. Point at a curve for its values, or focus the chart "
+    "and use the arrow keys."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,7 @@ class Chart:
         key: its id within a page.
         title: its heading.
         about: how to read it.
+        note: what can be done with it.
         choice: label of the view selector.
         axis: label of the horizontal axis.
         views: the data of each view, in the form that the page's script reads.
@@ -36,6 +41,7 @@ class Chart:
     key: str
     title: str
     about: str
+    note: str
     choice: str
     axis: str
     views: list[dict[str, Any]]
@@ -45,6 +51,7 @@ class Chart:
         """Return the chart in the form that the page's script reads."""
         metrics = dict.fromkeys(name for view in self.views for name in view["metrics"])
         return {
+            "kind": "curves",
             "choice": self.choice,
             "axis": self.axis,
             "deepest": self._deepest(),
@@ -73,8 +80,8 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     edits = _of_edits([run for run in runs if run.is_sweep])
     signals = _of_signals([run for run in runs if not run.is_sweep])
     found = [
-        Chart("edits", "What every edit does", _about_edits(), "Edit", "(first) block edited", edits),
-        Chart("signals", "What each layer does", "", "Table", "layer", signals),
+        Chart("edits", "What every edit does", _about_edits(), _NOTE, "Edit", "(first) block edited", edits),
+        Chart("signals", "What each layer does", "", _NOTE, "Table", "layer", signals),
     ]
     return [chart for chart in found if chart.views]
 
@@ -118,8 +125,10 @@ def _of_signals(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     views: dict[str, list[dict[str, Any]]] = {}
     for run, label in zip(runs, labels(runs), strict=True):
         for name, frame in run.tables.items():
-            for group, part in _groups(frame):
-                columns = [column for column in part.columns if _drawn(part, str(column))]
+            if not _has_depth(frame):
+                continue
+            for group, part in groups(frame, ["layer"]):
+                columns = drawn_columns(part)
                 if columns:
                     key = (
                         f"{show_control_characters(name)}: {show_control_characters(group)}"
@@ -130,12 +139,22 @@ def _of_signals(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     return [_view(key, key.replace("_", " "), lines) for key, lines in views.items()]
 
 
-def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Split a table into groups in which each layer has one row; yield nothing if that is impossible."""
-    if not all(name in frame and pd.api.types.is_numeric_dtype(frame[name]) for name in ("layer", "relative_depth")):
-        return
-    rows = frame[frame.layer.notna()]
-    if rows.layer.is_unique:
+def _has_depth(frame: pd.DataFrame) -> bool:
+    return all(name in frame and pd.api.types.is_numeric_dtype(frame[name]) for name in ("layer", "relative_depth"))
+
+
+def groups(frame: pd.DataFrame, places: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Split a table into groups in which each place has one row; yield nothing if that is impossible.
+
+    Args:
+        frame: the table.
+        places: the columns of numbers that are a row's place: the layer of a curve, both sides of a map.
+
+    Returns:
+        The values of the columns of text that tell the groups apart, joined, and the rows of each group.
+    """
+    rows = frame[frame[[*places]].notna().all(axis=1)]
+    if not rows.duplicated([*places]).any():
         yield "", rows
         return
     keys = [
@@ -145,10 +164,15 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         and not pd.api.types.is_numeric_dtype(rows[column])
         and 1 < rows[column].nunique() <= _MOST_GROUPS
     ]
-    if not keys or rows.duplicated([*keys, "layer"]).any():
+    if not keys or rows.duplicated([*keys, *places]).any():
         return
     for values, part in rows.groupby(keys, sort=False):
         yield ", ".join(map(str, values)), part
+
+
+def drawn_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the names of the columns of numbers that are values, and neither places nor errors."""
+    return [str(name) for name in frame.columns if _drawn(frame, str(name))]
 
 
 def _drawn(frame: pd.DataFrame, column: str) -> bool:
@@ -166,15 +190,15 @@ def _line(frame: pd.DataFrame, label: str, columns: Sequence[str]) -> dict[str, 
     layers = frame.layer.tolist()
     return {
         "label": show_control_characters(label),
-        "layer": _numbers(layers),
-        "x": _numbers(frame.relative_depth.tolist()),
+        "layer": numbers(layers),
+        "x": numbers(frame.relative_depth.tolist()),
         "name": [show_control_characters(str(name)) for name in frame["name"]] if "name" in frame else None,
-        "values": {column: _numbers(frame[column].tolist()) for column in columns},
-        "errors": {column: _numbers(frame[f"{column}_sem"].tolist()) for column in columns if f"{column}_sem" in frame},
+        "values": {column: numbers(frame[column].tolist()) for column in columns},
+        "errors": {column: numbers(frame[f"{column}_sem"].tolist()) for column in columns if f"{column}_sem" in frame},
     }
 
 
-def _numbers(values: Sequence[Any]) -> list[float | int | None]:
+def numbers(values: Sequence[Any]) -> list[float | int | None]:
     """Convert values for JSON; NaN, infinity and other non-numbers become None."""
     found = [plain(value) for value in values]
     return [

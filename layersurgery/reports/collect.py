@@ -16,7 +16,7 @@ from ..plans.route import Route
 from ..registry import ANALYSES
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
-from ..sweeps.results import precision_sentence, summary_sentence
+from ..sweeps.results import CELL, precision_sentence, summary_sentence
 from .text_format import without_directories
 
 _DEPTH = 3
@@ -34,8 +34,8 @@ class FinishedRun:
     Attributes:
         path: its directory.
         facts: the contents of its `run.json`.
-        tables: the small tables, and a sweep's results regardless of their size.
-        large: number of rows of each table that is too large to show.
+        tables: the small tables, and regardless of their size a sweep's results and those of maps (see `is_map`).
+        large: number of rows of each table that is too large to show row by row.
         words: summary of the results in a sentence; empty if there is none.
     """
 
@@ -170,7 +170,8 @@ def _read(directory: Path, facts: Mapping[str, Any]) -> FinishedRun:
             raise SourceError(f"cannot read {directory / file}: {getattr(error, 'strerror', None) or error}") from error
         if name != _CURVES and shape.num_rows * shape.num_columns > _CELLS:
             large[name] = shape.num_rows
-            continue
+            if not set(CELL) <= set(shape.schema.names):
+                continue
         tables[name] = read_table(directory, name) if name in ("stages", _CURVES) else pd.read_parquet(directory / file)
     if _CURVES in tables:
         _check(tables[_CURVES])
@@ -202,6 +203,11 @@ def _check(frame: pd.DataFrame) -> None:
         raise ValueError(f"its results have no column {missing[0]!r}")
     for route in frame.route:
         Route.parse(str(route))
+
+
+def is_map(frame: pd.DataFrame) -> bool:
+    """Return whether a table is a map: its rows are cells, placed by whole numbers in the columns `from` and `to`."""
+    return all(side in frame and pd.api.types.is_integer_dtype(frame[side]) for side in CELL) and len(frame) > 0
 
 
 def _words(run: FinishedRun) -> str:

@@ -15,14 +15,16 @@ from markupsafe import Markup
 
 from ..units import format_list
 from ..version import __version__
-from .charts import charts
+from .charts import Chart, charts
 from .collect import CollectedRuns, FinishedRun, labels
 from .images import Picture
+from .maps import Maps, maps
 from .provenance import Provenance, provenance
 from .tables import Table, format_table, route_table
 from .text_format import show_control_characters, without_directories
 
 _CELLS_A_ROUTE = 12
+_SCRIPTS = ("page", "plot", "curves", "maps", "tables")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def build_page(collected: CollectedRuns, most_rows: int, pictures: Sequence[Pict
     names = list(dict.fromkeys(run.short for run in collected.runs))
     left_out: list[str] = []
     sections = [section for section in _sections(collected, most_rows, pictures, left_out) if section.content]
-    style, script = (_read(f"page.{kind}") for kind in ("css", "js"))
+    style, script = _read("page.css"), "\n".join(_read(f"{part}.js") for part in _SCRIPTS)
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; "
         "form-action 'none'"
@@ -107,16 +109,15 @@ def _sections(
 ) -> Iterator[_Section]:
     """Yield the sections, and add to `left_out` what they leave out."""
     runs = collected.runs
-    drawn = {chart.key: chart for chart in charts(runs)}
+    drawn: list[Chart | Maps] = [*charts(runs), *maps(runs, left_out)]
+    figures = [_Section(one.key, one.title, "chart", one) for one in drawn]
     sweeps = [run for run in runs if run.is_sweep]
     stages = [picture for picture in pictures if picture.name == "stages"]
     tables = _tables(runs, _CELLS_A_ROUTE * most_rows, left_out)
     yield _Section("words", "In words", "words", [*_words(runs)])
-    if "edits" in drawn:
-        yield _Section("edits", drawn["edits"].title, "chart", drawn["edits"])
+    yield from (one for one in figures if one.key.startswith("edit"))
     yield _Section("stages", "The stages of inference", "figures", stages)
-    if "signals" in drawn:
-        yield _Section("signals", drawn["signals"].title, "chart", drawn["signals"])
+    yield from (one for one in figures if not one.key.startswith("edit"))
     yield _Section("figures", "All other figures", "figures", [one for one in pictures if one not in stages])
     if sweeps:
         routes = route_table(sweeps, most_rows)
@@ -144,7 +145,7 @@ def _tables(runs: Sequence[FinishedRun], most_cells: int, left_out: list[str]) -
         for name, frame in run.tables.items():
             if name == "results":
                 continue
-            if frame.size > most_cells:
+            if name in large or frame.size > most_cells:
                 large[name] = len(frame)
                 continue
             most_cells -= frame.size

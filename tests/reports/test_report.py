@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
 from itertools import pairwise
@@ -17,11 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 import layersurgery as ls
 from layersurgery.analyses.descriptions import describe_costs, describe_ranks
@@ -33,19 +30,12 @@ from layersurgery.reports.text_format import format_with_error, is_hidden, show_
 from layersurgery.runs.tables import write_table
 from tests.analyses.test_descriptions import costs, ranks
 from tests.cli.test_cli import result_of, run
+from tests.support.browser import CONTRAST, Browser, needs_browser
 from tests.support.tiny_checkpoint import checkpoint
 from tests.support.zoo import tiny_model, tokens
 
 HOSTILE = "<script>alert('ran')</script><img src=x onerror=\"document.title='ran'\">&amp;\"'\x00\x07\x1b[31m\u202eevil\u2066\u200b\x85"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-# Where every push is tested they have to be there: these tests fail without, and are not skipped.
-needs_browser = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER) and not os.environ.get("CI"),
-    reason="no chromium and chromedriver on this machine; .ci/run installs them",
-)
 EXAMPLES = Path(__file__).parents[2] / "examples" / "smollm2-135m"
-PATIENCE = 60  # seconds, for a machine that does much else
 
 
 @pytest.fixture(scope="module")
@@ -112,77 +102,6 @@ def results_in(directory: Path, name: str = "tiny", plans: int = 0, **facts: Any
 # In a browser
 
 
-class Browser:
-    """A page in a real browser."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def open(self, page: Path, *, width: int = 1280, media: str = "", scheme: str = "light") -> Browser:
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.media(media, scheme)
-        self.driver.get("about:blank")
-        for kind in ("browser", "performance"):
-            self.driver.get_log(kind)
-        self.driver.get(page.resolve().as_uri())
-        return self
-
-    def media(self, media: str, scheme: str = "light") -> None:
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-
-    def js(self, script: str, *given: Any) -> Any:
-        return self.driver.execute_script(script, *given)
-
-    def one(self, selector: str) -> Any:
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector: str) -> list[Any]:
-        return list(self.driver.find_elements(By.CSS_SELECTOR, selector))
-
-    def until(self, happens: Callable[[], bool]) -> None:
-        WebDriverWait(self.driver, PATIENCE, 0.05).until(lambda _driver: happens())
-
-    def press(self, *keys: str) -> None:
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def column(self, place: int) -> list[float]:
-        """Exact values of a column of the routes, in the rows to be seen."""
-        script = "return [...document.querySelectorAll('#table-routes tbody tr:not([hidden])')].map((row) => row.cells[arguments[0]].dataset.v)"
-        return [float(value) for value in self.js(script, place)]
-
-    def exact(self) -> float:
-        """The value in the box that is open."""
-        return float(self.one("#chart-edits .tip .exact").text.removeprefix("exactly "))
-
-    def errors(self) -> list[Any]:
-        return list(self.driver.get_log("browser"))
-
-    def requests(self) -> list[str]:
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or "/usr/bin/chromium"
-    profile = tmp_path_factory.mktemp("profile")
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", f"user-data-dir={profile}"):
-        options.add_argument(f"--{word}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER or "/usr/bin/chromedriver"))
-    try:
-        executor: Any = driver.command_executor
-        executor.client_config.timeout = 2 * PATIENCE
-        driver.set_page_load_timeout(PATIENCE)
-        driver.set_script_timeout(PATIENCE)
-        yield Browser(driver)
-    finally:
-        driver.quit()
-
-
 @needs_browser
 def test_it_loads_nothing_and_complains_of_nothing(browser: Browser, made: ls.Report) -> None:
     browser.open(made.path)
@@ -206,10 +125,7 @@ def test_curves_show_the_value_that_the_table_holds(browser: Browser, made: ls.R
     browser.open(made.path)
     browser.js("document.querySelector('#chart-edits').scrollIntoView()")
     for edit, words in (("swap", "swap"), ("skip-mlp", "skip MLP")):
-        browser.js(
-            "[...document.querySelectorAll('#chart-edits label')].find((one) => one.textContent === arguments[0]).click()",
-            words,
-        )
+        browser.choose("edits", words)
         meant = frame[frame.edit == edit].sort_values("layer")
         marks = browser.all("#chart-edits .frame .mark")
         assert len(marks) == len(meant)
@@ -320,32 +236,6 @@ def test_print_shows_everything_but_controls(browser: Browser, made: ls.Report, 
     assert browser.js(shown, "th") == len(browser.all("th"))
     browser.media("")
     browser.until(lambda: browser.js(shown, "details table") == 0)
-
-
-CONTRAST = """
-const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = (colour) => {
-  const [r, g, b] = numbers(colour).map((value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-};
-const behind = (node) => {
-  for (; node; node = node.parentElement) {
-    const colour = getComputedStyle(node).backgroundColor;
-    if (numbers(colour)[3] !== 0) return colour;
-  }
-};
-let least = 99;
-for (const node of document.body.querySelectorAll("*")) {
-  const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-  if (!own || !node.checkVisibility() || ["SCRIPT", "NOSCRIPT"].includes(node.tagName)) continue;
-  const style = getComputedStyle(node);
-  let back = node.matches(".choice label") ? getComputedStyle(node).backgroundColor : behind(node);
-  if (numbers(back)[3] === 0) back = behind(node.parentElement);
-  const both = [light(node instanceof SVGElement ? style.fill : style.color), light(back)].sort((a, b) => a - b);
-  least = Math.min(least, (both[1] + 0.05) / (both[0] + 0.05));
-}
-return least;
-"""
 
 
 @needs_browser
