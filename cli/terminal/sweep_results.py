@@ -139,15 +139,18 @@ def _cells(row: pd.Series, metrics: Sequence[Column], max_kl: float | None) -> l
 def show_sweep(run: Run, console: Console) -> None:
     """Print the results of a finished sweep."""
     from layersurgery.runs.tables import read_results
+    from layersurgery.sweeps.map_sentences import describe_maps
     from layersurgery.sweeps.results import precision_sentence, summary_sentence
 
     frame = read_results(run.directory)
+    about_maps = describe_maps(frame)
     facts = run.facts
     result = {
         "path": str(run.directory),
         "finished": True,
         **{name: value for name, value in facts.items() if name in _FACTS},
         "summary": summary_sentence(frame),
+        "maps": about_maps,
         "precision": precision_sentence(frame),
         "results": _records(frame),
     }
@@ -167,6 +170,7 @@ def show_sweep(run: Run, console: Console) -> None:
         items.append(escape(f"No figure could be drawn: {facts['figure_error']}"))
     if sentence := summary_sentence(frame):
         items.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
+    items += (f"[bold]{escape(sentence[0].upper() + sentence[1:])}[/]" for sentence in about_maps)
     if sentence := precision_sentence(frame):
         items.append(escape(sentence[0].upper() + sentence[1:]))
     items.append(run_cost(facts))

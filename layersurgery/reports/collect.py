@@ -16,6 +16,7 @@ from ..plans.route import Route
 from ..registry import ANALYSES
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
+from ..sweeps.map_sentences import describe_maps
 from ..sweeps.results import CELL, precision_sentence, summary_sentence
 from .text_format import without_directories
 
@@ -214,7 +215,8 @@ def _words(run: FinishedRun) -> str:
     if run.is_sweep:
         frame = run.tables[_CURVES]
         known = precision_sentence(frame) if "precise" in frame else ""
-        return "; ".join(filter(None, [summary_sentence(frame), known]))
+        said = [summary_sentence(frame), *describe_maps(frame), known]
+        return ". ".join(f"{sentence[0].upper()}{sentence[1:]}" for sentence in said if sentence)
     summary = run.facts.get("summary")
     if isinstance(summary, str):
         return summary
