@@ -124,6 +124,28 @@ class Analysis:
             object.__setattr__(self, "tables", (self.name,))
 
 
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The axes of a table that is a map: a row for each cell, placed by the columns `from` and `to`.
+
+    Attributes:
+        rows: what `from` is.
+        columns: what `to` is.
+        symmetric: whether a cell stands for both orders of its two places.
+    """
+
+    rows: str = "from"
+    columns: str = "to"
+    symmetric: bool = False
+
+
+AXES = {
+    "cka": Axes("stream before block", "stream before block", symmetric=True),
+    "cosine": Axes("stream before block", "stream before block", symmetric=True),
+    "propagation": Axes("block skipped", "block whose contribution changes"),
+}
+"""The axes of maps that are not those of a family of edits, by the names of their tables."""
+
 _LENS = (
     Column("lens_kl_nats", "logit lens: KL to the final prediction", "nats", heading="lens KL"),
     Column("lens_entropy_bits", "logit lens: entropy", "bits", heading="entropy", digits=2),

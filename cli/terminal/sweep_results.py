@@ -168,9 +168,8 @@ def show_sweep(run: Run, console: Console) -> None:
         )
     if facts.get("figure_error"):
         items.append(escape(f"No figure could be drawn: {facts['figure_error']}"))
-    if sentence := summary_sentence(frame):
-        items.append(f"\n[bold]{escape(sentence[0].upper() + sentence[1:])}[/]")
-    items += (f"[bold]{escape(sentence[0].upper() + sentence[1:])}[/]" for sentence in about_maps)
+    said = [sentence for sentence in (summary_sentence(frame), *about_maps) if sentence]
+    items += ["", *(f"[bold]{escape(sentence[0].upper() + sentence[1:])}[/]" for sentence in said)] if said else []
     if sentence := precision_sentence(frame):
         items.append(escape(sentence[0].upper() + sentence[1:]))
     items.append(run_cost(facts))

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..figures.map_scale import DIVERGING, SEQUENTIAL, MapScale, is_band, lowest_cells
 from ..plans.families import FAMILIES
-from ..registry import METRICS, Column, column
+from ..registry import AXES, METRICS, Axes, Column, column
 from ..sweeps.results import CELL
 from .charts import drawn_columns, groups, metric, numbers
 from .collect import FinishedRun, is_map, labels
@@ -113,12 +113,12 @@ def _of_analyses(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, dict[str, A
         for table, frame in run.tables.items():
             if table == "results" or not is_map(frame):
                 continue
-            axes = [show_control_characters(column(side, table).label) for side in CELL]
+            axes = AXES.get(table, Axes())
             for group, part in groups(frame, CELL):
                 about = [column(name, table) for name in drawn_columns(part)]
                 if about:
                     name = (f"{table}: {group}" if group else table).replace("_", " ")
-                    yield label, _view(name, part, about, *axes)
+                    yield label, _view(name, part, about, axes.rows, axes.columns, symmetric=axes.symmetric)
 
 
 def _view(

@@ -160,6 +160,8 @@ def _finite(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the rows whose metric is finite, each plan once."""
     import numpy as np
 
+    if rows.empty:
+        return rows
     return rows[np.isfinite(rows[metric].astype(float))].drop_duplicates("plan").reset_index(drop=True)
 
 

@@ -18,6 +18,7 @@ import pytest
 import rich.console
 
 import layersurgery as ls
+from layersurgery.sweeps.map_sentences import describe_maps
 from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import tiny_model, tokens
@@ -38,6 +39,16 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(model: Path, story: Path, tmp_path: Path) -> list[Any]:
     return ["sweep", model, "--data", story, "-n", 120, "--context", 30, "-o", tmp_path / "out"]
+
+
+def test_what_maps_show_is_said(small: list[Any], tmp_path: Path) -> None:
+    value = result_of(*small, "--edits", "jump", "--layers", "2:4")
+    said = describe_maps(ls.read_results(tmp_path / "out"))
+    assert value["maps"] == said
+    assert len(said) == 3
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"jump"}
+    shown = " ".join(run(*small, "--edits", "jump", "--layers", "2:4").stdout.split())
+    assert all(f"{sentence[0].upper()}{sentence[1:]}" in shown for sentence in said)
 
 
 def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frame.loc[(frame.plan == "drop 3") & (frame.edit == "jump"), "kl_nats"] = 0.0
     results_in(path / "sweep", "sweep", results=frame)
     halves = [square(5, part=part, effect=np.arange(25.0) * sign) for part, sign in (("attention", 1), ("mlp", -3))]
-    cka = square(3, cka=np.linspace(0, 1, 9), cka_sem=0.01)
+    cka = square(3, cka=np.linspace(0, 1, 9), cka_sem=0.01).query("`from` <= to")
     results_in(path / "propagation", "analysis", propagation=pd.concat(halves), cka=cka)
     return path
 
@@ -237,13 +237,17 @@ def test_tables_of_cells_are_maps_too_with_a_view_for_each_part(browser: Browser
     browser.choose("layer-maps", "propagation: mlp")
     for _, row in cells.sample(5, random_state=0).iterrows():
         hover(browser, cells, row, chart)
-        assert shown(browser, chart) == f"from {row['from']:.0f}, to {row['to']:.0f}"
+        start, end = (f"{row[side]:.0f}" for side in ("from", "to"))
+        assert shown(browser, chart) == f"block skipped {start}, block whose contribution changes {end}"
         assert browser.exact("layer-maps") == row.effect
     ActionChains(browser.driver).click().perform()
     assert "Copied" not in browser.one(f"{chart} .tip").text
     browser.choose("layer-maps", "cka")
-    hover(browser, square(3), pd.Series({"from": 1, "to": 1}), chart)
-    assert browser.one(f"{chart} .tip .value").text == "0.500 ± 0.010"
+    assert len(browser.all(f"{chart} .cell")) == 9  # both orders of each pair
+    for pair in ({"from": 1, "to": 2}, {"from": 2, "to": 1}):
+        hover(browser, square(3), pd.Series(pair), chart)
+        assert shown(browser, chart) == "stream before block 1, stream before block 2"
+        assert browser.one(f"{chart} .tip .value").text == "0.625 ± 0.010"
 
 
 # Without a browser
