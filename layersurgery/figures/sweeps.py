@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..plans.families import FAMILIES
+from ..plans.families import FAMILIES, Bounds
 from ..registry import Column, column
 from .maps import edit_map
 from .style import COLORS, MARKERS, disable_mathtext, label_axis, label_depth, new_figure, save
@@ -136,9 +136,14 @@ def maps(sweep: Sweep) -> dict[str, Figure]:
     figures = {}
     for family in FAMILIES.values():
         rows = sweep.frame[sweep.frame.edit == family.name]
-        if not family.axes or rows.empty or "from" not in rows:
+        if not family.axes or rows.empty:
             continue
-        lines = np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0])), dtype=str)
+        depth = int(rows.depth.iloc[0])
+        if "from" not in rows:  # a table of an earlier version
+            cells = {str(member.edit): member.cell for member in family.members(Bounds(range(depth), depth))}
+            places = [cells.get(plan, (None, None)) for plan in rows.plan]
+            rows = rows.assign(**pd.DataFrame(places, rows.index, ["from", "to"], dtype="Int64"))
+        lines = np.array(family.lines(rows.plan, rows.layer, depth), dtype=str)
         for number, (line, part) in enumerate(rows.groupby(lines, sort=False), 1):
             title = ", ".join(filter(None, [f"{sweep.label}: {family.title}", str(line), sweep.caption]))
             name = f"{family.name}-{number}" if number > 1 else family.name

@@ -9,9 +9,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import layersurgery as ls
@@ -56,8 +57,14 @@ def results() -> pd.DataFrame:
     return ls.sweep(tiny_model("llama"), ",".join([*MAPS, "repeat-spans:3"]), tokens(2))
 
 
-def test_every_family_of_cells_has_its_figure_with_the_values_of_the_table(results: pd.DataFrame) -> None:
-    figures = maps(Sweep.of(results, "pydoc"))
+@pytest.fixture(scope="module")
+def figures(results: pd.DataFrame) -> dict[str, Figure]:
+    return maps(Sweep.of(results, "pydoc"))
+
+
+def test_every_family_of_cells_has_its_figure_with_the_values_of_the_table(
+    results: pd.DataFrame, figures: dict[str, Figure]
+) -> None:
     assert list(figures) == ["drop-spans", "repeat-spans", "repeat-spans-2", "jump", "replace", "swap-pairs"]
     for name in MAPS:
         rows = results[(results.edit == name) & ~results.plan.str.contains("x3")]
@@ -141,6 +148,7 @@ def test_scales_are_even_in_lightness() -> None:
     assert [lightness(color) for color in DIVERGING] == pytest.approx([lightness(c) for c in DIVERGING[::-1]], abs=1)
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=30),
     st.sampled_from(["kl_nats", "agreement", "loss_change_nats"]),
@@ -158,6 +166,7 @@ def test_a_scale_orders_all_values_and_its_ticks_are_on_it(values: list[float], 
     assert scale.low == -scale.high or not scale.diverging
 
 
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from([0.1, 0.2, 0.5, np.nan, np.inf]), min_size=16, max_size=16), st.integers(0, 3))
 def test_the_lowest_cells_are_those_of_a_search(values: list[float], count: int) -> None:
     frame = square(4, kl_nats=values)
@@ -168,9 +177,9 @@ def test_the_lowest_cells_are_those_of_a_search(values: list[float], count: int)
         assert found[np.sign(found["to"] - found["from"]) == sign].kl_nats.tolist() == known, side
 
 
-def test_the_lowest_cells_have_a_ring_and_a_name(results: pd.DataFrame) -> None:
+def test_the_lowest_cells_have_a_ring_and_a_name(results: pd.DataFrame, figures: dict[str, Figure]) -> None:
     jumps = results[results.edit == "jump"]
-    figure = maps(Sweep.of(results, "pydoc"))["jump"]
+    figure = figures["jump"]
     drops, repeats = jumps[jumps["from"] < jumps["to"]], jumps[jumps["from"] > jumps["to"]]
     lowest = [rows.loc[rows.kl_nats.idxmin()] for rows in (drops, repeats)]
     for axis in figure.axes[:3]:
@@ -180,8 +189,7 @@ def test_the_lowest_cells_have_a_ring_and_a_name(results: pd.DataFrame) -> None:
     assert "○" not in figure.axes[1].get_xlabel()
 
 
-@pytest.mark.parametrize("depth", [8, 30, 32, 64, 80])
-@pytest.mark.parametrize("longest", [None, 8])
+@pytest.mark.parametrize(("depth", "longest"), [(8, None), (30, None), (32, None), (64, 8), (80, None), (80, 8)])
 def test_labels_of_blocks_do_not_touch(depth: int, longest: int | None) -> None:
     frame = square(depth, agreement=0.5, loss_change_nats=0.1)
     if longest:

@@ -51,8 +51,10 @@ def test_several_sweeps_share_panels_and_a_legend(frame: pd.DataFrame) -> None:
     assert len({line.get_marker() for line in figure.axes[0].get_lines()[:2]}) == 2
 
 
-def test_maps_and_plans(frame: pd.DataFrame) -> None:
-    figure = maps(Sweep.of(frame, "pydoc"))["swap-pairs"]
+@pytest.mark.parametrize("earlier", [False, True])
+def test_maps_and_plans(frame: pd.DataFrame, earlier: bool) -> None:
+    table = frame.drop(columns=["from", "to"]) if earlier else frame
+    figure = maps(Sweep.of(table, "pydoc"))["swap-pairs"]
     by_plan = frame[frame.edit == "swap-pairs"].set_index("plan")
     for axis, metric, factor in zip(
         figure.axes, ("kl_nats", "agreement", "loss_change_nats"), (1, 100, 1), strict=False
