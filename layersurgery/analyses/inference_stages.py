@@ -14,7 +14,7 @@ from ..metrics.aggregation import Array
 from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
 from ..runtime.inputs import as_tokens
-from ..sweeps.observer import ATTENTION, NORMS, SIGNALS
+from ..sweeps.quantities import ATTENTION, NORMS, SIGNALS
 from .prediction_neurons import OnLayer, neurons
 from .signal_tables import DROP, LENS, SignalTables, measure_tables
 from .stage_boundaries import Boundary, Signals, as_records, boundaries, stage_of

@@ -20,7 +20,7 @@ from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
 from ..sweeps.measurer import Measurer
-from ..sweeps.observer import CHANGE, Observed
+from ..sweeps.quantities import CHANGE, Observed
 from ..sweeps.race import Race
 from ..sweeps.results import results_table
 from ..sweeps.sweep import collect_sums

@@ -16,7 +16,7 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.route import whole_number
 from ..runs.tables import as_records
 from ..runtime.inputs import as_tokens
-from ..sweeps.observer import CHANGE
+from ..sweeps.quantities import CHANGE
 from ..sweeps.race import Race
 from ..sweeps.sweep import collect_sums
 from .signal_tables import DROP, SignalTables, make_measurer

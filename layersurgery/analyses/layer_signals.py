@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models.anatomy import Anatomy
 from ..runtime.inputs import as_tokens
-from ..sweeps.observer import ATTENTION, NORMS, SIGNALS, SIMILARITY
+from ..sweeps.quantities import ATTENTION, NORMS, SIGNALS, SIMILARITY
 from .signal_tables import FROM_TEXT, LENS, measure_tables
 
 Tokens = torch.Tensor | Sequence[Sequence[int]]

@@ -19,7 +19,7 @@ from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from ..plans.variants import Variant, family
 from ..sweeps.measurer import Measurer
-from ..sweeps.observer import (
+from ..sweeps.quantities import (
     ATTENTION,
     CHANGE,
     COUNTS,
@@ -29,8 +29,6 @@ from ..sweeps.observer import (
     SIMILARITY,
     SIMILARITY_KINDS,
     Observed,
-    count_columns,
-    first_quantity,
 )
 from ..sweeps.race import Race
 from ..sweeps.results import results_table
@@ -197,7 +195,7 @@ class SignalTables:
         assert observer is not None
         visited = observer.observed_route.blocks
         rows = []
-        for span in range(1, min(observer.spans, len(visited)) + 1):
+        for span in range(1, min(observer.observed.spans, len(visited)) + 1):
             for first in visited[: len(visited) - span + 1]:
                 row = self._row(first, self._counts("tokens")) | {"span": span}
                 for name in ("angular_distance", "angular_distance_last"):
@@ -225,11 +223,11 @@ class SignalTables:
         """
         observer = self.measurer.observer
         assert observer is not None
-        if not observer.is_measured(layer, part, name):
+        if not observer.quantities.is_measured(layer, part, name):
             missing = np.full(len(self.sums_by_sequence.counts), np.nan)
             return missing, missing
-        column = observer.column(layer, part, name)
-        count = count_columns(observer.quantities)[column - first_quantity()]
+        column = observer.quantities.column(layer, part, name)
+        count = observer.quantities.count_column(column)
         return self.sums_by_sequence.observed[:, column], self.sums_by_sequence.observed[:, count]
 
     def _quantity(self, layer: int, part: str, name: str) -> dict[str, float]:

@@ -217,7 +217,7 @@ class _Work:
         observer = measurer.observer
         run.start()
         self.journal = Journal(
-            run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size
+            run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.quantities.size
         )
         # A resumed run keeps its batch size, because the journal stores whole batches.
         recorded_size: int | None = run.facts.get("batch_size")
@@ -312,7 +312,7 @@ class _Work:
             self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite("values").items()
         }
         if self.measurer.observer is not None:
-            names = self.measurer.observer.names
+            names = self.measurer.observer.quantities.names
             observed = self.journal.non_finite("observed")
             batches_by_name |= {names[column]: batches for column, batches in observed.items()}
         return batches_by_name

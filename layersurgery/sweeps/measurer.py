@@ -32,7 +32,8 @@ from ..runtime.unembedding import find_readout
 from .batch_metrics import BatchMetrics, check_readout
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
-from .observer import Observed, Observer
+from .observer import Observer
+from .quantities import Observed
 from .read_positions import ReadPositions
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 from .supported_variants import select_supported
@@ -312,7 +313,7 @@ class Measurer:
         """Measure all these sequences at once, and store the metrics at each position in `token_metrics` if given."""
         has_next, plan = has_next_token(mask), self._active.schedule
         if not bool(has_next.any()):
-            size = 0 if self.observer is None else self.observer.size
+            size = 0 if self.observer is None else self.observer.quantities.size
             values = np.zeros((len(ids), len(self.variants), len(METRICS)))
             return BatchResult(0, [0] * len(ids), values, np.zeros((len(ids), size)))
         length = self._trimmed_length(mask)
@@ -394,7 +395,7 @@ class Measurer:
         names = [self.variants[row].plan or self.variants[row].name for row in wrong.tolist()]
         if self.observer is not None:
             columns = np.flatnonzero(~np.isfinite(sums.observed).all(0))
-            names += [self.observer.names[column] for column in columns.tolist()]
+            names += [self.observer.quantities.names[column] for column in columns.tolist()]
         return names
 
     def suggest(self, length: int, *, stops: bool = False) -> int:

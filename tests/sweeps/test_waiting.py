@@ -19,7 +19,7 @@ from layersurgery.plans.variants import variants
 from layersurgery.sweeps.batch_metrics import BatchMetrics
 from layersurgery.sweeps.executor import ScheduleExecutor
 from layersurgery.sweeps.measurer import Measurer
-from layersurgery.sweeps.observer import SIGNALS, Observed
+from layersurgery.sweeps.quantities import SIGNALS, Observed
 from tests.support.zoo import DEPTH, tiny_model, tokens
 
 pytest.importorskip("triton", reason="needs Triton")
