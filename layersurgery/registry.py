@@ -170,6 +170,24 @@ _SIMILARITY = (
     Column("index", "cosine: same position, swapped and not", heading="index", digits=2),
     Column("adjacent", "cosine: adjacent blocks, not swapped", heading="adj.", digits=2),
 )
+_CKA = (
+    Column("cka", "CKA of the streams", heading="CKA", curve=False),
+    Column("cka_without_first", "CKA without the first token of each sequence", heading="w/o first", curve=False),
+)
+_COSINE = Column("cosine", "cosine of the streams", heading="cosine", curve=False)
+_STREAM = (
+    Column("stream_norm", "norm of the stream before the block", log=True, heading="norm", digits=1),
+    Column("first_token_norm", "norm of the first token's stream", log=True, heading="first", digits=1),
+    Column("stream_variance", "variance of the stream over channels", log=True, heading="variance", digits=2),
+    Column("variance_growth", "variance after the block / before it", log=True, heading="growth", digits=2),
+    Column("attention_to_stream", "norm of the attention's contribution / of the stream", log=True, heading="attn"),
+    Column("mlp_to_stream", "norm of the MLP's contribution / of the stream", log=True, heading="MLP"),
+    Column(
+        "attention_cosine", "cosine of the attention's contribution with the stream", heading="attn cos", digits=2,
+        signed=True,
+    ),
+    Column("mlp_cosine", "cosine of the MLP's contribution with the stream", heading="MLP cos", digits=2, signed=True),
+)  # fmt: skip
 _PREDICTION = Column("prediction_percent", "prediction neurons", "%", heading="pred. %", digits=2)
 _SUPPRESSION = Column("suppression_percent", "suppression neurons", "%", heading="suppr. %", digits=2)
 _NEURONS = (
@@ -237,6 +255,23 @@ ANALYSES = {
             "similarity", "contributions of swapped blocks",
             "Compare what blocks add when swapped and when not (cosine similarity).", "text", _SIMILARITY,
             {"similarity": "layersurgery.figures.signals:similarity"}, signals=("similarity",),
+        ),
+        Analysis(
+            "cka", "similarity of the streams between all depths (CKA)",
+            "Compare the residual stream between all pairs of depths (linear CKA).", "text", _CKA,
+            {"cka": "layersurgery.figures.stream_maps:cka"}, signals=("cka",),
+            describe="layersurgery.analyses.stream_signals:describe_map",
+        ),
+        Analysis(
+            "cosine", "cosine of the streams between all depths",
+            "Compare each token's residual stream between all pairs of depths (cosine similarity).", "text", (_COSINE,),
+            {"cosine": "layersurgery.figures.stream_maps:cosine"}, signals=("cosine",),
+            describe="layersurgery.analyses.stream_signals:describe_map",
+        ),
+        Analysis(
+            "stream", "growth of the stream, and what is added to it",
+            "Measure the size of the residual stream and of what attention and MLP add to it in comparison.", "text",
+            _STREAM, {"stream": "layersurgery.figures.signals:stream"}, signals=("stream",),
         ),
         Analysis(
             "neurons", "prediction and suppression neurons",

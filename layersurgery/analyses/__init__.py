@@ -7,7 +7,7 @@
 (30, 3)
 """
 
-from . import inference_stages, layer_ranking, layer_signals, prediction_neurons
+from . import inference_stages, layer_ranking, layer_signals, prediction_neurons, stream_signals
 from .analyze import on_any_text
 from .inference_stages import describe_stages
 from .layer_pruning import Pruning
@@ -19,18 +19,23 @@ from .prune_run import prune
 from .subjoiner_heads import Subjoiners, subjoiners
 
 attention = on_any_text("attention", layer_signals.attention, measure)
+cka = on_any_text("cka", stream_signals.cka, measure)
+cosine = on_any_text("cosine", stream_signals.cosine, measure)
 lens = on_any_text("lens", layer_signals.lens, measure)
 neurons = on_any_text("neurons", prediction_neurons.neurons)
 norms = on_any_text("norms", layer_signals.norms, measure)
 rank = on_any_text("rank", layer_ranking.rank)
 similarity = on_any_text("similarity", layer_signals.similarity, measure)
 stages = on_any_text("stages", inference_stages.stages)
+stream = on_any_text("stream", stream_signals.stream, measure)
 
 __all__ = [
     "Probe",
     "Pruning",
     "Subjoiners",
     "attention",
+    "cka",
+    "cosine",
     "describe_stages",
     "lens",
     "measure",
@@ -43,5 +48,6 @@ __all__ = [
     "similarity",
     "spans",
     "stages",
+    "stream",
     "subjoiners",
 ]

@@ -110,7 +110,8 @@ def measure(
     Args:
         model: a transformers causal language model, or a wrapper around one; it is not changed.
         tokens: token ids, (sequences, length).
-        signals: any of "lens", "attention", "norms", "similarity" and "drop" (the sweep's table of dropped blocks).
+        signals: any of "lens", "attention", "norms", "similarity", "cka", "cosine", "stream" and "drop" (the sweep's
+            table of dropped blocks).
         attention_mask: 1 for a token and 0 for padding, of the same shape.
         batch_size: sequences per batch; chosen by free memory if not given.
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.

@@ -172,14 +172,15 @@ def sums_table(tables: SignalTables) -> pa.Table:
     for quantity in measurer.observer.quantities if measurer.observer is not None else ():
         sums, counts = tables.sums(quantity.layer, quantity.part, quantity.name)
         columns.append((quantity.signal, quantity.layer, quantity.part, quantity.name, sums, counts, everything))
-    labels = [[column[index] for column in columns for _ in range(sequences)] for index in range(4)]
+    numbers = pa.array(np.repeat(np.arange(len(columns)), sequences))
+    signal, layer, part, name = (pa.array([column[index] for column in columns]) for index in range(4))
     return pa.table(
         {
             "sequence": pa.array(np.tile(sums_by_sequence.numbers, len(columns)), pa.int32()),
-            "signal": pa.array(labels[0]).dictionary_encode(),
-            "layer": pa.array(labels[1], pa.int32()),
-            "part": pa.array(labels[2]).dictionary_encode(),
-            "name": pa.array(labels[3]).dictionary_encode(),
+            "signal": signal.dictionary_encode().take(numbers),
+            "layer": layer.cast(pa.int32()).take(numbers),
+            "part": part.dictionary_encode().take(numbers),
+            "name": name.dictionary_encode().take(numbers),
             "sum": pa.array(np.concatenate([column[4] for column in columns]), pa.float64()),
             "count": pa.array(np.concatenate([column[5] for column in columns]).astype("int64"), pa.int64()),
         }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,28 @@ import torch
 from torch import nn
 
 from ..errors import PlanError, warn
+from ..metrics import stream_similarity
 from ..metrics.aggregation import Array, SequenceSums, ratio
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..plans.route import Route
 from ..plans.variants import Variant, family
+from ..runtime.contributions import BRANCHES
 from ..sweeps.measurer import Measurer
 from ..sweeps.quantities import (
     ATTENTION,
     CHANGE,
+    CKA,
+    COSINE,
     COUNTS,
     NORMS,
     PARTS,
     SIGNALS,
     SIMILARITY,
     SIMILARITY_KINDS,
+    STREAM,
+    STREAM_SIGNALS,
     Observed,
 )
 from ..sweeps.race import Race
@@ -36,7 +43,8 @@ from ..sweeps.row_progress import StopRule
 from ..sweeps.sweep import collect_sums
 
 LENS, DROP = "lens", "drop"
-FROM_TEXT = (LENS, *SIGNALS, DROP)
+FROM_TEXT = (LENS, *SIGNALS, *STREAM_SIGNALS, DROP)
+_HSIC = {CKA: ("hsic", "has_four_tokens"), "cka_without_first": ("hsic_without_first", "has_five_tokens")}
 _LENS_METRICS = {"lens_kl_nats": "kl_nats", "lens_entropy_bits": "entropy_bits", "lens_agreement": "agreement"}
 
 
@@ -77,7 +85,7 @@ def make_measurer(
         raise PlanError(f"no signal is given; choose from {', '.join(FROM_TEXT)}")
     if unknown := set(signals) - {*FROM_TEXT, CHANGE}:
         raise PlanError(f"unknown signals: {', '.join(sorted(unknown))}; choose from {', '.join(FROM_TEXT)}")
-    observed = [signal for signal in (*SIGNALS, CHANGE) if signal in signals]
+    observed = [signal for signal in (*SIGNALS, *STREAM_SIGNALS, CHANGE) if signal in signals]
     observe = Observed(observed, spans) if observed else None
     return Measurer(model, signal_variants(signals, depth), observe=observe, check=LENS in signals, **options)
 
@@ -102,7 +110,7 @@ class SignalTables:
         """Return the table of one signal; `frame.attrs["skipped"]` names what is missing, with the reasons."""
         frame = {
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
-            CHANGE: self.change,
+            CHANGE: self.change, CKA: self.cka, COSINE: self.cosine, STREAM: self.stream,
         }[signal]()  # fmt: skip
         frame.attrs["skipped"] = self.skipped
         return frame
@@ -116,6 +124,9 @@ class SignalTables:
             skipped |= observer.skipped
             if ATTENTION in observer.signals and not self._counts("has_five_previous").any():
                 skipped["attention_prev5"] = "no token has five tokens before it; sequences need at least six tokens"
+            for name, (_, count) in _HSIC.items() if CKA in observer.signals else ():
+                if short := int((self._counts(count) == 0).sum()):
+                    skipped[f"{name} of {short} sequence{'s'[: short != 1]}"] = "HSIC needs at least four tokens"
         return skipped
 
     @property
@@ -202,6 +213,60 @@ class SignalTables:
                     row |= self._quantity(first, str(span), name)
                 influence = self._quantity(first, "1", "block_influence")
                 rows.append(row | (influence if span == 1 else dict.fromkeys(influence, np.nan)))
+        return _typed(rows)
+
+    def cka(self) -> pd.DataFrame:
+        """Return one row per pair of states: the CKA of the residual streams, from HSIC as a mean over sequences."""
+        used = {name: self._counts(count) > 0 for name, (_, count) in _HSIC.items()}
+        hsic = {
+            (name, *pair): self.sums(pair[0], str(pair[1]), _HSIC[name][0])[0][used[name]]
+            for name in _HSIC
+            for pair in self._pairs()
+        }
+        rows = []
+        for one, two in self._pairs():
+            row = self._pair_row(one, two, used[CKA])
+            for name in _HSIC:
+                value, error = stream_similarity.cka(
+                    *(hsic[name, *pair] for pair in ((one, two), (one, one), (two, two)))
+                )
+                row |= {name: value, f"{name}_sem": error}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def cosine(self) -> pd.DataFrame:
+        """Return one row per pair of states: the mean cosine of each token's residual streams."""
+        used = self._counts("tokens") > 0
+        return pd.DataFrame(
+            [self._pair_row(one, two, used) | self._quantity(one, str(two), COSINE) for one, two in self._pairs()]
+        )
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        """Yield the pairs of states, a state with itself included."""
+        return combinations_with_replacement(range(self.depth + 1), 2)
+
+    def _pair_row(self, one: int, two: int, used: np.ndarray) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "from": one,
+            "to": two,
+            "tokens": int(self._counts("tokens")[used].sum()),
+            "sequences": int(used.sum()),
+        }
+
+    def stream(self) -> pd.DataFrame:
+        """Return one row per block: the size of the stream before it, and what is added to it in comparison."""
+        rows = []
+        for layer in range(self.depth):
+            row = self._row(layer, self._counts("tokens"))
+            for name in ("stream_norm", "first_token_norm", "stream_variance"):
+                row |= self._quantity(layer, "stream", name)
+            before, after = (self.sums(state, "stream", "stream_variance")[0] for state in (layer, layer + 1))
+            row |= _mean("variance_growth", after, before)
+            for branch in BRANCHES:
+                for name in (f"{branch}_to_stream", f"{branch}_cosine"):
+                    row |= self._quantity(layer, branch, name)
+            rows.append(row)
         return _typed(rows)
 
     def drop(self) -> pd.DataFrame:

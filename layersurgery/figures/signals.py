@@ -23,6 +23,9 @@ _SIGNAL_PANELS = (
 )  # fmt: skip
 
 
+_MAX_PANELS = 4  # in a row
+
+
 def lens(models: Sequence[ModelTables]) -> Figure:
     """Draw the logit lens after each block: KL to the final prediction, entropy, agreement (figures 6 and 8)."""
     return draw_columns(models, "lens")
@@ -36,6 +39,11 @@ def attention(models: Sequence[ModelTables]) -> Figure:
 def norms(models: Sequence[ModelTables]) -> Figure:
     """Draw the norms of attention and MLP contributions (figures 5 and 7)."""
     return draw_columns(models, "norms")
+
+
+def stream(models: Sequence[ModelTables]) -> Figure:
+    """Draw the size of the stream, and what attention and MLP add to it in comparison."""
+    return draw_columns(models, "stream")
 
 
 def neurons(models: Sequence[ModelTables]) -> Figure:
@@ -153,7 +161,7 @@ def _draw_signal(axis: Axes, table: pd.DataFrame, shown: Column) -> None:
 
 
 def _scale(axis: Axes, shown: Column, *lines: Any) -> None:
-    """Make an axis logarithmic if the column's is and its values allow it; else let it begin at zero."""
+    """Make an axis logarithmic if the column's is and its values allow it; else let it begin at zero, or show it."""
     values = np.concatenate([np.asarray(line, float) for line in lines])
     low, high = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=0)
     if shown.log and low > 0 and high > _MIN_LOG_RATIO * low:
@@ -162,7 +170,7 @@ def _scale(axis: Axes, shown: Column, *lines: Any) -> None:
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    else:
+    elif not shown.signed:
         axis.set_ylim(0, 1.08 * high if high > 0 else 1)
 
 
@@ -213,17 +221,20 @@ def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False) -> None:
 
 
 def draw_columns(models: Sequence[ModelTables], name: str) -> Figure:
-    """Draw the columns of an analysis over depth: a panel for each, a line for each model.
+    """Draw the columns of an analysis over depth: a panel for each, at most four in a row, a line for each model.
 
     Args:
         models: tables of the models, which include the analysis's main table.
         name: name of the analysis, and of its main table.
     """
     columns = ANALYSES[name].columns
-    with new_figure(3.7 * len(columns), 3.5 + 0.2 * (len(models) > 1)) as figure:
-        grid = figure.subplots(1, len(columns), squeeze=False)[0]
+    rows = -(-len(columns) // _MAX_PANELS)
+    wide = -(-len(columns) // rows)
+    with new_figure(3.7 * wide, 3.5 * rows + 0.2 * (len(models) > 1)) as figure:
+        grid = np.ravel(figure.subplots(rows, wide, squeeze=False))
+        _hide(grid[len(columns) :])
         tables = [model.tables[name] for model in models]
-        for axis, shown in zip(grid, columns, strict=True):
+        for axis, shown in zip(grid, columns, strict=False):
             values = [shown.factor * table[shown.name] for table in tables]
             for index, (model, table) in enumerate(zip(models, tables, strict=True)):
                 errors = table.get(f"{shown.name}_sem", 0 * table[shown.name])

@@ -23,6 +23,8 @@ _ABOUT = {
         if family.axes
     },
     "plans": "KL from the unedited model and top-1 agreement, a bar for each plan",
+    "cka": "CKA of the residual streams, a cell for each pair of depths",
+    "cosine": "mean cosine of each token's residual streams, a cell for each pair of depths",
     "stages": "the signals of the stages of inference over depth, the stages shaded",
     "rank": "KL when each block is removed, block influence and angular distance over depth",
     "costs": "KL, perplexity and top-1 agreement over the number of removed layers, a line for each criterion",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 60
 # What a narrow screen should show comes first: it is what the rows are, and their metrics.
 _ROW = ("name", "edit", "layer")
+_CELL = ("from", "to")  # of maps; in sweeps, names say it
 _FIRST = ("name", "criterion", "removed", "layer", "stage", "kl_nats", "agreement", "edit")
 _LAST = ("plan", "route", "model", "relative_depth", "depth", "tokens", "sequences")
 _STYLE = "background:linear-gradient(90deg,#9ecae1 {percent:.0f}%,transparent {percent:.0f}%)"
@@ -86,7 +87,8 @@ class ResultFrame(pd.DataFrame):  # type: ignore[misc]
         shown = self._shown()
         if not shown:
             return str(self.to_pandas()._repr_html_())
-        names = [name for name in _ROW if name in self and self[name].nunique() > 1]
+        keys = _ROW if "name" in self else (*_ROW, *_CELL)
+        names = [name for name in keys if name in self and self[name].nunique() > 1]
         heads = [*names, *(f"{column.heading or column.label}" for column in shown)]
         rows = []
         largest = {column.name: self[column.name].abs().max() for column in shown}

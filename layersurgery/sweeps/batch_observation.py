@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional
 
 from ..errors import MeasurementError
+from ..metrics.stream_similarity import MIN_TOKENS, cosine_sums, unbiased_hsic
 from ..plans.route import Route
 from ..runtime.attention_weights import REACH, PreviousTokenAttention
 from ..runtime.contributions import BRANCHES
 from ..runtime.inputs import has_next_token
 from ..runtime.residual_change import SpanDistances, angular_distance, block_influence
-from .quantities import CHANGE, NORMS, SIMILARITY, Observed, Quantities
+from .quantities import CHANGE, CKA, COSINE, NORMS, OF_PAIRS, SIMILARITY, STREAM, Observed, Quantities
 from .schedule import RunBlock
 
 
@@ -25,13 +26,14 @@ class BatchObservation:
         observed: the choice of what is observed.
         quantities: the measured means.
         mask: 1 for a token and 0 for padding, (sequences, length).
-        mean_free: remove the mean over channels from contributions.
+        mean_free: remove the mean over channels from contributions and from the stream.
 
     Attributes:
         is_token: True for real tokens of sequences that have a prediction, (sequences, length).
         has_five_previous: True for tokens with at least five previous tokens, (sequences, length).
         pairs: True if the token has a token k positions before it, k = 1 to 5, (sequences, length, 5).
         is_last: True for the last token of each sequence, (sequences, length).
+        is_first: True for the first token of each sequence, (sequences, length).
         sums: counts and sums by column, each (sequences,), float64.
         unedited: contributions of blocks of the unedited model, by block and part, as long as they are needed.
         second_of_swap: by the number of the stream after the first block of a swap: the block that the swap runs
@@ -49,10 +51,16 @@ class BatchObservation:
         self.has_five_previous = positions >= REACH
         self.pairs = positions[..., None] >= offsets
         self.is_last = (positions == positions.amax(-1, keepdim=True)) & self.is_token
-        counted = (self.is_token, self.has_five_previous, self.pairs, self.is_last)
+        self.is_first = positions == 0
+        tokens = self.is_token.sum(-1, keepdim=True)
+        counted = (
+            self.is_token, self.has_five_previous, self.pairs, self.is_last, self.is_first,
+            tokens >= MIN_TOKENS, tokens > MIN_TOKENS,
+        )  # fmt: skip
         self.sums = {column: flags.flatten(1).sum(-1).double() for column, flags in enumerate(counted)}
         self.unedited: dict[int, dict[str, torch.Tensor]] = {}
         self.second_of_swap: dict[int, int] = {}
+        self._states: list[torch.Tensor] = []
         self._captured: dict[str, torch.Tensor] = {}
         self._attention: dict[int, tuple[torch.Tensor, int]] = {}  # weights summed over heads, and the number of heads
         self._is_capturing = self._is_capturing_attention = False
@@ -109,8 +117,15 @@ class BatchObservation:
         self._add(block, "attention", "attention_prev5", summed.flatten(1))
         self._add(block, "attention", "attention_prev5_mean", torch.where(pairs, weights, 0).flatten(1))
 
-    def add_unedited(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add a block of the unedited model, which ran between the streams `before` and `after`."""
+    def add_unedited(self, block: int, before: torch.Tensor, after: torch.Tensor, *, parallel: bool) -> None:
+        """Add a block of the unedited model.
+
+        Args:
+            block: its number.
+            before: the stream before it.
+            after: the stream after it.
+            parallel: whether its branches read the same stream.
+        """
         signals, contributions = self.observed.signals, self._take_contributions(before, after)
         self._attention.clear()
         route = self.observed.route
@@ -120,9 +135,81 @@ class BatchObservation:
             for branch in BRANCHES:
                 if branch in contributions:
                     self._add_tokens(block, branch, f"{branch}_norm", contributions[branch].norm(dim=-1))
+        if STREAM in signals:
+            stream = self._readable(before)
+            self._add_stream(block, stream)
+            self._add_ratios(block, stream, contributions, parallel)
+        if not {*OF_PAIRS}.isdisjoint(signals):
+            self._states.append(before)
         if SIMILARITY in signals:
             self.unedited[block] = contributions
             self._add_similarity(block - 1, "adjacent", contributions)
+
+    def add_final_stream(self, state: int, stream: torch.Tensor) -> None:
+        """Add the stream after the last block of the unedited model, which is the last state."""
+        signals = self.observed.signals
+        if STREAM in signals:
+            self._add_stream(state, self._readable(stream))
+        states, self._states = [*self._states, stream], []
+        if CKA in signals:
+            self._add_pairs(("hsic", "hsic_without_first"), states, unbiased_hsic)
+        if COSINE in signals:
+            self._add_pairs(("cosine",), states, cosine_sums)
+
+    def _add_stream(self, state: int, stream: torch.Tensor) -> None:
+        """Add the size of a state of the stream, float32."""
+        norm = stream.norm(dim=-1)
+        self._add_tokens(state, "stream", "stream_norm", norm)
+        of_first = torch.where(self._mask("is_first", norm.device), norm.double(), 0)
+        self._add(state, "stream", "first_token_norm", of_first)
+        self._add_tokens(state, "stream", "stream_variance", stream.var(-1, correction=0))
+
+    def _add_ratios(
+        self, block: int, stream: torch.Tensor, contributions: dict[str, torch.Tensor], parallel: bool
+    ) -> None:
+        """Add how large each branch's contribution is compared with the stream that it is added to, and its cosine.
+
+        Branches that run one after the other are captured in their order, and the second is added to the stream and the
+        first.
+        """
+        for branch in (name for name in contributions if name in BRANCHES):
+            contribution = contributions[branch]
+            stream = stream.to(contribution.device)
+            length = stream.norm(dim=-1).clamp(min=torch.finfo(stream.dtype).tiny)
+            self._add_tokens(block, branch, f"{branch}_to_stream", contribution.norm(dim=-1) / length)
+            cosine = functional.cosine_similarity(contribution, stream, dim=-1, eps=1e-30)
+            self._add_tokens(block, branch, f"{branch}_cosine", cosine)
+            stream = stream if parallel else stream + contribution
+
+    def _add_pairs(
+        self, names: Sequence[str], states: Sequence[torch.Tensor], sum_pairs: Callable[..., torch.Tensor]
+    ) -> None:
+        """Add sums over the tokens of each sequence, for all pairs of states.
+
+        Args:
+            names: the names of the quantities.
+            states: the states, each (sequences, length, width).
+            sum_pairs: returns the sums of one sequence, (len(names), states, states), from the states of its tokens.
+        """
+        shape = self.sequences, len(names), len(states), len(states)
+        sums = torch.zeros(shape, dtype=torch.float64, device=states[-1].device)
+        for number, is_token in enumerate(self.is_token):
+            positions = is_token.nonzero()[:, 0]
+            if len(positions):
+                first, last = int(positions[0]), int(positions[-1])
+                # A slice is no copy. Only a mask with holes needs one.
+                chosen = slice(first, last + 1) if last - first < len(positions) else positions
+                own = [state[number][chosen] for state in states]
+                sums[number] = sum_pairs(own, mean_free=self.mean_free)
+        for index, name in enumerate(names):
+            for one in range(len(states)):
+                for two in range(one, len(states)):
+                    self.sums[self.quantities.column(one, str(two), name)] = sums[:, index, one, two]
+
+    def _readable(self, stream: torch.Tensor) -> torch.Tensor:
+        """Return in float32 what is read of a stream or a contribution, (sequences, length, width)."""
+        stream = stream.float()
+        return stream - stream.mean(-1, keepdim=True) if self.mean_free else stream
 
     def add_change(self, block: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add the change of the stream by a block of the observed route, and by every span of blocks that it ends."""
@@ -158,9 +245,7 @@ class BatchObservation:
                 if branches
                 else after.float() - before.to(after.device).float()
             )
-        if self.mean_free:
-            contributions = {part: value - value.mean(-1, keepdim=True) for part, value in contributions.items()}
-        return contributions
+        return {part: self._readable(value) for part, value in contributions.items()}
 
     def _add_similarity(self, layer: int, kind: str, contributions: dict[str, torch.Tensor]) -> None:
         """Add the cosine between contributions and those of block `layer` in the unedited model."""

@@ -128,6 +128,7 @@ class Measurer:
             vocabulary=self.readout.vocabulary,
             head_rows=self.readout.tokens_at_once,
             tile_elements=tiled.tile_elements(self._device),
+            observed=0 if self.observer is None else self.observer.bytes_per_token,
         )
         self._active = _ActiveRows(None, self.schedule, self._rows_of(self.routes))
 
@@ -181,9 +182,6 @@ class Measurer:
         prefetched one.
         """
         memory = self._memory_model.predict(self.schedule, sequences, length)
-        if self.observer is not None:
-            observer_bytes = self.observer.streams * sequences * length * self.runner.width * 4
-            memory = replace(memory, streams=memory.streams + observer_bytes)
         in_flight = self.schedule.bytes_in_flight(self._offloaded_bytes)
         return replace(memory, weights=memory.weights - max(0, sum(self._offloaded_bytes) - in_flight))
 

@@ -60,6 +60,7 @@ class MemoryModel:
         itemsize: bytes of one number.
         head_rows: number of tokens that the model's own head reads at once; None if logits are read in tiles.
         tile_elements: number of logits in a tile.
+        observed: bytes of activations that an observer keeps for each token.
     """
 
     weights: int
@@ -71,6 +72,7 @@ class MemoryModel:
     itemsize: int
     head_rows: int | None = None
     tile_elements: int = tiled.TILE_ELEMENTS
+    observed: int = 0
 
     @classmethod
     def from_model(
@@ -82,6 +84,7 @@ class MemoryModel:
         vocabulary: int,
         head_rows: int | None = None,
         tile_elements: int = tiled.TILE_ELEMENTS,
+        observed: int = 0,
     ) -> MemoryModel:
         """Read the sizes of a model, which may be on the meta device (without memory for its weights)."""
         config = text_config(model)
@@ -97,6 +100,7 @@ class MemoryModel:
             itemsize=next(model.parameters()).element_size(),
             head_rows=head_rows,
             tile_elements=tile_elements,
+            observed=observed,
         )
 
     def predict(self, plan: Schedule, sequences: int, length: int) -> MemoryUse:
@@ -108,7 +112,7 @@ class MemoryModel:
             tile = min(self.tile_elements, tile)
         return MemoryUse(
             weights=self.weights,
-            streams=plan.states_at_peak * tokens * self.width * self.itemsize,
+            streams=tokens * (plan.states_at_peak * self.width * self.itemsize + self.observed),
             block=tokens * (6 * self.width + self.widest + 2 * self.heads * length) * self.itemsize,
             readout=tokens * self.width * 4 * 4 + tile * 4 * 3,
         )

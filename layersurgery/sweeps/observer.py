@@ -1,11 +1,12 @@
 """Observe a model's blocks while they run: which blocks, for which signals, and when.
 
-The signals are attention to previous tokens, norms and similarity of contributions, and the change of the stream.
+The signals are attention to previous tokens, norms and similarity of contributions, the change of the stream, its size
+compared with what is added to it, and its similarity between all depths.
 
 A contribution is what a branch or a whole block adds to the residual stream. Every signal is summed by sequence at
-once. Activations are kept for two neighboring blocks at most, which the similarity of swapped blocks needs. A swap runs
-block l + 1 on the stream before block l, then block l. Both are the first steps of routes that a sweep runs in any
-case.
+once. Activations are kept for two neighboring blocks at most, which the similarity of swapped blocks needs; only the
+similarity of the stream between all depths keeps the stream of the batch at each depth. A swap runs block l + 1 on the
+stream before block l, then block l. Both are the first steps of routes that a sweep runs in any case.
 """
 
 from __future__ import annotations
@@ -31,16 +32,22 @@ from .batch_observation import BatchObservation
 from .quantities import (
     ATTENTION,
     CHANGE,
+    CKA,
+    COSINE,
     COUNTS,
     NORMS,
+    OF_PAIRS,
     PARTS,
     SIMILARITY,
     SIMILARITY_KINDS,
+    STREAM,
     Observed,
     Quantities,
     Quantity,
 )
 from .schedule import RunBlock
+
+_CONTRIBUTIONS = frozenset({NORMS, SIMILARITY, STREAM})
 
 
 class Observer:
@@ -52,8 +59,8 @@ class Observer:
 
     Attributes:
         contributions: for each block, where the contributions of its branches can be captured.
-        reads_are_mean_free: whether the mean over channels is removed from contributions. It is removed if everything
-            that reads the stream removes it too (LayerNorm).
+        reads_are_mean_free: whether the mean over channels is removed from contributions and from the stream. It is
+            removed if everything that reads the stream removes it too (LayerNorm).
         quantities: the measured means. Means that a block does not have are not included.
         skipped: reasons by name, for each mean that cannot be measured.
     """
@@ -62,13 +69,12 @@ class Observer:
         self.runner, self.observed, self.signals = runner, observed, frozenset(observed.signals)
         self.observed_route = Route.identity(runner.depth) if observed.route is None else observed.route
         assert observed.route is None or (self.signals == {CHANGE} and observed.spans == 1)
-        only_change = self.signals <= {CHANGE}  # the change of the stream needs no contributions of branches
         self.contributions = (
-            [BlockContributions((), (), "", False)] * runner.depth
-            if only_change
-            else find_contributions(runner, check_attention=ATTENTION in self.signals)
+            find_contributions(runner, check_attention=ATTENTION in self.signals)
+            if self.signals & {ATTENTION, *_CONTRIBUTIONS}
+            else [BlockContributions((), (), "", False)] * runner.depth
         )
-        self.reads_are_mean_free = not only_change and reads_are_mean_free(runner)
+        self.reads_are_mean_free = not self.signals <= {CHANGE} and reads_are_mean_free(runner)
         self.skipped: dict[str, str] = {}
         self.quantities = Quantities(self._find_quantities())
         self._batch: BatchObservation | None = None
@@ -106,6 +112,7 @@ class Observer:
                     else:
                         reason = contributions.error or f"the block has no {branch}"
                         self.skipped[f"{branch} norm of block {layer}"] = reason
+        yield from self._find_stream_quantities()
         if SIMILARITY in self.signals:
             if self.runner.depth < 2:
                 self.skipped["similarity"] = "the model has only one block, so there is no neighbor to swap it with"
@@ -124,6 +131,30 @@ class Observer:
                 for span in range(1, min(self.observed.spans, len(visited) - position) + 1):
                     yield Quantity(CHANGE, layer, str(span), "angular_distance", "tokens")
                     yield Quantity(CHANGE, layer, str(span), "angular_distance_last", "last_tokens")
+
+    def _find_stream_quantities(self) -> Iterator[Quantity]:
+        """Yield what can be measured of the stream, and note in `skipped` why the rest cannot."""
+        states = range(self.runner.depth + 1)
+        if STREAM in self.signals:
+            for state in states:
+                yield Quantity(STREAM, state, "stream", "stream_norm", "tokens")
+                yield Quantity(STREAM, state, "stream", "first_token_norm", "first_tokens")
+                yield Quantity(STREAM, state, "stream", "stream_variance", "tokens")
+            for layer, contributions in enumerate(self.contributions):
+                for branch in BRANCHES:
+                    if contributions.has(branch):
+                        yield Quantity(STREAM, layer, branch, f"{branch}_to_stream", "tokens")
+                        yield Quantity(STREAM, layer, branch, f"{branch}_cosine", "tokens")
+                    else:
+                        reason = contributions.error or f"the block has no {branch}"
+                        self.skipped[f"{branch} contribution of block {layer}"] = reason
+        for signal, name, count in (
+            (CKA, "hsic", "has_four_tokens"),
+            (CKA, "hsic_without_first", "has_five_tokens"),
+            (COSINE, "cosine", "tokens"),
+        ):
+            if signal in self.signals:
+                yield from (Quantity(signal, one, str(two), name, count) for one in states for two in states[one:])
 
     def _not_comparable(self, layer: int, part: str) -> str:
         """Return why a part of two neighboring blocks cannot be compared; empty if it can."""
@@ -154,7 +185,7 @@ class Observer:
                         (point, partial(batch.capture, point.branch, point.scale))
                         for point in contributions.capture_points
                     ]
-                    needed = points if self.signals & {NORMS, SIMILARITY} else []
+                    needed = points if self.signals & _CONTRIBUTIONS else []
                     contexts.enter_context(
                         capture_contributions(block, needed, contributions.mixers, on_attention, batch.shape)
                     )
@@ -169,7 +200,9 @@ class Observer:
         with batch.capturing(attention=True):
             yield
         assert record.last_block is not None
-        batch.add_unedited(block, *record.last_block)
+        batch.add_unedited(block, *record.last_block, parallel=bool(self.runner.anatomy.parts(block).parallel))
+        if block == self.runner.depth - 1:
+            batch.add_final_stream(self.runner.depth, record.last_block[1])
 
     def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run a block of an edited model with `call`, observing it if needed, and return the stream after it."""
@@ -218,7 +251,11 @@ class Observer:
         return self._batch
 
     @property
-    def streams(self) -> int:
-        """Return how many more tensors of the stream's size, in float32, are in memory at the same time."""
+    def bytes_per_token(self) -> int:
+        """Return the bytes of activations that are kept for each token, at their largest number."""
         changes = self.observed.spans + 2 if CHANGE in self.signals else 0
-        return changes + (9 if SIMILARITY in self.signals else 3 if NORMS in self.signals else 0)
+        of_branches = {SIMILARITY: 9, STREAM: 6, NORMS: 3}
+        contributions = max((of_branches.get(signal, 0) for signal in self.signals), default=0)
+        states = (self.runner.depth + 1) * bool(self.signals & {*OF_PAIRS})
+        itemsize = next(self.runner.model.parameters()).element_size()
+        return self.runner.width * (4 * (changes + contributions) + itemsize * states)

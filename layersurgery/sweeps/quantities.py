@@ -9,10 +9,16 @@ from ..plans.route import Route
 from ..runtime.contributions import BRANCHES
 
 ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"
+CKA, COSINE, STREAM = "cka", "cosine", "stream"
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)
+STREAM_SIGNALS = (CKA, COSINE, STREAM)
+OF_PAIRS = (CKA, COSINE)
+"""Signals of all pairs of states. State k is the stream before block k; the last one is the stream after all blocks."""
 PARTS = (*BRANCHES, "block")
 SIMILARITY_KINDS = ("self", "index", "adjacent")
-COUNTS = ("tokens", "has_five_previous", "pairs", "last_tokens")
+COUNTS = (
+    "tokens", "has_five_previous", "pairs", "last_tokens", "first_tokens", "has_four_tokens", "has_five_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +27,14 @@ class Quantity:
 
     Attributes:
         signal: the signal that it belongs to.
-        layer: the block; for a swap, the first of the two blocks.
-        part: "attention", "mlp" or "block"; for a change of the stream, the number of consecutive blocks, as text.
+        layer: the block; for a swap, the first of the two blocks; for the stream itself and pairs of states, the state.
+        part: "attention", "mlp" or "block"; "stream" for the stream itself; for a change of the stream, the number of
+            consecutive blocks, as text; for a pair of states, the second one, as text.
         name: the column of the table.
         count: what is counted, one of `COUNTS`: real tokens ("tokens"), tokens with at least five previous tokens
-            ("has_five_previous"), pairs of a token and one of its five previous tokens ("pairs"), or last tokens of
-            sequences ("last_tokens").
+            ("has_five_previous"), pairs of a token and one of its five previous tokens ("pairs"), last or
+            first tokens of sequences ("last_tokens", "first_tokens"), or sequences of at least four or five tokens
+            ("has_four_tokens", "has_five_tokens").
     """
 
     signal: str
@@ -35,13 +43,18 @@ class Quantity:
     name: str
     count: str
 
+    def __str__(self) -> str:
+        if self.signal in OF_PAIRS:
+            return f"{self.name} of states {self.layer} and {self.part}"
+        return f"{self.part} {self.name} of block {self.layer}"
+
 
 @dataclass(frozen=True, slots=True)
 class Observed:
     """Choice of what is observed on a model's blocks.
 
     Attributes:
-        signals: the signals to measure, some of `SIGNALS`, or only "change" (of the stream).
+        signals: the signals to measure, some of `SIGNALS` and `STREAM_SIGNALS`; or only "change" (of the stream).
         spans: for "change": the largest number of consecutive blocks.
         route: for "change": the route to observe, which visits no block twice; the unedited model's if not given.
     """
@@ -73,10 +86,7 @@ class Quantities:
     @property
     def names(self) -> list[str]:
         """Return a description of each number that is stored for a sequence."""
-        return [
-            *COUNTS,
-            *(f"{quantity.part} {quantity.name} of block {quantity.layer}" for quantity in self._quantities),
-        ]
+        return [*COUNTS, *map(str, self._quantities)]
 
     def column(self, layer: int, part: str, name: str) -> int:
         """Return the index of a quantity's sum among the numbers that are stored for a sequence."""

@@ -16,7 +16,7 @@ from tests.analyses import test_probe, test_subjoiners
 from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import tiny_model, tokens
 
-SIGNALS = ["lens", "attention", "norms", "similarity", "drop"]
+SIGNALS = ["lens", "attention", "norms", "similarity", "cka", "cosine", "stream", "drop"]
 WRITTEN = ["stages", "boundaries", "rank", "spans", "results"]
 WINDOWS = {
     "probe": ("probes", "single_neurons", "top_k", "effects"),
