@@ -32,6 +32,7 @@ _WRAP_WIDTH = 110
 def progress_line(frame: pd.DataFrame) -> str:
     """Summarize a table of results so far in one line."""
     rows = frame[frame.part == "block"] if "part" in frame else frame
+    rows = rows[rows["to"] == rows["from"] + 1] if "to" in rows else rows
     for analysis in ANALYSES.values():
         if analysis.columns and (column := analysis.columns[0]).name in rows:
             return f"{column.heading} {sparkline([_float(value) for value in rows[column.name]])}"
@@ -43,6 +44,9 @@ def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Tab
     yield ""
     if name == "similarity":
         yield from _similarity_tables(frame)
+        return
+    if "to" in frame:
+        yield from _state_tables(name, frame)
         return
     if name == "subjoiners":
         yield from _head_table(frame)
@@ -104,6 +108,32 @@ def _similarity_tables(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     for branch in branches:
         curve = sparkline(frame[frame.part == branch][first.name].tolist())
         yield Text(f"{branch:>10}, {first.heading} {curve}", no_wrap=True)
+
+
+def _state_tables(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text]:
+    """Yield a table of how similar the stream before each layer is to that after it, to the first and to the last."""
+    columns = [column for column in ANALYSES[name].columns if column.name in frame]
+    cells = frame.set_index(["from", "to"])
+    last = int(frame["to"].max())
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("\nlayer", justify="right", no_wrap=True)
+    for column in columns:
+        for heading in (f"{column.heading}\nafter it", "\nbefore all", "\nafter all"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for layer in range(last):
+        values = [
+            (column, float(cells[column.name][pair]))
+            for column in columns
+            for pair in ((layer, layer + 1), (0, layer), (layer, last))
+        ]
+        table.add_row(
+            str(layer), *("-" if math.isnan(value) else number_cell(value, column) for column, value in values)
+        )
+    yield table
+    yield ""
+    for column in columns:
+        curve = sparkline([float(cells[column.name][layer, layer + 1]) for layer in range(last)])
+        yield Text(f"{column.heading:>20} {curve}", no_wrap=True)
 
 
 def _head_table(frame: pd.DataFrame) -> Iterator[Table]:

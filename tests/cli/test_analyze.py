@@ -31,7 +31,7 @@ from layersurgery.runs.single_step import TablesAndFacts, run_once
 from tests.cli.test_cli import result_of, run
 from tests.runs.test_runs import StopError, text
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
-from tests.support.zoo import DEPTH, tiny_model
+from tests.support.zoo import DEPTH, slow, tiny_model
 
 TABLES = ["stages", "lens", "attention", "norms", "similarity", "drop", "neurons"]
 
@@ -107,6 +107,61 @@ def test_one_at_a_time_gives_the_same_table(place: Path, tmp_path: Path, analysi
             assert image.width > 600
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
     assert (tmp_path / "out" / f"{analysis}.png").exists()
+
+
+@pytest.mark.parametrize("analysis", ["cka", slow("cosine"), "stream"])
+def test_what_is_measured_of_the_stream_is_written_drawn_and_said(place: Path, tmp_path: Path, analysis: str) -> None:
+    out = tmp_path / "out"
+    loaded = ls.load(place / "tiny").model
+    ids = tiny_tokenizer()((place / "story.txt").read_text(), add_special_tokens=False)["input_ids"][:120]
+    meant = getattr(ls.analyses, analysis)(loaded, [ids[start : start + 30] for start in range(0, 120, 30)])
+    found = run("analyze", analysis, place / "tiny", *words(place), "--batch-size", 3, "-o", out)
+    assert found.exit_code == 0
+    frame = ls.read_results(out)
+    pd.testing.assert_frame_equal(
+        frame.drop(columns="model"), meant.drop(columns="model"), check_dtype=False, atol=1e-5, rtol=1e-4
+    )
+    rows = [line.split() for line in found.stdout.splitlines() if line[:5].strip().isdecimal()]
+    assert [row[0] for row in rows] == [str(layer) for layer in range(DEPTH)]
+    assert "highest" in found.stdout
+    assert all(len(line) <= 110 for line in found.stdout.splitlines() if not line.startswith("Results are in"))
+    with Image.open(out / f"{analysis}.png") as image:
+        assert image.width > 600
+    sequences = pd.read_parquet(out / "sequences.parquet")
+    assert set(sequences.signal) == {analysis}
+    if analysis == "cosine":
+        mine = sequences[(sequences.layer == 1) & (sequences.part == "4")]
+        assert mine["sum"].sum() / mine["count"].sum() == pytest.approx(
+            frame.query("`from` == 1 and to == 4").cosine.item()
+        )
+    assert ("<th>from</th><th>to</th>" in frame._repr_html_()) == (analysis != "stream")
+    words_in_page = ls.report([out], tmp_path / "page.html").path.read_text()
+    assert ANALYSES[analysis].title in words_in_page or "a cell for each pair of depths" in words_in_page
+
+
+@pytest.mark.parametrize("analysis", ["cka", slow("stream")])
+def test_what_is_measured_of_the_stream_resumes_to_the_same_bytes(tmp_path: Path, analysis: str) -> None:
+    def do(directory: Path, on_progress: Any = None) -> None:
+        measurer = make_measurer(tiny_model("llama"), ANALYSES[analysis].signals, DEPTH)
+        with open_run(directory, {"analysis": analysis}, kind=ANALYSIS) as run:
+            run_measurement(
+                run, measurer, text(), AnalysisOutput(analysis, measurer, "tiny"), batch_size=2, on_progress=on_progress
+            )
+
+    def stop(now: Any) -> None:
+        if now.table is not None and now.sequences >= 4:
+            raise StopError
+
+    do(tmp_path / "whole")
+    with pytest.raises(StopError):
+        do(tmp_path / "run", stop)
+    do(tmp_path / "run")
+    kept = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "run.json"}
+        for name in ("whole", "run")
+    ]
+    assert kept[0] == kept[1]
+    assert f"{analysis}.parquet" in kept[0]
 
 
 def run_sizes(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool) -> Run:

@@ -153,10 +153,13 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["stages", "analyze cka"])
+def test_two_processes_find_the_stages_of_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     def given(out: str) -> list[str]:
         asked = [
-            "stages",
+            *command.split(),
             "tiny",
             "--data",
             "story.txt",
@@ -169,15 +172,16 @@ def test_two_processes_find_the_stages_of_one(place: Path, tmp_path: Path, monke
             "--device",
             "cpu",
             "-o",
-            place / out,
+            place / f"{asked_for}-{out}",
         ]
         return [str(word) for word in asked]
 
-    ended = start(place, tmp_path, 2, given("stages-2"))
+    asked_for = command.replace(" ", "-")
+    ended = start(place, tmp_path, 2, given("2"))
     assert ended.codes == [0, 0], ended.err
     monkeypatch.chdir(place)
-    assert run(*given("stages-1")).exit_code == 0
-    assert files(place / "stages-1") == files(place / "stages-2")
+    assert run(*given("1")).exit_code == 0
+    assert files(place / f"{asked_for}-1") == files(place / f"{asked_for}-2")
 
 
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
