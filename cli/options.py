@@ -243,6 +243,14 @@ Read = Annotated[
         rich_help_panel=_PRECISION,
     ),
 ]
+Propagation = Annotated[
+    bool,
+    typer.Option(
+        "--propagation",
+        help="Also write propagation.parquet: for each edit, how much what each later layer's attention and MLP add "
+        "changes. This runs no more blocks.",
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -391,6 +399,7 @@ _SHOWN: dict[str, Any] = {
     "until": Until,
     "confidence": Confidence,
     "read": Read,
+    "propagation": Propagation,
     "batch_size": BatchSize,
     "dtype": Dtype,
     "quantize": Quantize,

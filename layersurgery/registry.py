@@ -208,6 +208,13 @@ _RANK = (
     Column("angular_rank", "rank by angular distance", heading="ang.", digits=0, curve=False),
 )
 
+_CHANGE = "change of what a layer adds, relative to its size"
+_PROPAGATION = (
+    Column("change_mean", f"mean {_CHANGE}", log=True, heading="mean"),
+    Column("change_max", f"largest {_CHANGE}", log=True, heading="largest"),
+)
+PROPAGATION = "propagation"
+"""Name of the table of what later layers do after an edit, and of its figure; a sweep writes them on request."""
 _COSTS = (
     METRICS[0],
     Column("perplexity", "perplexity", log=True, heading="ppl.", digits=1, definition="exp(loss)"),
@@ -322,6 +329,10 @@ ANALYSES = {
             "costs", "cost of removing layers by each criterion", "", "text", _COSTS,
             {"costs": "layersurgery.figures.pruning:costs"},
             describe="layersurgery.analyses.descriptions:describe_costs",
+        ),
+        Analysis(
+            PROPAGATION, "change of what later layers add after an edit", "", "text", _PROPAGATION,
+            {PROPAGATION: "layersurgery.figures.propagation:propagation"},
         ),
     )
 }  # fmt: skip

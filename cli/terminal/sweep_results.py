@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layersurgery.plans.families import FAMILIES
-from layersurgery.registry import METRICS, Column
+from layersurgery.registry import METRICS, PROPAGATION, Column
 
 from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
@@ -140,11 +140,13 @@ def show_sweep(run: Run, console: Console) -> None:
     """Print the results of a finished sweep."""
     from layersurgery.runs.tables import read_results
     from layersurgery.sweeps.map_sentences import describe_maps
+    from layersurgery.sweeps.propagation_results import propagation_sentence
     from layersurgery.sweeps.results import precision_sentence, summary_sentence
 
     frame = read_results(run.directory)
     about_maps = describe_maps(frame)
     facts = run.facts
+    reach = propagation_sentence(frame.attrs.get(PROPAGATION, []))
     result = {
         "path": str(run.directory),
         "finished": True,
@@ -152,12 +154,14 @@ def show_sweep(run: Run, console: Console) -> None:
         "summary": summary_sentence(frame),
         "maps": about_maps,
         "precision": precision_sentence(frame),
+        PROPAGATION: reach,
         "results": _records(frame),
     }
     files = [
         "results.parquet",
         "results.csv",
         *(["tokens.parquet"] if facts["arguments"]["per_token"] else []),
+        *(file for file in facts["files"] if file.startswith(f"{PROPAGATION}.")),
         *facts["figures"],
     ]
     items = [*lines(frame, console.out.width)]
@@ -170,8 +174,7 @@ def show_sweep(run: Run, console: Console) -> None:
         items.append(escape(f"No figure could be drawn: {facts['figure_error']}"))
     said = [sentence for sentence in (summary_sentence(frame), *about_maps) if sentence]
     items += ["", *(f"[bold]{escape(sentence[0].upper() + sentence[1:])}[/]" for sentence in said)] if said else []
-    if sentence := precision_sentence(frame):
-        items.append(escape(sentence[0].upper() + sentence[1:]))
+    items += [escape(text[0].upper() + text[1:]) for text in (reach, precision_sentence(frame)) if text]
     items.append(run_cost(facts))
     items.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
     console.result(result, *items)

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..plans.families import FAMILIES, Bounds
-from ..registry import Column, column
+from ..registry import PROPAGATION, Column, column
 from .maps import edit_map
-from .style import COLORS, MARKERS, disable_mathtext, label_axis, label_depth, new_figure, save
+from .propagation import drawn_edits, propagation
+from .style import COLORS, MARKERS, ModelTables, disable_mathtext, label_axis, label_depth, new_figure, save
 
 _BY_LAYER = tuple(family.name for family in FAMILIES.values() if family.per_layer)
 _KL, _AGREEMENT = column("kl_nats"), column("agreement")
@@ -58,6 +59,11 @@ def sweep_figures(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
     for index, sweep in enumerate(sweeps):
         suffix = f"-{index + 1}" if len(sweeps) > 1 else ""
         figures |= {f"{name}{suffix}": figure for name, figure in maps(sweep).items()}
+        changes = ModelTables(
+            {PROPAGATION: pd.DataFrame(sweep.frame.attrs.get(PROPAGATION, []))}, sweep.label, sweep.caption
+        )
+        if drawn_edits(changes.tables[PROPAGATION]):
+            figures[f"{PROPAGATION}{suffix}"] = propagation([changes])
         if (sweep.frame.edit == "plan").any():
             figures[f"plans{suffix}"] = plans(sweep)
     return figures

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 
 from ..errors import SourceError
 from ..plans.route import Route
-from ..registry import ANALYSES
+from ..registry import ANALYSES, PROPAGATION
 from ..runs.run_directory import SWEEP
 from ..runs.tables import RESULTS, RUN, read_run, read_table
 from ..sweeps.map_sentences import describe_maps
+from ..sweeps.propagation_results import propagation_sentence
 from ..sweeps.results import CELL, precision_sentence, summary_sentence
 from .text_format import without_directories
 
@@ -215,7 +216,8 @@ def _words(run: FinishedRun) -> str:
     if run.is_sweep:
         frame = run.tables[_CURVES]
         known = precision_sentence(frame) if "precise" in frame else ""
-        said = [summary_sentence(frame), *describe_maps(frame), known]
+        reach = propagation_sentence(frame.attrs.get(PROPAGATION, []))
+        said = [summary_sentence(frame), *describe_maps(frame), reach, known]
         return ". ".join(f"{sentence[0].upper()}{sentence[1:]}" for sentence in said if sentence)
     summary = run.facts.get("summary")
     if isinstance(summary, str):

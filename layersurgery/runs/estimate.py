@@ -82,6 +82,7 @@ def estimate_run(
         blocks=options.blocks,
         read=options.read_positions,
         quantize=placement.quantize,
+        propagation=options.measures_propagation,
     )
     rate = matmul_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)
     return replace(cost, seconds=cost.flops / rate), placement

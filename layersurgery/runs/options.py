@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..sweeps.precision import Precision
     from ..sweeps.read_positions import ReadPositions
 
-SWEEP_ONLY = ("until", "confidence", "read")
+SWEEP_ONLY = ("until", "confidence", "read", "propagation")
 """Options that only sweeps take."""
 
 
@@ -45,6 +45,7 @@ class RunOptions:
             (see `sweeps.precision.Precision.parse`); then `tokens` is the most that is used.
         confidence: for `until`: probability that an interval holds the true mean.
         read: read predictions at a random share of each sequence's positions ("1/4"), or at a number of them (64).
+        propagation: for sweeps: also measure how much what later blocks add changes after each edit.
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
             float16 becomes float32).
@@ -77,6 +78,7 @@ class RunOptions:
     until: Any = None
     confidence: float = 0.95
     read: str | float | None = None
+    propagation: bool = False
     batch_size: int | None = None
     dtype: str = "auto"
     quantize: str | None = None
@@ -118,8 +120,19 @@ class RunOptions:
             return None
         from ..sweeps.precision import Precision
 
-        self.refuse(["per_token"], "needs all text for every edit; leave until out")
+        self.refuse(["per_token", "propagation"], "needs all text for every edit; leave until out")
         return Precision.parse(self.until, self.confidence)
+
+    @property
+    def measures_propagation(self) -> bool:
+        """Return whether propagation is measured.
+
+        Raises:
+            PlanError: it excludes another option.
+        """
+        if self.propagation:
+            self.refuse(["compile"], "hides what the parts of a block add; leave compile or propagation out")
+        return self.propagation
 
     @property
     def read_positions(self) -> ReadPositions | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..atomic_io import atomic_file, directory_lock
 from ..errors import OutputError
+from ..registry import PROPAGATION
 from ..version import __version__
 from .per_token import PARTS, TOKENS
 from .run_record import RunRecord
@@ -198,7 +199,8 @@ def _find_results(directory: Path, earlier: RunRecord) -> list[str]:
         else []
     )
     written = (*earlier.get("figures", []), *earlier.get("files", []), *earlier.get("replaced", []))
-    names = [Path(str(name)).name for name in (*tables, *written, RESULTS, CSV, SEQUENCES, TOKENS)]
+    of_sweep = (RESULTS, CSV, SEQUENCES, TOKENS, f"{PROPAGATION}.parquet", f"{PROPAGATION}.csv")
+    names = [Path(str(name)).name for name in (*tables, *written, *of_sweep)]
     both = dict.fromkeys(file for name in names for file in (name, f".{name}.partial"))
     return [file for file in both if (directory / file).is_file() or (directory / file).is_symlink()]
 

@@ -13,10 +13,13 @@ import torch
 from ..errors import MeasurementError, OutputError
 from ..metrics.aggregation import BatchResult, SequenceSums
 from ..plans.variants import Variant
+from ..registry import PROPAGATION
 from ..runtime.inputs import has_next_token
 from ..runtime.offload import device_of
 from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
+from ..sweeps.propagation import Propagation
+from ..sweeps.propagation_results import propagation_rows, propagation_table
 from ..sweeps.results import results_table, sequence_table
 from ..sweeps.row_progress import BatchRows, RowProgress, StopRule
 from .distributed import ProcessGroup, SingleProcess
@@ -24,7 +27,7 @@ from .journal import Journal
 from .per_token import PARTS, TOKENS, is_complete, join_parts, write_batch
 from .run_directory import JOURNAL, Run
 from .run_record import RunRecord, StoppingFacts
-from .tables import CSV, RESULTS, SEQUENCES, write_sweep
+from .tables import CSV, RESULTS, SEQUENCES, write_sweep, write_table
 from .text import TokenizedText
 
 if TYPE_CHECKING:
@@ -72,11 +75,13 @@ class SweepOutput:
         variants: the models, the unedited one first.
         name: the model's name.
         precision: the precision at which an edit is finished; None if all text is measured.
+        propagation: the measured changes of later blocks; None if they are not measured.
     """
 
     variants: Sequence[Variant]
     name: str
     precision: Precision | None = None
+    propagation: Propagation | None = None
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return a table with a row for each model."""
@@ -86,7 +91,12 @@ class SweepOutput:
         """Write the table of results and the sums of each sequence; return the table and the names of the files."""
         frame = self.table(sums)
         write_sweep(directory, frame, sequence_table(self.variants, sums))
-        return frame, [RESULTS, CSV, SEQUENCES]
+        files = [RESULTS, CSV, SEQUENCES]
+        if self.propagation is not None:
+            rows = propagation_rows(self.variants, self.propagation, sums, self.name)
+            files += write_table(directory, PROPAGATION, propagation_table(rows))
+            frame.attrs[PROPAGATION] = rows
+        return frame, files
 
 
 def run_measurement(
@@ -214,7 +224,7 @@ class _Work:
     ) -> None:
         self.run, self.measurer, self.text, self.output = run, measurer, text, output
         self.per_token, self.tokenizer, self.on_progress = per_token, tokenizer, on_progress
-        observer = measurer.observer
+        observer = measurer.block_observer
         run.start()
         self.journal = Journal(
             run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.quantities.size
@@ -311,8 +321,8 @@ class _Work:
         batches_by_name = {
             self.measurer.variants[row].plan: batches for row, batches in self.journal.non_finite("values").items()
         }
-        if self.measurer.observer is not None:
-            names = self.measurer.observer.quantities.names
+        if self.measurer.block_observer is not None:
+            names = self.measurer.block_observer.names
             observed = self.journal.non_finite("observed")
             batches_by_name |= {names[column]: batches for column, batches in observed.items()}
         return batches_by_name
@@ -335,6 +345,7 @@ class _Work:
     def _describe_run(self) -> RunRecord:
         """Return the facts about the model, the text and the run for `run.json`."""
         text, measurer, seconds = self.text, self.measurer, self.journal.seconds
+        observer = measurer.block_observer
         sequences, length = text.ids.shape
         parameters = list(measurer.model.parameters())
         stopping = self._describe_stopping()
@@ -362,8 +373,8 @@ class _Work:
             "sequences_at_once": self.max_sequences,
             "readout": measurer.readout.description,
             "compiled": _compiled_or_reason(measurer),
-            "skipped": measurer.skipped | ({} if measurer.observer is None else measurer.observer.skipped),
-            "centred": None if measurer.observer is None else measurer.observer.reads_are_mean_free,
+            "skipped": measurer.skipped | ({} if observer is None else observer.skipped),
+            "centred": None if observer is None else observer.reads_are_mean_free,
             "non_finite": self._find_non_finite(),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(measured / max(seconds, 1e-9), 3),

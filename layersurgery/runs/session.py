@@ -434,7 +434,8 @@ class ModelSession:
             f"weights {format_bytes(memory.weights)}, residual streams {format_bytes(memory.streams)}, one block "
             f"{format_bytes(memory.block)} or one readout {format_bytes(memory.readout)}"
         )
-        self.reporter.skipped(measurer.skipped)
+        propagation = measurer.propagation
+        self.reporter.skipped(measurer.skipped | ({} if propagation is None else propagation.skipped))
 
 
 def tokenizer_of_run(source: Source | None, other: Any, label: str, *, trust_remote_code: bool = False) -> Any:

@@ -38,6 +38,7 @@ class SweepTask:
 
     variants: list[Variant]
     precision: Precision | None = None
+    propagation: bool = False
     name: str = "sweep"
 
     @property
@@ -46,8 +47,9 @@ class SweepTask:
         return SWEEP
 
     def arguments(self) -> dict[str, Any]:
-        """Return the edits."""
-        return {"edits": [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]}
+        """Return the edits, and whether propagation is measured."""
+        edits = [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]
+        return {"edits": edits, **({"propagation": True} if self.propagation else {})}
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all variants."""
@@ -58,6 +60,7 @@ class SweepTask:
             compiled=options.compile,
             order=options.schedule,
             read=options.read_positions,
+            propagation=self.propagation,
         )
 
     def rule(self, mask: torch.Tensor | None) -> StopRule | None:
@@ -67,7 +70,7 @@ class SweepTask:
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""
         assert rule is None or isinstance(rule, Precision)
-        return SweepOutput(measurer.variants, label, rule)
+        return SweepOutput(measurer.variants, label, rule, measurer.propagation)
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""
@@ -86,7 +89,8 @@ def run_sweep(
     overwrite: bool = False,
 ) -> Run:
     """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
-    task = SweepTask(variants(edits, session.depth, layers, max_span), session.options.precision)
+    options = session.options
+    task = SweepTask(variants(edits, session.depth, layers, max_span), options.precision, options.measures_propagation)
     return session.run(task, directory, overwrite=overwrite)
 
 
@@ -132,7 +136,9 @@ def sweep(
         error over sequences (kl_nats_sem) and the ends of its confidence interval (kl_nats_low, kl_nats_high);
         `interval` says what the intervals hold for. Families of spans and pairs also have `from` and `to`, the edit's
         place in their map. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
-        sequences differ between rows. It is a pandas DataFrame, with figures: `frame.plot()`.
+        sequences differ between rows. With `propagation`, `frame.attrs["propagation"]` has a dictionary for each edit,
+        later layer and branch, and `read_results(directory, "propagation")` the same as a table. It is a pandas
+        DataFrame, with figures: `frame.plot()`.
 
     Raises:
         PlanError: an edit does not fit the model, or the text cannot be measured.
@@ -155,6 +161,7 @@ def sweep(
     if directory is None:
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
         precision, read = run_options.precision, run_options.read_positions
+        propagation = run_options.measures_propagation
         with open_text(model, given, run_options) as (session, loaded, tokens):
             frame = sweep_tokens(
                 loaded,
@@ -169,6 +176,7 @@ def sweep(
                 order=run_options.schedule,
                 precision=precision,
                 read=read,
+                propagation=propagation,
                 progress=progress,
             )
         return as_result(frame, "sweep", session.caption(tokens))

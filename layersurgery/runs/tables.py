@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..atomic_io import atomic_file
 from ..errors import SourceError
-from ..registry import ANALYSES
+from ..registry import ANALYSES, PROPAGATION
 from .run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ PARQUET_ONLY = ("neuron_scores",)
 """Tables with a row for each neuron: too large for CSV, figures and pages."""
 TABLES = (*dict.fromkeys(table for analysis in ANALYSES.values() for table in analysis.tables), "step")
 """Names of the tables of analyses. Their figures have the same names."""
-_IN_ATTRS = {"stages": "boundaries", "rank": "spans"}
+_IN_ATTRS = {"stages": "boundaries", "rank": "spans", "results": PROPAGATION}
 """Tables that are read together with another table, into its `attrs`."""
 _OTHER_TABLES = ("boundaries", "sequences", "tokens")
 
@@ -79,7 +79,8 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
         directory: the output directory of the run.
         table: name of the table ("lens", "attention", ...); by default the run's first table. The table "stages" has
             the boundaries between stages in `frame.attrs["boundaries"]`. "sequences" has the sums of each sequence, and
-            "tokens" has every metric of every token, if the run wrote it.
+            "tokens" has every metric of every token, and "propagation" the changes of later blocks, if the run wrote
+            them.
 
     Returns:
         The table: a pandas DataFrame, with figures: `frame.plot()`.
@@ -117,16 +118,18 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
 def read_table(directory: Path, name: str) -> pd.DataFrame:
     """Read one table of a directory.
 
-    "stages" has the boundaries between stages in `frame.attrs["boundaries"]`, and "rank" the spans of blocks in
-    `frame.attrs["spans"]`.
+    "stages" has the boundaries between stages in `frame.attrs["boundaries"]`, "rank" the spans of blocks in
+    `frame.attrs["spans"]`, and "results" the changes of later blocks, if they were measured, in
+    `frame.attrs["propagation"]`.
 
     Raises:
         SourceError: the table cannot be read.
     """
     frame = _read_parquet(directory, name)
     frame = frame.astype({"layer": "Int64"}) if "layer" in frame else frame
-    if name in _IN_ATTRS:
-        frame.attrs[_IN_ATTRS[name]] = as_records(_read_parquet(directory, _IN_ATTRS[name]))
+    other = _IN_ATTRS.get(name)
+    if other is not None and (other != PROPAGATION or (directory / f"{other}.parquet").exists()):
+        frame.attrs[other] = as_records(_read_parquet(directory, other))
     return frame
 
 

@@ -17,6 +17,7 @@ from ..plans.route import Route
 from ..plans.variants import Variant
 from ..runtime.device_map import DeviceMap, MaxMemory
 from .memory import MemoryModel, MemoryUse, suggest_batch_size, tensor_bytes
+from .propagation import count_columns, propagation_bytes, schedule_for_propagation
 from .read_positions import ReadPositions
 from .schedule import LAYER_MAJOR, Schedule, layer_major, schedule
 from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, pack_weights, place_weights
@@ -35,6 +36,7 @@ class Estimate:
         memory: memory that one batch needs while it is measured.
         text: all token ids and their mask, in main memory.
         program: memory that this process uses already (Python, torch and more).
+        sums: what propagation keeps of each sequence, in main memory; 0 without it.
         order: order of the schedule, "depth-first" or "layer-major".
         resident_blocks: layer by layer: number of blocks that are loaded at the same time; else None.
         bytes_loaded_per_batch: bytes of offloaded weights that one batch loads.
@@ -57,6 +59,7 @@ class Estimate:
     memory: MemoryUse
     text: int
     program: int
+    sums: int
     order: str
     resident_blocks: int | None
     bytes_loaded_per_batch: int
@@ -74,7 +77,7 @@ class Estimate:
         peak = {location: size for location, size in self.weights.items() if location != DISK}
         peak.setdefault(CPU, 0)
         peak[self.device] = peak.get(self.device, 0) + self.in_flight_bytes + self.memory.working
-        peak[CPU] += self.text + self.program
+        peak[CPU] += self.text + self.program + self.sums
         return peak
 
 
@@ -93,6 +96,7 @@ def estimate(
     blocks: str | None = None,
     read: ReadPositions | None = None,
     quantize: str | None = None,
+    propagation: bool = False,
 ) -> Estimate:
     """Estimate the cost of measuring edited models on text.
 
@@ -110,6 +114,7 @@ def estimate(
         blocks: path of the list of blocks, if it cannot be found automatically.
         read: the positions at which predictions are read; None for all.
         quantize: format to which linear layers are quantized, "nf4" or "int8".
+        propagation: measure how much what later blocks add changes, too.
 
     Returns:
         The estimated cost.
@@ -128,11 +133,16 @@ def estimate(
     placement = place_weights(stored, stored_blocks, device, device_map, max_memory, dtype)
     context = min(context, max(2, tokens))
     routes = list(dict.fromkeys(variant.route for variant in variants))
-    plan = _make_schedule(routes, placement, order)
+    plan = _make_schedule(routes, placement, order, propagation=propagation)
     needs = _memory_model(model, list(block_list.blocks), placement.compute_device)
-    needs = replace(needs, weights=needs.weights - tensor_bytes(model) + tensor_bytes(stored))
+    needs = replace(
+        needs,
+        weights=needs.weights - tensor_bytes(model) + tensor_bytes(stored),
+        observed=propagation_bytes(plan, needs.width) if propagation else 0,
+    )
     sequences = math.ceil(tokens / context)
-    size = min(sequences, batch_size or suggest_batch_size(needs, plan, context, placement.compute_device))
+    suggested = suggest_batch_size(needs, plan, context, placement.compute_device)
+    size = min(sequences, batch_size or suggested)
     readouts = len(routes) + 1
     readout_flops = (
         2.0 * needs.width * needs.vocabulary * (1 if read is None else read.number(context - 1) / (context - 1))
@@ -147,6 +157,7 @@ def estimate(
         memory=needs.predict(plan, size, context),
         text=2 * 8 * sequences * context,
         program=int(psutil.Process().memory_info().rss),
+        sums=8 * sequences * count_columns(plan) if propagation else 0,
         order=plan.name,
         resident_blocks=plan.resident_blocks,
         bytes_loaded_per_batch=plan.bytes_read(placement.offloaded, placement.offloaded_outside),
@@ -159,9 +170,13 @@ def estimate(
     )
 
 
-def _make_schedule(routes: Sequence[Route], placement: WeightPlacement, order: str | None) -> Schedule:
+def _make_schedule(
+    routes: Sequence[Route], placement: WeightPlacement, order: str | None, *, propagation: bool
+) -> Schedule:
     """Return the schedule; layer by layer if weights of blocks are offloaded and no order is given."""
     depth = len(placement.offloaded)
+    if order is None and propagation and not any(placement.offloaded):
+        return schedule_for_propagation(routes, depth)
     by_layer = any(placement.offloaded) if order is None else order == LAYER_MAJOR
     return layer_major(routes, depth) if by_layer else schedule(routes, depth)
 

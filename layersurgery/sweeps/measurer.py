@@ -33,6 +33,7 @@ from .batch_metrics import BatchMetrics, check_readout
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observer
+from .propagation import Propagation, propagation_bytes, schedule_for_propagation
 from .quantities import Observed
 from .read_positions import ReadPositions
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
@@ -68,14 +69,17 @@ class Measurer:
         use_model_head: read logits with the model's own head instead of the fast readout.
         compiled: let torch compile the blocks and, on a CPU, the loop over logits.
         order: "depth-first" or "layer-major" (see `schedule`). The default is depth-first, and layer-major if weights
-            of blocks are offloaded or if the observer needs additional routes.
+            of blocks are offloaded or if the observer needs additional routes; with propagation, the one that needs
+            fewer streams.
         observe: signals to measure on the blocks while they run. Then `variants` may be empty.
+        propagation: measure how much what later blocks add changes, in place of `observe`.
         check: check on the first text that reading the stream after the last block gives the model's own logits.
         read: the positions at which predictions are read; None for all.
 
     Attributes:
         variants: the unedited model, then the measured variants.
         observer: measures the signals; None if no signal is observed.
+        propagation: measures the changes of later blocks; None if they are not measured.
         skipped: reasons by plan, for variants of a family that this architecture cannot run.
         max_sequences: number of sequences that fit into memory, set after memory ran out. Batches are then measured in
             parts of this size.
@@ -96,6 +100,7 @@ class Measurer:
         compiled: bool = False,
         order: str | None = None,
         observe: Observed | None = None,
+        propagation: bool = False,
         check: bool = False,
         read: ReadPositions | None = None,
     ) -> None:
@@ -110,6 +115,8 @@ class Measurer:
         supported, self.skipped = select_supported(self.runner, variants)
         if not supported and (variants or (self.observer is None and not self._reads_logits)):
             raise UnsupportedEditError(next(iter(self.skipped.values()), "there is no edit to measure"))
+        assert observe is None or not propagation
+        self.propagation = Propagation(self.runner, supported) if propagation else None
         self.variants = (unedited(self.runner.depth), *supported)
         self.max_sequences: int | None = None
         self._device = device_of(model)
@@ -128,9 +135,20 @@ class Measurer:
             vocabulary=self.readout.vocabulary,
             head_rows=self.readout.tokens_at_once,
             tile_elements=tiled.tile_elements(self._device),
-            observed=0 if self.observer is None else self.observer.bytes_per_token,
+            observed=self._observed_bytes(),
         )
         self._active = _ActiveRows(None, self.schedule, self._rows_of(self.routes))
+
+    @property
+    def block_observer(self) -> Observer | Propagation | None:
+        """Return what is called around every block call; None if nothing is."""
+        return self.observer or self.propagation
+
+    def _observed_bytes(self) -> int:
+        """Return the bytes of activations that are kept for each token in addition to the streams."""
+        if self.propagation is not None:
+            return propagation_bytes(self.schedule, self.runner.width)
+        return 0 if self.observer is None else self.observer.bytes_per_token
 
     def _rows_of(self, routes: Sequence[Route], rows: Sequence[int] | None = None) -> list[list[int]]:
         """Return the rows of the result that belong to each route, of all rows or of these."""
@@ -139,6 +157,7 @@ class Measurer:
 
     def _activate(self, rows: tuple[int, ...] | None) -> None:
         """Schedule only the routes of these rows; all if None."""
+        assert rows is None or self.propagation is None, "propagation is measured on all rows"
         if rows != self._active.rows:
             chosen = range(len(self.variants)) if rows is None else rows
             routes = list(dict.fromkeys(self.variants[row].route for row in chosen if row))
@@ -154,6 +173,8 @@ class Measurer:
         # Routes that the observer needs are run, but their logits are not read.
         observed = () if self.observer is None else self.observer.routes
         run_only = [route for route in observed if route not in routes]
+        if order is None and self.propagation is not None and not any(self._offloaded_bytes):
+            return schedule_for_propagation(routes, self.runner.depth)
         if (order or (LAYER_MAJOR if any(self._offloaded_bytes) or run_only else DEPTH_FIRST)) == DEPTH_FIRST:
             return schedule(routes, self.runner.depth, run_only)
         fitting = int(_SHARE_FOR_BLOCKS * free_memory(self._device)) // max(1, *self._offloaded_bytes)
@@ -288,11 +309,11 @@ class Measurer:
         """Halve the number of sequences that are measured at once, after memory ran out."""
         clear_device_cache(garbage_collection=True)
         if sequences == 1:
-            another_order = (
-                ", the schedule depth-first, which keeps fewer streams in memory"
-                if self._active.schedule.during_trunk and (self.observer is None or not self.observer.routes)
-                else ""
-            )
+            another_order = ""
+            if self.propagation is not None:
+                another_order = ", no propagation"
+            elif self._active.schedule.during_trunk and (self.observer is None or not self.observer.routes):
+                another_order = ", the schedule depth-first, which keeps fewer streams in memory"
             raise MeasurementError(
                 f"memory is too small for one sequence of {length} tokens: use a shorter context, fewer edits at once"
                 f"{another_order}, or half precision (dtype bfloat16)"
@@ -309,9 +330,9 @@ class Measurer:
         on_fraction: OnFraction | None,
     ) -> BatchResult:
         """Measure all these sequences at once, and store the metrics at each position in `token_metrics` if given."""
-        has_next, plan = has_next_token(mask), self._active.schedule
+        has_next, plan, observer = has_next_token(mask), self._active.schedule, self.block_observer
         if not bool(has_next.any()):
-            size = 0 if self.observer is None else self.observer.quantities.size
+            size = 0 if observer is None else observer.size
             values = np.zeros((len(ids), len(self.variants), len(METRICS)))
             return BatchResult(0, [0] * len(ids), values, np.zeros((len(ids), size)))
         length = self._trimmed_length(mask)
@@ -322,8 +343,8 @@ class Measurer:
             if self._check_pending:
                 check_readout(self.runner, self.readout, ids[has_next.any(-1)][:1], mask[has_next.any(-1)][:1])
                 self._check_pending = False
-            with nullcontext() if self.observer is None else self.observer.observing(mask):
-                executor = ScheduleExecutor(self.runner, plan, on_fraction, self.observer)
+            with nullcontext() if observer is None else observer.observing(mask):
+                executor = ScheduleExecutor(self.runner, plan, on_fraction, observer)
                 with executor.cleanup():
                     record = self.runner.record(
                         model_inputs(self.model, ids, mask), plan.saved_states, executor.around_block
@@ -337,8 +358,8 @@ class Measurer:
                         del record.states[self.runner.depth]
                     executor.run_steps(plan.steps, record, _no_output if metrics is None else metrics.read)
                     assert not record.states
-                if self.observer is not None:
-                    observed = self.observer.sums()
+                if observer is not None:
+                    observed = observer.sums()
         counts = has_next.sum(-1).tolist()
         values = np.zeros((len(ids), 1, len(METRICS)))
         if metrics is not None:
@@ -391,9 +412,10 @@ class Measurer:
         finite = np.isfinite(sums.values).all(2)
         wrong = np.flatnonzero(~(finite if sums.used is None else finite | ~sums.used).all(0))
         names = [self.variants[row].plan or self.variants[row].name for row in wrong.tolist()]
-        if self.observer is not None:
+        if self.block_observer is not None:
+            of_column = self.block_observer.names
             columns = np.flatnonzero(~np.isfinite(sums.observed).all(0))
-            names += [self.observer.quantities.names[column] for column in columns.tolist()]
+            names += dict.fromkeys(of_column[column] for column in columns.tolist())
         return names
 
     def suggest(self, length: int, *, stops: bool = False) -> int:

@@ -80,6 +80,16 @@ class Observer:
         self._batch: BatchObservation | None = None
 
     @property
+    def size(self) -> int:
+        """Return how many numbers are stored for each sequence."""
+        return self.quantities.size
+
+    @property
+    def names(self) -> list[str]:
+        """Return a description of each number that is stored for a sequence."""
+        return self.quantities.names
+
+    @property
     def routes(self) -> list[Route]:
         """Return the routes to run in addition to the unedited model.
 

@@ -12,8 +12,10 @@ from ..errors import warn
 from ..metrics.aggregation import SequenceSums
 from ..models.anatomy import Anatomy
 from ..plans.variants import Variant
+from ..registry import PROPAGATION
 from .measurer import Measurer
 from .precision import Precision
+from .propagation_results import propagation_rows
 from .read_positions import ReadPositions
 from .results import results_table
 from .row_progress import RowProgress, StopRule
@@ -36,6 +38,7 @@ def sweep_tokens(
     order: str | None = None,
     precision: Precision | None = None,
     read: ReadPositions | None = None,
+    propagation: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one on the same tokens, in memory.
@@ -57,18 +60,28 @@ def sweep_tokens(
             that each block is loaded once per batch.
         precision: measure each edit until it is known this precisely; None to measure all tokens.
         read: the positions at which predictions are read; None for all.
+        propagation: measure how much what later blocks add changes, too.
         progress: called after each batch with the number of sequences done and the number of all sequences.
 
     Returns:
-        The table of results, one row for each model, the unedited one first.
+        The table of results, one row for each model, the unedited one first. With propagation, its `attrs` have the
+        rows of the table of propagation.
     """
-    measurer = Measurer(model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order, read=read)
+    measurer = Measurer(
+        model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order, read=read,
+        propagation=propagation,
+    )  # fmt: skip
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
         warn(f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}")
+    for what, reason in () if measurer.propagation is None else measurer.propagation.skipped.items():
+        warn(f"{what} is not measured: {reason}")
     rule = None if precision is None else precision.for_text(mask)
     sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
-    return results_table(measurer.variants, sums, label, rule)
+    frame = results_table(measurer.variants, sums, label, rule)
+    if measurer.propagation is not None:
+        frame.attrs[PROPAGATION] = propagation_rows(measurer.variants, measurer.propagation, sums, label)
+    return frame
 
 
 def collect_sums(

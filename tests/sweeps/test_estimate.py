@@ -20,6 +20,20 @@ from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.zoo import DEPTH, tiny_config, tiny_model, tokens
 
 
+@pytest.mark.parametrize("families", ["drop", "swap-pairs,skip-attention"])
+def test_it_counts_what_propagation_keeps(families: str) -> None:
+    chosen = variants(families, DEPTH)
+    found = estimate(tiny_config("llama"), chosen, tokens=60, context=12, batch_size=2, propagation=True)
+    measurer = Measurer(tiny_model("llama"), chosen, propagation=True)
+    assert found.memory == measurer.memory_use(2, 12)
+    assert found.order == measurer.schedule.name
+    assert measurer.propagation is not None
+    assert found.sums == 5 * measurer.propagation.size * 8
+    plain = estimate(tiny_config("llama"), chosen, tokens=60, context=12, batch_size=2, order=found.order)
+    more = found.memory.streams - plain.memory.streams + found.sums
+    assert found.peak["cpu"] - found.program == plain.peak["cpu"] - plain.program + more
+
+
 @pytest.mark.parametrize("order", ["depth-first", "layer-major"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_a_config_says_what_the_loaded_model_says(name: str, order: str) -> None:
