@@ -27,6 +27,7 @@ _ABOUT = {
     "cosine": "mean cosine of each token's residual streams, a cell for each pair of depths",
     "stages": "the signals of the stages of inference over depth, the stages shaded",
     "rank": "KL when each block is removed, block influence and angular distance over depth",
+    "propagation": "mean change of what later layers add after each edit, a map for attention and one for the MLP",
     "costs": "KL, perplexity and top-1 agreement over the number of removed layers, a line for each criterion",
     "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell "
     "for each head",
