@@ -184,6 +184,19 @@ def test_two_processes_find_the_stages_of_one(
     assert files(place / f"{asked_for}-1") == files(place / f"{asked_for}-2")
 
 
+@pytest.mark.slow
+def test_two_processes_find_how_far_edits_reach(place: Path, tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+        given = words(place, f"reach-{size}", "--propagation", "--edits", "drop,skip-mlp")
+        ended = start(place, tmp_path / str(size), size, given)
+        assert ended.codes == [0] * size, ended.err
+        found.append(files(place / f"reach-{size}"))
+    assert "propagation.parquet" in found[0]
+    assert found[0] == found[1]
+
+
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     ended = start(place, tmp_path, 3, words(place, "three", "--json"))
     assert ended.codes == [0, 0, 0], ended.err

@@ -20,7 +20,10 @@ from layersurgery.sweeps.propagation import Propagation, propagation_bytes, sche
 from layersurgery.sweeps.propagation_results import propagation_rows, propagation_sentence, propagation_table
 from layersurgery.sweeps.schedule import RunBlock, layer_major, schedule
 from layersurgery.sweeps.sweep import collect_sums
+from tests.cli.test_cli import result_of, run
+from tests.runtime.test_offload import dispatched, on_disk
 from tests.support.dense import BRANCH_MODULES, hooked, model_of
+from tests.support.tiny_checkpoint import checkpoint
 from tests.support.zoo import DEPTH, slow, tiny_model, tokens
 from tests.surgery.test_zoo import state
 
@@ -185,6 +188,40 @@ def test_what_excludes_it_is_refused() -> None:
         ls.analyses.norms(model, ids, propagation=True)
     with pytest.raises(ls.PlanError, match="propagation is for sweep; compare does not take it"):
         ls.compare(model, "drop 2", ids, propagation=True)
+
+
+@pytest.mark.parametrize("edits", ["drop,swap", "skip-attention,skip-mlp"])
+def test_offloaded_blocks_are_compared_as_blocks_in_memory(edits: str, tmp_path: Path) -> None:
+    """A view with a skipped branch is made anew for each call of an offloaded block, and not observed."""
+    plain, offloaded = dispatched(tmp_path, "llama", {"": "disk"})
+    ids = tokens(2, 9)
+    found = table_of(offloaded, edits, ids)
+    assert on_disk(offloaded)
+    pd.testing.assert_frame_equal(found, table_of(plain, edits, ids), rtol=1e-5)
+
+
+def test_reading_fewer_predictions_changes_nothing() -> None:
+    model, ids = tiny_model("llama"), tokens(3, 9)
+    pd.testing.assert_frame_equal(table_of(model, "drop", ids, read="1/4"), table_of(model, "drop", ids))
+
+
+def test_half_precision_gives_the_same_within_its_rounding() -> None:
+    model: Any = tiny_model("llama").to(torch.bfloat16)
+    table = table_of(model, "skip-attention 1", tokens(2, 9))
+    full = table_of(model.float(), "skip-attention 1", tokens(2, 9))
+    np.testing.assert_allclose(table.change_mean, full.change_mean, rtol=0.05)
+
+
+def test_the_command_says_how_far_edits_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layersurgery.runs.drawing.draw_sweep", lambda *_given: [])
+    (tmp_path / "story.txt").write_text("Once upon a time there were six layers. " * 9)
+    words = [checkpoint(tmp_path / "tiny"), "--edits", "drop", "--data", tmp_path / "story.txt", "-n", 60]
+    words += ["--context", 12, "--propagation", "--device", "cpu", "-o", tmp_path / "out"]
+    value = result_of("sweep", *words)
+    assert value["propagation"].startswith("edits of the first half of the layers change what later layers add by ")
+    shown = " ".join(run("sweep", *words).stdout.split())  # finished: it prints the results again
+    assert value["propagation"][1:] in shown
+    assert "propagation.parquet, propagation.csv" in shown
 
 
 def files(directory: Path) -> dict[str, bytes]:
