@@ -209,12 +209,14 @@ _RANK = (
 )
 
 _CHANGE = "change of what a layer adds, relative to its size"
+PROPAGATION = "propagation"
+"""Name of the table of what later layers do after an edit, and of its figure; a sweep writes them on request."""
 _PROPAGATION = (
+    Column("from", "layer of the edit", heading="from", digits=0, curve=False, tables=(PROPAGATION,)),
+    Column("to", "later layer", heading="to", digits=0, curve=False, tables=(PROPAGATION,)),
     Column("change_mean", f"mean {_CHANGE}", log=True, heading="mean"),
     Column("change_max", f"largest {_CHANGE}", log=True, heading="largest"),
 )
-PROPAGATION = "propagation"
-"""Name of the table of what later layers do after an edit, and of its figure; a sweep writes them on request."""
 _COSTS = (
     METRICS[0],
     Column("perplexity", "perplexity", log=True, heading="ppl.", digits=1, definition="exp(loss)"),

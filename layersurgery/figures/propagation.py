@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..errors import MeasurementError
 from ..plans.families import FAMILIES
-from ..registry import ANALYSES, PROPAGATION
+from ..registry import PROPAGATION, column
 from .maps import draw_map
 from .style import ModelTables, add_title_and_legend, new_figure
 
@@ -42,8 +42,8 @@ def propagation(models: Sequence[ModelTables]) -> Figure:
                     axis.set_axis_off()
                     continue
                 draw_map(
-                    figure, axis, rows, ANALYSES[PROPAGATION].columns[0], rows="layer of the edit",
-                    columns=f"later layer, its {name}",
+                    figure, axis, rows, column("change_mean"), rows=column("from", PROPAGATION).label,
+                    columns=column("to", PROPAGATION).label,
                 )  # fmt: skip
                 title = f"{of_model}{FAMILIES[edit].label}: {name} of later layers"
                 axis.set_title(title, loc="left", fontweight="bold", parse_math=False)

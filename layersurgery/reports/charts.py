@@ -15,7 +15,10 @@ from ..registry import METRICS, Column, column
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
 
-_NO_CURVES = ("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens", "from", "to")
+_NO_CURVES = (
+    *("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens"),
+    *("position", "from", "to"),
+)
 _NO_KEYS = ("precise", "race", "interval")
 _MOST_GROUPS = 8
 _NOTE = (
