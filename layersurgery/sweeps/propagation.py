@@ -74,7 +74,7 @@ class Propagation:
         UnsupportedEditError: the contributions of no later block can be captured.
     """
 
-    reads_are_mean_free = False
+    reads_are_mean_free: bool = False
     routes: tuple[Route, ...] = ()
 
     def __init__(self, runner: BlockRunner, variants: Sequence[Variant]) -> None:

@@ -246,7 +246,7 @@ def test_a_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     titles = [f"{edit}: {part} of later layers" for edit in ("drop", "skip MLP") for part in ("attention", "MLP")]
     for figure in (table.figure(), sweep_figures([Sweep.of(frame, "text")])["propagation"]):
         assert [axis.get_title("left") for axis in figure.axes if axis.get_title("left")] == titles
-        image = figure.axes[0].get_images()[0].get_array()
+        image = np.asarray(figure.axes[0].get_images()[0].get_array())
         first = table[(table["from"] == 0) & (table["to"] == 1) & (table.part == "attention") & (table.edit == "drop")]
         assert image[0, 0] == first.change_mean.iloc[0]
 
