@@ -45,7 +45,7 @@ def propagation(models: Sequence[ModelTables]) -> Figure:
                     figure, axis, rows, column("change_mean"), rows=column("from", PROPAGATION).label,
                     columns=column("to", PROPAGATION).label,
                 )  # fmt: skip
-                title = f"{of_model}{FAMILIES[edit].label}: {name} of later layers"
+                title = f"{of_model}{FAMILIES[edit].label}:\nmean change of later {name}, relative to its size"
                 axis.set_title(title, loc="left", fontweight="bold", parse_math=False)
         add_title_and_legend(figure, models, grid[0][0], legend=False)
     return figure

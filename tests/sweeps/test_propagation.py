@@ -243,7 +243,11 @@ def test_a_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         table.to_pandas()[list(memory.attrs["propagation"][0])], propagation_table(memory.attrs["propagation"]),
         check_flags=False,
     )  # fmt: skip
-    titles = [f"{edit}: {part} of later layers" for edit in ("drop", "skip MLP") for part in ("attention", "MLP")]
+    titles = [
+        f"{edit}:\nmean change of later {part}, relative to its size"
+        for edit in ("drop", "skip MLP")
+        for part in ("attention", "MLP")
+    ]
     for figure in (table.figure(), sweep_figures([Sweep.of(frame, "text")])["propagation"]):
         assert [axis.get_title("left") for axis in figure.axes if axis.get_title("left")] == titles
         image = np.asarray(figure.axes[0].get_images()[0].get_array())
