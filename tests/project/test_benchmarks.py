@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import layersurgery as ls
-from benchmarks import gpu, plot_results, readout, readout_variants, startup, stopping, sweep, timing
+from benchmarks import gpu, plot_results, propagation, readout, readout_variants, startup, stopping, sweep, timing
 from benchmarks.peers import common
 from layersurgery.metrics.reference import METRICS
 from tests.support.tiny_checkpoint import checkpoint
@@ -274,6 +274,17 @@ def test_all_of_them_run_in_five_minutes() -> None:
     for way in ("layersurgery --compile", "TransformerLens 3", "nnsight 0.8", "mergekit"):
         assert way in run.stdout
     assert "wrong result" not in run.stdout
+
+
+def test_what_propagation_costs_is_measured_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["propagation", "tiny", "--sequences", "1", "--context", "32", "--pairs", "1"]
+    monkeypatch.setattr(sys, "argv", given)
+    propagation.main()
+    row = json.loads(capsys.readouterr().out)
+    assert (row["tokens"], row["block_calls"], row["order"]) == (32, 10, "layer-major")
+    assert row["ratio"] == row["ratio_lowest"] == row["seconds"] / row["seconds_without"] > 0
 
 
 def test_a_sweep_that_stops_is_simulated_from_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
