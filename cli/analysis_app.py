@@ -1,4 +1,4 @@
-"""Define the commands `analyze`, `stages`, `rank`, `prune` and `reproduce`."""
+"""Define the commands `analyze`, `stages`, `rank`, `prune`, `search` and `reproduce`."""
 
 from __future__ import annotations
 
@@ -203,6 +203,99 @@ def prune(
 
 
 @o.expand
+def search(
+    model: o.Model,
+    run: o.TextRun,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth",
+            help="Number of blocks of the edited model: fewer than the model's to remove layers, more to repeat some.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
+    remove: Annotated[
+        int | None,
+        typer.Option(
+            "--remove", help="Number of layers to remove; instead of --depth.", metavar="N", show_default=False
+        ),
+    ] = None,
+    repeat: Annotated[
+        int | None,
+        typer.Option(
+            "--repeat", help="Number of layers to add by repeats; instead of --depth.", metavar="N", show_default=False
+        ),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            help="What to minimize: kl, the KL from the unedited model, or loss, the change in loss.",
+            metavar="kl|loss",
+        ),
+    ] = "kl",
+    beam: Annotated[
+        int, typer.Option("--beam", min=1, help="Number of routes of each length to continue from.", metavar="K")
+    ] = 4,
+    max_span: Annotated[
+        int | None,
+        typer.Option(
+            "--max-span",
+            help="Largest number of adjacent blocks to drop or repeat at once.",
+            metavar="K",
+            show_default="1 to remove layers; to repeat, the number of layers to add, at most 8",
+        ),
+    ] = None,
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race/--no-race",
+            help="Measure each route only until it is sure whether it is in the beam, or measure every route on all "
+            "text. The final routes are measured on all text.",
+        ),
+    ] = True,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print how many routes and block calls the search takes, and exit.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory to write the edited checkpoint to.",
+            show_default="none is written",
+            metavar="DIR",
+        ),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            "--results",
+            help="Directory to write the measurements to.",
+            show_default="./<output>-results, or ./<name>-search-<depth>-<by>",
+            metavar="DIR",
+        ),
+    ] = None,
+    link: o.Link = False,
+    verify: o.Verify = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, and measurements made with other arguments.")
+    ] = False,
+    *,
+    console: Console,
+) -> None:
+    """Search which layers to remove, or which to repeat, together; write the edited checkpoint if it is wanted.
+
+    Give one of --depth, --remove and --repeat. Interrupted runs resume when you run the same command again.
+    """
+    from .commands.search import run_search
+
+    goal = {"depth": depth, "remove": remove, "repeat": repeat, "beam": beam, "max_span": max_span}
+    run_search(model, run, goal, by, race, estimate, output, results, link, verify, overwrite, console)
+
+
+@o.expand
 def reproduce(
     run: o.ReproduceRun,
     models: Annotated[
@@ -251,3 +344,4 @@ def add_analyses(app: typer.Typer) -> None:
     app.command("reproduce", rich_help_panel=_ANALYZE)(reproduce)
     app.command("rank", rich_help_panel=_PRUNE)(rank)
     app.command("prune", rich_help_panel=_PRUNE)(prune)
+    app.command("search", rich_help_panel=_PRUNE)(search)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .analyses.analyze import analyze
     from .analyses.layer_pruning import Pruning
     from .analyses.prune_run import prune
+    from .analyses.search_run import Search, search
     from .checkpoints.edit_checkpoint import EditResult, edit_checkpoint
     from .checkpoints.inspection import inspect
     from .checkpoints.loading import load
@@ -59,6 +60,7 @@ __all__ = [
     "Pruning",
     "Report",
     "Route",
+    "Search",
     "SourceError",
     "UndoError",
     "UnsupportedEditError",
@@ -88,6 +90,7 @@ __all__ = [
     "reproduce",
     "reverse",
     "save",
+    "search",
     "skip_attention",
     "skip_mlp",
     "summary_sentence",
@@ -103,6 +106,7 @@ _LAZY = {
     "FoldResult": "surgery.fold_norms",
     "Pruning": "analyses.layer_pruning",
     "Report": "reports.report",
+    "Search": "analyses.search_run",
     "analyze": "analyses.analyze",
     "anatomy": "models.anatomy",
     "compare": "runs.compare",
@@ -120,6 +124,7 @@ _LAZY = {
     "report": "reports.report",
     "reproduce": "reports.reproduce",
     "save": "surgery.save",
+    "search": "analyses.search_run",
     "summary_sentence": "sweeps.results",
     "sweep": "runs.sweep",
 }

@@ -222,6 +222,19 @@ _COSTS = (
     Column("perplexity", "perplexity", log=True, heading="ppl.", digits=1, definition="exp(loss)"),
     METRICS[1],
 )
+_OF_SEARCH = ("search", "tried")
+_SEARCH = (
+    *_COSTS,
+    METRICS[5],
+    Column("block_calls", "block calls for each token", heading="blocks", digits=0, curve=False, tables=_OF_SEARCH),
+    Column("parameters", "parameters", heading="parameters", digits=0, curve=False, tables=_OF_SEARCH),
+    Column(
+        "above_winner_nats", "above the chosen route, on the same text", "nats", heading="above", curve=False,
+        signed=True, definition="score minus that of the chosen route, on the same sequences", tables=_OF_SEARCH,
+    ),
+)  # fmt: skip
+SEARCH_SCORES = {"kl": "kl_nats", "loss": "loss_change_nats"}
+"""What a search can minimize, and the metric of each."""
 _PROBE = tuple(
     Column(name, label, "%", 100, heading=heading, digits=1, tables=("probe", "single_neurons", "top_k"))
     for name, label, heading in (
@@ -335,6 +348,11 @@ ANALYSES = {
         Analysis(
             PROPAGATION, "change of what later layers add after an edit", "", "text", _PROPAGATION,
             {PROPAGATION: "layersurgery.figures.propagation:propagation"},
+        ),
+        Analysis(
+            "search", "routes with fewer or more blocks, found by a beam search", "", "text", _SEARCH,
+            {"search": "layersurgery.figures.search:search"}, tables=("search", "tried"),
+            describe="layersurgery.analyses.search_tables:describe_search",
         ),
     )
 }  # fmt: skip

@@ -42,7 +42,7 @@ def run_prune(
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
     with quick_imports():
         from layersurgery.analyses.layer_pruning import check_removal
-        from layersurgery.analyses.prune_run import check_target, results_directory
+        from layersurgery.analyses.plan_run import check_target, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
         from layersurgery.runs.processes import run_session
 

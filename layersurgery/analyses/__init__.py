@@ -16,6 +16,7 @@ from .layer_signals import measure
 from .neuron_probes import Probe, probe
 from .prediction_neurons import neuron_scores
 from .prune_run import prune
+from .search_run import Search, search
 from .subjoiner_heads import Subjoiners, subjoiners
 
 attention = on_any_text("attention", layer_signals.attention, measure)
@@ -32,6 +33,7 @@ stream = on_any_text("stream", stream_signals.stream, measure)
 __all__ = [
     "Probe",
     "Pruning",
+    "Search",
     "Subjoiners",
     "attention",
     "cka",
@@ -45,6 +47,7 @@ __all__ = [
     "probe",
     "prune",
     "rank",
+    "search",
     "similarity",
     "spans",
     "stages",

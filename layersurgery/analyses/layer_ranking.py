@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -178,16 +179,17 @@ def race_order(race: Race, sums: SequenceSums) -> list[int]:
     """Return the rows that raced, the lowest first: those surely lowest, those left open, those surely higher.
 
     Means on different text cannot be compared, so within each of the three they are taken over the sequences that all
-    of its rows were measured on.
+    of its rows were measured on. Rows that are not finite are last.
     """
-    kl = METRICS.index("kl_nats")
+    metric = METRICS.index(race.metric)
     classes: dict[str, list[int]] = {"lowest": [], "open": [], "higher": []}
     for row in range(1, sums.values.shape[1]):
         classes[race.outcome(row)].append(row)
     order: list[int] = []
     for rows in classes.values():
         shared = min((len(sums.of_row(row)[1]) for row in rows), default=0)
-        order += sorted(rows, key=lambda row: sums.of_row(row)[0][:shared, kl].sum())
+        totals = {row: float(sums.of_row(row)[0][:shared, metric].sum()) for row in rows}
+        order += sorted(rows, key=lambda row: totals[row] if math.isfinite(totals[row]) else math.inf)
     return order
 
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from ..atomic_io import check_output
-from ..checkpoints.edit_checkpoint import edit_checkpoint
-from ..errors import OutputError, PlanError
 from ..plans.route import whole_number
 from ..runs.frames import as_result
-from ..runs.open_text import open_text
 from ..runs.options import SWEEP_ONLY
-from ..runs.processes import run_session
-from ..runs.reporter import Reporter
 from ..runs.requests import read_given_text
-from ..runs.tables import read_results, read_run
+from ..runs.tables import read_results
 from .analyze import split_options
 from .layer_pruning import (
     GREEDY,
@@ -34,11 +25,12 @@ from .layer_pruning import (
     removal_plan,
 )
 from .layer_ranking import CRITERIA
+from .plan_run import choose_plan, run_or_reuse
 from .tasks import CostTask, GreedyStepTask, RankTask
 
 if TYPE_CHECKING:
-    from ..runs.run_directory import Run
-    from ..runs.session import ModelSession, Task
+    from ..runs.session import ModelSession
+    from ..runs.text import TokenizedText
 
 
 def prune(
@@ -103,57 +95,38 @@ def prune(
     run_options, own = split_options(options, prune_tokens)
     run_options.refuse(SWEEP_ONLY, "is for sweep; prune does not take it")
     run_options, given = read_given_text(text, run_options, attention_mask)
-    if output is not None and isinstance(model, nn.Module):
-        raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")
-    if directory is None and output is None:
-        with open_text(model, given, run_options) as (session, loaded, tokens):
-            pruning = prune_tokens(
-                loaded,
-                tokens.ids,
-                tokens.mask,
-                remove=remove,
-                by=by,
-                greedy=greedy,
-                race=race,
-                batch_size=run_options.batch_size,
-                blocks=run_options.blocks,
-                progress=progress,
-                **own,
-            )
-            costs = as_result(pruning.costs.assign(model=session.label), "costs", session.caption(tokens))
-            return replace(pruning, costs=costs)
-    target = None if output is None else Path(output)
-    results = Path(directory) if directory is not None else results_directory(Path(output or ""))
 
-    def lead(session: ModelSession) -> Pruning:
-        if target is not None:
-            check_target(session, target, overwrite=overwrite)
+    def in_memory(session: ModelSession, loaded: Any, tokens: TokenizedText) -> Pruning:
+        pruning = prune_tokens(
+            loaded,
+            tokens.ids,
+            tokens.mask,
+            remove=remove,
+            by=by,
+            greedy=greedy,
+            race=race,
+            batch_size=run_options.batch_size,
+            blocks=run_options.blocks,
+            progress=progress,
+            **own,
+        )
+        costs = as_result(pruning.costs.assign(model=session.label), "costs", session.caption(tokens))
+        return replace(pruning, costs=costs)
+
+    def in_directory(session: ModelSession, results: Path) -> Pruning:
         return run_prune(session, results, remove=remove, by=by, greedy=greedy, race=race, overwrite=overwrite)
 
-    done = run_session(model, run_options, lead, reporter=Reporter(progress), given=given)
-    if done is None:  # another process leads, and writes
-        raise SystemExit(0)
-    if target is None:
-        return done
-    written = edit_checkpoint(
+    return choose_plan(
         model,
-        done.plan,
-        target,
+        run_options,
+        given,
+        in_memory=in_memory,
+        in_directory=in_directory,
+        directory=directory,
+        output=output,
         overwrite=overwrite,
-        revision=run_options.revision,
-        blocks=run_options.blocks,
+        progress=progress,
     )
-    return replace(done, written=written)
-
-
-def results_directory(output: Path) -> Path:
-    """Return where the measurements for a pruned checkpoint are written by default."""
-    return output.with_name(f"{output.name}-results")
-
-
-def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that must not be written, before hours of measuring."""
-    check_output(target, None if session.source is None else session.source.directory, overwrite=overwrite)
 
 
 def run_prune(
@@ -183,7 +156,7 @@ def run_prune(
     reporter = session.reporter
     log(f"Ranking {session.depth} layers")
     reporter.subject = "ranking layers"
-    rank = _run_or_reuse(
+    rank = run_or_reuse(
         session, RankTask(session.depth, remove, remove if race else None), directory / "rank", overwrite=overwrite
     )
     ranks, spans = read_results(rank.directory), read_results(rank.directory, "spans")
@@ -196,7 +169,7 @@ def run_prune(
             reporter.subject = f"choosing layer {len(removed) + 1} of {remove}"
             step = GreedyStepTask(session.depth, by, removed, race)
             path = directory / f"step-{len(removed) + 1:02}"
-            return read_results(_run_or_reuse(session, step, path, overwrite=overwrite).directory)
+            return read_results(run_or_reuse(session, step, path, overwrite=overwrite).directory)
 
         removed: list[int] = []
         for layer, score in greedy_removals(remove, by, measure_step):
@@ -205,22 +178,6 @@ def run_prune(
         orders[GREEDY] = prefixes(removed)
     log("Measuring the cost of each criterion")
     reporter.subject = "measuring the cost of each criterion"
-    costs = _run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
+    costs = run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
     layers = orders[GREEDY if greedy else by][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))
-
-
-def _run_or_reuse(session: ModelSession, task: Task, directory: Path, *, overwrite: bool) -> Run:
-    """Run a measurement, or use the finished one.
-
-    A measurement made with other arguments is replaced if `overwrite` says so, or if it is of other layers, which the
-    ranking has chosen since (a race may have been continued).
-    """
-    try:
-        return session.run(task, directory)
-    except OutputError:
-        recorded = (read_run(directory) or {}).get("arguments", {})
-        now = json.loads(json.dumps(task.arguments()))
-        if not overwrite and not any(recorded.get(name) != now.get(name) for name in ("orders", "removed")):
-            raise
-        return session.run(task, directory, overwrite=True)

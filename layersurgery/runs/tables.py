@@ -24,7 +24,7 @@ SEQUENCES = "sequences.parquet"
 RUN = "run.json"
 PARQUET_ONLY = ("neuron_scores",)
 """Tables with a row for each neuron: too large for CSV, figures and pages."""
-TABLES = (*dict.fromkeys(table for analysis in ANALYSES.values() for table in analysis.tables), "step")
+TABLES = (*dict.fromkeys(table for analysis in ANALYSES.values() for table in analysis.tables), "step", "level")
 """Names of the tables of analyses. Their figures have the same names."""
 _IN_ATTRS = {"stages": "boundaries", "rank": "spans", "results": PROPAGATION}
 """Tables that are read together with another table, into its `attrs`."""

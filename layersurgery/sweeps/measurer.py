@@ -192,9 +192,12 @@ class Measurer:
     @property
     def parameters(self) -> int:
         """Return the model's number of parameters, with tied parameters counted once."""
-        stored = (tensor.numel() for tensor in distinct_tensors(self.model) if isinstance(tensor, nn.Parameter))
-        quantized, packed = quantized_numbers(self.model)
-        return sum(stored) + quantized - packed
+        return _count_parameters(self.model)
+
+    @property
+    def block_parameters(self) -> list[int]:
+        """Return the number of parameters of each block."""
+        return list(map(_count_parameters, self.runner.blocks))
 
     def memory_use(self, sequences: int, length: int) -> MemoryUse:
         """Predict the memory for a batch of `sequences` sequences of `length` tokens.
@@ -426,6 +429,12 @@ class Measurer:
         """
         size = suggest_batch_size(self._memory_model, self.schedule, length, self._device)
         return max(1, size // 4) if stops else size
+
+
+def _count_parameters(module: nn.Module) -> int:
+    stored = (tensor.numel() for tensor in distinct_tensors(module) if isinstance(tensor, nn.Parameter))
+    quantized, packed = quantized_numbers(module)
+    return sum(stored) + quantized - packed
 
 
 def _no_output(_state: int, _routes: Sequence[int]) -> None:

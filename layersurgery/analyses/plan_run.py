@@ -1,0 +1,130 @@
+"""Choose a plan by measurements, in memory or in a directory, and write its checkpoint.
+
+`prune` and `search` share this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from torch import nn
+
+from ..atomic_io import check_output
+from ..checkpoints.edit_checkpoint import EditResult, edit_checkpoint
+from ..errors import OutputError, PlanError
+from ..plans.plan import Plan
+from ..runs.open_text import open_text
+from ..runs.processes import run_session
+from ..runs.reporter import Reporter
+from ..runs.tables import read_run
+
+if TYPE_CHECKING:
+    from ..runs.options import RunOptions
+    from ..runs.requests import GivenText
+    from ..runs.run_directory import Run
+    from ..runs.session import ModelSession, Task
+    from ..runs.text import TokenizedText
+
+CHOSEN = ("orders", "removed", "routes")
+"""Arguments of a task that an earlier measurement has chosen."""
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the current measurement, how much of it is done and how much there is in total."""
+
+
+class ChosenPlan(Protocol):
+    """What a plan is chosen by: it has the plan, and the checkpoint if one was written."""
+
+    @property
+    def plan(self) -> Plan:
+        """Return the edit."""
+
+    @property
+    def written(self) -> EditResult | None:
+        """Return the checkpoint that was written."""
+
+
+Choice = TypeVar("Choice", bound=ChosenPlan)
+
+
+def choose_plan(
+    model: Any,
+    options: RunOptions,
+    given: GivenText | None,
+    *,
+    in_memory: Callable[[ModelSession, Any, TokenizedText], Choice],
+    in_directory: Callable[[ModelSession, Path], Choice],
+    directory: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Choice:
+    """Choose a plan, in memory or in a directory, and write the edited checkpoint if it is wanted.
+
+    Args:
+        model: a loaded model, or the name of one.
+        options: options of the measurements.
+        given: text that was given from Python.
+        in_memory: chooses the plan with a session, its loaded model and its tokens.
+        in_directory: chooses the plan with a session, and writes the measurements to a directory.
+        directory: where to write the measurements; by default nothing is written, or next to the output.
+        output: directory to write the checkpoint to.
+        overwrite: replace the output.
+        progress: called with the name of the current measurement and its progress.
+
+    Raises:
+        PlanError: an output is given for a loaded model.
+        OutputError: the output exists.
+    """
+    if output is not None and isinstance(model, nn.Module):
+        raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")
+    if directory is None and output is None:
+        with open_text(model, given, options) as opened:
+            return in_memory(*opened)
+    target = None if output is None else Path(output)
+    results = Path(directory) if directory is not None else results_directory(Path(output or ""))
+
+    def lead(session: ModelSession) -> Choice:
+        if target is not None:
+            check_target(session, target, overwrite=overwrite)
+        return in_directory(session, results)
+
+    done = run_session(model, options, lead, reporter=Reporter(progress), given=given)
+    if done is None:  # another process leads, and writes
+        raise SystemExit(0)
+    if target is None:
+        return done
+    written = edit_checkpoint(
+        model, done.plan, target, overwrite=overwrite, revision=options.revision, blocks=options.blocks
+    )
+    return replace(done, written=written)  # type: ignore[type-var] # a dataclass
+
+
+def results_directory(output: Path) -> Path:
+    """Return where the measurements for an edited checkpoint are written by default."""
+    return output.with_name(f"{output.name}-results")
+
+
+def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> None:
+    """Refuse an output that must not be written, before hours of measuring."""
+    check_output(target, None if session.source is None else session.source.directory, overwrite=overwrite)
+
+
+def run_or_reuse(session: ModelSession, task: Task, directory: Path, *, overwrite: bool) -> Run:
+    """Run a measurement, or use the finished one.
+
+    A measurement made with other arguments is replaced if `overwrite` says so, or if it is of other layers or routes,
+    which an earlier measurement has chosen since (a race may have been continued).
+    """
+    try:
+        return session.run(task, directory)
+    except OutputError:
+        recorded = (read_run(directory) or {}).get("arguments", {})
+        now = json.loads(json.dumps(task.arguments()))
+        if not overwrite and not any(recorded.get(name) != now.get(name) for name in CHOSEN):
+            raise
+        return session.run(task, directory, overwrite=True)

@@ -1,0 +1,364 @@
+"""Search routes with fewer or more visits than the model has blocks, one level of length after another.
+
+A move drops a span of the route, or repeats one. A *level* holds the routes that differ from the model's own by so many
+visits; its candidates are all moves from the *beams*, the best routes of the levels before. With a beam of one and
+spans of one block, removal is greedy pruning by KL: each step measures the remaining model without each of its blocks.
+
+>>> from layersurgery.analyses.route_search import SearchSpace
+>>> from layersurgery.plans.route import Route
+>>> space = SearchSpace.of(4, remove=2, max_span=2, beam=1)
+>>> [str(route) for route in space.candidates([[Route.identity(4)], [Route.parse("0 2 3")]])]
+['2 3', '0 3', '0 2', '0 1']
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import pandas as pd
+
+from ..errors import MeasurementError, PlanError
+from ..plans.plan import Plan
+from ..plans.route import Route, whole_number
+from ..sweeps.schedule import schedule
+
+BEAM = 4
+_SPAN_OF_REPEATS = 8  # longer spans are searched if they are asked for: their number grows with the square
+_MOST_TIMES = 4  # as deep as the model; a mistyped number would be searched for days
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """The routes of a search.
+
+    Attributes:
+        depth: number of blocks of the model.
+        target: number of visits of the final routes.
+        max_span: largest number of adjacent visits that one move drops or repeats.
+        beam: number of routes of each level that later levels continue from.
+    """
+
+    depth: int
+    target: int
+    max_span: int
+    beam: int = BEAM
+
+    @classmethod
+    def of(
+        cls,
+        blocks: int,
+        *,
+        depth: int | None = None,
+        remove: int | None = None,
+        repeat: int | None = None,
+        max_span: int | None = None,
+        beam: int = BEAM,
+    ) -> SearchSpace:
+        """Make the space of a search that ends at a depth, or removes or repeats a number of layers.
+
+        Args:
+            blocks: number of blocks of the model.
+            depth: number of visits of the final routes.
+            remove: how many fewer these are than the blocks.
+            repeat: how many more these are than the blocks.
+            max_span: largest number of adjacent visits that one move drops or repeats. By default 1 for removals. For
+                repeats, the number of visits to add, at most 8: a good repeat of a span need not contain a good repeat
+                of a shorter one.
+            beam: number of routes of each level that later levels continue from.
+
+        Raises:
+            PlanError: not exactly one of the three numbers is given, or a number is out of range.
+        """
+        given = {"depth": depth, "remove": remove, "repeat": repeat}
+        named = {name: whole_number(value, name) for name, value in given.items() if value is not None}
+        if len(named) != 1:
+            found = f"not both {' and '.join(named)}" if named else "none is given"
+            raise PlanError(f"a search needs one of depth, remove and repeat; {found}")
+        ((name, number),) = named.items()
+        target = {"depth": number, "remove": blocks - number, "repeat": blocks + number}[name]
+        most = _MOST_TIMES * blocks
+        if name == "remove" and not 1 <= number < blocks:
+            raise PlanError(f"cannot remove {number} of {blocks} layers; give 1 to {blocks - 1}")
+        if name == "repeat" and not 1 <= number <= most - blocks:
+            raise PlanError(f"cannot repeat {number} layers of {blocks}; give 1 to {most - blocks}")
+        if not 1 <= target <= most:
+            raise PlanError(f"depth {number} is out of range for a model of {blocks} blocks; give 1 to {most}")
+        if target == blocks:
+            raise PlanError(f"depth {number} is the model's own; give fewer to remove layers, more to repeat some")
+        changes = abs(target - blocks)
+        if max_span is None:
+            max_span = 1 if target < blocks else min(changes, _SPAN_OF_REPEATS, blocks)
+        spans, beam = whole_number(max_span, "max_span"), whole_number(beam, "beam")
+        if not 1 <= spans <= changes:
+            raise PlanError(f"max_span is 1 to {changes}, the number of layers to change, not {spans}")
+        if beam < 1:
+            raise PlanError(f"beam is the number of routes to continue from, at least 1, not {beam}")
+        return cls(blocks, target, spans, beam)
+
+    @property
+    def removes(self) -> bool:
+        """Return whether the moves drop spans; else they repeat them."""
+        return self.target < self.depth
+
+    @property
+    def levels(self) -> int:
+        """Return the number of levels: by how many visits the final routes differ from the model's own."""
+        return abs(self.target - self.depth)
+
+    def visits(self, level: int) -> int:
+        """Return the number of visits of a level's routes."""
+        return self.depth - level if self.removes else self.depth + level
+
+    def moves(self, route: Route, span: int) -> Iterator[Route]:
+        """Yield the routes that one move of so many adjacent visits makes of a route."""
+        for start in range(len(route) - span + 1):
+            stop = start + span
+            yield Route(route[:start] + route[stop:]) if self.removes else Route(route[:stop] + route[start:])
+
+    def candidates(self, beams: Sequence[Sequence[Route]]) -> dict[Route, Route]:
+        """Return the candidates of the next level, each with the route that it was made from.
+
+        Args:
+            beams: the best routes of each level before, from level 0, which holds the model's own.
+
+        Returns:
+            The parent of each candidate, the first one if several lead to it: shorter moves are before longer ones, and
+            the best routes of a level before the others.
+        """
+        parents: dict[Route, Route] = {}
+        for span in range(1, min(self.max_span, len(beams)) + 1):
+            for parent in beams[-span]:
+                for route in self.moves(parent, span):
+                    parents.setdefault(route, parent)
+        return parents
+
+
+Screen = Callable[[Route], float]
+"""Estimate of a route's score that costs no measurement, such as one of second order. Lower is better."""
+
+
+def search_levels(
+    space: SearchSpace,
+    measure: Callable[[int, Sequence[Route]], pd.DataFrame],
+    screen: Screen | None = None,
+    screen_keep: int | None = None,
+) -> Iterator[pd.DataFrame]:
+    """Measure one level after another.
+
+    Args:
+        space: the routes.
+        measure: measures the routes of the level with this number. Returns a row for each route that could be measured,
+            with its text in `route`, and in `place` its place among them from 1, missing where its score is not finite.
+            `frame.attrs["skipped"]` has the reasons for the others, by their plans.
+        screen: estimates a route's score, so that only the candidates with the lowest estimates are measured.
+        screen_keep: number of candidates of a level that are measured after the screen; by default `kept_by_screen`.
+
+    Yields:
+        A row for each candidate of the level: level, parent, route, plan, block_calls, estimate, reason (why it could
+        not be measured), the columns of what was measured, measured, and kept (whether it is in the beam).
+
+    Raises:
+        PlanError: the screen cannot be used.
+        MeasurementError: no route is left.
+    """
+    most = None if screen is None else kept_by_screen(space, screen_keep)
+    beams: list[tuple[Route, ...]] = [(Route.identity(space.depth),)]
+    for level in range(1, space.levels + 1):
+        parents = space.candidates(beams)
+        if not parents:
+            raise MeasurementError(
+                f"no route of {space.visits(level)} blocks is left: the scores of all routes before are NaN or infinite"
+            )
+        routes = list(parents)
+        estimates = pd.Series([math.nan if screen is None else screen(route) for route in routes])
+        chosen = sorted(estimates.sort_values(kind="stable").index[:most])
+        frame = measure(level, [routes[number] for number in chosen])
+        plans = [str(plan_of(route, space.depth)) for route in routes]
+        skipped = frame.attrs.get("skipped", {})
+        table = pd.DataFrame(
+            {
+                "level": level,
+                "parent": list(map(str, parents.values())),
+                "route": list(map(str, routes)),
+                "plan": plans,
+                "block_calls": space.visits(level),
+                "estimate": estimates,
+                "reason": [skipped.get(plan, "") for plan in plans],
+            }
+        )
+        table = table.merge(frame[["route", *frame.columns.difference(table.columns, sort=False)]], "left", "route")
+        table["measured"] = table.route.isin(frame.route)
+        table["kept"] = (table.place <= space.beam).fillna(value=False).astype(bool)
+        beams.append(tuple(map(Route.parse, table[table.kept].sort_values("place").route)))
+        yield table
+    if not beams[-1]:
+        raise MeasurementError(f"the scores of all routes of {space.target} blocks are NaN or infinite")
+
+
+def kept_by_screen(space: SearchSpace, screen_keep: int | None = None) -> int:
+    """Return how many candidates of a level are measured after a screen; by default three times the beam.
+
+    Raises:
+        PlanError: the search repeats layers, or the number is less than the beam.
+    """
+    if not space.removes:
+        raise PlanError("a screen estimates the cost of removing layers; leave it out when layers are repeated")
+    keep = 3 * space.beam if screen_keep is None else whole_number(screen_keep, "screen_keep")
+    if keep < space.beam:
+        raise PlanError(f"screen_keep is at least the beam, {space.beam}, not {keep}")
+    return keep
+
+
+def one_shot(space: SearchSpace, blocks: Sequence[int]) -> list[Route]:
+    """Return for each level the route that drops or repeats the first blocks of a list, each once.
+
+    Args:
+        space: the routes.
+        blocks: blocks in the order in which they would be chosen if each was measured by itself.
+    """
+    times = 0 if space.removes else 2
+    chosen = [set(blocks[:level]) for level in range(1, min(space.levels, len(blocks)) + 1)]
+    return [
+        Route(block for block in range(space.depth) for _ in range(times if block in some else 1)) for some in chosen
+    ]
+
+
+def changed_block(route: Route, depth: int) -> int:
+    """Return the block that a route of the first level drops or repeats."""
+    return next(block for block in range(depth) if route.blocks.count(block) != 1)
+
+
+def plan_of(route: Route, depth: int) -> Plan:
+    """Return the shortest plan of a route: `drop` if it is a removal, else `repeat` of its spans, or `reorder`.
+
+    >>> from layersurgery.analyses.route_search import plan_of
+    >>> from layersurgery.plans.route import Route
+    >>> [str(plan_of(Route.parse(text), 6)) for text in ("0 3:6", "0:4 2:6", "0 1 1 1 2:5 4 5", "0:3 1 2 1 3:6")]
+    ['drop 1 2', 'repeat 2:4', 'repeat 1 x3; repeat 4', 'reorder 0:3 1 2 1 3:6']
+    """
+    visits = route.blocks
+    if len(visits) < depth and all(first < second for first, second in pairwise(visits)):
+        return Plan.parse(f"drop {Route(block for block in range(depth) if block not in visits)}")
+    plans = [f"reorder {route}"]
+    if (repeats := _repeats(visits, depth)) is not None:
+        plans.insert(0, "; ".join(repeats))
+    return Plan.parse(min(plans, key=len))
+
+
+def _repeats(visits: Sequence[int], depth: int) -> tuple[str, ...] | None:
+    """Return the `repeat` edits of separate spans that make these visits, with the shortest text; None if none do."""
+
+    @cache
+    def edits(start: int, block: int) -> tuple[str, ...] | None:
+        """Return the edits that make the visits from `start` on, of which this block is the first."""
+        if start == len(visits):
+            return () if block == depth else None
+        options = []
+        for stop in range(block + 1, depth + 1):
+            span, times = tuple(range(block, stop)), 0
+            while visits[start + times * len(span) : start + (times + 1) * len(span)] == span:
+                times += 1
+            if not times:
+                break
+            if times == 1 and len(span) > 1:
+                continue  # the same as its blocks one after another
+            if (others := edits(start + times * len(span), stop)) is not None:
+                blocks = f"{block}:{stop}" if len(span) > 1 else f"{block}"
+                repeat = (f"repeat {blocks}{f' x{times}' if times > 2 else ''}",) if times > 1 else ()
+                options.append(repeat + others)
+        return min(options, key=lambda texts: len("; ".join(texts)), default=None)
+
+    return edits(0, 0)
+
+
+def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
+    """Return which points are not dominated: no other has neither a higher cost nor a higher score, and one lower.
+
+    A point whose score is not finite is dominated.
+
+    >>> from layersurgery.analyses.route_search import pareto_front
+    >>> pareto_front([3, 2, 2, 1], [0.0, 0.5, 0.4, float("nan")])
+    [True, False, True, False]
+    """
+    points = [(cost, score) for cost, score in zip(costs, scores, strict=True) if math.isfinite(score)]
+    return [
+        math.isfinite(score)
+        and not any(other <= cost and value <= score and (other, value) != (cost, score) for other, value in points)
+        for cost, score in zip(costs, scores, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class LevelCost:
+    """The cost of measuring one level.
+
+    Attributes:
+        name: the level's directory.
+        blocks: number of visits of its routes.
+        routes: largest number of routes that are measured.
+        block_calls: largest number of block calls for each token, the unedited model's own included.
+        exact: whether the numbers are exact before anything is measured, as those of the first level.
+    """
+
+    name: str
+    blocks: int
+    routes: int
+    block_calls: int
+    exact: bool = False
+
+
+FINAL = "search"
+"""Directory of the last measurement, and name of its table."""
+
+
+def level_name(level: int) -> str:
+    """Return the name of a level's directory."""
+    return f"level-{level:02}"
+
+
+def forecast(space: SearchSpace, most_measured: int | None = None) -> list[LevelCost]:
+    """Count routes and block calls of each level and of the last measurement, before anything is measured.
+
+    The first level is counted from its schedule. A later one depends on what is measured before; its bound takes
+    routes of the beams that share nothing with each other, and shares what the candidates of each of them have in
+    common.
+
+    Args:
+        space: the routes.
+        most_measured: largest number of routes of a level that are measured, after a screen; None for all.
+    """
+    kept, costs = [1], []
+    for level in range(1, space.levels + 1):
+        routes = calls = 0
+        for span in range(1, min(space.max_span, level) + 1):
+            parents, length = kept[-span], space.visits(level - span)
+            starts = range(length - span + 1)
+            routes += parents * len(starts)
+            after = sum(length - start - span if space.removes else length - start for start in starts)
+            calls += parents * (after + (length if span < level else 0))
+        if space.removes:
+            routes = min(routes, math.comb(space.depth, level))
+        routes = min(routes, most_measured or routes)
+        calls = space.depth + min(calls, routes * space.visits(level))
+        exact = level == 1 and most_measured is None
+        if exact:
+            first = list(space.candidates([[Route.identity(space.depth)]]))
+            routes, calls = len(first), schedule(first, space.depth).calls
+        kept.append(min(space.beam, routes))
+        costs.append(LevelCost(level_name(level), space.visits(level), routes, calls, exact))
+    # The finalists; of each level before, the best; and of each level, what one measurement of each block would choose.
+    lengths = [space.target] * kept[-1] + [space.visits(level) for level in range(1, space.levels)]
+    lengths += [space.visits(level) for level in range(2, min(space.levels, space.depth) + 1)]
+    costs.append(LevelCost(FINAL, space.target, len(lengths), space.depth + sum(lengths)))
+    return costs
+
+
+def describe_cost(costs: Sequence[LevelCost]) -> str:
+    """Say how many routes a search measures and how many block calls this takes, from its forecast."""
+    routes, calls = sum(cost.routes for cost in costs), sum(cost.block_calls for cost in costs)
+    at_most = "" if all(cost.exact for cost in costs) else "at most "
+    return f"{at_most}{routes:,} routes in {len(costs)} measurements: {at_most}{calls:,} block calls for each token"

@@ -1,0 +1,281 @@
+"""Measure the routes of a search: one task for each level, and one for the routes that are measured in full."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import PlanError
+from ..metrics.aggregation import ratio
+from ..metrics.intervals import CONFIDENCE, asymptotic_interval, fixed_interval
+from ..metrics.reference import METRICS
+from ..plans.route import Route
+from ..plans.variants import Variant
+from ..registry import SEARCH_SCORES, column
+from ..sweeps.measurer import Measurer
+from ..sweeps.race import ERROR, Race
+from ..sweeps.results import FIXED, STOPPING, results_table
+from .layer_ranking import race_order
+from .route_search import FINAL, pareto_front, plan_of
+from .signal_tables import SignalTables
+from .tasks import TableTask
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..runs.options import RunOptions
+    from ..sweeps.row_progress import StopRule
+
+LEVEL = "level"
+_FRONTS = ("block_calls", "parameters")
+
+
+def check_score(by: str) -> str:
+    """Return what a search minimizes.
+
+    Raises:
+        PlanError: it is unknown.
+    """
+    if by.startswith("task:"):
+        raise PlanError(
+            f"a search by the accuracy on a task ({by}) is not supported; search by {' or '.join(SEARCH_SCORES)}, and "
+            "measure the routes that it finds on the task"
+        )
+    if by not in SEARCH_SCORES:
+        raise PlanError(f"unknown score {by!r}; choose from {', '.join(SEARCH_SCORES)}")
+    return by
+
+
+@dataclass(frozen=True, slots=True)
+class _RouteTask(TableTask):
+    """Base of the measurements of a search: some routes."""
+
+    by: str
+    routes: tuple[Route, ...]
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer of the routes. A route that the architecture cannot run is left out, with the reason."""
+        plans = [str(plan_of(route, self.depth)) for route in self.routes]
+        variants = [Variant(FINAL, plan, route, None, plan) for plan, route in zip(plans, self.routes, strict=True)]
+        return Measurer(model, variants, blocks=options.blocks, read=options.read_positions)
+
+
+@dataclass(frozen=True, slots=True)
+class LevelTask(_RouteTask):
+    """The candidates of one level of a search.
+
+    Attributes:
+        beam: number of routes to find; they race if it is given.
+    """
+
+    beam: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name of the measurement."""
+        return LEVEL
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the name of the measurement and its parameters."""
+        return {"analysis": self.name, "by": self.by, "routes": list(map(str, self.routes))}
+
+    def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
+        """Return the race for the beam; None to measure every route on all text."""
+        return None if self.beam is None else Race(self.beam, SEARCH_SCORES[self.by])
+
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
+        """Make a table with a row for each route."""
+        return {self.name: level_table(tables, self.by)}
+
+
+@dataclass(frozen=True, slots=True)
+class FinalTask(_RouteTask):
+    """The routes of a search that are measured in full.
+
+    Attributes:
+        finalists: number of finalists. They are the first routes.
+        one_shot: the routes that one measurement of each block would choose.
+        tried: the table of all candidates.
+    """
+
+    finalists: int
+    one_shot: frozenset[Route]
+    tried: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        """Return the name of the analysis."""
+        return FINAL
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the name of the analysis and its parameters."""
+        return {
+            "analysis": self.name,
+            "by": self.by,
+            "routes": list(map(str, self.routes)),
+            "finalists": self.finalists,
+            # The table of candidates is written with these results, so they are of this table only.
+            "tried": hashlib.sha256(self.tried.to_csv(index=False).encode()).hexdigest()[:16],
+        }
+
+    def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
+        """Make the table of these routes, and that of all candidates."""
+        return {FINAL: search_table(tables, self), "tried": self.tried.assign(model=tables.model)}
+
+
+def level_table(tables: SignalTables, by: str) -> pd.DataFrame:
+    """Build the table of one level: a row for each route, in the order in which they were given.
+
+    Args:
+        tables: the sums.
+        by: what the search minimizes.
+
+    Returns:
+        The columns of `tried` that are measured. `place` is the place among the routes; it is missing where the score
+        is not finite.
+    """
+    sums, metric = tables.sums_by_sequence, METRICS.index(SEARCH_SCORES[by])
+    race = tables.rule if isinstance(tables.rule, Race) else None
+    order = race_order(race or Race(1, SEARCH_SCORES[by]), sums)
+    interval = fixed_interval if race is None else asymptotic_interval
+    rows = []
+    for row, variant in enumerate(tables.measurer.variants[1:], 1):
+        values, counts = sums.of_row(row)
+        score, error = ratio(values[:, metric], counts)
+        low, high = interval(values[:, metric], counts)
+        rows.append(
+            {
+                "model": tables.model,
+                "plan": variant.plan,
+                "route": str(variant.route),
+                "by": by,
+                "score": score,
+                "score_sem": error,
+                "score_low": low,
+                "score_high": high,
+                "interval": f"{100 * CONFIDENCE:g} %, {FIXED if race is None else STOPPING}",
+                "tokens": int(counts.sum()),
+                "sequences": len(counts),
+                "race": None if race is None else race.outcome(row),
+                "place": order.index(row) + 1 if math.isfinite(score) else None,
+            }
+        )
+    frame = pd.DataFrame(rows).astype({"tokens": "Int64", "sequences": "Int64", "race": "str", "place": "Int64"})
+    frame.insert(3, "parameters", pd.array(_parameters(tables.measurer)[1:], dtype="Int64"))
+    return frame
+
+
+def _parameters(measurer: Measurer) -> list[int]:
+    """Return the number of parameters of each variant as a checkpoint, which has a copy of a block for each visit."""
+    blocks = measurer.block_parameters
+    outside = measurer.parameters - sum(blocks)
+    return [outside + sum(blocks[block] for block in variant.route.blocks) for variant in measurer.variants]
+
+
+def search_table(tables: SignalTables, task: FinalTask) -> pd.DataFrame:
+    """Build the table of the routes that are measured in full, the unedited model first.
+
+    Args:
+        tables: the sums, on all text.
+        task: says which routes are finalists and which are of one shot.
+
+    Returns:
+        The columns of a sweep, with perplexity and: by, level, block_calls, parameters, finalist, one_shot, winner, two
+        columns `front_...` (whether no other route has neither a higher score nor more block calls or parameters), and
+        above_winner_nats, the score minus the winner's on the same sequences, with its error and interval.
+        `surely_above` says of the other finalists whether it is above 0, with an error probability of 5 % for all of
+        them together.
+    """
+    measurer, sums = tables.measurer, tables.sums_by_sequence
+    frame = results_table(measurer.variants, sums, tables.model).drop(
+        columns=["edit", "name", "layer", "relative_depth"]
+    )
+    routes = [variant.route for variant in measurer.variants]
+    score = frame[SEARCH_SCORES[task.by]].to_numpy(float)
+    finalist = np.array([route in task.routes[: task.finalists] for route in routes])
+    winner = int(np.argmin(np.where(finalist & np.isfinite(score), score, np.inf)))
+    calls = list(map(len, routes))
+    facts: dict[str, Any] = {
+        "by": task.by,
+        "level": [abs(count - calls[0]) for count in calls],
+        "block_calls": calls,
+        "parameters": _parameters(measurer),
+        "winner": np.arange(len(routes)) == winner,
+        "finalist": finalist,
+        "one_shot": [route in task.one_shot for route in routes],
+    }
+    facts |= {f"front_{cost}": pareto_front(facts[cost], score.tolist()) for cost in _FRONTS}
+    for place, (name, values) in enumerate(facts.items(), 1):
+        frame.insert(place, name, values)
+    frame.insert(frame.columns.get_loc("loss_nats"), "perplexity", np.exp(frame.loss_nats.clip(upper=700)))
+    values = sums.values[:, :, METRICS.index(SEARCH_SCORES[task.by])]
+    differences = [values[:, row] - values[:, winner] for row in range(len(routes))]
+    above = [(*ratio(row, sums.counts), *fixed_interval(row, sums.counts)) for row in differences]
+    for end, column_values in zip(("", "_sem", "_low", "_high"), zip(*above, strict=True), strict=True):
+        frame[f"above_winner_nats{end}"] = column_values
+    confidence = 1 - ERROR / max(1, int(finalist.sum()) - 1)
+    surely = [
+        fixed_interval(difference, sums.counts, confidence)[0] > 0 if finalist[row] and row != winner else None
+        for row, difference in enumerate(differences)
+    ]
+    return frame.assign(surely_above=pd.array(surely, dtype="boolean"))
+
+
+def describe_search(frame: pd.DataFrame) -> str:
+    """Describe the route that a search chose, and how sure the choice is.
+
+    Args:
+        frame: the table `search`.
+
+    Example:
+        >>> import pandas as pd
+        >>> from layersurgery.analyses.search_tables import describe_search
+        >>> routes = pd.DataFrame(
+        ...     {
+        ...         "plan": ["", "drop 2 3", "drop 1 2"],
+        ...         "by": "kl",
+        ...         "level": [0, 2, 2],
+        ...         "block_calls": [6, 4, 4],
+        ...         "winner": [False, True, False],
+        ...         "finalist": [False, True, False],
+        ...         "one_shot": [False, False, True],
+        ...         "kl_nats": [0.0, 0.41, 0.47],
+        ...         "kl_nats_low": [0.0, 0.39, 0.45],
+        ...         "kl_nats_high": [0.0, 0.43, 0.49],
+        ...         "above_winner_nats": [-0.41, 0.0, 0.06],
+        ...         "surely_above": pd.array([None, None, None], dtype="boolean"),
+        ...     }
+        ... )
+        >>> describe_search(routes)
+        'With 4 of 6 blocks: drop 2 3, KL 0.41 nats (0.39 to 0.43), 0.06 below one-shot (drop 1 2).'
+    """
+    score = SEARCH_SCORES[str(frame.by.iloc[0])]
+    best, depth = frame[frame.winner].iloc[0], int(frame.block_calls.iloc[0])
+    name = {"kl_nats": "KL"}.get(score, column(score).label)
+    sign = "+" if column(score).signed else ""
+    low, high = best[f"{score}_low"], best[f"{score}_high"]
+    known = f" ({low:{sign}.3g} to {high:{sign}.3g})" if math.isfinite(low) and math.isfinite(high) else ""
+    blocks = f"{best.block_calls} of {depth}" if best.block_calls < depth else f"{best.block_calls} instead of {depth}"
+    sentence = f"With {blocks} blocks: {best.plan}, {name} {best[score]:{sign}.3g} nats{known}"
+    shot = frame[frame.one_shot & (frame.level == best.level)]
+    if len(shot) and math.isfinite(shot.iloc[0].above_winner_nats):
+        other = shot.iloc[0]
+        difference = (
+            f"{other.above_winner_nats:.2g} below" if other.above_winner_nats > 0
+            else f"{-other.above_winner_nats:.2g} above"
+        )  # fmt: skip
+        sentence += ", as one-shot" if other.winner else f", {difference} one-shot ({other.plan})"
+    others = frame[frame.finalist & ~frame.winner]
+    if others.empty:
+        return f"{sentence}."
+    surely = int(others.surely_above.fillna(value=False).sum())
+    sure = "all" if surely == len(others) else f"{surely} of"
+    return (
+        f"{sentence}. On this text, {sure} {len(others)} other finalist{'s'[: len(others) != 1]} surely cost more "
+        f"(error probability {100 * ERROR:g} %)."
+    )
