@@ -105,9 +105,9 @@ def _shown(search: Search, directory: Path, value: dict[str, Any], written: Sequ
         "tried": int(search.tried.measured.sum()),
     }
     lines: list[Any] = [_table(frame), "", *(escape(line) for line in textwrap.wrap(words, _WRAP_WIDTH))]
-    raced = "race" in search.tried and (search.tried.race != "").any()
-    wrong = " A race is wrong about its beam with a probability of about 5 % or less." if raced else ""
-    lines += [f"{int(search.tried.measured.sum()):,} routes were measured.{wrong}", *map(escape, written)]
+    raced = search.tried.race.isin(["lowest", "higher"]).any()
+    wrong = " Each race is wrong about its beam with a probability of about 5 % or less." if raced else ""
+    lines += [f"{value['tried']:,} routes were measured.{wrong}", *map(escape, written)]
     figures = [str(name) for name in frame.attrs["run"]["figures"]]
     lines.append(escape(f"The measurements are in {directory}: {', '.join(figures)}"))
     return [value, *lines]
@@ -119,7 +119,8 @@ def _table(frame: pd.DataFrame) -> Table:
         is_text = heading in ("plan", "")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in frame.sort_values(["level", "above_winner_nats"], kind="stable").to_dict("records"):
-        note = "chosen" if row["winner"] else "one-shot" if row["one_shot"] else "finalist" if row["finalist"] else ""
+        roles = {"chosen": row["winner"], "finalist": row["finalist"] > row["winner"], "one-shot": row["one_shot"]}
+        note = ", ".join(role for role, has_role in roles.items() if has_role)
         table.add_row(
             str(row["block_calls"]), escape(row["plan"] or "unedited"), f"{row['kl_nats']:.3f}",
             f"{row['loss_change_nats']:+.3f}", f"{row['perplexity']:.4g}", f"{100 * row['agreement']:.1f} %", note,

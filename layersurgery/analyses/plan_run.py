@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..runs.session import ModelSession, Task
     from ..runs.text import TokenizedText
 
-CHOSEN = ("orders", "removed", "routes")
-"""Arguments of a task that an earlier measurement has chosen."""
+CHOSEN = ("orders", "removed", "routes", "finalists", "tried")
+"""Arguments of tasks that an earlier measurement has chosen."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the current measurement, how much of it is done and how much there is in total."""
 
@@ -114,17 +114,24 @@ def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> Non
     check_output(target, None if session.source is None else session.source.directory, overwrite=overwrite)
 
 
-def run_or_reuse(session: ModelSession, task: Task, directory: Path, *, overwrite: bool) -> Run:
+def run_or_reuse(
+    session: ModelSession, task: Task, directory: Path, *, overwrite: bool, chosen: Sequence[str] = CHOSEN
+) -> Run:
     """Run a measurement, or use the finished one.
 
-    A measurement made with other arguments is replaced if `overwrite` says so, or if it is of other layers or routes,
-    which an earlier measurement has chosen since (a race may have been continued).
+    Args:
+        session: the model and the text.
+        task: what to measure.
+        directory: where to write.
+        overwrite: replace a measurement made with other arguments.
+        chosen: arguments of the task that an earlier measurement has chosen. One that was made with another value of
+            them is replaced anyway: the choice has changed since, as when a race was continued.
     """
     try:
         return session.run(task, directory)
     except OutputError:
         recorded = (read_run(directory) or {}).get("arguments", {})
         now = json.loads(json.dumps(task.arguments()))
-        if not overwrite and not any(recorded.get(name) != now.get(name) for name in CHOSEN):
+        if not overwrite and not any(recorded.get(name) != now.get(name) for name in chosen):
             raise
         return session.run(task, directory, overwrite=True)

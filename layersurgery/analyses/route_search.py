@@ -158,8 +158,9 @@ def search_levels(
         screen_keep: number of candidates of a level that are measured after the screen; by default `kept_by_screen`.
 
     Yields:
-        A row for each candidate of the level: level, parent, route, plan, block_calls, estimate, reason (why it could
-        not be measured), the columns of what was measured, measured, and kept (whether it is in the beam).
+        A row for each candidate of the level: level, parent, route, plan, block_calls, estimate (of a screen), reason
+        (why it could not be measured), the columns of what was measured, measured, and kept (whether it is in the
+        beam).
 
     Raises:
         PlanError: the screen cannot be used.
@@ -186,7 +187,7 @@ def search_levels(
                 "route": list(map(str, routes)),
                 "plan": plans,
                 "block_calls": space.visits(level),
-                "estimate": estimates,
+                **({} if screen is None else {"estimate": estimates}),
                 "reason": [skipped.get(plan, "") for plan in plans],
             }
         )

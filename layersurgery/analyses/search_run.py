@@ -20,7 +20,7 @@ from ..runs.requests import read_given_text
 from ..runs.tables import read_results
 from ..sweeps.sweep import collect_sums
 from .analyze import split_options
-from .plan_run import Progress, choose_plan, run_or_reuse
+from .plan_run import CHOSEN, Progress, choose_plan, run_or_reuse
 from .route_search import (
     BEAM,
     FINAL,
@@ -205,11 +205,9 @@ def run_search(
     def measure(task: LevelTask | FinalTask, name: str, subject: str) -> dict[str, pd.DataFrame]:
         reporter.log(f"{subject[0].upper()}{subject[1:]}")
         reporter.subject = subject
-        # The candidates of the first level are not chosen by a measurement: others are of another search.
-        if name == level_name(1):
-            done = session.run(task, directory / name, overwrite=overwrite)
-        else:
-            done = run_or_reuse(session, task, directory / name, overwrite=overwrite)
+        # The candidates of the first level are chosen by no measurement: others there are those of another search.
+        chosen = () if name == level_name(1) else CHOSEN
+        done = run_or_reuse(session, task, directory / name, overwrite=overwrite, chosen=chosen)
         names = [FINAL, "tried"] if name == FINAL else [task.name]
         tables: dict[str, pd.DataFrame] = {table: read_results(done.directory, table) for table in names}
         for frame in tables.values():

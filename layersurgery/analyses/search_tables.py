@@ -273,9 +273,8 @@ def describe_search(frame: pd.DataFrame) -> str:
     others = frame[frame.finalist & ~frame.winner]
     if others.empty:
         return f"{sentence}."
-    surely = int(others.surely_above.fillna(value=False).sum())
-    sure = "all" if surely == len(others) else f"{surely} of"
-    return (
-        f"{sentence}. On this text, {sure} {len(others)} other finalist{'s'[: len(others) != 1]} surely cost more "
-        f"(error probability {100 * ERROR:g} %)."
-    )
+    surely, count = int(others.surely_above.fillna(value=False).sum()), len(others)
+    which = f"{surely} of the {count} other finalists surely cost" if count > 1 else "the other finalist surely costs"
+    if count == 1 and not surely:
+        which = "it is not sure that the other finalist costs"
+    return f"{sentence}. On this text, {which} more (error probability {100 * ERROR:g} %)."

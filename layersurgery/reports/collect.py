@@ -24,7 +24,7 @@ from .text_format import without_directories
 _DEPTH = 3
 _CELLS = 6000
 _OURS = "layersurgery "
-_NOT_SHOWN = ("sequences", "tokens")
+_NOT_SHOWN = ("sequences", "tokens", "level")  # a search shows the candidates of all its levels in one table
 _CURVES = Path(RESULTS).stem
 _COLUMNS = ("model", "name", "plan", "edit", "layer", "relative_depth", "depth", "route", "kl_nats", "agreement")
 

@@ -29,6 +29,7 @@ _ABOUT = {
     "rank": "KL when each block is removed, block influence and angular distance over depth",
     "propagation": "mean change of what later layers add after each edit, a map for attention and one for the MLP",
     "costs": "KL, perplexity and top-1 agreement over the number of removed layers, a line for each criterion",
+    "search": "KL or change in loss of every candidate over the number of its blocks, with lines of the best routes",
     "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell "
     "for each head",
     "probe": "held-out accuracy of single neurons and of the best neurons together, and what two neurons add to logits",

@@ -27,6 +27,8 @@ NAMES = [
     "rank",
     "spans",
     "costs",
+    "search",
+    "tried",
     "stages",
     "neurons",
     "neuron_scores",
@@ -39,12 +41,14 @@ NAMES = [
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
     model, ids = tiny_model("llama"), tokens(3, 12)
-    rank = ls.rank(model, ids)
+    rank, search = ls.rank(model, ids), ls.search(model, ids, remove=2, beam=2)
     found = {
         "sweep": ls.sweep(model, "drop", ids),
         "rank": rank,
         "spans": ls.analyses.spans(rank),
         "costs": ls.prune(model, ids, remove=2, greedy=True).costs,
+        "search": search.results,
+        "tried": search.tried,
         "stages": ls.analyses.stages(model, ids),
         "neurons": ls.analyses.neurons(model),
         "neuron_scores": ls.analyses.neuron_scores(model),
@@ -98,7 +102,15 @@ def test_pandas_can_handle_it(tables: dict[str, pd.DataFrame], name: str, tmp_pa
 
 def test_no_table_is_left_out(tables: dict[str, pd.DataFrame]) -> None:
     assert list(tables) == NAMES
-    public = set(ls.analyses.__all__) - {"describe_stages", "measure", "Probe", "Pruning", "Subjoiners", "prune"}
+    public = set(ls.analyses.__all__) - {
+        "describe_stages",
+        "measure",
+        "Probe",
+        "Pruning",
+        "Search",
+        "Subjoiners",
+        "prune",
+    }
     assert public <= {name.partition(".")[0] for name in NAMES}
 
 
