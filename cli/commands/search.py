@@ -21,7 +21,7 @@ from .edit import EditOptions, as_json, describe_result, write_edits
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layersurgery.analyses.route_search import LevelCost
+    from layersurgery.analyses.search_cost import LevelCost
     from layersurgery.analyses.search_run import Search
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
@@ -130,7 +130,8 @@ def _table(frame: pd.DataFrame) -> Table:
 
 def _show_estimate(model: str, options: RunOptions, goal: dict[str, Any], console: Console) -> None:
     """Print how many routes a search measures, and their block calls."""
-    from layersurgery.analyses.route_search import SearchSpace, describe_cost, forecast
+    from layersurgery.analyses.route_search import SearchSpace
+    from layersurgery.analyses.search_cost import describe_cost, forecast
     from layersurgery.runs.requests import read_model_info
 
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints

@@ -16,17 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
+from functools import cache, lru_cache
+from itertools import pairwise, takewhile
 
 import pandas as pd
 
 from ..errors import MeasurementError, PlanError
 from ..plans.plan import Plan
 from ..plans.route import Route, whole_number
-from ..sweeps.schedule import schedule
 
 BEAM = 4
+FINAL = "search"
+"""Directory of the last measurement, and name of its table."""
 _SPAN_OF_REPEATS = 8  # longer spans are searched if they are asked for: their number grows with the square
 _MOST_TIMES = 4  # as deep as the model; a mistyped number would be searched for days
 
@@ -137,6 +138,11 @@ class SearchSpace:
         return parents
 
 
+def level_name(level: int) -> str:
+    """Return the name of a level's directory."""
+    return f"level-{level:02}"
+
+
 Screen = Callable[[Route], float]
 """Estimate of a route's score that costs no measurement, such as one of second order. Lower is better."""
 
@@ -233,13 +239,14 @@ def changed_block(route: Route, depth: int) -> int:
     return next(block for block in range(depth) if route.blocks.count(block) != 1)
 
 
+@lru_cache(maxsize=4096)
 def plan_of(route: Route, depth: int) -> Plan:
-    """Return the shortest plan of a route: `drop` if it is a removal, else `repeat` of its spans, or `reorder`.
+    """Return the plan of a route: `drop` for a removal, else the shortest text of `repeat` edits or a `reorder`.
 
     >>> from layersurgery.analyses.route_search import plan_of
     >>> from layersurgery.plans.route import Route
-    >>> [str(plan_of(Route.parse(text), 6)) for text in ("0 3:6", "0:4 2:6", "0 1 1 1 2:5 4 5", "0:3 1 2 1 3:6")]
-    ['drop 1 2', 'repeat 2:4', 'repeat 1 x3; repeat 4', 'reorder 0:3 1 2 1 3:6']
+    >>> [str(plan_of(Route.parse(text), 6)) for text in ("0 3:6", "0:4 2:6", "0 1 1 2 2 3:6", "0:3 1 2 1 3:6")]
+    ['drop 1 2', 'repeat 2:4', 'repeat 1:3 each', 'reorder 0:3 1 2 1 3:6']
     """
     visits = route.blocks
     if len(visits) < depth and all(first < second for first, second in pairwise(visits)):
@@ -259,18 +266,22 @@ def _repeats(visits: Sequence[int], depth: int) -> tuple[str, ...] | None:
         if start == len(visits):
             return () if block == depth else None
         options = []
+        times = sum(1 for _ in takewhile(lambda visit: visit == block, visits[start:]))
         for stop in range(block + 1, depth + 1):
-            span, times = tuple(range(block, stop)), 0
-            while visits[start + times * len(span) : start + (times + 1) * len(span)] == span:
-                times += 1
-            if not times:
+            span, passes = tuple(range(block, stop)), 0
+            while visits[start + passes * len(span) : start + (passes + 1) * len(span)] == span:
+                passes += 1
+            each = tuple(visit for visit in span for _ in range(times))
+            is_each = times > 1 and len(span) > 1 and visits[start : start + len(each)] == each
+            if not passes and not is_each:
                 break
-            if times == 1 and len(span) > 1:
-                continue  # the same as its blocks one after another
-            if (others := edits(start + times * len(span), stop)) is not None:
-                blocks = f"{block}:{stop}" if len(span) > 1 else f"{block}"
-                repeat = (f"repeat {blocks}{f' x{times}' if times > 2 else ''}",) if times > 1 else ()
-                options.append(repeat + others)
+            for count, word in ((passes, ""), (times if is_each else 0, " each")):
+                # A span that is passed once is its blocks, one after another.
+                if count > 1 or (count == 1 and len(span) == 1):
+                    others = edits(start + count * len(span), stop)
+                    blocks = f"{block}:{stop}" if len(span) > 1 else f"{block}"
+                    repeat = (f"repeat {blocks}{word}{f' x{count}' if count > 2 else ''}",) if count > 1 else ()
+                    options += [] if others is None else [repeat + others]
         return min(options, key=lambda texts: len("; ".join(texts)), default=None)
 
     return edits(0, 0)
@@ -291,75 +302,3 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[bool]:
         and not any(other <= cost and value <= score and (other, value) != (cost, score) for other, value in points)
         for cost, score in zip(costs, scores, strict=True)
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class LevelCost:
-    """The cost of measuring one level.
-
-    Attributes:
-        name: the level's directory.
-        blocks: number of visits of its routes.
-        routes: largest number of routes that are measured.
-        block_calls: largest number of block calls for each token, the unedited model's own included.
-        exact: whether the numbers are exact before anything is measured, as those of the first level.
-    """
-
-    name: str
-    blocks: int
-    routes: int
-    block_calls: int
-    exact: bool = False
-
-
-FINAL = "search"
-"""Directory of the last measurement, and name of its table."""
-
-
-def level_name(level: int) -> str:
-    """Return the name of a level's directory."""
-    return f"level-{level:02}"
-
-
-def forecast(space: SearchSpace, most_measured: int | None = None) -> list[LevelCost]:
-    """Count routes and block calls of each level and of the last measurement, before anything is measured.
-
-    The first level is counted from its schedule. A later one depends on what is measured before; its bound takes
-    routes of the beams that share nothing with each other, and shares what the candidates of each of them have in
-    common.
-
-    Args:
-        space: the routes.
-        most_measured: largest number of routes of a level that are measured, after a screen; None for all.
-    """
-    kept, costs = [1], []
-    for level in range(1, space.levels + 1):
-        routes = calls = 0
-        for span in range(1, min(space.max_span, level) + 1):
-            parents, length = kept[-span], space.visits(level - span)
-            starts = range(length - span + 1)
-            routes += parents * len(starts)
-            after = sum(length - start - span if space.removes else length - start for start in starts)
-            calls += parents * (after + (length if span < level else 0))
-        if space.removes:
-            routes = min(routes, math.comb(space.depth, level))
-        routes = min(routes, most_measured or routes)
-        calls = space.depth + min(calls, routes * space.visits(level))
-        exact = level == 1 and most_measured is None
-        if exact:
-            first = list(space.candidates([[Route.identity(space.depth)]]))
-            routes, calls = len(first), schedule(first, space.depth).calls
-        kept.append(min(space.beam, routes))
-        costs.append(LevelCost(level_name(level), space.visits(level), routes, calls, exact))
-    # The finalists; of each level before, the best; and of each level, what one measurement of each block would choose.
-    lengths = [space.target] * kept[-1] + [space.visits(level) for level in range(1, space.levels)]
-    lengths += [space.visits(level) for level in range(2, min(space.levels, space.depth) + 1)]
-    costs.append(LevelCost(FINAL, space.target, len(lengths), space.depth + sum(lengths)))
-    return costs
-
-
-def describe_cost(costs: Sequence[LevelCost]) -> str:
-    """Say how many routes a search measures and how many block calls this takes, from its forecast."""
-    routes, calls = sum(cost.routes for cost in costs), sum(cost.block_calls for cost in costs)
-    at_most = "" if all(cost.exact for cost in costs) else "at most "
-    return f"{at_most}{routes:,} routes in {len(costs)} measurements: {at_most}{calls:,} block calls for each token"

@@ -27,12 +27,11 @@ from .route_search import (
     Screen,
     SearchSpace,
     changed_block,
-    describe_cost,
-    forecast,
     level_name,
     one_shot,
     search_levels,
 )
+from .search_cost import describe_cost, forecast
 from .search_tables import FinalTask, LevelTask, check_score
 from .signal_tables import SignalTables
 

@@ -16,14 +16,13 @@ import layersurgery as ls
 from layersurgery.analyses.route_search import (
     SearchSpace,
     changed_block,
-    describe_cost,
-    forecast,
     kept_by_screen,
     one_shot,
     pareto_front,
     plan_of,
     search_levels,
 )
+from layersurgery.analyses.search_cost import describe_cost, forecast
 from layersurgery.plans.route import Route
 from layersurgery.sweeps.schedule import schedule
 
@@ -154,7 +153,7 @@ def test_plans_are_of_their_routes_and_short() -> None:
         route = Route(block for block in range(6) if block not in dropped)
         assert plan_of(route, 6).route(6) == route
         assert str(plan_of(route, 6)) == f"drop {Route(dropped)}"
-    for text in ("repeat 2:4", "repeat 1 x3", "repeat 0:6 x4", "repeat 5", "repeat 1; repeat 3:5 x3"):
+    for text in ("repeat 2:4", "repeat 1 x3", "repeat 0:6 x4", "repeat 5", "repeat 1:4 each", "repeat 3:5 each x3"):
         assert str(plan_of(ls.Plan.parse(text).route(6), 6)) == text
 
 

@@ -15,7 +15,8 @@ from scipy import stats
 
 import layersurgery as ls
 from layersurgery.analyses import search_run
-from layersurgery.analyses.route_search import SearchSpace, forecast, plan_of
+from layersurgery.analyses.route_search import SearchSpace, plan_of
+from layersurgery.analyses.search_cost import forecast
 from layersurgery.analyses.search_tables import describe_search
 from layersurgery.analyses.signal_tables import SignalTables
 from layersurgery.errors import LayerSurgeryWarning

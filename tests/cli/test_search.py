@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
-from layersurgery.analyses.route_search import SearchSpace, forecast
+from layersurgery.analyses.route_search import SearchSpace
+from layersurgery.analyses.search_cost import forecast
 from layersurgery.reports.collect import collect
 from tests.cli.test_analyze import words
 from tests.cli.test_cli import result_of, run
