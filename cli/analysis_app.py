@@ -273,7 +273,7 @@ def search(
         typer.Option(
             "--results",
             help="Directory to write the measurements to.",
-            show_default="./<output>-results, or ./<name>-search-<depth>-<by>",
+            show_default="./<output>-results or ./<name>-search-<depth>-<by>",
             metavar="DIR",
         ),
     ] = None,
