@@ -252,7 +252,7 @@ def find_route(
     tried = pd.concat(levels, ignore_index=True)
     if reasons := dict(tried[tried.reason != ""][["plan", "reason"]].to_numpy()):
         plan, reason = next(iter(reasons.items()))
-        warn(f"{len(reasons)} candidates cannot be run and are left out; the first of them is '{plan}': {reason}")
+        warn(f"{len(reasons)} of {len(tried)} candidates cannot be run; the first of them is '{plan}': {reason}")
     ordered = [level.dropna(subset=["place"]).sort_values("place") for level in levels]
     finalists = list(map(Route.parse, ordered[-1].route[: space.beam]))
     best = [Route.parse(level.route.iloc[0]) for level in ordered if len(level)]
