@@ -69,7 +69,7 @@ def test_a_wide_beam_finds_the_true_optimum(name: str) -> None:
 
 @pytest.mark.parametrize("race", [True, slow(False)])
 def test_a_beam_of_one_is_greedy_pruning(race: bool) -> None:
-    model, ids = tiny_model("llama").eval(), many_tokens(48)
+    model, ids = tiny_model("llama").eval(), many_tokens(32)
     pruning = ls.prune(model, ids, remove=3, greedy=True, race=race, batch_size=8)
     search = ls.search(model, ids, remove=3, beam=1, race=race, batch_size=8)
     assert search.plan == pruning.plan
@@ -136,11 +136,11 @@ def test_a_repeat_counts_as_a_copy_in_the_checkpoint() -> None:
 
 
 def test_a_race_finds_the_same_route_with_less_text() -> None:
-    model, ids = tiny_model("llama").eval(), many_tokens(96)
+    model, ids = tiny_model("llama").eval(), many_tokens(64)
     raced, full = (ls.search(model, ids, remove=2, beam=2, race=race, batch_size=8) for race in (True, False))
     assert raced.plan == full.plan
-    assert set(full.tried.sequences) == {96}
-    assert raced.tried.sequences.min() < 96
+    assert set(full.tried.sequences) == {64}
+    assert raced.tried.sequences.min() < 64
     assert set(full.tried.interval) == {"95 %, for this number of sequences"}
     assert set(raced.tried.interval) == {"95 %, at every number of sequences"}
     assert not (raced.tried.kept & (raced.tried.race == "higher")).any()
@@ -150,15 +150,13 @@ def test_a_race_finds_the_same_route_with_less_text() -> None:
     )
 
 
-def test_stopped_it_resumes_with_the_same_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_model("llama").eval(), many_tokens(32)
-    asked: dict[str, Any] = {"remove": 3, "beam": 2, "batch_size": 8}
+def test_stopped_it_resumes_with_the_same_digits(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama").eval(), many_tokens(24)
+    asked: dict[str, Any] = {"remove": 2, "beam": 2, "batch_size": 8}
     alone = ls.search(model, ids, **asked)
-    seen: list[str] = []
 
     def stop(what: str, done: int, _total: int) -> None:
-        seen.append(what)
-        if "level 2 of 3" in what and done >= 16:
+        if "level 2 of 2" in what and done >= 16:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
@@ -179,7 +177,7 @@ def test_stopped_it_resumes_with_the_same_digits(tmp_path: Path, monkeypatch: py
     with pytest.raises(ls.OutputError, match="with other arguments: routes"):
         ls.search(model, ids, repeat=2, directory=tmp_path, batch_size=8)
     with pytest.raises(ls.OutputError, match="with other arguments: by kl there, loss now"):
-        ls.search(model, ids, remove=3, by="loss", directory=tmp_path, batch_size=8)
+        ls.search(model, ids, remove=2, by="loss", directory=tmp_path, batch_size=8)
 
 
 def measure_in_memory(model: Any, ids: torch.Tensor, seen: list[Measurer]) -> search_run.Measure:
@@ -219,9 +217,7 @@ def test_a_wider_beam_continues_from_what_was_measured(tmp_path: Path) -> None:
 
 def test_what_an_architecture_cannot_run_is_left_out_and_said() -> None:
     model, ids = tiny_model("rwkv").eval(), many_tokens(3)
-    with pytest.warns(
-        LayerSurgeryWarning, match="1 of 6 candidates cannot be run; .* 'drop 0': rwkv: block 0 holds"
-    ):
+    with pytest.warns(LayerSurgeryWarning, match="1 of 6 candidates cannot be run; .* 'drop 0': rwkv: block 0 holds"):
         search = ls.search(model, ids, remove=1)
     tried = search.tried.set_index("plan")
     assert tried.reason["drop 0"].startswith("rwkv: block 0 holds the norm of the embedding")
@@ -232,15 +228,15 @@ def test_what_an_architecture_cannot_run_is_left_out_and_said() -> None:
 
 
 def test_the_words_say_what_was_found() -> None:
-    model, ids = tiny_model("llama").eval(), many_tokens(24)
-    search = ls.search(model, ids, remove=3, beam=2, batch_size=8)
+    model, ids = tiny_model("llama").eval(), many_tokens(3)
+    search = ls.search(model, ids, remove=3, beam=2)
     words, best = describe_search(search.results), search.results[search.results.winner].iloc[0]
     assert words.startswith(
         f"With 3 of 6 blocks: {search.plan}, KL {best.kl_nats:.3g} nats ({best.kl_nats_low:.3g} to "
     )
     assert "one-shot" in words
     assert words.endswith("(error probability 5 %).")
-    wider = ls.search(model, ids, repeat=1, beam=3, by="loss", batch_size=8)
+    wider = ls.search(model, ids, repeat=1, beam=3, by="loss")
     assert describe_search(wider.results).startswith(f"With 7 instead of 6 blocks: {wider.plan}, change in loss ")
 
 

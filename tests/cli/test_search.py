@@ -53,10 +53,10 @@ def test_the_checkpoint_is_the_route_that_was_found(place: Path, tmp_path: Path)
 
 
 def test_python_writes_the_commands_files(place: Path, tmp_path: Path) -> None:
-    asked = asked_of(place, "--repeat", 2, "--beam", 2, "--by", "loss", "-o", tmp_path / "command")
+    asked = asked_of(place, "--repeat", 2, "--beam", 1, "--by", "loss", "-o", tmp_path / "command")
     value = result_of(*asked)
     found = ls.search(
-        str(place / "tiny"), place / "story.txt", repeat=2, beam=2, by="loss", output=tmp_path / "python",
+        str(place / "tiny"), place / "story.txt", repeat=2, beam=1, by="loss", output=tmp_path / "python",
         tokens=120, context=30, device="cpu",
     )  # fmt: skip
     for name in ("level-01", "level-02", "search"):
