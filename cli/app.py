@@ -303,7 +303,7 @@ def plot(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Result directories written by sweep, analyze, stages, rank or prune.",
+            help="Result directories written by sweep, analyze, stages, rank, prune or search.",
             show_default=False,
         ),
     ],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from layersurgery.errors import PlanError
 from layersurgery.quick_imports import quick_imports
 
 from ..terminal.console import Console
@@ -67,6 +68,8 @@ def run_search(
         from layersurgery.runs.processes import run_session
 
     check_score(by)
+    if output is None and (link or not verify):
+        raise PlanError("--link and --no-verify are for the checkpoint; name its directory with --output")
     if estimate:
         _show_estimate(model, options, goal, console)
         return

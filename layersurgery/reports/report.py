@@ -51,8 +51,8 @@ def report(
     reproduces it. It lists everything that was left out to limit its size.
 
     Args:
-        directories: results of `layersurgery sweep`, `analyze`, `stages`, `rank` or `prune`, or parent directories of
-            them (searched three levels deep).
+        directories: results of `layersurgery sweep`, `analyze`, `stages`, `rank`, `prune` or `search`, or parent
+            directories of them (searched three levels deep).
         output: file to write, or directory to write report.html to; by default, the current directory.
         overwrite: replace an existing file.
 

@@ -105,6 +105,7 @@ def test_the_cost_is_said_before(place: Path, tmp_path: Path, monkeypatch: pytes
     costs = forecast(SearchSpace.of(DEPTH, remove=3, beam=2))
     assert [level["block_calls"] for level in value["levels"]] == [cost.block_calls for cost in costs]
     shown = run(*asked).stdout.splitlines()
+    assert "name its directory with --output" in run(*asked, "--link").stderr
     assert shown[1].split() == ["level-01", "5", "6", "21"]
     assert shown[2].split()[:4] == ["level-02", "4", "≤", "10"]
     assert list(tmp_path.iterdir()) == []
