@@ -227,7 +227,7 @@ class _Work:
         observer = measurer.block_observer
         run.start()
         self.journal = Journal(
-            run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.quantities.size
+            run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size
         )
         # A resumed run keeps its batch size, because the journal stores whole batches.
         recorded_size: int | None = run.facts.get("batch_size")

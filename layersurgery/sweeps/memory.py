@@ -118,9 +118,7 @@ class MemoryModel:
         )
 
 
-def suggest_batch_size(
-    needs: MemoryModel, plan: Schedule, length: int, device: torch.device
-) -> int:
+def suggest_batch_size(needs: MemoryModel, plan: Schedule, length: int, device: torch.device) -> int:
     """Suggest how many sequences of `length` tokens to measure in one batch.
 
     A batch holds a few thousand tokens, or fewer if they would not fit into half of the free memory.
