@@ -272,6 +272,31 @@ def stopping(
         print(json.dumps(rows, indent=2))
 
 
+@app.command(name="second-order")
+def second_order(
+    model: Annotated[str, typer.Argument(help="Model name or path.")] = "smollm2-135m",
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=4, help="Tokens to choose on, and tokens to measure on.")
+    ] = 2048,
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens of a sequence.")] = 128,
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Tokens drawn at each position.")] = 16,
+    remove: Annotated[str, typer.Option("--remove", help="Numbers of layers, comma-separated.")] = "3,6,9",
+    quick: Annotated[bool, typer.Option("--quick", help="Few tokens, to test the benchmark itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Choose layers to remove by a second-order estimate of the KL, and compare with the other criteria."""
+    from .second_order import measure
+
+    sizes = tuple(map(int, remove.split(",")))
+    rows = (
+        measure(model, 64, 16, 2, (1, 2), as_json=as_json, name="second-order-quick")
+        if quick
+        else measure(model, tokens, context, draws, sizes, as_json=as_json, name="second-order")
+    )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+
+
 @app.command()
 def plot(
     model: Annotated[str, typer.Option("--model", help="Model of the sweep to plot.")] = "smollm2-135m",
