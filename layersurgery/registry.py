@@ -142,7 +142,7 @@ class Axes:
 AXES = {
     "cka": Axes("stream before block", "stream before block", symmetric=True),
     "cosine": Axes("stream before block", "stream before block", symmetric=True),
-    "propagation": Axes("block skipped", "block whose contribution changes"),
+    "propagation": Axes("layer of the edit", "later layer"),
 }
 """The axes of maps that are not those of a family of edits, by the names of their tables."""
 
@@ -212,8 +212,6 @@ _CHANGE = "change of what a layer adds, relative to its size"
 PROPAGATION = "propagation"
 """Name of the table of what later layers do after an edit, and of its figure; a sweep writes them on request."""
 _PROPAGATION = (
-    Column("from", "layer of the edit", heading="from", digits=0, curve=False, tables=(PROPAGATION,)),
-    Column("to", "later layer", heading="to", digits=0, curve=False, tables=(PROPAGATION,)),
     Column("change_mean", f"mean {_CHANGE}", log=True, heading="mean"),
     Column("change_max", f"largest {_CHANGE}", log=True, heading="largest"),
 )

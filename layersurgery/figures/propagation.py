@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..errors import MeasurementError
 from ..plans.families import FAMILIES
-from ..registry import PROPAGATION, column
+from ..registry import AXES, PROPAGATION, column
 from .maps import draw_map
 from .style import ModelTables, add_title_and_legend, new_figure
 
@@ -31,6 +31,7 @@ def propagation(models: Sequence[ModelTables]) -> Figure:
     drawn = [(model, edit) for model in models for edit in drawn_edits(model.tables[PROPAGATION])]
     if not drawn:
         raise MeasurementError(f"only propagation after {', '.join(_EDITS)} has a figure, and these results have none")
+    sides = AXES[PROPAGATION]
     with new_figure(10.5, 0.4 + 4.6 * len(drawn)) as figure:
         grid = figure.subplots(len(drawn), len(_PARTS), squeeze=False)
         for axes, (model, edit) in zip(grid, drawn, strict=True):
@@ -41,10 +42,7 @@ def propagation(models: Sequence[ModelTables]) -> Figure:
                 if rows.empty:
                     axis.set_axis_off()
                     continue
-                draw_map(
-                    figure, axis, rows, column("change_mean"), rows=column("from", PROPAGATION).label,
-                    columns=column("to", PROPAGATION).label,
-                )  # fmt: skip
+                draw_map(figure, axis, rows, column("change_mean"), rows=sides.rows, columns=sides.columns)
                 title = f"{of_model}{FAMILIES[edit].label}:\nmean change of later {name}, relative to its size"
                 axis.set_title(title, loc="left", fontweight="bold", parse_math=False)
         add_title_and_legend(figure, models, grid[0][0], legend=False)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from ..metrics.aggregation import SequenceSums, ratio
 from ..plans.families import FAMILIES
 from ..plans.variants import Variant
-from .propagation import Propagation
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from .propagation import Propagation
 
 REMOVALS = ("drop", "skip-attention", "skip-mlp")
 """Families of which each edit removes something of one layer, so that layers can be compared."""

@@ -238,7 +238,7 @@ def test_tables_of_cells_are_maps_too_with_a_view_for_each_part(browser: Browser
     for _, row in cells.sample(3, random_state=0).iterrows():
         hover(browser, cells, row, chart)
         start, end = (f"{row[side]:.0f}" for side in ("from", "to"))
-        assert shown(browser, chart) == f"block skipped {start}, block whose contribution changes {end}"
+        assert shown(browser, chart) == f"layer of the edit {start}, later layer {end}"
         assert browser.exact("layer-maps") == row.effect
     ActionChains(browser.driver).click().perform()
     assert "Copied" not in browser.one(f"{chart} .tip").text

