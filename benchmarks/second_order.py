@@ -150,14 +150,14 @@ def measure(
     table = make_table(
         f"KL and perplexity after removing layers, on other text than they were chosen on ({model_name}, "
         f"{choosing.numel()} tokens each, {draws} draws)",
-        "criterion", *(f"{count} layers" for count in sizes), "rank correlation with KL",
+        "criterion", *(f"{count} layers" for count in sizes), "rank corr.",
     )  # fmt: skip
     for criterion in choices:
         cells = [row for row in rows if row["criterion"] == criterion]
         rho = cells[0]["spearman"]
         table.add_row(
             criterion,
-            *(f"{row['kl_nats']:.3f} +- {row['kl_nats_sem']:.3f} / {row['perplexity']:.1f}" for row in cells),
+            *(f"{row['kl_nats']:.3f} ±{row['kl_nats_sem']:.3f} / {row['perplexity']:.1f}" for row in cells),
             "" if rho is None else f"{rho:.2f}",
         )
     console = wide_console(stderr=as_json)
