@@ -143,15 +143,9 @@ def level_name(level: int) -> str:
     return f"level-{level:02}"
 
 
-Screen = Callable[[Route], float]
-"""Estimate of a route's score that costs no measurement, such as one of second order. Lower is better."""
-
-
 def search_levels(
     space: SearchSpace,
     measure: Callable[[int, Sequence[Route]], pd.DataFrame],
-    screen: Screen | None = None,
-    screen_keep: int | None = None,
 ) -> Iterator[pd.DataFrame]:
     """Measure one level after another.
 
@@ -160,19 +154,14 @@ def search_levels(
         measure: measures the routes of the level with this number. Returns a row for each route that could be measured,
             with its text in `route`, and in `place` its place among them from 1, missing where its score is not finite.
             `frame.attrs["skipped"]` has the reasons for the others, by their plans.
-        screen: estimates a route's score, so that only the candidates with the lowest estimates are measured.
-        screen_keep: number of candidates of a level that are measured after the screen; by default `kept_by_screen`.
 
     Yields:
-        A row for each candidate of the level: level, parent, route, plan, block_calls, estimate (of a screen), reason
-        (why it could not be measured), the columns of what was measured, measured, and kept (whether it is in the
-        beam).
+        A row for each candidate of the level: level, parent, route, plan, block_calls, reason (why it could not be
+        measured), the columns of what was measured, measured, and kept (whether it is in the beam).
 
     Raises:
-        PlanError: the screen cannot be used.
         MeasurementError: no route is left.
     """
-    most = None if screen is None else kept_by_screen(space, screen_keep)
     beams: list[tuple[Route, ...]] = [(Route.identity(space.depth),)]
     for level in range(1, space.levels + 1):
         parents = space.candidates(beams)
@@ -181,9 +170,7 @@ def search_levels(
                 f"no route of {space.visits(level)} blocks is left: the scores of all routes before are NaN or infinite"
             )
         routes = list(parents)
-        estimates = pd.Series([math.nan if screen is None else screen(route) for route in routes])
-        chosen = sorted(estimates.sort_values(kind="stable").index[:most])
-        frame = measure(level, [routes[number] for number in chosen])
+        frame = measure(level, routes)
         plans = [str(plan_of(route, space.depth)) for route in routes]
         skipped = frame.attrs.get("skipped", {})
         table = pd.DataFrame(
@@ -193,7 +180,6 @@ def search_levels(
                 "route": list(map(str, routes)),
                 "plan": plans,
                 "block_calls": space.visits(level),
-                **({} if screen is None else {"estimate": estimates}),
                 "reason": [skipped.get(plan, "") for plan in plans],
             }
         )
@@ -204,20 +190,6 @@ def search_levels(
         yield table
     if not beams[-1]:
         raise MeasurementError(f"the scores of all routes of {space.target} blocks are NaN or infinite")
-
-
-def kept_by_screen(space: SearchSpace, screen_keep: int | None = None) -> int:
-    """Return how many candidates of a level are measured after a screen; by default three times the beam.
-
-    Raises:
-        PlanError: the search repeats layers, or the number is less than the beam.
-    """
-    if not space.removes:
-        raise PlanError("a screen estimates the cost of removing layers; leave it out when layers are repeated")
-    keep = 3 * space.beam if screen_keep is None else whole_number(screen_keep, "screen_keep")
-    if keep < space.beam:
-        raise PlanError(f"screen_keep is at least the beam, {space.beam}, not {keep}")
-    return keep
 
 
 def one_shot(space: SearchSpace, blocks: Sequence[int]) -> list[Route]:

@@ -36,7 +36,7 @@ class LevelCost:
     exact: bool = False
 
 
-def forecast(space: SearchSpace, most_measured: int | None = None) -> list[LevelCost]:
+def forecast(space: SearchSpace) -> list[LevelCost]:
     """Count routes and block calls of each level and of the last measurement, before anything is measured.
 
     The first level is counted from its schedule. A later one depends on what is measured before; its bound takes
@@ -45,7 +45,6 @@ def forecast(space: SearchSpace, most_measured: int | None = None) -> list[Level
 
     Args:
         space: the routes.
-        most_measured: largest number of routes of a level that are measured, after a screen; None for all.
     """
     kept, costs = [1], []
     for level in range(1, space.levels + 1):
@@ -58,9 +57,8 @@ def forecast(space: SearchSpace, most_measured: int | None = None) -> list[Level
             calls += parents * (after + (length if span < level else 0))
         if space.removes:
             routes = min(routes, math.comb(space.depth, level))
-        routes = min(routes, most_measured or routes)
         calls = space.depth + min(calls, routes * space.visits(level))
-        exact = level == 1 and most_measured is None
+        exact = level == 1
         if exact:
             first = list(space.candidates([[Route.identity(space.depth)]]))
             routes, calls = len(first), schedule(first, space.depth).calls

@@ -24,7 +24,6 @@ from .plan_run import CHOSEN, Progress, choose_plan, run_or_reuse
 from .route_search import (
     BEAM,
     FINAL,
-    Screen,
     SearchSpace,
     changed_block,
     level_name,
@@ -59,7 +58,7 @@ class Search:
             sequences) and surely_above.
         tried: every candidate: level, parent (the route that it was made from), route, plan, block_calls, parameters,
             score with its error and interval, tokens, sequences, race ("lowest", "higher" or "open"), place among the
-            level's routes, kept (whether it is in the beam), measured, estimate (of a screen), and reason (why the
+            level's routes, kept (whether it is in the beam), measured, and reason (why the
             architecture cannot run it).
         written: the edited checkpoint, if one was written.
     """
@@ -224,8 +223,6 @@ def find_route(
     *,
     by: str = "kl",
     race: bool = True,
-    screen: Screen | None = None,
-    screen_keep: int | None = None,
     caption: str = "",
 ) -> Search:
     """Search a route: measure one level after another, then the best routes on all text.
@@ -235,8 +232,6 @@ def find_route(
         measure: measures a task.
         by: what to minimize.
         race: stop measuring a candidate once it is sure whether it is in the beam.
-        screen: estimates a route's score, so that only the candidates with the lowest estimates are measured.
-        screen_keep: number of candidates of a level that are measured after the screen.
         caption: describes the text.
 
     Raises:
@@ -248,7 +243,7 @@ def find_route(
         subject = f"measuring {len(routes)} routes of {space.visits(level)} blocks (level {level} of {space.levels})"
         return measure(task, level_name(level), subject)[task.name]
 
-    levels = list(search_levels(space, measure_level, screen, screen_keep))
+    levels = list(search_levels(space, measure_level))
     tried = pd.concat(levels, ignore_index=True)
     if reasons := dict(tried[tried.reason != ""][["plan", "reason"]].to_numpy()):
         plan, reason = next(iter(reasons.items()))

@@ -16,7 +16,6 @@ import layersurgery as ls
 from layersurgery.analyses.route_search import (
     SearchSpace,
     changed_block,
-    kept_by_screen,
     one_shot,
     pareto_front,
     plan_of,
@@ -118,28 +117,6 @@ def test_a_longer_span_does_not_need_good_shorter_ones() -> None:
     for max_span in (1, 2):
         *_, last = search_levels(SearchSpace.of(6, remove=2, beam=1, max_span=max_span), measure_by(score, []))
         assert (last[last.kept].plan.tolist() == ["drop 2 3"]) == (max_span == 2)
-
-
-def test_a_screen_says_what_is_measured() -> None:
-    seen: list[Sequence[Route]] = []
-    space = SearchSpace.of(8, remove=2, beam=2)
-
-    def screen(route: Route) -> float:
-        return float(sum(route.blocks))
-
-    tables = list(search_levels(space, measure_by(by_lot, seen), screen, 3))
-    for routes, table in zip(seen, tables, strict=True):
-        assert len(routes) == 3
-        assert table.estimate.tolist() == [screen(Route.parse(route)) for route in table.route]
-        assert table.estimate[table.measured].max() <= table.estimate[~table.measured].min()
-        assert set(table.route[table.measured]) == set(map(str, routes))
-        assert table.score[~table.measured].isna().all()
-        assert not table.kept[~table.measured].any()
-    assert kept_by_screen(space) == 6
-    with pytest.raises(ls.PlanError, match="screen_keep is at least the beam, 2, not 1"):
-        kept_by_screen(space, 1)
-    with pytest.raises(ls.PlanError, match="a screen estimates the cost of removing layers; leave it out"):
-        list(search_levels(SearchSpace.of(4, repeat=1), measure_by(by_lot, []), screen))
 
 
 def test_plans_are_of_their_routes_and_short() -> None:

@@ -259,18 +259,3 @@ def test_the_words_say_what_was_found() -> None:
 def test_what_cannot_be_meant_is_refused(asked: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         ls.search(tiny_model("llama"), many_tokens(2), **asked)
-
-
-def test_a_screen_chooses_what_is_measured() -> None:
-    """The screen is given as a function; here it is the true score, so nothing is lost."""
-    model, ids = tiny_model("llama").eval(), many_tokens(3)
-    space, seen = SearchSpace.of(DEPTH, remove=2, beam=2), list[Measurer]()
-    measure = measure_in_memory(model, ids, seen)
-    full = search_run.find_route(space, measure, race=False)
-    truth = dict(zip(full.tried.route, full.tried.score, strict=True))
-    screened = search_run.find_route(space, measure, race=False, screen=lambda route: truth[str(route)], screen_keep=2)
-    assert screened.plan == full.plan
-    assert [len(measurer.routes) for measurer in seen[3:5]] == [2, 2]
-    assert screened.tried.measured.sum() == 4
-    kept = screened.tried[screened.tried.measured]
-    assert kept.estimate.tolist() == kept.score.tolist()
