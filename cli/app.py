@@ -248,6 +248,10 @@ def sweep(
     plans: o.Plans = None,
     layers: o.LayerRange = None,
     max_span: o.MaxSpan = None,
+    tasks: o.Tasks = None,
+    limit: o.Limit = None,
+    shots: o.Shots = None,
+    task_path: o.TaskPath = None,
     estimate: o.Estimate = False,
     output: o.SweepOutput = None,
     overwrite: o.OverwriteResults = False,
@@ -260,13 +264,16 @@ def sweep(
     """
     wanted, bounds = _edits(edits, plans), {"layers": layers, "max_span": max_span}
     if estimate:
+        if tasks is not None:
+            raise typer.BadParameter("the cost of tasks is not estimated; leave one out", param_hint="'--estimate'")
         from .commands.estimate import show_estimate
 
         show_estimate(model, wanted, bounds, run, console)
         return
     from .commands.measure import run_sweep
 
-    run_sweep(model, wanted, bounds, run, output, overwrite, console)
+    given = {"tasks": tasks, "limit": limit, "shots": shots, "task_path": task_path or ()}
+    run_sweep(model, wanted, bounds, given, run, output, overwrite, console)
 
 
 @app.command(rich_help_panel=_MEASURE)

@@ -79,6 +79,7 @@ Range = Annotated[
 
 _EDITS = "Edits to measure"
 _TEXT = "Text"
+_TASKS = "Tasks"
 _PRECISION = "Precision"
 _EXECUTION = "Execution"
 
@@ -119,6 +120,48 @@ MaxSpan = Annotated[
         show_default="no limit",
         metavar="N",
         rich_help_panel=_EDITS,
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        help="Measure these tasks of lm-eval (multiple choice or log-likelihoods) instead of a text, for example "
+        "lambada_openai,arc_easy. Needs the extra 'tasks'.",
+        metavar="NAMES",
+        rich_help_panel=_TASKS,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        help="Documents of each task.",
+        show_default="all",
+        metavar="N",
+        rich_help_panel=_TASKS,
+    ),
+]
+Shots = Annotated[
+    int | None,
+    typer.Option(
+        "--shots",
+        min=0,
+        help="Examples before each document of a task.",
+        show_default="the task's own number",
+        metavar="N",
+        rich_help_panel=_TASKS,
+    ),
+]
+TaskPath = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task-path",
+        help="Directory with task definitions of your own (.yaml); may be repeated.",
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel=_TASKS,
     ),
 ]
 Data = Annotated[

@@ -12,6 +12,7 @@ from ..terminal.console import Console
 
 if TYPE_CHECKING:
     from layersurgery.runs.options import RunOptions
+    from layersurgery.runs.requests import GivenText
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.session import ModelSession
 
@@ -23,6 +24,7 @@ def measure(
     name: str,
     console: Console,
     run: Callable[[ModelSession, Path], Run],
+    given: GivenText | None = None,
 ) -> Run | None:
     """Run one measurement, and show its progress.
 
@@ -33,6 +35,7 @@ def measure(
         name: name of the measurement.
         console: where to print.
         run: runs it in a session and a directory.
+        given: the tasks that are measured instead of the text that the options name.
 
     Returns:
         The finished run; None in a process that another one leads.
@@ -44,15 +47,17 @@ def measure(
         options,
         lambda session: run(session, output or Path(f"{session.name}-{name}")),
         reporter=console,
+        given=given,
     )
 
 
 def run_sweep(
-    model: str, edits: Any, bounds: dict[str, Any], options: RunOptions, output: Path | None, overwrite: bool,
-    console: Console,
+    model: str, edits: Any, bounds: dict[str, Any], tasks: dict[str, Any], options: RunOptions, output: Path | None,
+    overwrite: bool, console: Console,
 ) -> None:  # fmt: skip
-    """Measure the effect of the edits, within `layers` and `max_span` of the bounds, and print it."""
+    """Measure the effect of the edits, within `layers` and `max_span` of the bounds, on a text or on tasks."""
     with quick_imports():
+        from layersurgery.runs.sweep import given_tasks
         from layersurgery.runs.sweep import run_sweep as run_in
 
     from ..terminal.sweep_results import show_sweep
@@ -64,6 +69,7 @@ def run_sweep(
         "sweep",
         console,
         lambda session, directory: run_in(session, directory, edits, **bounds, overwrite=overwrite),
+        given_tasks(options=options, **tasks),
     )
     if run is not None:
         show_sweep(run, console)

@@ -18,6 +18,7 @@ from layersurgery.registry import METRICS, PROPAGATION, Column
 from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
 from .run_cost import run_cost
+from .task_results import task_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,11 +161,12 @@ def show_sweep(run: Run, console: Console) -> None:
     files = [
         "results.parquet",
         "results.csv",
+        *(["requests.parquet"] if "requests.parquet" in facts["files"] else []),
         *(["tokens.parquet"] if facts["arguments"]["per_token"] else []),
         *(file for file in facts["files"] if file.startswith(f"{PROPAGATION}.")),
         *facts["figures"],
     ]
-    items = [*lines(frame, console.out.width)]
+    items = [*lines(frame, console.out.width), *task_table(frame, console.out.width)]
     for plan, batches in facts["non_finite"].items():
         numbers = ", ".join(map(str, batches[:8])) + (" ..." if len(batches) > 8 else "")
         items.append(

@@ -11,6 +11,7 @@ from ..checkpoints.sources import find_source
 from ..checkpoints.tensor_index import fingerprint
 from ..errors import MeasurementError, PlanError, SourceError
 from ..library_logs import quiet_libraries
+from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from .distributed import SingleProcess, find_process_group
 from .options import RunOptions
@@ -115,6 +116,8 @@ def _work(model: str, options: RunOptions, group: ProcessGroup) -> None:
                         )
                     loaded = exit_stack.enter_context(load_model(source, item.placement, group))
                 measurer = item.task.measurer(loaded, options)
+                if item.text.scored is not None:
+                    measurer.read = ScoredPositions(item.text.scored)
                 is_complete = run_worker(measurer, item.text, per_token=options.per_token, group=group)
             except KeyboardInterrupt:
                 raise SystemExit(130) from None

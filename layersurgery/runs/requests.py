@@ -18,6 +18,7 @@ from ..models.block_list import refuse_encoder_decoder
 from ..models.config_fields import depth_field
 from ..models.other_wrappers import refuse_wrapper
 from ..runtime.inputs import as_tokens
+from ..tasks.task_request import TaskRequest
 from .chat import as_messages
 from .data_files import find_column, missing_column
 from .documents import choose_split
@@ -133,6 +134,7 @@ class GivenText:
         documents: texts or conversations to tokenize, or a dataset whose rows hold them.
         pack: whether documents are joined if the caller does not say it.
         is_finite: whether all documents are measured if the caller does not say how many tokens.
+        tasks: tasks whose requests are measured instead of a text.
     """
 
     tokens: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -140,6 +142,7 @@ class GivenText:
     documents: Iterable[Any] | None = None
     pack: bool = False
     is_finite: bool = True
+    tasks: TaskRequest | None = None
 
 
 def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) -> tuple[RunOptions, GivenText | None]:
@@ -175,7 +178,7 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
     if text is not None:
         options.refuse(["data"], "names a text, and another text is given; give one of them")
     if has_tokens:
-        options.refuse(_TEXT_OPTIONS, "is for texts, and token ids are given; cut or shuffle them before")
+        options.refuse(TEXT_OPTIONS, "is for texts, and token ids are given; cut or shuffle them before")
     elif attention_mask is not None:
         raise PlanError("attention_mask is for token ids, and a text is given")
     if text is None:
@@ -206,7 +209,7 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
     )
 
 
-_TEXT_OPTIONS = ("split", "column", "tokens", "context", "pack", "lines", "bos", "shuffle", "seed")
+TEXT_OPTIONS = ("split", "column", "tokens", "context", "pack", "lines", "bos", "shuffle", "seed")
 
 
 def _is_text(text: Any) -> bool:
@@ -291,7 +294,7 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     documents = None if given is None else given.documents
     data = options.data or (PYDOC if model == EMBEDDED else PILE)
     if given is not None:
-        data = _GIVEN_TOKENS if given.tokens is not None else _GIVEN_TEXTS
+        data = _GIVEN_TOKENS if given.tokens is not None else _GIVEN_TEXTS if given.tasks is None else str(given.tasks)
     is_small = data == PYDOC
     context = options.context
     if context is None:
@@ -306,7 +309,7 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     if pack is None:
         pack = not options.lines if given is None else given.pack
     sampling = {name: getattr(options, name) for name in ("split", "column", "shuffle", "seed", "lines")}
-    bos = False if given is not None and given.tokens is not None else parse_bos(options.bos)
+    bos = False if given is not None and given.documents is None else parse_bos(options.bos)
     return TextRequest(data, tokens, context, pack=pack, bos=bos, documents=documents, **sampling)
 
 

@@ -22,12 +22,14 @@ from ..sweeps.propagation import Propagation
 from ..sweeps.propagation_results import propagation_rows, propagation_table
 from ..sweeps.results import results_table, sequence_table
 from ..sweeps.row_progress import BatchRows, RowProgress, StopRule
+from ..tasks.harness import Harness
+from ..tasks.task_tables import request_table, task_columns
 from .distributed import ProcessGroup, SingleProcess
 from .journal import Journal
 from .per_token import PARTS, TOKENS, is_complete, join_parts, write_batch
 from .run_directory import JOURNAL, Run
 from .run_record import RunRecord, StoppingFacts
-from .tables import CSV, RESULTS, SEQUENCES, write_sweep, write_table
+from .tables import CSV, REQUESTS, RESULTS, SEQUENCES, write_parquet, write_sweep, write_table
 from .text import TokenizedText
 
 if TYPE_CHECKING:
@@ -76,16 +78,21 @@ class SweepOutput:
         name: the model's name.
         precision: the precision at which an edit is finished; None if all text is measured.
         propagation: the measured changes of later blocks; None if they are not measured.
+        harness: the tasks that are measured; None if a text is.
     """
 
     variants: Sequence[Variant]
     name: str
     precision: Precision | None = None
     propagation: Propagation | None = None
+    harness: Harness | None = None
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
-        """Return a table with a row for each model."""
-        return results_table(self.variants, sums, self.name, self.precision)
+        """Return a table with a row for each model; with the tasks' metrics once all requests are measured."""
+        frame = results_table(self.variants, sums, self.name, self.precision)
+        if self.harness is None or len(sums) < len(self.harness.text.ids):
+            return frame
+        return frame.join(task_columns(self.harness, sums))
 
     def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write the table of results and the sums of each sequence; return the table and the names of the files."""
@@ -96,6 +103,10 @@ class SweepOutput:
             rows = propagation_rows(self.variants, self.propagation, sums, self.name)
             files += write_table(directory, PROPAGATION, propagation_table(rows))
             frame.attrs[PROPAGATION] = rows
+        if self.harness is not None:
+            names = [variant.name for variant in self.variants]
+            write_parquet(directory / REQUESTS, request_table(self.harness, sums, names))
+            files.append(REQUESTS)
         return frame, files
 
 

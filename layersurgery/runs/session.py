@@ -16,6 +16,7 @@ from ..errors import PlanError, SourceError
 from ..models.block_list import find_decoder_blocks, text_config, unwrap_transformers
 from ..models.quantized import quantized_numbers
 from ..runtime.offload import device_of
+from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
 from .documents import check_data
@@ -28,7 +29,7 @@ from .requests import GivenText, Padding, config_limits, given_tokens, read_mode
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
 from .tables import read_run
-from .text import TokenizedText, read_text
+from .text import TokenizedText, fingerprint_of, read_text
 from .text_request import ALL, TextRequest
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
     from ..sweeps.measurer import Measurer
     from ..sweeps.row_progress import StopRule
+    from ..tasks.harness import Harness
+    from ..tasks.task_request import TaskRequest
     from .distributed import ProcessGroup
 
 
@@ -117,6 +120,7 @@ class ModelSession:
         self._has_weights = False
         self._fingerprint: str | None = None
         self.workers_idle = True
+        self.harness: Harness | None = None  # set when the text is read, if it is that of tasks
         self.source: Source | None = None
         if isinstance(model, nn.Module):
             self._loaded = model
@@ -140,6 +144,11 @@ class ModelSession:
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
         self._positions = positions
         self._request = text_request(model, options, positions, given)
+
+    @property
+    def has_tasks(self) -> bool:
+        """Return whether the text is that of tasks."""
+        return self._given is not None and self._given.tasks is not None
 
     @property
     def request(self) -> TextRequest:
@@ -231,6 +240,7 @@ class ModelSession:
         return {
             "model": self._model_arguments(),
             **task.arguments(),
+            **({} if self._given is None or self._given.tasks is None else self._given.tasks.arguments()),
             "text": {**self.request.arguments(), "tokenizer": self.tokenizer_name},
             **self.placement.arguments(),
             "compiled": options.compile,
@@ -268,7 +278,9 @@ class ModelSession:
 
     def _read_tokens(self) -> TokenizedText:
         request, reporter = self.request, self.reporter
-        if self._given is not None and self._given.tokens is not None:
+        if self._given is not None and self._given.tasks is not None:
+            text = self._requests_as_text(self._given.tasks)
+        elif self._given is not None and self._given.tokens is not None:
             text = given_tokens(self._given, self._padding | Padding.of(self.options.tokenizer))
         else:
             tokenizer = self.tokenizer
@@ -283,7 +295,7 @@ class ModelSession:
             known = (text.ids >= 0) & (text.ids < (self._vocabulary or ALL))
             text = replace(text, ids=text.ids.where(known | ~padding, 0))
         sequences, length = text.ids.shape
-        if self._positions is not None and length > self._positions:
+        if self._positions is not None and length - (text.scored is not None) > self._positions:
             raise PlanError(
                 f"the sequences have {length} tokens, more than the model's {self._positions} positions; give shorter "
                 "ones"
@@ -297,6 +309,25 @@ class ModelSession:
         for note in text.notes:
             reporter.note(note)
         return text
+
+    def _requests_as_text(self, tasks: TaskRequest) -> TokenizedText:
+        """Ask lm-eval for the requests of the tasks, and return them as a text of which the continuations count."""
+        from ..tasks.harness import Harness
+
+        with self.reporter.status(f"Loading tasks: {tasks}"):
+            self.harness = Harness(tasks, self._config(), self.tokenizer)
+        requests = self.harness.text
+        fingerprint = fingerprint_of(requests.ids, requests.mask + requests.scored)
+        read = {"tasks": self.harness.tasks, "requests": len(self.harness.requests)}
+        return TokenizedText(requests.ids, requests.mask, fingerprint, (), read, requests.scored)
+
+    def _config(self) -> Any:
+        if self.source is None:
+            assert self._loaded is not None
+            return unwrap_transformers(self._loaded).config
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.source.directory, trust_remote_code=self.source.trust_remote_code)
 
     @property
     def tokenizer(self) -> Any:
@@ -352,6 +383,8 @@ class ModelSession:
         options, reporter = self.options, self.reporter
         model = self.load()
         measurer, rule = task.measurer(model, options), task.rule(text.mask)
+        if text.scored is not None:
+            measurer.read = ScoredPositions(text.scored)
         devices = describe_placement(model, self.placement, measurer.runner.path)
         quantized = ""
         if self.placement.quantize:

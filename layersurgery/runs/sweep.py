@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import PlanError
 from ..plans.variants import Variant, variants
 from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
+from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.sweep import sweep_tokens
+from ..tasks.task_request import TaskRequest
 from .open_text import open_text
 from .options import RunOptions
 from .processes import run_session
 from .reporter import Reporter
-from .requests import read_given_text
+from .requests import TEXT_OPTIONS, GivenText, read_given_text
 from .run_directory import SWEEP, Run
 from .runner import SweepOutput
 from .session import ModelSession
@@ -28,8 +31,12 @@ if TYPE_CHECKING:
 
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
+    from ..tasks.harness import Harness
     from .frames import ResultFrame
     from .runner import RunOutput
+
+TASK_EXCLUDES = ("data", *TEXT_OPTIONS, "until", "confidence", "read", "per_token", "propagation")
+"""Options that say which text is measured, or how much of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,7 @@ class SweepTask:
     variants: list[Variant]
     precision: Precision | None = None
     propagation: bool = False
+    harness: Harness | None = None
     name: str = "sweep"
 
     @property
@@ -70,7 +78,7 @@ class SweepTask:
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""
         assert rule is None or isinstance(rule, Precision)
-        return SweepOutput(measurer.variants, label, rule, measurer.propagation)
+        return SweepOutput(measurer.variants, label, rule, measurer.propagation, self.harness)
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""
@@ -90,7 +98,14 @@ def run_sweep(
 ) -> Run:
     """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
     options = session.options
-    task = SweepTask(variants(edits, session.depth, layers, max_span), options.precision, options.measures_propagation)
+    if session.has_tasks:
+        _ = session.text  # asks lm-eval for the requests
+    task = SweepTask(
+        variants(edits, session.depth, layers, max_span),
+        options.precision,
+        options.measures_propagation,
+        session.harness,
+    )
     return session.run(task, directory, overwrite=overwrite)
 
 
@@ -102,6 +117,10 @@ def sweep(
     attention_mask: Any = None,
     layers: Layers = None,
     max_span: int | None = None,
+    tasks: str | Iterable[str] | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    task_path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     directory: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -122,6 +141,11 @@ def sweep(
             "4:20".
         max_span: for families of spans and pairs ("jump", "replace" and others): measure only spans of at most so many
             blocks, and pairs of blocks at most so far apart.
+        tasks: tasks of lm-eval to measure instead of a text: names, separated by commas or as a list. They are tasks of
+            multiple choice or of log-likelihoods.
+        limit: number of documents of each task; by default all.
+        shots: number of examples before each document of a task; by default the task's own number.
+        task_path: directories with task definitions of one's own.
         directory: where to write tables, figures and a record of the run. A sweep that was interrupted resumes there,
             and a finished one is read. Default: nothing is written.
         overwrite: discard what another sweep has left in the directory, and measure again.
@@ -137,8 +161,9 @@ def sweep(
         `interval` says what the intervals hold for. Families of spans and pairs also have `from` and `to`, the edit's
         place in their map. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
         sequences differ between rows. With `propagation`, `frame.attrs["propagation"]` has a dictionary for each edit,
-        later layer and branch, and `read_results(directory, "propagation")` the same as a table. It is a pandas
-        DataFrame, with figures: `frame.plot()`.
+        later layer and branch, and `read_results(directory, "propagation")` the same as a table. With `tasks`, these
+        metrics are those of the tokens that the tasks score, and the columns `task_<name>_<metric>` are the tasks' own
+        (see `layersurgery.tasks.task_tables.task_columns`). It is a pandas DataFrame, with figures: `frame.plot()`.
 
     Raises:
         PlanError: an edit does not fit the model, or the text cannot be measured.
@@ -158,6 +183,7 @@ def sweep(
 
     anatomy = options.pop("anatomy", None)
     run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
+    given = given_tasks(tasks, limit, shots, task_path, run_options, text) or given
     if directory is None:
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
         precision, read = run_options.precision, run_options.read_positions
@@ -175,9 +201,10 @@ def sweep(
                 compiled=run_options.compile,
                 order=run_options.schedule,
                 precision=precision,
-                read=read,
+                read=read if tokens.scored is None else ScoredPositions(tokens.scored),
                 propagation=propagation,
                 progress=progress,
+                table=lambda rows, sums, label, rule: SweepOutput(rows, label, rule, None, session.harness).table(sums),
             )
         return as_result(frame, "sweep", session.caption(tokens))
     output = Path(directory)
@@ -189,3 +216,23 @@ def sweep(
         given=given,
     )
     return read_results(output)
+
+
+def given_tasks(
+    tasks: Any, limit: Any, shots: Any, task_path: Any, options: RunOptions, text: Any = None
+) -> GivenText | None:
+    """Return the tasks to measure; None if a text is measured. The arguments are those of `sweep`.
+
+    Raises:
+        PlanError: an option has no effect, or excludes another one.
+        SourceError: a directory of tasks does not exist.
+    """
+    if tasks is None:
+        for name, value in {"limit": limit, "shots": shots, "task_path": task_path or None}.items():
+            if value is not None:
+                raise PlanError(f"{name} has an effect only with tasks")
+        return None
+    if text is not None:
+        raise PlanError("tasks are measured instead of a text; give one of them")
+    options.refuse(TASK_EXCLUDES, "has no effect on tasks")
+    return GivenText(tasks=TaskRequest.of(tasks, limit, shots, task_path))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RESULTS = "results.parquet"
 CSV = "results.csv"
 SEQUENCES = "sequences.parquet"
+REQUESTS = "requests.parquet"
 RUN = "run.json"
 PARQUET_ONLY = ("neuron_scores",)
 """Tables with a row for each neuron: too large for CSV, figures and pages."""
@@ -28,7 +29,7 @@ TABLES = (*dict.fromkeys(table for analysis in ANALYSES.values() for table in an
 """Names of the tables of analyses. Their figures have the same names."""
 _IN_ATTRS = {"stages": "boundaries", "rank": "spans", "results": PROPAGATION}
 """Tables that are read together with another table, into its `attrs`."""
-_OTHER_TABLES = ("boundaries", "sequences", "tokens")
+_OTHER_TABLES = ("boundaries", "sequences", "tokens", "requests")
 
 
 def write_sweep(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> None:
@@ -39,11 +40,16 @@ def write_sweep(directory: Path, frame: pd.DataFrame, sequences: pa.Table) -> No
         frame: the table of `results_table`.
         sequences: the table of `sequence_table`.
     """
+    write_parquet(directory / SEQUENCES, sequences)
+    write_table(directory, Path(RESULTS).stem, frame)
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Write a large table, compressed; the file is written completely or not at all."""
     import pyarrow.parquet as pq
 
-    with atomic_file(directory / SEQUENCES) as partial:
-        pq.write_table(sequences, partial, compression="zstd")
-    write_table(directory, Path(RESULTS).stem, frame)
+    with atomic_file(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def write_table(directory: Path, name: str, frame: pd.DataFrame, *, csv: bool = True) -> list[str]:

@@ -33,6 +33,7 @@ class TokenizedText:
         fingerprint: hash of the ids and the mask.
         notes: messages about differences from the request.
         read: what the tokens were made from, for `run.json`.
+        scored: True for the tokens that are scored, the same shape; None if every token with one before it is.
     """
 
     ids: torch.Tensor
@@ -40,6 +41,7 @@ class TokenizedText:
     fingerprint: str
     notes: tuple[str, ...] = ()
     read: dict[str, Any] = field(default_factory=dict)
+    scored: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -50,7 +50,8 @@ class BatchMetrics:
         self.sums: dict[int, torch.Tensor] = {}
         self._counts = reads.sum(-1).tolist()
         # On the device before the first readout: each copy makes the CPU wait for the GPU.
-        self._positions = functional.pad(reads, (0, 1)).flatten().nonzero()[:, 0].to(final_stream.device)
+        width = final_stream.shape[1] - reads.shape[1]  # the last token may not have been run
+        self._positions = functional.pad(reads, (0, width)).flatten().nonzero()[:, 0].to(final_stream.device)
         x = readout.normalize(final_stream, self._positions)
         self._baseline = dispatch.baseline(readout, x, ids[:, 1:][reads], compiled=compiled)
         self._add([0], dispatch.measure_unedited(self._baseline))

@@ -35,7 +35,7 @@ from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observer
 from .propagation import Propagation, propagation_bytes, schedule_for_propagation
 from .quantities import Observed
-from .read_positions import ReadPositions
+from .read_positions import Reads
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 from .supported_variants import select_supported
 
@@ -102,7 +102,7 @@ class Measurer:
         observe: Observed | None = None,
         propagation: bool = False,
         check: bool = False,
-        read: ReadPositions | None = None,
+        read: Reads | None = None,
     ) -> None:
         refuse_architecture(refusal_fields(text_config(model)))
         self.model, self.read = model, read
@@ -349,8 +349,10 @@ class Measurer:
             with nullcontext() if observer is None else observer.observing(mask):
                 executor = ScheduleExecutor(self.runner, plan, on_fraction, observer)
                 with executor.cleanup():
+                    # A text that scores some tokens only may be one token longer than the model's positions.
+                    run = slice(None, None if self.read is None or self.read.scaled else -1)
                     record = self.runner.record(
-                        model_inputs(self.model, ids, mask), plan.saved_states, executor.around_block
+                        model_inputs(self.model, ids[:, run], mask[:, run]), plan.saved_states, executor.around_block
                     )
                     executor.track_peak(record.states)
                     reads = has_next if self.read is None else self.read.choose(has_next, first)
@@ -363,13 +365,13 @@ class Measurer:
                     assert not record.states
                 if observer is not None:
                     observed = observer.sums()
-        counts = has_next.sum(-1).tolist()
+        counts = (has_next if self.read is None or self.read.scaled else reads).sum(-1).tolist()
         values = np.zeros((len(ids), 1, len(METRICS)))
         if metrics is not None:
             _refuse_non_finite(self.model, metrics.sums[0])
             missing = torch.full_like(metrics.sums[0], torch.nan)
             values = torch.stack([metrics.sums.get(row, missing) for row in range(len(self.variants))], 1).cpu().numpy()
-            if self.read is not None:
+            if self.read is not None and self.read.scaled:
                 values = values * (has_next.sum(-1).double() / reads.sum(-1).clamp(min=1)).numpy()[:, None, None]
         bytes_read = self.runner.offloaded.bytes_read - bytes_read_before
         return BatchResult(

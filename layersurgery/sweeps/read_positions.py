@@ -17,11 +17,42 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from ..errors import PlanError
+
+
+class Reads(Protocol):
+    """A choice of positions at which predictions are read.
+
+    Attributes:
+        scaled: whether sums over the positions that are read stand for all positions.
+    """
+
+    scaled: ClassVar[bool]
+
+    def choose(self, positions: torch.Tensor, first: int) -> torch.Tensor:
+        """Choose positions of some sequences; see `ReadPositions.choose`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPositions:
+    """The positions that a text scores, such as those of the answers to questions; other positions do not count.
+
+    Attributes:
+        scored: True for a token whose prediction is read one position before, (sequences, length).
+    """
+
+    scored: torch.Tensor
+    scaled: ClassVar = False
+
+    def choose(self, positions: torch.Tensor, first: int) -> torch.Tensor:
+        """Return the scored positions of some sequences, as `ReadPositions.choose` does."""
+        sequences, length = positions.shape
+        return positions & self.scored[first : first + sequences, 1 : length + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +66,7 @@ class ReadPositions:
 
     share: Fraction | int
     seed: int = 0
+    scaled: ClassVar = True
 
     @classmethod
     def parse(cls, read: str | float, seed: int = 0) -> ReadPositions:

@@ -16,7 +16,7 @@ from ..registry import PROPAGATION
 from .measurer import Measurer
 from .precision import Precision
 from .propagation_results import propagation_rows
-from .read_positions import ReadPositions
+from .read_positions import Reads
 from .results import results_table
 from .row_progress import RowProgress, StopRule
 
@@ -37,9 +37,10 @@ def sweep_tokens(
     compiled: bool = False,
     order: str | None = None,
     precision: Precision | None = None,
-    read: ReadPositions | None = None,
+    read: Reads | None = None,
     propagation: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    table: Callable[[Sequence[Variant], SequenceSums, str, Precision | None], pd.DataFrame] = results_table,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one on the same tokens, in memory.
 
@@ -62,6 +63,7 @@ def sweep_tokens(
         read: the positions at which predictions are read; None for all.
         propagation: measure how much what later blocks add changes, too.
         progress: called after each batch with the number of sequences done and the number of all sequences.
+        table: makes the table of results, as `results_table` does.
 
     Returns:
         The table of results, one row for each model, the unedited one first. With propagation, its `attrs` have the
@@ -78,7 +80,7 @@ def sweep_tokens(
         warn(f"{what} is not measured: {reason}")
     rule = None if precision is None else precision.for_text(mask)
     sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
-    frame = results_table(measurer.variants, sums, label, rule)
+    frame = table(measurer.variants, sums, label, rule)
     if measurer.propagation is not None:
         frame.attrs[PROPAGATION] = propagation_rows(measurer.variants, measurer.propagation, sums, label)
     return frame

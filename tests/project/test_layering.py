@@ -18,6 +18,7 @@ ORDER = [
     {"runtime"},
     {"metrics", "surgery", "checkpoints"},
     {"sweeps"},
+    {"tasks"},
     {"runs"},
     {"analyses"},
     {"reports"},

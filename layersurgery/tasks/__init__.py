@@ -1,0 +1,1 @@
+"""Tasks of lm-eval, measured on all edited models at once."""

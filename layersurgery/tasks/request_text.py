@@ -1,0 +1,75 @@
+"""Turn requests into sequences to measure on: each different request once, the longest first.
+
+>>> from layersurgery.tasks.request_text import Request, RequestText
+>>> text = RequestText.of([Request((1, 2), (3,)), Request((1,), (4, 5, 6)), Request((1, 2), (3,))])
+>>> text.ids.tolist(), text.scored.int().tolist(), text.sequence_of
+([[1, 4, 5, 6], [1, 2, 3, 0]], [[0, 1, 1, 1], [0, 0, 1, 0]], (1, 0, 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request to score a continuation after a context, as token ids.
+
+    Attributes:
+        context: tokens before the continuation; never empty.
+        continuation: tokens to score; never empty.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return len(self.context) + len(self.continuation)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says to a request.
+
+    Attributes:
+        log_likelihood: sum of the log-probabilities of the continuation's tokens, in nats.
+        is_greedy: whether each of these tokens is the most likely one.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RequestText:
+    """Requests as sequences, padded on the right.
+
+    Attributes:
+        ids: token ids, (sequences, length).
+        mask: 1 for a token and 0 for padding, the same shape.
+        scored: True for the tokens of continuations, the same shape.
+        sequence_of: number of each request's sequence.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    scored: torch.Tensor
+    sequence_of: tuple[int, ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> RequestText:
+        """Make it of requests, of which some may be equal."""
+        different = sorted(dict.fromkeys(requests), key=lambda request: -request.length)
+        numbers = {request: number for number, request in enumerate(different)}
+        ids = torch.zeros(len(different), different[0].length, dtype=torch.long)
+        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for number, request in enumerate(different):
+            ids[number, : request.length] = torch.tensor([*request.context, *request.continuation])
+            mask[number, : request.length] = 1
+            scored[number, len(request.context) : request.length] = True
+        return cls(ids, mask, scored, tuple(numbers[request] for request in requests))

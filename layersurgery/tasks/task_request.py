@@ -1,0 +1,70 @@
+"""Say which tasks of lm-eval to measure.
+
+>>> from layersurgery.tasks.task_request import TaskRequest
+>>> TaskRequest.of("arc_easy, hellaswag", limit=200).names
+('arc_easy', 'hellaswag')
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanError, SourceError
+from ..plans.route import whole_number
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """Request for tasks.
+
+    Attributes:
+        names: names of tasks or of groups of tasks.
+        limit: number of documents of each task; all if None.
+        shots: number of examples before each document; by default the task's own number.
+        paths: directories with task definitions of one's own.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None = None
+    shots: int | None = None
+    paths: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        names: str | Iterable[str],
+        limit: Any = None,
+        shots: Any = None,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
+    ) -> TaskRequest:
+        """Make it from names, separated by commas or as a list.
+
+        Raises:
+            PlanError: no task is named, or a number is out of range.
+            SourceError: a directory does not exist.
+        """
+        listed = names.split(",") if isinstance(names, str) else list(names)
+        found = tuple(dict.fromkeys(name.strip() for name in listed if name.strip()))
+        if not found:
+            raise PlanError("no task is named; name tasks of lm-eval, for example arc_easy,hellaswag")
+        numbers: dict[str, Any] = {}
+        for name, value, least in (("limit", limit, 1), ("shots", shots, 0)):
+            numbers[name] = None if value is None else whole_number(value, name)
+            if value is not None and numbers[name] < least:
+                raise PlanError(f"{name} is a whole number of at least {least}, not {value}")
+        directories = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        for directory in directories:
+            if not Path(directory).is_dir():
+                raise SourceError(f"{directory} is not a directory; give one that holds task definitions (.yaml)")
+        return cls(found, numbers["limit"], numbers["shots"], tuple(map(str, directories)))
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the requests depend on, as `run.json` records it; their token ids have a fingerprint, too."""
+        return {"tasks": list(self.names), "limit": self.limit, "shots": self.shots}
