@@ -37,7 +37,8 @@ def task_table(frame: pd.DataFrame, width: int) -> Iterator[Table]:
     edits = frame[frame.edit != "none"].sort_values(first, ascending=direction > 0, na_position="last")
     rows = [frame[frame.edit == "none"].iloc[0], *(row for _, row in edits.head(_MOST_ROWS).iterrows())]
     names = min(24, max(len(str(row["name"])) for row in rows))
-    shown, used = [], names
+    shown: list[str] = []
+    used = names
     for metric in metrics:
         wide = max(len(_short(metric)), *(len(_cell(row, metric)) for row in rows)) + _GAP
         if not shown or used + wide <= width:

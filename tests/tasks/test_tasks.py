@@ -191,8 +191,8 @@ def test_an_edit_whose_predictions_are_not_finite_has_no_metrics(definitions: Pa
     values[1, 1] = math.nan
     counts = harness.text.scored.sum(-1).numpy().astype(float)
     columns = task_columns(harness, SequenceSums([*range(sequences)], counts, values, np.zeros((sequences, 0))))
-    assert columns.notna().all(1).tolist() == [True, False]
-    assert columns.isna().all(1).tolist() == [False, True]
+    assert columns.notna().all(axis=1).tolist() == [True, False]
+    assert columns.isna().all(axis=1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
