@@ -10,7 +10,8 @@ def run_cost(facts: Mapping[str, Any]) -> str:
     """Say how much of the text was measured, in how many seconds, and what was saved where edits stopped before."""
     seconds, stopping = facts["seconds"], facts.get("stopping")
     if stopping is None:
-        rate = f"{facts['tokens_per_second']:,.0f} tokens/s"
+        per_second = facts["tokens_per_second"]
+        rate = f"{per_second:,.0f} tokens/s" if per_second >= 10 else f"{per_second:.2g} tokens/s"
         return f"{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
     share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
     return (

@@ -64,7 +64,7 @@ def run_subjoiners(
         samples: maximum number of windows of each class.
     """
     reporter, request = session.reporter, _search_request(session, searched_tokens)
-    tokenizer, record = session.tokenizer, ReadingRecord()
+    tokenizer, record = session.texts.tokenizer, ReadingRecord()
 
     def find() -> _Found:
         with reporter.status(f"Searching for words of four tokens in {request.data}"):
@@ -132,7 +132,7 @@ def run_probe(
     """
     check_class(suffix, regex)
     reporter, request = session.reporter, _search_request(session, searched_tokens)
-    tokenizer, record = session.tokenizer, ReadingRecord()
+    tokenizer, record = session.texts.tokenizer, ReadingRecord()
 
     def find() -> _Found:
         target = token_class(tokenizer, suffix=suffix, regex=regex)
@@ -194,7 +194,7 @@ def _search_request(session: ModelSession, tokens: int | None) -> TextRequest:
     """Return the text to search: more of it than is measured, since only a few windows are found in it."""
     if tokens is None and session.options.tokens is None:
         tokens = parse_count(_TOKENS)
-    return session.request if tokens is None else replace(session.request, tokens=tokens)
+    return session.texts.request if tokens is None else replace(session.texts.request, tokens=tokens)
 
 
 def _run(
@@ -211,11 +211,11 @@ def _run(
     The text is read in both cases, since the run is only reused if the text is unchanged.
     """
     session.check()
-    first = bos_token_id(session.tokenizer) if request.bos else None
+    first = bos_token_id(session.texts.tokenizer) if request.bos else None
     if request.bos:
-        session.reporter.log(f"Each window begins with {session.tokenizer.bos_token}")
+        session.reporter.log(f"Each window begins with {session.texts.tokenizer.bos_token}")
     found = find()
-    session.check_vocabulary(found.max_token)
+    session.texts.check_vocabulary(found.max_token)
 
     def make() -> TablesAndFacts:
         frames, facts = found.make(session.load(), first)
@@ -231,7 +231,7 @@ def _run(
             "text": {
                 **text,
                 "shuffle": request.shuffled,
-                "tokenizer": session.tokenizer_name,
+                "tokenizer": session.texts.tokenizer_name,
                 "fingerprint": found.windows.fingerprint,
             },
         }

@@ -248,7 +248,7 @@ def _make_lead(
 
 def _experiments(session: ModelSession, *, overwrite: bool) -> Mapping[str, Callable[[Path], Run]]:
     # These two analyses search much text for windows, but run the model only on the windows.
-    searched = max(session.request.tokens, _MIN_SEARCHED_TOKENS)
+    searched = max(session.texts.request.tokens, _MIN_SEARCHED_TOKENS)
     windows: dict[str, Any] = {"overwrite": overwrite, "searched_tokens": searched}
     return {
         SWEEP: lambda directory: run_sweep(session, directory, [_EDITS], overwrite=overwrite),

@@ -71,7 +71,7 @@ def compare(
             tokens.mask,
             batch_size=run_options.batch_size or 1,
             blocks=run_options.blocks,
-            tokenizer=session.tokenizer_or_none() if per_token else None,
+            tokenizer=session.texts.tokenizer_or_none() if per_token else None,
             per_token=per_token,
         )
 

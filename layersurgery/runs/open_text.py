@@ -44,6 +44,6 @@ def open_text(
         with quiet_libraries():
             session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack, given)
             session.check()
-            text = session.text
+            text = session.texts.text
             loaded = session.load()
         yield session, loaded, text

@@ -12,25 +12,23 @@ from torch import nn
 
 from ..checkpoints.sources import Source, find_source
 from ..checkpoints.tensor_index import fingerprint
-from ..errors import PlanError, SourceError
+from ..errors import PlanError
 from ..models.block_list import find_decoder_blocks, text_config, unwrap_transformers
 from ..models.quantized import quantized_numbers
 from ..runtime.offload import device_of
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
-from .documents import check_data
-from .first_token import uses_bos
 from .model_fingerprint import model_fingerprint
 from .options import RunOptions
 from .placement import Placement, choose_placement, describe_placement, load_model
 from .reporter import Reporter
-from .requests import GivenText, Padding, config_limits, given_tokens, read_model_info, text_request
+from .requests import GivenText, Padding, config_limits, read_model_info, text_request
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
+from .session_text import ModelLimits, SessionText
 from .tables import read_run
-from .text import TokenizedText, fingerprint_of, read_text
-from .text_request import ALL, TextRequest
+from .text import TokenizedText
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
     from ..sweeps.measurer import Measurer
     from ..sweeps.row_progress import StopRule
-    from ..tasks.harness import Harness
-    from ..tasks.task_request import TaskRequest
     from .distributed import ProcessGroup
 
 
@@ -100,6 +96,7 @@ class ModelSession:
         name: the model's name in names of directories.
         source: the model's files; they include the weights once a run has needed them. None for a loaded model.
         depth: number of blocks of the model.
+        texts: the text that is measured.
         workers_idle: whether the other processes are waiting for the next work item.
     """
 
@@ -113,53 +110,34 @@ class ModelSession:
         given: GivenText | None = None,
     ) -> None:
         self.model, self.options, self.reporter, self.group = model, options, reporter, group
-        self._exit_stack, self._given = exit_stack, given
-        self._text: TokenizedText | None = None
-        self._tokenizer: Any = None
+        self._exit_stack = exit_stack
         self._loaded: nn.Module | None = None
         self._has_weights = False
         self._fingerprint: str | None = None
         self.workers_idle = True
-        self.harness: Harness | None = None  # set when the text is read, if it is that of tasks
         self.source: Source | None = None
         if isinstance(model, nn.Module):
             self._loaded = model
             self.label = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
             self.name = Path(self.label).name
             self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
-            positions, self._vocabulary = config_limits(text_config(model))
+            positions, vocabulary = config_limits(text_config(model))
             rows = getattr(unwrap_transformers(model).get_input_embeddings(), "num_embeddings", None)
-            self._vocabulary = min(filter(None, (self._vocabulary, rows)), default=None)  # tokens may have been removed
-            self._padding = Padding.of(text_config(model), getattr(model, "generation_config", None))
+            vocabulary = min(filter(None, (vocabulary, rows)), default=None)  # tokens may have been removed
+            padding = Padding.of(text_config(model), getattr(model, "generation_config", None))
             self._placement: Placement | None = _placement_of(model, options)
         else:
             info = read_model_info(model, options.revision, reporter, trust_remote_code=options.trust_remote_code)
-            self.source, self.depth, positions, self._vocabulary = (
-                info.source, info.depth, info.positions, info.vocabulary,
-            )  # fmt: skip
+            self.source, self.depth = info.source, info.depth
             self.label, self.name = info.source.label, info.source.name
-            self._padding = info.padding
+            positions, vocabulary, padding = info.positions, info.vocabulary, info.padding
             self._placement = None
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
-        self._positions = positions
-        self._request = text_request(model, options, positions, given)
-
-    @property
-    def has_tasks(self) -> bool:
-        """Return whether the text is that of tasks."""
-        return self._given is not None and self._given.tasks is not None
-
-    @property
-    def request(self) -> TextRequest:
-        """Return the text to read.
-
-        Raises:
-            SourceError: the model has no tokenizer, which is needed for `bos="auto"`.
-        """
-        if self._request.bos is None:
-            self._request = replace(self._request, bos=uses_bos(None, self.tokenizer))
-        return self._request
+        self.texts = SessionText(
+            text_request(model, options, positions, given), given, options, reporter,
+            ModelLimits(positions, vocabulary, padding), self.source, self.label, self._config,
+        )  # fmt: skip
 
     @property
     def placement(self) -> Placement:
@@ -199,13 +177,12 @@ class ModelSession:
         until = None if rule is None else rule.record()
         # A finished run of a Hub dataset is reported without contacting the Hub again.
         is_done = (
-            self._given is None
+            self.texts.may_contact_hub
             and previous.get("state") == "finished"
             and previous.get("until") in (None, until)
-            and self._request.from_hub
             and not overwrite
         )
-        text = None if is_done and self._text is None else self.text
+        text = None if is_done else self.texts.text
         arguments = self._run_arguments(task)
         arguments["text"]["fingerprint"] = (
             text.fingerprint if text else previous.get("arguments", {}).get("text", {}).get("fingerprint")
@@ -230,8 +207,7 @@ class ModelSession:
 
     def check(self) -> None:
         """Refuse a text or a device that cannot be had, before anything is read or loaded."""
-        if self._given is None:
-            check_data(self._request)
+        self.texts.check()
         _ = self.placement
 
     def _run_arguments(self, task: Task) -> dict[str, Any]:
@@ -240,8 +216,8 @@ class ModelSession:
         return {
             "model": self._model_arguments(),
             **task.arguments(),
-            **({} if self._given is None or self._given.tasks is None else self._given.tasks.arguments()),
-            "text": {**self.request.arguments(), "tokenizer": self.tokenizer_name},
+            **self.texts.task_arguments(),
+            "text": {**self.texts.request.arguments(), "tokenizer": self.texts.tokenizer_name},
             **self.placement.arguments(),
             "compiled": options.compile,
             "batch_size": options.batch_size,
@@ -269,58 +245,6 @@ class ModelSession:
         source = self._with_weights()
         return {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
 
-    @property
-    def text(self) -> TokenizedText:
-        """Return the tokens; read them at the first use."""
-        if self._text is None:
-            self._text = self._read_tokens()
-        return self._text
-
-    def _read_tokens(self) -> TokenizedText:
-        request, reporter = self.request, self.reporter
-        if self._given is not None and self._given.tasks is not None:
-            text = self._requests_as_text(self._given.tasks)
-        elif self._given is not None and self._given.tokens is not None:
-            text = given_tokens(self._given, self._padding | Padding.of(self.options.tokenizer))
-        else:
-            tokenizer = self.tokenizer
-            with reporter.status(f"Reading text: {request.data}"):
-                text = read_text(request, tokenizer)
-        present = text.ids[text.mask.bool()]
-        if int(present.min()) < 0:
-            raise PlanError(f"the text has token {int(present.min())}; token ids are not negative")
-        self.check_vocabulary(int(present.max()))
-        if bool((padding := ~text.mask.bool()).any()):
-            # A padding token may be one that the model does not have (-100, or one that was added to the tokenizer).
-            known = (text.ids >= 0) & (text.ids < (self._vocabulary or ALL))
-            text = replace(text, ids=text.ids.where(known | ~padding, 0))
-        sequences, length = text.ids.shape
-        if self._positions is not None and length - (text.scored is not None) > self._positions:
-            raise PlanError(
-                f"the sequences have {length} tokens, more than the model's {self._positions} positions; give shorter "
-                "ones"
-            )
-        at_most = "" if request.pack else "up to "
-        bos = f", each after {tokenizer.bos_token}" if request.bos else ""
-        chats = text.read.get("conversations", 0)
-        chat = f"; {chats:,} conversation{'s'[: chats != 1]} in the tokenizer's chat template" if chats else ""
-        count = f"{sequences} sequence{'s'[: sequences != 1]}"
-        reporter.log(f"{text.tokens:,} tokens in {count} of {at_most}{length}{bos}{chat}")
-        for note in text.notes:
-            reporter.note(note)
-        return text
-
-    def _requests_as_text(self, tasks: TaskRequest) -> TokenizedText:
-        """Ask lm-eval for the requests of the tasks, and return them as a text of which the continuations count."""
-        from ..tasks.harness import Harness
-
-        with self.reporter.status(f"Loading tasks: {tasks}"):
-            self.harness = Harness(tasks, self._config(), self.tokenizer)
-        requests = self.harness.text
-        fingerprint = fingerprint_of(requests.ids, requests.mask + requests.scored)
-        read = {"tasks": self.harness.tasks, "requests": len(self.harness.requests)}
-        return TokenizedText(requests.ids, requests.mask, fingerprint, (), read, requests.scored)
-
     def _config(self) -> Any:
         if self.source is None:
             assert self._loaded is not None
@@ -328,40 +252,6 @@ class ModelSession:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(self.source.directory, trust_remote_code=self.source.trust_remote_code)
-
-    @property
-    def tokenizer(self) -> Any:
-        """Return the model's tokenizer, or the one that the options name; load it at the first use.
-
-        Raises:
-            SourceError: there is none.
-        """
-        if self._tokenizer is None:
-            options = self.options
-            self._tokenizer = tokenizer_of_run(
-                self.source, options.tokenizer, self.label, trust_remote_code=options.trust_remote_code
-            )
-        return self._tokenizer
-
-    @property
-    def tokenizer_name(self) -> str | None:
-        """Return the name of the tokenizer that the options give; None if it is the model's own."""
-        tokenizer = self.options.tokenizer
-        if tokenizer is None or isinstance(tokenizer, str):
-            return tokenizer
-        return str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__))
-
-    def check_vocabulary(self, max_token: int) -> None:
-        """Check that the model's vocabulary includes a token.
-
-        Raises:
-            SourceError: it does not.
-        """
-        if self._vocabulary is not None and max_token >= self._vocabulary:
-            raise SourceError(
-                f"the text has token {max_token}, but the model's vocabulary has {self._vocabulary} tokens: this is "
-                "another model's tokenizer"
-            )
 
     def _with_weights(self) -> Source:
         assert self.source is not None
@@ -394,7 +284,7 @@ class ModelSession:
             f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype}{quantized} "
             f"on {devices}; logits computed by {measurer.readout.description}"
         )
-        if rule is not None and not self.request.shuffle:
+        if rule is not None and not self.texts.request.shuffle:
             reporter.log(
                 "Note: edits may stop before the end of the text, which is taken in its own order. The intervals hold "
                 "for the whole text if its order is random (shuffle)"
@@ -411,7 +301,7 @@ class ModelSession:
                     task.output(measurer, self.label, reporter, rule),
                     batch_size=options.batch_size,
                     per_token=options.per_token,
-                    tokenizer=self.tokenizer_or_none() if options.per_token else None,
+                    tokenizer=self.texts.tokenizer_or_none() if options.per_token else None,
                     draw=lambda frame, directory: task.draw(frame, directory, run),
                     on_progress=on_progress,
                     group=self.group,
@@ -435,13 +325,7 @@ class ModelSession:
     def caption(self, text: TokenizedText) -> str:
         """Describe the text in a few words."""
         count = len(text.ids)
-        return f"{text.tokens:,} tokens of {self.request.data} in {count} sequence{'s'[: count != 1]}"
-
-    def tokenizer_or_none(self) -> Any:
-        """Return the tokenizer that writes tokens as text; None if tokens were given without one."""
-        if self._given is not None and self.options.tokenizer is None and self.source is None:
-            return None
-        return self.tokenizer
+        return f"{text.tokens:,} tokens of {self.texts.request.data} in {count} sequence{'s'[: count != 1]}"
 
     def _announce(self, measurer: Measurer, text: TokenizedText, batch_size: int | None, *, stops: bool) -> None:
         """Say what is measured, and how much memory it is expected to need."""
@@ -469,33 +353,6 @@ class ModelSession:
         )
         propagation = measurer.propagation
         self.reporter.skipped(measurer.skipped | ({} if propagation is None else propagation.skipped))
-
-
-def tokenizer_of_run(source: Source | None, other: Any, label: str, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer for the text.
-
-    Args:
-        source: the model's files; None for a loaded model.
-        other: a tokenizer, the name of another model to take it from, or None.
-        label: the model's name, for errors.
-        trust_remote_code: run the code that comes with the other model's tokenizer.
-
-    Raises:
-        SourceError: the model has no tokenizer.
-    """
-    from ..checkpoints.loading import tokenizer_of
-
-    if other is not None and not isinstance(other, str):
-        return other
-    if source is None and other is None:
-        raise SourceError("a loaded model needs a tokenizer for texts: give tokenizer, or token ids")
-    if other:
-        source = replace(find_source(other, weights=False), trust_remote_code=trust_remote_code)
-    assert source is not None
-    tokenizer = tokenizer_of(source)
-    if tokenizer is None:
-        raise SourceError(f"{other or label} has no tokenizer; name a model that has one (tokenizer)")
-    return tokenizer
 
 
 def _placement_of(model: nn.Module, options: RunOptions) -> Placement:

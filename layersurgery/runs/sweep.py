@@ -98,13 +98,13 @@ def run_sweep(
 ) -> Run:
     """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
     options = session.options
-    if session.has_tasks:
-        _ = session.text  # asks lm-eval for the requests
+    if session.texts.has_tasks:
+        _ = session.texts.text  # asks lm-eval for the requests
     task = SweepTask(
         variants(edits, session.depth, layers, max_span),
         options.precision,
         options.measures_propagation,
-        session.harness,
+        session.texts.harness,
     )
     return session.run(task, directory, overwrite=overwrite)
 
@@ -204,7 +204,9 @@ def sweep(
                 read=read if tokens.scored is None else ScoredPositions(tokens.scored),
                 propagation=propagation,
                 progress=progress,
-                table=lambda rows, sums, label, rule: SweepOutput(rows, label, rule, None, session.harness).table(sums),
+                table=lambda rows, sums, label, rule: SweepOutput(rows, label, rule, None, session.texts.harness).table(
+                    sums
+                ),
             )
         return as_result(frame, "sweep", session.caption(tokens))
     output = Path(directory)
