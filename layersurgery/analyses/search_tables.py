@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import PlanError
-from ..metrics.aggregation import ratio
+from ..metrics.aggregation import Array, ratio
 from ..metrics.intervals import CONFIDENCE, asymptotic_interval, fixed_interval
 from ..metrics.reference import METRICS
 from ..plans.route import Route
@@ -218,12 +218,28 @@ def search_table(tables: SignalTables, task: FinalTask) -> pd.DataFrame:
     above = [(*ratio(row, sums.counts), *fixed_interval(row, sums.counts)) for row in differences]
     for end, column_values in zip(("", "_sem", "_low", "_high"), zip(*above, strict=True), strict=True):
         frame[f"above_winner_nats{end}"] = column_values
-    confidence = 1 - ERROR / max(1, int(finalist.sum()) - 1)
-    surely = [
-        fixed_interval(difference, sums.counts, confidence)[0] > 0 if finalist[row] and row != winner else None
-        for row, difference in enumerate(differences)
-    ]
-    return frame.assign(surely_above=pd.array(surely, dtype="boolean"))
+    surely = surely_above(values[:, finalist], sums.counts)
+    frame["surely_above"] = pd.array([None] * len(routes), dtype="boolean")
+    frame.loc[finalist, "surely_above"] = surely
+    frame.loc[winner, "surely_above"] = None
+    return frame
+
+
+def surely_above(values: Array, counts: Array) -> list[bool]:
+    """Tell which routes surely cost more than the one with the lowest mean, which these values choose.
+
+    The probability that this is wrong about any route is at most `ERROR`. Which route is the lowest is chance, too, so
+    it is shared among all pairs of routes: shared among the comparisons with the lowest alone, it would be 7 % for four
+    equal routes, and 19 % for sixteen.
+
+    Args:
+        values: sums by sequence, (sequences, routes).
+        counts: positions of each sequence, (sequences,).
+    """
+    lowest = values[:, int(np.argmin(np.nan_to_num(values.sum(0), nan=np.inf)))]
+    confidence = 1 - ERROR / max(1, math.comb(values.shape[1], 2))
+    with np.errstate(invalid="ignore"):  # two infinite sums
+        return [bool(fixed_interval(row - lowest, counts, confidence)[0] > 0) for row in values.T]
 
 
 def describe_search(frame: pd.DataFrame) -> str:

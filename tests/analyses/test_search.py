@@ -17,7 +17,7 @@ import layersurgery as ls
 from layersurgery.analyses import search_run
 from layersurgery.analyses.route_search import SearchSpace, plan_of
 from layersurgery.analyses.search_cost import forecast
-from layersurgery.analyses.search_tables import describe_search
+from layersurgery.analyses.search_tables import describe_search, surely_above
 from layersurgery.analyses.signal_tables import SignalTables
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.plans.route import Route
@@ -122,8 +122,15 @@ def test_differences_are_of_the_same_sequences(tmp_path: Path) -> None:
         assert row.above_winner_nats == pytest.approx(differences.mean())
         assert row.above_winner_nats_sem == pytest.approx(error)
         assert row.above_winner_nats_low == pytest.approx(differences.mean() - stats.t.ppf(0.975, 23) * error)
-        # Two comparisons, so each may be wrong with half of the probability.
-        assert row.surely_above == (differences.mean() > stats.t.ppf(1 - 0.025 / 2, 23) * error)
+        # Three pairs of routes, so each may be wrong with a third of the probability.
+        assert row.surely_above == (differences.mean() > stats.t.ppf(1 - 0.025 / 3, 23) * error)
+
+
+@pytest.mark.parametrize("routes", [2, 4, 12])
+def test_equal_routes_are_rarely_called_surely_worse_than_the_lowest(routes: int) -> None:
+    generator, counts = np.random.default_rng(0), np.full(64, 10.0)
+    wrong = [any(surely_above(generator.normal(0, 1, (64, routes)), counts)) for _ in range(400)]
+    assert np.mean(wrong) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400)
 
 
 def test_a_repeat_counts_as_a_copy_in_the_checkpoint() -> None:
