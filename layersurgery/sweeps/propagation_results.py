@@ -19,9 +19,18 @@ REMOVALS = ("drop", "skip-attention", "skip-mlp")
 """Families of which each edit removes something of one layer, so that layers can be compared."""
 
 
-def propagation_rows(
-    variants: Sequence[Variant], propagation: Propagation, sums: SequenceSums, model: str
-) -> list[dict[str, Any]]:
+class Rows(list[dict[str, Any]]):
+    """Rows of a table, for a frame's `attrs`; not to be changed.
+
+    pandas makes a deep copy of `attrs` with every frame that it derives from another one. Of the tens of thousands of
+    rows of a sweep over spans this takes a second, each time. These rows are shared instead.
+    """
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Rows:
+        return self
+
+
+def propagation_rows(variants: Sequence[Variant], propagation: Propagation, sums: SequenceSums, model: str) -> Rows:
     """Return a row for each edit, later block and branch, with None for a value that is not known.
 
     Args:
@@ -30,7 +39,7 @@ def propagation_rows(
         sums: the measured sums.
         model: the model's name.
     """
-    observed, rows = sums.observed, []
+    observed, rows = sums.observed, Rows()
     tokens = observed[:, 0]
     depth = len(variants[0].route)
     for variant in variants[1:]:

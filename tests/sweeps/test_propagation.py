@@ -206,6 +206,16 @@ def test_reading_fewer_predictions_changes_nothing() -> None:
     pd.testing.assert_frame_equal(table_of(model, "drop", ids, read="1/4"), table_of(model, "drop", ids))
 
 
+def test_frames_made_from_the_results_share_the_rows_of_changes(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama"), tokens(2, 8)
+    in_memory, written = (
+        ls.sweep(model, "drop", ids, propagation=True, directory=directory) for directory in (None, tmp_path)
+    )
+    for frame in (in_memory, written):
+        # pandas copies attrs deeply with every frame that it derives; a copy of 40,000 rows takes more than a second.
+        assert frame[frame.edit == "drop"].attrs["propagation"] is frame.attrs["propagation"]
+
+
 def test_half_precision_gives_the_same_within_its_rounding() -> None:
     model: Any = tiny_model("llama").to(torch.bfloat16)
     table = table_of(model, "skip-attention 1", tokens(2, 9))
