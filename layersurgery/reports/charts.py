@@ -147,7 +147,7 @@ def _has_depth(frame: pd.DataFrame) -> bool:
 
 
 def groups(frame: pd.DataFrame, places: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Split a table into groups in which each place has one row; yield nothing if that is impossible.
+    """Split a table into groups in which each place has one row; leave out groups in which a place has several.
 
     Args:
         frame: the table.
@@ -167,10 +167,9 @@ def groups(frame: pd.DataFrame, places: Sequence[str]) -> Iterator[tuple[str, pd
         and not pd.api.types.is_numeric_dtype(rows[column])
         and 1 < rows[column].nunique() <= _MOST_GROUPS
     ]
-    if not keys or rows.duplicated([*keys, *places]).any():
-        return
-    for values, part in rows.groupby(keys, sort=False):
-        yield ", ".join(map(str, values)), part
+    for values, part in rows.groupby(keys, sort=False) if keys else ():
+        if not part.duplicated([*places]).any():
+            yield ", ".join(map(str, values)), part
 
 
 def drawn_columns(frame: pd.DataFrame) -> list[str]:

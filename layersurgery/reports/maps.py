@@ -69,13 +69,13 @@ def maps(runs: Sequence[FinishedRun], left_out: list[str]) -> list[Maps]:
 
     Args:
         runs: the runs.
-        left_out: gets descriptions of the maps for which the page has no room.
+        left_out: gets descriptions of the maps for which the page has no room, and of rows that no map can show.
     """
     room = _MOST_CELLS
     found = []
     for key, title, about, note, choice, views in (
         ("edit-maps", "What edits of spans and pairs do", _ABOUT_EDITS, f"{_NOTE} {_COPY}", "Edit", [*_of_edits(runs)]),
-        ("layer-maps", "How layers relate", "", _NOTE, "Table", [*_of_analyses(runs)]),
+        ("layer-maps", "How layers relate", "", _NOTE, "Table", [*_of_analyses(runs, left_out)]),
     ):
         shown = []
         names = Counter(view["label"] for _, view in views)
@@ -107,18 +107,21 @@ def _of_edits(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, dict[str, Any]
                 yield label, view | {"plans": plans, "best": [*map(int, best)]}
 
 
-def _of_analyses(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the labels of runs and the views of their tables that are maps."""
+def _of_analyses(runs: Sequence[FinishedRun], left_out: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the labels of runs and the views of their tables that are maps, and name the rows that no map can show."""
     for run, label in zip(runs, labels(runs), strict=True):
         for table, frame in run.tables.items():
             if table == "results" or not is_map(frame):
                 continue
-            axes = AXES.get(table, Axes())
+            axes, shown = AXES.get(table, Axes()), 0
             for group, part in groups(frame, CELL):
+                shown += len(part)
                 about = [column(name, table) for name in drawn_columns(part)]
                 if about:
                     name = (f"{table}: {group}" if group else table).replace("_", " ")
                     yield label, _view(name, part, about, axes.rows, axes.columns, symmetric=axes.symmetric)
+            if missing := len(frame.dropna(subset=[*CELL])) - shown:
+                left_out.append(f"{label}: {missing} rows of {table} on a map, since several of them have one place")
 
 
 def _view(

@@ -286,4 +286,18 @@ def test_a_table_with_several_rows_in_a_cell_is_not_a_map(tmp_path: Path) -> Non
         text=square(2, value=1.0).astype({"from": str}),
         empty=square(0, value=1.0),
     )
-    assert maps(collect([tmp_path]).runs, []) == []
+    left_out: list[str] = []
+    assert maps(collect([tmp_path]).runs, left_out) == []
+    assert left_out == ["tiny: 18 rows of twice on a map, since several of them have one place"]
+
+
+def test_rows_of_one_place_do_not_hide_the_maps_of_other_edits(tmp_path: Path) -> None:
+    """A copied layer is passed twice, so the table of propagation has two rows for its place."""
+    frame = ls.sweep(tiny_model("llama"), "drop,copy:1", tokens(2), propagation=True)
+    table = pd.DataFrame(frame.attrs["propagation"])
+    results_in(tmp_path / "sweep", "sweep", results=frame, propagation=table)
+    left_out: list[str] = []
+    found = {one.key: one.views for one in maps(collect([tmp_path]).runs, left_out)}["layer-maps"]
+    assert [view["label"] for view in found] == ["propagation: drop, attention", "propagation: drop, mlp"]
+    copies = (table.edit == "copy").sum()
+    assert left_out == [f"tiny: {copies} rows of propagation on a map, since several of them have one place"]
