@@ -350,6 +350,7 @@ def test_runs_that_noted_no_command(tmp_path: Path) -> None:
         "model": {"name": "some/model", "revision": "abc"},
         "text": {"data": "pydoc", "tokens": 4096, "context": 512, "split": "train", "shuffle": False},
         "per_token": True,
+        "propagation": True,
     }
     results_in(tmp_path / "sweep", arguments=arguments)
     results_in(
@@ -361,7 +362,7 @@ def test_runs_that_noted_no_command(tmp_path: Path) -> None:
     text = Text.of(ls.report(tmp_path, tmp_path / "page.html").path.read_text())
     assert text.find(
         "layersurgery sweep some/model --edits drop --data pydoc --tokens 4096 --context 512 --no-shuffle "
-        "--per-token --revision abc"
+        "--propagation --per-token --revision abc"
     )
     assert text.find("its arguments were used to reconstruct one")
     assert text.find("and it cannot be reconstructed")
