@@ -257,8 +257,9 @@ def find_route(
     tables = measure(final, FINAL, f"measuring {len(routes)} routes on all text")
     results = as_result(tables[FINAL], FINAL, getattr(tables[FINAL], "caption", caption))
     winner = results[results.winner].iloc[0]
-    if not results[results.finalist].kl_nats.notna().any():
+    if not winner.finalist:
         raise MeasurementError(
-            f"the scores of all finalists are NaN or infinite on all text; the best is {winner.plan}"
+            f"the scores of all {len(finalists)} finalists are NaN or infinite on all text; the first of them is "
+            f"{results[results.finalist].plan.iloc[0]}"
         )
     return Search(Plan.parse(winner.plan), by, results, tables["tried"])

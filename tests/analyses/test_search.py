@@ -17,7 +17,7 @@ import layersurgery as ls
 from layersurgery.analyses import search_run
 from layersurgery.analyses.route_search import SearchSpace, plan_of
 from layersurgery.analyses.search_cost import forecast
-from layersurgery.analyses.search_tables import describe_search, surely_above
+from layersurgery.analyses.search_tables import FinalTask, describe_search, surely_above
 from layersurgery.analyses.signal_tables import SignalTables
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.plans.route import Route
@@ -197,6 +197,22 @@ def measure_in_memory(model: Any, ids: torch.Tensor, seen: list[Measurer]) -> se
         return tables
 
     return measure
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_route_is_chosen_if_no_finalist_has_a_finite_score(value: float) -> None:
+    model, ids = tiny_model("llama"), many_tokens(2)
+
+    def measure(task: Any, _name: str, _subject: str) -> dict[str, pd.DataFrame]:
+        measurer = task.measurer(model, RunOptions())
+        sums = collect_sums(measurer, ids, torch.ones_like(ids), None, None)
+        if isinstance(task, FinalTask):
+            sums.values[:, 1:] = value
+        tables: dict[str, pd.DataFrame] = task.tables(SignalTables(measurer, sums, "tiny"))
+        return tables
+
+    with pytest.raises(ls.MeasurementError, match="scores of all 2 finalists are NaN or infinite on all text"):
+        search_run.find_route(SearchSpace.of(DEPTH, remove=1, beam=2), measure, race=False)
 
 
 @pytest.mark.parametrize("goal", ["remove", "repeat"])
