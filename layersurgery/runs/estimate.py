@@ -35,7 +35,8 @@ def estimate(
 
     Returns:
         The estimate: `peak` is the memory of each device in bytes, `flops` the floating-point operations, and `seconds`
-        a lower bound of the time on this machine.
+        a lower bound of the time on this machine. With `until`, edits stop early: `flops` is the most that is needed,
+        and `seconds` is None.
 
     Raises:
         PlanError: an edit does not fit the model, or an option is invalid.
@@ -84,5 +85,7 @@ def estimate_run(
         quantize=placement.quantize,
         propagation=options.measures_propagation,
     )
+    if options.precision is not None:  # edits that stop early do fewer operations, so no time is a lower bound
+        return cost, placement
     rate = matmul_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)
     return replace(cost, seconds=cost.flops / rate), placement

@@ -111,6 +111,16 @@ def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
 
 
+def test_where_edits_stop_early_it_gives_no_lower_bound_of_the_time(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path / "bare")
+    words = [tmp_path / "bare", "--estimate", "-n", 100, "--context", 20]
+    assert result_of("sweep", *words)["seconds"] > 0
+    assert result_of("sweep", *words, "--until", "kl=2%")["seconds"] is None
+    shown = " ".join(run("sweep", *words, "--until", "kl=2%").stdout.split())
+    assert "; at most, since an edit stops at kl_nats to 2 %" in shown
+    assert "at least" not in shown
+
+
 @pytest.mark.slow
 def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
     words = [
