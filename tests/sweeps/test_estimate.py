@@ -106,7 +106,7 @@ def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:
     assert value["block_calls"] == 36
     assert value["peak"]["cpu"] > value["program"]
     shown = run("sweep", tmp_path / "bare", "--estimate", "-n", 100, "--context", 20).stdout
-    for words in ("total", "11 edited models; arithmetic:", "36 block calls and 12 readouts each"):
+    for words in ("total", "11 edited models; arithmetic:", "36 block calls (66 without sharing) and 12 readouts each"):
         assert words in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
 
