@@ -116,7 +116,7 @@ class Analysis:
     figures: Mapping[str, str] = field(default_factory=dict)
     tables: tuple[str, ...] = ()
     signals: tuple[str, ...] = ()
-    run: str = "layersurgery.analyses.tasks:run_signals"
+    run: str = "layersurgery.analyses.measurements:run_signals"
     describe: str = "layersurgery.analyses.descriptions:describe_curves"
 
     def __post_init__(self) -> None:
@@ -297,7 +297,7 @@ ANALYSES = {
             "neurons", "prediction and suppression neurons",
             "Find prediction and suppression neurons from the weights alone (on a CPU, one block at a time).",
             "weights", _NEURONS, {"neurons": "layersurgery.figures.signals:neurons"},
-            tables=("neurons", "neuron_scores"), run="layersurgery.analyses.tasks:run_neurons",
+            tables=("neurons", "neuron_scores"), run="layersurgery.analyses.measurements:run_neurons",
         ),
         Analysis(
             "subjoiners", "attention heads that join the tokens of a word",
@@ -335,7 +335,7 @@ ANALYSES = {
             "rank", "cost of removing each layer, and scores that predict it",
             "Rank layers by the measured cost of removing them, and by block influence and angular distance.", "text",
             _RANK, {"rank": "layersurgery.figures.pruning:rank"}, tables=("rank", "spans"),
-            signals=("drop", "change"), run="layersurgery.analyses.tasks:run_rank",
+            signals=("drop", "change"), run="layersurgery.analyses.measurements:run_rank",
             describe="layersurgery.analyses.descriptions:describe_ranks",
         ),
         Analysis(

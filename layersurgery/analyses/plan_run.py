@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..runs.options import RunOptions
     from ..runs.requests import GivenText
     from ..runs.run_directory import Run
-    from ..runs.session import ModelSession, Task
+    from ..runs.session import Measurement, ModelSession
     from ..runs.text import TokenizedText
 
 CHOSEN = ("orders", "removed", "routes", "finalists", "tried")
@@ -115,23 +115,23 @@ def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> Non
 
 
 def run_or_reuse(
-    session: ModelSession, task: Task, directory: Path, *, overwrite: bool, chosen: Sequence[str] = CHOSEN
+    session: ModelSession, measurement: Measurement, directory: Path, *, overwrite: bool, chosen: Sequence[str] = CHOSEN
 ) -> Run:
     """Run a measurement, or use the finished one.
 
     Args:
         session: the model and the text.
-        task: what to measure.
+        measurement: what to measure.
         directory: where to write.
         overwrite: replace a measurement made with other arguments.
-        chosen: arguments of the task that an earlier measurement has chosen. One that was made with another value of
-            them is replaced anyway: the choice has changed since, as when a race was continued.
+        chosen: arguments of the measurement that an earlier one has chosen. One that was made with another value of them
+            is replaced anyway: the choice has changed since, as when a race was continued.
     """
     try:
-        return session.run(task, directory)
+        return session.run(measurement, directory)
     except OutputError:
         recorded = (read_run(directory) or {}).get("arguments", {})
-        now = json.loads(json.dumps(task.arguments()))
+        now = json.loads(json.dumps(measurement.arguments()))
         if not overwrite and not any(recorded.get(name) != now.get(name) for name in chosen):
             raise
-        return session.run(task, directory, overwrite=True)
+        return session.run(measurement, directory, overwrite=True)

@@ -25,8 +25,8 @@ from .layer_pruning import (
     removal_plan,
 )
 from .layer_ranking import CRITERIA
+from .measurements import CostMeasurement, GreedyStepMeasurement, RankMeasurement
 from .plan_run import choose_plan, run_or_reuse
-from .tasks import CostTask, GreedyStepTask, RankTask
 
 if TYPE_CHECKING:
     from ..runs.session import ModelSession
@@ -157,7 +157,10 @@ def run_prune(
     log(f"Ranking {session.depth} layers")
     reporter.subject = "ranking layers"
     rank = run_or_reuse(
-        session, RankTask(session.depth, remove, remove if race else None), directory / "rank", overwrite=overwrite
+        session,
+        RankMeasurement(session.depth, remove, remove if race else None),
+        directory / "rank",
+        overwrite=overwrite,
     )
     ranks, spans = read_results(rank.directory), read_results(rank.directory, "spans")
     ranks.attrs["skipped"] = ranks.attrs["run"]["skipped"]
@@ -167,7 +170,7 @@ def run_prune(
         def measure_step(removed: tuple[int, ...]) -> Any:
             log(f"Choosing layer {len(removed) + 1} of {remove}")
             reporter.subject = f"choosing layer {len(removed) + 1} of {remove}"
-            step = GreedyStepTask(session.depth, by, removed, race)
+            step = GreedyStepMeasurement(session.depth, by, removed, race)
             path = directory / f"step-{len(removed) + 1:02}"
             return read_results(run_or_reuse(session, step, path, overwrite=overwrite).directory)
 
@@ -178,6 +181,6 @@ def run_prune(
         orders[GREEDY] = prefixes(removed)
     log("Measuring the cost of each criterion")
     reporter.subject = "measuring the cost of each criterion"
-    costs = run_or_reuse(session, CostTask(session.depth, orders), directory / "costs", overwrite=overwrite)
+    costs = run_or_reuse(session, CostMeasurement(session.depth, orders), directory / "costs", overwrite=overwrite)
     layers = orders[GREEDY if greedy else by][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))

@@ -31,7 +31,7 @@ from .route_search import (
     search_levels,
 )
 from .search_cost import describe_cost, forecast
-from .search_tables import FinalTask, LevelTask, check_score
+from .search_tables import FinalMeasurement, LevelMeasurement, check_score
 from .signal_tables import SignalTables
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from ..runs.text import TokenizedText
 
 REFUSED = (*SWEEP_ONLY, "schedule", "compile", "per_token")
-Measure = Callable[[LevelTask | FinalTask, str, str], dict[str, pd.DataFrame]]
-"""Measures a task, given the name of its directory and of what it measures; returns its tables, by their names."""
+Measure = Callable[[LevelMeasurement | FinalMeasurement, str, str], dict[str, pd.DataFrame]]
+"""Runs a measurement, given the name of its directory and of what it measures; returns its tables, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +151,13 @@ def search(
         return SearchSpace.of(blocks, depth=depth, remove=remove, repeat=repeat, max_span=max_span, beam=beam)
 
     def in_memory(session: ModelSession, loaded: Any, tokens: TokenizedText) -> Search:
-        def measure(task: LevelTask | FinalTask, _name: str, subject: str) -> dict[str, pd.DataFrame]:
-            measurer, rule = task.measurer(loaded, run_options), task.rule(tokens.mask)
+        def measure(
+            measurement: LevelMeasurement | FinalMeasurement, _name: str, subject: str
+        ) -> dict[str, pd.DataFrame]:
+            measurer, rule = measurement.measurer(loaded, run_options), measurement.rule(tokens.mask)
             report = None if progress is None else lambda done, total: progress(subject, done, total)
             sums = collect_sums(measurer, tokens.ids, tokens.mask, run_options.batch_size, report, rule)
-            tables = task.tables(SignalTables(measurer, sums, session.label, rule))
+            tables = measurement.tables(SignalTables(measurer, sums, session.label, rule))
             for frame in tables.values():
                 frame.attrs["skipped"] = measurer.skipped
             return tables
@@ -200,13 +202,13 @@ def run_search(
     """
     reporter = session.reporter
 
-    def measure(task: LevelTask | FinalTask, name: str, subject: str) -> dict[str, pd.DataFrame]:
+    def measure(measurement: LevelMeasurement | FinalMeasurement, name: str, subject: str) -> dict[str, pd.DataFrame]:
         reporter.log(f"{subject[0].upper()}{subject[1:]}")
         reporter.subject = subject
         # The candidates of the first level are chosen by no measurement: others there are those of another search.
         chosen = () if name == level_name(1) else CHOSEN
-        done = run_or_reuse(session, task, directory / name, overwrite=overwrite, chosen=chosen)
-        names = [FINAL, "tried"] if name == FINAL else [task.name]
+        done = run_or_reuse(session, measurement, directory / name, overwrite=overwrite, chosen=chosen)
+        names = [FINAL, "tried"] if name == FINAL else [measurement.name]
         tables: dict[str, pd.DataFrame] = {table: read_results(done.directory, table) for table in names}
         for frame in tables.values():
             frame.attrs["skipped"] = frame.attrs["run"]["skipped"]
@@ -229,7 +231,7 @@ def find_route(
 
     Args:
         space: the routes.
-        measure: measures a task.
+        measure: measures a measurement.
         by: what to minimize.
         race: stop measuring a candidate once it is sure whether it is in the beam.
         caption: describes the text.
@@ -239,9 +241,9 @@ def find_route(
     """
 
     def measure_level(level: int, routes: Sequence[Route]) -> pd.DataFrame:
-        task = LevelTask(space.depth, by, tuple(routes), space.beam if race else None)
+        measurement = LevelMeasurement(space.depth, by, tuple(routes), space.beam if race else None)
         subject = f"measuring {len(routes)} routes of {space.visits(level)} blocks (level {level} of {space.levels})"
-        return measure(task, level_name(level), subject)[task.name]
+        return measure(measurement, level_name(level), subject)[measurement.name]
 
     levels = list(search_levels(space, measure_level))
     tried = pd.concat(levels, ignore_index=True)
@@ -253,7 +255,7 @@ def find_route(
     best = [Route.parse(level.route.iloc[0]) for level in ordered if len(level)]
     single = one_shot(space, [changed_block(Route.parse(route), space.depth) for route in ordered[0].route])
     routes = tuple(dict.fromkeys([*finalists, *best, *single]))
-    final = FinalTask(space.depth, by, routes, len(finalists), frozenset(single), tried)
+    final = FinalMeasurement(space.depth, by, routes, len(finalists), frozenset(single), tried)
     tables = measure(final, FINAL, f"measuring {len(routes)} routes on all text")
     results = as_result(tables[FINAL], FINAL, getattr(tables[FINAL], "caption", caption))
     winner = results[results.winner].iloc[0]

@@ -1,4 +1,4 @@
-"""Measure the routes of a search: one task for each level, and one for the routes that are measured in full."""
+"""Measure the routes of a search: one measurement for each level, and one for the routes that are measured in full."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..sweeps.measurer import Measurer
 from ..sweeps.race import ERROR, Race
 from ..sweeps.results import FIXED, STOPPING, results_table
 from .layer_ranking import race_order
+from .measurements import TableMeasurement
 from .route_search import FINAL, pareto_front, plan_of
 from .signal_tables import SignalTables
-from .tasks import TableTask
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def check_score(by: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _RouteTask(TableTask):
+class _RouteMeasurement(TableMeasurement):
     """Base of the measurements of a search: some routes."""
 
     by: str
@@ -66,7 +66,7 @@ class _RouteTask(TableTask):
 
 
 @dataclass(frozen=True, slots=True)
-class LevelTask(_RouteTask):
+class LevelMeasurement(_RouteMeasurement):
     """The candidates of one level of a search.
 
     Attributes:
@@ -94,7 +94,7 @@ class LevelTask(_RouteTask):
 
 
 @dataclass(frozen=True, slots=True)
-class FinalTask(_RouteTask):
+class FinalMeasurement(_RouteMeasurement):
     """The routes of a search that are measured in full.
 
     Attributes:
@@ -177,12 +177,12 @@ def _parameters(measurer: Measurer) -> list[int]:
     return [outside + sum(blocks[block] for block in variant.route.blocks) for variant in measurer.variants]
 
 
-def search_table(tables: SignalTables, task: FinalTask) -> pd.DataFrame:
+def search_table(tables: SignalTables, measurement: FinalMeasurement) -> pd.DataFrame:
     """Build the table of the routes that are measured in full, the unedited model first.
 
     Args:
         tables: the sums, on all text.
-        task: says which routes are finalists and which are of one shot.
+        measurement: says which routes are finalists and which are of one shot.
 
     Returns:
         The columns of a sweep, with perplexity and: by, level, block_calls, parameters, finalist, one_shot, winner, two
@@ -196,24 +196,24 @@ def search_table(tables: SignalTables, task: FinalTask) -> pd.DataFrame:
         columns=["edit", "name", "layer", "relative_depth"]
     )
     routes = [variant.route for variant in measurer.variants]
-    score = frame[SEARCH_SCORES[task.by]].to_numpy(float)
-    finalist = np.array([route in task.routes[: task.finalists] for route in routes])
+    score = frame[SEARCH_SCORES[measurement.by]].to_numpy(float)
+    finalist = np.array([route in measurement.routes[: measurement.finalists] for route in routes])
     winner = int(np.argmin(np.where(finalist & np.isfinite(score), score, np.inf)))
     calls = list(map(len, routes))
     facts: dict[str, Any] = {
-        "by": task.by,
+        "by": measurement.by,
         "level": [abs(count - calls[0]) for count in calls],
         "block_calls": calls,
         "parameters": _parameters(measurer),
         "winner": np.arange(len(routes)) == winner,
         "finalist": finalist,
-        "one_shot": [route in task.one_shot for route in routes],
+        "one_shot": [route in measurement.one_shot for route in routes],
     }
     facts |= {f"front_{cost}": pareto_front(facts[cost], score.tolist()) for cost in _FRONTS}
     for place, (name, values) in enumerate(facts.items(), 1):
         frame.insert(place, name, values)
     frame.insert(frame.columns.get_loc("loss_nats"), "perplexity", np.exp(frame.loss_nats.clip(upper=700)))
-    values = sums.values[:, :, METRICS.index(SEARCH_SCORES[task.by])]
+    values = sums.values[:, :, METRICS.index(SEARCH_SCORES[measurement.by])]
     differences = [values[:, row] - values[:, winner] for row in range(len(routes))]
     above = [(*ratio(row, sums.counts), *fixed_interval(row, sums.counts)) for row in differences]
     for end, column_values in zip(("", "_sem", "_low", "_high"), zip(*above, strict=True), strict=True):

@@ -115,7 +115,7 @@ def _work(model: str, options: RunOptions, group: ProcessGroup) -> None:
                             "process's checkpoint; give all processes the same files"
                         )
                     loaded = exit_stack.enter_context(load_model(source, item.placement, group))
-                measurer = item.task.measurer(loaded, options)
+                measurer = item.measurement.measurer(loaded, options)
                 if item.text.scored is not None:
                     measurer.read = ScoredPositions(item.text.scored)
                 is_complete = run_worker(measurer, item.text, per_token=options.per_token, group=group)

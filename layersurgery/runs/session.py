@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .distributed import ProcessGroup
 
 
-class Task(Protocol):
+class Measurement(Protocol):
     """One measurement; the leading process sends it to all others."""
 
     @property
@@ -74,7 +74,7 @@ class Task(Protocol):
 class WorkItem:
     """Work that the leading process sends to the others."""
 
-    task: Task
+    measurement: Measurement
     text: TokenizedText
     weights: str
     placement: Placement
@@ -156,11 +156,11 @@ class ModelSession:
     def placement(self, placement: Placement) -> None:
         self._placement = placement
 
-    def run(self, task: Task, directory: Path, *, overwrite: bool = False) -> Run:
+    def run(self, measurement: Measurement, directory: Path, *, overwrite: bool = False) -> Run:
         """Run a measurement, or resume it.
 
         Args:
-            task: what to measure.
+            measurement: what to measure.
             directory: where to write.
             overwrite: replace what another run has left in the directory.
 
@@ -173,7 +173,7 @@ class ModelSession:
         """
         self.check()
         previous = read_run(directory) or {}
-        rule = task.rule(None)
+        rule = measurement.rule(None)
         until = None if rule is None else rule.record()
         # A finished run of a Hub dataset is reported without contacting the Hub again.
         is_done = (
@@ -183,14 +183,14 @@ class ModelSession:
             and not overwrite
         )
         text = None if is_done else self.texts.text
-        arguments = self._run_arguments(task)
+        arguments = self._run_arguments(measurement)
         arguments["text"]["fingerprint"] = (
             text.fingerprint if text else previous.get("arguments", {}).get("text", {}).get("fingerprint")
         )
         with open_run(
             directory,
             arguments,
-            kind=task.kind,
+            kind=measurement.kind,
             overwrite=overwrite,
             command=self.reporter.command,
             until=until,
@@ -199,9 +199,9 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
-                self.group.broadcast(WorkItem(task, text, arguments["model"]["weights"], self.placement))
+                self.group.broadcast(WorkItem(measurement, text, arguments["model"]["weights"], self.placement))
                 self.workers_idle = False
-                self._measure(run, task, text)
+                self._measure(run, measurement, text)
                 self.workers_idle = True
         return run
 
@@ -210,12 +210,12 @@ class ModelSession:
         self.texts.check()
         _ = self.placement
 
-    def _run_arguments(self, task: Task) -> dict[str, Any]:
-        """Return everything that the results of a task depend on."""
+    def _run_arguments(self, measurement: Measurement) -> dict[str, Any]:
+        """Return everything that the results of a measurement depend on."""
         options = self.options
         return {
             "model": self._model_arguments(),
-            **task.arguments(),
+            **measurement.arguments(),
             **self.texts.task_arguments(),
             "text": {**self.texts.request.arguments(), "tokenizer": self.texts.tokenizer_name},
             **self.placement.arguments(),
@@ -269,10 +269,10 @@ class ModelSession:
                 self._loaded = self._exit_stack.enter_context(load_model(source, self.placement, self.group))
         return self._loaded
 
-    def _measure(self, run: Run, task: Task, text: TokenizedText) -> None:
+    def _measure(self, run: Run, measurement: Measurement, text: TokenizedText) -> None:
         options, reporter = self.options, self.reporter
         model = self.load()
-        measurer, rule = task.measurer(model, options), task.rule(text.mask)
+        measurer, rule = measurement.measurer(model, options), measurement.rule(text.mask)
         if text.scored is not None:
             measurer.read = ScoredPositions(text.scored)
         devices = describe_placement(model, self.placement, measurer.runner.path)
@@ -298,11 +298,11 @@ class ModelSession:
                     run,
                     measurer,
                     text,
-                    task.output(measurer, self.label, reporter, rule),
+                    measurement.output(measurer, self.label, reporter, rule),
                     batch_size=options.batch_size,
                     per_token=options.per_token,
                     tokenizer=self.texts.tokenizer_or_none() if options.per_token else None,
-                    draw=lambda frame, directory: task.draw(frame, directory, run),
+                    draw=lambda frame, directory: measurement.draw(frame, directory, run),
                     on_progress=on_progress,
                     group=self.group,
                     rule=rule,

@@ -40,7 +40,7 @@ TASK_EXCLUDES = ("data", *TEXT_OPTIONS, "until", "confidence", "read", "per_toke
 
 
 @dataclass(frozen=True, slots=True)
-class SweepTask:
+class SweepMeasurement:
     """Measurement of edited models."""
 
     variants: list[Variant]
@@ -100,13 +100,13 @@ def run_sweep(
     options = session.options
     if session.texts.has_tasks:
         _ = session.texts.text  # asks lm-eval for the requests
-    task = SweepTask(
+    measurement = SweepMeasurement(
         variants(edits, session.depth, layers, max_span),
         options.precision,
         options.measures_propagation,
         session.texts.harness,
     )
-    return session.run(task, directory, overwrite=overwrite)
+    return session.run(measurement, directory, overwrite=overwrite)
 
 
 def sweep(
@@ -145,7 +145,7 @@ def sweep(
             multiple choice or of log-likelihoods.
         limit: number of documents of each task; by default all.
         shots: number of examples before each document of a task; by default the task's own number.
-        task_path: directories with task definitions of one's own.
+        task_path: directories with measurement definitions of one's own.
         directory: where to write tables, figures and a record of the run. A sweep that was interrupted resumes there,
             and a finished one is read. Default: nothing is written.
         overwrite: discard what another sweep has left in the directory, and measure again.

@@ -17,7 +17,7 @@ import layersurgery as ls
 from layersurgery.analyses import search_run
 from layersurgery.analyses.route_search import SearchSpace, plan_of
 from layersurgery.analyses.search_cost import forecast
-from layersurgery.analyses.search_tables import FinalTask, describe_search, surely_above
+from layersurgery.analyses.search_tables import FinalMeasurement, describe_search, surely_above
 from layersurgery.analyses.signal_tables import SignalTables
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.plans.route import Route
@@ -206,7 +206,7 @@ def test_no_route_is_chosen_if_no_finalist_has_a_finite_score(value: float) -> N
     def measure(task: Any, _name: str, _subject: str) -> dict[str, pd.DataFrame]:
         measurer = task.measurer(model, RunOptions())
         sums = collect_sums(measurer, ids, torch.ones_like(ids), None, None)
-        if isinstance(task, FinalTask):
+        if isinstance(task, FinalMeasurement):
             sums.values[:, 1:] = value
         tables: dict[str, pd.DataFrame] = task.tables(SignalTables(measurer, sums, "tiny"))
         return tables

@@ -145,7 +145,7 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         def stop(*_: Any) -> Any:
             raise KeyboardInterrupt
 
-        patch.setattr(prune_run, "CostTask", stop)
+        patch.setattr(prune_run, "CostMeasurement", stop)
         assert run(*asked).exit_code == 130
     assert not (tmp_path / "out").exists()
     steps = [tmp_path / "out-results" / f"step-0{number}" / "step.parquet" for number in (1, 2)]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class TableTask:
+class TableMeasurement:
     """Base of the measurements on text whose results are tables."""
 
     depth: int
@@ -56,7 +56,7 @@ class TableTask:
         return None
 
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
-        """Make the output: this task's tables."""
+        """Make the output: this measurement's tables."""
         return TableOutput(measurer, label, self.tables, rule)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
@@ -69,7 +69,7 @@ class TableTask:
 
 
 @dataclass(frozen=True, slots=True)
-class SignalTask(TableTask):
+class SignalMeasurement(TableMeasurement):
     """Analysis of signals on text: one signal, or all signals for the stages."""
 
     analysis: str
@@ -102,7 +102,7 @@ class SignalTask(TableTask):
 
 
 @dataclass(frozen=True, slots=True)
-class RankTask(TableTask):
+class RankMeasurement(TableMeasurement):
     """Cost of removing each layer, and two scores that predict it."""
 
     spans: int
@@ -133,7 +133,7 @@ class RankTask(TableTask):
 
 
 @dataclass(frozen=True, slots=True)
-class GreedyStepTask(TableTask):
+class GreedyStepMeasurement(TableMeasurement):
     """One step of greedy pruning: the remaining layers, measured after some are removed."""
 
     by: str
@@ -165,7 +165,7 @@ class GreedyStepTask(TableTask):
 
 
 @dataclass(frozen=True, slots=True)
-class CostTask(TableTask):
+class CostMeasurement(TableMeasurement):
     """Cost of each criterion, for each number of removed layers."""
 
     orders: Mapping[str, Sequence[tuple[int, ...]]]
@@ -195,7 +195,7 @@ class CostTask(TableTask):
 
 def run_signals(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
     """Measure an analysis's signals on the session's text, or resume it, or use the finished run in the directory."""
-    return session.run(SignalTask(session.depth, analysis), directory, overwrite=overwrite)
+    return session.run(SignalMeasurement(session.depth, analysis), directory, overwrite=overwrite)
 
 
 def run_rank(
@@ -217,8 +217,8 @@ def run_rank(
         spans: longest span of blocks for angular distances; by default half of the model's blocks.
         lowest: race for so many layers with the lowest KL; by default every layer is measured on all text.
     """
-    task = RankTask(session.depth, max_span(session.depth, spans), check_lowest(lowest, session.depth))
-    return session.run(task, directory, overwrite=overwrite)
+    measurement = RankMeasurement(session.depth, max_span(session.depth, spans), check_lowest(lowest, session.depth))
+    return session.run(measurement, directory, overwrite=overwrite)
 
 
 def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
