@@ -106,7 +106,7 @@ LayerRange = Annotated[
     str | None,
     typer.Option(
         "--layers",
-        help="Restrict the families of edits to these blocks, for example 4:20.",
+        help="Restrict the families of edits to these blocks, for example 4:20; with exit, the model ends after these.",
         metavar="A:B",
         rich_help_panel=_EDITS,
     ),

@@ -138,7 +138,7 @@ def sweep(
             Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         layers: for families: measure only the edits that change no blocks except these; a range, adjacent numbers, or
-            "4:20".
+            "4:20". With "exit", the model ends after these blocks.
         max_span: for families of spans and pairs ("jump", "replace" and others): measure only spans of at most so many
             blocks, and pairs of blocks at most so far apart.
         tasks: tasks of lm-eval to measure instead of a text: names, separated by commas or as a list. They are tasks of
