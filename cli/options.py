@@ -321,7 +321,7 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         help="Quantize the linear layers while the model is loaded: nf4 (4 bits) or int8. Needs bitsandbytes "
-        "(pip install 'layersurgery[quantize]').",
+        "(pip install 'layersurgery\\[quantize]').",
         metavar="nf4|int8",
         rich_help_panel=_EXECUTION,
     ),

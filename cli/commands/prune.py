@@ -72,7 +72,7 @@ def run_prune(
         "results": str(directory),
         "costs": json.loads(frame.drop(columns=["model"]).to_json(orient="records", double_precision=15)),
     }
-    figures = [str(name) for name in frame.attrs["run"]["figures"]]
+    figures = [f"costs/{name}" for name in frame.attrs["run"]["figures"]]
     lines: list[Any] = [_table(frame), *_describe_cost(pruning, before, after)]
     lines += [
         escape(line)

@@ -111,7 +111,7 @@ def _shown(search: Search, directory: Path, value: dict[str, Any], written: Sequ
     raced = search.tried.race.isin(["lowest", "higher"]).any()
     wrong = " Each race is wrong about its beam with a probability of about 5 % or less." if raced else ""
     lines += [f"{value['tried']:,} routes were measured.{wrong}", *map(escape, written)]
-    figures = [str(name) for name in frame.attrs["run"]["figures"]]
+    figures = [f"search/{name}" for name in frame.attrs["run"]["figures"]]
     lines.append(escape(f"The measurements are in {directory}: {', '.join(figures)}"))
     return [value, *lines]
 

@@ -124,8 +124,8 @@ def run_or_reuse(
         measurement: what to measure.
         directory: where to write.
         overwrite: replace a measurement made with other arguments.
-        chosen: arguments of the measurement that an earlier one has chosen. One made with another value of them is replaced
-            anyway: the choice has changed since, as when a race was continued.
+        chosen: arguments of the measurement that an earlier one has chosen. One made with another value of
+            them is replaced anyway: the choice has changed since, as when a race was continued.
     """
     try:
         return session.run(measurement, directory)

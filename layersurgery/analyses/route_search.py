@@ -83,7 +83,11 @@ class SearchSpace:
         target = {"depth": number, "remove": blocks - number, "repeat": blocks + number}[name]
         most = _MOST_TIMES * blocks
         if name == "remove" and not 1 <= number < blocks:
-            raise PlanError(f"cannot remove {number} of {blocks} layers; give 1 to {blocks - 1}")
+            raise PlanError(
+                f"cannot remove {number} of {blocks} layers; give 1 to {blocks - 1}"
+                if blocks > 1
+                else "the model has one layer, which cannot be removed"
+            )
         if name == "repeat" and not 1 <= number <= most - blocks:
             raise PlanError(f"cannot repeat {number} layers of {blocks}; give 1 to {most - blocks}")
         if not 1 <= target <= most:

@@ -3,7 +3,7 @@
 >>> from layersurgery.analyses.route_search import SearchSpace
 >>> from layersurgery.analyses.search_cost import describe_cost, forecast
 >>> describe_cost(forecast(SearchSpace.of(30, remove=6)))
-'at most 584 routes in 7 measurements: at most 8,586 block calls for each token'
+'at most 584 routes in 7 measurements, with 8,586 block calls for each token'
 """
 
 from __future__ import annotations
@@ -75,4 +75,4 @@ def describe_cost(costs: Sequence[LevelCost]) -> str:
     """Say how many routes a search measures and how many block calls this takes, from its forecast."""
     routes, calls = sum(cost.routes for cost in costs), sum(cost.block_calls for cost in costs)
     at_most = "" if all(cost.exact for cost in costs) else "at most "
-    return f"{at_most}{routes:,} routes in {len(costs)} measurements: {at_most}{calls:,} block calls for each token"
+    return f"{at_most}{routes:,} routes in {len(costs)} measurements, with {calls:,} block calls for each token"

@@ -214,8 +214,8 @@ def run_search(
             frame.attrs["skipped"] = frame.attrs["run"]["skipped"]
         return tables
 
-    cost = describe_cost(forecast(space))
-    reporter.log(f"Searching {space.target} of {space.depth} blocks: {cost}{'; less with races' if race else ''}")
+    cost = f"{describe_cost(forecast(space))}{'; less with races' if race else ''}"
+    reporter.log(f"Searching a route of {space.target} blocks (the model has {space.depth}): {cost}")
     return find_route(space, measure, by=check_score(by), race=race)
 
 

@@ -153,7 +153,10 @@ def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | No
     if not unique:
         where = "" if chosen is None else f" with layers {chosen.start}:{chosen.stop}"
         where += "" if max_span is None else f" and spans of at most {max_span}"
-        raise PlanError(f"nothing to measure: {edits!r} has no edit of a model of {depth} blocks{where}")
+        named = edits[0] if isinstance(edits, list) and len(edits) == 1 else edits
+        raise PlanError(
+            f"nothing to measure: {named!r} has no edit of a model of {depth} block{'s'[: depth != 1]}{where}"
+        )
     if max_span is not None and not any(
         variant.edit in FAMILIES and FAMILIES[variant.edit].bounded for variant in unique
     ):
@@ -164,6 +167,8 @@ def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | No
 
 def _variants(edits: Edits, depth: int, layers: range | None, max_span: int | None) -> Iterator[Variant]:
     match edits:
+        case str() if not edits.strip():
+            raise PlanError(f"no edit is named; name families ({', '.join(list(FAMILIES)[:3])}, ...) or a plan")
         case str() if is_family(edits):
             for name in edits.split(","):
                 yield from family(name.strip(), depth, layers, max_span)

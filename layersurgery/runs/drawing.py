@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import OutputError
 from .run_directory import ANALYSIS
 from .run_record import RunRecord
-from .tables import PARQUET_ONLY, caption_of, read_results, read_table, table_names
+from .tables import PARQUET_ONLY, RUN, caption_of, read_results, read_table, table_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +60,8 @@ def plot(directories: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     from ..figures.sweeps import Sweep, draw
 
     output = Path(output)
-    frames = {directory: read_results(directory) for directory in dict.fromkeys(map(Path, directories))}
+    found = [run for directory in map(Path, directories) for run in _runs_in(directory)]
+    frames = {directory: read_results(directory) for directory in dict.fromkeys(found)}
     runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
     analyses = [directory for directory, run in runs.items() if run["kind"] == ANALYSIS]
     sweeps = [
@@ -78,3 +79,9 @@ def plot(directories: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     except OSError as error:
         raise OutputError(f"cannot make {output}: {error.strerror or error}; choose another output") from error
     return (draw(sweeps, output) if sweeps else []) + (draw_signals(models, output) if models else [])
+
+
+def _runs_in(directory: Path) -> list[Path]:
+    """Return the directory, or the run with figures in it, of a pruning or of a search."""
+    inside = [directory / name for name in ("costs", "search") if (directory / name / RUN).is_file()]
+    return [directory] if (directory / RUN).is_file() or not inside else inside

@@ -114,6 +114,7 @@ class ModelSession:
         self._loaded: nn.Module | None = None
         self._has_weights = False
         self._fingerprint: str | None = None
+        self._said: set[str] = set()
         self.workers_idle = True
         self.source: Source | None = None
         if isinstance(model, nn.Module):
@@ -280,12 +281,12 @@ class ModelSession:
         if self.placement.quantize:
             percent = 100 * quantized_numbers(model)[0] / measurer.parameters
             quantized = f" ({percent:.0f} % of them in {self.placement.quantize})"
-        reporter.log(
+        self._log_once(
             f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype}{quantized} "
             f"on {devices}; logits computed by {measurer.readout.description}"
         )
         if rule is not None and not self.texts.request.shuffle:
-            reporter.log(
+            self._log_once(
                 "Note: edits may stop before the end of the text, which is taken in its own order. The intervals hold "
                 "for the whole text if its order is random (shuffle)"
             )
@@ -321,6 +322,12 @@ class ModelSession:
             count = measurer.max_sequences
             plural = "s"[: count != 1]
             reporter.log(f"Note: memory ran out, so batches were split into parts of {count} sequence{plural}")
+
+    def _log_once(self, line: str) -> None:
+        """Say something that every run of this session would say."""
+        if line not in self._said:
+            self._said.add(line)
+            self.reporter.log(line)
 
     def caption(self, text: TokenizedText) -> str:
         """Describe the text in a few words."""

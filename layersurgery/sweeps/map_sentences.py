@@ -35,7 +35,7 @@ def describe_maps(frame: pd.DataFrame) -> list[str]:
         >>> from layersurgery.sweeps.map_sentences import describe_maps
         >>> cells = pd.DataFrame({"plan": ["drop 4", "drop 5"], "from": [4, 5], "to": [5, 6], "kl_nats": [0.06, 0.2]})
         >>> describe_maps(cells.assign(edit="drop-spans"))
-        ['dropping 4 costs 0.06 nats of KL, the least of 2 spans of one layer']
+        ['dropping layer 4 costs 0.06 nats of KL, the least of 2 spans of one layer']
     """
     if not set(CELL) <= set(frame.columns):
         return []
@@ -167,7 +167,7 @@ def _finite(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _named(row: pd.Series) -> str:
     verb, _, span = str(row.plan).partition(" ")
-    return f"{ {'drop': 'dropping', 'repeat': 'repeating'}[verb] } {span}"
+    return f"{ {'drop': 'dropping', 'repeat': 'repeating'}[verb] } layer{'s'[: ':' in span]} {span}"
 
 
 def _kl(row: pd.Series) -> str:

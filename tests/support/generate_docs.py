@@ -172,7 +172,7 @@ def _row(parameter: Any) -> str:
         usage = f"`{options}{metavar}`"
         if "--help" in parameter.opts:
             return ""
-    return f"| {_cell(usage)} | {_cell(getattr(parameter, 'help', '') or '')} | {_cell(_default(parameter))} |"
+    return f"| {_cell(usage)} | {_cell((getattr(parameter, 'help', '') or '').replace(chr(92) + '[', '['))} | {_cell(_default(parameter))} |"
 
 
 def _kind(parameter: Any) -> str:

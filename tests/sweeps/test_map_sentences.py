@@ -42,21 +42,22 @@ def repeats(*changes: float, **options: Any) -> pd.DataFrame:
 
 def test_spans_that_are_nearly_free() -> None:
     assert drop_sentence(spans(0.02, 0.05, 0.5)) == (
-        "dropping 0:1 costs 0.020 nats of KL (0.010 to 0.030), the least of 2 spans of one layer; "
-        "dropping 0:2 costs 0.050 nats of KL (0.040 to 0.060), the only span of two layers; "
+        "dropping layers 0:1 costs 0.020 nats of KL (0.010 to 0.030), the least of 2 spans of one layer; "
+        "dropping layers 0:2 costs 0.050 nats of KL (0.040 to 0.060), the only span of two layers; "
         "no span that is longer costs less than 0.1 nats"
     )
     # Of many lengths, one layer, two and the longest.
     assert drop_sentence(spans(0.02, 0.05, 0.06, 0.07, 0.08, family="jump")) == (
-        "dropping 0:1 costs 0.020 nats of KL (0.010 to 0.030), the least of 2 spans of one layer; "
-        "dropping 0:2 costs 0.050 nats of KL (0.040 to 0.060), the only span of two layers; "
-        "dropping 0:5 costs 0.080 nats of KL (0.070 to 0.090), the only span of 5 layers"
+        "dropping layers 0:1 costs 0.020 nats of KL (0.010 to 0.030), the least of 2 spans of one layer; "
+        "dropping layers 0:2 costs 0.050 nats of KL (0.040 to 0.060), the only span of two layers; "
+        "dropping layers 0:5 costs 0.080 nats of KL (0.070 to 0.090), the only span of 5 layers"
     )
 
 
 def test_no_span_is_nearly_free() -> None:
     assert drop_sentence(spans(0.3, 0.12, np.nan)) == (
-        "no span costs less than 0.1 nats of KL; the lowest of 3 is dropping 0:2: 0.120 nats of KL (0.110 to 0.130)"
+        "no span costs less than 0.1 nats of KL; the lowest of 3 is dropping layers 0:2: "
+        "0.120 nats of KL (0.110 to 0.130)"
     )
 
 
@@ -70,35 +71,36 @@ def test_a_repeat_that_lowers_the_loss() -> None:
     frame = repeats(0.02, -0.05, 0.03)
     half = 0.001 * student.ppf(1 - 0.05 / 3 / 2, 15)
     assert repeat_sentences(frame) == [
-        f"repeating 0:2 lowers the loss by 0.0500 nats ({0.05 - half:.4f} to {0.05 + half:.4f}, "
+        f"repeating layers 0:2 lowers the loss by 0.0500 nats ({0.05 - half:.4f} to {0.05 + half:.4f}, "
         "corrected for the choice among 3)",
-        "repeating 0:3 costs 0.060 nats of KL (0.050 to 0.070), the least of 2 repeats longer than one layer",
+        "repeating layers 0:3 costs 0.060 nats of KL (0.050 to 0.070), the least of 2 repeats longer than one layer",
     ]
 
 
 def test_the_lowest_of_many_repeats_is_not_taken_for_a_gain() -> None:
     # Alone, -0.025 +- 0.01 would be below zero; as the lowest of 20 it is not.
     alone = repeats(-0.025, sem=0.01)
-    assert repeat_sentences(alone) == ["repeating 0:1 lowers the loss by 0.025 nats (0.004 to 0.046)"]
+    assert repeat_sentences(alone) == ["repeating layers 0:1 lowers the loss by 0.025 nats (0.004 to 0.046)"]
     many = repeats(-0.025, *(0.1 + 0.001 * n for n in range(19)), sem=0.01)
     half = 0.01 * student.ppf(1 - 0.05 / 20 / 2, 15)
     assert repeat_sentences(many)[0] == (
-        "no repeat surely lowers the loss; the lowest is repeating 0:1, which changes it by -0.025 nats "
+        "no repeat surely lowers the loss; the lowest is repeating layers 0:1, which changes it by -0.025 nats "
         f"({-0.025 - half:.3f} to {-0.025 + half:.3f}, corrected for the choice among 20)"
     )
 
 
 def test_no_repeat_lowers_the_loss() -> None:
     assert repeat_sentences(repeats(0.02, 0.03, sem=float("nan"))) == [
-        "no repeat lowers the loss; the least harmful is repeating 0:1, which changes it by 0.02 nats (no interval)",
-        "repeating 0:2 costs 0.060 nats of KL (0.050 to 0.070), the only repeat longer than one layer",
+        "no repeat lowers the loss; the least harmful is repeating layers 0:1, "
+        "which changes it by 0.02 nats (no interval)",
+        "repeating layers 0:2 costs 0.060 nats of KL (0.050 to 0.070), the only repeat longer than one layer",
     ]
 
 
 def test_a_gain_that_is_sure_comes_before_a_lower_one_that_is_not() -> None:
     frame = repeats(-0.05, -0.04)
     frame.loc[frame.plan == "repeat 0:1", "loss_change_nats_sem"] = 0.05
-    assert repeat_sentences(frame)[0].startswith("repeating 0:2 lowers the loss by 0.0400 nats")
+    assert repeat_sentences(frame)[0].startswith("repeating layers 0:2 lowers the loss by 0.0400 nats")
 
 
 def test_a_run_that_stopped_has_the_intervals_of_one() -> None:
