@@ -172,7 +172,8 @@ def _row(parameter: Any) -> str:
         usage = f"`{options}{metavar}`"
         if "--help" in parameter.opts:
             return ""
-    return f"| {_cell(usage)} | {_cell((getattr(parameter, 'help', '') or '').replace(chr(92) + '[', '['))} | {_cell(_default(parameter))} |"
+    text = (getattr(parameter, "help", "") or "").replace(chr(92) + "[", "[")  # escaped for the terminal
+    return f"| {_cell(usage)} | {_cell(text)} | {_cell(_default(parameter))} |"
 
 
 def _kind(parameter: Any) -> str:
