@@ -22,9 +22,9 @@ PHASES = {
     "layersurgery.runs.session": {
         "read_model_info": "config",
         "fingerprint": "hash of the weights",
-        "read_text": "text",
         "run_measurement": "first number",
     },
+    "layersurgery.runs.session_text": {"read_text": "text"},
     "layersurgery.checkpoints.loading": {"tokenizer_of": "tokenizer", "load_weights": "weights"},
     "layersurgery.runs.sweep": {"Measurer": "checks"},
 }

@@ -151,7 +151,7 @@ def test_places_that_cannot_be_written_and_usage_that_cannot_be_meant(small: lis
     for words, code, said in [
         (["plot", tmp_path / "out", "-o", tmp_path / "text.txt"], 1, "cannot make"),
         ([*small, "-o", tmp_path / "text.txt"], 1, "is not a directory"),
-        ([*small, "--edits", ""], 2, "the plan is empty"),
+        ([*small, "--edits", ""], 2, "no edit is named"),
         ([*small, "--data", ""], 2, "data is empty"),
         ([*small, "--dtype", "int8"], 2, "is not supported"),
         ([*small, "--device", "meta"], 2, "device meta cannot compute"),
