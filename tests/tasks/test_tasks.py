@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from tokenizers import processors
 import layersurgery as ls
 from layersurgery.metrics.aggregation import SequenceSums
 from layersurgery.metrics.reference import METRICS
+from layersurgery.plans.variants import variants
+from layersurgery.runs.sweep import SweepMeasurement
 from layersurgery.tasks.harness import Harness
 from layersurgery.tasks.request_text import Request, RequestText
 from layersurgery.tasks.task_request import TaskRequest
 from layersurgery.tasks.task_tables import task_columns
 from tests.support.demo_model import make_tokenizer
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
-from tests.support.zoo import tiny_model
+from tests.support.zoo import DEPTH, tiny_model
 
 CITIES = {
     "France": "Paris",
@@ -181,6 +184,13 @@ def test_a_request_may_have_one_token_more_than_the_model_has_positions(definiti
         expected = theirs(model, tokenizer, ["choice", "rolling"], definitions)
     for column, value in expected.items():
         assert frame[column][1] == pytest.approx(value, rel=2e-5), column
+
+
+def test_other_processes_measure_the_requests_without_lm_eval(definitions: Path) -> None:
+    request = TaskRequest.of("choice", paths=definitions)
+    harness = Harness(request, tiny_model("llama").config, tiny_tokenizer())
+    sent = pickle.loads(pickle.dumps(SweepMeasurement(variants("drop 2", DEPTH), harness=harness)))
+    assert sent == SweepMeasurement(variants("drop 2", DEPTH))
 
 
 def test_an_edit_whose_predictions_are_not_finite_has_no_metrics(definitions: Path) -> None:
