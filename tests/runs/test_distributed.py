@@ -197,6 +197,26 @@ def test_two_processes_find_how_far_edits_reach(place: Path, tmp_path: Path) -> 
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_two_processes_measure_the_tasks_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "cities.jsonl").write_text('{"city": "Rome"}\n{"city": "Paris"}\n{"city": "Oslo"}\n')
+    (place / "cities.yaml").write_text(
+        f"task: cities\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {place}/cities.jsonl}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: a city\ndoc_to_target: ' {{city}}'\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+
+    def given(out: str) -> list[str]:
+        asked = ["sweep", "tiny", "--edits", "drop", "--tasks", "cities", "--task-path", place, "-b", 1, "-o", out]
+        return [str(word) for word in [*asked, "--device", "cpu"]]
+
+    ended = start(place, tmp_path, 2, given("tasks-2"))
+    assert ended.codes == [0, 0], ended.err
+    monkeypatch.chdir(place)
+    assert run(*given("tasks-1")).exit_code == 0
+    assert files(place / "tasks-1") == files(place / "tasks-2")
+
+
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
     ended = start(place, tmp_path, 3, words(place, "three", "--json"))
     assert ended.codes == [0, 0, 0], ended.err
