@@ -69,6 +69,8 @@ def lines(frame: pd.DataFrame, width: int = 80) -> Iterator[str | Table | Text]:
     others = frame[(frame.edit != "none") & ~frame.edit.isin(families)]
     if len(others):
         yield _edit_table(others, metrics, width)
+        if len(others) > _MAX_ROWS:
+            yield f"The {_MAX_ROWS} edits with the lowest KL, of {len(others)}; results.csv has all"
 
 
 def _layer_table(frame: pd.DataFrame, families: Sequence[str], metrics: Sequence[Column], width: int) -> Table:
@@ -98,12 +100,10 @@ def _layer_table(frame: pd.DataFrame, families: Sequence[str], metrics: Sequence
 def _edit_table(rows: pd.DataFrame, metrics: Sequence[Column], width: int) -> Table:
     """Return a table of plans, the lowest KL first, with as many metrics as have room."""
     ordered = rows.sort_values("kl_nats")
-    skipped = max(0, len(ordered) - _MAX_ROWS)
-    title = f"The {_MAX_ROWS} edits with the lowest KL, of {len(ordered)}; results.csv has all" if skipped else None
     shown = ordered.head(_MAX_ROWS)
     names = min(_MAX_NAME, max(map(len, shown["name"])))
     count, has_bar = _fit([_width(shown, metric) for metric in metrics], width - names, 2)
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=title, caption_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("plan", overflow="fold")
     _add_columns(table, metrics[:count], has_bar)
     for _, row in shown.iterrows():
@@ -147,7 +147,10 @@ def show_sweep(run: Run, console: Console) -> None:
     frame = read_results(run.directory)
     about_maps = describe_maps(frame)
     facts = run.facts
-    reach = propagation_sentence(frame.attrs.get(PROPAGATION, []))
+    rows = frame.attrs.get(PROPAGATION, [])
+    reach = propagation_sentence(rows)
+    if len(rows) and not reach:
+        reach = "propagation.csv says how much what later layers add changes; it is drawn for drop and skips only"
     result = {
         "path": str(run.directory),
         "finished": True,
