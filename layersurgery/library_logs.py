@@ -15,7 +15,17 @@ from .errors import LayerSurgeryWarning
 _LOGGERS = [
     logging.getLogger(name)
     for name in (
-        *("accelerate", "bitsandbytes", "datasets", "fsspec", "httpx", "huggingface_hub", "transformers", "urllib3"),
+        *(
+            "accelerate",
+            "bitsandbytes",
+            "datasets",
+            "fsspec",
+            "httpx",
+            "huggingface_hub",
+            "lm_eval",
+            "transformers",
+            "urllib3",
+        ),
     )
 ]
 _lock = threading.Lock()

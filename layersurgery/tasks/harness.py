@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stderr
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
 from functools import cache
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from .request_text import Answer, Request, RequestText
 from .task_request import TaskRequest
 
 _LOGLIKELIHOOD = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
+_NO_PROCESSES = "DISABLE_MULTIPROC"  # read by lm-eval
 _FEWSHOT_SEED = 1234  # of lm-eval
 _RESAMPLES = 1000  # for standard errors that lm-eval has no formula for; its own 100,000 take seconds for each model
 
@@ -84,10 +86,28 @@ class Harness:
         evaluator, _ = _lm_eval()
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # else other examples would be drawn than the last time
-        with redirect_stderr(io.StringIO()):  # progress bars
+        with _alone_and_silent():
             return evaluator.evaluate(
                 self._lm, self._loaded, limit=self._limit, log_samples=log_samples, bootstrap_iters=_RESAMPLES
             )
+
+
+@contextmanager
+def _alone_and_silent() -> Iterator[None]:
+    """Let lm-eval resample without other processes, and print nothing, while the `with` block runs.
+
+    A process that is forked while torch's threads run may hang.
+    """
+    before = os.environ.get(_NO_PROCESSES)
+    os.environ[_NO_PROCESSES] = "1"
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_NO_PROCESSES]
+        else:
+            os.environ[_NO_PROCESSES] = before
 
 
 def set_shots(task: Any, shots: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from layersurgery.tasks.harness import Harness
 from layersurgery.tasks.request_text import Request, RequestText
 from layersurgery.tasks.task_request import TaskRequest
 from layersurgery.tasks.task_tables import task_columns
+from tests.cli.test_cli import run
 from tests.support.demo_model import make_tokenizer
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model
@@ -167,6 +169,22 @@ def test_a_run_that_was_interrupted_continues_to_the_same_digits(definitions: Pa
     assert np.allclose(np.exp(-means), resumed.task_completion_perplexity)
     choices = table[(table.task == "choice") & (table.row == 1)].log_likelihood.to_numpy().reshape(6, 6)
     assert (choices.argmax(-1) == np.arange(6)).mean() == resumed.task_choice_acc[1]
+
+
+def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model")
+    asked = ["sweep", path, "--edits", "drop", "--tasks", "choice,completion", "--task-path", definitions]
+    shown = run(*asked, "-o", tmp_path / "run")
+    assert shown.exit_code == 0, shown.output
+    assert "choice_acc" in shown.stdout
+    value = json.loads(run(*asked, "-o", tmp_path / "run", "--json").stdout)  # lm-eval prints nothing in between
+    assert len(value["results"]) == 7
+    assert value["results"][1]["task_completion_perplexity_sem"] > 0
+    assert os.environ.get("DISABLE_MULTIPROC") is None
+    refused = run(*asked, "--estimate")
+    assert (refused.exit_code, "the cost of tasks is not estimated" in refused.output) == (2, True)
+    unknown = run(*asked[:4], "--limit", 3)
+    assert (unknown.exit_code, "limit has an effect only with tasks" in unknown.stderr) == (2, True)
 
 
 def test_each_different_request_is_a_sequence_and_the_longest_is_first() -> None:
