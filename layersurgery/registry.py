@@ -126,7 +126,7 @@ class Analysis:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """The axes of a table that is a map: a row for each cell, placed by the columns `from` and `to`.
+    """Describe the axes of a table that is a map: a row for each cell, placed by the columns `from` and `to`.
 
     Attributes:
         rows: what `from` is.

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from ..runs.text import TokenizedText
 
 CHOSEN = ("orders", "removed", "routes", "finalists", "tried")
-"""Arguments of tasks that an earlier measurement has chosen."""
+"""Arguments that an earlier measurement has chosen."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the current measurement, how much of it is done and how much there is in total."""
 
 
 class ChosenPlan(Protocol):
-    """What a plan is chosen by: it has the plan, and the checkpoint if one was written."""
+    """Hold a chosen plan, and the checkpoint if one was written."""
 
     @property
     def plan(self) -> Plan:

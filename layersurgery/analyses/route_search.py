@@ -34,7 +34,7 @@ _MOST_TIMES = 4  # as deep as the model; a mistyped number would be searched for
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """The routes of a search.
+    """Define the routes of a search.
 
     Attributes:
         depth: number of blocks of the model.

@@ -19,7 +19,7 @@ from .route_search import FINAL, SearchSpace, level_name
 
 @dataclass(frozen=True, slots=True)
 class LevelCost:
-    """The cost of measuring one level.
+    """Hold the cost of measuring one level.
 
     Attributes:
         name: the level's directory.

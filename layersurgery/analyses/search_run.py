@@ -45,7 +45,7 @@ Measure = Callable[[LevelMeasurement | FinalMeasurement, str, str], dict[str, pd
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A route that a search found.
+    """Hold a route that a search found.
 
     Attributes:
         plan: the edit.

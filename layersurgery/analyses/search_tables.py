@@ -67,7 +67,7 @@ class _RouteMeasurement(TableMeasurement):
 
 @dataclass(frozen=True, slots=True)
 class LevelMeasurement(_RouteMeasurement):
-    """The candidates of one level of a search.
+    """Measure the candidates of one level of a search.
 
     Attributes:
         beam: number of routes to find; they race if it is given.
@@ -95,7 +95,7 @@ class LevelMeasurement(_RouteMeasurement):
 
 @dataclass(frozen=True, slots=True)
 class FinalMeasurement(_RouteMeasurement):
-    """The routes of a search that are measured in full.
+    """Measure the routes of a search in full.
 
     Attributes:
         finalists: number of finalists. They are the first routes.

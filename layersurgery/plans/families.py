@@ -1,4 +1,4 @@
-"""The families of edits: sets of edits that a sweep makes for every block, every span or every pair of a model.
+"""Define the families of edits: sets of edits that a sweep makes for every block, every span or every pair of a model.
 
 A new family gets its entry here, and appears in sweeps, figures, tables, the report and the command line.
 
@@ -26,7 +26,7 @@ Cell = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the edits of a family may touch.
+    """Bound what the edits of a family may touch.
 
     Attributes:
         blocks: the blocks.
@@ -62,7 +62,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An edit of a family.
+    """Hold an edit of a family.
 
     Attributes:
         edit: the edit.
@@ -77,7 +77,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """The number that follows a family's name.
+    """Describe the number that follows a family's name.
 
     Attributes:
         name: how it is written in the usage.

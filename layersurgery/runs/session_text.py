@@ -1,4 +1,4 @@
-"""The text of a session: what is asked for, the model's tokenizer, and the tokens, which are read when first needed."""
+"""Read the text of a session: what is asked for, the model's tokenizer, and the tokens, when first needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model can read.
+    """Hold what a model can read.
 
     Attributes:
         positions: largest number of positions; None if it is not known.

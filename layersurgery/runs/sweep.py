@@ -145,7 +145,7 @@ def sweep(
             multiple choice or of log-likelihoods.
         limit: number of documents of each task; by default all.
         shots: number of examples before each document of a task; by default the task's own number.
-        task_path: directories with measurement definitions of one's own.
+        task_path: directories with your own task definitions.
         directory: where to write tables, figures and a record of the run. A sweep that was interrupted resumes there,
             and a finished one is read. Default: nothing is written.
         overwrite: discard what another sweep has left in the directory, and measure again.

@@ -197,7 +197,7 @@ class BatchObservation:
             positions = is_token.nonzero()[:, 0]
             if len(positions):
                 first, last = int(positions[0]), int(positions[-1])
-                # A slice is no copy. Only a mask with holes needs one.
+                # A slice copies nothing. Only a mask with holes needs a copy.
                 chosen = slice(first, last + 1) if last - first < len(positions) else positions
                 own = [state[number][chosen] for state in states]
                 sums[number] = sum_pairs(own, mean_free=self.mean_free)

@@ -36,7 +36,7 @@ _OF_CHANGE = 2  # columns of each change: the sum and the largest value
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What one branch of a later block adds in an edited model, compared with what it adds in the unedited one.
+    """Compare what one branch of a later block adds in an edited model with what it adds in the unedited one.
 
     Attributes:
         block: the block.
@@ -248,7 +248,7 @@ class Propagation:
 
 @dataclass(slots=True)
 class _Batch:
-    """The batch that is being observed.
+    """Hold the batch that is being observed.
 
     Attributes:
         is_token: True for real tokens of sequences that have a prediction, (sequences, length).

@@ -23,7 +23,7 @@ COUNTS = (
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A measured mean: a column of sums, and the column that counts the summed values.
+    """Describe a measured mean: a column of sums, and the column that counts the summed values.
 
     Attributes:
         signal: the signal that it belongs to.

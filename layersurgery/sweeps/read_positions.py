@@ -26,7 +26,7 @@ from ..errors import PlanError
 
 
 class Reads(Protocol):
-    """A choice of positions at which predictions are read.
+    """Choose positions at which predictions are read.
 
     Attributes:
         scaled: whether sums over the positions that are read stand for all positions.
@@ -40,7 +40,7 @@ class Reads(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScoredPositions:
-    """The positions that a text scores, such as those of the answers to questions; other positions do not count.
+    """Choose the positions that a text scores, such as the answers to questions; other positions do not count.
 
     Attributes:
         scored: True for a token whose prediction is read one position before, (sequences, length).

@@ -1,1 +1,1 @@
-"""Tasks of lm-eval, measured on all edited models at once."""
+"""Measure tasks of lm-eval on all edited models at once."""

@@ -31,7 +31,7 @@ _RESAMPLES = 1000  # for standard errors that lm-eval has no formula for; its ow
 
 
 class Harness:
-    """Tasks of lm-eval for one tokenizer.
+    """Hold tasks of lm-eval for one tokenizer.
 
     Args:
         tasks: the tasks.
@@ -44,7 +44,7 @@ class Harness:
         labels: for each request, the task and the number of its document.
 
     Raises:
-        SourceError: lm-eval is not installed, or there is no such task.
+        SourceError: lm-eval is not installed, or does not have the task.
         PlanError: a task generates text.
     """
 

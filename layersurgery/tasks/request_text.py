@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request to score a continuation after a context, as token ids.
+    """Ask to score a continuation after a context, both as token ids.
 
     Attributes:
         context: tokens before the continuation; never empty.
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model says to a request.
+    """Hold what a model says to a request.
 
     Attributes:
         log_likelihood: sum of the log-probabilities of the continuation's tokens, in nats.
@@ -47,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class RequestText:
-    """Requests as sequences, padded on the right.
+    """Hold requests as sequences, padded on the right.
 
     Attributes:
         ids: token ids, (sequences, length).

@@ -25,7 +25,7 @@ class TaskRequest:
         names: names of tasks or of groups of tasks.
         limit: number of documents of each task; all if None.
         shots: number of examples before each document; by default the task's own number.
-        paths: directories with task definitions of one's own.
+        paths: directories with your own task definitions.
     """
 
     names: tuple[str, ...]

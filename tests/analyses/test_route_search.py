@@ -1,4 +1,4 @@
-"""The logic of a search, without a model: which routes are candidates, which are kept, and what they cost."""
+"""Test the logic of a search without a model: which routes are candidates, which are kept, and what they cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of the stream over depth matches hidden states, hooks and dense float64 matrices."""
+"""Check that what is measured of the stream over depth matches hidden states, hooks and dense float64 matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interactive maps of a report in a real browser: what the table holds, by pointer and keyboard, and copied plans."""
+"""Test the interactive maps of a report in a real browser: what the table holds, by pointer and keyboard, and copied plans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real browser, for the tests of pages."""
+"""Start a real browser for the tests of pages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ return least;
 
 
 class Browser:
-    """A page in a real browser."""
+    """Drive a page in a real browser."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -95,7 +95,7 @@ class Browser:
         return [float(value) for value in values]
 
     def exact(self, chart: str = "edits") -> float:
-        """The value in the box of a chart that is open."""
+        """Return the value in the box of a chart that is open."""
         return float(self.one(f"#chart-{chart} .tip .exact").text.removeprefix("exactly "))
 
     def choose(self, chart: str, label: str) -> None:

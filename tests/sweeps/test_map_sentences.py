@@ -1,4 +1,4 @@
-"""What is said of a sweep's maps, word by word, on tables made by hand."""
+"""Test what is said of a sweep's maps, word by word, on tables made by hand."""
 
 from __future__ import annotations
 
