@@ -93,7 +93,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
                 label_axis(axis, metric)
                 axis.set_yscale("log" if metric.log and _has_positive(sweeps, kind, metric) else "linear")
         for axis in grid[-1]:
-            label_depth(axis, [sweep.frame[sweep.frame.layer.notna()] for sweep in sweeps], "first block edited")
+            label_depth(axis, [sweep.frame[sweep.frame.layer.notna()] for sweep in sweeps], "block of the edit")
             axis.set_xlim(-0.02, 1.02)
         if len(sweeps) > 1:
             legend = figure.legend(

@@ -83,7 +83,7 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     edits = _of_edits([run for run in runs if run.is_sweep])
     signals = _of_signals([run for run in runs if not run.is_sweep])
     found = [
-        Chart("edits", "What every edit does", _about_edits(), _NOTE, "Edit", "(first) block edited", edits),
+        Chart("edits", "What every edit does", _about_edits(), _NOTE, "Edit", "block of the edit", edits),
         Chart("signals", "What each layer does", "", _NOTE, "Table", "layer", signals),
     ]
     return [chart for chart in found if chart.views]
