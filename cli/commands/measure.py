@@ -45,7 +45,7 @@ def measure(
     return run_session(
         model,
         options,
-        lambda session: run(session, output or Path(f"{session.name}-{name}")),
+        lambda session: run(session, output or Path(f"{session.model.name}-{name}")),
         reporter=console,
         given=given,
     )

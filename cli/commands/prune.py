@@ -47,8 +47,8 @@ def run_prune(
         from layersurgery.runs.processes import run_session
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
-        check_removal(session.depth, remove, by)
-        out = output or Path(f"{session.name}-prune-{remove}-{by}{'-greedy' if greedy else ''}")
+        check_removal(session.model.depth, remove, by)
+        out = output or Path(f"{session.model.name}-prune-{remove}-{by}{'-greedy' if greedy else ''}")
         check_target(session, out, overwrite=overwrite)
         directory = results or results_directory(out)
         pruning = run_in(session, directory, remove=remove, by=by, greedy=greedy, race=race, overwrite=overwrite)

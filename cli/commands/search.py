@@ -75,10 +75,12 @@ def run_search(
         return
 
     def lead(session: ModelSession) -> tuple[Path, Search]:
-        space = SearchSpace.of(session.depth, **goal)
+        space = SearchSpace.of(session.model.depth, **goal)
         if output is not None:
             check_target(session, output, overwrite=overwrite)
-        default = Path(f"{session.name}-search-{space.target}-{by}") if output is None else results_directory(output)
+        default = (
+            Path(f"{session.model.name}-search-{space.target}-{by}") if output is None else results_directory(output)
+        )
         directory = results or default
         return directory, run_in(session, directory, space, by=by, race=race, overwrite=overwrite)
 

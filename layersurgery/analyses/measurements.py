@@ -195,7 +195,7 @@ class CostMeasurement(TableMeasurement):
 
 def run_signals(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
     """Measure an analysis's signals on the session's text, or resume it, or use the finished run in the directory."""
-    return session.run(SignalMeasurement(session.depth, analysis), directory, overwrite=overwrite)
+    return session.run(SignalMeasurement(session.model.depth, analysis), directory, overwrite=overwrite)
 
 
 def run_rank(
@@ -217,7 +217,9 @@ def run_rank(
         spans: longest span of blocks for angular distances; by default half of the model's blocks.
         lowest: race for so many layers with the lowest KL; by default every layer is measured on all text.
     """
-    measurement = RankMeasurement(session.depth, max_span(session.depth, spans), check_lowest(lowest, session.depth))
+    measurement = RankMeasurement(
+        session.model.depth, max_span(session.model.depth, spans), check_lowest(lowest, session.model.depth)
+    )
     return session.run(measurement, directory, overwrite=overwrite)
 
 
@@ -226,16 +228,16 @@ def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwr
 
     On a CPU, the blocks of a model that is given by its name stay on disk and are loaded one at a time.
     """
-    if session.source is not None:
-        session.placement = _one_pass_placement(session.source, session.options, session.placement)
+    if session.model.source is not None:
+        session.model.placement = _one_pass_placement(session.model.source, session.options, session.model.placement)
     reporter = session.reporter
 
     def make() -> TablesAndFacts:
-        model = session.load()
+        model = session.model.load()
         with reporter.count("blocks") as on_layer:
             scores = neuron_scores(model, blocks=session.options.blocks, progress=on_layer)
-        reporter.log(f"{session.label}: {format_count(len(scores))} neurons")
-        tables = {analysis: neurons_per_block(scores, session.label), "neuron_scores": scores}
+        reporter.log(f"{session.model.label}: {format_count(len(scores))} neurons")
+        tables = {analysis: neurons_per_block(scores, session.model.label), "neuron_scores": scores}
         return tables, {"skipped": scores.attrs["skipped"]}
 
     return run_once(directory, session.arguments({"analysis": analysis}), reporter, make, overwrite=overwrite)

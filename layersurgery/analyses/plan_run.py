@@ -111,7 +111,7 @@ def results_directory(output: Path) -> Path:
 
 def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> None:
     """Refuse an output that must not be written, before hours of measuring."""
-    check_output(target, None if session.source is None else session.source.directory, overwrite=overwrite)
+    check_output(target, None if session.model.source is None else session.model.source.directory, overwrite=overwrite)
 
 
 def run_or_reuse(

@@ -110,7 +110,7 @@ def prune(
             progress=progress,
             **own,
         )
-        costs = as_result(pruning.costs.assign(model=session.label), "costs", session.caption(tokens))
+        costs = as_result(pruning.costs.assign(model=session.model.label), "costs", session.caption(tokens))
         return replace(pruning, costs=costs)
 
     def in_directory(session: ModelSession, results: Path) -> Pruning:
@@ -151,14 +151,14 @@ def run_prune(
         overwrite: replace measurements made with other arguments.
     """
     race = race and by == "kl"
-    check_removal(session.depth, remove, by)
+    check_removal(session.model.depth, remove, by)
     log = session.reporter.log
     reporter = session.reporter
-    log(f"Ranking {session.depth} layers")
+    log(f"Ranking {session.model.depth} layers")
     reporter.subject = "ranking layers"
     rank = run_or_reuse(
         session,
-        RankMeasurement(session.depth, remove, remove if race else None),
+        RankMeasurement(session.model.depth, remove, remove if race else None),
         directory / "rank",
         overwrite=overwrite,
     )
@@ -170,7 +170,7 @@ def run_prune(
         def measure_step(removed: tuple[int, ...]) -> Any:
             log(f"Choosing layer {len(removed) + 1} of {remove}")
             reporter.subject = f"choosing layer {len(removed) + 1} of {remove}"
-            step = GreedyStepMeasurement(session.depth, by, removed, race)
+            step = GreedyStepMeasurement(session.model.depth, by, removed, race)
             path = directory / f"step-{len(removed) + 1:02}"
             return read_results(run_or_reuse(session, step, path, overwrite=overwrite).directory)
 
@@ -181,6 +181,8 @@ def run_prune(
         orders[GREEDY] = prefixes(removed)
     log("Measuring the cost of each criterion")
     reporter.subject = "measuring the cost of each criterion"
-    costs = run_or_reuse(session, CostMeasurement(session.depth, orders), directory / "costs", overwrite=overwrite)
+    costs = run_or_reuse(
+        session, CostMeasurement(session.model.depth, orders), directory / "costs", overwrite=overwrite
+    )
     layers = orders[GREEDY if greedy else by][-1]
     return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))

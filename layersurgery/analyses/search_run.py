@@ -157,16 +157,16 @@ def search(
             measurer, rule = measurement.measurer(loaded, run_options), measurement.rule(tokens.mask)
             report = None if progress is None else lambda done, total: progress(subject, done, total)
             sums = collect_sums(measurer, tokens.ids, tokens.mask, run_options.batch_size, report, rule)
-            tables = measurement.tables(SignalTables(measurer, sums, session.label, rule))
+            tables = measurement.tables(SignalTables(measurer, sums, session.model.label, rule))
             for frame in tables.values():
                 frame.attrs["skipped"] = measurer.skipped
             return tables
 
         caption = session.caption(tokens)
-        return find_route(space_in(session.depth), measure, by=by, race=race, caption=caption)
+        return find_route(space_in(session.model.depth), measure, by=by, race=race, caption=caption)
 
     def in_directory(session: ModelSession, results: Path) -> Search:
-        return run_search(session, results, space_in(session.depth), by=by, race=race, overwrite=overwrite)
+        return run_search(session, results, space_in(session.model.depth), by=by, race=race, overwrite=overwrite)
 
     return choose_plan(
         model,

@@ -218,8 +218,8 @@ def _run(
     session.texts.check_vocabulary(found.max_token)
 
     def make() -> TablesAndFacts:
-        frames, facts = found.make(session.load(), first)
-        frames = {table: frame.assign(model=session.label) for table, frame in frames.items()}
+        frames, facts = found.make(session.model.load(), first)
+        frames = {table: frame.assign(model=session.model.label) for table, frame in frames.items()}
         return frames, {**facts, "caption": found.caption}
 
     text = {name: getattr(request, name) for name in ("data", "split", "tokens", "bos", "seed")}

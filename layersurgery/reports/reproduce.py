@@ -235,13 +235,13 @@ def _make_lead(
 ) -> Callable[[ModelSession], None]:
     def lead(session: ModelSession) -> None:
         for name, run_experiment in _experiments(session, overwrite=overwrite).items():
-            reporter.log(f"\n{session.label}: {name} ({FIGURES[name]})")
+            reporter.log(f"\n{session.model.label}: {name} ({FIGURES[name]})")
             try:
                 results.done.append(run_experiment(directory / name).directory)
             except (LayerSurgeryError, OSError) as error:
-                if not session.workers_idle:  # the other processes are waiting for data
+                if not session.group.workers_idle:  # the other processes are waiting for data
                     raise
-                results.record_failure(f"{session.model}, {name}", error, reporter)
+                results.record_failure(f"{session.model.given}, {name}", error, reporter)
 
     return lead
 

@@ -30,12 +30,14 @@ class ProcessGroup(Protocol):
         size: number of processes.
         local_rank: number of this process on its machine.
         local_size: number of processes on this machine.
+        workers_idle: whether the other processes are waiting for the next work item.
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    workers_idle: bool
 
     def broadcast(self, value: T) -> T:
         """Send the leader's value to all processes, and return it."""
@@ -55,6 +57,7 @@ class SingleProcess:
     """Process group of one process."""
 
     rank, size, local_rank, local_size = 0, 1, 0, 1
+    workers_idle = True
 
     def broadcast(self, value: T) -> T:
         """Return the value."""
@@ -79,6 +82,7 @@ class DistributedGroup:
         import torch.distributed as dist
 
         self._dist = dist
+        self.workers_idle = True
         self.rank, self.size = int(state.process_index), int(state.num_processes)
         self.local_rank = int(os.environ.get("LOCAL_RANK", state.local_process_index))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))

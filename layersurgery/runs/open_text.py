@@ -21,7 +21,7 @@ def open_model(model: Any, options: RunOptions) -> Iterator[tuple[ModelSession, 
     with ExitStack() as exit_stack:
         with quiet_libraries():
             session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack)
-            loaded = session.load()
+            loaded = session.model.load()
         yield session, loaded
 
 
@@ -45,5 +45,5 @@ def open_text(
             session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack, given)
             session.check()
             text = session.texts.text
-            loaded = session.load()
+            loaded = session.model.load()
         yield session, loaded, text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
@@ -157,6 +157,11 @@ class RunOptions:
         for name in self.given():
             if name in names:
                 raise PlanError(f"{name} {why}")
+
+    def without(self, names: Iterable[str]) -> RunOptions:
+        """Return these options with the defaults of some."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in names}
+        return replace(self, **defaults)
 
     def given(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""

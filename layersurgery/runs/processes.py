@@ -88,13 +88,11 @@ def run_on_model(
     if group.rank:
         _work(model, options, group)
         return None
-    session: ModelSession | None = None
     try:
         with quiet_libraries(), ExitStack() as exit_stack:
-            session = ModelSession(model, options, reporter, group, exit_stack, given)
-            return lead(session)
+            return lead(ModelSession(model, options, reporter, group, exit_stack, given))
     finally:
-        if session is None or session.workers_idle:  # no work will follow: let the other processes end
+        if group.workers_idle:  # no work will follow: let the other processes end
             with suppress(MeasurementError):
                 group.broadcast(None)
 

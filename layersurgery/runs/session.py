@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
-
-from ..checkpoints.sources import Source, find_source
-from ..checkpoints.tensor_index import fingerprint
 from ..errors import PlanError
-from ..models.block_list import find_decoder_blocks, text_config, unwrap_transformers
 from ..models.quantized import quantized_numbers
-from ..runtime.offload import device_of
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
-from .model_fingerprint import model_fingerprint
 from .options import RunOptions
-from .placement import Placement, choose_placement, describe_placement, load_model
+from .placement import Placement, describe_placement
 from .reporter import Reporter
-from .requests import GivenText, Padding, config_limits, read_model_info, text_request
+from .requests import NOT_FOR_TASKS, GivenText, text_request
 from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, run_measurement
-from .session_text import ModelLimits, SessionText
+from .session_model import SessionModel
+from .session_text import SessionText
 from .tables import read_run
 from .text import TokenizedText
 
@@ -36,6 +31,7 @@ if TYPE_CHECKING:
 
     from ..sweeps.measurer import Measurer
     from ..sweeps.row_progress import StopRule
+    from ..tasks.task_request import TaskRequest
     from .distributed import ProcessGroup
 
 
@@ -92,12 +88,8 @@ class ModelSession:
         given: text that was given from Python; otherwise `options` name it.
 
     Attributes:
-        label: the model's name in tables.
-        name: the model's name in names of directories.
-        source: the model's files; they include the weights once a run has needed them. None for a loaded model.
-        depth: number of blocks of the model.
+        model: the model.
         texts: the text that is measured.
-        workers_idle: whether the other processes are waiting for the next work item.
     """
 
     def __init__(
@@ -109,53 +101,23 @@ class ModelSession:
         exit_stack: ExitStack,
         given: GivenText | None = None,
     ) -> None:
-        self.model, self.options, self.reporter, self.group = model, options, reporter, group
-        self._exit_stack = exit_stack
-        self._loaded: nn.Module | None = None
-        self._has_weights = False
-        self._fingerprint: str | None = None
+        self.options, self.reporter, self.group = options, reporter, group
+        self.model = SessionModel(model, options, reporter, group, exit_stack)
         self._said: set[str] = set()
-        self.workers_idle = True
-        self.source: Source | None = None
-        if isinstance(model, nn.Module):
-            self._loaded = model
-            self.label = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-            self.name = Path(self.label).name
-            self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
-            positions, vocabulary = config_limits(text_config(model))
-            rows = getattr(unwrap_transformers(model).get_input_embeddings(), "num_embeddings", None)
-            vocabulary = min(filter(None, (vocabulary, rows)), default=None)  # tokens may have been removed
-            padding = Padding.of(text_config(model), getattr(model, "generation_config", None))
-            self._placement: Placement | None = _placement_of(model, options)
-        else:
-            info = read_model_info(model, options.revision, reporter, trust_remote_code=options.trust_remote_code)
-            self.source, self.depth = info.source, info.depth
-            self.label, self.name = info.source.label, info.source.name
-            positions, vocabulary, padding = info.positions, info.vocabulary, info.padding
-            self._placement = None
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
-        self.texts = SessionText(
-            text_request(model, options, positions, given), given, options, reporter,
-            ModelLimits(positions, vocabulary, padding), self.source, self.label, self._config,
-        )  # fmt: skip
+        self.texts = self._read(given)
 
-    @property
-    def placement(self) -> Placement:
-        """Return the model's devices and data type; choose them at the first use.
+    def _read(self, given: GivenText | None) -> SessionText:
+        request = text_request(self.model.given, self.options, self.model.positions, given)
+        return SessionText(request, given, self.options, self.reporter, self.model)
 
-        Raises:
-            PlanError: the options are invalid or exclude each other.
-            SourceError: the device is not available.
-        """
-        if self._placement is None:
-            assert self.source is not None
-            self._placement = choose_placement(self.options, self.source, self.reporter)
-        return self._placement
-
-    @placement.setter
-    def placement(self, placement: Placement) -> None:
-        self._placement = placement
+    def with_tasks(self, tasks: TaskRequest) -> ModelSession:
+        """Return a session on the same model that measures the requests of tasks instead of this session's text."""
+        session = copy.copy(self)
+        session.options = self.options.without(NOT_FOR_TASKS)
+        session.texts = session._read(GivenText(tasks=tasks))
+        return session
 
     def run(self, measurement: Measurement, directory: Path, *, overwrite: bool = False) -> Run:
         """Run a measurement, or resume it.
@@ -200,89 +162,57 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
-                self.group.broadcast(WorkItem(measurement, text, arguments["model"]["weights"], self.placement))
-                self.workers_idle = False
+                self.group.broadcast(WorkItem(measurement, text, arguments["model"]["weights"], self.model.placement))
+                self.group.workers_idle = False
                 self._measure(run, measurement, text)
-                self.workers_idle = True
+                self.group.workers_idle = True
         return run
 
     def check(self) -> None:
         """Refuse a text or a device that cannot be had, before anything is read or loaded."""
         self.texts.check()
-        _ = self.placement
+        _ = self.model.placement
 
     def _run_arguments(self, measurement: Measurement) -> dict[str, Any]:
         """Return everything that the results of a measurement depend on."""
         options = self.options
         return {
-            "model": self._model_arguments(),
+            "model": self.model.arguments(),
             **measurement.arguments(),
             **self.texts.task_arguments(),
             "text": {**self.texts.request.arguments(), "tokenizer": self.texts.tokenizer_name},
-            **self.placement.arguments(),
+            **self.model.placement.arguments(),
             "compiled": options.compile,
             "batch_size": options.batch_size,
             "per_token": options.per_token,
             "read": None if options.read is None else str(options.read_positions),
             "blocks": options.blocks,
-            "versions": package_versions(*(["bitsandbytes"] if self.placement.quantize else [])),
+            "versions": package_versions(*(["bitsandbytes"] if self.model.placement.quantize else [])),
         }
 
     def arguments(self, analysis: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a one-process analysis depends on: its own arguments, the model and its placement."""
         return {
-            "model": self._model_arguments(),
+            "model": self.model.arguments(),
             **analysis,
-            **self.placement.arguments(),
+            **self.model.placement.arguments(),
             "blocks": self.options.blocks,
         }
 
-    def _model_arguments(self) -> dict[str, Any]:
-        if self.source is None:
-            assert self._loaded is not None
-            if self._fingerprint is None:
-                self._fingerprint = model_fingerprint(self._loaded)
-            return {"name": self.label, "revision": None, "weights": self._fingerprint}
-        source = self._with_weights()
-        return {"name": source.label, "revision": source.revision, "weights": fingerprint(source.directory)}
-
-    def _config(self) -> Any:
-        if self.source is None:
-            assert self._loaded is not None
-            return unwrap_transformers(self._loaded).config
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.source.directory, trust_remote_code=self.source.trust_remote_code)
-
-    def _with_weights(self) -> Source:
-        assert self.source is not None
-        if not self._has_weights:
-            found = find_source(self.model, revision=self.options.revision)
-            self.source = replace(found, trust_remote_code=self.options.trust_remote_code)
-            self._has_weights = True
-        return self.source
-
-    def load(self) -> Any:
-        """Return the model on its devices; load it at the first use."""
-        if self._loaded is None:
-            source = self._with_weights()
-            with self.reporter.status(f"Loading {source.label}"):
-                self._loaded = self._exit_stack.enter_context(load_model(source, self.placement, self.group))
-        return self._loaded
-
     def _measure(self, run: Run, measurement: Measurement, text: TokenizedText) -> None:
         options, reporter = self.options, self.reporter
-        model = self.load()
+        model = self.model.load()
         measurer, rule = measurement.measurer(model, options), measurement.rule(text.mask)
         if text.scored is not None:
             measurer.read = ScoredPositions(text.scored)
-        devices = describe_placement(model, self.placement, measurer.runner.path)
+        placement = self.model.placement
+        devices = describe_placement(model, placement, measurer.runner.path)
         quantized = ""
-        if self.placement.quantize:
+        if placement.quantize:
             percent = 100 * quantized_numbers(model)[0] / measurer.parameters
-            quantized = f" ({percent:.0f} % of them in {self.placement.quantize})"
+            quantized = f" ({percent:.0f} % of them in {placement.quantize})"
         self._log_once(
-            f"{self.label}: {format_count(measurer.parameters)} parameters in {self.placement.dtype}{quantized} "
+            f"{self.model.label}: {format_count(measurer.parameters)} parameters in {placement.dtype}{quantized} "
             f"on {devices}; logits computed by {measurer.readout.description}"
         )
         if rule is not None and not self.texts.request.shuffle:
@@ -299,7 +229,7 @@ class ModelSession:
                     run,
                     measurer,
                     text,
-                    measurement.output(measurer, self.label, reporter, rule),
+                    measurement.output(measurer, self.model.label, reporter, rule),
                     batch_size=options.batch_size,
                     per_token=options.per_token,
                     tokenizer=self.texts.tokenizer_or_none() if options.per_token else None,
@@ -360,18 +290,3 @@ class ModelSession:
         )
         propagation = measurer.propagation
         self.reporter.skipped(measurer.skipped | ({} if propagation is None else propagation.skipped))
-
-
-def _placement_of(model: nn.Module, options: RunOptions) -> Placement:
-    """Return where a loaded model is.
-
-    Raises:
-        PlanError: an option would move it.
-    """
-    for name in ("quantize", "device", "device_map", "max_memory", "offload_folder", "revision"):
-        if getattr(options, name) is not None:
-            raise PlanError(f"{name} is for a model that is loaded by its name; this one is loaded already")
-    if options.dtype != "auto":
-        raise PlanError("dtype is for a model that is loaded by its name; this one is loaded already")
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Placement(str(device_of(model)), dtype)

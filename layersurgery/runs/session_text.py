@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.sources import Source, find_source
@@ -19,21 +18,7 @@ from .text_request import ALL, TextRequest
 if TYPE_CHECKING:
     from ..tasks.harness import Harness
     from ..tasks.task_request import TaskRequest
-
-
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """Hold what a model can read.
-
-    Attributes:
-        positions: largest number of positions; None if it is not known.
-        vocabulary: number of tokens in the vocabulary; None if it is not known.
-        padding: tokens that may be padding.
-    """
-
-    positions: int | None
-    vocabulary: int | None
-    padding: Padding
+    from .session_model import SessionModel
 
 
 class SessionText:
@@ -44,10 +29,7 @@ class SessionText:
         given: text or tasks that were given from Python.
         options: options of the measurements.
         reporter: receives what is said.
-        limits: what the model can read.
-        source: the model's files, with its tokenizer; None for a loaded model.
-        label: the model's name.
-        config: returns the model's config.
+        model: the model that reads the text, with its limits and its tokenizer.
 
     Attributes:
         harness: the tasks, once the text is read; None if a text is measured.
@@ -59,13 +41,10 @@ class SessionText:
         given: GivenText | None,
         options: RunOptions,
         reporter: Reporter,
-        limits: ModelLimits,
-        source: Source | None,
-        label: str,
-        config: Callable[[], Any],
+        model: SessionModel,
     ) -> None:
         self._request, self.given, self.options, self.reporter = request, given, options, reporter
-        self.limits, self.source, self.label, self._config = limits, source, label, config
+        self.model = model
         self.harness: Harness | None = None
         self._text: TokenizedText | None = None
         self._tokenizer: Any = None
@@ -112,7 +91,7 @@ class SessionText:
         if self.given is not None and self.given.tasks is not None:
             text = self._requests_as_text(self.given.tasks)
         elif self.given is not None and self.given.tokens is not None:
-            text = given_tokens(self.given, self.limits.padding | Padding.of(self.options.tokenizer))
+            text = given_tokens(self.given, self.model.padding | Padding.of(self.options.tokenizer))
         else:
             tokenizer = self.tokenizer
             with reporter.status(f"Reading text: {request.data}"):
@@ -123,10 +102,10 @@ class SessionText:
         self.check_vocabulary(int(present.max()))
         if bool((padding := ~text.mask.bool()).any()):
             # A padding token may be one that the model does not have (-100, or one that was added to the tokenizer).
-            known = (text.ids >= 0) & (text.ids < (self.limits.vocabulary or ALL))
+            known = (text.ids >= 0) & (text.ids < (self.model.vocabulary or ALL))
             text = replace(text, ids=text.ids.where(known | ~padding, 0))
         sequences, length = text.ids.shape
-        positions = self.limits.positions
+        positions = self.model.positions
         if positions is not None and length - (text.scored is not None) > positions:
             raise PlanError(
                 f"the sequences have {length} tokens, more than the model's {positions} positions; give shorter ones"
@@ -146,7 +125,7 @@ class SessionText:
         from ..tasks.harness import Harness
 
         with self.reporter.status(f"Loading tasks: {tasks}"):
-            self.harness = Harness(tasks, self._config(), self.tokenizer)
+            self.harness = Harness(tasks, self.model.config(), self.tokenizer)
         requests = self.harness.text
         fingerprint = fingerprint_of(requests.ids, requests.mask + requests.scored)
         read = {"tasks": self.harness.tasks, "requests": len(self.harness.requests)}
@@ -162,7 +141,7 @@ class SessionText:
         if self._tokenizer is None:
             options = self.options
             self._tokenizer = tokenizer_of_run(
-                self.source, options.tokenizer, self.label, trust_remote_code=options.trust_remote_code
+                self.model.source, options.tokenizer, self.model.label, trust_remote_code=options.trust_remote_code
             )
         return self._tokenizer
 
@@ -180,7 +159,7 @@ class SessionText:
         Raises:
             SourceError: it does not.
         """
-        vocabulary = self.limits.vocabulary
+        vocabulary = self.model.vocabulary
         if vocabulary is not None and max_token >= vocabulary:
             raise SourceError(
                 f"the text has token {max_token}, but the model's vocabulary has {vocabulary} tokens: this is another "
@@ -189,7 +168,7 @@ class SessionText:
 
     def tokenizer_or_none(self) -> Any:
         """Return the tokenizer that writes tokens as text; None if tokens were given without one."""
-        if self.given is not None and self.options.tokenizer is None and self.source is None:
+        if self.given is not None and self.options.tokenizer is None and self.model.source is None:
             return None
         return self.tokenizer
 

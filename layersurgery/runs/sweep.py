@@ -19,7 +19,7 @@ from .open_text import open_text
 from .options import RunOptions
 from .processes import run_session
 from .reporter import Reporter
-from .requests import TEXT_OPTIONS, GivenText, read_given_text
+from .requests import NOT_FOR_TASKS, GivenText, read_given_text
 from .run_directory import SWEEP, Run
 from .runner import SweepOutput
 from .session import ModelSession
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from ..tasks.harness import Harness
     from .frames import ResultFrame
     from .runner import RunOutput
-
-TASK_EXCLUDES = ("data", *TEXT_OPTIONS, "until", "confidence", "read", "per_token", "propagation")
-"""Options that say which text is measured, or how much of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +98,7 @@ def run_sweep(
     if session.texts.has_tasks:
         _ = session.texts.text  # asks lm-eval for the requests
     measurement = SweepMeasurement(
-        variants(edits, session.depth, layers, max_span),
+        variants(edits, session.model.depth, layers, max_span),
         options.precision,
         options.measures_propagation,
         session.texts.harness,
@@ -191,10 +188,10 @@ def sweep(
         with open_text(model, given, run_options) as (session, loaded, tokens):
             frame = sweep_tokens(
                 loaded,
-                variants(edits, session.depth, layers, max_span),
+                variants(edits, session.model.depth, layers, max_span),
                 tokens.ids,
                 tokens.mask,
-                label=session.label,
+                label=session.model.label,
                 batch_size=run_options.batch_size,
                 blocks=run_options.blocks,
                 anatomy=anatomy,
@@ -236,5 +233,5 @@ def given_tasks(
         return None
     if text is not None:
         raise PlanError("tasks are measured instead of a text; give one of them")
-    options.refuse(TASK_EXCLUDES, "has no effect on tasks")
+    options.refuse(NOT_FOR_TASKS, "has no effect on tasks")
     return GivenText(tasks=TaskRequest.of(tasks, limit, shots, task_path))

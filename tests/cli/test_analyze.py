@@ -166,7 +166,7 @@ def test_what_is_measured_of_the_stream_resumes_to_the_same_bytes(tmp_path: Path
 
 def run_sizes(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool) -> Run:
     def make() -> TablesAndFacts:
-        sizes = [sum(p.numel() for p in block.parameters()) for block in session.load().transformer.h]
+        sizes = [sum(p.numel() for p in block.parameters()) for block in session.model.load().transformer.h]
         layers = range(len(sizes))
         depths = [layer / (len(sizes) - 1) for layer in layers]
         return {analysis: pd.DataFrame({"layer": layers, "relative_depth": depths, "size": sizes})}, {}

@@ -268,12 +268,12 @@ def test_a_closed_pipe_is_no_error(llama: Path) -> None:
 def test_memory_that_runs_out_is_no_traceback(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from layersurgery.runs import session
+    from layersurgery.runs import session_model
 
     def crowded(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
-    monkeypatch.setattr(session, "load_model", crowded)
+    monkeypatch.setattr(session_model, "load_model", crowded)
     found = run("analyze", "neurons", llama, "-o", llama.parent / "out")
     assert (found.exit_code, "memory ran out (CUDA out of memory. Tried to allocate 2 GiB): use" in found.stderr) == (
         1,
