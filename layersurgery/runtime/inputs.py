@@ -70,15 +70,43 @@ def has_next_token(mask: torch.Tensor) -> torch.Tensor:
 
 def model_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
     """Return the keyword arguments for one forward without a cache, on the device of the model's embedding."""
-    inner = unwrap_transformers(model)
-    embedding_device = inner.get_input_embeddings().weight.device
+    inputs = _input_ids(model, ids)
+    device = inputs["input_ids"].device
+    if not bool(mask.all()):
+        inputs["attention_mask"] = mask.to(device)
+    if not bool(mask[:, 0].all()) and takes_positions(model):
+        # Without position ids, models with learned positions would also count the padding on the left.
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+    return inputs
+
+
+def packed_inputs(
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor
+) -> dict[str, Any]:
+    """Return the keyword arguments for one forward of tokens that do not all see what is on their left.
+
+    Args:
+        model: a model whose forward takes position ids.
+        ids: tokens, (sequences, length).
+        positions: position of each token, the same shape.
+        visible: True where a token (the second dimension) sees another one, (sequences, length, length).
+    """
+    inputs = _input_ids(model, ids)
+    device, dtype = inputs["input_ids"].device, unwrap_transformers(model).get_input_embeddings().weight.dtype
+    # Numbers to be added, since not every attention understands a mask of booleans.
+    hidden = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    return {**inputs, "attention_mask": hidden[:, None].to(device), "position_ids": positions.to(device)}
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Return whether the model's forward takes position ids."""
+    return "position_ids" in signature(unwrap_transformers(model).forward).parameters
+
+
+def _input_ids(model: nn.Module, ids: torch.Tensor) -> dict[str, Any]:
+    embedding_device = unwrap_transformers(model).get_input_embeddings().weight.device
     device = torch.device("cpu") if embedding_device.type == "meta" else embedding_device
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
     if getattr(text_config(model), "output_router_logits", False):
         inputs["output_router_logits"] = False  # they would be collected from blocks that may be skipped
-    if not bool(mask.all()):
-        inputs["attention_mask"] = mask.to(device)
-    if not bool(mask[:, 0].all()) and "position_ids" in signature(inner.forward).parameters:
-        # Without position ids, models with learned positions would also count the padding on the left.
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
     return inputs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional
 
 from ..errors import MeasurementError
 from ..metrics import dispatch, tiled
@@ -13,6 +12,7 @@ from ..models.numerics import relative_error, tolerance
 from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
 from ..runtime.unembedding import Readout
+from .read_positions import ReadTokens
 
 _CHECKED_TOKENS = 64
 
@@ -23,8 +23,7 @@ class BatchMetrics:
     Args:
         readout: maps streams to logits.
         rows: returns the rows of the result that belong to the route of a number.
-        ids: tokens, (sequences, length).
-        reads: True for positions at which predictions are read; each has a next token, (sequences, length - 1).
+        tokens: what is read.
         states: the streams that are in memory, by number; streams are added and removed while the batch runs.
         final_stream: the unedited model's stream after its last block.
         token_metrics: receives the metrics of single positions by rows of the result; None if they are not wanted.
@@ -38,8 +37,7 @@ class BatchMetrics:
         self,
         readout: Readout,
         rows: Callable[[int], Sequence[int]],
-        ids: torch.Tensor,
-        reads: torch.Tensor,
+        tokens: ReadTokens,
         states: dict[int, torch.Tensor],
         final_stream: torch.Tensor,
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
@@ -48,12 +46,11 @@ class BatchMetrics:
     ) -> None:
         self.readout, self.rows, self.states, self.token_metrics = readout, rows, states, token_metrics
         self.sums: dict[int, torch.Tensor] = {}
-        self._counts = reads.sum(-1).tolist()
+        self._counts = tokens.counts
         # On the device before the first readout: each copy makes the CPU wait for the GPU.
-        width = final_stream.shape[1] - reads.shape[1]  # the last token may not have been run
-        self._positions = functional.pad(reads, (0, width)).flatten().nonzero()[:, 0].to(final_stream.device)
+        self._positions = tokens.positions.to(final_stream.device)
         x = readout.normalize(final_stream, self._positions)
-        self._baseline = dispatch.baseline(readout, x, ids[:, 1:][reads], compiled=compiled)
+        self._baseline = dispatch.baseline(readout, x, tokens.targets, compiled=compiled)
         self._add([0], dispatch.measure_unedited(self._baseline))
 
     def read(self, state: int, routes: Sequence[int]) -> None:

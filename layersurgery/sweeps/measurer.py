@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +27,17 @@ from ..plans.route import Route
 from ..plans.variants import Variant, unedited
 from ..runtime.block_runner import BlockRunner
 from ..runtime.cpu_memory import reuse_cpu_memory
-from ..runtime.inputs import has_next_token, model_inputs
+from ..runtime.inputs import has_next_token, model_inputs, packed_inputs
 from ..runtime.offload import device_of, distinct_tensors, offloaded, offloaded_bytes, own_tensors
 from ..runtime.unembedding import find_readout
 from .batch_metrics import BatchMetrics, check_readout
+from .context_sharing import ContextSharing
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
 from .observer import Observer
 from .propagation import Propagation, propagation_bytes, schedule_for_propagation
 from .quantities import Observed
-from .read_positions import Reads
+from .read_positions import Reads, ReadTokens, ScoredPositions
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
 from .supported_variants import select_supported
 
@@ -81,6 +83,7 @@ class Measurer:
         observer: measures the signals; None if no signal is observed.
         propagation: measures the changes of later blocks; None if they are not measured.
         skipped: reasons by plan, for variants of a family that this architecture cannot run.
+        contexts: packs requests that share a context, if the text is requests.
         max_sequences: number of sequences that fit into memory, set after memory ran out. Batches are then measured in
             parts of this size.
 
@@ -128,6 +131,7 @@ class Measurer:
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order, self.routes)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
+        self.contexts = ContextSharing(self.runner, self.readout)
         self._memory_model = MemoryModel.from_model(
             model,
             self.runner.blocks,
@@ -342,23 +346,18 @@ class Measurer:
         ids, mask, has_next = ids[:, :length], mask[:, :length], has_next[:, : length - 1]
         bytes_read_before = self.runner.offloaded.bytes_read
         observed = np.zeros((len(ids), 0))
+        reads = has_next if self.read is None else self.read.choose(has_next, first)
         with self.runner.inference_mode(), reuse_cpu_memory() if self._device.type == "cpu" else nullcontext():
             if self._check_pending:
                 check_readout(self.runner, self.readout, ids[has_next.any(-1)][:1], mask[has_next.any(-1)][:1])
                 self._check_pending = False
+            inputs, tokens = self._inputs(ids, mask, reads)
             with nullcontext() if observer is None else observer.observing(mask):
                 executor = ScheduleExecutor(self.runner, plan, on_fraction, observer)
                 with executor.cleanup():
-                    # A text that scores some tokens only may be one token longer than the model's positions.
-                    run = slice(None, None if self.read is None or self.read.scaled else -1)
-                    record = self.runner.record(
-                        model_inputs(self.model, ids[:, run], mask[:, run]), plan.saved_states, executor.around_block
-                    )
+                    record = self.runner.record(inputs, plan.saved_states, executor.around_block)
                     executor.track_peak(record.states)
-                    reads = has_next if self.read is None else self.read.choose(has_next, first)
-                    metrics = (
-                        self._read_unedited(ids, reads, record.states, token_metrics) if self._reads_logits else None
-                    )
+                    metrics = self._read_unedited(tokens, record.states, token_metrics) if self._reads_logits else None
                     if not plan.needs_final_state:
                         del record.states[self.runner.depth]
                     executor.run_steps(plan.steps, record, _no_output if metrics is None else metrics.read)
@@ -379,17 +378,29 @@ class Measurer:
             token_metrics=token_metrics,
         )  # fmt: skip
 
+    def _inputs(
+        self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor
+    ) -> tuple[dict[str, Any], ReadTokens]:
+        """Return the arguments of the model's forward, and what is read of its positions."""
+        if isinstance(self.read, ScoredPositions) and self.block_observer is None:
+            packed = self.contexts.pack(ids, mask, reads)
+            if packed is not None:
+                return packed_inputs(self.model, packed.ids, packed.positions, packed.visible), packed.reads
+        # A text that scores some tokens only may be one token longer than the model's positions.
+        run = slice(None, None if self.read is None or self.read.scaled else -1)
+        inputs = model_inputs(self.model, ids[:, run], mask[:, run])
+        return inputs, ReadTokens.of(ids, reads, ids[:, run].shape[1])
+
     def _read_unedited(
         self,
-        ids: torch.Tensor,
-        reads: torch.Tensor,
+        tokens: ReadTokens,
         states: dict[int, torch.Tensor],
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
     ) -> BatchMetrics:
         """Read the unedited model's logits; return the metrics to which the edited models are added."""
         compiled = self.runner.compiler is not None
         metrics = BatchMetrics(
-            self.readout, self.rows, ids, reads, states, states[self.runner.depth], token_metrics, compiled=compiled
+            self.readout, self.rows, tokens, states, states[self.runner.depth], token_metrics, compiled=compiled
         )
         # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later
         # batches are checked at their end.

@@ -21,6 +21,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ..errors import PlanError
 
@@ -36,6 +37,33 @@ class Reads(Protocol):
 
     def choose(self, positions: torch.Tensor, first: int) -> torch.Tensor:
         """Choose positions of some sequences; see `ReadPositions.choose`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTokens:
+    """Hold what is read of a batch, sequence by sequence.
+
+    Attributes:
+        positions: where predictions are read, as indices into the flattened batch.
+        targets: the true next tokens.
+        counts: number of positions of each sequence of the text.
+    """
+
+    positions: torch.Tensor
+    targets: torch.Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, reads: torch.Tensor, length: int) -> ReadTokens:
+        """Make it of sequences that are run as they are.
+
+        Args:
+            ids: tokens, (sequences, length).
+            reads: True for positions at which predictions are read; each has a next token, (sequences, length - 1).
+            length: number of positions that are run; the last token may not be.
+        """
+        positions = functional.pad(reads, (0, length - reads.shape[1])).flatten().nonzero()[:, 0]
+        return cls(positions, ids[:, 1:][reads], reads.sum(-1).tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Turn requests into sequences to measure on: each different request once, the longest first.
+"""Turn requests into sequences to measure on: each different request once, those with one context side by side.
 
 >>> from layersurgery.tasks.request_text import Request, RequestText
 >>> text = RequestText.of([Request((1, 2), (3,)), Request((1,), (4, 5, 6)), Request((1, 2), (3,))])
@@ -64,7 +64,15 @@ class RequestText:
     @classmethod
     def of(cls, requests: Sequence[Request]) -> RequestText:
         """Make it of requests, of which some may be equal."""
-        different = sorted(dict.fromkeys(requests), key=lambda request: -request.length)
+        # Requests with one context are neighbours, so that a measurement can run their context once.
+        longest: dict[tuple[int, ...], int] = {}
+        for request in requests:
+            longest[request.context] = max(longest.get(request.context, 0), request.length)
+        order = {context: number for number, context in enumerate(longest)}
+        different = sorted(
+            dict.fromkeys(requests),
+            key=lambda request: (-longest[request.context], order[request.context], -request.length),
+        )
         numbers = {request: number for number, request in enumerate(different)}
         ids = torch.zeros(len(different), different[0].length, dtype=torch.long)
         mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)

@@ -1,0 +1,146 @@
+"""Decide for a model whether contexts that requests share are run once, by trying it on the unedited model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import is_out_of_memory
+from ..metrics import dispatch
+from ..models.block_list import text_config
+from ..runtime.block_runner import BlockRunner
+from ..runtime.inputs import model_inputs, packed_inputs, takes_positions
+from ..runtime.unembedding import Readout
+from .read_positions import ReadTokens
+from .shared_contexts import PackedRequests, Tree, find_trees, pack_requests
+
+SHARED = "shared"
+"""What `ContextSharing.outcome` says if every shared context was run once."""
+_LONGEST = 4  # times the longest request: attention computes the whole square of a packed sequence
+_MATRIX_WIDTHS = 6  # a block's products with weights cost as much as attention to 6 streams' widths of tokens
+_CHECKED_REQUESTS = 4
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+# The largest difference of log-probabilities that rounding explains: the root of its mean square in nats, and its share
+# of the difference that running the same tokens without the mask makes.
+_EXACT, _ROUNDED = (1e-4, 1e-3), (0.1, 0.05)
+
+
+class ContextSharing:
+    """Pack requests where it saves work and the model allows it.
+
+    Not every model can run several continuations of one context in one sequence: blocks with a recurrent state do not
+    read a mask, positions may be counted by the attention itself, and a given mask replaces that of a window. So the
+    log-probabilities of a few packed requests are compared with those of the same requests run separately, before
+    the first batch and before one with longer sequences.
+
+    Args:
+        runner: runs the model's blocks.
+        readout: maps streams to logits.
+
+    Attributes:
+        tokens: number of tokens that were run.
+        tokens_apart: number of tokens without sharing, padding included.
+    """
+
+    def __init__(self, runner: BlockRunner, readout: Readout) -> None:
+        self.runner, self.readout = runner, readout
+        self.tokens = self.tokens_apart = 0
+        self._checked = 0
+        self._reason: str | None = None
+        self._refused = False
+        self._config = text_config(runner.model)
+
+    @property
+    def outcome(self) -> str | None:
+        """Return "shared", or why contexts were run for each of their continuations; None if none is shared."""
+        return self._reason or (SHARED if self._checked else None)
+
+    def pack(self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor) -> PackedRequests | None:
+        """Pack the requests of a batch; return None to run them as they are.
+
+        Args:
+            ids: tokens, (requests, length), padded on the right.
+            mask: 1 for a token and 0 for padding, the same shape.
+            reads: True at the positions that are read, (requests, length - 1).
+        """
+        lengths, apart = mask.sum(-1) - 1, ids.shape[1] - 1
+        self.tokens_apart += len(ids) * apart
+        packed = self._pack(ids, lengths, reads, apart)
+        self.tokens += len(ids) * apart if packed is None else packed.ids.numel()
+        return packed
+
+    def _pack(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, apart: int) -> PackedRequests | None:
+        if self._refused:
+            return None
+        window, positions = self._window(), getattr(self._config, "max_position_embeddings", None)
+        longest = min(filter(None, (_LONGEST * apart, window, positions)))
+        trees = find_trees(ids, lengths, reads, longest)
+        if len(trees) == len(ids):
+            return None
+        if apart > longest:
+            self._reason = f"the requests are longer than the window of the model's attention, {window} tokens"
+            return None
+        packed = pack_requests(ids, lengths, reads, trees)
+        if not self._saves(*packed.ids.shape, *ids[:, 1:].shape):
+            return None
+        if packed.ids.shape[1] > self._checked:
+            tree = max((tree for tree in trees if len(tree.requests) > 1), key=lambda tree: tree.length)
+            if (reason := self._find_reason(ids, lengths, reads, tree)) is not None:
+                self._reason, self._refused = reason, True
+                return None
+            self._checked = packed.ids.shape[1]
+        return packed
+
+    def _window(self) -> int | None:
+        """Return the number of tokens that the shortest window of the model's attention sees; None if it sees all."""
+        if getattr(self._config, "use_sliding_window", None) is False:
+            return None
+        windows = [getattr(self._config, name, None) for name in _WINDOWS]
+        return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+
+    def _saves(self, sequences: int, length: int, requests: int, apart: int) -> bool:
+        """Return whether packed sequences take less work, and no more memory, than the requests."""
+        if getattr(self._config, "_attn_implementation", "") == "eager" and sequences * length**2 > requests * apart**2:
+            return False  # eager attention stores its matrix
+        matrices = _MATRIX_WIDTHS * self.runner.width
+        cost, cost_apart = (count * size * (matrices + size) for count, size in ((sequences, length), (requests, apart)))
+        return sequences * length < requests * apart and cost < cost_apart
+
+    def _find_reason(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, tree: Tree) -> str | None:
+        """Try a few requests of a tree on the unedited model; return why they cannot be packed, or None."""
+        model = self.runner.model
+        name = type(model).__name__
+        if not takes_positions(model):
+            return f"{name} takes no position ids"
+        requests = tree.requests[:_CHECKED_REQUESTS]
+        # The first one again, as a tree of its own in the same sequence, which must not see the other tree.
+        rows = [*requests, requests[0]]
+        ids, lengths, reads = ids[rows], lengths[rows], reads[rows]
+        branches = int(lengths[:-1].sum()) - tree.context * len(requests)
+        trees = [
+            Tree(tree.context, tuple(range(len(requests))), tree.context + branches),
+            Tree(tree.context, (len(requests),), int(lengths[-1])),
+        ]
+        packed = pack_requests(ids, lengths, reads, trees)
+        mask = (torch.arange(ids.shape[1] - 1) < lengths[:, None]).long()
+        apart = self._losses(model_inputs(model, ids[:, :-1], mask), ReadTokens.of(ids, reads, mask.shape[1]))
+        try:
+            found = self._losses(packed_inputs(model, packed.ids, packed.positions, packed.visible), packed.reads)
+        except Exception as error:  # models that cannot read such a mask raise any exception
+            if is_out_of_memory(error):
+                raise
+            return f"{name} cannot run them: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        blind = self._losses(model_inputs(model, packed.ids, torch.ones_like(packed.ids)), packed.reads)
+        error, without_mask = (float((losses - apart).square().mean().sqrt()) for losses in (found, blind))
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        most, share = _EXACT if dtypes <= {torch.float32, torch.float64} else _ROUNDED
+        if error <= most and error <= share * without_mask:
+            return None
+        return f"then the predictions of {name} differ by {error:.2g} nats"
+
+    def _losses(self, inputs: dict[str, Any], reads: ReadTokens) -> torch.Tensor:
+        """Return the negative log-probability of each token that is read."""
+        stream = self.runner.record(inputs, ()).states[self.runner.depth]
+        x = self.readout.normalize(stream, reads.positions.to(stream.device))
+        return dispatch.baseline(self.readout, x, reads.targets).stats.loss
