@@ -298,6 +298,38 @@ def second_order(
 
 
 @app.command()
+def tasks(
+    model: Annotated[str, typer.Option("--model", help="Model name or path.")] = "smollm2-135m",
+    edits: Annotated[str, typer.Option("--edits", help="Families of edits.")] = "swap,drop",
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Questions of four choices.")] = 200,
+    sentences: Annotated[int, typer.Option("--sentences", min=1, help="Sentences before each question.")] = 3,
+    every: Annotated[
+        int, typer.Option("--every", min=1, help="lm-eval evaluates each N-th edit; its time for all is estimated.")
+    ] = 1,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests that lm-eval runs at once.")] = 16,
+    quick: Annotated[bool, typer.Option("--quick", help="Few questions, to test the benchmark itself.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON on stdout.")] = False,
+) -> None:
+    """Time a task on every edited model: one sweep, and lm-eval on one model after another."""
+    from .tasks import measure
+
+    rows = measure(
+        model,
+        edits,
+        4 if quick else questions,
+        sentences,
+        10 if quick else every,
+        batch_size,
+        as_json=as_json,
+        result="tasks-quick" if quick else "tasks",
+    )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    if fault := rows[0]["fault"]:
+        raise SystemExit(f"other values than lm-eval's: {fault}")
+
+
+@app.command()
 def plot(
     model: Annotated[str, typer.Option("--model", help="Model of the sweep to plot.")] = "smollm2-135m",
 ) -> None:

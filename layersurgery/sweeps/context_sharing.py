@@ -21,9 +21,9 @@ _LONGEST = 4  # times the longest request: attention computes the whole square o
 _MATRIX_WIDTHS = 6  # a block's products with weights cost as much as attention to 6 streams' widths of tokens
 _CHECKED_REQUESTS = 4
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
-# The largest difference of log-probabilities that rounding explains: the root of its mean square in nats, and its share
-# of the difference that running the same tokens without the mask makes.
-_EXACT, _ROUNDED = (1e-4, 1e-3), (0.1, 0.05)
+_EXACT = 1e-4  # nats, the root of the mean square over tokens that rounding in float32 explains in any model
+_NOISE = 4  # times the difference between requests that are run together and one by one
+_SHARE = 0.2  # of the difference that packing them without the mask makes
 
 
 class ContextSharing:
@@ -123,8 +123,8 @@ class ContextSharing:
             Tree(tree.context, (len(requests),), int(lengths[-1])),
         ]
         packed = pack_requests(ids, lengths, reads, trees)
-        mask = (torch.arange(ids.shape[1] - 1) < lengths[:, None]).long()
-        apart = self._losses(model_inputs(model, ids[:, :-1], mask), ReadTokens.of(ids, reads, mask.shape[1]))
+        apart = self._losses_apart(ids, lengths, reads)
+        alone = torch.cat([self._losses_apart(ids[[row]], lengths[[row]], reads[[row]]) for row in range(len(ids))])
         try:
             found = self._losses(packed_inputs(model, packed.ids, packed.positions, packed.visible), packed.reads)
         except Exception as error:  # models that cannot read such a mask raise any exception
@@ -132,15 +132,24 @@ class ContextSharing:
                 raise
             return f"{name} cannot run them: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         blind = self._losses(model_inputs(model, packed.ids, torch.ones_like(packed.ids)), packed.reads)
-        error, without_mask = (float((losses - apart).square().mean().sqrt()) for losses in (found, blind))
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-        most, share = _EXACT if dtypes <= {torch.float32, torch.float64} else _ROUNDED
-        if error <= most and error <= share * without_mask:
+        noise, error, without_mask = (_root_mean_square(losses - apart) for losses in (alone, found, blind))
+        if error <= max(_EXACT, _NOISE * noise) and error <= _SHARE * without_mask:
             return None
         return f"then the predictions of {name} differ by {error:.2g} nats"
+
+    def _losses_apart(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+        """Return the losses of requests that are run as they are."""
+        length = int(lengths.max())
+        ids, reads = ids[:, : length + 1], reads[:, :length]
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        return self._losses(model_inputs(self.runner.model, ids[:, :-1], mask), ReadTokens.of(ids, reads, length))
 
     def _losses(self, inputs: dict[str, Any], reads: ReadTokens) -> torch.Tensor:
         """Return the negative log-probability of each token that is read."""
         stream = self.runner.record(inputs, ()).states[self.runner.depth]
         x = self.readout.normalize(stream, reads.positions.to(stream.device))
         return dispatch.baseline(self.readout, x, reads.targets).stats.loss
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
