@@ -60,6 +60,7 @@ RunRecord = TypedDict(
         "sequences_at_once": int,
         "readout": str,
         "compiled": bool | str,  # or why compiled blocks were refused
+        "contexts": str | None,  # "shared", or why contexts of requests were run for each of their continuations
         "centred": bool | None,
         "non_finite": dict[str, list[int]],  # batches with NaN or infinity, by plan or quantity
         "seconds": float,

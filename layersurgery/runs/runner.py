@@ -16,6 +16,7 @@ from ..plans.variants import Variant
 from ..registry import PROPAGATION
 from ..runtime.inputs import has_next_token
 from ..runtime.offload import device_of
+from ..sweeps.batches import Batches
 from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
 from ..sweeps.propagation import Propagation
@@ -149,10 +150,10 @@ def run_measurement(
     """
     group = group or SingleProcess()
     work = _Work(run, measurer, text, output, batch_size, per_token, tokenizer, on_progress, rule)
-    group.broadcast(work.size)
+    group.broadcast(work.batches)
     work.report_progress(work.measured())
     while batches := group.broadcast(work.next(group.size)):
-        results = _measure_round(measurer, text, work.size, batches, group, per_token, work.on_fraction(batches))
+        results = _measure_round(measurer, text, work.batches, batches, group, per_token, work.on_fraction(batches))
         errors = [result for result in results if isinstance(result, str)]
         try:
             for (batch, _), result in zip(batches, results, strict=False):  # the last round may have fewer batches
@@ -176,17 +177,17 @@ def run_worker(measurer: Measurer, text: TokenizedText, *, per_token: bool = Fal
     Raises:
         MeasurementError: another process has ended.
     """
-    size = group.broadcast(0)
+    division = group.broadcast(Batches(()))
     nothing: list[BatchRows] | None = None
     while batches := group.broadcast(nothing):
-        _measure_round(measurer, text, size, batches, group, per_token)
+        _measure_round(measurer, text, division, batches, group, per_token)
     return batches is not None
 
 
 def _measure_round(
     measurer: Measurer,
     text: TokenizedText,
-    size: int,
+    division: Batches,
     batches: Sequence[BatchRows],
     group: ProcessGroup,
     per_token: bool,
@@ -197,7 +198,7 @@ def _measure_round(
     Args:
         measurer: the model and its variants.
         text: the tokens.
-        size: number of sequences in a batch.
+        division: which sequences each batch has.
         batches: the round's batches, by process; the last round may have fewer than processes.
         group: the processes.
         per_token: keep the metrics at each position.
@@ -211,7 +212,7 @@ def _measure_round(
         batch, rows = batches[group.rank]
         try:
             result = measurer.measure_batch(
-                text.ids, text.mask, size, batch, rows, per_token=per_token, on_fraction=on_fraction
+                text.ids, text.mask, division.span(batch), rows, per_token=per_token, on_fraction=on_fraction
             )
         except MeasurementError as error:
             result = f"batch {batch}: {error}"
@@ -242,20 +243,20 @@ class _Work:
         )
         # A resumed run keeps its batch size, because the journal stores whole batches.
         recorded_size: int | None = run.facts.get("batch_size")
-        self.size = recorded_size or min(
+        size = recorded_size or min(
             len(text.ids), batch_size or measurer.suggest(text.ids.shape[1], stops=rule is not None)
         )
         if recorded_size is None:
-            run.update({"batch_size": self.size})
-        self.batches = -(-len(text.ids) // self.size)
-        self.max_sequences = self.size
+            run.update({"batch_size": size})
+        self.batches = measurer.batches(text.ids, text.mask, size, fixed=batch_size is not None)
+        self.max_sequences = max(map(self.sequences, range(len(self.batches))))
         self.parts = run.directory / PARTS
         if per_token:
             try:
                 self.parts.mkdir(exist_ok=True)
             except OSError as error:
                 raise OutputError(f"cannot create {self.parts}: {error.strerror or error}") from error
-        self.rows = RowProgress(len(measurer.variants), self.batches, rule, self._usable())
+        self.rows = RowProgress(len(measurer.variants), len(self.batches), rule, self._usable())
 
     def table(self) -> pd.DataFrame:
         return self.output.table(self.rows.sums())
@@ -293,8 +294,8 @@ class _Work:
         return lambda fraction: self.report_progress(before + fraction * now)
 
     def sequences(self, batch: int) -> int:
-        """Return the number of sequences in a batch. The last batch may have fewer than the others."""
-        return min(self.size, len(self.text.ids) - batch * self.size)
+        """Return the number of sequences in a batch."""
+        return self.batches.size(batch)
 
     def measured(self) -> int:
         """Return the number of measured sequences."""
@@ -303,10 +304,10 @@ class _Work:
     def store(self, batch: int, result: BatchResult) -> None:
         """Store a measured batch on the disk."""
         if result.token_metrics:
-            span = slice(result.first, result.first + self.size)
+            span = self.batches.span(batch)
             path, variants = self.part_path(batch), self.measurer.variants
             write_batch(path, variants, self.text.ids[span], self.text.mask[span], result, self.tokenizer)
-        self.max_sequences = min(self.max_sequences, result.max_sequences or self.size)
+        self.max_sequences = min(self.max_sequences, result.max_sequences or self.max_sequences)
         result = replace(result, token_metrics=None)
         self.journal.append(batch, result)
         self.rows.add(batch, result)
@@ -318,7 +319,7 @@ class _Work:
         """
         frame, files = self.output.write(self.run.directory, self.rows.sums())
         if self.per_token:
-            paths = [self.part_path(batch) for batch in range(self.batches)]
+            paths = [self.part_path(batch) for batch in range(len(self.batches))]
             join_parts([path for path in paths if path.exists()], self.run.directory / TOKENS)
             files.append(TOKENS)
         self.run.update({"files": files, **self._describe_run()})
@@ -384,6 +385,7 @@ class _Work:
             "sequences_at_once": self.max_sequences,
             "readout": measurer.readout.description,
             "compiled": _compiled_or_reason(measurer),
+            "contexts": measurer.contexts.outcome,
             "skipped": measurer.skipped | ({} if observer is None else observer.skipped),
             "centred": None if observer is None else observer.reads_are_mean_free,
             "non_finite": self._find_non_finite(),

@@ -248,6 +248,8 @@ class ModelSession:
         reporter.not_finite(run.facts.get("non_finite", {}))
         if measurer.runner.compiler is not None and (reason := measurer.runner.compiler.error):
             reporter.log(f"Note: {reason}; blocks were run without compilation")
+        if (contexts := measurer.contexts.describe()) is not None:
+            reporter.log(contexts)
         if measurer.max_sequences is not None:
             count = measurer.max_sequences
             plural = "s"[: count != 1]

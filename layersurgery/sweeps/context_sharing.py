@@ -56,6 +56,17 @@ class ContextSharing:
         """Return "shared", or why contexts were run for each of their continuations; None if none is shared."""
         return self._reason or (SHARED if self._checked else None)
 
+    def describe(self) -> str | None:
+        """Say in a sentence what was done; None if no context is shared."""
+        if self.outcome is None:
+            return None
+        if self.outcome != SHARED:
+            return f"Note: contexts that several requests share were run for each of them: {self.outcome}"
+        share = self.tokens / self.tokens_apart
+        return f"Contexts that several requests share were run once: {share:.0%} of the tokens of all requests".replace(
+            "%", " %"
+        )
+
     def pack(self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor) -> PackedRequests | None:
         """Pack the requests of a batch; return None to run them as they are.
 
@@ -104,7 +115,9 @@ class ContextSharing:
         if getattr(self._config, "_attn_implementation", "") == "eager" and sequences * length**2 > requests * apart**2:
             return False  # eager attention stores its matrix
         matrices = _MATRIX_WIDTHS * self.runner.width
-        cost, cost_apart = (count * size * (matrices + size) for count, size in ((sequences, length), (requests, apart)))
+        cost, cost_apart = (
+            count * size * (matrices + size) for count, size in ((sequences, length), (requests, apart))
+        )
         return sequences * length < requests * apart and cost < cost_apart
 
     def _find_reason(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, tree: Tree) -> str | None:
@@ -127,10 +140,10 @@ class ContextSharing:
         alone = torch.cat([self._losses_apart(ids[[row]], lengths[[row]], reads[[row]]) for row in range(len(ids))])
         try:
             found = self._losses(packed_inputs(model, packed.ids, packed.positions, packed.visible), packed.reads)
-        except Exception as error:  # models that cannot read such a mask raise any exception
-            if is_out_of_memory(error):
+        except Exception as failure:  # models that cannot read such a mask raise any exception
+            if is_out_of_memory(failure):
                 raise
-            return f"{name} cannot run them: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return f"{name} cannot run them: {type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
         blind = self._losses(model_inputs(model, packed.ids, torch.ones_like(packed.ids)), packed.reads)
         noise, error, without_mask = (_root_mean_square(losses - apart) for losses in (alone, found, blind))
         if error <= max(_EXACT, _NOISE * noise) and error <= _SHARE * without_mask:

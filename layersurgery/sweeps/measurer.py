@@ -31,6 +31,7 @@ from ..runtime.inputs import has_next_token, model_inputs, packed_inputs
 from ..runtime.offload import device_of, distinct_tensors, offloaded, offloaded_bytes, own_tensors
 from ..runtime.unembedding import find_readout
 from .batch_metrics import BatchMetrics, check_readout
+from .batches import Batches
 from .context_sharing import ContextSharing
 from .executor import OnFraction, ScheduleExecutor
 from .memory import MemoryModel, MemoryUse, free_memory, suggest_batch_size
@@ -39,6 +40,7 @@ from .propagation import Propagation, propagation_bytes, schedule_for_propagatio
 from .quantities import Observed
 from .read_positions import Reads, ReadTokens, ScoredPositions
 from .schedule import DEPTH_FIRST, LAYER_MAJOR, Schedule, layer_major, schedule
+from .shared_contexts import find_trees
 from .supported_variants import select_supported
 
 _SHARE_FOR_BLOCKS = 0.25
@@ -217,8 +219,7 @@ class Measurer:
         self,
         ids: torch.Tensor,
         mask: torch.Tensor,
-        size: int,
-        batch: int,
+        span: slice,
         rows: tuple[int, ...] | None = None,
         *,
         per_token: bool = False,
@@ -229,8 +230,7 @@ class Measurer:
         Args:
             ids: tokens of the text, (sequences, length).
             mask: 1 for a token and 0 for padding, the same shape.
-            size: number of sequences in a batch.
-            batch: number of the batch.
+            span: the sequences of the batch.
             rows: the rows of the result to measure, with 0 for the unedited model; all if None.
             per_token: keep the metrics at each position.
             on_fraction: called from time to time with the fraction of the batch that is done.
@@ -238,7 +238,6 @@ class Measurer:
         Raises:
             MeasurementError: as for `measure`.
         """
-        span = slice(batch * size, (batch + 1) * size)
         return self.measure(ids[span], mask[span], rows, first=span.start, per_token=per_token, on_fraction=on_fraction)
 
     def measure(
@@ -378,9 +377,7 @@ class Measurer:
             token_metrics=token_metrics,
         )  # fmt: skip
 
-    def _inputs(
-        self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor
-    ) -> tuple[dict[str, Any], ReadTokens]:
+    def _inputs(self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor) -> tuple[dict[str, Any], ReadTokens]:
         """Return the arguments of the model's forward, and what is read of its positions."""
         if isinstance(self.read, ScoredPositions) and self.block_observer is None:
             packed = self.contexts.pack(ids, mask, reads)
@@ -442,6 +439,22 @@ class Measurer:
         """
         size = suggest_batch_size(self._memory_model, self.schedule, length, self._device)
         return max(1, size // 4) if stops else size
+
+    def batches(self, ids: torch.Tensor, mask: torch.Tensor, size: int, *, fixed: bool) -> Batches:
+        """Divide a text into batches.
+
+        Args:
+            ids: tokens of the text, (sequences, length).
+            mask: 1 for a token and 0 for padding, the same shape.
+            size: number of sequences in a batch.
+            fixed: whether every batch has so many sequences. Otherwise, if they are requests, it has as many tokens as
+                `size` of the longest one, and requests with one context stay together.
+        """
+        if fixed or not isinstance(self.read, ScoredPositions):
+            return Batches.of(len(ids), size)
+        lengths = mask.sum(-1)
+        trees = find_trees(ids, lengths, self.read.choose(has_next_token(mask), 0))
+        return Batches.of_groups(lengths.tolist(), [len(tree.requests) for tree in trees], size * ids.shape[1])
 
 
 def _count_parameters(module: nn.Module) -> int:

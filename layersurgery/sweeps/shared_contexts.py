@@ -10,7 +10,7 @@ nothing, are put into one sequence as long as there is room; they do not see eac
 >>> ids = torch.tensor([[5, 6, 7, 1, 2], [5, 6, 7, 3, 4]])
 >>> reads = torch.tensor([[False, False, True, True]] * 2)
 >>> requests = ids, torch.tensor([4, 4]), reads
->>> packed = pack_requests(*requests, find_trees(*requests, longest=16))
+>>> packed = pack_requests(*requests, find_trees(*requests))
 >>> packed.ids.tolist(), packed.positions.tolist()
 ([[5, 6, 7, 1, 3]], [[0, 1, 2, 3, 3]])
 >>> packed.visible[0, -1].int().tolist()  # the second branch does not see the first one
@@ -21,6 +21,7 @@ nothing, are put into one sequence as long as there is room; they do not see eac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class PackedRequests:
     reads: ReadTokens
 
 
-def find_trees(ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, longest: int) -> list[Tree]:
+def find_trees(ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, longest: float = math.inf) -> list[Tree]:
     """Find neighbouring requests with the same context.
 
     Args:
@@ -125,9 +126,7 @@ def pack_requests(
     same_branch = branch_of[:, :, None] == branch_of[:, None]
     visible = (same_tree & (same_branch | (branch_of == 0)[:, None])).tril()
     where = torch.cat([read_at[request] for request in range(len(ids))])
-    return PackedRequests(
-        packed, positions, visible, ReadTokens(where, ids[:, 1:][reads], reads.sum(-1).tolist())
-    )
+    return PackedRequests(packed, positions, visible, ReadTokens(where, ids[:, 1:][reads], reads.sum(-1).tolist()))
 
 
 def _fill(trees: Sequence[Tree]) -> list[list[Tree]]:

@@ -105,12 +105,13 @@ def collect_sums(
         rule: says after each batch which rows need no more text; None to measure all rows on all text.
     """
     size = min(batch_size or measurer.suggest(ids.shape[1], stops=rule is not None), len(ids))
-    rows = RowProgress(len(measurer.variants), -(-len(ids) // size), rule)
+    batches = measurer.batches(ids, mask, size, fixed=batch_size is not None)
+    rows = RowProgress(len(measurer.variants), len(batches), rule)
     while work := rows.next(1):
         ((batch, missing),) = work
-        rows.add(batch, measurer.measure_batch(ids, mask, size, batch, missing))
+        rows.add(batch, measurer.measure_batch(ids, mask, batches.span(batch), missing))
         if progress is not None:
-            progress(min(len(ids), (batch + 1) * size), len(ids))
+            progress(batches.ends[batch], len(ids))
     sums = rows.sums()
     if non_finite := measurer.names_of_non_finite(sums):
         warn(f"not finite: {', '.join(non_finite[:8])}{' ...'[: 4 * (len(non_finite) > 8)]} gave NaN or infinity")
