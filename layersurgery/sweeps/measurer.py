@@ -448,9 +448,10 @@ class Measurer:
             mask: 1 for a token and 0 for padding, the same shape.
             size: number of sequences in a batch.
             fixed: whether every batch has so many sequences. Otherwise, if they are requests, it has as many tokens as
-                `size` of the longest one, and requests with one context stay together.
+                `size` of the longest one, and requests with one context stay together. Compiled blocks need batches
+                of one shape.
         """
-        if fixed or not isinstance(self.read, ScoredPositions):
+        if fixed or self.runner.compiler is not None or not isinstance(self.read, ScoredPositions):
             return Batches.of(len(ids), size)
         lengths = mask.sum(-1)
         trees = find_trees(ids, lengths, self.read.choose(has_next_token(mask), 0))
