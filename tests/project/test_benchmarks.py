@@ -16,7 +16,18 @@ import pytest
 import torch
 
 import layersurgery as ls
-from benchmarks import gpu, plot_results, propagation, readout, readout_variants, startup, stopping, sweep, timing
+from benchmarks import (
+    gpu,
+    plot_results,
+    propagation,
+    readout,
+    readout_variants,
+    startup,
+    stopping,
+    sweep,
+    tasks,
+    timing,
+)
 from benchmarks.peers import common
 from layersurgery.metrics.reference import METRICS
 from tests.support.tiny_checkpoint import checkpoint
@@ -309,3 +320,28 @@ def test_the_kept_sums_are_those_of_the_sweep(tmp_path: Path) -> None:
     assert kept.context == 10
     for index, metric in enumerate(METRICS):
         assert kept.means()[:, index] == pytest.approx(frame[metric].to_numpy(float))
+
+
+@pytest.mark.slow
+def test_tasks_by_one_sweep_and_by_lm_eval_give_the_same_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
+    path = checkpoint(tmp_path / "model", max_position_embeddings=2048)
+    (row,) = tasks.measure(str(path), "drop", 6, 2, 2, 4, result="tasks-quick")
+    assert (row["models"], row["evaluated"], row["different"], row["fault"]) == (7, 3, 0, "")
+    assert row["lm_eval_seconds"] > 0
+    assert "estimated from 3" in " ".join(capsys.readouterr().out.split())
+    assert len((tmp_path / "results" / "tasks-quick.csv").read_text().splitlines()) == 2
+
+    measured = ls.sweep
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        frame = measured(*args, **options)
+        frame.loc[3, f"task_{tasks.TASK}_acc"] += 0.5
+        return frame
+
+    monkeypatch.setattr(ls, "sweep", wrong)
+    (row,) = tasks.measure(str(path), "drop", 6, 2, 2, 4, result="tasks-quick")
+    assert row["different"] == 1
+    assert "drop 2: lm-eval" in row["fault"]

@@ -161,6 +161,7 @@ def test_a_run_that_was_interrupted_continues_to_the_same_digits(definitions: Pa
     assert resumed.drop(columns="task_completion_perplexity_sem").equals(
         whole.drop(columns="task_completion_perplexity_sem")  # lm-eval resamples
     )
+    assert resumed.attrs["run"]["contexts"] == "shared"
     with pytest.raises(ls.OutputError, match="other arguments|limit"):
         ls.sweep(path, EDITS, directory=tmp_path / "run", limit=2, **options)
     table = ls.read_results(tmp_path / "run", "requests")
@@ -177,6 +178,7 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     shown = run(*asked, "-o", tmp_path / "run")
     assert shown.exit_code == 0, shown.output
     assert "choice_acc" in shown.stdout
+    assert "Contexts that several requests share were run once" in shown.output
     value = json.loads(run(*asked, "-o", tmp_path / "run", "--json").stdout)  # lm-eval prints nothing in between
     assert len(value["results"]) == 7
     assert value["results"][1]["task_completion_perplexity_sem"] > 0
