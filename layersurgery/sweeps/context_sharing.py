@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from ..errors import is_out_of_memory
 from ..metrics import dispatch
@@ -13,7 +15,7 @@ from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs, packed_inputs, takes_positions
 from ..runtime.unembedding import Readout
 from .read_positions import ReadTokens
-from .shared_contexts import PackedRequests, Tree, find_trees, pack_requests
+from .shared_contexts import PackedRequests, Tree, fill_sequences, find_trees, pack_requests
 
 SHARED = "shared"
 """What `ContextSharing.outcome` says if every shared context was run once."""
@@ -22,7 +24,7 @@ _MATRIX_WIDTHS = 6  # a block's products with weights cost as much as attention 
 _CHECKED_REQUESTS = 2
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 _EXACT = 1e-4  # nats, the root of the mean square over tokens that rounding in float32 explains in any model
-_NOISE = 4  # times the difference between requests that are run together and one by one
+_NOISE = 4  # times the difference that padding the requests to the packed length makes
 _SHARE = 0.2  # of the difference that packing them without the mask makes
 
 
@@ -50,6 +52,7 @@ class ContextSharing:
         self._reason: str | None = None
         self._refused = False
         self._config = text_config(runner.model)
+        self._positions: float = getattr(self._config, "max_position_embeddings", None) or math.inf
 
     @property
     def outcome(self) -> str | None:
@@ -62,10 +65,8 @@ class ContextSharing:
             return None
         if self.outcome != SHARED:
             return f"Note: contexts that several requests share were run for each of them: {self.outcome}"
-        share = self.tokens / self.tokens_apart
-        return f"Contexts that several requests share were run once: {share:.0%} of the tokens of all requests".replace(
-            "%", " %"
-        )
+        percent = 100 * self.tokens / self.tokens_apart
+        return f"Contexts that several requests share were run once: {percent:.0f} % of the tokens of all requests"
 
     def pack(self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor) -> PackedRequests | None:
         """Pack the requests of a batch; return None to run them as they are.
@@ -84,18 +85,20 @@ class ContextSharing:
     def _pack(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, apart: int) -> PackedRequests | None:
         if self._refused:
             return None
-        window, positions = self._window(), getattr(self._config, "max_position_embeddings", None)
-        longest = min(filter(None, (_LONGEST * apart, window, positions)))
+        longest = min(_LONGEST * apart, self._positions)
         trees = find_trees(ids, lengths, reads, longest)
         if len(trees) == len(ids):
             return None
         if self.runner.compiler is not None:
             self._refuse("each shape of a batch would be compiled by itself")
             return None
-        if apart > longest:
+        window = self._window()
+        if apart > window:
             self._reason = f"the requests are longer than the window of the model's attention, {window} tokens"
             return None
-        packed = pack_requests(ids, lengths, reads, trees)
+        if longest > window:
+            trees = find_trees(ids, lengths, reads, window)
+        packed = pack_requests(ids, lengths, reads, fill_sequences(trees))
         if not self._saves(*packed.ids.shape, *ids[:, 1:].shape):
             return None
         if packed.ids.shape[1] > self._checked:
@@ -110,12 +113,15 @@ class ContextSharing:
         """Pack no more requests."""
         self._reason, self._refused = reason, True
 
-    def _window(self) -> int | None:
-        """Return the number of tokens that the shortest window of the model's attention sees; None if it sees all."""
+    def _window(self) -> float:
+        """Return the number of tokens that the shortest window of the model's attention sees; infinity if it sees all.
+
+        A given mask replaces that of the window, and some models count the tokens of a window in the sequence.
+        """
         if getattr(self._config, "use_sliding_window", None) is False:
-            return None
+            return math.inf
         windows = [getattr(self._config, name, None) for name in _WINDOWS]
-        return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
+        return min((window for window in windows if isinstance(window, int) and window > 0), default=math.inf)
 
     def _saves(self, sequences: int, length: int, requests: int, apart: int) -> bool:
         """Return whether packed sequences take less work, and no more memory, than the requests."""
@@ -134,16 +140,16 @@ class ContextSharing:
         if not takes_positions(model):
             return f"{name} takes no position ids"
         requests = tree.requests[:_CHECKED_REQUESTS]
-        # The first one again, as a tree of its own in the same sequence, which must not see the other tree.
-        rows = [*requests, requests[0]]
+        rows = list(requests)
+        branches = sum(int(lengths[row]) - tree.context for row in requests)
+        trees = [Tree(tree.context, tuple(range(len(rows))), tree.context + branches)]
+        if trees[0].length + int(lengths[requests[0]]) <= self._positions:
+            # The first one again, as a tree of its own in the same sequence, which must not see the other tree.
+            trees.append(Tree(tree.context, (len(rows),), int(lengths[requests[0]])))
+            rows.append(requests[0])
         ids, lengths, reads = ids[rows], lengths[rows], reads[rows]
-        branches = int(lengths[:-1].sum()) - tree.context * len(requests)
-        trees = [
-            Tree(tree.context, tuple(range(len(requests))), tree.context + branches),
-            Tree(tree.context, (len(requests),), int(lengths[-1])),
-        ]
-        packed = pack_requests(ids, lengths, reads, trees)
-        apart = self._losses_apart(ids, lengths, reads)
+        packed = pack_requests(ids, lengths, reads, [trees])
+        apart = self._losses_apart(ids, lengths, reads, int(lengths.max()))
         try:
             found = self._losses(packed_inputs(model, packed.ids, packed.positions, packed.visible), packed.reads)
         except Exception as failure:  # models that cannot read such a mask raise any exception
@@ -154,16 +160,15 @@ class ContextSharing:
         error, without_mask = (_root_mean_square(losses - apart) for losses in (found, blind))
         most = _EXACT
         if error > most:  # in half precision, rounding explains more
-            alone = [self._losses_apart(ids[[row]], lengths[[row]], reads[[row]]) for row in range(len(ids))]
-            most = max(most, _NOISE * _root_mean_square(torch.cat(alone) - apart))
+            padded = self._losses_apart(ids, lengths, reads, packed.ids.shape[1])
+            most = max(most, _NOISE * _root_mean_square(padded - apart))
         if error <= most and error <= _SHARE * without_mask:
             return None
         return f"then the predictions of {name} differ by {error:.2g} nats"
 
-    def _losses_apart(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
-        """Return the losses of requests that are run as they are."""
-        length = int(lengths.max())
-        ids, reads = ids[:, : length + 1], reads[:, :length]
+    def _losses_apart(self, ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the losses of requests that are run as they are, padded to a length."""
+        ids, reads = (functional.pad(part, (0, length + 1 - ids.shape[1])) for part in (ids, reads))
         mask = (torch.arange(length) < lengths[:, None]).long()
         return self._losses(model_inputs(self.runner.model, ids[:, :-1], mask), ReadTokens.of(ids, reads, length))
 

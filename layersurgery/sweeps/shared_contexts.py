@@ -6,11 +6,11 @@ sees the context and itself, and its positions go on where the context ends. Sev
 nothing, are put into one sequence as long as there is room; they do not see each other.
 
 >>> import torch
->>> from layersurgery.sweeps.shared_contexts import find_trees, pack_requests
+>>> from layersurgery.sweeps.shared_contexts import fill_sequences, find_trees, pack_requests
 >>> ids = torch.tensor([[5, 6, 7, 1, 2], [5, 6, 7, 3, 4]])
 >>> reads = torch.tensor([[False, False, True, True]] * 2)
 >>> requests = ids, torch.tensor([4, 4]), reads
->>> packed = pack_requests(*requests, find_trees(*requests))
+>>> packed = pack_requests(*requests, fill_sequences(find_trees(*requests)))
 >>> packed.ids.tolist(), packed.positions.tolist()
 ([[5, 6, 7, 1, 3]], [[0, 1, 2, 3, 3]])
 >>> packed.visible[0, -1].int().tolist()  # the second branch does not see the first one
@@ -87,18 +87,32 @@ def find_trees(ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, lo
     return trees
 
 
+def fill_sequences(trees: Sequence[Tree]) -> list[list[Tree]]:
+    """Put trees into sequences as long as the longest tree: each into the first one that has room for it."""
+    ordered = sorted(trees, key=lambda tree: -tree.length)
+    sequences: list[list[Tree]] = []
+    room: list[int] = []
+    for tree in ordered:
+        number = next((number for number, free in enumerate(room) if free >= tree.length), len(room))
+        if number == len(room):
+            sequences.append([])
+            room.append(ordered[0].length)
+        sequences[number].append(tree)
+        room[number] -= tree.length
+    return sequences
+
+
 def pack_requests(
-    ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, trees: Sequence[Tree]
+    ids: torch.Tensor, lengths: torch.Tensor, reads: torch.Tensor, sequences: Sequence[Sequence[Tree]]
 ) -> PackedRequests:
-    """Put the trees of requests into sequences.
+    """Put requests into sequences of trees.
 
     Args:
         ids: tokens of the requests, (requests, length).
         lengths: number of tokens to run of each request.
         reads: True at the positions that are read.
-        trees: the trees; each request is in one of them.
+        sequences: the trees of each sequence; each request is in one of them.
     """
-    sequences = _fill(trees)
     shape = len(sequences), max(sum(tree.length for tree in sequence) for sequence in sequences)
     packed, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     tree_of, branch_of = torch.full(shape, _PADDING), torch.zeros(shape, dtype=torch.long)
@@ -127,18 +141,3 @@ def pack_requests(
     visible = (same_tree & (same_branch | (branch_of == 0)[:, None])).tril()
     where = torch.cat([read_at[request] for request in range(len(ids))])
     return PackedRequests(packed, positions, visible, ReadTokens(where, ids[:, 1:][reads], reads.sum(-1).tolist()))
-
-
-def _fill(trees: Sequence[Tree]) -> list[list[Tree]]:
-    """Put trees into sequences as long as the longest tree: each into the first one that has room for it."""
-    ordered = sorted(trees, key=lambda tree: -tree.length)
-    sequences: list[list[Tree]] = []
-    room: list[int] = []
-    for tree in ordered:
-        number = next((number for number, free in enumerate(room) if free >= tree.length), len(room))
-        if number == len(room):
-            sequences.append([])
-            room.append(ordered[0].length)
-        sequences[number].append(tree)
-        room[number] -= tree.length
-    return sequences

@@ -22,7 +22,7 @@ from layersurgery.sweeps.batches import Batches
 from layersurgery.sweeps.context_sharing import SHARED
 from layersurgery.sweeps.measurer import Measurer
 from layersurgery.sweeps.read_positions import ScoredPositions
-from layersurgery.sweeps.shared_contexts import find_trees, pack_requests
+from layersurgery.sweeps.shared_contexts import fill_sequences, find_trees, pack_requests
 from layersurgery.tasks.request_text import Request, RequestText
 from tests.support.dense import blocks_of
 from tests.support.unsupported import UNSUPPORTED
@@ -136,8 +136,9 @@ def test_blocks_run_on_fewer_tokens(order: str, monkeypatch: pytest.MonkeyPatch)
     assert tokens < apart / 2  # with the check before the first batch
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part", ["mask", "positions"])
+@pytest.mark.parametrize(
+    ("part", "dtype"), [("mask", torch.float32), ("mask", torch.bfloat16), ("positions", torch.float32)]
+)
 def test_one_block_that_reads_no_mask_or_no_positions_is_noticed(part: str, dtype: torch.dtype) -> None:
     model = tiny_model("llama").to(dtype)
     text = RequestText.of(REQUESTS)
@@ -190,6 +191,7 @@ def test_memory_that_runs_out_divides_the_requests(monkeypatch: pytest.MonkeyPat
 def test_trees_stay_inside_the_window_of_the_attention() -> None:
     text = RequestText.of(REQUESTS)
     for window, outcome in {
+        5: "the requests are longer than the window of the model's attention, 5 tokens",
         11: "the requests are longer than the window of the model's attention, 11 tokens",
         13: SHARED,
     }.items():
@@ -201,11 +203,14 @@ def test_trees_stay_inside_the_window_of_the_attention() -> None:
         assert measurer.contexts.outcome == outcome
 
 
-def test_no_sequence_is_longer_than_the_positions() -> None:
-    requests = make_requests([13], [4, 3, 3])  # one token more than positions
-    text, model = RequestText.of(requests), tiny_model("gpt2", max_position_embeddings=16)
-    found = answers(text, measurer_of(model, PLANS, text).measure(text.ids, text.mask))
-    np.testing.assert_allclose(found[0], one_by_one(model, PLANS, requests)[0], rtol=2e-5)
+@pytest.mark.parametrize(("positions", "outcome"), [(16, None), (24, SHARED), (64, SHARED)])
+def test_no_sequence_is_longer_than_the_positions(positions: int, outcome: str | None) -> None:
+    requests = make_requests([13], [4, 3, 3])  # 16 tokens are run of the longest one
+    text, model = RequestText.of(requests), tiny_model("gpt2", max_position_embeddings=positions)
+    measurer = measurer_of(model, PLANS[:2], text)
+    found = answers(text, measurer.measure(text.ids, text.mask))
+    np.testing.assert_allclose(found[0], one_by_one(model, PLANS[:2], requests)[0], rtol=2e-5)
+    assert measurer.contexts.outcome == outcome
 
 
 def test_longer_sequences_are_checked_again_and_compiled_blocks_get_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +246,7 @@ def test_every_token_that_is_read_sees_its_request(data: st.DataObject) -> None:
     longest = data.draw(st.sampled_from([5, 8, float("inf")]))
     trees = find_trees(text.ids, lengths, reads, longest)
     assert all(tree.length <= longest or len(tree.requests) == 1 for tree in trees)
-    packed = pack_requests(text.ids, lengths, reads, trees)
+    packed = pack_requests(text.ids, lengths, reads, fill_sequences(trees))
     assert packed.ids.numel() <= len(trees) * max(tree.length for tree in trees)
     flat = iter(packed.reads.positions.tolist())
     for number, read in enumerate(reads):
