@@ -105,6 +105,39 @@ def probe(
     run_analysis("probe", model, run, output, overwrite, console, suffix=suffix, regex=regex, samples=samples)
 
 
+@analyze.command("wic", help=ANALYSES["wic"].help)
+@o.expand
+def wic(
+    model: o.Model,
+    run: o.PairsRun,
+    pairs: Annotated[
+        str,
+        typer.Option(
+            "--pairs",
+            help="Pairs of sentences: a file of the public WiC data (train.data.txt, with train.gold.txt beside it), a "
+            "table with the columns of SuperGLUE's WiC (.jsonl, .json, .csv, .tsv, .parquet), or the id of a Hub "
+            "dataset, for example aps/super_glue:wic.",
+            show_default=False,
+            metavar="FILE|ID",
+        ),
+    ],
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples", min=10, help="Number of pairs to use, chosen at random.", show_default="all", metavar="N"
+        ),
+    ] = None,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
+    *,
+    console: Console,
+) -> None:
+    """Predict whether a word means the same in two sentences from the stream after each layer."""
+    from .commands.measure import run_analysis
+
+    run_analysis("wic", model, run, output, overwrite, console, pairs=pairs, samples=samples)
+
+
 @o.expand
 def rank(
     model: o.Model,
@@ -335,7 +368,7 @@ def reproduce(
 def add_analyses(app: typer.Typer) -> None:
     """Add the analysis and pruning commands to the program."""
     app.add_typer(analyze, name="analyze", rich_help_panel=_ANALYZE)
-    own = {"subjoiners", "probe", "rank", "stages"}
+    own = {"subjoiners", "probe", "wic", "rank", "stages"}
     for name, analysis in ANALYSES.items():
         if analysis.help and name not in own:
             analyze.command(name)(_analysis_command(analysis))

@@ -504,6 +504,7 @@ WindowsRun = Annotated[
     RunOptions, _group(*SWEEP_ONLY, "context", "pack", "schedule", "compile", "per_token", shown=_SEARCHED, tokens="1M")
 ]
 WeightsRun = Annotated[RunOptions, _group(only=_MODEL)]
+PairsRun = Annotated[RunOptions, _group(only=("split", "bos", "seed", "tokenizer", "batch_size", *_MODEL))]
 ReproduceRun = Annotated[
     RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "revision", "blocks")
 ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-Needs = Literal["text", "windows", "weights"]
+Needs = Literal["text", "windows", "pairs", "weights"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Analysis:
         title: what it measures, in a few words.
         help: what the command does, in a sentence.
         needs: "text" if it runs the model on text, "windows" if it searches text for windows and runs the model on
-            these, "weights" if it reads the weights alone.
+            these, "pairs" if it runs the model on pairs of sentences, "weights" if it reads the weights alone.
         columns: the columns of its main table that are shown, in their order.
         figures: function that draws the figure of a table, by the table's name, as "module:function".
         tables: names of its tables, the main one first; by default one, of the analysis's own name.
@@ -243,6 +243,16 @@ _PROBE = tuple(
         ("on_rest", "accuracy on the rest", "rest, %"),
     )
 )
+_WIC = tuple(
+    Column(name, label, "%", 100, heading=heading, digits=1, tables=("wic",), curve=name in ("accuracy", "shuffled"))
+    for name, label, heading in (
+        ("accuracy", "accuracy on held-out pairs", "held out, %"),
+        ("accuracy_low", "lower end of its 95 % interval", "low, %"),
+        ("accuracy_high", "upper end of its 95 % interval", "high, %"),
+        ("shuffled", "accuracy with shuffled labels", "shuffled, %"),
+        ("majority", "share of the more frequent label", "majority, %"),
+    )
+)
 STAGES = ("detokenization", "feature engineering", "prediction ensembling", "residual sharpening")
 """The four stages of inference, in the order of depth."""
 CRITERIA = {
@@ -319,6 +329,13 @@ ANALYSES = {
             tables=("probe", "single_neurons", "top_k", "effects"),
             run="layersurgery.analyses.window_runs:run_probe",
             describe="layersurgery.analyses.neuron_probes:describe_probes",
+        ),
+        Analysis(
+            "wic", "sense of a word, by layer (Word in Context)",
+            "Predict from the stream after each layer if a word means the same in two sentences (Word in Context).",
+            "pairs", _WIC, {"wic": "layersurgery.figures.probes:wic"},
+            run="layersurgery.analyses.word_senses:run_wic",
+            describe="layersurgery.analyses.word_senses:describe_wic",
         ),
         Analysis(
             "stages", "all signals and the four stages",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MAX_BAR_COLUMNS = 3
 _MAX_HEADS = 10
 _WRAP_WIDTH = 110
+_LAYERS = {-1: "embeddings"}  # in the table of wic
 
 
 def progress_line(frame: pd.DataFrame) -> str:
@@ -72,7 +73,7 @@ def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Tab
         if column in with_bar:
             table.add_column("", width=BAR_WIDTH, no_wrap=True)
     for number, layer in enumerate(frame.layer):
-        row = [str(layer)]
+        row = [str(_LAYERS.get(layer, layer))]
         for column in columns:
             row.append(cells[column][number])
             if column in with_bar:
@@ -194,7 +195,17 @@ def show_analysis(run: Run, console: Console) -> None:
         "finished": True,
         **{
             name: facts[name]
-            for name in ("model", "text", "windows", "class", "seconds", "tokens_per_second", "skipped", "non_finite")
+            for name in (
+                "model",
+                "text",
+                "windows",
+                "pairs",
+                "class",
+                "seconds",
+                "tokens_per_second",
+                "skipped",
+                "non_finite",
+            )
             if name in facts
         },
         "tables": {

@@ -18,6 +18,7 @@ from .prediction_neurons import neuron_scores
 from .prune_run import prune
 from .search_run import Search, search
 from .subjoiner_heads import Subjoiners, subjoiners
+from .word_senses import wic
 
 attention = on_any_text("attention", layer_signals.attention, measure)
 cka = on_any_text("cka", stream_signals.cka, measure)
@@ -53,4 +54,5 @@ __all__ = [
     "stages",
     "stream",
     "subjoiners",
+    "wic",
 ]

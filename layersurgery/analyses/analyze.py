@@ -33,6 +33,7 @@ _INTERNAL = {
     *("model", "tokens", "text", "ids", "mask", "attention_mask", "signals", "label"),
     *("session", "directory", "analysis", "overwrite", "remove", "by", "greedy"),
 }
+_NO_TEXT = {"weights": "reads the weights alone", "pairs": "reads the pairs of sentences that pairs names"}
 
 
 def run_analysis(session: ModelSession, name: str, directory: Path, *, overwrite: bool = False, **options: Any) -> Run:
@@ -204,8 +205,8 @@ def _refuse_ignored(name: str, text: Any, options: dict[str, Any]) -> None:
     for option in ("compile", "schedule", "per_token", *SWEEP_ONLY):
         if options.get(option):
             raise PlanError(f"{option} is for sweep; {name} does not take it")
-    if ANALYSES[name].needs == "weights" and text is not None:
-        raise PlanError(f"{name} reads the weights alone; give no text")
+    if text is not None and (why := _NO_TEXT.get(ANALYSES[name].needs)):
+        raise PlanError(f"{name} {why}; give no text")
 
 
 def split_options(options: dict[str, Any], function: Callable[..., Any]) -> tuple[RunOptions, dict[str, Any]]:

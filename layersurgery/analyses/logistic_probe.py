@@ -19,12 +19,14 @@ class ProbeData:
         inside: label of each window, (windows,).
         held_out: True for windows that are not used for training, (windows,).
         seed: random seed.
+        weakness: inverse of the strength of the L2 penalty, as scikit-learn's C.
     """
 
     x_WN: np.ndarray
     inside: np.ndarray
     held_out: np.ndarray
     seed: int
+    weakness: float = 1.0
 
     def shuffled(self, rng: np.random.Generator) -> ProbeData:
         """Return the data with labels shuffled within each half."""
@@ -33,7 +35,7 @@ class ProbeData:
             labels[half] = rng.permutation(labels[half])
         return replace(self, inside=labels)
 
-    def fit(self, columns: list[int]) -> tuple[np.ndarray, float]:
+    def fit(self, columns: list[int] | slice) -> tuple[np.ndarray, float]:
         """Fit a probe on some neurons.
 
         Returns:
@@ -44,7 +46,7 @@ class ProbeData:
 
         x, train = self.x_WN[:, columns], ~self.held_out
         scaler = StandardScaler().fit(x[train])
-        regression = LogisticRegression(random_state=self.seed, max_iter=1000).fit(
+        regression = LogisticRegression(C=self.weakness, random_state=self.seed, max_iter=1000).fit(
             scaler.transform(x[train]), self.inside[train]
         )
         return regression.predict(scaler.transform(x)) == self.inside, float(regression.coef_[0, 0])

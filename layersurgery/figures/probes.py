@@ -1,4 +1,4 @@
-"""Draw probes on neurons."""
+"""Draw probes: on neurons, and on the sense of words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, new_figure
+from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, disable_mathtext, label_depth, new_figure
 
 _KINDS = {
     "prediction": (2, "prediction neurons"),
@@ -155,4 +155,34 @@ def effects(models: Sequence[ModelTables]) -> Figure:
         figure.supxlabel(r"$W_U \cdot w_{out}$ (layer.neuron and kind above each panel)", fontsize=9)
         figure.supylabel("tokens", fontsize=9)
         add_title_and_legend(figure, models, grid[0][0], legend=False)
+    return figure
+
+
+def wic(models: Sequence[ModelTables]) -> Figure:
+    """Draw how well the sense of a word is predicted over depth, from the embeddings on; a line for each model.
+
+    Dashed lines are the accuracies with shuffled labels, and the dotted one is that of the more frequent label.
+    """
+    with new_figure(7.5, 4.4 + 0.2 * (len(models) > 1)) as figure:
+        axis = figure.subplots()
+        for index, model in enumerate(models):
+            table = model.tables["wic"].sort_values("layer")
+            x = table.relative_depth.to_numpy(float)
+            color = COLORS[index % len(COLORS)]
+            low, high = (100 * table[f"accuracy_{end}"].to_numpy(float) for end in ("low", "high"))
+            axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            axis.plot(
+                x, 100 * table.accuracy.to_numpy(float), color=color, marker=MARKERS[index % len(MARKERS)],
+                label=model.label if len(models) > 1 else "probe of the stream after the block",
+            )  # fmt: skip
+            axis.plot(
+                x, 100 * table.shuffled.to_numpy(float), color=color, linestyle="--", linewidth=1,
+                label=None if index else "shuffled labels",
+            )  # fmt: skip
+        for share in sorted({round(float(model.tables["wic"].majority.iloc[0]), 6) for model in models}):
+            axis.axhline(100 * share, color="#000000", linestyle=":", linewidth=1.1, label="more frequent label")
+        axis.set_ylabel("accuracy on held-out pairs (%)")
+        label_depth(axis, [model.tables["wic"] for model in models], "block; the first point is the embeddings")
+        disable_mathtext(axis.legend(fontsize=8, ncols=2).get_texts())
+        add_title_and_legend(figure, models, axis, legend=False)
     return figure

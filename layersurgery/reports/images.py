@@ -33,6 +33,8 @@ _ABOUT = {
     "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell "
     "for each head",
     "probe": "held-out accuracy of single neurons and of the best neurons together, and what two neurons add to logits",
+    "wic": "how well a word's sense is predicted from the stream after each block, with shuffled labels and the more "
+    "frequent label for comparison",
     "examples": "what the best head attends to, a window of text a row",
     "effects": "what the neurons with the largest effects add to the logits, a panel for each neuron",
 }

@@ -16,7 +16,7 @@ _PROGRAM = "layersurgery"
 _BEGIN = {
     name: [name] if name in ("stages", "rank") else ["analyze", name]
     for name, analysis in ANALYSES.items()
-    if analysis.help and analysis.needs != "windows"
+    if analysis.help and analysis.needs in ("text", "weights")
 }
 
 

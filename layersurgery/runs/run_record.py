@@ -66,9 +66,10 @@ RunRecord = TypedDict(
         "seconds": float,
         "tokens_per_second": float,
         "machine": dict[str, Any],
-        # From the end of an analysis of windows.
+        # From the end of an analysis of windows, or of pairs of sentences.
         "windows": dict[str, int],
         "read": dict[str, Any],  # the searched text, as `TextFacts.read`
+        "pairs": dict[str, int],
         "class": dict[str, Any],
         "caption": str,
         "summary": str,
