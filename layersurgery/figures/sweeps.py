@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..plans.families import FAMILIES, Bounds
 from ..registry import PROPAGATION, Column, column
+from .copies import COPIES, copies
 from .maps import edit_map
 from .propagation import drawn_edits, propagation
 from .style import COLORS, MARKERS, ModelTables, disable_mathtext, label_axis, label_depth, new_figure, save
@@ -56,6 +57,8 @@ def sweep_figures(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
     edits = {edit for sweep in sweeps for edit in sweep.frame.edit}
     if edits & set(_BY_LAYER):
         figures["robustness"] = robustness(sweeps)
+    if "copy" in edits:
+        figures[COPIES] = copies(sweeps)
     for index, sweep in enumerate(sweeps):
         suffix = f"-{index + 1}" if len(sweeps) > 1 else ""
         figures |= {f"{name}{suffix}": figure for name, figure in maps(sweep).items()}

@@ -23,6 +23,7 @@ _ABOUT = {
         if family.axes
     },
     "plans": "KL from the unedited model and top-1 agreement, a bar for each plan",
+    "copies": "entropy of the prediction when each block of a range is passed several times, over its last block",
     "cka": "CKA of the residual streams, a cell for each pair of depths",
     "cosine": "mean cosine of each token's residual streams, a cell for each pair of depths",
     "stages": "the signals of the stages of inference over depth, the stages shaded",

@@ -12,7 +12,7 @@ from PIL import Image
 
 import layersurgery as ls
 from layersurgery.figures.style import COLORS
-from layersurgery.figures.sweeps import Sweep, draw, maps, plans, robustness
+from layersurgery.figures.sweeps import Sweep, draw, maps, plans, robustness, sweep_figures
 from tests.support.zoo import tiny_model, tokens
 
 
@@ -92,3 +92,22 @@ def test_one_sequence_has_no_band_and_is_drawn_all_the_same(tmp_path: Path) -> N
 def test_nothing_that_a_logarithm_can_show(frame: pd.DataFrame, tmp_path: Path, value: float) -> None:
     flat = frame.assign(kl_nats=value, kl_nats_sem=value, model="a$b_$/c$d_$", name="$x_$")
     assert len(draw([Sweep.of(flat, "we$ird_$.txt"), Sweep.of(flat, "pydoc")], tmp_path)) == 10
+
+
+def test_copied_layers_are_drawn_by_their_entropy(tmp_path: Path) -> None:
+    frame = ls.sweep(tiny_model("llama"), "copy:1,copy:2", tokens(2), layers="1:6")
+    figure = sweep_figures([Sweep.of(frame, "pydoc")])["copies"]
+    (axis,) = figure.axes
+    lines = {str(line.get_label()): line for line in axis.get_lines()}
+    assert list(lines) == [
+        "LlamaForCausalLM, 1 copies, from block 1",
+        "LlamaForCausalLM, 2 copies, from block 1",
+        "unedited model",
+    ]
+    rows = frame[frame.edit == "copy"]
+    drawn: Any = lines["LlamaForCausalLM, 2 copies, from block 1"].get_ydata()
+    np.testing.assert_allclose(drawn, rows.entropy_bits[5:])
+    np.testing.assert_allclose(np.array(lines["unedited model"].get_ydata(), float), frame.entropy_bits[0])
+    assert axis.get_ylabel() == "entropy of the prediction (bits)"
+    both = sweep_figures([Sweep.of(frame, "pydoc"), Sweep.of(frame.assign(model="other"), "pydoc")])["copies"]
+    assert len(both.axes[0].get_lines()) == 6
