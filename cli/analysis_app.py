@@ -336,8 +336,37 @@ def reproduce(
         typer.Option(
             "--models",
             help="Models, comma-separated; may be repeated.",
-            show_default="the eleven models of the paper",
+            show_default="the sixteen models of the paper, or the eleven of v1",
             metavar="NAMES",
+        ),
+    ] = None,
+    paper: Annotated[
+        str,
+        typer.Option(
+            "--paper",
+            help="Version of the paper: v1 (2024), or v3 (2025), which adds models, tasks, CKA, copied layers and Word "
+            "in Context.",
+            metavar="v1|v3",
+        ),
+    ] = "v3",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="For v3: tasks of lm-eval to measure after swaps and drops, or none. Needs the extra 'tasks'.",
+            show_default="lambada_openai,arc_easy,hellaswag",
+            metavar="NAMES",
+        ),
+    ] = None,
+    limit: o.Limit = None,
+    task_path: o.TaskPath = None,
+    wic: Annotated[
+        str | None,
+        typer.Option(
+            "--wic",
+            help="For v3: pairs of sentences for the Word-in-Context probe, as for analyze wic --pairs.",
+            show_default="the probe is left out",
+            metavar="FILE|ID",
         ),
     ] = None,
     estimate: Annotated[
@@ -362,7 +391,8 @@ def reproduce(
     """
     from .commands.reproduce import run_reproduce
 
-    run_reproduce(models, run, estimate, output, overwrite, console)
+    request = {"paper": paper, "tasks": tasks, "limit": limit, "task_path": task_path or (), "wic": wic}
+    run_reproduce(models, request, run, estimate, output, overwrite, console)
 
 
 def add_analyses(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +22,36 @@ if TYPE_CHECKING:
 
 
 def run_reproduce(
-    models: Sequence[str] | None, options: RunOptions, estimate: bool, output: Path, overwrite: bool, console: Console
+    models: Sequence[str] | None,
+    paper: Mapping[str, Any],
+    options: RunOptions,
+    estimate: bool,
+    output: Path,
+    overwrite: bool,
+    console: Console,
 ) -> None:
     """Plan all experiments, print the cost, run those not done yet, and print what was done.
 
-    If a model or an experiment fails, the error is printed and the others continue; the exit code is then 1.
+    If a model or an experiment fails, the error is printed and the others continue; the exit code is then 1. `paper`
+    are the arguments of `PaperRequest.of`.
     """
-    from layersurgery.reports.reproduce import PAPER, plan_reproduction, run_reproduction
+    from layersurgery.reports.paper_experiments import PaperRequest
+    from layersurgery.reports.reproduce import plan_reproduction, run_reproduction
 
-    names = PAPER if models is None else models
+    request = PaperRequest.of(**paper)
+    names = request.models if models is None else models
     if estimate:
         if os.environ.get("RANK", "0") == "0":  # with several processes, only one prints
-            plans = plan_reproduction(names, output, options, console)
-            value = {"path": str(output), "plan": [_as_json(plan) for plan in plans]}
-            console.result(value, *_describe_plan(plans))
+            plans = plan_reproduction(names, request, output, options, console)
+            plan = [_as_json(plan) for plan in plans]
+            value = {"path": str(output), "plan": plan, "left_out": request.left_out}
+            console.result(value, *_describe_plan(plans), *_describe_left_out(request.left_out))
             if all(plan.fault for plan in plans):
                 raise SystemExit(1)
         return
     results = run_reproduction(
         names,
+        request,
         output,
         options,
         console,
@@ -59,11 +70,13 @@ def _show(output: Path, results: Reproduction, console: Console) -> None:
         "plan": [_as_json(plan) for plan in results.plans],
         "done": [str(directory) for directory in results.done],
         "not_done": results.not_done,
+        "left_out": results.left_out,
         "report": str(page.path),
     }
     note = f"; figures of all models together are in {output / 'figures'}" if results.figures else ""
     lines = [f"[bold red]Not done:[/] {escape(f'{item}: {reason}')}" for item, reason in results.not_done.items()]
     lines += [f"[yellow]Not in the report:[/] {escape(f'{path}: {reason}')}" for path, reason in page.not_shown.items()]
+    lines += _describe_left_out(results.left_out)
     lines.append(
         escape(
             f"{len(results.done)} runs are in {output}; the report is {page.path} ({format_bytes(page.bytes)}){note}"
@@ -72,6 +85,10 @@ def _show(output: Path, results: Reproduction, console: Console) -> None:
     console.result(value, *lines)
     if results.not_done:
         raise SystemExit(1)
+
+
+def _describe_left_out(reasons: Mapping[str, str]) -> list[str]:
+    return [f"[yellow]Left out:[/] {escape(f'{name}: {reason}')}" for name, reason in reasons.items()]
 
 
 def _as_json(model_plan: ModelPlan) -> dict[str, Any]:
@@ -110,6 +127,8 @@ def _describe_plan(plan: Sequence[ModelPlan]) -> Iterator[Any]:
             f"At least {format_time(seconds)} in total: {flops(operations)} at this machine's speed for large matrix "
             "products. If interrupted, run the same command again to resume"
         )
+    for fault in dict.fromkeys(model_plan.not_counted for model_plan in measurable if model_plan.not_counted):
+        yield f"[yellow]The cost of the tasks is not counted:[/] {escape(fault)}"
     reasons: dict[str, list[str]] = {}
     for model_plan in plan:
         if model_plan.fault:

@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..analyses.analyze import run_analysis
-from ..analyses.signal_tables import FROM_TEXT, signal_variants
 from ..errors import LayerSurgeryError, MeasurementError, PlanError
 from ..library_logs import quiet_libraries
-from ..plans.variants import variants
 from ..runs.drawing import plot
 from ..runs.estimate import estimate_run
 from ..runs.options import RunOptions
 from ..runs.processes import process_group_for, run_on_model
 from ..runs.reporter import Reporter
 from ..runs.requests import ModelInfo, read_model_info, text_request
-from ..runs.run_directory import Run
-from ..runs.sweep import run_sweep
 from ..runs.tables import read_run
 from ..runtime.matmul_rate import matmul_rate
+from .paper_experiments import COPYING, FIGURES, OF_TASKS, V3, PaperRequest, TaskCost, give_first_token, paper_options
 from .report import Report, report
 
 if TYPE_CHECKING:
     from ..runs.session import ModelSession
-
-PAPER = (
-    *(f"EleutherAI/pythia-{size}-deduped" for size in ("410m", "1.4b", "2.8b", "6.9b")),
-    *(f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")),
-    *(f"microsoft/{name}" for name in ("phi-1", "phi-1_5", "phi-2")),
-)
-"""The models of the paper."""
-SWEEP, STAGES, SUBJOINERS, PROBE = EXPERIMENTS = ("sweep", "stages", "subjoiners", "probe")
-FIGURES = {
-    SWEEP: "figures 2, 3, 13-15",
-    STAGES: "figures 1, 4-8, 11, 12",
-    SUBJOINERS: "figure 9",
-    PROBE: "figures 10, 16",
-}
-"""The figures of the paper that each experiment draws."""
-_EDITS = "swap,drop,skip-attention,skip-mlp"
-_MIN_SEARCHED_TOKENS = 1_000_000
 
 
 @dataclass(slots=True)
@@ -63,6 +42,7 @@ class ModelPlan:
         flops: floating-point operations of the runs that are not finished.
         rate: floating-point operations per second of this machine, in the model's dtype.
         fault: why the model cannot be measured; empty if it can.
+        not_counted: why the cost of tasks is not in `flops`; empty if it is, or if none are left.
     """
 
     model: str
@@ -75,6 +55,7 @@ class ModelPlan:
     flops: float = 0
     rate: float = 1
     fault: str = ""
+    not_counted: str = ""
 
     @property
     def left(self) -> list[str]:
@@ -95,6 +76,7 @@ class Reproduction:
         plans: the experiments on each model, before they ran.
         done: directories of the finished runs.
         not_done: reasons by model or run.
+        left_out: why experiments of this version of the paper were not asked for, by their names.
         figures: figures of all models together; empty for a single model.
         report: the page of all runs; None if nothing ran.
     """
@@ -102,6 +84,7 @@ class Reproduction:
     plans: list[ModelPlan]
     done: list[Path] = field(default_factory=list)
     not_done: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     figures: list[Path] = field(default_factory=list)
     report: Report | None = None
 
@@ -112,8 +95,13 @@ class Reproduction:
 
 
 def reproduce(
-    models: Sequence[str] = PAPER,
+    models: Sequence[str] | None = None,
     *,
+    paper: str = V3,
+    tasks: str | Iterable[str] | None = None,
+    limit: int | None = None,
+    task_path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
+    wic: str | os.PathLike[str] | None = None,
     directory: str | os.PathLike[str] = "reproduction",
     overwrite: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -124,7 +112,13 @@ def reproduce(
     If a model or an experiment fails, the others continue. What was interrupted resumes.
 
     Args:
-        models: names of models; by default the eleven of the paper.
+        models: names of models; by default those of this version of the paper.
+        paper: the paper's version: "v1" (2024), or "v3" (2025), which has all of v1.
+        tasks: for v3: tasks of lm-eval to measure; by default those of the paper, and "none" for none.
+        limit: number of documents of each task; by default all.
+        task_path: directories with your own task definitions.
+        wic: for v3: pairs of sentences for the Word-in-Context probe, as `ls.analyses.wic` takes them: a file or the id
+            of a Hub dataset. Without them, the probe is left out.
         directory: where to write: a directory for each model, the figures and report.html.
         overwrite: discard existing results, and measure again.
         progress: called with what is measured, how much is done and how much there is in total.
@@ -134,7 +128,8 @@ def reproduce(
         What was done and what was not, the figures and the report.
 
     Raises:
-        PlanError: no model, or two models that would be written to one directory.
+        PlanError: no model, two models that would be written to one directory, or an option of another version.
+        SourceError: a directory of tasks does not exist.
         MeasurementError: nothing could be measured.
 
     Example:
@@ -144,11 +139,15 @@ def reproduce(
         ...
         layersurgery.errors.PlanError: no models: name one or more
     """
+    request = PaperRequest.of(paper, tasks, limit, task_path, wic)
+    names = request.models if models is None else models
     run_options = RunOptions.of(options)
-    return run_reproduction(models, Path(directory), run_options, Reporter(progress), overwrite=overwrite)
+    return run_reproduction(names, request, Path(directory), run_options, Reporter(progress), overwrite=overwrite)
 
 
-def plan_reproduction(models: Sequence[str], output: Path, options: RunOptions, reporter: Reporter) -> list[ModelPlan]:
+def plan_reproduction(
+    models: Sequence[str], request: PaperRequest, output: Path, options: RunOptions, reporter: Reporter
+) -> list[ModelPlan]:
     """Find out what is done already, and what the rest costs.
 
     Raises:
@@ -157,11 +156,13 @@ def plan_reproduction(models: Sequence[str], output: Path, options: RunOptions, 
     directories = _directories(models, output)
     count = f"{len(directories)} model{'s'[: len(directories) != 1]}"
     with reporter.status(f"Reading the configs of {count}"), quiet_libraries():
-        return [_plan_model(model, directory, options) for model, directory in directories.items()]
+        tasks = None if request.tasks is None else TaskCost(request.tasks, reporter)
+        return [_plan_model(model, request, tasks, directory, options) for model, directory in directories.items()]
 
 
 def run_reproduction(
     models: Sequence[str],
+    request: PaperRequest,
     output: Path,
     options: RunOptions,
     reporter: Reporter,
@@ -175,6 +176,7 @@ def run_reproduction(
 
     Args:
         models: names of models.
+        request: the experiments.
         output: where to write.
         options: options of all runs.
         reporter: receives what is said.
@@ -187,7 +189,8 @@ def run_reproduction(
     """
     directories = _directories(models, output)
     group = process_group_for(None, options)
-    results = Reproduction([] if group.rank else plan_reproduction(models, output, options, reporter))
+    results = Reproduction([] if group.rank else plan_reproduction(models, request, output, options, reporter))
+    results.left_out = request.left_out
     if on_plans is not None and group.rank == 0:
         on_plans(results.plans)
     results.not_done |= {plan.model: plan.fault for plan in results.plans if plan.fault}
@@ -195,7 +198,7 @@ def run_reproduction(
         if model in results.not_done:
             group.broadcast(None)  # no work for the other processes
             continue
-        lead = _make_lead(directory, reporter, results, overwrite=overwrite)
+        lead = _make_lead(request, directory, reporter, results, overwrite=overwrite)
         try:
             run_on_model(model, paper_options(model, options), lead, reporter, group)
         except (LayerSurgeryError, OSError) as error:
@@ -206,11 +209,6 @@ def run_reproduction(
     if group.rank == 0:
         _finish(output, results)
     return results
-
-
-def paper_options(model: str, options: RunOptions) -> RunOptions:
-    """Return the options of a model's runs: the paper puts the beginning-of-text token before every sequence."""
-    return replace(options, bos=True) if model in PAPER and options.bos == "auto" else options
 
 
 def _directories(models: Sequence[str], output: Path) -> dict[str, Path]:
@@ -231,13 +229,14 @@ def _directories(models: Sequence[str], output: Path) -> dict[str, Path]:
 
 
 def _make_lead(
-    directory: Path, reporter: Reporter, results: Reproduction, *, overwrite: bool
+    request: PaperRequest, directory: Path, reporter: Reporter, results: Reproduction, *, overwrite: bool
 ) -> Callable[[ModelSession], None]:
     def lead(session: ModelSession) -> None:
-        for name, run_experiment in _experiments(session, overwrite=overwrite).items():
+        give_first_token(session)
+        for name, experiment in request.experiments.items():
             reporter.log(f"\n{session.model.label}: {name} ({FIGURES[name]})")
             try:
-                results.done.append(run_experiment(directory / name).directory)
+                results.done.append(experiment.run(session, directory / name, overwrite).directory)
             except (LayerSurgeryError, OSError) as error:
                 if not session.group.workers_idle:  # the other processes are waiting for data
                     raise
@@ -246,35 +245,30 @@ def _make_lead(
     return lead
 
 
-def _experiments(session: ModelSession, *, overwrite: bool) -> Mapping[str, Callable[[Path], Run]]:
-    # These two analyses search much text for windows, but run the model only on the windows.
-    searched = max(session.texts.request.tokens, _MIN_SEARCHED_TOKENS)
-    windows: dict[str, Any] = {"overwrite": overwrite, "searched_tokens": searched}
-    return {
-        SWEEP: lambda directory: run_sweep(session, directory, [_EDITS], overwrite=overwrite),
-        STAGES: lambda directory: run_analysis(session, STAGES, directory, overwrite=overwrite),
-        SUBJOINERS: lambda directory: run_analysis(session, SUBJOINERS, directory, **windows),
-        PROBE: lambda directory: run_analysis(session, PROBE, directory, **windows),
-    }
-
-
 def _finish(output: Path, results: Reproduction) -> None:
     if not results.done:
         raise MeasurementError("nothing could be measured, so there is nothing to report")
     if len({directory.parent for directory in results.done}) > 1:
-        results.figures = plot(results.done, output / "figures")
+        # Sweeps of one model share a legend entry, so those of other texts and edits get figures of their own.
+        apart = {name: [path for path in results.done if path.name == name] for name in (COPYING, OF_TASKS)}
+        together = [path for path in results.done if path.name not in apart]
+        for name, directories in {"": together, **apart}.items():
+            if directories:
+                results.figures += plot(directories, output / "figures" / name)
     results.report = report([output], output / "report.html", overwrite=True)
 
 
-def _plan_model(model: str, directory: Path, options: RunOptions) -> ModelPlan:
+def _plan_model(
+    model: str, request: PaperRequest, tasks: TaskCost | None, directory: Path, options: RunOptions
+) -> ModelPlan:
     """Find the finished runs of a model, and compute the cost of the others from the config alone."""
-    states = {name: str((read_run(directory / name) or {}).get("state", "")) for name in EXPERIMENTS}
+    states = {name: str((read_run(directory / name) or {}).get("state", "")) for name in request.experiments}
     plan = ModelPlan(model, directory, states)
     try:
         info = read_model_info(model, options.revision, Reporter(), trust_remote_code=options.trust_remote_code)
         plan.depth = info.depth
         plan.tokens = text_request(model, options, info.positions).tokens
-        _add_cost(plan, info, options)
+        _add_cost(plan, request, tasks, info, options)
     except PlanError:
         raise
     except (LayerSurgeryError, OSError) as error:
@@ -282,11 +276,18 @@ def _plan_model(model: str, directory: Path, options: RunOptions) -> ModelPlan:
     return plan
 
 
-def _add_cost(plan: ModelPlan, info: ModelInfo, options: RunOptions) -> None:
-    edits = {SWEEP: variants([_EDITS], plan.depth), STAGES: signal_variants(FROM_TEXT, plan.depth)}
-    for name, chosen in edits.items():
-        cost, placement = estimate_run(plan.model, info, chosen, options, Reporter())
+def _add_cost(
+    plan: ModelPlan, request: PaperRequest, tasks: TaskCost | None, info: ModelInfo, options: RunOptions
+) -> None:
+    for name, experiment in request.experiments.items():
+        if experiment.variants is None:
+            continue
+        cost, placement = estimate_run(plan.model, info, experiment.variants(plan.depth), options, Reporter())
         plan.parameters, plan.weights = cost.parameters, sum(cost.weights.values())
         if name in plan.left:
             plan.flops += cost.flops
+    if tasks is not None and OF_TASKS in plan.left:
+        of_tasks = tasks.estimate(plan.model, info, options)
+        plan.not_counted = tasks.fault
+        plan.flops += 0 if of_tasks is None else of_tasks.flops
     plan.rate = matmul_rate(placement.device, "float32" if placement.dtype == "auto" else placement.dtype)
