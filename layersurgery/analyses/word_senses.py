@@ -111,7 +111,7 @@ def wic(
     runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks))
     frame = probe_pairs(runner, encoded, seed, batch_size, on_layer, progress)
     frame.insert(0, "model", type(model).__name__)
-    return as_result(frame, "wic", _caption(encoded, "given pairs" if not isinstance(pairs, str) else pairs))
+    return as_result(frame, "wic", _caption(encoded, pairs))
 
 
 def run_wic(
@@ -156,7 +156,7 @@ def run_wic(
             frame = probe_pairs(runner, encoded, options.seed, options.batch_size or _BATCH, on_layer, on_sentences)
         frame.insert(0, "model", session.model.label)
         return {analysis: frame}, {
-            "pairs": facts, "summary": describe_wic(frame), "caption": _caption(encoded, name),
+            "pairs": facts, "summary": describe_wic(frame), "caption": _caption(encoded, pairs),
         }  # fmt: skip
 
     data = {"data": name, "split": options.split, "samples": samples, "seed": options.seed, "bos": texts.request.bos}
@@ -175,8 +175,10 @@ def _choose(pairs: list[WordPair], samples: int | None, seed: int) -> list[WordP
     return [pairs[index] for index in sorted(random.Random(seed).sample(range(len(pairs)), samples))]
 
 
-def _caption(encoded: EncodedPairs, name: str) -> str:
-    facts = encoded.facts
+def _caption(encoded: EncodedPairs, pairs: Pairs) -> str:
+    facts, name = encoded.facts, "the given pairs"
+    if isinstance(pairs, str | os.PathLike):
+        name = Path(pairs).name if Path(pairs).exists() else str(pairs)
     return f"{facts['pairs']:,} pairs of sentences for {facts['words']:,} words, from {name}"
 
 
@@ -310,7 +312,7 @@ def score_by_word(right: np.ndarray, words: list[str], name: str = "accuracy") -
     from scipy.stats import t
 
     share = float(right.mean())
-    sums = pd.Series(right - share).groupby(words).sum().to_numpy(float)
+    sums = pd.Series(right - share).groupby(np.array(words)).sum().to_numpy(float)
     count = len(sums)
     error = math.sqrt(count / (count - 1) * float((sums**2).sum())) / len(right)
     half = float(t.ppf(0.975, count - 1)) * error
