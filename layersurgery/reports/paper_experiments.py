@@ -273,8 +273,10 @@ class TaskCost:
         tokenizer = tokenizer_of_run(source, options.tokenizer, source.label)
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
         with self._reporter.status(f"Counting the tokens of {self._tasks}"):
-            text = Harness(self._tasks, config, tokenizer).text
-        sequences = len(text.ids)
-        length = max(2, int(text.mask.sum()) // sequences)
-        answers = max(1, int(text.scored.sum()) // sequences)
-        self._size = {"tokens": sequences * length, "context": length, "read": answers}
+            requests = set(Harness(self._tasks, config, tokenizer).requests)
+        # A context that several requests share is run once, where the model allows it.
+        contexts = sum(map(len, {request.context for request in requests}))
+        answers = sum(len(request.continuation) for request in requests)
+        length = max(2, (contexts + answers) // len(requests))
+        read = max(1, answers // len(requests))
+        self._size = {"tokens": len(requests) * length, "context": length, "read": read}

@@ -29,13 +29,11 @@ from layersurgery.runs.options import RunOptions
 from layersurgery.runs.processes import run_session
 from layersurgery.runs.reporter import Reporter
 from layersurgery.runs.requests import read_model_info
-from layersurgery.tasks.harness import Harness
 from layersurgery.tasks.task_request import TaskRequest
 from tests.analyses.test_probe import PLACE, knowing
 from tests.analyses.test_word_senses import toy_rows, write_public
 from tests.cli.test_cli import result_of, run
 from tests.support.tiny_checkpoint import LETTERS, checkpoint, tiny_tokenizer
-from tests.support.zoo import tiny_model
 
 ING = len(LETTERS) + 5
 FIRST_VERSION = list(PaperRequest.of("v1").experiments)
@@ -239,11 +237,11 @@ def test_the_cost_of_tasks_is_that_of_their_tokens(tmp_path: Path, monkeypatch: 
     info = read_model_info(path, None, Reporter())
     cost = TaskCost(request, Reporter())
     found = cost.estimate(path, info, RunOptions(data="pydoc"))
-    text = Harness(request, tiny_model("llama").config, tiny_tokenizer()).text
-    length = int(text.mask.sum()) // len(text.ids)
+    # 8 contexts of 4 tokens ("a is"), each with 2 answers of 5 and 8 tokens (" good", " not bad").
+    length = 8 * (4 + 5 + 8) // 16
     expected, _ = estimate_run(
         path, info, PaperRequest.of("v1").experiments["sweep"].variants(6)[:11],  # type: ignore[misc]
-        RunOptions(data="pydoc", tokens=len(text.ids) * length, context=length, read=6), Reporter(),
+        RunOptions(data="pydoc", tokens=16 * length, context=length, read=(5 + 8) // 2), Reporter(),
     )  # fmt: skip
     assert found is not None
     assert found.flops == expected.flops
