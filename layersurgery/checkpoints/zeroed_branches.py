@@ -20,8 +20,7 @@ from ..models.block_probe import record_block
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
-from ..plans.edits import Branch
-from ..plans.route import Route
+from ..plans.route import Branch, Route
 from .tensor_names import TensorNames
 
 # A probe model with more parameters runs in bfloat16; with more than the second limit, it does not run.

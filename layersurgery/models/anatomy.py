@@ -21,7 +21,6 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..plans.edits import Branch
 from ..plans.route import Visit
 from ..units import format_list
 from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
@@ -74,9 +73,9 @@ class Anatomy:
         Raises:
             UnsupportedEditError: the branch cannot be skipped; gives the reason.
         """
-        if visit.whole:
+        branch = visit.skipped
+        if branch is None:
             return ()
-        branch: Branch = "attention" if visit.mlp else "mlp"
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
         if parts.skip_error:
             raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.skip_error}")

@@ -12,14 +12,11 @@ import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 from ..errors import PlanError
 from .route import Ref, Route, RouteItem, Span, Visit, parse_items, resolve
-
-Branch = Literal["attention", "mlp"]
-
 
 VERBS: dict[str, type[Edit]] = {}
 """The class of each edit, by the first word of its text. A subclass of `Edit` adds its own words."""
@@ -133,7 +130,7 @@ class Swap(Edit):
 
     @classmethod
     def _parse(cls, _verb: str, text: str, /) -> Edit:
-        refs = _parse_refs(text)
+        refs = parse_refs(text)
         if len(refs) == 1:
             return cls.with_next(_number(refs[0]))
         first, second = map(_number, _exactly(2, refs))
@@ -171,20 +168,20 @@ class Drop(Edit):
 
     @classmethod
     def _parse(cls, _verb: str, text: str, /) -> Edit:
-        return cls(_parse_refs(text))
+        return cls(parse_refs(text))
 
     @property
     def _first(self) -> Ref:
         return self.blocks[0]
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        removed = _resolve_all(self.blocks, depth)
+        removed = resolve_all(self.blocks, depth)
         for block in removed:
-            _positions(route, block, self)
+            positions(route, block, self)
         return (visit for visit in route if visit.block not in removed)
 
     def __str__(self) -> str:
-        return f"drop {_join(self.blocks)}"
+        return f"drop {join(self.blocks)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +275,7 @@ class Replace(Edit):
 
     @classmethod
     def _parse(cls, _verb: str, text: str, /) -> Edit:
-        replaced, block = map(_number, _exactly(2, _parse_refs(text)))
+        replaced, block = map(_number, _exactly(2, parse_refs(text)))
         return cls(replaced, block)
 
     @property
@@ -295,7 +292,7 @@ class Replace(Edit):
             raise PlanError(
                 f"blocks {self.replaced} and {self.block} are the same block of {depth}; name two different blocks"
             )
-        position, visit = _only_position(route, replaced, self), route[_positions(route, block, self)[0]]
+        position, visit = _only_position(route, replaced, self), route[positions(route, block, self)[0]]
         return [*route[:position], visit, *route[position + 1 :]]
 
     def __str__(self) -> str:
@@ -327,7 +324,7 @@ class Reverse(Edit):
 
 @dataclass(frozen=True, slots=True)
 class Reorder(Edit):
-    """Set the whole order, with omissions and repeats. Branches that were skipped before stay skipped."""
+    """Set the whole order, with omissions and repeats. What was changed in blocks before stays changed."""
 
     order: tuple[RouteItem, ...]
     examples: ClassVar = {"reorder": "reorder 0:12 13 12 14:32"}
@@ -344,46 +341,29 @@ class Reorder(Edit):
         current = {visit.block: visit for visit in route}
         for item in self.order:
             for visit in item.visits(depth):
-                _positions(route, visit.block, self)
+                positions(route, visit.block, self)
                 before = current[visit.block]
-                yield Visit(visit.block, visit.attention and before.attention, visit.mlp and before.mlp)
+                yield Visit(
+                    visit.block,
+                    visit.attention * before.attention,
+                    visit.mlp * before.mlp,
+                    visit.heads_off + before.heads_off,
+                    visit.neurons_off + before.neurons_off,
+                )
 
     def __str__(self) -> str:
-        return f"reorder {_join(self.order)}"
+        return f"reorder {join(self.order)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Skip(Edit):
-    """Skip the attention (or other token mixer) or the MLP of blocks, at all their positions."""
+def parse_refs(text: str) -> tuple[Ref, ...]:
+    """Read blocks and ranges.
 
-    branch: Branch
-    blocks: tuple[Ref, ...]
-    examples: ClassVar = {"skip-attention": "skip-attention 5", "skip-mlp": "skip-mlp 5"}
-
-    @classmethod
-    def _parse(cls, verb: str, text: str, /) -> Edit:
-        return cls("attention" if verb == "skip-attention" else "mlp", _parse_refs(text))
-
-    @property
-    def _first(self) -> Ref:
-        return self.blocks[0]
-
-    def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        named = _resolve_all(self.blocks, depth)
-        for block in named:
-            if any(not getattr(route[position], self.branch) for position in _positions(route, block, self)):
-                raise PlanError(f"'{self}': the {self.branch} of block {block} is already skipped; name it once")
-        return (replace(visit, **{self.branch: False}) if visit.block in named else visit for visit in route)
-
-    def __str__(self) -> str:
-        return f"skip-{self.branch} {_join(self.blocks)}"
-
-
-def _parse_refs(text: str) -> tuple[Ref, ...]:
-    """Read blocks and ranges."""
+    Raises:
+        PlanError: one of them cannot be read, or has a suffix.
+    """
     items = parse_items(text)
     for item in items:
-        if not (item.attention and item.mlp):
+        if not item.like.whole:
             raise PlanError(
                 f"{item} has a suffix, which only routes take; name blocks only (skip-attention 5 is a separate edit)"
             )
@@ -392,7 +372,7 @@ def _parse_refs(text: str) -> tuple[Ref, ...]:
 
 def _parse_ref(text: str) -> Ref:
     """Read one block or range."""
-    return _exactly(1, _parse_refs(text))[0]
+    return _exactly(1, parse_refs(text))[0]
 
 
 def _exactly(count: int, refs: tuple[Ref, ...]) -> tuple[Ref, ...]:
@@ -407,29 +387,36 @@ def _number(ref: Ref) -> int:
     return ref
 
 
-def _join(items: Iterable[object]) -> str:
+def join(items: Iterable[object]) -> str:
+    """Return items as text, separated by spaces."""
     return " ".join(map(str, items))
 
 
-def _resolve_all(refs: Sequence[Ref], depth: int) -> frozenset[int]:
+def resolve_all(refs: Sequence[Ref], depth: int) -> frozenset[int]:
+    """Return the blocks of several references."""
     return frozenset(block for ref in refs for block in resolve(ref, depth))
 
 
-def _positions(route: Sequence[Visit], block: int, edit: Edit) -> list[int]:
-    positions = [position for position, visit in enumerate(route) if visit.block == block]
-    if not positions:
+def positions(route: Sequence[Visit], block: int, edit: Edit) -> list[int]:
+    """Return the positions of a block in a route.
+
+    Raises:
+        PlanError: it has none.
+    """
+    found = [position for position, visit in enumerate(route) if visit.block == block]
+    if not found:
         raise PlanError(f"'{edit}': block {block} is not in the route any more: an earlier edit removed it")
-    return positions
+    return found
 
 
 def _only_position(route: Sequence[Visit], block: int, edit: Edit) -> int:
-    positions = _positions(route, block, edit)
-    if len(positions) > 1:
+    found = positions(route, block, edit)
+    if len(found) > 1:
         raise PlanError(
-            f"'{edit}' needs one position, and block {block} has {len(positions)} after a repeat; "
+            f"'{edit}' needs one position, and block {block} has {len(found)} after a repeat; "
             "put this edit before the repeat, or write the order with reorder"
         )
-    return positions[0]
+    return found[0]
 
 
 def _segment(route: Route, blocks: Sequence[int], edit: Edit) -> range:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, permutations
 
-from .edits import Drop, Edit, Reorder, Repeat, Replace, Reverse, Skip, Swap, parse_edit
+from .branch_edits import Skip
+from .edits import Drop, Edit, Reorder, Repeat, Replace, Reverse, Swap, parse_edit
 from .route import Ref, RouteItem, Span
 
 Cell = tuple[int, int]

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from ..errors import PlanError
-from .edits import Drop, Edit, Move, Reorder, Repeat, Replace, Reverse, Skip, Swap, parse_edit
+from .branch_edits import Scale, Skip, UnitsOff
+from .edits import Drop, Edit, Move, Reorder, Repeat, Replace, Reverse, Swap, parse_edit
 from .html import plan_html
-from .route import Ref, Route, RouteItem, Span, Visit, as_int, parse_items, whole_number
+from .route import Branch, Ref, Route, RouteItem, Span, Visit, as_int, parse_items, unit_numbers, whole_number
 
 Blocks = SupportsIndex | range | Iterable[SupportsIndex | range]
 """Blocks of a model in Python: a number, a range, or a list of these. Integers of NumPy and torch are numbers, too."""
@@ -141,7 +142,7 @@ def reorder(order: str | Iterable[SupportsIndex | range | Visit]) -> Plan:
     items: list[RouteItem] = []
     for item in order if isinstance(order, Iterable) else [order]:
         if isinstance(item, Visit):
-            items.append(RouteItem(item.block, item.attention, item.mlp))
+            items.append(RouteItem(item.block, item))
         else:
             items.extend(map(RouteItem, _refs([item], "reorder")))
     if not items:
@@ -157,6 +158,30 @@ def skip_attention(*blocks: Blocks) -> Plan:
 def skip_mlp(*blocks: Blocks) -> Plan:
     """Skip the MLP of blocks."""
     return Plan((Skip("mlp", _refs(blocks, "skip_mlp")),))
+
+
+def scale(blocks: Blocks, by: float, *, branch: Branch | None = None) -> Plan:
+    """Multiply what blocks add to the stream: "attention", "mlp", or both by default."""
+    if branch not in (None, "attention", "mlp"):
+        raise PlanError(f"branch is 'attention' or 'mlp', not {branch!r}")
+    return Plan((Scale(_refs([blocks], "scale"), by, branch),))
+
+
+def heads_off(blocks: Blocks, heads: SupportsIndex | Iterable[SupportsIndex]) -> Plan:
+    """Set the output of attention heads of blocks to zero; heads are query heads, numbered from 0."""
+    return Plan((UnitsOff("attention", _units(heads, "heads"), _refs([blocks], "heads_off")),))
+
+
+def neurons_off(blocks: Blocks, neurons: SupportsIndex | Iterable[SupportsIndex]) -> Plan:
+    """Set the activation of neurons of the MLP of blocks to zero; neurons are numbered from 0."""
+    return Plan((UnitsOff("mlp", _units(neurons, "neurons"), _refs([blocks], "neurons_off")),))
+
+
+def _units(units: Any, what: str) -> tuple[int, ...]:
+    numbers = unit_numbers([units] if as_int(units) is not None else units, what)
+    if not numbers:
+        raise PlanError(f"{what}_off needs the number of at least one of the {what}")
+    return numbers
 
 
 def _block(value: object) -> int:

@@ -110,7 +110,7 @@ def layer_range(layers: Layers, depth: int) -> range | None:
         return None
     if isinstance(layers, str):
         items = parse_items(layers)
-        if len(items) != 1 or not isinstance(items[0].ref, Span) or not (items[0].attention and items[0].mlp):
+        if len(items) != 1 or not isinstance(items[0].ref, Span) or not items[0].like.whole:
             raise PlanError(f"layers takes one half-open range, for example 4:20, not {layers!r}")
         blocks = resolve(items[0].ref, depth)
         return range(blocks[0], blocks[-1] + 1)

@@ -20,6 +20,7 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..models.block_probe import BlockProbe, probe_blocks, probe_forward
 from ..models.block_view import share_parameters
+from ..models.block_weights import ModelWeights, install_changes
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
 from ..models.skipped_branch import install_skips
 from ..plans.route import Visit
@@ -97,6 +98,7 @@ class BlockRunner:
         self.offloaded_outside = offloaded_outside_blocks(model, block_list.blocks)
         self.conventions, self.width = self._observe_conventions()
         self._views: dict[Visit, nn.Module] = {}
+        self._weights = ModelWeights(model, self._list, anatomy)
 
     @property
     def depth(self) -> int:
@@ -179,17 +181,30 @@ class BlockRunner:
         return after
 
     def block(self, visit: Visit) -> nn.Module:
-        """Return the module of a visit: the block itself, or a view of the block in which a branch is skipped."""
+        """Return the module of a visit: the block itself, or a view of the block in which a branch is changed."""
         if visit.whole:
             return self.blocks[visit.block]
         if visit in self._views:
             return self._views[visit]
+        changes = self._weights.changes(visit)
         view = share_parameters(self.blocks[visit.block])
+        install_changes(view, changes)
         install_skips(view, self.anatomy.skip_specs(visit))
         # A view refers to the weights that are loaded when it is made, so a view of offloaded weights is not cached.
-        if not any(True for module in view.modules() for _ in offload_hooks(module)):
+        # Nor is one with weights of its own: those of all heads of a model would not fit into memory together.
+        if not changes and not any(True for module in view.modules() for _ in offload_hooks(module)):
             self._views[visit] = view
         return view
+
+    def check(self, visit: Visit) -> None:
+        """Check that the block of a visit can be changed as the visit says.
+
+        Raises:
+            UnsupportedEditError: it cannot; gives the reason.
+            PlanError: the block does not have a head or neuron of a number.
+        """
+        self.anatomy.skip_specs(visit)
+        self._weights.changes(visit)
 
     def probes(self, seed: int) -> list[BlockProbe]:
         """Return a probe of each block, which runs it on random numbers, with the blocks' calls in one small forward.

@@ -23,12 +23,13 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, find_decoder_blocks, text_config
 from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, share_parameters
+from ..models.block_weights import ModelWeights, WeightChange, install_changes
 from ..models.config_fields import depth_field
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
-from ..plans.route import Route
+from ..plans.route import Route, Visit
 from .adapter_settings import check_adapter_settings, forget_base, refuse_prefixes
 from .cached_state import clear_cached_state
 from .call_order import check_call_order
@@ -68,7 +69,7 @@ def operate(
             block.
         plan: the edits, their text, or the route itself.
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
-        anatomy: anatomy of the model, needed to skip a branch. By default, it is found by running the model once on
+        anatomy: anatomy of the model, needed to change a branch. By default, it is found by running the model once on
             seven tokens.
         verify: check in one forward on seven tokens that the edited model calls the blocks of its list once each, in
             order. The result is kept, so later edits to the same depth are not checked again.
@@ -124,7 +125,7 @@ def operate_(
         model: as for `operate`.
         plan: the edits, their text, or the route itself.
         blocks: path of the list of blocks, if it cannot be found automatically.
-        anatomy: anatomy of the model, needed to skip a branch; found by default.
+        anatomy: anatomy of the model, needed to change a branch; found by default.
         verify: check as `operate` does, and refuse an edit after which `save_pretrained` and a reload would not give
             the same function. Without this check, save with `layersurgery.save`, which checks the reload, too.
 
@@ -180,7 +181,7 @@ class Surgery:
         """Make the edit; if this raises, `undo` restores what was changed before the error.
 
         Args:
-            anatomy: needed to skip a branch; found by default.
+            anatomy: needed to change a branch; found by default.
             verify: check that the edited model calls the blocks of its list once each, in order.
 
         Raises:
@@ -218,7 +219,7 @@ class Surgery:
                 for position, visit in enumerate(self.route)
             ):
                 check_positions(block, number)
-        skips = self._skip_specs(anatomy)
+        changed = self._changed_parts(anatomy)
         original_positions = _positions_of_originals(self.route)
         built: list[nn.Module] = []
         included = {self.route[position].block for position in original_positions}
@@ -226,7 +227,9 @@ class Surgery:
             block = self.original[visit.block]
             if position not in original_positions:
                 block = share_parameters(block)
-                install_skips(block, skips.get((visit.block, visit.attention), ()) if not visit.whole else ())
+                weights, skips = changed.get(visit, ((), ()))
+                install_changes(block, weights)
+                install_skips(block, skips)
                 renumber_block(block, visit.block, position)
                 if visit.block in included:
                     clone_in_state_dict(block)
@@ -236,14 +239,16 @@ class Surgery:
             renumber_block(built[position], self.route[position].block, position, self.log)
         return built
 
-    def _skip_specs(self, anatomy: Anatomy | None) -> dict[tuple[int, bool], tuple[SkipSpec, ...]]:
-        """Return the skips of each visit without attention or MLP, by its block and whether attention runs."""
-        skipping = {visit for visit in self.route if not visit.whole}
-        if not skipping:
+    def _changed_parts(
+        self, anatomy: Anatomy | None
+    ) -> dict[Visit, tuple[tuple[WeightChange, ...], tuple[SkipSpec, ...]]]:
+        """Return, for each visit of a block that is not as it is, the changes of its weights and the skips."""
+        changed = {visit for visit in self.route if not visit.whole}
+        if not changed:
             return {}
         if anatomy is None:
             anatomy = find_anatomy(self.model, blocks=self.block_list.path)
-        for visit in skipping:
+        for visit in changed:
             if anatomy.depth <= visit.block or anatomy.signatures[anatomy.kind_of[visit.block]] != block_signature(
                 self.original[visit.block]
             ):
@@ -251,7 +256,8 @@ class Surgery:
                     f"block {visit.block} differs from the anatomy argument, which belongs to another model or to this "
                     "model before an edit; omit the argument, or compute the anatomy again"
                 )
-        return {(visit.block, visit.attention): anatomy.skip_specs(visit) for visit in skipping}
+        weights = ModelWeights(self.model, self.block_list.blocks, anatomy)
+        return {visit: (weights.changes(visit), anatomy.skip_specs(visit)) for visit in changed}
 
     def undo(self) -> None:
         """Restore the original model; do nothing if there is no edit to undo.

@@ -21,8 +21,7 @@ import torch
 
 from ..errors import MeasurementError, PlanError, UnsupportedEditError
 from ..metrics.aggregation import Array
-from ..plans.edits import Branch
-from ..plans.route import Route, Visit
+from ..plans.route import Branch, Route, Visit
 from ..plans.variants import Variant
 from ..runtime.block_runner import BlockRunner, ForwardRecord
 from ..runtime.contributions import BRANCHES, CapturePoint, capture_contributions, find_contributions

@@ -36,7 +36,7 @@ def select_supported(runner: BlockRunner, variants: Sequence[Variant]) -> tuple[
                 refuse_route(fields, variant.route, live=True)
                 refuse_block_by_block(fields, variant.route)
                 for visit in variant.route:
-                    runner.anatomy.skip_specs(visit)
+                    runner.check(visit)
             except UnsupportedEditError as error:
                 if variant.edit == "plan":
                     raise

@@ -1,0 +1,300 @@
+"""Find which weights of a block to change so that a branch is scaled, or heads or neurons of it are off.
+
+What is found by structure is confirmed by running the block: the changed weights must give the scaled output, or the
+output that the block has if the input of the projection is zero there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PlanError, UnsupportedEditError
+from ..plans.route import Branch, Visit
+from .anatomy import Anatomy
+from .block_parts import BlockParts
+from .block_probe import BlockProbe, record_block
+from .block_view import share_parameters
+from .call_tracing import TOKENS, ModuleWrapper, eval_no_grad
+from .numerics import is_same_change, tolerance
+from .quantized import is_quantized
+from .skipped_branch import install_skips
+from .weight_conventions import output_dim
+
+_TRIAL_FACTOR = -0.5
+_UNITS: dict[Branch, str] = {"attention": "head", "mlp": "neuron"}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightChange:
+    """Change of one parameter of a block.
+
+    Attributes:
+        parameter: its name, relative to the block.
+        factor: number by which it is multiplied.
+        offset: number that the module adds to it before it uses it: 1 in a norm that multiplies by 1 + weight.
+        units: numbers of the units that become zero.
+        unit_size: number of indexes of one unit.
+        dim: dimension of the units.
+    """
+
+    parameter: str
+    factor: float = 1.0
+    offset: float = 0.0
+    units: tuple[int, ...] = ()
+    unit_size: int = 1
+    dim: int = 0
+
+    @property
+    def is_product(self) -> bool:
+        """Return whether every number is multiplied by one factor, so that the layout makes no difference."""
+        return not self.units and not self.offset
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the changed weight; computed in float32 at least, and rounded once."""
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        changed = ((weight.to(exact) + self.offset) * self.factor - self.offset).to(weight.dtype)
+        if self.units:
+            indexes = torch.tensor(self.units)[:, None] * self.unit_size + torch.arange(self.unit_size)
+            changed.index_fill_(self.dim, indexes.flatten().to(weight.device), 0)
+        return changed
+
+
+def install_changes(block: nn.Module, changes: Iterable[WeightChange]) -> None:
+    """Change weights of `block` in place. `block` must be a view, so that the original is not changed.
+
+    Raises:
+        UnsupportedEditError: a weight is offloaded, so it has no values to change.
+    """
+    for change in changes:
+        path, _, name = change.parameter.rpartition(".")
+        owner = block.get_submodule(path)
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        if parameter.is_meta:
+            raise UnsupportedEditError(
+                f"{change.parameter} is offloaded, and weights that are scaled or partly off must be in memory; load "
+                "the model without offloading, or edit the checkpoint on disk"
+            )
+        owner._parameters[name] = nn.Parameter(change.apply(parameter.detach()), requires_grad=parameter.requires_grad)
+
+
+@dataclass(frozen=True, slots=True)
+class _UnitLayout:
+    """Place of a branch's heads or neurons in the weight that writes the stream."""
+
+    parameter: str
+    dim: int
+    count: int
+    size: int
+
+
+class BlockWeights:
+    """Find the weights to change in one kind of block.
+
+    Args:
+        probe: a block of this kind.
+        parts: its parts.
+        name: its name, for errors.
+    """
+
+    def __init__(self, probe: BlockProbe, parts: BlockParts, name: str) -> None:
+        self._probe, self._parts, self._name = probe, parts, name
+        self._scaled = cache(self._find_scaled)
+        self._layout = cache(self._find_layout)
+
+    def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
+        """Return the changes of a visit's weights, in the order in which to make them.
+
+        Raises:
+            UnsupportedEditError: this kind of block cannot be changed in this way; gives the reason.
+            PlanError: the block does not have a head or neuron of a number.
+        """
+        changes: list[WeightChange] = []
+        branches: tuple[Branch, ...] = ("attention", "mlp")
+        for branch in branches:
+            if units := visit.units_off(branch):
+                layout = self._layout(branch)
+                if units[-1] >= layout.count:
+                    raise PlanError(
+                        f"block {visit.block} has no {_UNITS[branch]} {units[-1]}: it has {layout.count} "
+                        f"{_UNITS[branch]}s, 0 to {layout.count - 1}"
+                    )
+                changes.append(WeightChange(layout.parameter, units=units, unit_size=layout.size, dim=layout.dim))
+            factor = visit.factor(branch)
+            if factor and factor is not True:
+                changes += (WeightChange(name, factor, offset) for name, offset in self._scaled(branch))
+        return tuple(changes)
+
+    def _refuse(self, what: str, reason: str) -> UnsupportedEditError:
+        return UnsupportedEditError(f"{what} of {self._name} cannot be changed: {reason}")
+
+    def _find_scaled(self, branch: Branch) -> tuple[tuple[str, float], ...]:
+        """Return the parameters that scale a branch, each with its offset."""
+        probe, parts = self._probe, self._parts
+        skips = self._check_branch(branch)
+        others = parts.skips("mlp" if branch == "attention" else "attention")
+        whole = probe.without(others)
+        expected = probe.stream + _TRIAL_FACTOR * (whole - probe.stream)
+        norms = [skip.path for skip in skips if skip.path in parts.norms_after]
+        candidates: list[list[tuple[str, float]]] = (
+            [
+                [
+                    (f"{path}.{name}", offset if name == "weight" else 0.0)
+                    for path in norms
+                    for name, parameter in probe.block.get_submodule(path)._parameters.items()
+                    if parameter is not None
+                ]
+                for offset in (0.0, 1.0)
+            ]
+            if norms
+            else [[(name, 0.0) for name in parts.outputs(branch)]]
+        )
+        for candidate in filter(None, candidates):
+            changes = [WeightChange(name, _TRIAL_FACTOR, offset) for name, offset in candidate]
+            if self._is_changeable(candidate) and self._gives(changes, expected, probe.stream, others):
+                return tuple(candidate)
+        raise self._refuse(f"what the {branch}", "no weights were found that scale what it adds to the stream")
+
+    def _find_layout(self, branch: Branch) -> _UnitLayout:
+        """Return where the heads or neurons of a branch are in the weight that writes the stream."""
+        probe, unit = self._probe, _UNITS[branch]
+        self._check_branch(branch)
+        names = [name for name in self._parts.outputs(branch) if probe.block.get_parameter(name).dim() > 1]
+        what = f"single {unit}s"
+        if len(names) != 1 or probe.block.get_parameter(names[0]).dim() != 2:
+            raise self._refuse(what, f"its {branch} writes the stream with {len(names)} weights (experts?), not one")
+        if not self._is_changeable([(names[0], 0.0)]):
+            raise self._refuse(what, f"{names[0]} is quantized")
+        path, _, name = names[0].rpartition(".")
+        owner = probe.block.get_submodule(path)
+        dim = 1 - output_dim(owner, name, probe.stream.shape[-1])
+        inputs = owner._parameters[name].shape[dim]  # type: ignore[union-attr]
+        count = inputs if branch == "mlp" else self._count_heads(path, inputs)
+        layout = _UnitLayout(names[0], dim, count, inputs // count)
+        full = probe.run()
+        for number in {0, count - 1}:
+            edited = share_parameters(probe.block)
+            parent, _, key = path.rpartition(".")
+            span = slice(number * layout.size, (number + 1) * layout.size)
+            edited.get_submodule(parent)._modules[key] = _WithoutInputs(owner, _span=span)
+            expected = probe.run(edited)
+            change = WeightChange(names[0], units=(number,), unit_size=layout.size, dim=dim)
+            if torch.equal(expected, full) or not self._gives([change], expected, full, ()):
+                raise self._refuse(what, f"zeros in {names[0]} do not have the effect of a {unit} that is off")
+        return layout
+
+    def _check_branch(self, branch: Branch) -> Sequence[Any]:
+        """Return how a branch is skipped; refuse a block that is not known to be a sum of its branches."""
+        if self._parts.skip_error:
+            raise self._refuse("a branch", self._parts.skip_error)
+        skips = self._parts.skips(branch)
+        if not skips:
+            raise self._refuse(f"the {branch}", "it has none")
+        return skips
+
+    def _is_changeable(self, names: Iterable[tuple[str, float]]) -> bool:
+        """Return whether parameters hold plain numbers."""
+        return all(
+            self._probe.block.get_parameter(name).is_floating_point()
+            and not is_quantized(self._probe.block.get_submodule(name.rpartition(".")[0]))
+            for name, _ in names
+        )
+
+    def _gives(
+        self, changes: Sequence[WeightChange], expected: torch.Tensor, before: torch.Tensor, skips: Sequence[Any]
+    ) -> bool:
+        edited = share_parameters(self._probe.block)
+        install_changes(edited, changes)
+        install_skips(edited, skips)
+        return is_same_change(self._probe.run(edited), expected, before, tolerance("fit", expected.dtype))
+
+    def _count_heads(self, path: str, inputs: int) -> int:
+        """Return the number of heads whose outputs, one after another, are the input of a projection."""
+        seen = _FourDimensional()
+        with seen:
+            (call,) = self._probe.calls([path])
+        argument = call.hidden_states_argument()
+        counts = set()
+        if argument is not None and call[argument].shape[-1] == inputs:
+            given = call[argument].flatten()
+            for heads, flat in seen.by_heads(inputs):
+                if torch.equal(flat, given):
+                    counts.add(heads)
+        if len(counts) != 1:
+            raise self._refuse(
+                "single heads", "the input of its output projection is not the outputs of attention heads side by side"
+            )
+        return counts.pop()
+
+
+class _WithoutInputs(ModuleWrapper):
+    """Runs a module on its input with zeros at some indexes of the last dimension."""
+
+    _span: slice
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = hidden.clone()
+        hidden[..., self._span] = 0
+        return self.module(hidden, *args, **kwargs)
+
+
+class _FourDimensional(TorchFunctionMode):
+    """Context that keeps every tensor of four dimensions that functions of torch return or are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in (output, *args[:1]):
+            if isinstance(value, torch.Tensor) and value.dim() == 4 and TOKENS in value.shape[1:3]:
+                self.tensors.append(value.detach().clone())
+        return output
+
+    def by_heads(self, inputs: int) -> Iterable[tuple[int, torch.Tensor]]:
+        """Yield numbers of heads, and the outputs of the heads side by side for each token, as one row of numbers."""
+        for value in self.tensors:
+            if value.numel() == TOKENS * inputs:
+                if value.shape[1] == TOKENS:
+                    yield value.shape[2], value.flatten()
+                if value.shape[2] == TOKENS:
+                    yield value.shape[1], value.transpose(1, 2).flatten()
+
+
+class ModelWeights:
+    """Find the weights to change in the blocks of a loaded model; each kind of block is examined once.
+
+    Args:
+        model: a model that runs each of its blocks once and in order.
+        blocks: its blocks.
+        anatomy: its anatomy.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, anatomy: Anatomy) -> None:
+        self._model, self._blocks, self._anatomy = model, blocks, anatomy
+        self._of_kind: dict[int, BlockWeights] = {}
+
+    def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
+        """Return the changes of a visit's weights, in the order in which to make them.
+
+        Raises:
+            UnsupportedEditError: the block cannot be changed in this way; gives the reason.
+            PlanError: the block does not have a head or neuron of a number.
+        """
+        if visit.skips_only:
+            return ()
+        number, kind = visit.block, self._anatomy.kind_of[visit.block]
+        with eval_no_grad(self._model), torch.compiler.set_stance("force_eager"):
+            if kind not in self._of_kind:
+                probe = BlockProbe(self._blocks[number], record_block(self._model, self._blocks, number), seed=1)
+                name = f"block {number} ({type(self._blocks[number]).__name__})"
+                self._of_kind[kind] = BlockWeights(probe, self._anatomy.parts(number), name)
+            return self._of_kind[kind].changes(visit)

@@ -1,0 +1,139 @@
+"""The edits of what a block's attention and MLP add to the stream: skip, scale, heads and neurons off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..errors import PlanError
+from .edits import Edit, join, parse_refs, positions, resolve_all
+from .route import Branch, Ref, Route, Visit, branch_factor, factor_text, parse_units, unit_numbers, units_text
+
+
+@dataclass(frozen=True, slots=True)
+class Skip(Edit):
+    """Skip the attention (or other token mixer) or the MLP of blocks, at all their positions."""
+
+    branch: Branch
+    blocks: tuple[Ref, ...]
+    examples: ClassVar = {"skip-attention": "skip-attention 5", "skip-mlp": "skip-mlp 5"}
+
+    @classmethod
+    def _parse(cls, verb: str, text: str, /) -> Edit:
+        return cls("attention" if verb == "skip-attention" else "mlp", parse_refs(text))
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks[0]
+
+    def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
+        named = resolve_all(self.blocks, depth)
+        for block in named:
+            if any(not getattr(route[position], self.branch) for position in positions(route, block, self)):
+                raise PlanError(f"'{self}': the {self.branch} of block {block} is already skipped; name it once")
+        skipped: dict[str, Any] = {self.branch: False}
+        return (replace(visit, **skipped) if visit.block in named else visit for visit in route)
+
+    def __str__(self) -> str:
+        return f"skip-{self.branch} {join(self.blocks)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(Edit):
+    """Multiply what blocks add to the stream, at all their positions: the attention, the MLP, or both.
+
+    0 skips, 1 changes nothing. Several factors of one branch multiply.
+    """
+
+    blocks: tuple[Ref, ...]
+    by: float
+    branch: Branch | None = None
+    examples: ClassVar = {
+        "scale": "scale 20 0.5",
+        "scale-attention": "scale-attention 20 0.5",
+        "scale-mlp": "scale-mlp 20 0.5",
+    }
+
+    @classmethod
+    def _parse(cls, verb: str, text: str, /) -> Edit:
+        blocks, _, factor = text.strip().rpartition(" ")
+        if not blocks:
+            raise PlanError("expected blocks, and a factor behind them")
+        branch: Branch | None = None if verb == "scale" else "attention" if verb == "scale-attention" else "mlp"
+        return cls(parse_refs(blocks), branch_factor(factor, "a branch"), branch)
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks[0]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by", branch_factor(self.by, "a branch"))
+
+    def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
+        named = resolve_all(self.blocks, depth)
+        branches: tuple[Branch, ...] = ("attention", "mlp") if self.branch is None else (self.branch,)
+        for block in named:
+            _refuse_skipped(route, block, branches, self)
+
+        def scaled(visit: Visit) -> Visit:
+            factors: dict[str, Any] = {branch: visit.factor(branch) * self.by for branch in branches}
+            return replace(visit, **factors) if visit.block in named else visit
+
+        return map(scaled, route)
+
+    def __str__(self) -> str:
+        branch = "" if self.branch is None else f"-{self.branch}"
+        return f"scale{branch} {join(self.blocks)} {factor_text(self.by)}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnitsOff(Edit):
+    """Set the output of attention heads, or the activation of neurons of the MLP, to zero, at all positions of blocks.
+
+    Heads are query heads. Both are numbered from 0.
+    """
+
+    branch: Branch
+    units: tuple[int, ...]
+    blocks: tuple[Ref, ...]
+    examples: ClassVar = {"heads-off": "heads-off 0 3 of 5", "neurons-off": "neurons-off 0:100 of 29"}
+
+    @classmethod
+    def _parse(cls, verb: str, text: str, /) -> Edit:
+        units, of, blocks = text.partition(" of ")
+        if not of:
+            raise PlanError("expected numbers, 'of' and blocks")
+        return cls("attention" if verb == "heads-off" else "mlp", parse_units(units), parse_refs(blocks))
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks[0]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "units", unit_numbers(self.units, self._name))
+
+    @property
+    def _name(self) -> str:
+        return "heads" if self.branch == "attention" else "neurons"
+
+    def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
+        named, field = resolve_all(self.blocks, depth), f"{self._name}_off"
+        for block in named:
+            _refuse_skipped(route, block, [self.branch], self)
+
+        def without(visit: Visit) -> Visit:
+            off: dict[str, Any] = {field: visit.units_off(self.branch) + self.units}
+            return replace(visit, **off) if visit.block in named else visit
+
+        return map(without, route)
+
+    def __str__(self) -> str:
+        return f"{self._name}-off {units_text(self.units, ' ')} of {join(self.blocks)}"
+
+
+def _refuse_skipped(route: Route, block: int, branches: Iterable[Branch], edit: Edit) -> None:
+    """Refuse to change a branch that an earlier edit skips."""
+    for branch in branches:
+        if not any(route[position].factor(branch) for position in positions(route, block, edit)):
+            raise PlanError(f"'{edit}': the {branch} of block {block} is skipped; leave one of both edits out")
