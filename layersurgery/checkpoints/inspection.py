@@ -203,7 +203,7 @@ def size_after(checkpoint: Checkpoint, route: Route) -> SizeChange:
         checkpoint.tensors,
         checkpoint.block_prefix,
         new_positions(route, checkpoint.section),
-        zeroed={},
+        changed={},
     )
     before = [info for _, info in checkpoint.tensors.tensors()]
     after = [info for shard in layout.shards for info in shard.tensors.values()]

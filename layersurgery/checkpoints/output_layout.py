@@ -1,15 +1,15 @@
 """Plan the files of an edited checkpoint before anything is written: their names, headers and byte ranges.
 
 Tensors are renamed in the headers, and their bytes keep their order. So a swap, move or reversal changes only headers.
-A drop leaves byte ranges out, a repeat copies them twice, and the output projection of a skipped branch becomes a range
-of zeros.
+A drop leaves byte ranges out, a repeat copies them twice, the output projection of a skipped branch becomes a range of
+zeros, and that of a scaled branch is computed from the source's bytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,23 @@ from .tensor_index import BlockPrefix, TensorIndex
 _SHARD_NAME = re.compile(r"(.*)-\d{5}-of-\d{5}\.safetensors")
 
 
+Recode = Callable[[bytearray], bytes]
+"""A function that computes the bytes of a tensor from those of the source."""
+
+
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A range of `count` output bytes: copied from byte `start` of the source file, or zeros if `start` is None."""
+    """A range of output bytes.
+
+    Attributes:
+        start: first byte of the range in the source file; None for zeros.
+        count: number of bytes.
+        recode: computes the bytes from the source's; None to copy them.
+    """
 
     start: int | None
     count: int
+    recode: Recode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +79,12 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
 
-ZeroedTensors = Mapping[int, frozenset[str]]
-"""The names, within the block, of the tensors that become zeros, by the block's position in the output."""
+ChangedTensors = Mapping[int, Mapping[str, Recode | None]]
+"""The tensors that change, by the block's position in the output and the name within the block; None for zeros."""
 
 
 def plan_output_files(
-    tensors: TensorIndex, prefix: BlockPrefix, positions: Mapping[int, list[int]], zeroed: ZeroedTensors
+    tensors: TensorIndex, prefix: BlockPrefix, positions: Mapping[int, list[int]], changed: ChangedTensors
 ) -> Layout:
     """Plan the output files, one for each source file that keeps at least one tensor.
 
@@ -81,14 +92,14 @@ def plan_output_files(
         tensors: the tensors of the source.
         prefix: prefix of the blocks in the tensor names.
         positions: the positions in the output of each block that is kept.
-        zeroed: the tensors that become zeros.
+        changed: the tensors whose bytes change.
 
     Returns:
         The layout of the output.
     """
     kept = []
     for file, header in tensors.shards.items():
-        placed = list(_place_tensors(header, prefix, positions, zeroed))
+        placed = list(_place_tensors(header, prefix, positions, changed))
         if placed:
             kept.append((file, header, placed))
     names = _file_names([file for file, _, _ in kept], complete=len(kept) == len(tensors.shards))
@@ -99,38 +110,50 @@ def plan_output_files(
     return Layout(shards, None if tensors.index is None else _write_index(tensors.index, shards))
 
 
-_PlacedTensor = tuple[str, TensorInfo, bool]
+@dataclass(frozen=True, slots=True)
+class _PlacedTensor:
+    """A tensor of the output: its new name, its info in the source, and how its bytes change."""
+
+    name: str
+    info: TensorInfo
+    is_zeroed: bool = False
+    recode: Recode | None = None
 
 
 def _place_tensors(
-    header: Header, prefix: BlockPrefix, positions: Mapping[int, list[int]], zeroed: ZeroedTensors
+    header: Header, prefix: BlockPrefix, positions: Mapping[int, list[int]], changed: ChangedTensors
 ) -> Iterable[_PlacedTensor]:
-    """Iterate over the output tensors in the order of the data: new name, info in the source, whether it is zeroed."""
+    """Iterate over the output tensors in the order of the data."""
     for name, info in header.tensors.items():
         split = prefix.split(name)
         if split is None:
-            yield name, info, False
+            yield _PlacedTensor(name, info)
             continue
         block, rest = split
         for position in positions.get(block, []):
-            yield prefix.join(position, rest), info, rest in zeroed.get(position, ())
+            changes = changed.get(position, {})
+            recode = changes.get(rest)
+            yield _PlacedTensor(prefix.join(position, rest), info, rest in changes and recode is None, recode)
 
 
 def _plan_shard(name: str, source: Path, header: Header, placed: list[_PlacedTensor]) -> Shard:
     tensors: dict[str, TensorInfo] = {}
     ranges: list[ByteRange] = []
     end = 0
-    for new_name, info, is_zeroed in placed:
-        tensors[new_name] = TensorInfo(info.dtype, info.shape, end, end + info.nbytes)
+    for tensor in placed:
+        info = tensor.info
+        tensors[tensor.name] = TensorInfo(info.dtype, info.shape, end, end + info.nbytes)
         end += info.nbytes
-        _append_range(ranges, ByteRange(None if is_zeroed else header.data_offset + info.start, info.nbytes))
+        start = None if tensor.is_zeroed else header.data_offset + info.start
+        _append_range(ranges, ByteRange(start, info.nbytes, tensor.recode))
     # Ranges of zeros are merged, so at most one stands before the first copied range.
     first_copied = next((byte_range.start for byte_range in ranges if byte_range.start is not None), None)
     zeros_before = ranges[0].count if ranges and ranges[0].start is None else 0
     encoded = encode_header(
         tensors, header.metadata, congruent_to=None if first_copied is None else first_copied - zeros_before
     )
-    unchanged = tensors == header.tensors and all(byte_range.start is not None for byte_range in ranges)
+    copied = all(byte_range.start is not None and byte_range.recode is None for byte_range in ranges)
+    unchanged = tensors == header.tensors and copied
     return Shard(name, source, encoded, tuple(ranges), tensors, unchanged, header.file_identity)
 
 
@@ -138,7 +161,7 @@ def _append_range(ranges: list[ByteRange], byte_range: ByteRange) -> None:
     """Append a byte range, or extend the last one if the new one continues it."""
     if not byte_range.count:
         return
-    if ranges:
+    if ranges and ranges[-1].recode is None and byte_range.recode is None:
         last = ranges[-1]
         both_zeros = last.start is None and byte_range.start is None
         continues = last.start is not None and byte_range.start == last.start + last.count

@@ -28,7 +28,7 @@ from ..quick_imports import quick_imports
 from ..units import format_list
 from .checkpoint import Checkpoint
 from .other_files import plan_other_files
-from .output_layout import Layout, Shard, plan_output_files
+from .output_layout import ChangedTensors, Layout, Shard, plan_output_files
 from .packed_zeros import check_zeros_mean_zero, quantization_methods, refuse_packed_zeros
 from .quantization import QUANTIZATION_KEYS, renumber_settings
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER
@@ -50,7 +50,7 @@ class PlannedEdit:
         route: the source's blocks in the order in which the new model runs them.
         positions: the positions in the new model of each block that is kept.
         config: the new config.json, without the lists that its class may derive.
-        layout: the safetensors files, as if no branch were skipped.
+        layout: the safetensors files, as if no branch were changed.
         other_files: the other files by their path in the directory, with their new content as JSON, or None for a copy.
         verify: whether `check_edit` runs the reload check.
         notes: what users of the source or of the result should know.
@@ -73,13 +73,13 @@ class PlannedEdit:
 
     @property
     def settled_shards(self) -> list[Shard]:
-        """Return the safetensors files that `check_edit` cannot change: those without a block with a skipped branch."""
-        skipped = {position for position, visit in enumerate(self.route) if not visit.whole}
+        """Return the safetensors files that `check_edit` cannot change: those without a block with a changed branch."""
+        changed = {position for position, visit in enumerate(self.route) if not visit.whole}
         prefix = self.checkpoint.block_prefix
         return [
             shard
             for shard in self.layout.shards
-            if not any((split := prefix.split(name)) and split[0] in skipped for name in shard.tensors)
+            if not any((split := prefix.split(name)) and split[0] in changed for name in shard.tensors)
         ]
 
 
@@ -146,7 +146,7 @@ def plan_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Pla
 def check_edit(planned: PlannedEdit) -> PreparedEdit:
     """Compute the rest of an edited checkpoint, and check that it would reload as intended.
 
-    Nothing is written. Imports transformers for the reload check, for a skipped branch, and for a config whose class
+    Nothing is written. Imports transformers for the reload check, for a changed branch, and for a config whose class
     derives lists of layers.
 
     Raises:
@@ -158,8 +158,8 @@ def check_edit(planned: PlannedEdit) -> PreparedEdit:
     config = _derive_config(planned)
     blocks = _check_reload(checkpoint, config, route) if planned.verify else None
     layout = planned.layout
-    if zeroed := _tensors_to_zero(checkpoint, route, blocks):
-        layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, planned.positions, zeroed)
+    if changed := _find_changed_tensors(checkpoint, route, blocks):
+        layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, planned.positions, changed)
     model_type = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}["model_type"]
     readers = describe_position_readers(str(model_type), checkpoint.section.get_fields(config), len(route))
     return PreparedEdit(config, layout, notes + ((readers,) if readers else ()) + planned.notes)
@@ -274,10 +274,10 @@ def _derive_config(planned: PlannedEdit) -> Json:
     return planned.config
 
 
-def _tensors_to_zero(
+def _find_changed_tensors(
     checkpoint: Checkpoint, route: Route, blocks: tuple[nn.Module, BlockList, TensorNames] | None
-) -> Mapping[int, frozenset[str]]:
-    """Return the names, within the block, of the tensors to zero at each position where a branch is skipped.
+) -> ChangedTensors:
+    """Return the tensors whose bytes change, at each position where a branch is skipped, scaled or partly off.
 
     Args:
         checkpoint: the source.
@@ -287,11 +287,11 @@ def _tensors_to_zero(
     if all(visit.whole for visit in route):
         return {}
     from ..models.meta_model import build_meta_model
-    from .zeroed_branches import tensors_to_zero
+    from .changed_branches import changed_tensors
 
     blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
-    zeroed = tensors_to_zero(checkpoint.config, checkpoint.section, *blocks, route)
+    changed = changed_tensors(checkpoint, *blocks, route)
     packed = bool(quantization_methods(checkpoint))
-    for position, rests in zeroed.items():
-        check_zeros_mean_zero(checkpoint, route[position].block, rests, blocks[1:], packed=packed)
-    return zeroed
+    for position, tensors in changed.items():
+        check_zeros_mean_zero(checkpoint, route[position].block, tensors.keys(), blocks[1:], packed=packed)
+    return changed

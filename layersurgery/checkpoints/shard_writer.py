@@ -208,6 +208,13 @@ def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progr
             for byte_range in shard.ranges:
                 if byte_range.start is None:
                     write_zeros(byte_range.count, target, progress)
+                elif byte_range.recode is not None:
+                    source.seek(byte_range.start)
+                    data = bytearray(byte_range.count)
+                    if source.readinto(data) < byte_range.count:  # type: ignore[attr-defined]
+                        raise EOFError(f"{source.name} ended early")
+                    target.write(byte_range.recode(data))
+                    progress(byte_range.count)
                 else:
                     copy_bytes(source, byte_range.start, byte_range.count, target, progress)
 

@@ -105,7 +105,7 @@ class BlockWeights:
     """
 
     def __init__(self, probe: BlockProbe, parts: BlockParts, name: str) -> None:
-        self._probe, self._parts, self._name = probe, parts, name
+        self._probe, self.parts, self._name = probe, parts, name
         self._scaled = cache(self._find_scaled)
         self._layout = cache(self._find_layout)
 
@@ -137,7 +137,7 @@ class BlockWeights:
 
     def _find_scaled(self, branch: Branch) -> tuple[tuple[str, float], ...]:
         """Return the parameters that scale a branch, each with its offset."""
-        probe, parts = self._probe, self._parts
+        probe, parts = self._probe, self.parts
         skips = self._check_branch(branch)
         others = parts.skips("mlp" if branch == "attention" else "attention")
         whole = probe.without(others)
@@ -166,7 +166,7 @@ class BlockWeights:
         """Return where the heads or neurons of a branch are in the weight that writes the stream."""
         probe, unit = self._probe, _UNITS[branch]
         self._check_branch(branch)
-        names = [name for name in self._parts.outputs(branch) if probe.block.get_parameter(name).dim() > 1]
+        names = [name for name in self.parts.outputs(branch) if probe.block.get_parameter(name).dim() > 1]
         what = f"single {unit}s"
         if len(names) != 1 or probe.block.get_parameter(names[0]).dim() != 2:
             raise self._refuse(what, f"its {branch} writes the stream with {len(names)} weights (experts?), not one")
@@ -192,9 +192,9 @@ class BlockWeights:
 
     def _check_branch(self, branch: Branch) -> Sequence[Any]:
         """Return how a branch is skipped; refuse a block that is not known to be a sum of its branches."""
-        if self._parts.skip_error:
-            raise self._refuse("a branch", self._parts.skip_error)
-        skips = self._parts.skips(branch)
+        if self.parts.skip_error:
+            raise self._refuse("a branch", self.parts.skip_error)
+        skips = self.parts.skips(branch)
         if not skips:
             raise self._refuse(f"the {branch}", "it has none")
         return skips

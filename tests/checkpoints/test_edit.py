@@ -781,7 +781,7 @@ def test_branches_of_unlike_blocks_are_skipped_together_as_one_by_one(tmp_path: 
     assert not together["model.layers.1.mlp.down_proj.weight"].any()
 
 
-def test_zeroed_branches_take_no_space_on_disk(tmp_path: Path) -> None:
+def test_changed_branches_take_no_space_on_disk(tmp_path: Path) -> None:
     tiny_model("llama", intermediate_size=8192).save_pretrained(tmp_path / "source")
     ls.edit_checkpoint(tmp_path / "source", f"skip-mlp 0:{DEPTH}", tmp_path / "out")
     original, zeroed = ((tmp_path / d / "model.safetensors").stat() for d in ("source", "out"))

@@ -1,4 +1,4 @@
-"""Find the tensors of a checkpoint that must be zeroed to skip a branch of a block.
+"""Find the tensors of a checkpoint that must change to skip or scale a branch of a block, or to turn units of it off.
 
 The names come from the model that transformers would build. Which of its parameters write a branch into the residual
 stream is found, and confirmed, by running a single block of it with random weights.
@@ -7,6 +7,9 @@ stream is found, and confirmed, by running a single block of it with random weig
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,59 +19,106 @@ from ..errors import UnsupportedEditError
 from ..models.block_dependencies import blocks_read_by
 from ..models.block_list import BlockList, find_block_list
 from ..models.block_parts import BlockParts, find_block_parts
-from ..models.block_probe import record_block
+from ..models.block_probe import BlockProbe, record_block
+from ..models.block_weights import BlockWeights, WeightChange
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..plans.route import Branch, Route
+from .checkpoint import Checkpoint
+from .output_layout import ChangedTensors, Recode
+from .safetensors_header import TensorInfo
 from .tensor_names import TensorNames
 
 # A probe model with more parameters runs in bfloat16; with more than the second limit, it does not run.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_FLOAT32_PARAMETERS = 500_000_000
 _MAX_PARAMETERS = 4_000_000_000
 _TINY_VOCABULARY = 256
 
 
-def tensors_to_zero(
-    config: Json,
-    section: DecoderSection,
-    model: nn.Module,
-    block_list: BlockList,
-    tensor_names: TensorNames,
-    route: Route,
-) -> dict[int, frozenset[str]]:
-    """Find the tensors to zero at each position of the route where a branch is skipped.
+def changed_tensors(
+    checkpoint: Checkpoint, model: nn.Module, block_list: BlockList, tensor_names: TensorNames, route: Route
+) -> ChangedTensors:
+    """Find the tensors that change at each position of the route where a block is not run as it is.
 
     Args:
-        config: the source's config.json.
-        section: the section of it that describes the decoder.
+        checkpoint: the source.
         model: the model that the source is loaded as, on the meta device.
         block_list: its blocks.
         tensor_names: the tensors of each of their parameters.
         route: the source's blocks in their new order.
 
     Returns:
-        Position in the route -> tensor names within the block.
+        Position in the route -> tensor name within the block -> how its bytes change; None for zeros.
 
     Raises:
         UnsupportedEditError: the tensors cannot be found, contain other weights too, or do not write the branch's
             output.
+        PlanError: a block does not have a head or neuron of a number.
     """
-    parts_of_kind: dict[object, BlockParts] = {}
-    to_zero: dict[int, frozenset[str]] = {}
+    config, section = checkpoint.config, checkpoint.section
+    infos = dict(checkpoint.tensors.tensors())
+    weights_of_kind: dict[object, BlockWeights] = {}
+    changed: dict[int, dict[str, Recode | None]] = {}
     for position, visit in enumerate(route):
         if visit.whole:
             continue
         module = block_list.blocks[visit.block]
         kind = _class_and_shapes(module)
-        if kind not in parts_of_kind:
+        if kind not in weights_of_kind:
             decoder_class = _find_decoder_class(model, block_list)
-            parts_of_kind[kind] = _probe_parts(config, section, visit.block, module, decoder_class)
-        branch: Branch = "attention" if visit.mlp else "mlp"
-        to_zero[position] = frozenset(
-            _find_output_tensors(tensor_names, visit.block, module, branch, parts_of_kind[kind])
+            weights_of_kind[kind] = _probe_weights(config, section, visit.block, module, decoder_class)
+        weights, tensors = weights_of_kind[kind], changed.setdefault(position, {})
+        if visit.skipped is not None:
+            zeroed = _find_output_tensors(tensor_names, visit.block, module, visit.skipped, weights.parts)
+            tensors.update(dict.fromkeys(zeroed))
+        with torch.no_grad():
+            changes = weights.changes(visit)
+        for name, group in groupby(sorted(changes, key=lambda change: change.parameter), lambda c: c.parameter):
+            of_parameter = tuple(group)
+            for rest in _tensors_of(tensor_names, visit.block, name):
+                info = infos[checkpoint.block_prefix.join(visit.block, rest)]
+                _check_layout(info, rest, module.get_parameter(name), of_parameter)
+                tensors[rest] = partial(_recode, info=info, changes=of_parameter)
+    return changed
+
+
+def _tensors_of(tensor_names: TensorNames, block: int, parameter: str) -> tuple[str, ...]:
+    """Return the tensors of a parameter.
+
+    Raises:
+        UnsupportedEditError: no tensor holds this parameter alone.
+    """
+    names = tensor_names.names(block, parameter)
+    if not names:
+        raise UnsupportedEditError(
+            f"block {block}: no tensor of the checkpoint contains only {parameter}, which writes what a branch adds to "
+            "the stream; branches of this architecture cannot be changed on disk"
         )
-    return to_zero
+    return names
+
+
+def _check_layout(info: TensorInfo, name: str, parameter: nn.Parameter, changes: Sequence[WeightChange]) -> None:
+    """Refuse a tensor that does not hold the parameter's numbers as they are."""
+    if info.dtype not in _DTYPES:
+        raise UnsupportedEditError(
+            f"{name} has the data type {info.dtype}, of which no other numbers can be written; scale or turn off parts "
+            f"of a checkpoint in {', '.join(_DTYPES)}"
+        )
+    if info.shape != tuple(parameter.shape) and not all(change.is_product for change in changes):
+        raise UnsupportedEditError(
+            f"{name} has the shape {info.shape}, and is loaded into a parameter of shape {tuple(parameter.shape)}, so "
+            "the place of its heads or neurons is not known"
+        )
+
+
+def _recode(data: bytearray, *, info: TensorInfo, changes: Sequence[WeightChange]) -> bytes:
+    """Return the bytes of a tensor with its changes."""
+    weight = torch.frombuffer(data, dtype=_DTYPES[info.dtype]).reshape(info.shape)
+    for change in changes:
+        weight = change.apply(weight)
+    return weight.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _find_output_tensors(
@@ -87,13 +137,7 @@ def _find_output_tensors(
         )
     output_tensors: list[str] = []
     for parameter in parts.outputs(branch):
-        names = tensor_names.names(block, parameter)
-        if not names:
-            raise UnsupportedEditError(
-                f"block {block}: no tensor of the checkpoint contains only {parameter}, the output of its {branch}; "
-                "skipping is not supported for this architecture"
-            )
-        output_tensors += names
+        output_tensors += _tensors_of(tensor_names, block, parameter)
     return output_tensors
 
 
@@ -109,18 +153,19 @@ def _find_decoder_class(model: nn.Module, block_list: BlockList) -> Any:
     return type(model)
 
 
-def _probe_parts(
+def _probe_weights(
     config: Json, section: DecoderSection, block: int, module: nn.Module, decoder_class: Any
-) -> BlockParts:
-    """Find the parts of a block by running a block of the same architecture with random weights."""
+) -> BlockWeights:
+    """Find the parts of a block, and its weights, by running a block of the same architecture with random weights."""
     name = f"block {block} ({type(module).__name__})"
     with torch.no_grad(), silence_transformers():
         model, position = _build_probe_model(config, section, block, module, decoder_class)
         blocks = find_block_list(model, getattr(model.config, depth_field(model.config)), type(module)).blocks
-        parts = find_block_parts(blocks[position], record_block(model, blocks, position))
-    if parts.skip_error:
-        raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.skip_error}")
-    return parts
+        call = record_block(model, blocks, position)
+        parts = find_block_parts(blocks[position], call)
+        if parts.skip_error:
+            raise UnsupportedEditError(f"no branch of {name} can be skipped: {parts.skip_error}")
+        return BlockWeights(BlockProbe(blocks[position], call, seed=1), parts, name)
 
 
 def _class_and_shapes(module: nn.Module) -> tuple[object, ...]:
