@@ -184,6 +184,41 @@ def skip(
     return _parse_plan(f"skip-{part.value}", _join_blocks(layer, layers))
 
 
+@_edit_command
+def scale(
+    by: Annotated[float, typer.Option("--by", help="Factor; 0 skips, and 1 changes nothing.", show_default=False)],
+    layer: o.RepeatedLayers = None,
+    layers: o.Range = None,
+    part: Annotated[Branch | None, typer.Option("--part", "-p", help="Branch to scale.", show_default="both")] = None,
+) -> Plan:
+    """Multiply what the attention or the MLP of blocks adds to the stream, or both."""
+    branch = "" if part is None else f"-{part.value}"
+    return _parse_plan(f"scale{branch}", f"{_join_blocks(layer, layers)} {by!r}")
+
+
+@_edit_command
+def off(
+    layer: o.RepeatedLayers = None,
+    layers: o.Range = None,
+    heads: Annotated[
+        str | None, typer.Option("--heads", help="Query heads, for example '0 3' or 0:4.", metavar="NUMBERS")
+    ] = None,
+    neurons: Annotated[
+        str | None, typer.Option("--neurons", help="Neurons of the MLP, for example 0:100.", metavar="NUMBERS")
+    ] = None,
+) -> Plan:
+    """Turn attention heads or neurons of blocks off: their output is zero."""
+    from layersurgery.errors import PlanError
+
+    units = {"heads": heads, "neurons": neurons}
+    given = [f"{name}-off {numbers} of {_join_blocks(layer, layers)}" for name, numbers in units.items() if numbers]
+    if not given:
+        raise PlanError("name what to turn off: --heads, --neurons, or both")
+    from layersurgery.plans import plan
+
+    return plan.Plan.parse("; ".join(given))
+
+
 @app.command(rich_help_panel=_EDIT)
 @o.expand
 def edit(

@@ -56,14 +56,16 @@ class WeightChange:
         """Return whether every number is multiplied by one factor, so that the layout makes no difference."""
         return not self.units and not self.offset
 
+    @property
+    def indexes(self) -> torch.Tensor:
+        """Return the indexes that become zero."""
+        return (torch.tensor(self.units)[:, None] * self.unit_size + torch.arange(self.unit_size)).flatten()
+
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the changed weight; computed in float32 at least, and rounded once."""
         exact = torch.promote_types(weight.dtype, torch.float32)
         changed = ((weight.to(exact) + self.offset) * self.factor - self.offset).to(weight.dtype)
-        if self.units:
-            indexes = torch.tensor(self.units)[:, None] * self.unit_size + torch.arange(self.unit_size)
-            changed.index_fill_(self.dim, indexes.flatten().to(weight.device), 0)
-        return changed
+        return changed.index_fill_(self.dim, self.indexes.to(weight.device), 0) if self.units else changed
 
 
 def install_changes(block: nn.Module, changes: Iterable[WeightChange]) -> None:
@@ -128,9 +130,15 @@ class BlockWeights:
                     )
                 changes.append(WeightChange(layout.parameter, units=units, unit_size=layout.size, dim=layout.dim))
             factor = visit.factor(branch)
+            if visit.attention == visit.mlp and self._has_one_branch and not self.parts.skips(branch):
+                continue  # the whole block is scaled
             if factor and factor is not True:
                 changes += (WeightChange(name, factor, offset) for name, offset in self._scaled(branch))
         return tuple(changes)
+
+    @property
+    def _has_one_branch(self) -> bool:
+        return bool(self.parts.attention_skips) != bool(self.parts.mlp_skips)
 
     def _refuse(self, what: str, reason: str) -> UnsupportedEditError:
         return UnsupportedEditError(f"{what} of {self._name} cannot be changed: {reason}")
@@ -160,7 +168,7 @@ class BlockWeights:
             changes = [WeightChange(name, _TRIAL_FACTOR, offset) for name, offset in candidate]
             if self._is_changeable(candidate) and self._gives(changes, expected, probe.stream, others):
                 return tuple(candidate)
-        raise self._refuse(f"what the {branch}", "no weights were found that scale what it adds to the stream")
+        raise self._refuse(f"the {branch}", "no weights were found that scale what it adds to the stream")
 
     def _find_layout(self, branch: Branch) -> _UnitLayout:
         """Return where the heads or neurons of a branch are in the weight that writes the stream."""
@@ -169,25 +177,31 @@ class BlockWeights:
         names = [name for name in self.parts.outputs(branch) if probe.block.get_parameter(name).dim() > 1]
         what = f"single {unit}s"
         if len(names) != 1 or probe.block.get_parameter(names[0]).dim() != 2:
-            raise self._refuse(what, f"its {branch} writes the stream with {len(names)} weights (experts?), not one")
+            raise self._refuse(
+                what, f"its {branch} has experts, or several output projections: {', '.join(names) or 'none is known'}"
+            )
         if not self._is_changeable([(names[0], 0.0)]):
             raise self._refuse(what, f"{names[0]} is quantized")
         path, _, name = names[0].rpartition(".")
         owner = probe.block.get_submodule(path)
         dim = 1 - output_dim(owner, name, probe.stream.shape[-1])
-        inputs = owner._parameters[name].shape[dim]  # type: ignore[union-attr]
-        count = inputs if branch == "mlp" else self._count_heads(path, inputs)
+        inputs = probe.block.get_parameter(names[0]).shape[dim]
+        seen = _FourDimensional()
+        with seen:
+            calls = probe.calls([path])
+        argument = calls[0].hidden_states_argument() if len(calls) == 1 else None
+        if argument is None or calls[0][argument].shape[-1] != inputs:
+            raise self._refuse(what, f"{names[0]} is not used as one linear map")
+        count = inputs if branch == "mlp" else self._count_heads(seen, calls[0][argument])
         layout = _UnitLayout(names[0], dim, count, inputs // count)
-        full = probe.run()
-        for number in {0, count - 1}:
-            edited = share_parameters(probe.block)
-            parent, _, key = path.rpartition(".")
-            span = slice(number * layout.size, (number + 1) * layout.size)
-            edited.get_submodule(parent)._modules[key] = _WithoutInputs(owner, _span=span)
-            expected = probe.run(edited)
-            change = WeightChange(names[0], units=(number,), unit_size=layout.size, dim=dim)
-            if torch.equal(expected, full) or not self._gives([change], expected, full, ()):
-                raise self._refuse(what, f"zeros in {names[0]} do not have the effect of a {unit} that is off")
+        # Every second unit: a single one may be zero on random numbers, for example after a ReLU.
+        change = WeightChange(names[0], units=tuple(range(0, count, 2)), unit_size=layout.size, dim=dim)
+        edited = share_parameters(probe.block)
+        parent, _, key = path.rpartition(".")
+        edited.get_submodule(parent)._modules[key] = _WithoutInputs(owner, _indexes=change.indexes)
+        full, expected = probe.run(), probe.run(edited)
+        if torch.equal(expected, full) or not self._gives([change], expected, full, ()):
+            raise self._refuse(what, f"zeros in {names[0]} do not have the effect of {unit}s that are off")
         return layout
 
     def _check_branch(self, branch: Branch) -> Sequence[Any]:
@@ -215,21 +229,16 @@ class BlockWeights:
         install_skips(edited, skips)
         return is_same_change(self._probe.run(edited), expected, before, tolerance("fit", expected.dtype))
 
-    def _count_heads(self, path: str, inputs: int) -> int:
-        """Return the number of heads whose outputs, one after another, are the input of a projection."""
-        seen = _FourDimensional()
-        with seen:
-            (call,) = self._probe.calls([path])
-        argument = call.hidden_states_argument()
-        counts = set()
-        if argument is not None and call[argument].shape[-1] == inputs:
-            given = call[argument].flatten()
-            for heads, flat in seen.by_heads(inputs):
-                if torch.equal(flat, given):
-                    counts.add(heads)
+    def _count_heads(self, seen: _FourDimensional, projected: torch.Tensor) -> int:
+        """Return the number of heads whose outputs, side by side, are the input of the output projection."""
+        counts = {
+            heads for heads, outputs in seen.by_heads(projected.shape[-1]) if torch.equal(outputs, projected.flatten())
+        }
         if len(counts) != 1:
             raise self._refuse(
-                "single heads", "the input of its output projection is not the outputs of attention heads side by side"
+                "single heads",
+                "what its attention projects into the stream is not the outputs of heads side by side (a gate, or a "
+                "mixer without heads)",
             )
         return counts.pop()
 
@@ -237,12 +246,10 @@ class BlockWeights:
 class _WithoutInputs(ModuleWrapper):
     """Runs a module on its input with zeros at some indexes of the last dimension."""
 
-    _span: slice
+    _indexes: torch.Tensor
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden = hidden.clone()
-        hidden[..., self._span] = 0
-        return self.module(hidden, *args, **kwargs)
+        return self.module(hidden.index_fill(-1, self._indexes.to(hidden.device), 0), *args, **kwargs)
 
 
 class _FourDimensional(TorchFunctionMode):

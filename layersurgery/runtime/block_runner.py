@@ -168,7 +168,7 @@ class BlockRunner:
         stream = stream.to(device)
         block_input = stream.clone() if convention.overwrites else stream
         version = _version(block_input)
-        if self.compiler is None:
+        if self.compiler is None or not visit.skips_only:  # a view that is made for one call
             call_args, call_kwargs = bind(block_input)
             output = block(*call_args, **call_kwargs)
         else:
