@@ -19,7 +19,21 @@ from .errors import (
     UndoError,
     UnsupportedEditError,
 )
-from .plans.plan import Plan, drop, move, reorder, repeat, replace, reverse, skip_attention, skip_mlp, swap
+from .plans.plan import (
+    Plan,
+    drop,
+    heads_off,
+    move,
+    neurons_off,
+    reorder,
+    repeat,
+    replace,
+    reverse,
+    scale,
+    skip_attention,
+    skip_mlp,
+    swap,
+)
 from .plans.route import Route, Visit
 from .version import __version__
 
@@ -74,9 +88,11 @@ __all__ = [
     "edit_checkpoint",
     "estimate",
     "fold",
+    "heads_off",
     "inspect",
     "load",
     "move",
+    "neurons_off",
     "operate",
     "operate_",
     "plot",
@@ -90,6 +106,7 @@ __all__ = [
     "reproduce",
     "reverse",
     "save",
+    "scale",
     "search",
     "skip_attention",
     "skip_mlp",

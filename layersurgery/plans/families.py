@@ -15,11 +15,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, permutations
 
-from .branch_edits import Skip
+from .branch_edits import Scale, Skip
 from .edits import Drop, Edit, Reorder, Repeat, Replace, Reverse, Swap, parse_edit
-from .route import Ref, RouteItem, Span
+from .route import Branch, Ref, RouteItem, Span, factor_text
 
 Cell = tuple[int, int]
 """The place of an edit in a map: the block of its row and the block of its column."""
@@ -33,13 +34,15 @@ class Bounds:
         blocks: the blocks.
         depth: number of blocks of the model.
         max_span: length of the longest span, and largest distance of two blocks; None for no limit.
-        number: the number that follows the family's name; 0 if it takes none.
+        number: the whole number that follows the family's name; 0 if none does.
+        factor: the factor that follows the family's name; 1 if none does.
     """
 
     blocks: range
     depth: int
     max_span: int | None = None
     number: int = 0
+    factor: float = 1
 
     def spans(self) -> Iterator[Cell]:
         """Yield the first block and the end of every span, in the order of the first blocks, short ones first."""
@@ -86,13 +89,15 @@ class Number:
         of: returns the number of an edit in a model of some depth; None if edits of one layer do not differ in it.
         default: its value if it is left out; None if it must be given.
         least: its smallest value.
+        whole: whether it is a whole number; else it is any finite number except 1.
     """
 
     name: str
     what: str
-    of: Callable[[Edit, int], int] | None
+    of: Callable[[Edit, int], float] | None
     default: int | None = None
     least: int = 1
+    whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +158,7 @@ class Family:
         if (of := number.of) is None:
             count: Counter[int] = Counter()
             return [f"{number.what.removesuffix('s')} {count.update([layer]) or count[layer]}" for layer in layers]
-        names = [f"{of(parse_edit(plan), depth)} {number.what}" for plan in plans]
+        names = [f"{factor_text(of(parse_edit(plan), depth))} {number.what}" for plan in plans]
         return names if len(set(names)) > 1 else [""] * len(names)
 
     def written(self, plans: Iterable[str], layers: Iterable[int], depth: int) -> list[str]:
@@ -174,7 +179,10 @@ class Family:
             return [self.name] * bool(edits)
         of = self.number.of
         numbers = {of(edit, depth) for edit in edits} if of else {max(Counter(layers).values())}
-        return [self.name if number == self.number.default else f"{self.name}:{number}" for number in sorted(numbers)]
+        return [
+            self.name if number == self.number.default else f"{self.name}:{factor_text(number)}"
+            for number in sorted(numbers)
+        ]
 
 
 def _swap(bounds: Bounds) -> Iterator[Member]:
@@ -191,6 +199,10 @@ def _skip_attention(bounds: Bounds) -> Iterator[Member]:
 
 def _skip_mlp(bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Skip("mlp", (block,))) for block in bounds.blocks)
+
+
+def _scale(branch: Branch | None, bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Scale((block,), bounds.factor, branch)) for block in bounds.blocks)
 
 
 def _drop_span(bounds: Bounds) -> Iterator[Member]:
@@ -277,11 +289,20 @@ def _passes(edit: Edit, _depth: int) -> int:
     return edit.times
 
 
+def _factor(edit: Edit, _depth: int) -> float:
+    assert isinstance(edit, Scale)
+    return edit.by
+
+
 def _copies(edit: Edit, depth: int) -> int:
     return _passes(edit, depth) - 1
 
 
 _MIDDLE = "for all blocks, then without the first and the last, and so on"
+
+_SCALED: tuple[tuple[Branch | None, str, str], ...] = (
+    (None, "a block", "block"), ("attention", "a block's attention", "attention"), ("mlp", "a block's MLP", "MLP"),
+)  # fmt: skip
 
 FAMILIES = {
     family.name: family
@@ -295,6 +316,15 @@ FAMILIES = {
             _skip_attention, width=1,
         ),
         Family("skip-mlp", "skip the MLP of every block", "skip a block's MLP", "skip MLP", _skip_mlp, width=1),
+        *(
+            Family(
+                f"scale{'-' * bool(branch)}{branch or ''}",
+                f"multiply what {what} adds to the stream; written scale{'-' * bool(branch)}{branch or ''}:0.5",
+                f"scale {what}", f"scale {short}", partial(_scale, branch), width=1,
+                number=Number("FACTOR", "times", _factor, whole=False),
+            )
+            for branch, what, short in _SCALED
+        ),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",
             _drop_span, number=Number("N", "blocks", _span_length),

@@ -15,7 +15,7 @@ from ..errors import PlanError
 from .edits import Edit, nearest_word
 from .families import FAMILIES, Bounds, Cell
 from .plan import Blocks, Plan, adjacent_blocks, reorder
-from .route import Route, Span, parse_items, resolve, whole_number
+from .route import Route, Span, branch_factor, parse_items, resolve, whole_number
 
 Edits = str | Edit | Plan | Route | Iterable["Edits"] | Mapping[str, "Edits"]
 """The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
@@ -80,11 +80,14 @@ def family(name: str, depth: int, layers: Layers = None, max_span: int | None = 
         PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
     """
     kind, number = _parse_family(name)
+    factor = 1.0
+    if isinstance(number, float):
+        number, factor = 0, number
     if kind == "drop-span" and number > depth:
         raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
     if max_span is not None and (max_span := whole_number(max_span, "max_span")) < 1:
         raise PlanError(f"max_span is a number of blocks, at least 1, not {max_span}")
-    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number)
+    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor)
     return [
         Variant.from_plan(kind, Plan((member.edit,)), depth, member.layer, member.cell)
         for member in FAMILIES[kind].members(bounds)
@@ -242,8 +245,8 @@ def read_plans(text: str, source_name: str) -> dict[str, Plan]:
     return plans
 
 
-def _parse_family(name: str) -> tuple[str, int]:
-    """Return the family's name, and the number after it (0 if it takes none)."""
+def _parse_family(name: str) -> tuple[str, int | float]:
+    """Return the family's name, and the whole number or the factor, as a float, after it; 0 if it takes none."""
     kind, colon, number = name.partition(":")
     if kind not in FAMILIES:
         near = nearest_word(kind, FAMILIES)
@@ -254,6 +257,14 @@ def _parse_family(name: str) -> tuple[str, int]:
         if colon:
             raise PlanError(f"{name!r}: {kind} takes no number")
         return kind, 0
+    if not expected.whole:
+        try:
+            factor = float(branch_factor(number, name))
+        except PlanError:
+            factor = 1.0
+        if factor == 1:
+            raise PlanError(f"{name!r}: {kind} takes a factor other than 1; write {kind}:0.5, for example")
+        return kind, factor
     if not colon and expected.default is not None:
         return kind, expected.default
     if not re.fullmatch(r"[1-9]\d{0,3}", number) or int(number) < expected.least:
