@@ -12,6 +12,7 @@ True
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -142,7 +143,7 @@ def reorder(order: str | Iterable[SupportsIndex | range | Visit]) -> Plan:
     items: list[RouteItem] = []
     for item in order if isinstance(order, Iterable) else [order]:
         if isinstance(item, Visit):
-            items.append(RouteItem(item.block, item))
+            items.append(RouteItem(item.block, dataclasses.replace(item, block=0)))
         else:
             items.extend(map(RouteItem, _refs([item], "reorder")))
     if not items:

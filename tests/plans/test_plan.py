@@ -70,6 +70,11 @@ def test_plans_from_python_and_from_text(plan: Plan, text: str, route: str) -> N
         (ls.reverse((8, 9, 10)), "reverse 8:11"),
         (ls.reorder([[3, 2], range(0, 2)]), "reorder 3 2 0:2"),  # type: ignore[list-item]
         (ls.reorder(np.array([1, 0])), "reorder 1 0"),
+        (ls.reorder([ls.Visit(1, mlp=0.5), 0]), "reorder 1[mlp*0.5] 0"),
+        (ls.scale(3, np.float64(0.5)), "scale 3 0.5"),
+        (ls.scale(range(3, 5), 1e-7, branch="mlp"), "scale-mlp 3:5 1e-07"),
+        (ls.heads_off([5, 7], np.array([3, 0, 0])), "heads-off 0 3 of 5 7"),
+        (ls.neurons_off(29, range(100)), "neurons-off 0:100 of 29"),
         (Plan([Drop((3,))]), "drop 3"),  # type: ignore[arg-type]
     ],
 )
@@ -82,7 +87,8 @@ def test_every_edit_names_its_first_blocks() -> None:
     named = {
         "swap 3 1": (3,), "drop 3 1": (3,), "move 3:5 before 1": (3, 4), "repeat 3:5": (3, 4),
         "reverse -3:": (3, 4, 5), "reorder 3 1": (3,), "skip-attention 3 1": (3,), "skip-mlp 3:5": (3, 4),
-        "replace 3 1": (3,),
+        "replace 3 1": (3,), "scale 3:5 0.5": (3, 4), "scale-attention 3 2": (3,), "scale-mlp 3 1 -1": (3,),
+        "heads-off 0 1 of 3 1": (3,), "neurons-off 0:9 of -3:": (3, 4, 5),
     }  # fmt: skip
     assert {text.split()[0] for text in named} == set(VERBS)
     for text, blocks in named.items():

@@ -26,6 +26,36 @@ UNSUPPORTED: dict[tuple[str, str], str] = {
     **_rows("opt-postnorm", SKIP_EDITS, "not the stream plus attention plus MLP"),
     **_rows("minimax", SKIP_EDITS, "not the stream plus attention plus MLP"),
 }
+BRANCH_EDITS = ["scale-attention 2 0.5", "scale-mlp 2 -1.5", "scale 2 0.5", "heads-off 0 of 2", "neurons-off 0:3 of 2"]
+_SCALES, _HEADS, _NEURONS = BRANCH_EDITS[:3], BRANCH_EDITS[3:4], BRANCH_EDITS[4:]
+_NO_HEADS, _EXPERTS = "is not the outputs of heads side by side", "its mlp has experts, or several output projections"
+_MIXERS = (
+    "mamba", "mamba2", "falcon_mamba", "jamba", "qwen3_next", "lfm2", "lfm2_moe", "bamba", "granitemoehybrid",
+    "qwen3_5_text", "olmo_hybrid", "afmoe",
+)  # fmt: skip
+_MIXTURES = (
+    "mixtral", "qwen2_moe", "gpt_oss", "olmoe", "deepseek_v3", "granitemoe", "qwen3_next", "glm4_moe", "minimax_m2",
+    "ernie4_5_moe", "afmoe", "granitemoehybrid", "phimoe", "hunyuan_v1_moe", "jetmoe", "lfm2_moe",
+)  # fmt: skip
+# Changes of a branch that are refused, in memory and on disk.
+UNSUPPORTED_CHANGES: dict[tuple[str, str], str] = {
+    **{row: text for name in _MIXERS for row, text in _rows(name, _HEADS, _NO_HEADS).items()},
+    **{row: text for name in _MIXTURES for row, text in _rows(name, _NEURONS, _EXPERTS).items()},
+    **{
+        row: text
+        for name in ("mamba", "mamba2", "falcon_mamba")
+        for row, text in _rows(name, ["scale-mlp 2 -1.5", *_NEURONS], "the mlp of block 2 .* it has none").items()
+    },
+    **_rows("nemotron_h", ["scale-attention 2 0.5", *_HEADS], "the attention of block 2 .* it has none"),
+    **_rows("dbrx", _NEURONS, "is not used as one linear map"),
+    **_rows("falcon_h1", _HEADS, "several output projections"),
+    # The experts of its attention have a bias that they share.
+    **_rows("jetmoe", ["scale-attention 2 0.5", "scale 2 0.5"], "no weights were found that scale"),
+    **_rows("jetmoe", _HEADS, "its attention has experts"),
+    **_rows("rwkv", BRANCH_EDITS, "attention and feed_forward both mix tokens"),
+    **_rows("opt-postnorm", BRANCH_EDITS, "not the stream plus attention plus MLP"),
+    **_rows("minimax", BRANCH_EDITS, "not the stream plus attention plus MLP"),
+}
 # Allowed in memory, but the architecture's config cannot express the result.
 UNSUPPORTED_ON_DISK: dict[tuple[str, str], str] = {
     **_rows("deepseek_v3", _INNER_EDITS, "first_k_dense_replace = 2|mlp is a DeepseekV3MoE in the source"),

@@ -33,6 +33,11 @@ EDITS = [
     "reverse-middle",
     "shuffle:2",
     "centre",
+    "scale:0.5",
+    "scale-attention:-1",
+    "scale-mlp:2",
+    {"heads": "heads-off 0 of 2; swap 1 2"},
+    {"neurons": "neurons-off 0:3 of 2; repeat 2"},
 ]
 # Families of which a sweep leaves some edits out, and why.
 LEFT_OUT = {
@@ -40,6 +45,8 @@ LEFT_OUT = {
     ("rwkv", "drop"): "block 0 holds the norm of the embedding",
     ("nemotron_h", "skip-attention"): "has no attention",
     ("nemotron_h", "skip-mlp"): "has no mlp",
+    ("nemotron_h", "scale-attention:-1"): "it has none",
+    ("nemotron_h", "scale-mlp:2"): "it has none",
 }
 
 

@@ -1,0 +1,93 @@
+"""Edits of what attention and MLP add: their text, their routes, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+import layersurgery as ls
+from layersurgery.plans.plan import Plan
+from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.variants import family
+
+
+@pytest.mark.parametrize(
+    ("plan", "route"),
+    [
+        ("scale 2 0.5", "0 1 2[attn*0.5][mlp*0.5] 3:6"),
+        ("scale-mlp 1:3 -1.5", "0 1[mlp*-1.5] 2[mlp*-1.5] 3:6"),
+        ("scale-attention 2 0.5; scale 2 4", "0 1 2[attn*2][mlp*4] 3:6"),
+        ("scale-attention 2 0.5; scale-attention 2 2", "0:6"),
+        ("scale-mlp 2 0", "0 1 2-mlp 3:6"),
+        ("scale 2 0", "0 1 3:6"),
+        ("heads-off 5 0:2 of 2; heads-off 2 of 2", "0 1 2[heads-off 0:3+5] 3:6"),
+        ("neurons-off 0:100 203 of 2; skip-attention 2", "0 1 2-attn[neurons-off 0:100+203] 3:6"),
+        ("heads-off 1 of 2; skip-attention 2", "0 1 2-attn 3:6"),
+        ("scale-mlp 2 0.5; repeat 2; swap 0 1", "1 0 2[mlp*0.5] 2[mlp*0.5] 3:6"),
+        ("scale-mlp 2 0.5; reorder 2 2[mlp*0.5]", "2[mlp*0.5] 2[mlp*0.25]"),
+        ("reorder 0 1[ attention * .5 ][heads-off 0, 2]", "0 1[attn*0.5][heads-off 0+2]"),
+    ],
+)
+def test_text_and_route(plan: str, route: str) -> None:
+    parsed = Plan.parse(plan)
+    assert Plan.parse(str(parsed)) == parsed
+    found = parsed.route(6)
+    assert str(found) == route
+    assert Route.parse(str(found)) == found
+
+
+def test_a_range_of_equal_changes_is_one_word() -> None:
+    assert str(ls.scale(range(1, 5), 0.5).route(6)) == "0 1:5[attn*0.5][mlp*0.5] 5"
+
+
+def test_equal_visits_are_equal() -> None:
+    assert Visit(3, attention=1.0, mlp=0) == Visit(3, mlp=False)
+    assert Visit(3, mlp=0.0, neurons_off=(1,)) == Visit(3, mlp=False)
+    assert Visit(3, heads_off=(2, 0, 2)) == Visit(3, heads_off=(0, 2))
+    assert hash(Visit(3, attention=True)) == hash(Visit(3, attention=1.0))
+    assert Visit(3).whole
+    assert not Visit(3, heads_off=(0,)).whole
+    assert Visit(3, mlp=False).skips_only
+    assert not Visit(3, mlp=0.5).skips_only
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("scale 2 nan", "scaled by a finite number, not by 'nan'"),
+        ("scale 2 half", "scaled by a finite number, not by 'half'"),
+        ("scale 2", "expected blocks, and a factor behind them"),
+        ("scale 2 1", "would change nothing"),
+        ("skip-mlp 2; scale-mlp 2 0.5", "the mlp of block 2 is skipped"),
+        ("skip-attention 2; heads-off 0 of 2", "the attention of block 2 is skipped"),
+        ("heads-off 0 1", "expected numbers, 'of' and blocks"),
+        ("heads-off x of 2", "cannot read 'x'"),
+        ("heads-off -1 of 2", "cannot read '-1'"),
+        ("neurons-off 5:2 of 2", "the range 5:2 is empty"),
+        ("heads-off 0 of 9", "block 9 is out of range"),
+        ("reorder 0 1[mlp]", r"cannot read \[mlp\]"),
+        ("reorder 0 1[mlp*2][mlp*3]", "mlp is given twice"),
+        ("reorder 0 1-mlp[mlp*3]", "mlp is given twice"),
+        ("drop 1[mlp*2]", "has a suffix, which only routes take"),
+    ],
+)
+def test_refused(plan: str, words: str) -> None:
+    with pytest.raises(ls.PlanError, match=words):
+        Plan.parse(plan).route(6)
+
+
+def test_python_refuses_the_same() -> None:
+    with pytest.raises(ls.PlanError, match="branch is 'attention' or 'mlp'"):
+        ls.scale(3, 0.5, branch="heads")  # type: ignore[arg-type]
+    with pytest.raises(ls.PlanError, match="at least one of the heads"):
+        ls.heads_off(3, [])
+    with pytest.raises(ls.PlanError, match="neurons are numbered from 0, not -1"):
+        ls.neurons_off(3, -1)
+    with pytest.raises(ls.PlanError, match="given as a whole number"):
+        ls.neurons_off(3, [0.5])  # type: ignore[list-item]
+
+
+def test_families_of_scaled_blocks() -> None:
+    assert [variant.plan for variant in family("scale-mlp:-0.5", 3)] == [f"scale-mlp {n} -0.5" for n in range(3)]
+    for name in ("scale", "scale:1", "scale:x"):
+        with pytest.raises(ls.PlanError, match="takes a factor other than 1; write scale:0.5"):
+            family(name, 3)
