@@ -142,6 +142,7 @@ class Axes:
 AXES = {
     "cka": Axes("stream before block", "stream before block", symmetric=True),
     "cosine": Axes("stream before block", "stream before block", symmetric=True),
+    "heads": Axes("block", "head"),
     "propagation": Axes("layer of the edit", "later layer"),
 }
 """The axes of maps that are not those of a family of edits, by the names of their tables."""
@@ -302,6 +303,13 @@ ANALYSES = {
             "stream", "growth of the stream, and what is added to it",
             "Measure the size of the residual stream and of what attention and MLP add to it in comparison.", "text",
             _STREAM, {"stream": "layersurgery.figures.signals:stream"}, signals=("stream",),
+        ),
+        Analysis(
+            "heads", "cost of turning each attention head off",
+            "Measure the model with each attention head off, one at a time.", "text",
+            (METRICS[0], METRICS[1], METRICS[3], METRICS[5]), {"heads": "layersurgery.figures.heads:heads"},
+            run="layersurgery.analyses.head_ablation:run_heads",
+            describe="layersurgery.analyses.head_ablation:describe_heads",
         ),
         Analysis(
             "neurons", "prediction and suppression neurons",

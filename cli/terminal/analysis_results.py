@@ -33,6 +33,8 @@ _LAYERS = {-1: "embeddings"}  # in the table of wic
 def progress_line(frame: pd.DataFrame) -> str:
     """Summarize a table of results so far in one line."""
     rows = frame[frame.part == "block"] if "part" in frame else frame
+    if "head" in rows and "kl_nats" in rows:
+        rows = rows.groupby("layer", as_index=False).kl_nats.max()
     rows = rows[rows["to"] == rows["from"] + 1] if "to" in rows else rows
     for analysis in ANALYSES.values():
         if analysis.columns and (column := analysis.columns[0]).name in rows:
@@ -45,6 +47,9 @@ def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Tab
     yield ""
     if name == "similarity":
         yield from _similarity_tables(frame)
+        return
+    if name == "heads":
+        yield from _dearest_heads(frame)
         return
     if "to" in frame:
         yield from _state_tables(name, frame)
@@ -135,6 +140,24 @@ def _state_tables(name: str, frame: pd.DataFrame) -> Iterator[str | Table | Text
     for column in columns:
         curve = sparkline([float(cells[column.name][layer, layer + 1]) for layer in range(last)])
         yield Text(f"{column.heading:>20} {curve}", no_wrap=True)
+
+
+def _dearest_heads(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
+    """Yield a table of the heads that cost most when they are off, and the highest cost in each block."""
+    columns = ANALYSES["heads"].columns
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("block", "head", *(column.heading for column in columns)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in frame.nlargest(_MAX_HEADS, columns[0].name).to_dict("records"):
+        cells = ((column, _float(row[column.name])) for column in columns)
+        table.add_row(
+            str(row["layer"]), str(row["head"]),
+            *("-" if math.isnan(value) else number_cell(value, column) for column, value in cells),
+        )  # fmt: skip
+    yield table
+    yield ""
+    highest = frame.groupby("layer")[columns[0].name].max()
+    yield Text(f"highest {columns[0].heading} of each block {sparkline(highest.tolist(), log=True)}", no_wrap=True)
 
 
 def _head_table(frame: pd.DataFrame) -> Iterator[Table]:

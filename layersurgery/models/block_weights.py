@@ -6,7 +6,8 @@ output that the block has if the input of the projection is zero there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -135,6 +136,14 @@ class BlockWeights:
             if factor and factor is not True:
                 changes += (WeightChange(name, factor, offset) for name, offset in self._scaled(branch))
         return tuple(changes)
+
+    def count_units(self, branch: Branch) -> int:
+        """Return the number of heads, or of neurons.
+
+        Raises:
+            UnsupportedEditError: they cannot be turned off one by one; gives the reason.
+        """
+        return self._layout(branch).count
 
     @property
     def _has_one_branch(self) -> bool:
@@ -298,10 +307,25 @@ class ModelWeights:
         """
         if visit.skips_only:
             return ()
-        number, kind = visit.block, self._anatomy.kind_of[visit.block]
+        with self._examining(visit.block) as weights:
+            return weights.changes(visit)
+
+    def count_units(self, block: int, branch: Branch) -> int:
+        """Return the number of heads, or of neurons, of a block that can be turned off one by one.
+
+        Raises:
+            UnsupportedEditError: they cannot; gives the reason.
+        """
+        with self._examining(block) as weights:
+            return weights.count_units(branch)
+
+    @contextmanager
+    def _examining(self, number: int) -> Iterator[BlockWeights]:
+        """Give the weights of a block's kind while the block may be run."""
+        kind = self._anatomy.kind_of[number]
         with eval_no_grad(self._model), torch.compiler.set_stance("force_eager"):
             if kind not in self._of_kind:
                 probe = BlockProbe(self._blocks[number], record_block(self._model, self._blocks, number), seed=1)
                 name = f"block {number} ({type(self._blocks[number]).__name__})"
                 self._of_kind[kind] = BlockWeights(probe, self._anatomy.parts(number), name)
-            return self._of_kind[kind].changes(visit)
+            yield self._of_kind[kind]
