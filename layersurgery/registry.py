@@ -189,6 +189,22 @@ _STREAM = (
     ),
     Column("mlp_cosine", "cosine of the MLP's contribution with the stream", heading="MLP cos", digits=2, signed=True),
 )  # fmt: skip
+NEURON_KINDS = ("prediction", "suppression", "partition")
+"""The kinds of neurons, by what their weights do to the vocabulary."""
+_ABLATION = (
+    METRICS[0],
+    Column("kl_nats_random", "KL without random neurons", "nats", log=True, heading="random", curve=False),
+    METRICS[3],
+    Column(
+        "entropy_change_bits_random", "change in entropy without random neurons", "bits", heading="random", digits=2,
+        curve=False, signed=True,
+    ),
+    METRICS[5],
+    Column(
+        "loss_change_nats_random", "change in loss without random neurons", "nats", heading="random", curve=False,
+        signed=True,
+    ),
+)  # fmt: skip
 _PREDICTION = Column("prediction_percent", "prediction neurons", "%", heading="pred. %", digits=2)
 _SUPPRESSION = Column("suppression_percent", "suppression neurons", "%", heading="suppr. %", digits=2)
 _NEURONS = (
@@ -316,6 +332,13 @@ ANALYSES = {
             "Find prediction and suppression neurons from the weights alone (on a CPU, one block at a time).",
             "weights", _NEURONS, {"neurons": "layersurgery.figures.signals:neurons"},
             tables=("neurons", "neuron_scores"), run="layersurgery.analyses.measurements:run_neurons",
+        ),
+        Analysis(
+            "ablate-neurons", "predictions without neurons of one kind",
+            "Turn prediction, suppression and partition neurons off, and as many random neurons of the same blocks.",
+            "text", _ABLATION, {"ablate-neurons": "layersurgery.figures.neuron_ablation:ablation"},
+            run="layersurgery.analyses.neuron_ablation:run_ablation",
+            describe="layersurgery.analyses.neuron_ablation:describe_ablation",
         ),
         Analysis(
             "subjoiners", "attention heads that join the tokens of a word",

@@ -51,6 +51,9 @@ def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Tab
     if name == "heads":
         yield from _dearest_heads(frame)
         return
+    if name == "ablate-neurons":
+        yield from _ablation_table(frame)
+        return
     if "to" in frame:
         yield from _state_tables(name, frame)
         return
@@ -158,6 +161,25 @@ def _dearest_heads(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
     yield ""
     highest = frame.groupby("layer")[columns[0].name].max()
     yield Text(f"highest {columns[0].heading} of each block {sparkline(highest.tolist(), log=True)}", no_wrap=True)
+
+
+def _ablation_table(frame: pd.DataFrame) -> Iterator[Table]:
+    """Yield a table of the kinds of neurons in all blocks, and in the blocks where they make the largest difference."""
+    columns = ANALYSES["ablate-neurons"].columns
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("neurons off", no_wrap=True)
+    for heading in ("block", "number", *(column.heading for column in columns)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    whole, single = frame[frame.layer.isna()], frame[frame.layer.notna()]
+    largest = single.reindex(single.entropy_change_bits_difference.abs().sort_values(ascending=False).index)
+    for rows in (whole, largest.head(_MAX_HEADS)):
+        for row, layer in zip(rows.to_dict("records"), rows.layer, strict=True):
+            cells = ((column, _float(row[column.name])) for column in columns)
+            table.add_row(
+                row["kind"], "all" if rows is whole else str(layer), f"{row['neurons']:,}",
+                *("-" if math.isnan(value) else number_cell(value, column) for column, value in cells),
+            )  # fmt: skip
+    yield table
 
 
 def _head_table(frame: pd.DataFrame) -> Iterator[Table]:

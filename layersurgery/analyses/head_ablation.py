@@ -114,7 +114,9 @@ def describe_heads(frame: pd.DataFrame) -> str:
     rows = frame.dropna(subset=[_KL]).sort_values(_KL, ascending=False)
     if rows.empty:
         return ""
-    dearest = ", ".join(f"{row['layer']}.{row['head']} ({row[_KL]:.2g} nats)" for _, row in rows[:_LISTED].iterrows())
+    dearest = ", ".join(
+        f"{row['layer']}.{row['head']} ({row[_KL]:.2g} nats)" for row in rows[:_LISTED].to_dict("records")
+    )
     share = rows[_KL].cumsum() / rows[_KL].sum()
     half = int((share < 0.5).sum()) + 1
     return (
