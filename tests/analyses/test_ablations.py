@@ -1,0 +1,103 @@
+"""Heads off and neurons off, one at a time and by kind: the tables equal operate and dense metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import layersurgery as ls
+from layersurgery.analyses import prediction_neurons
+from layersurgery.analyses.head_ablation import describe_heads, make_head_measurer
+from layersurgery.analyses.neuron_ablation import ablation_variants
+from layersurgery.analyses.prediction_neurons import neuron_scores
+from layersurgery.metrics.reference import METRICS, measure
+from tests.support.reference import logits_of
+from tests.support.zoo import tiny_model, tokens
+
+
+def dense(model: Any, plan: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each metric, float64."""
+    p = logits_of(model, ids)[:, :-1].flatten(0, 1)
+    with ls.operate(model, plan):
+        q = logits_of(model, ids)[:, :-1].flatten(0, 1)
+    return measure(p, q, ids[:, 1:].flatten()).mean(-1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_every_head_is_measured(name: str, tmp_path: Path) -> None:
+    model, ids = tiny_model(name), tokens(2, 10)
+    frame = ls.analyze("heads", model, ids, directory=tmp_path / "out")
+    heads = model.config.num_attention_heads
+    assert frame[["layer", "head"]].to_numpy(int).tolist() == [[b, h] for b in range(6) for h in range(heads)]
+    for row in frame.sample(4, random_state=0).to_dict("records"):
+        meant = dense(model, ls.heads_off(row["layer"], row["head"]), ids)
+        np.testing.assert_allclose([row[metric] for metric in METRICS], meant, rtol=0, atol=1e-6)
+    assert (tmp_path / "out" / "heads.png").exists()
+    highest = frame.loc[frame.kl_nats.idxmax()]
+    assert "cost" in describe_heads(frame)
+    assert f"{highest['layer']}.{highest['head']} (" in describe_heads(frame)
+
+
+def test_blocks_without_heads_are_left_out_by_name() -> None:
+    measurer = make_head_measurer(tiny_model("jamba"))
+    blocks = {variant.layer for variant in measurer.variants[1:]}
+    assert blocks
+    assert {f"heads of block {block}" for block in set(range(6)) - blocks} == set(measurer.skipped)
+    assert all("side by side" in reason for reason in measurer.skipped.values())
+    with pytest.raises(ls.UnsupportedEditError, match="side by side"):
+        make_head_measurer(tiny_model("mamba"))
+
+
+def test_kinds_of_neurons_are_compared_with_random_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In few dimensions, cosines are large and their kurtosis is low.
+    monkeypatch.setattr(prediction_neurons, "VARIANCE", 1.0)
+    monkeypatch.setattr(prediction_neurons, "KURTOSIS", 5.0)
+    model, ids = tiny_model("llama"), tokens(3, 10)
+    planted = model.lm_head.weight.data
+    for block, token, sign in ((1, 5, 1), (4, 6, -1), (4, 7, -1)):  # one token is raised, or lowered, strongly
+        model.model.layers[block].mlp.down_proj.weight.data[:, token] = sign * planted[token]
+    scores = neuron_scores(model)
+    kinds = scores[scores.kind != ""].groupby(["layer", "kind"]).neuron.apply(list).to_dict()
+    frame = ls.analyze("ablate-neurons", model, ids, directory=tmp_path / "out", draws=2)
+    rows = {(row["kind"], row["layer"]): row for row in frame.to_dict("records") if row["layer"] is not pd.NA}
+    compared = 0
+    for (layer, kind), neurons in kinds.items():
+        row = rows[kind, layer]
+        meant = dense(model, ls.neurons_off(int(layer), [int(n) for n in neurons]), ids)
+        for metric in ("kl_nats", "entropy_change_bits", "loss_change_nats"):
+            assert row[metric] == pytest.approx(float(meant[METRICS.index(metric)]), abs=1e-6)
+            difference = row[metric] - row[f"{metric}_random"]
+            assert row[f"{metric}_difference"] == pytest.approx(difference, abs=1e-9)
+            assert row[f"{metric}_difference_low"] <= difference <= row[f"{metric}_difference_high"]
+        assert row["neurons"] == len(neurons)
+        compared += 1
+    assert compared >= 2
+    again = ls.analyze("ablate-neurons", model, ids, directory=tmp_path / "again", draws=2)
+    pd.testing.assert_frame_equal(frame, again)
+    with pytest.raises(ls.PlanError, match="draws is a whole number of at least 1, not 0"):
+        ls.analyze("ablate-neurons", model, ids, directory=tmp_path / "none", draws=0)
+
+
+def test_random_neurons_are_of_no_kind_and_as_many() -> None:
+    kind = np.array(["suppression"] * 3 + ["prediction"] + [""] * 16)
+    scores = pd.DataFrame(
+        {"layer": 2, "neuron": range(20), "kind": kind, "partition": [False] * 19 + [True], "expert": None}
+    )
+    variants, groups = ablation_variants(scores, 6, draws=3, seed=0)
+    of_kind = {group.kind: group for group in groups}
+    assert [group.neurons for group in of_kind.values()] == [1, 3, 1]
+    for group in groups:
+        draws = [variants[row - 1].route[2].neurons_off for row in group.random]
+        assert all(len(draw) == group.neurons and set(draw) <= set(range(4, 19)) for draw in draws)
+    assert len({variants[row - 1].route for row in of_kind["suppression"].random}) > 1
+    assert variants[of_kind["suppression"].of_kind - 1].route[2].neurons_off == (0, 1, 2)
+
+
+def test_models_whose_neurons_cannot_be_turned_off(tmp_path: Path) -> None:
+    with pytest.raises(ls.MeasurementError, match="neurons of experts"):
+        ls.analyze("ablate-neurons", tiny_model("mixtral"), tokens(), directory=tmp_path / "out")
