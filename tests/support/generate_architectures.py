@@ -17,10 +17,11 @@ import transformers
 
 import layersurgery as ls
 from layersurgery.models.anatomy import Anatomy
+from layersurgery.models.block_weights import ModelWeights
 from tests.support import multimodal_section
 from tests.support.survey import EDITS, Case, examine, types
-from tests.support.unsupported import BLOCK_EDITS, SKIP_EDITS
-from tests.support.zoo import ZOO, tiny_model
+from tests.support.unsupported import BLOCK_EDITS, BRANCH_EDITS, SKIP_EDITS
+from tests.support.zoo import DEPTH, ZOO, tiny_model
 
 _WAYS = {"memory": "in memory", "disk": "on disk"}
 PAGE = Path(__file__).parents[2] / "ARCHITECTURES.md"
@@ -31,9 +32,11 @@ of each architecture and tries these edits:
 
 - blocks: {block_edits}
 - branches: {skip_edits}
+- scaled branches, heads and neurons that are off: {branch_edits}
 
 `tests/project/test_architectures.py` checks that the rows are up to date. `tests/checkpoints/test_zoo.py` and
-`tests/surgery/test_zoo.py` check that edits which are not refused give correct models. A name with a dash is a variant
+`tests/surgery/test_zoo.py` check that edits which are not refused give correct models, and so does
+`tests/surgery/test_branch_changes.py` for the last group. A name with a dash is a variant
 of the type before it.
 
 In the last column, *operate* means editing in memory, with undo. *Keep* means `operate_`, `save` and
@@ -96,6 +99,14 @@ def _list_refusals(name: str) -> str:
             except ls.UnsupportedEditError as error:
                 plans_by_reason.setdefault((mode, _shorten(str(error))), []).append(plan)
                 break
+    model = tiny_model(name)
+    anatomy = ls.anatomy(model)
+    weights = ModelWeights(model, model.get_submodule(anatomy.blocks), anatomy)
+    for plan in BRANCH_EDITS:
+        try:
+            weights.changes(ls.Plan.parse(plan).route(DEPTH)[2])
+        except ls.UnsupportedEditError as error:
+            plans_by_reason.setdefault(("operate", _shorten(str(error))), []).append(plan)
     return "; ".join(
         f"{'operate and keep' if mode == 'operate' else 'keep'} *{', '.join(plans)}*: {reason}"
         for (mode, reason), plans in plans_by_reason.items()
@@ -155,7 +166,7 @@ def _shorten(message: str) -> str:
         r"block \d+ (attends to the tokens that block) \d+ selects", r"a block \1 before it selects", message
     )
     message = re.sub(r" \(a forward calls .*?\)|^\w+(ForCausalLM|LMHeadModel): ", "", message)
-    message = re.sub(r"^.*(can be skipped|config\.json): |^(rwkv: |block \d+ \(\w+\) )", "", message)
+    message = re.sub(r"^.*(can be skipped|cannot be changed|config\.json): |^(rwkv: |block \d+ \(\w+\) )", "", message)
     return re.split(r"[;.] |, so |, and (?:works|on |\d)", message)[0].replace("|", "\\|")
 
 
@@ -165,8 +176,10 @@ def page(survey: dict[str, list[Case]]) -> str:
     Args:
         survey: the cases of each type outside the zoo.
     """
-    block_edits, skip_edits = (", ".join(f"`{plan}`" for plan in plans) for plans in (BLOCK_EDITS, SKIP_EDITS))
-    intro = INTRO.format(block_edits=block_edits, skip_edits=skip_edits)
+    blocks, skips, changes = (
+        ", ".join(f"`{plan}`" for plan in plans) for plans in (BLOCK_EDITS, SKIP_EDITS, BRANCH_EDITS)
+    )
+    intro = INTRO.format(block_edits=blocks, skip_edits=skips, branch_edits=changes)
     edits = ", ".join(f"`{plan}`" for plan in EDITS)
     heading = SURVEY.format(
         version=transformers.__version__, edits=edits, counts=_counts(survey), unnamed=_unnamed(survey)
