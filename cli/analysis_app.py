@@ -142,6 +142,17 @@ def wic(
 def rank(
     model: o.Model,
     run: o.TextRun,
+    task: o.TaskCriterion,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            help="Rank by how much the first metric of this task of lm-eval falls when a layer is dropped, for example "
+            "task:arc_easy. Its requests are measured instead of a text.",
+            show_default="by KL and two scores, on a text",
+            metavar="task:NAME",
+        ),
+    ] = None,
     spans: Annotated[
         int | None,
         typer.Option(
@@ -170,13 +181,16 @@ def rank(
     """Rank layers by the measured cost of removing them, and by block influence and angular distance."""
     from .commands.measure import run_analysis
 
-    run_analysis("rank", model, run, output, overwrite, console, spans=spans, lowest=lowest)
+    own = {"spans": spans, "lowest": lowest}
+    run_analysis("rank", model, run, output, overwrite, console, by=by, task=task, **own)
 
 
 @o.expand
 def prune(
     model: o.Model,
     run: o.TextRun,
+    task: o.TaskCriterion,
+    checkpoint: o.Checkpoint,
     remove: Annotated[int, typer.Option("--remove", min=1, help="Number of layers to remove.", show_default=False)],
     by: Annotated[
         str,
@@ -184,7 +198,8 @@ def prune(
             "--by",
             help="Criterion: kl removes the layers whose removal changes predictions least; influence removes those "
             "with the lowest block influence (ShortGPT); angular removes the span with the smallest angular "
-            "distance (Gromov et al.).",
+            "distance (Gromov et al.); task:NAME removes those whose removal lowers the first metric of this task of "
+            "lm-eval least, for example task:arc_easy (its requests are measured instead of a text).",
             metavar="CRITERION",
         ),
     ] = "kl",
@@ -218,11 +233,6 @@ def prune(
             metavar="DIR",
         ),
     ] = None,
-    link: o.Link = False,
-    verify: o.Verify = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output, and measurements made with other arguments.")
-    ] = False,
     *,
     console: Console,
 ) -> None:
@@ -232,13 +242,15 @@ def prune(
     """
     from .commands.prune import run_prune
 
-    run_prune(model, run, remove, by, greedy, race, output, results, link, verify, overwrite, console)
+    run_prune(model, run, remove, by, greedy, race, task, output, results, checkpoint, console)
 
 
 @o.expand
 def search(
     model: o.Model,
     run: o.TextRun,
+    task: o.TaskCriterion,
+    checkpoint: o.Checkpoint,
     depth: Annotated[
         int | None,
         typer.Option(
@@ -264,8 +276,9 @@ def search(
         str,
         typer.Option(
             "--by",
-            help="What to minimize: kl, the KL from the unedited model, or loss, the change in loss.",
-            metavar="kl|loss",
+            help="What to minimize: kl, the KL from the unedited model; loss, the change in loss; or task:NAME, the "
+            "fall of the first metric of this task of lm-eval, whose requests are measured instead of a text.",
+            metavar="kl|loss|task:NAME",
         ),
     ] = "kl",
     beam: Annotated[
@@ -310,11 +323,6 @@ def search(
             metavar="DIR",
         ),
     ] = None,
-    link: o.Link = False,
-    verify: o.Verify = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output, and measurements made with other arguments.")
-    ] = False,
     *,
     console: Console,
 ) -> None:
@@ -325,7 +333,7 @@ def search(
     from .commands.search import run_search
 
     goal = {"depth": depth, "remove": remove, "repeat": repeat, "beam": beam, "max_span": max_span}
-    run_search(model, run, goal, by, race, estimate, output, results, link, verify, overwrite, console)
+    run_search(model, run, goal, by, race, task, estimate, output, results, checkpoint, console)
 
 
 @o.expand

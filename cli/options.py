@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -19,6 +19,9 @@ from layersurgery.plans.families import FAMILIES
 from layersurgery.runs.options import SWEEP_ONLY, RunOptions
 
 from .terminal.console import Console
+
+if TYPE_CHECKING:
+    from layersurgery.runs.requests import GivenText
 
 Model = Annotated[
     str,
@@ -164,6 +167,34 @@ TaskPath = Annotated[
         rich_help_panel=_TASKS,
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """Options of a criterion that is a task."""
+
+    limit: Limit = None
+    shots: Shots = None
+    task_path: TaskPath = None
+
+    def given(self, by: str | None, options: RunOptions) -> GivenText | None:
+        """Return the task that a criterion names, to be measured instead of a text; None if it names none."""
+        from layersurgery.analyses.task_criterion import given_task
+
+        return given_task(by, options=options, **asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """Options of the checkpoint that a command writes after it has measured."""
+
+    link: Link = False
+    verify: Verify = True
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, and measurements made with other arguments.")
+    ] = False
+
+
 Data = Annotated[
     str | None,
     typer.Option(
@@ -464,16 +495,18 @@ class Group:
     """Options of a command that stand for one parameter.
 
     Attributes:
-        options: what the terminal shows of each, by name; the defaults are those of `RunOptions`.
-        defaults: other defaults than those.
+        options: what the terminal shows of each, by name.
+        defaults: other defaults than those of `kind`.
+        kind: the dataclass that holds the options.
     """
 
     options: dict[str, Any]
     defaults: dict[str, Any]
+    kind: type[Any] = RunOptions
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return the options as parameters of a command."""
-        known = {field.name: field.default for field in fields(RunOptions)} | self.defaults
+        known = {field.name: field.default for field in fields(self.kind)} | self.defaults
         return [_parameter(name, shown, known[name]) for name, shown in self.options.items()]
 
 
@@ -498,6 +531,15 @@ _SEARCHED = {
         ),
     ],
 }
+
+
+def _fields_of(kind: type[Any]) -> Group:
+    """Return the fields of a dataclass as options; their annotations are what the terminal shows."""
+    return Group(get_type_hints(kind, include_extras=True), {}, kind)
+
+
+TaskCriterion = Annotated[TaskOptions, _fields_of(TaskOptions)]
+Checkpoint = Annotated[CheckpointOptions, _fields_of(CheckpointOptions)]
 SweepRun = Annotated[RunOptions, _group()]
 TextRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token")]
 WindowsRun = Annotated[
@@ -541,7 +583,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
             if parameter.annotation is Console:
                 arguments[name] = RunConsole(quiet=values["quiet"], as_json=values["as_json"])
             elif group is not None:
-                arguments[name] = RunOptions(**{option: values[option] for option in group.options})
+                arguments[name] = group.kind(**{option: values[option] for option in group.options})
             else:
                 arguments[name] = values[name]
         function(**arguments)

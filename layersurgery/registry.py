@@ -215,11 +215,21 @@ _NEURONS = (
     Column("partition", "partition neurons", heading="partition", digits=0, curve=False),
 )
 _DROP_KL = Column("drop_kl_nats", "KL when the block is dropped", "nats", log=True, heading="drop KL")
+_COST = Column(
+    "cost", "fall of the task's metric", heading="fall", digits=4, signed=True,
+    definition="the unedited model's value of the metric minus the edited model's; the reverse where lower is better",
+)  # fmt: skip
+_ON_TASK = (
+    _COST,
+    Column("answer_log_likelihood", "log-likelihood of the correct answers", "nats", heading="answers", curve=False),
+)
 _RANK = (
+    *_ON_TASK,
     METRICS[0],
     METRICS[1],
     Column("block_influence", "block influence (ShortGPT)", log=True, heading="influence", digits=4, curve=False),
     Column("angular_distance", "angular distance (Gromov et al.)", heading="angular", digits=4, curve=False),
+    Column("cost_rank", "rank on the task", heading="rank: task", digits=0, curve=False),
     Column("kl_rank", "rank by KL", heading="rank: KL", digits=0, curve=False),
     Column("influence_rank", "rank by block influence", heading="infl.", digits=0, curve=False),
     Column("angular_rank", "rank by angular distance", heading="ang.", digits=0, curve=False),
@@ -233,6 +243,7 @@ _PROPAGATION = (
     Column("change_max", f"largest {_CHANGE}", log=True, heading="largest"),
 )
 _COSTS = (
+    *_ON_TASK,
     METRICS[0],
     Column("perplexity", "perplexity", log=True, heading="ppl.", digits=1, definition="exp(loss)"),
     METRICS[1],
@@ -244,12 +255,23 @@ _SEARCH = (
     Column("block_calls", "block calls for each token", heading="blocks", digits=0, curve=False, tables=_OF_SEARCH),
     Column("parameters", "parameters", heading="parameters", digits=0, curve=False, tables=_OF_SEARCH),
     Column(
+        "above_winner", "above the chosen route, on the same documents", heading="above", curve=False, signed=True,
+        definition="cost minus that of the chosen route, on the same documents", tables=_OF_SEARCH,
+    ),
+    Column(
         "above_winner_nats", "above the chosen route, on the same text", "nats", heading="above", curve=False,
         signed=True, definition="score minus that of the chosen route, on the same sequences", tables=_OF_SEARCH,
     ),
 )  # fmt: skip
 SEARCH_SCORES = {"kl": "kl_nats", "loss": "loss_change_nats"}
-"""What a search can minimize, and the metric of each."""
+"""What a search can minimize on a text, and the metric of each."""
+
+
+def search_score(by: str) -> str:
+    """Return the column that a search minimizes; by a task it is the cost."""
+    return SEARCH_SCORES.get(by, _COST.name)
+
+
 _PROBE = tuple(
     Column(name, label, "%", 100, heading=heading, digits=1, tables=("probe", "single_neurons", "top_k"))
     for name, label, heading in (
@@ -276,6 +298,7 @@ CRITERIA = {
     "kl": "lowest KL, one layer at a time",
     "influence": "lowest block influence",
     "angular": "span with lowest angular distance",
+    "task": "smallest fall of the task's metric, one layer at a time",
     "greedy": "greedy, measured again after each removal",
 }
 """What each criterion of pruning removes; the keys are in the column "criterion" of the costs."""

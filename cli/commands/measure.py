@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.session import ModelSession
 
+    from ..options import TaskOptions
+
 
 def measure(
     model: str,
@@ -76,14 +78,18 @@ def run_sweep(
 
 
 def run_analysis(
-    name: str, model: str, options: RunOptions, output: Path | None, overwrite: bool, console: Console, **own: Any
-) -> None:
+    name: str, model: str, options: RunOptions, output: Path | None, overwrite: bool, console: Console,
+    by: str | None = None, task: TaskOptions | None = None, **own: Any,
+) -> None:  # fmt: skip
     """Run an analysis, and print its results; `own` are the options that only this analysis has."""
     with quick_imports():
         from layersurgery.analyses.analyze import run_analysis as run_in
+        from layersurgery.analyses.rank_run import check_ranking
 
     from ..terminal.analysis_results import show_analysis
 
+    check_ranking(by)
+    given = None if task is None else task.given(by, options)
     run = measure(
         model,
         options,
@@ -91,6 +97,7 @@ def run_analysis(
         name,
         console,
         lambda session, directory: run_in(session, name, directory, overwrite=overwrite, **own),
+        given,
     )
     if run is not None:
         show_analysis(run, console)

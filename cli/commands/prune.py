@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
 
+    from ..options import CheckpointOptions, TaskOptions
+
 _CRITERION_NAMES = {"kl": "KL", "influence": "block influence", "angular": "angular distance"}
 
 
@@ -32,11 +34,10 @@ def run_prune(
     by: str,
     greedy: bool,
     race: bool,
+    task: TaskOptions,
     output: Path | None,
     results: Path | None,
-    link: bool,
-    verify: bool,
-    overwrite: bool,
+    checkpoint: CheckpointOptions,
     console: Console,
 ) -> None:
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
@@ -46,22 +47,27 @@ def run_prune(
         from layersurgery.analyses.prune_run import run_prune as run_in
         from layersurgery.runs.processes import run_session
 
+    overwrite, given = checkpoint.overwrite, task.given(by, options)
+
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
         check_removal(session.model.depth, remove, by)
-        out = output or Path(f"{session.model.name}-prune-{remove}-{by}{'-greedy' if greedy else ''}")
+        out = output or Path(f"{session.model.name}-prune-{remove}-{by.replace(':', '-')}{'-greedy' if greedy else ''}")
         check_target(session, out, overwrite=overwrite)
         directory = results or results_directory(out)
         pruning = run_in(session, directory, remove=remove, by=by, greedy=greedy, race=race, overwrite=overwrite)
         return out, directory, pruning
 
-    done = run_session(model, options, lead, reporter=console)
+    done = run_session(model, options, lead, reporter=console, given=given)
     if done is None:
         return
     out, directory, pruning = done
-    edit_options = EditOptions(out, overwrite, link, verify, options.revision, options.blocks)
+    edit_options = EditOptions(out, overwrite, checkpoint.link, checkpoint.verify, options.revision, options.blocks)
     [result], source = write_edits({None: pruning.plan}, model, edit_options, console)
     frame = pruning.costs
-    before, after = frame.iloc[0], _row(frame, "greedy" if greedy else by, remove)
+    before, after = (
+        frame.iloc[0],
+        _row(frame, "greedy" if greedy else "task" if by not in _CRITERION_NAMES else by, remove),
+    )
     value = {
         **as_json(result, source.label, source.revision),
         "by": by,
@@ -92,23 +98,33 @@ def _numbers(row: pd.Series | None) -> dict[str, float] | None:
 
 
 def _table(frame: pd.DataFrame) -> Table:
+    metric = _metric_column(frame)
     criteria = [str(criterion) for criterion in frame.criterion.unique() if criterion != "unedited"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layers\nremoved", justify="right")
     for criterion in criteria:
         table.add_column(f"{criterion}\nKL", justify="right", no_wrap=True)
-        table.add_column("\nppl.", justify="right", no_wrap=True)
+        table.add_column(f"\n{frame.metric.iloc[0] if metric else 'ppl.'}", justify="right", no_wrap=True)
     for removed in range(int(frame.removed.max()) + 1):
         rows = [_row(frame, criterion, removed) if removed else frame.iloc[0] for criterion in criteria]
-        table.add_row(str(removed), *[cell for row in rows for cell in _cells(row)])
+        table.add_row(str(removed), *[cell for row in rows for cell in _cells(row, metric or "perplexity")])
     return table
 
 
-def _cells(row: pd.Series | None) -> list[str]:
-    return ["-", "-"] if row is None else [f"{row.kl_nats:.3f}", f"{row.perplexity:.4g}"]
+def _cells(row: pd.Series | None, other: str) -> list[str]:
+    return ["-", "-"] if row is None else [f"{row.kl_nats:.3f}", f"{row[other]:.4g}"]
+
+
+def _metric_column(frame: pd.DataFrame) -> str:
+    """Return the column of the task's metric; empty if the costs are of a text."""
+    if "cost" not in frame:
+        return ""
+    return f"task_{str(frame.by.iloc[0]).removeprefix('task:')}_{frame.metric.iloc[0]}"
 
 
 def _describe_cost(pruning: Pruning, before: pd.Series, after: pd.Series | None) -> Iterator[str]:
+    from layersurgery.tasks.task_costs import metric_on_task, ties_sentence
+
     layers: Sequence[int] = pruning.layers
     numbers = f"layer{'s'[: len(layers) != 1]} {', '.join(map(str, layers))}"
     method = (
@@ -118,11 +134,16 @@ def _describe_cost(pruning: Pruning, before: pd.Series, after: pd.Series | None)
         if pruning.by == "angular"
         else "measured one layer at a time"
     )
-    yield f"\nRemoved {numbers} (criterion: {_CRITERION_NAMES[pruning.by]}, {method})"
+    metric = _metric_column(pruning.costs)
+    name = _CRITERION_NAMES.get(pruning.by) or f"fall of {metric_on_task(pruning.costs)}"
+    yield f"\nRemoved {numbers} (criterion: {name}, {method})"
     if after is None:
         yield "The pruned model was not measured: there was not enough memory"
         return
+    what, column = (metric_on_task(pruning.costs), metric) if metric else ("Perplexity", "perplexity")
+    if metric:
+        yield f"{ties_sentence(pruning.costs)}"
     yield (
-        f"[bold]Perplexity {before.perplexity:.4g} before, {after.perplexity:.4g} after[/]; "
+        f"[bold]{what} {before[column]:.4g} before, {after[column]:.4g} after[/]; "
         f"KL {after.kl_nats:.3g} nats, top-1 agreement {100 * after.agreement:.1f} % ({int(after.tokens):,} tokens)"
     )

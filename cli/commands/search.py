@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
 
+    from ..options import CheckpointOptions, TaskOptions
+
 _WRAP_WIDTH = 110
 
 
@@ -36,12 +38,11 @@ def run_search(
     goal: dict[str, Any],
     by: str,
     race: bool,
+    task: TaskOptions,
     estimate: bool,
     output: Path | None,
     results: Path | None,
-    link: bool,
-    verify: bool,
-    overwrite: bool,
+    checkpoint: CheckpointOptions,
     console: Console,
 ) -> None:
     """Search a route, print the routes that were measured in full, and write the edited checkpoint if it is wanted.
@@ -52,12 +53,11 @@ def run_search(
         goal: the keyword arguments of `SearchSpace.of`.
         by: what to minimize.
         race: let the candidates of a level race.
+        task: options of a task to search by.
         estimate: print the cost, and do nothing else.
         output: where to write the checkpoint; None for none.
         results: where to write the measurements.
-        link: hard-link files that do not change.
-        verify: check that the checkpoint reloads as the intended model.
-        overwrite: replace the output, and measurements made with other arguments.
+        checkpoint: how the checkpoint is written.
         console: where to print.
     """
     with quick_imports():
@@ -68,7 +68,8 @@ def run_search(
         from layersurgery.runs.processes import run_session
 
     check_score(by)
-    if output is None and (link or not verify):
+    given, overwrite = task.given(by, options), checkpoint.overwrite
+    if output is None and (checkpoint.link or not checkpoint.verify):
         raise PlanError("--link and --no-verify are for the checkpoint; name its directory with --output")
     if estimate:
         _show_estimate(model, options, goal, console)
@@ -79,19 +80,23 @@ def run_search(
         if output is not None:
             check_target(session, output, overwrite=overwrite)
         default = (
-            Path(f"{session.model.name}-search-{space.target}-{by}") if output is None else results_directory(output)
+            Path(f"{session.model.name}-search-{space.target}-{by.replace(':', '-')}")
+            if output is None
+            else results_directory(output)
         )
         directory = results or default
         return directory, run_in(session, directory, space, by=by, race=race, overwrite=overwrite)
 
-    done = run_session(model, options, lead, reporter=console)
+    done = run_session(model, options, lead, reporter=console, given=given)
     if done is None:
         return
     directory, search = done
     value: dict[str, Any] = {"plan": str(search.plan), "route": str(search.route), "blocks": len(search.route)}
     written: list[str] = []
     if output is not None:
-        edit_options = EditOptions(output, overwrite, link, verify, options.revision, options.blocks)
+        edit_options = EditOptions(
+            output, overwrite, checkpoint.link, checkpoint.verify, options.revision, options.blocks
+        )
         [result], source = write_edits({None: search.plan}, model, edit_options, console)
         value, written = as_json(result, source.label, source.revision), describe_result(result)
     console.result(*_shown(search, directory, value, written))
@@ -120,14 +125,17 @@ def _shown(search: Search, directory: Path, value: dict[str, Any], written: Sequ
 
 def _table(frame: pd.DataFrame) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("blocks", "plan", "KL", "loss", "ppl.", "agree", ""):
+    on_task = "cost" in frame
+    for heading in ("blocks", "plan", *(["fall"] if on_task else []), "KL", "loss", "ppl.", "agree", ""):
         is_text = heading in ("plan", "")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
-    for row in frame.sort_values(["level", "above_winner_nats"], kind="stable").to_dict("records"):
+    order = ["level", "above_winner", "kl_nats"] if on_task else ["level", "above_winner_nats"]
+    for row in frame.sort_values(order, kind="stable").to_dict("records"):
         roles = {"chosen": row["winner"], "finalist": row["finalist"] > row["winner"], "one-shot": row["one_shot"]}
         note = ", ".join(role for role, has_role in roles.items() if has_role)
         table.add_row(
-            str(row["block_calls"]), escape(row["plan"] or "unedited"), f"{row['kl_nats']:.3f}",
+            str(row["block_calls"]), escape(row["plan"] or "unedited"),
+            *([f"{row['cost']:.4g}"] if on_task else []), f"{row['kl_nats']:.3f}",
             f"{row['loss_change_nats']:+.3f}", f"{row['perplexity']:.4g}", f"{100 * row['agreement']:.1f} %", note,
         )  # fmt: skip
     return table

@@ -7,7 +7,7 @@
 (30, 3)
 """
 
-from . import inference_stages, layer_ranking, layer_signals, prediction_neurons, stream_signals
+from . import inference_stages, layer_signals, prediction_neurons, stream_signals
 from .analyze import on_any_text
 from .inference_stages import describe_stages
 from .layer_pruning import Pruning
@@ -16,6 +16,7 @@ from .layer_signals import measure
 from .neuron_probes import Probe, probe
 from .prediction_neurons import neuron_scores
 from .prune_run import prune
+from .rank_run import rank
 from .search_run import Search, search
 from .subjoiner_heads import Subjoiners, subjoiners
 from .word_senses import wic
@@ -26,7 +27,6 @@ cosine = on_any_text("cosine", stream_signals.cosine, measure)
 lens = on_any_text("lens", layer_signals.lens, measure)
 neurons = on_any_text("neurons", prediction_neurons.neurons)
 norms = on_any_text("norms", layer_signals.norms, measure)
-rank = on_any_text("rank", layer_ranking.rank)
 similarity = on_any_text("similarity", layer_signals.similarity, measure)
 stages = on_any_text("stages", inference_stages.stages)
 stream = on_any_text("stream", stream_signals.stream, measure)

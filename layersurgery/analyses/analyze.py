@@ -114,7 +114,7 @@ def analyze(
         (30,)
     """
     check_analysis(name)
-    _refuse_ignored(name, text, options)
+    refuse_ignored(name, text, options)
     run_options, own = split_options(options, resolve(ANALYSES[name].run))
     run_options, given = read_given_text(text, run_options, attention_mask)
     if given is not None and given.tokens is not None and ANALYSES[name].needs == "windows":
@@ -159,7 +159,7 @@ def on_any_text(
                 overwrite=overwrite,
                 **options,
             )
-        _refuse_ignored(name, text, options)
+        refuse_ignored(name, text, options)
         run_options, own = split_options(options, passes_to or function)
         own |= {key: options[key] for key in _SHARED if key in options}
         if ANALYSES[name].needs == "weights":
@@ -196,7 +196,7 @@ def _with_shared_text(doc: str) -> str:
     return doc.replace("        blocks:", f"{_DIRECTORY}        blocks:", 1)
 
 
-def _refuse_ignored(name: str, text: Any, options: dict[str, Any]) -> None:
+def refuse_ignored(name: str, text: Any, options: dict[str, Any]) -> None:
     """Refuse options that would have no effect on an analysis.
 
     Raises:

@@ -9,6 +9,8 @@ import pandas as pd
 
 from ..registry import ANALYSES, CRITERIA, Column, column, resolve
 from ..runs.tables import as_records
+from ..tasks.task_costs import TASK, metric_on_task, ties_sentence
+from ..tasks.task_tables import PREFIX
 from .layer_ranking import spans
 
 _SCORES = ("block_influence", "angular_distance")
@@ -86,6 +88,8 @@ def describe_ranks(frame: pd.DataFrame) -> str:
         >>> describe_ranks(ranks).partition(". ")[0]
         'Lowest KL when removed: layer 2 (0.1 nats), measured one layer at a time'
     """
+    if "cost" in frame:
+        return _describe_ranks_on_task(frame)
     # After a race, only the ranks can be compared: the KL of each layer is of other text.
     key = "kl_rank" if "race" in frame else "kl_nats"
     measured = frame.dropna(subset=["kl_nats"]).sort_values(key, kind="stable")
@@ -113,6 +117,23 @@ def describe_ranks(frame: pd.DataFrame) -> str:
             f"Lowest {column(name).label}: {_layers(best)} ({common} of {len(best)} in common{agreement})."
         )
     return " ".join([*sentences, *_describe_spans(frame)])
+
+
+def _describe_ranks_on_task(frame: pd.DataFrame) -> str:
+    measured = frame.dropna(subset=["cost"]).sort_values("cost_rank")
+    if measured.empty:
+        return "No layer could be removed and measured."
+    count = min(_MAX_LISTED, max(1, len(frame) // 3))
+    lowest = measured.head(count)
+    ends = [f"{value:.3g}" for value in (lowest.cost.iloc[0], lowest.cost.iloc[-1])]
+    by_kl = set(measured.sort_values("kl_nats").layer.head(count))
+    correlation = measured.cost_rank.astype(float).corr(measured.kl_nats.astype(float).rank())
+    known = "" if np.isnan(correlation) else f"; rank correlation {correlation:.2f}"
+    return (
+        f"{metric_on_task(frame)} falls least without {_layers(lowest.layer)} (by {' to '.join(dict.fromkeys(ends))}), "
+        f"measured one layer at a time. {ties_sentence(frame)}. {len(by_kl & set(lowest.layer))} of the {count} are "
+        f"among those with the lowest KL of the scored tokens{known}."
+    )
 
 
 def _layers(layers: Sequence[int] | pd.Series) -> str:
@@ -164,20 +185,27 @@ def describe_costs(frame: pd.DataFrame) -> str:
 
 
 def _describe_cost(rows: pd.DataFrame, before: pd.Series) -> str:
-    ordered = rows.sort_values("kl_nats", kind="stable")
+    on_task = "cost" in rows
+    ordered = rows.sort_values(["cost", "kl_nats"] if on_task else "kl_nats", kind="stable")
     best = ordered.iloc[0]
     others = ordered[ordered.plan != best.plan]
     chosen_by = [CRITERIA.get(name, name) for name in ordered[ordered.plan == best.plan].criterion]
     how = "every criterion" if others.empty and len(chosen_by) > 1 else f"criterion: {' or '.join(chosen_by)}"
+    if on_task:
+        name = f"{PREFIX}{str(best.by).removeprefix(TASK)}_{best.metric}"
+        score = f"{metric_on_task(rows)} {before[name]:.4g} before, {best[name]:.4g} after"
+    else:
+        score = f"perplexity {before.perplexity:.4g} before, {best.perplexity:.4g} after"
     sentence = (
-        f"Without {best.removed} of {best.depth} layers ({best.plan}; {how}): perplexity {before.perplexity:.4g} "
-        f"before, {best.perplexity:.4g} after, KL {_number(best.kl_nats, column('kl_nats'))}, "
+        f"Without {best.removed} of {best.depth} layers ({best.plan}; {how}): {score}, "
+        f"KL {_number(best.kl_nats, column('kl_nats'))}, "
         f"{column('agreement').label} {_number(best.agreement, column('agreement'))}."
     )
     if others.empty:
         return sentence
+    what, shown = ("Fall of the metric", "cost") if on_task else ("KL", "kl_nats")
     costs = (
-        f"{CRITERIA.get(row.criterion, row.criterion)} ({_number(row.kl_nats, column('kl_nats'))})"
+        f"{CRITERIA.get(row.criterion, row.criterion)} ({_number(getattr(row, shown), column(shown))})"
         for row in others.itertuples()
     )
-    return f"{sentence} KL by the other criteria: {', '.join(costs)}."
+    return f"{sentence} {what} by the other criteria: {', '.join(costs)}."

@@ -8,24 +8,21 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
 
 from ..checkpoints.edit_checkpoint import EditResult
 from ..errors import MeasurementError, PlanError
 from ..metrics.aggregation import SequenceSums
-from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_list import find_decoder_blocks
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
 from ..sweeps.measurer import Measurer
 from ..sweeps.quantities import CHANGE, Observed
-from ..sweeps.race import Race
 from ..sweeps.results import results_table
-from ..sweeps.sweep import collect_sums
-from .layer_ranking import CRITERIA, rank, spans
+from ..tasks.task_costs import TaskCosts
+from .layer_ranking import CRITERIA, RANKS, TASK_CRITERIA
 from .signal_tables import SignalTables
+from .task_criterion import is_task
 
 GREEDY = "greedy"
 
@@ -57,56 +54,6 @@ class Pruning:
         return self.plan.route(int(self.costs.depth.iloc[0]))
 
 
-def prune_tokens(
-    model: nn.Module,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    remove: int,
-    by: str = "kl",
-    greedy: bool = False,
-    race: bool = True,
-    batch_size: int | None = None,
-    blocks: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Pruning:
-    """Choose layers to remove, and measure the cost of removing them, in memory; arguments as for `prune`."""
-    depth = len(find_decoder_blocks(model, blocks).blocks)
-    check_removal(depth, remove, by)
-    race = race and by == "kl"
-    anatomy = find_anatomy(model, blocks=blocks)
-
-    def report_progress(label: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(label, done, total)
-
-    options: dict[str, Any] = {"blocks": blocks, "anatomy": anatomy}
-    ranks = rank(
-        model,
-        ids,
-        spans=remove,
-        lowest=remove if race else None,
-        attention_mask=mask,
-        batch_size=batch_size,
-        progress=report_progress("ranking layers"),
-        **options,
-    )
-    orders = {criterion: removal_orders(ranks, spans(ranks), remove, criterion) for criterion in CRITERIA}
-    if greedy:
-
-        def measure_step(removed: tuple[int, ...]) -> pd.DataFrame:
-            measurer = make_step_measurer(model, by, removed, depth, **options)
-            label = f"choosing layer {len(removed) + 1} of {remove}"
-            rule = Race(1) if race else None
-            sums = collect_sums(measurer, ids, mask, batch_size, report_progress(label), rule)
-            return step_table(SignalTables(measurer, sums, "", rule), by, removed)
-
-        orders[GREEDY] = prefixes([layer for layer, _ in greedy_removals(remove, by, measure_step)])
-    measurer = Measurer(model, pruned_variants(orders, depth), **options)
-    sums = collect_sums(measurer, ids, mask, batch_size, report_progress("measuring the cost of each criterion"))
-    layers = orders[GREEDY if greedy else by][-1]
-    return Pruning(removal_plan(layers), layers, by, greedy, cost_table(measurer, sums, type(model).__name__))
-
-
 def greedy_removals(
     remove: int, by: str, measure_step: Callable[[tuple[int, ...]], pd.DataFrame]
 ) -> Iterator[tuple[int, float]]:
@@ -129,12 +76,12 @@ def greedy_removals(
         table = measure_step(removed).set_index("layer")
         if "race" in table:
             table = table[table.race == ("lowest" if (table.race == "lowest").any() else "open")]
-        scores = table[CRITERIA[by]].dropna()
+        scores = table["cost" if is_task(by) else CRITERIA[by]].dropna()
         if scores.empty:
             raise MeasurementError(
                 f"after {len(removed)} layers, no other layer can be removed: their scores are NaN or infinite"
             )
-        layer = int(scores.idxmin())
+        layer = int(table.loc[scores.index, RANKS["task"]].idxmin() if is_task(by) else scores.idxmin())
         yield layer, float(scores[layer])
         removed = (*removed, layer)
 
@@ -145,8 +92,8 @@ def check_removal(depth: int, remove: int, by: str) -> None:
     Raises:
         PlanError: an unknown criterion, or too many layers to remove.
     """
-    if by not in CRITERIA:
-        raise PlanError(f"unknown criterion {by!r}; choose from {', '.join(CRITERIA)}")
+    if by not in CRITERIA and not is_task(by):
+        raise PlanError(f"unknown criterion {by!r}; choose from {', '.join(CRITERIA)} or task:NAME")
     if not 1 <= remove < depth:
         raise PlanError(f"cannot remove {remove} of {depth} layers; give 1 to {depth - 1}")
 
@@ -168,7 +115,7 @@ def removal_orders(ranks: pd.DataFrame, spans: pd.DataFrame, remove: int, by: st
             first = int(candidates.loc[candidates.angular_distance.idxmin(), "layer"])
             chosen_spans.append(tuple(range(first, first + span)))
         return chosen_spans
-    ordered = ranks.dropna(subset=[CRITERIA[by]]).sort_values(f"{by}_rank")
+    ordered = ranks.dropna(subset=[(CRITERIA | TASK_CRITERIA)[by]]).sort_values(RANKS[by])
     if len(ordered) < remove:
         reason = next(iter(ranks.attrs.get("skipped", {}).values()), "their scores are NaN or infinite")
         raise MeasurementError(f"cannot remove {remove} layers; only {len(ordered)} can be removed: {reason}")
@@ -197,9 +144,11 @@ def pruned_variants(orders: Mapping[str, Sequence[tuple[int, ...]]], depth: int)
     ]
 
 
-def cost_table(measurer: Measurer, sums: SequenceSums, model: str) -> pd.DataFrame:
+def cost_table(measurer: Measurer, sums: SequenceSums, model: str, costs: TaskCosts | None = None) -> pd.DataFrame:
     """Build the table of costs: one row for each criterion and number of removed layers."""
     frame = results_table(measurer.variants, sums, model)
+    if costs is not None:
+        frame = frame.join(costs.costs).join(costs.columns)
     frame.insert(1, "criterion", frame.pop("edit").replace("none", "unedited"))
     removed = [len(measurer.variants[0].route) - len(variant.route) for variant in measurer.variants]
     frame.insert(2, "removed", pd.array(removed, dtype="Int64"))
@@ -209,7 +158,7 @@ def cost_table(measurer: Measurer, sums: SequenceSums, model: str) -> pd.DataFra
 
 def make_step_measurer(model: nn.Module, by: str, removed: Sequence[int], depth: int, **options: Any) -> Measurer:
     """Make a measurer that scores the remaining layers after some are removed, for one step of a greedy choice."""
-    if by != "kl":
+    if by in CRITERIA and by != "kl":
         route = Route(block for block in range(depth) if block not in removed)
         return Measurer(model, [], observe=Observed([CHANGE], route=route), **options)
     candidates = [
@@ -224,11 +173,14 @@ def make_step_measurer(model: nn.Module, by: str, removed: Sequence[int], depth:
     )
 
 
-def step_table(tables: SignalTables, by: str, removed: Sequence[int]) -> pd.DataFrame:
+def step_table(tables: SignalTables, by: str, removed: Sequence[int], costs: TaskCosts | None = None) -> pd.DataFrame:
     """Return the remaining layers and the score of each."""
-    if by != "kl":
+    if by in CRITERIA and by != "kl":
         return tables.change().drop(columns=["relative_depth", "span"])
     frame = tables.drop()
+    if costs is not None:
+        ranks = pd.Series(costs.places(), dtype="Int64", name=RANKS["task"])
+        frame = frame.join(costs.costs).join(ranks).join(costs.columns)
     frame = frame[frame.edit == "drop"].reset_index(drop=True)
     dropped = [set(range(tables.depth)) - set(Route.parse(route).blocks) - set(removed) for route in frame.route]
     frame["layer"] = pd.array([block for blocks in dropped for block in blocks], dtype="Int64")

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import pandas as pd
-import torch
-from torch import nn
 
-from ..errors import MeasurementError, PlanError, warn
+from ..errors import MeasurementError, PlanError
 from ..metrics.aggregation import SequenceSums
 from ..metrics.reference import METRICS
-from ..models.anatomy import Anatomy
-from ..models.block_list import find_decoder_blocks
 from ..plans.route import whole_number
-from ..runs.tables import as_records
-from ..runtime.inputs import as_tokens
 from ..sweeps.quantities import CHANGE
 from ..sweeps.race import Race
-from ..sweeps.sweep import collect_sums
-from .signal_tables import DROP, SignalTables, make_measurer
+from ..tasks.task_costs import TaskCosts
+from .signal_tables import DROP, SignalTables
 
 CRITERIA = {"kl": "kl_nats", "influence": "block_influence", "angular": "angular_distance"}
-"""Criteria for choosing layers to remove, and the score of each. The layer with the lowest score is removed first."""
+"""Criteria on a text for choosing layers to remove, and the score of each. The lowest score is removed first."""
+TASK_CRITERIA = {"kl": "kl_nats", "task": "cost"}
+"""Criteria on the requests of a task. KL is that of the tokens that the task scores."""
+RANKS = {criterion: f"{criterion}_rank" for criterion in CRITERIA} | {"task": "cost_rank"}
+"""Column with a layer's rank by each criterion."""
 SIGNALS = (CHANGE, DROP)
 _DISTANCES = ("angular_distance", "angular_distance_last")
 _DROPPED = ("kl_nats", "agreement", "loss_change_nats", "entropy_change_bits")
@@ -50,75 +47,6 @@ def check_lowest(lowest: int | None, depth: int) -> int | None:
     if not 1 <= number < depth:
         raise PlanError(f"cannot search the {number} lowest of {depth} layers; give 1 to {depth - 1}")
     return number
-
-
-def rank(
-    model: nn.Module,
-    tokens: torch.Tensor | Sequence[Sequence[int]],
-    *,
-    spans: int | None = None,
-    lowest: int | None = None,
-    attention_mask: torch.Tensor | None = None,
-    batch_size: int | None = None,
-    blocks: str | None = None,
-    anatomy: Anatomy | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
-    """Rank layers by the cost of their removal: measured, and estimated by two cheap scores, in one pass over the data.
-
-    Measured: KL from the unedited model when the block is dropped, and the other metrics of a sweep. Estimated: block
-    influence, 1 - cosine between the stream before and after the block (ShortGPT, arXiv 2403.03853), and the angular
-    distance over spans of blocks, arccos(cosine) / pi (The Unreasonable Ineffectiveness of the Deeper Layers, arXiv
-    2403.17887). Both scores are means over all real tokens. The authors of the second use only the last token of each
-    sequence; this value is given as well, as angular_distance_last.
-
-    Args:
-        model: a transformers causal language model, or a wrapper around one; it is not changed.
-        tokens: token ids, (sequences, length).
-        spans: longest span of blocks to measure angular distances over; half of the model's depth if not given.
-        lowest: find so many layers with the lowest KL by a race: a layer is measured until it is sure, with an error
-            probability of 5 %, whether it is one of them. By default every layer is measured on all text.
-        attention_mask: 1 for a token and 0 for padding, of the same shape.
-        batch_size: sequences per batch; chosen by free memory if not given.
-        blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
-        anatomy: the model's anatomy; found if not given.
-        progress: called after each batch with the number of sequences done and the total.
-
-    Returns:
-        One row for each block: layer, relative_depth, tokens, sequences, kl_nats, agreement, loss_change_nats,
-        entropy_change_bits (all four for the model without the block), block_influence, angular_distance (over the
-        block alone), angular_distance_last, each with a standard error over sequences; and kl_rank, influence_rank,
-        angular_rank (1 is removed first). After a race, `race` says what is sure of a layer ("lowest", "higher" or
-        "open"), layers that are surely higher rank last, and kl_tokens says on how much text its KL was measured; the
-        two scores are of all text that the race took. `analyses.spans(frame)` returns the angular distances over longer
-        spans.
-
-    Raises:
-        PlanError: tokens that cannot be measured.
-        UnsupportedEditError: the model's blocks cannot be run in another order.
-        MeasurementError: predictions that are NaN or infinite, or too little memory.
-
-    Example:
-        >>> import layersurgery as ls
-        >>> model, tokenizer = ls.load("smollm2-135m")
-        >>> tokens = tokenizer("The capital of France is", return_tensors="pt").input_ids
-        >>> ranks = ls.rank(model, tokens)
-        >>> len(ranks.sort_values("kl_rank").layer.head(6))
-        6
-    """
-    ids, mask = as_tokens(tokens, attention_mask)
-    depth = len(find_decoder_blocks(model, blocks).blocks)
-    measurer = make_measurer(model, SIGNALS, depth, blocks=blocks, anatomy=anatomy, spans=max_span(depth, spans))
-    lowest = check_lowest(lowest, depth)
-    rule = None if lowest is None else Race(lowest)
-    sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
-    tables = SignalTables(measurer, sums, type(model).__name__, rule)
-    if tables.skipped:
-        name, reason = next(iter(tables.skipped.items()))
-        warn(f"{name} was skipped: {reason} ({len(tables.skipped)} skipped in total, see frame.attrs['skipped'])")
-    frame = rank_table(tables)
-    frame.attrs |= {"spans": as_records(span_table(tables)), "skipped": tables.skipped}
-    return frame
 
 
 def spans(frame: pd.DataFrame) -> pd.DataFrame:
@@ -173,6 +101,23 @@ def rank_table(tables: SignalTables) -> pd.DataFrame:
         frame["kl_rank"] = pd.array([places.get(layer) for layer in frame.layer], dtype="Int64")
         frame.loc[frame.kl_nats.isna(), "kl_rank"] = pd.NA
     return frame
+
+
+def task_rank_table(tables: SignalTables, costs: TaskCosts | None) -> pd.DataFrame:
+    """Build the table of `rank` by a task.
+
+    Args:
+        tables: the sums on the task's requests.
+        costs: the costs on the task; None as long as not all requests are measured.
+    """
+    frame = tables.drop()
+    if costs is not None:
+        ranks = pd.Series(costs.places(), dtype="Int64", name=RANKS["task"])
+        frame = frame.join(costs.costs).join(ranks).join(costs.columns)
+    frame = frame[frame.edit == DROP].drop(columns=["edit", "name", "plan", "depth", "route"])
+    frame.insert(0, "layer", frame.pop("layer"))
+    frame[RANKS["kl"]] = frame.kl_nats.rank(method="first").astype("Int64")
+    return frame.reset_index(drop=True)
 
 
 def race_order(race: Race, sums: SequenceSums) -> list[int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..errors import PlanError
 from ..registry import ANALYSES
 from ..runs.drawing import draw_analysis
 from ..runs.reporter import Reporter
@@ -17,12 +18,14 @@ from ..runs.run_directory import ANALYSIS, Run
 from ..runs.single_step import TablesAndFacts, run_once
 from ..sweeps.measurer import Measurer
 from ..sweeps.race import Race
+from ..tasks.task_costs import TaskCosts, task_costs
 from ..units import format_count
 from .layer_pruning import cost_table, make_step_measurer, pruned_variants, step_table
-from .layer_ranking import SIGNALS, check_lowest, max_span, rank_table, span_table
+from .layer_ranking import SIGNALS, check_lowest, max_span, rank_table, span_table, task_rank_table
 from .outcomes import AnalysisOutput, TableOutput
 from .prediction_neurons import neuron_scores, neurons_per_block
-from .signal_tables import SignalTables, make_measurer
+from .signal_tables import DROP, SignalTables, make_measurer
+from .task_criterion import harness_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +36,20 @@ if TYPE_CHECKING:
     from ..runs.runner import RunOutput
     from ..runs.session import ModelSession
     from ..sweeps.row_progress import StopRule
+    from ..tasks.harness import Harness
 
 
 @dataclass(frozen=True, slots=True)
 class TableMeasurement:
-    """Base of the measurements on text whose results are tables."""
+    """Base of the measurements on text whose results are tables.
+
+    Attributes:
+        depth: number of blocks of the model.
+        harness: the task whose requests are measured; None if a text is.
+    """
 
     depth: int
+    harness: Harness | None = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -59,9 +69,24 @@ class TableMeasurement:
         """Make the output: this measurement's tables."""
         return TableOutput(measurer, label, self.tables, rule)
 
+    def arguments(self) -> dict[str, Any]:
+        """Return what the results depend on, in addition to model and text."""
+        raise NotImplementedError
+
+    def measurer(self, model: Any, options: RunOptions) -> Measurer:
+        """Make the measurer."""
+        raise NotImplementedError
+
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make the tables from the measured sums."""
         raise NotImplementedError
+
+    def task_costs(self, tables: SignalTables) -> TaskCosts | None:
+        """Return the costs on the task; None if a text is measured, and before all requests are."""
+        sums = tables.sums_by_sequence
+        if self.harness is None or len(sums) < len(self.harness.text.ids):
+            return None
+        return task_costs(self.harness, sums)
 
     def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""
@@ -103,10 +128,15 @@ class SignalMeasurement(TableMeasurement):
 
 @dataclass(frozen=True, slots=True)
 class RankMeasurement(TableMeasurement):
-    """Cost of removing each layer, and two scores that predict it."""
+    """Cost of removing each layer, and on a text two scores that predict it.
+
+    Attributes:
+        spans: longest span to measure angular distances over; 0 on a task, on which the scores are not measured.
+        lowest: race for so many layers with the lowest KL; None for no race.
+    """
 
     spans: int
-    lowest: int | None = None  # race for so many layers with the lowest KL
+    lowest: int | None = None
 
     @property
     def name(self) -> str:
@@ -122,13 +152,16 @@ class RankMeasurement(TableMeasurement):
         return None if self.lowest is None else Race(self.lowest)
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
-        """Make the measurer: it drops every layer, and measures angular distances over spans."""
+        """Make the measurer: it drops every layer, and on a text also measures angular distances over spans."""
+        signals = SIGNALS if self.spans else (DROP,)
         return make_measurer(
-            model, SIGNALS, self.depth, blocks=options.blocks, spans=self.spans, read=options.read_positions
+            model, signals, self.depth, blocks=options.blocks, spans=self.spans, read=options.read_positions
         )
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """Make the tables of layers and of spans."""
+        """Make the tables of layers and of spans; on a task, that of layers."""
+        if not self.spans:
+            return {"rank": task_rank_table(tables, self.task_costs(tables))}
         return {"rank": rank_table(tables), "spans": span_table(tables)}
 
 
@@ -161,7 +194,7 @@ class GreedyStepMeasurement(TableMeasurement):
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each remaining layer."""
-        return {"step": step_table(tables, self.by, self.removed)}
+        return {"step": step_table(tables, self.by, self.removed, self.task_costs(tables))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +223,8 @@ class CostMeasurement(TableMeasurement):
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each criterion and number of layers."""
-        return {"costs": cost_table(tables.measurer, tables.sums_by_sequence, tables.model)}
+        costs = self.task_costs(tables)
+        return {"costs": cost_table(tables.measurer, tables.sums_by_sequence, tables.model, costs)}
 
 
 def run_signals(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
@@ -217,10 +251,22 @@ def run_rank(
         spans: longest span of blocks for angular distances; by default half of the model's blocks.
         lowest: race for so many layers with the lowest KL; by default every layer is measured on all text.
     """
-    measurement = RankMeasurement(
-        session.model.depth, max_span(session.model.depth, spans), check_lowest(lowest, session.model.depth)
-    )
-    return session.run(measurement, directory, overwrite=overwrite)
+    return session.run(rank_measurement(session, spans, lowest), directory, overwrite=overwrite)
+
+
+def rank_measurement(session: ModelSession, spans: int | None, lowest: int | None) -> RankMeasurement:
+    """Return the measurement that ranks the layers on the session's text, or on its task.
+
+    Raises:
+        PlanError: a number is out of range, or has no effect on a task.
+    """
+    depth = session.model.depth
+    if session.texts.has_tasks:
+        for name, value in {"spans": spans, "lowest": lowest}.items():
+            if value is not None:
+                raise PlanError(f"{name} has no effect by a task, on which every layer is measured by dropping it")
+        return RankMeasurement(depth, 0, harness=harness_of(session))
+    return RankMeasurement(depth, max_span(depth, spans), check_lowest(lowest, depth))
 
 
 def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:

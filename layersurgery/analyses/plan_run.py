@@ -22,8 +22,13 @@ from ..runs.open_text import open_text
 from ..runs.processes import run_session
 from ..runs.reporter import Reporter
 from ..runs.tables import read_run
+from ..sweeps.read_positions import ScoredPositions
+from ..sweeps.sweep import collect_sums
+from .signal_tables import SignalTables
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ..runs.options import RunOptions
     from ..runs.requests import GivenText
     from ..runs.run_directory import Run
@@ -34,6 +39,10 @@ CHOSEN = ("orders", "removed", "routes", "finalists", "tried")
 """Arguments that an earlier measurement has chosen."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the current measurement, how much of it is done and how much there is in total."""
+
+
+Measure = Callable[[Any, str, str], dict[str, "pd.DataFrame"]]
+"""Runs a `TableMeasurement`, given the name of its directory and of what it measures; returns its tables by name."""
 
 
 class ChosenPlan(Protocol):
@@ -102,6 +111,31 @@ def choose_plan(
         model, done.plan, target, overwrite=overwrite, revision=options.revision, blocks=options.blocks
     )
     return replace(done, written=written)  # type: ignore[type-var] # a dataclass
+
+
+def measure_in_memory(session: ModelSession, model: Any, text: TokenizedText, progress: Progress | None) -> Measure:
+    """Return a function that measures on a session's text, and writes nothing.
+
+    Args:
+        session: the session.
+        model: its loaded model.
+        text: its tokens.
+        progress: called with the name of the current measurement and its progress.
+    """
+
+    def measure(measurement: Any, _name: str, subject: str) -> dict[str, pd.DataFrame]:
+        measurer, rule = measurement.measurer(model, session.options), measurement.rule(text.mask)
+        if text.scored is not None:
+            measurer.read = ScoredPositions(text.scored)
+        report = None if progress is None else lambda done, total: progress(subject, done, total)
+        sums = collect_sums(measurer, text.ids, text.mask, session.options.batch_size, report, rule)
+        sums_by_name = SignalTables(measurer, sums, session.model.label, rule)
+        tables: dict[str, pd.DataFrame] = measurement.tables(sums_by_name)
+        for frame in tables.values():
+            frame.attrs["skipped"] = sums_by_name.skipped
+        return tables
+
+    return measure
 
 
 def results_directory(output: Path) -> Path:

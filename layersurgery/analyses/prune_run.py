@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from ..plans.route import whole_number
 from ..runs.frames import as_result
 from ..runs.options import SWEEP_ONLY
 from ..runs.requests import read_given_text
-from ..runs.tables import read_results
+from ..runs.tables import read_results, table_names
 from .analyze import split_options
 from .layer_pruning import (
     GREEDY,
@@ -20,13 +22,13 @@ from .layer_pruning import (
     check_removal,
     greedy_removals,
     prefixes,
-    prune_tokens,
     removal_orders,
     removal_plan,
 )
-from .layer_ranking import CRITERIA
-from .measurements import CostMeasurement, GreedyStepMeasurement, RankMeasurement
-from .plan_run import choose_plan, run_or_reuse
+from .layer_ranking import CRITERIA, TASK_CRITERIA
+from .measurements import CostMeasurement, GreedyStepMeasurement, TableMeasurement, rank_measurement
+from .plan_run import Measure, choose_plan, measure_in_memory, run_or_reuse
+from .task_criterion import NO_RACE, given_task, harness_of
 
 if TYPE_CHECKING:
     from ..runs.session import ModelSession
@@ -41,6 +43,9 @@ def prune(
     by: str = "kl",
     greedy: bool = False,
     race: bool = True,
+    limit: int | None = None,
+    shots: int | None = None,
+    task_path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     attention_mask: Any = None,
     directory: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -58,13 +63,17 @@ def prune(
             Face dataset; a path; "pydoc"; or the id of a Hub dataset. Default: what the option `data` names.
         remove: number of layers to remove.
         by: the criterion, see `rank`: "kl" (layers whose removal changes predictions least, measured one at a time),
-            "influence" (lowest block influence, ShortGPT), or "angular" (the span of adjacent blocks with the lowest
-            angular distance, Gromov et al.).
+            "influence" (lowest block influence, ShortGPT), "angular" (the span of adjacent blocks with the lowest
+            angular distance, Gromov et al.), or "task:arc_easy" (layers whose removal lowers the first metric of this
+            task of lm-eval least, see `rank`; its requests are measured instead of a text).
         greedy: remove one layer at a time and measure the remaining layers again after each removal. With "angular"
             this chooses single blocks, not a span.
         race: with "kl": stop measuring a layer once it is sure, with an error probability of about 5 %, whether it is
             among those with the lowest KL. The two scores of the other criteria are then of the text that the race
-            took. The costs are measured on all text.
+            took. The costs are measured on all text. By a task there is no race.
+        limit: by a task: number of its documents; by default all.
+        shots: by a task: number of examples before each document; by default the task's own number.
+        task_path: by a task: directories with your own task definitions.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         directory: where to write the measurements. A run that was interrupted resumes there. Default: nothing is
             written.
@@ -75,7 +84,8 @@ def prune(
 
     Returns:
         The layers, the plan that drops them, and the costs of every criterion for 1 to `remove` layers. The criterion
-        "greedy" is the greedy variant of `by`.
+        "greedy" is the greedy variant of `by`. By a task, the criteria are "task" and "kl", and the table has the
+        columns of `rank` by a task.
 
     Raises:
         PlanError: an unknown criterion, too many layers to remove, or text that cannot be measured.
@@ -92,24 +102,15 @@ def prune(
         28
     """
     remove = whole_number(remove, "remove")
-    run_options, own = split_options(options, prune_tokens)
+    run_options, _ = split_options(options, prune)
     run_options.refuse(SWEEP_ONLY, "is for sweep; prune does not take it")
+    task = given_task(by, limit, shots, task_path, run_options, has_text=text is not None)
     run_options, given = read_given_text(text, run_options, attention_mask)
 
     def in_memory(session: ModelSession, loaded: Any, tokens: TokenizedText) -> Pruning:
-        pruning = prune_tokens(
-            loaded,
-            tokens.ids,
-            tokens.mask,
-            remove=remove,
-            by=by,
-            greedy=greedy,
-            race=race,
-            batch_size=run_options.batch_size,
-            blocks=run_options.blocks,
-            progress=progress,
-            **own,
-        )
+        check_removal(session.model.depth, remove, by)
+        measure = measure_in_memory(session, loaded, tokens, progress)
+        pruning = choose_layers(session, measure, remove=remove, by=by, greedy=greedy, race=race)
         costs = as_result(pruning.costs.assign(model=session.model.label), "costs", session.caption(tokens))
         return replace(pruning, costs=costs)
 
@@ -119,7 +120,7 @@ def prune(
     return choose_plan(
         model,
         run_options,
-        given,
+        task or given,
         in_memory=in_memory,
         in_directory=in_directory,
         directory=directory,
@@ -150,39 +151,61 @@ def run_prune(
         race: with "kl", stop measuring a layer once it is sure whether it is among those to remove.
         overwrite: replace measurements made with other arguments.
     """
-    race = race and by == "kl"
     check_removal(session.model.depth, remove, by)
-    log = session.reporter.log
     reporter = session.reporter
-    log(f"Ranking {session.model.depth} layers")
-    reporter.subject = "ranking layers"
-    rank = run_or_reuse(
-        session,
-        RankMeasurement(session.model.depth, remove, remove if race else None),
-        directory / "rank",
-        overwrite=overwrite,
-    )
-    ranks, spans = read_results(rank.directory), read_results(rank.directory, "spans")
-    ranks.attrs["skipped"] = ranks.attrs["run"]["skipped"]
-    orders = {criterion: removal_orders(ranks, spans, remove, criterion) for criterion in CRITERIA}
+
+    def measure(measurement: TableMeasurement, name: str, subject: str) -> dict[str, pd.DataFrame]:
+        reporter.log(f"{subject[0].upper()}{subject[1:]}")
+        reporter.subject = subject
+        run = run_or_reuse(session, measurement, directory / name, overwrite=overwrite)
+        tables: dict[str, pd.DataFrame] = {
+            table: read_results(run.directory, table) for table in table_names(run.facts)
+        }
+        for frame in tables.values():
+            frame.attrs["skipped"] = frame.attrs["run"]["skipped"]
+        return tables
+
+    return choose_layers(session, measure, remove=remove, by=by, greedy=greedy, race=race)
+
+
+def choose_layers(
+    session: ModelSession, measure: Measure, *, remove: int, by: str, greedy: bool, race: bool
+) -> Pruning:
+    """Choose layers to remove, and measure the cost.
+
+    Args:
+        session: the model, and the text or the task.
+        measure: measures a measurement.
+        remove: number of layers to remove.
+        by: the criterion.
+        greedy: measure the remaining layers again after each removal.
+        race: with "kl", stop measuring a layer once it is sure whether it is among those to remove.
+    """
+    depth, log = session.model.depth, session.reporter.log
+    harness = harness_of(session)
+    race = race and by == "kl"
+    if harness is not None:
+        log(NO_RACE)
+    ranking = rank_measurement(session, None if harness else remove, remove if race else None)
+    ranked = measure(ranking, "rank", "ranking layers" if harness is None else f"ranking layers on {harness.tasks[0]}")
+    ranks, spans = ranked["rank"], ranked.get("spans", pd.DataFrame())
+    orders = {
+        criterion: removal_orders(ranks, spans, remove, criterion)
+        for criterion in (CRITERIA if harness is None else TASK_CRITERIA)
+    }
     if greedy:
 
         def measure_step(removed: tuple[int, ...]) -> Any:
-            log(f"Choosing layer {len(removed) + 1} of {remove}")
-            reporter.subject = f"choosing layer {len(removed) + 1} of {remove}"
-            step = GreedyStepMeasurement(session.model.depth, by, removed, race)
-            path = directory / f"step-{len(removed) + 1:02}"
-            return read_results(run_or_reuse(session, step, path, overwrite=overwrite).directory)
+            step = GreedyStepMeasurement(depth, by, removed, race, harness=harness)
+            subject = f"choosing layer {len(removed) + 1} of {remove}"
+            return measure(step, f"step-{len(removed) + 1:02}", subject)[step.name]
 
         removed: list[int] = []
         for layer, score in greedy_removals(remove, by, measure_step):
-            log(f"Removing layer {layer} ({CRITERIA[by]} {score:.3g})")
+            log(f"Removing layer {layer} ({'cost' if harness else CRITERIA[by]} {score:.3g})")
             removed.append(layer)
         orders[GREEDY] = prefixes(removed)
-    log("Measuring the cost of each criterion")
-    reporter.subject = "measuring the cost of each criterion"
-    costs = run_or_reuse(
-        session, CostMeasurement(session.model.depth, orders), directory / "costs", overwrite=overwrite
-    )
-    layers = orders[GREEDY if greedy else by][-1]
-    return Pruning(removal_plan(layers), layers, by, greedy, read_results(costs.directory))
+    costs = CostMeasurement(depth, orders, harness=harness)
+    frame = measure(costs, costs.name, "measuring the cost of each criterion")[costs.name]
+    layers = orders[GREEDY if greedy else "task" if harness else by][-1]
+    return Pruning(removal_plan(layers), layers, by, greedy, frame)

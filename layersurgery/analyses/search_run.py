@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,8 @@ from ..runs.frames import as_result
 from ..runs.options import SWEEP_ONLY
 from ..runs.requests import read_given_text
 from ..runs.tables import read_results
-from ..sweeps.sweep import collect_sums
 from .analyze import split_options
-from .plan_run import CHOSEN, Progress, choose_plan, run_or_reuse
+from .plan_run import CHOSEN, Measure, Progress, choose_plan, measure_in_memory, run_or_reuse
 from .route_search import (
     BEAM,
     FINAL,
@@ -32,15 +31,14 @@ from .route_search import (
 )
 from .search_cost import describe_cost, forecast
 from .search_tables import FinalMeasurement, LevelMeasurement, check_score
-from .signal_tables import SignalTables
+from .task_criterion import NO_RACE, given_task, harness_of
 
 if TYPE_CHECKING:
     from ..runs.session import ModelSession
     from ..runs.text import TokenizedText
+    from ..tasks.harness import Harness
 
 REFUSED = (*SWEEP_ONLY, "schedule", "compile", "per_token")
-Measure = Callable[[LevelMeasurement | FinalMeasurement, str, str], dict[str, pd.DataFrame]]
-"""Runs a measurement, given the name of its directory and of what it measures; returns its tables, by their names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class Search:
 
     Attributes:
         plan: the edit.
-        by: what was minimized, "kl" or "loss".
+        by: what was minimized: "kl", "loss" or "task:NAME".
         results: the routes that were measured on all text, the unedited model first: the columns of a `sweep` table,
             with perplexity, block_calls (visits for each token), parameters (of the checkpoint, which has a copy of a
             block for each visit), winner, finalist (the last level's beam), one_shot (what one measurement of each
@@ -91,6 +89,9 @@ def search(
     beam: int = BEAM,
     max_span: int | None = None,
     race: bool = True,
+    limit: int | None = None,
+    shots: int | None = None,
+    task_path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     attention_mask: Any = None,
     directory: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -111,12 +112,16 @@ def search(
         depth: number of blocks of the edited model: fewer than the model's to remove layers, more to repeat some.
         remove: number of layers to remove; instead of `depth`.
         repeat: number of layers to add by repeats; instead of `depth`.
-        by: what to minimize: "kl", the KL from the unedited model, or "loss", the change in loss.
+        by: what to minimize: "kl", the KL from the unedited model; "loss", the change in loss; or "task:arc_easy", the
+            fall of this task's first metric, see `rank`. The task's requests are then measured instead of a text.
         beam: number of routes of each level to continue from. One, with spans of one block, is greedy pruning.
         max_span: largest number of adjacent blocks that one move drops or repeats. By default 1 for removals, and for
             repeats the number of layers to add, at most 8.
         race: stop measuring a candidate once it is sure, with an error probability of about 5 % for each level, whether
-            it is in the beam. The final routes are measured on all text.
+            it is in the beam. The final routes are measured on all text. By a task there is no race.
+        limit: by a task: number of its documents; by default all.
+        shots: by a task: number of examples before each document; by default the task's own number.
+        task_path: by a task: directories with your own task definitions.
         attention_mask: 1 for a token and 0 for padding, for token ids.
         directory: where to write the measurements. A search that was interrupted resumes there. Default: nothing is
             written.
@@ -144,26 +149,17 @@ def search(
     """
     run_options, _ = split_options(options, search)
     run_options.refuse(REFUSED, "is for sweep; search does not take it")
-    run_options, given = read_given_text(text, run_options, attention_mask)
     check_score(by)
+    task = given_task(by, limit, shots, task_path, run_options, has_text=text is not None)
+    run_options, given = read_given_text(text, run_options, attention_mask)
 
     def space_in(blocks: int) -> SearchSpace:
         return SearchSpace.of(blocks, depth=depth, remove=remove, repeat=repeat, max_span=max_span, beam=beam)
 
     def in_memory(session: ModelSession, loaded: Any, tokens: TokenizedText) -> Search:
-        def measure(
-            measurement: LevelMeasurement | FinalMeasurement, _name: str, subject: str
-        ) -> dict[str, pd.DataFrame]:
-            measurer, rule = measurement.measurer(loaded, run_options), measurement.rule(tokens.mask)
-            report = None if progress is None else lambda done, total: progress(subject, done, total)
-            sums = collect_sums(measurer, tokens.ids, tokens.mask, run_options.batch_size, report, rule)
-            tables = measurement.tables(SignalTables(measurer, sums, session.model.label, rule))
-            for frame in tables.values():
-                frame.attrs["skipped"] = measurer.skipped
-            return tables
-
-        caption = session.caption(tokens)
-        return find_route(space_in(session.model.depth), measure, by=by, race=race, caption=caption)
+        measure, caption = measure_in_memory(session, loaded, tokens, progress), session.caption(tokens)
+        space, harness = space_in(session.model.depth), harness_of(session)
+        return find_route(space, measure, by=by, race=race, caption=caption, harness=harness)
 
     def in_directory(session: ModelSession, results: Path) -> Search:
         return run_search(session, results, space_in(session.model.depth), by=by, race=race, overwrite=overwrite)
@@ -171,7 +167,7 @@ def search(
     return choose_plan(
         model,
         run_options,
-        given,
+        task or given,
         in_memory=in_memory,
         in_directory=in_directory,
         directory=directory,
@@ -214,9 +210,12 @@ def run_search(
             frame.attrs["skipped"] = frame.attrs["run"]["skipped"]
         return tables
 
-    cost = f"{describe_cost(forecast(space))}{'; less with races' if race else ''}"
+    harness = harness_of(session)
+    cost = f"{describe_cost(forecast(space))}{'; less with races' if race and harness is None else ''}"
     reporter.log(f"Searching a route of {space.target} blocks (the model has {space.depth}): {cost}")
-    return find_route(space, measure, by=check_score(by), race=race)
+    if harness is not None:
+        reporter.log(NO_RACE)
+    return find_route(space, measure, by=check_score(by), race=race, harness=harness)
 
 
 def find_route(
@@ -226,6 +225,7 @@ def find_route(
     by: str = "kl",
     race: bool = True,
     caption: str = "",
+    harness: Harness | None = None,
 ) -> Search:
     """Search a route: measure one level after another, then the best routes on all text.
 
@@ -235,13 +235,14 @@ def find_route(
         by: what to minimize.
         race: stop measuring a candidate once it is sure whether it is in the beam.
         caption: describes the text.
+        harness: the task, if the search is by one.
 
     Raises:
         MeasurementError: no route is left.
     """
 
     def measure_level(level: int, routes: Sequence[Route]) -> pd.DataFrame:
-        measurement = LevelMeasurement(space.depth, by, tuple(routes), space.beam if race else None)
+        measurement = LevelMeasurement(space.depth, by, tuple(routes), space.beam if race else None, harness=harness)
         subject = f"measuring {len(routes)} routes of {space.visits(level)} blocks (level {level} of {space.levels})"
         return measure(measurement, level_name(level), subject)[measurement.name]
 
@@ -255,8 +256,8 @@ def find_route(
     best = [Route.parse(level.route.iloc[0]) for level in ordered if len(level)]
     single = one_shot(space, [changed_block(Route.parse(route), space.depth) for route in ordered[0].route])
     routes = tuple(dict.fromkeys([*finalists, *best, *single]))
-    final = FinalMeasurement(space.depth, by, routes, len(finalists), frozenset(single), tried)
-    tables = measure(final, FINAL, f"measuring {len(routes)} routes on all text")
+    final = FinalMeasurement(space.depth, by, routes, len(finalists), frozenset(single), tried, harness=harness)
+    tables = measure(final, FINAL, f"measuring {len(routes)} routes on all {'requests' if harness else 'text'}")
     results = as_result(tables[FINAL], FINAL, getattr(tables[FINAL], "caption", caption))
     winner = results[results.winner].iloc[0]
     if not winner.finalist:

@@ -16,14 +16,16 @@ from ..metrics.intervals import CONFIDENCE, asymptotic_interval, fixed_interval
 from ..metrics.reference import METRICS
 from ..plans.route import Route
 from ..plans.variants import Variant
-from ..registry import SEARCH_SCORES, column
+from ..registry import SEARCH_SCORES, column, search_score
 from ..sweeps.measurer import Measurer
 from ..sweeps.race import ERROR, Race
 from ..sweeps.results import FIXED, STOPPING, results_table
+from ..tasks.task_costs import TaskCosts, metric_on_task, ties_sentence
 from .layer_ranking import race_order
 from .measurements import TableMeasurement
 from .route_search import FINAL, pareto_front, plan_of
 from .signal_tables import SignalTables
+from .task_criterion import is_task
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from ..sweeps.row_progress import StopRule
 
 LEVEL = "level"
+ABOVE_ON_TASK = "above_winner"
 _FRONTS = ("block_calls", "parameters")
 
 
@@ -41,13 +44,8 @@ def check_score(by: str) -> str:
     Raises:
         PlanError: it is unknown.
     """
-    if by.startswith("task:"):
-        raise PlanError(
-            f"a search by the accuracy on a task ({by}) is not supported; search by {' or '.join(SEARCH_SCORES)}, and "
-            "measure the routes that it finds on the task"
-        )
-    if by not in SEARCH_SCORES:
-        raise PlanError(f"unknown score {by!r}; choose from {', '.join(SEARCH_SCORES)}")
+    if by not in SEARCH_SCORES and not is_task(by):
+        raise PlanError(f"unknown score {by!r}; choose from {', '.join(SEARCH_SCORES)} or task:NAME")
     return by
 
 
@@ -86,11 +84,11 @@ class LevelMeasurement(_RouteMeasurement):
 
     def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
         """Return the race for the beam; None to measure every route on all text."""
-        return None if self.beam is None else Race(self.beam, SEARCH_SCORES[self.by])
+        return None if self.beam is None or is_task(self.by) else Race(self.beam, SEARCH_SCORES[self.by])
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each route."""
-        return {self.name: level_table(tables, self.by)}
+        return {self.name: level_table(tables, self.by, self.task_costs(tables))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,29 +123,35 @@ class FinalMeasurement(_RouteMeasurement):
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make the table of these routes, and that of all candidates."""
-        return {FINAL: search_table(tables, self), "tried": self.tried.assign(model=tables.model)}
+        table = search_table(tables, self, self.task_costs(tables))
+        return {FINAL: table, "tried": self.tried.assign(model=tables.model)}
 
 
-def level_table(tables: SignalTables, by: str) -> pd.DataFrame:
+def level_table(tables: SignalTables, by: str, costs: TaskCosts | None = None) -> pd.DataFrame:
     """Build the table of one level: a row for each route, in the order in which they were given.
 
     Args:
         tables: the sums.
         by: what the search minimizes.
+        costs: the costs on a task, if it is one; None as long as not all requests are measured, too.
 
     Returns:
         The columns of `tried` that are measured. `place` is the place among the routes; it is missing where the score
         is not finite.
     """
-    sums, metric = tables.sums_by_sequence, METRICS.index(SEARCH_SCORES[by])
+    sums, metric = tables.sums_by_sequence, METRICS.index(SEARCH_SCORES.get(by, "kl_nats"))
     race = tables.rule if isinstance(tables.rule, Race) else None
-    order = race_order(race or Race(1, SEARCH_SCORES[by]), sums)
+    order = race_order(race or Race(1, METRICS[metric]), sums) if costs is None else costs.order
     interval = fixed_interval if race is None else asymptotic_interval
     rows = []
     for row, variant in enumerate(tables.measurer.variants[1:], 1):
         values, counts = sums.of_row(row)
         score, error = ratio(values[:, metric], counts)
         low, high = interval(values[:, metric], counts)
+        if costs is not None:
+            score, error, low, high = costs.costs.loc[row, ["cost", "cost_sem", "cost_low", "cost_high"]]
+        elif is_task(by):
+            score = error = low = high = math.nan
         rows.append(
             {
                 "model": tables.model,
@@ -167,6 +171,9 @@ def level_table(tables: SignalTables, by: str) -> pd.DataFrame:
         )
     frame = pd.DataFrame(rows).astype({"tokens": "Int64", "sequences": "Int64", "race": "str", "place": "Int64"})
     frame.insert(3, "parameters", pd.array(_parameters(tables.measurer)[1:], dtype="Int64"))
+    if costs is not None:
+        others = costs.costs.drop(columns=["by", "cost", "cost_sem", "cost_low", "cost_high"])
+        frame = frame.join(others.join(costs.columns)[1:].reset_index(drop=True))
     return frame
 
 
@@ -177,17 +184,19 @@ def _parameters(measurer: Measurer) -> list[int]:
     return [outside + sum(blocks[block] for block in variant.route.blocks) for variant in measurer.variants]
 
 
-def search_table(tables: SignalTables, measurement: FinalMeasurement) -> pd.DataFrame:
+def search_table(tables: SignalTables, measurement: FinalMeasurement, costs: TaskCosts | None = None) -> pd.DataFrame:
     """Build the table of the routes that are measured in full, the unedited model first.
 
     Args:
         tables: the sums, on all text.
         measurement: says which routes are finalists and which are of one shot.
+        costs: the costs on a task, if the search is by one; None as long as not all requests are measured, too.
 
     Returns:
         The columns of a sweep, with perplexity and: by, level, block_calls, parameters, finalist, one_shot, winner, two
         columns `front_...` (whether no other route has neither a higher score nor more block calls or parameters), and
-        above_winner_nats, the score minus the winner's on the same sequences, with its error and interval.
+        above_winner_nats, the score minus the winner's on the same sequences, with its error and interval (by a task it
+        is above_winner, on the same documents; only its mean if the metric is not one over documents).
         `surely_above` says of the other finalists whether it is above 0, with an error probability of 5 % for all of
         them together.
     """
@@ -196,9 +205,14 @@ def search_table(tables: SignalTables, measurement: FinalMeasurement) -> pd.Data
         columns=["edit", "name", "layer", "relative_depth"]
     )
     routes = [variant.route for variant in measurer.variants]
-    score = frame[SEARCH_SCORES[measurement.by]].to_numpy(float)
+    if costs is not None:
+        frame = frame.join(costs.costs.drop(columns="by")).join(costs.columns)
+    elif is_task(measurement.by):
+        frame["cost"] = math.nan
+    score = frame[search_score(measurement.by)].to_numpy(float)
     finalist = np.array([route in measurement.routes[: measurement.finalists] for route in routes])
-    winner = int(np.argmin(np.where(finalist & np.isfinite(score), score, np.inf)))
+    places = score if costs is None else np.array([math.nan if place is None else place for place in costs.places()])
+    winner = int(np.argmin(np.where(finalist & np.isfinite(score), places, np.inf)))
     calls = list(map(len, routes))
     facts: dict[str, Any] = {
         "by": measurement.by,
@@ -213,16 +227,25 @@ def search_table(tables: SignalTables, measurement: FinalMeasurement) -> pd.Data
     for place, (name, values) in enumerate(facts.items(), 1):
         frame.insert(place, name, values)
     frame.insert(frame.columns.get_loc("loss_nats"), "perplexity", np.exp(frame.loss_nats.clip(upper=700)))
-    values = sums.values[:, :, METRICS.index(SEARCH_SCORES[measurement.by])]
-    differences = [values[:, row] - values[:, winner] for row in range(len(routes))]
-    above = [(*ratio(row, sums.counts), *fixed_interval(row, sums.counts)) for row in differences]
-    for end, column_values in zip(("", "_sem", "_low", "_high"), zip(*above, strict=True), strict=True):
-        frame[f"above_winner_nats{end}"] = column_values
-    surely = surely_above(values[:, finalist], sums.counts)
+    values, counts = sums.values[:, :, METRICS.index(SEARCH_SCORES.get(measurement.by, "kl_nats"))], sums.counts
     frame["surely_above"] = pd.array([None] * len(routes), dtype="boolean")
-    frame.loc[finalist, "surely_above"] = surely
+    if is_task(measurement.by):
+        if costs is None or costs.documents is None:
+            frame[ABOVE_ON_TASK] = score - score[winner]
+            return frame
+        values, counts = costs.documents, np.ones(len(costs.documents))
+    differences = [values[:, row] - values[:, winner] for row in range(len(routes))]
+    above = [(*ratio(row, counts), *fixed_interval(row, counts)) for row in differences]
+    for end, column_values in zip(("", "_sem", "_low", "_high"), zip(*above, strict=True), strict=True):
+        frame[f"{above_winner(measurement.by)}{end}"] = column_values
+    frame.loc[finalist, "surely_above"] = surely_above(values[:, finalist], counts)
     frame.loc[winner, "surely_above"] = None
     return frame
+
+
+def above_winner(by: str) -> str:
+    """Return the column with the scores minus the winner's."""
+    return ABOVE_ON_TASK if is_task(by) else "above_winner_nats"
 
 
 def surely_above(values: Array, counts: Array) -> list[bool]:
@@ -270,27 +293,33 @@ def describe_search(frame: pd.DataFrame) -> str:
         >>> describe_search(routes)
         'With 4 of 6 blocks: drop 2 3, KL 0.41 nats (0.39 to 0.43), 0.06 below one-shot (drop 1 2).'
     """
-    score = SEARCH_SCORES[str(frame.by.iloc[0])]
+    by = str(frame.by.iloc[0])
+    score, above = search_score(by), above_winner(by)
     best, depth = frame[frame.winner].iloc[0], int(frame.block_calls.iloc[0])
     name = {"kl_nats": "KL"}.get(score, column(score).label)
-    sign = "+" if column(score).signed else ""
+    sign = "+" if column(score).signed and not is_task(by) else ""
+    unit = "" if is_task(by) else " nats"
+    if is_task(by):
+        name = f"fall of {metric_on_task(frame)}"
     low, high = best[f"{score}_low"], best[f"{score}_high"]
     known = f" ({low:{sign}.3g} to {high:{sign}.3g})" if math.isfinite(low) and math.isfinite(high) else ""
     blocks = f"{best.block_calls} of {depth}" if best.block_calls < depth else f"{best.block_calls} instead of {depth}"
-    sentence = f"With {blocks} blocks: {best.plan}, {name} {best[score]:{sign}.3g} nats{known}"
+    sentence = f"With {blocks} blocks: {best.plan}, {name} {best[score]:{sign}.3g}{unit}{known}"
     shot = frame[frame.one_shot & (frame.level == best.level)]
-    if len(shot) and math.isfinite(shot.iloc[0].above_winner_nats):
+    if len(shot) and math.isfinite(shot.iloc[0][above]):
         other = shot.iloc[0]
-        difference = (
-            f"{other.above_winner_nats:.2g} below" if other.above_winner_nats > 0
-            else f"{-other.above_winner_nats:.2g} above"
-        )  # fmt: skip
+        difference = f"{abs(other[above]):.2g} {'below' if other[above] > 0 else 'above'}"
+        if other[above] == 0:
+            difference = "the same as"
         sentence += ", as one-shot" if other.winner else f", {difference} one-shot ({other.plan})"
     others = frame[frame.finalist & ~frame.winner]
-    if others.empty:
+    if is_task(by):
+        sentence += f". {ties_sentence(frame)}"
+    if others.empty or others.surely_above.isna().all():
         return f"{sentence}."
     surely, count = int(others.surely_above.fillna(value=False).sum()), len(others)
     which = f"{surely} of the {count} other finalists surely cost" if count > 1 else "the other finalist surely costs"
     if count == 1 and not surely:
         which = "it is not sure that the other finalist costs"
-    return f"{sentence}. On this text, {which} more (error probability {100 * ERROR:g} %)."
+    where = "these documents" if is_task(by) else "this text"
+    return f"{sentence}. On {where}, {which} more (error probability {100 * ERROR:g} %)."

@@ -10,20 +10,22 @@ from matplotlib.figure import Figure
 from ..registry import ANALYSES, CRITERIA, column
 from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, label_axis, label_depth, line, new_figure
 
-_SCORES = ("kl_nats", "block_influence", "angular_distance")
+_SCORES = ("cost", "kl_nats", "block_influence", "angular_distance")
+_COSTS = ("cost", "kl_nats", "perplexity", "agreement")
 _LOG_SCALE_RATIO = 4
 
 
 def rank(models: Sequence[ModelTables]) -> Figure:
-    """Draw the cost of dropping each block, and the two scores that estimate it.
+    """Draw the cost of dropping each block, on a task too if it is ranked by one, and the two scores that estimate it.
 
     For a single model, also draw the angular distance of every span.
     """
     is_single = len(models) == 1 and "spans" in models[0].tables
-    panels = len(_SCORES) + is_single
+    scores = [score for score in _SCORES if all(score in model.tables["rank"] for model in models)]
+    panels = len(scores) + is_single
     with new_figure(3.7 * panels, 3.5 + 0.2 * (len(models) > 1)) as figure:
         grid = figure.subplots(1, panels, squeeze=False)[0]
-        for axis, score in zip(grid, map(column, _SCORES), strict=False):
+        for axis, score in zip(grid, map(column, scores), strict=False):
             for index, model in enumerate(models):
                 table = model.tables["rank"]
                 values = table[score.name].to_numpy(float)
@@ -58,8 +60,11 @@ def rank(models: Sequence[ModelTables]) -> Figure:
 
 def costs(models: Sequence[ModelTables]) -> Figure:
     """Draw the cost of removing layers over their number: a line for each criterion, a row for each model."""
-    panels = ANALYSES["costs"].columns
-    with new_figure(11, 3.4 * len(models)) as figure:
+    panels = [
+        panel for panel in ANALYSES["costs"].columns
+        if panel.name in _COSTS and all(panel.name in model.tables["costs"] for model in models)
+    ]  # fmt: skip
+    with new_figure(3.7 * len(panels), 3.4 * len(models)) as figure:
         grid = figure.subplots(len(models), len(panels), squeeze=False)
         for axes, model in zip(grid, models, strict=True):
             table = model.tables["costs"]

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..registry import SEARCH_SCORES, Column, column
+from ..registry import Column, column, search_score
 from ..units import format_count
 from .style import COLORS, ModelTables, add_title_and_legend, label_axis, new_figure
 
@@ -29,7 +29,7 @@ def search(models: Sequence[ModelTables]) -> Figure:
     with new_figure(6 * panels, 3.6 * len(models) + 0.5) as figure:
         grid = figure.subplots(len(models), panels, squeeze=False, sharey="row")
         for axes, model, full in zip(grid, models, fulls, strict=True):
-            score = column(SEARCH_SCORES[str(full.by.iloc[0])])
+            score = column(search_score(str(full.by.iloc[0])))
             for axis, cost in zip(axes, ("block_calls", "parameters"), strict=False):
                 _draw(axis, full, model.tables.get("tried"), score, cost)
             _label_blocks(axes[0], full, with_parameters=panels == 1)
@@ -60,7 +60,12 @@ def _draw(axis: Axes, full: pd.DataFrame, tried: pd.DataFrame | None, score: Col
             axis.plot(rows[cost].to_numpy(float), rows.score.to_numpy(float), "o", label=text, mew=0, **style)
         shown.append(measured.score.to_numpy(float))
     # The first models of a length that are finite; those on the front have filled markers.
-    best = full.sort_values(score.name).groupby("level").head(1).sort_values(cost)
+    best = (
+        full.sort_values([score.name, *(["kl_nats"] if score.name == "cost" else [])])
+        .groupby("level")
+        .head(1)
+        .sort_values(cost)
+    )
     single = full[full.one_shot | (full.level == 0)].sort_values(cost)
     lines: tuple[tuple[pd.DataFrame, str, dict[str, Any]], ...] = (
         (single, "one block at a time", {"color": COLORS[4], "marker": "s", "linestyle": "--"}),

@@ -134,7 +134,7 @@ def read_table(directory: Path, name: str) -> pd.DataFrame:
     frame = _read_parquet(directory, name)
     frame = frame.astype({"layer": "Int64"}) if "layer" in frame else frame
     other = _IN_ATTRS.get(name)
-    if other is not None and (other != PROPAGATION or (directory / f"{other}.parquet").exists()):
+    if other is not None and (other == "boundaries" or (directory / f"{other}.parquet").exists()):
         from ..sweeps.propagation_results import Rows
 
         frame.attrs[other] = Rows(as_records(_read_parquet(directory, other)))

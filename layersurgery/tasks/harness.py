@@ -70,6 +70,10 @@ class Harness:
         """Return the names of the tasks, those of groups by themselves."""
         return list(self._loaded["tasks"])
 
+    def task(self, name: str) -> Any:
+        """Return a task, an object of lm-eval."""
+        return self._loaded["tasks"][name]
+
     def evaluate(self, answers: Sequence[Answer]) -> Mapping[str, Any]:
         """Compute the metrics of all tasks from answers to the requests, as lm-eval's `evaluate` returns them.
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+Key = tuple[str, str, str]
+"""Names of a task, of a metric and of lm-eval's filter."""
 PREFIX = "task_"
 """What the names of columns of tasks begin with."""
 _LOSS, _ACCURACY = METRICS.index("loss_nats"), METRICS.index("accuracy")
@@ -52,11 +54,21 @@ def task_columns(harness: Harness, sums: SequenceSums) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows: list[dict[str, float]] = []
-    base: Mapping[tuple[str, str, str], np.ndarray] = {}
+    return pd.DataFrame([entry for entry, _, _ in evaluations(harness, sums)])
+
+
+def evaluations(
+    harness: Harness, sums: SequenceSums
+) -> Iterator[tuple[dict[str, float], Mapping[Key, np.ndarray], Mapping[str, Any] | None]]:
+    """Yield for each model its row of `task_columns`, its metrics of each document, and what lm-eval returned.
+
+    The metrics are by task, metric and filter; empty arrays for a metric that is not a mean over documents. None and
+    nothing for a model whose predictions are not finite.
+    """
+    base: Mapping[Key, np.ndarray] = {}
     for row in range(sums.values.shape[1]):
         if not np.isfinite(sums.values[:, row, _LOSS]).all():
-            rows.append({})
+            yield {}, {}, None
             continue
         results = harness.evaluate(answers(harness.text, sums, row))
         values = {key: _values(results, *key) for key in _keys(results)}
@@ -72,8 +84,7 @@ def task_columns(harness: Harness, sums: SequenceSums) -> pd.DataFrame:
                 differences, ones = of_documents - base[task, metric, kind], np.ones(len(of_documents))
                 entry[f"{name}_change"], entry[f"{name}_change_sem"] = ratio(differences, ones)
                 entry[f"{name}_change_low"], entry[f"{name}_change_high"] = fixed_interval(differences, ones)
-        rows.append(entry)
-    return pd.DataFrame(rows)
+        yield entry, values, results
 
 
 def column_name(task: str, metric: str, kind: str = "none") -> str:
@@ -84,7 +95,12 @@ def column_name(task: str, metric: str, kind: str = "none") -> str:
         >>> column_name("arc_easy", "acc")
         'task_arc_easy_acc'
     """
-    return f"{PREFIX}{task}_{metric}" + ("" if kind == "none" else f"_{kind}")
+    return f"{PREFIX}{task}_{metric_name(metric, kind)}"
+
+
+def metric_name(metric: str, kind: str = "none") -> str:
+    """Return the name of a metric of a task, with that of its filter if it has one."""
+    return metric if kind == "none" else f"{metric}_{kind}"
 
 
 def request_table(harness: Harness, sums: SequenceSums, names: Sequence[str]) -> pa.Table:
@@ -115,7 +131,7 @@ def request_table(harness: Harness, sums: SequenceSums, names: Sequence[str]) ->
     )
 
 
-def _keys(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _keys(results: Mapping[str, Any]) -> Iterator[Key]:
     """Yield task, metric and filter of each metric that has a value."""
     for task, scores in results["results"].items():
         for key, value in scores.items():

@@ -15,6 +15,7 @@ from scipy import stats
 
 import layersurgery as ls
 from layersurgery.analyses import search_run
+from layersurgery.analyses.plan_run import Measure
 from layersurgery.analyses.route_search import SearchSpace, plan_of
 from layersurgery.analyses.search_cost import forecast
 from layersurgery.analyses.search_tables import FinalMeasurement, describe_search, surely_above
@@ -187,7 +188,7 @@ def test_stopped_it_resumes_with_the_same_digits(tmp_path: Path) -> None:
         ls.search(model, ids, remove=2, by="loss", directory=tmp_path, batch_size=8)
 
 
-def measure_in_memory(model: Any, ids: torch.Tensor, seen: list[Measurer]) -> search_run.Measure:
+def measure_in_memory(model: Any, ids: torch.Tensor, seen: list[Measurer]) -> Measure:
     """Return a function that measures a task, and keeps the measurers."""
 
     def measure(task: Any, _name: str, _subject: str) -> dict[str, pd.DataFrame]:
