@@ -12,7 +12,7 @@ A new metric or a new analysis gets its entry here, and appears everywhere. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
@@ -432,6 +432,7 @@ _COLUMNS = {
     for entry in (*METRICS, *(entry for analysis in ANALYSES.values() for entry in analysis.columns))
     for table in entry.tables or ("",)
 }
+_TASK, _TASK_ENDS = "task_", ("_sem", "_change", "_change_sem", "_change_low", "_change_high")
 _UNITS = {"nats": "nats", "bits": "bits", "percent": "%", "seconds": "s", "bytes": "bytes"}
 
 
@@ -444,9 +445,26 @@ def column(name: str, table: str = "") -> Column:
     """
     if found := _COLUMNS.get((name, table)) or _COLUMNS.get((name, "")):
         return found
+    if name.startswith(_TASK):
+        label = name.removeprefix(_TASK)
+        change = label.removesuffix("_change")
+        return Column(name, label) if change == label else Column(name, f"change in {change}", signed=True)
     words = name.split("_")
     unit = _UNITS.get(words[-1], "") if len(words) > 1 else ""
     return Column(name, " ".join(words[:-1] if unit else words), unit)
+
+
+def first_metrics(names: Iterable[object]) -> list[str]:
+    """Return the columns of tasks' metrics: of a task with an accuracy only this, of another one all.
+
+    Example:
+        >>> from layersurgery.registry import first_metrics
+        >>> first_metrics(["kl_nats", "task_arc_easy_acc", "task_arc_easy_acc_sem", "task_arc_easy_acc_norm"])
+        ['task_arc_easy_acc']
+    """
+    metrics = [str(name) for name in names if str(name).startswith(_TASK) and not str(name).endswith(_TASK_ENDS)]
+    tasks = [name.removesuffix("acc") for name in metrics if name.endswith("_acc")]
+    return [name for name in metrics if name.endswith("_acc") or not name.startswith((*tasks, "\0"))]
 
 
 def figures() -> dict[str, str]:

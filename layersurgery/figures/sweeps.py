@@ -17,6 +17,7 @@ from .copies import COPIES, copies
 from .maps import edit_map
 from .propagation import drawn_edits, propagation
 from .style import COLORS, MARKERS, ModelTables, disable_mathtext, label_axis, label_depth, new_figure, save
+from .tasks import task_maps, tasks_over_depth
 
 _BY_LAYER = tuple(family.name for family in FAMILIES.values() if family.per_layer)
 _KL, _AGREEMENT = column("kl_nats"), column("agreement")
@@ -57,11 +58,13 @@ def sweep_figures(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
     edits = {edit for sweep in sweeps for edit in sweep.frame.edit}
     if edits & set(_BY_LAYER):
         figures["robustness"] = robustness(sweeps)
+        figures |= tasks_over_depth(sweeps)
     if "copy" in edits:
         figures[COPIES] = copies(sweeps)
     for index, sweep in enumerate(sweeps):
         suffix = f"-{index + 1}" if len(sweeps) > 1 else ""
         figures |= {f"{name}{suffix}": figure for name, figure in maps(sweep).items()}
+        figures |= {f"{name}{suffix}": figure for name, figure in task_maps(sweep).items()}
         changes = ModelTables(
             {PROPAGATION: pd.DataFrame(sweep.frame.attrs.get(PROPAGATION, []))}, sweep.label, sweep.caption
         )

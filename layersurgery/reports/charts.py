@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..plans.families import FAMILIES
-from ..registry import METRICS, Column, column
+from ..registry import METRICS, Column, column, first_metrics
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
 
@@ -22,8 +22,8 @@ _NO_CURVES = (
 _NO_KEYS = ("precise", "race", "interval")
 _MOST_GROUPS = 8
 _NOTE = (
-    "Bands show one standard error over sequences on each side. Point at a curve for its values, or focus the chart "
-    "and use the arrow keys."
+    "Bands show one standard error over sequences (of a task's metric, over documents) on each side. Point at a curve "
+    "for its values, or focus the chart and use the arrow keys."
 )
 
 
@@ -110,7 +110,7 @@ def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             rows = rows[(rows.edit == family.name) & rows.layer.notna()].sort_values("layer")
             if rows.empty:
                 continue
-            names = [metric.name for metric in _shown()]
+            names = [*(metric.name for metric in _shown()), *first_metrics(rows)]
             for name, part in rows.groupby(
                 np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0]))), sort=False
             ):

@@ -19,6 +19,7 @@ from ..runs.tables import RESULTS, RUN, read_run, read_table
 from ..sweeps.map_sentences import describe_maps
 from ..sweeps.propagation_results import propagation_sentence
 from ..sweeps.results import CELL, precision_sentence, summary_sentence
+from ..tasks.task_sentences import task_sentences
 from .text_format import without_directories
 
 _DEPTH = 3
@@ -217,7 +218,7 @@ def _words(run: FinishedRun) -> str:
         frame = run.tables[_CURVES]
         known = precision_sentence(frame) if "precise" in frame else ""
         reach = propagation_sentence(frame.attrs.get(PROPAGATION, []))
-        said = [summary_sentence(frame), *describe_maps(frame), reach, known]
+        said = [summary_sentence(frame), *task_sentences(frame), *describe_maps(frame), reach, known]
         return ". ".join(f"{sentence[0].upper()}{sentence[1:]}" for sentence in said if sentence)
     summary = run.facts.get("summary")
     if isinstance(summary, str):

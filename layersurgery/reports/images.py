@@ -22,6 +22,13 @@ _ABOUT = {
         for family in FAMILIES.values()
         if family.axes
     },
+    "tasks": "metrics of tasks over depth, a row of panels for each kind of edit; the band of a curve is the 95 % "
+    "interval of its change on the same documents, the dashed line the unedited model",
+    **{
+        f"tasks-{family.name}": f"{family.title}: change of the metrics of tasks, a cell for each edit"
+        for family in FAMILIES.values()
+        if family.axes
+    },
     "plans": "KL from the unedited model and top-1 agreement, a bar for each plan",
     "copies": "entropy of the prediction when each block of a range is passed several times, over its last block",
     "cka": "CKA of the residual streams, a cell for each pair of depths",
@@ -40,7 +47,7 @@ _ABOUT = {
     "effects": "what the neurons with the largest effects add to the logits, a panel for each neuron",
 }
 """What figures show, except those that draw an analysis's columns over depth."""
-_FIRST = ("stages", "robustness")
+_FIRST = ("stages", "robustness", "tasks")
 _AROUND = 2000  # bytes: markup, caption, alternative text
 
 

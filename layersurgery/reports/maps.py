@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..figures.map_scale import DIVERGING, SEQUENTIAL, MapScale, is_band, lowest_cells
 from ..plans.families import FAMILIES
-from ..registry import AXES, METRICS, Axes, Column, column
+from ..registry import AXES, METRICS, Axes, Column, column, first_metrics
 from ..sweeps.results import CELL
 from .charts import drawn_columns, groups, metric, numbers
 from .collect import FinishedRun, is_map, labels
@@ -101,7 +101,8 @@ def _of_edits(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, dict[str, Any]
             lines = family.lines(map(str, rows.plan), rows.layer, int(frame.depth.iloc[0])) if len(rows) else []
             for line, part in rows.groupby(np.array(lines, dtype=str), sort=False):
                 name = f"{family.label}, {line}" if line else family.label
-                view = _view(name, part, [column(one) for one in _OF_EDITS], *family.axes, symmetric=family.symmetric)
+                shown = [*_OF_EDITS, *(f"{metric}_change" for metric in first_metrics(part))]
+                view = _view(name, part, [*map(column, shown)], *family.axes, symmetric=family.symmetric)
                 best = lowest_cells(part.reset_index(drop=True), "kl_nats", symmetric=family.symmetric).index
                 plans = [show_control_characters(str(plan)) for plan in part.plan]
                 yield label, view | {"plans": plans, "best": [*map(int, best)]}

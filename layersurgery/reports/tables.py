@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from .. import registry
 from ..plans.families import FAMILIES
-from ..registry import METRICS, column
+from ..registry import METRICS, column, first_metrics
 from .collect import FinishedRun, labels
 from .text_format import format_with_error, is_number, plain, rounded
 
@@ -114,6 +115,7 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
     """
     frames = [run.tables["results"] for run in runs]
     metrics = [metric for metric in METRICS if all(metric.name in frame for frame in frames)]
+    metrics += [column(name) for name in dict.fromkeys(name for frame in frames for name in first_metrics(frame))]
     texts = {"model": "Model", "edit": "Edit", "name": "Name", "plan": "Plan"}
     if len(runs) == 1:
         del texts["model"]
@@ -121,7 +123,7 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
         del texts["plan"]
     columns = [Column(title, numeric=False) for title in texts.values()]
     columns += [Column("Layer")]
-    columns += [Column(f"{metric.label[0].upper()}{metric.label[1:]}", metric.unit) for metric in metrics]
+    columns += [Column(_heading(metric), metric.unit) for metric in metrics]
     stopped = any("precise" in frame for frame in frames)
     if stopped:
         columns += [Column("Tokens"), Column("As precise as asked", numeric=False)]
@@ -140,11 +142,16 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
         for row in frame.to_dict("records"):
             cells = [Cell(label if name == "model" else rounded(row[name])) for name in texts]
             cells += [_cell(row["layer"], None)]
-            cells += [_cell(row[one.name], row.get(f"{one.name}_sem"), one.factor) for one in metrics]
+            cells += [_cell(row.get(one.name), row.get(f"{one.name}_sem"), one.factor) for one in metrics]
             if stopped:
                 cells += [_cell(row["tokens"], None), Cell(_YES_NO.get(row.get("precise"), ""))]
             rows.append([*cells, Cell(rounded(row["route"]))])
     return Table("routes", columns, rows, notes)
+
+
+def _heading(metric: registry.Column) -> str:
+    """Return the heading of a metric; names of tasks are kept as they are."""
+    return metric.label if metric.name.startswith("task_") else f"{metric.label[0].upper()}{metric.label[1:]}"
 
 
 def _numeric(values: pd.Series) -> bool:

@@ -290,6 +290,27 @@ def test_hostile_text_is_shown_and_not_run(browser: Browser, tmp_path: Path) -> 
     assert show_control_characters(HOSTILE.rpartition("/")[2]) in browser.one("#chart-edits .tip").text
 
 
+@needs_browser
+def test_metrics_of_tasks_are_in_the_chart_the_table_and_the_words(browser: Browser, tmp_path: Path) -> None:
+    place = results_in(tmp_path / "tasks")
+    frame = pd.read_parquet(place / "results.parquet")
+    values = [0.625, 0.25, 0.5, 0.6, 0.375]
+    write_table(place, "results", frame.assign(task_arc_easy_acc=values, task_arc_easy_acc_sem=0.05))
+    browser.open(ls.report(place, tmp_path / "page.html").path)
+    assert browser.errors() == []
+    assert "Arc_easy_acc, 0.625 in the unedited model, falls least under drop 2 (0.6) and most under drop 0 (0.25)" in (
+        browser.one("#words .lede").text
+    )
+    heads = browser.all("#table-routes th")
+    at = next(number for number, head in enumerate(heads) if head.text == "arc_easy_acc")
+    assert browser.column(at) == values
+    browser.js("document.querySelector('#chart-edits').scrollIntoView()")
+    browser.choose("edits", "arc_easy_acc")
+    for mark, value in zip(browser.all("#chart-edits .frame .mark"), values[1:], strict=True):
+        ActionChains(browser.driver).move_to_element(mark).perform()
+        assert browser.exact() == value
+
+
 # Without a browser
 
 

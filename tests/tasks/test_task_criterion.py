@@ -167,7 +167,8 @@ def test_on_the_command_line_it_resumes_and_writes_the_checkpoint(definitions: P
 )
 def test_what_is_refused(given: dict[str, Any], kind: type[Exception], words: str, definitions: Path) -> None:
     options = {"task_path": definitions, "tokenizer": tiny_tokenizer()} | given
-    for function, more in ((ls.prune, {"remove": 1}), (ls.search, {"remove": 1}), (ls.rank, {})):
+    functions: list[tuple[Any, dict[str, Any]]] = [(ls.prune, {"remove": 1}), (ls.search, {"remove": 1}), (ls.rank, {})]
+    for function, more in functions:
         with pytest.raises(kind, match=words):
             function(tiny_model("llama"), **more, **options)
 
