@@ -446,9 +446,10 @@ def column(name: str, table: str = "") -> Column:
     if found := _COLUMNS.get((name, table)) or _COLUMNS.get((name, "")):
         return found
     if name.startswith(_TASK):
-        label = name.removeprefix(_TASK)
-        change = label.removesuffix("_change")
-        return Column(name, label) if change == label else Column(name, f"change in {change}", signed=True)
+        metric = name.removesuffix("_change")
+        rest = metric.removeprefix(_TASK)
+        label = f"accuracy on {rest.removesuffix('_acc')}" if rest.endswith("_acc") else f"task {rest}"
+        return Column(name, label) if metric == name else Column(name, f"change in {label}", signed=True)
     words = name.split("_")
     unit = _UNITS.get(words[-1], "") if len(words) > 1 else ""
     return Column(name, " ".join(words[:-1] if unit else words), unit)

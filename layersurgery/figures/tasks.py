@@ -99,6 +99,8 @@ def _line(axis: Axes, sweep: Sweep, rows: pd.DataFrame, metric: str, index: int,
     else:
         error = rows[f"{metric}_sem"].to_numpy(float)
         low, high = y - error, y + error
+    if metric.endswith("_acc"):
+        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, y, color=color, marker=marker, label=label)
     values = y[np.isfinite(y)]

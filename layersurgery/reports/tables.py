@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-from .. import registry
 from ..plans.families import FAMILIES
 from ..registry import METRICS, column, first_metrics
 from .collect import FinishedRun, labels
@@ -123,7 +122,7 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
         del texts["plan"]
     columns = [Column(title, numeric=False) for title in texts.values()]
     columns += [Column("Layer")]
-    columns += [Column(_heading(metric), metric.unit) for metric in metrics]
+    columns += [Column(f"{metric.label[0].upper()}{metric.label[1:]}", metric.unit) for metric in metrics]
     stopped = any("precise" in frame for frame in frames)
     if stopped:
         columns += [Column("Tokens"), Column("As precise as asked", numeric=False)]
@@ -147,11 +146,6 @@ def route_table(runs: Sequence[FinishedRun], most: int) -> Table:
                 cells += [_cell(row["tokens"], None), Cell(_YES_NO.get(row.get("precise"), ""))]
             rows.append([*cells, Cell(rounded(row["route"]))])
     return Table("routes", columns, rows, notes)
-
-
-def _heading(metric: registry.Column) -> str:
-    """Return the heading of a metric; names of tasks are kept as they are."""
-    return metric.label if metric.name.startswith("task_") else f"{metric.label[0].upper()}{metric.label[1:]}"
 
 
 def _numeric(values: pd.Series) -> bool:

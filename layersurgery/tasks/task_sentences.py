@@ -1,4 +1,4 @@
-"""Say in sentences which edits change the metrics of tasks least and most."""
+"""Say in sentences with which edits the metrics of tasks are best and worst."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def task_sentences(frame: pd.DataFrame) -> list[str]:
         frame: results of a sweep.
 
     Returns:
-        Of each task with an accuracy, the edits under which it falls least and most; of another one, the edits under
+        Of each task with an accuracy, the edits with which it is highest and lowest; of another one, the edits with
         which its metrics change least and most. Empty for a sweep without tasks.
 
     Example:
         >>> import pandas as pd
         >>> from layersurgery.tasks.task_sentences import task_sentences
         >>> results = pd.DataFrame({"edit": ["none", "drop", "drop"], "name": ["unedited", "drop 0", "drop 1"]})
-        >>> task_sentences(results.assign(task_arc_easy_acc=[0.6, 0.25, 0.58]))
-        ['arc_easy_acc, 0.6 in the unedited model, falls least under drop 1 (0.58) and most under drop 0 (0.25)']
+        >>> print(*task_sentences(results.assign(task_arc_easy_acc=[0.6, 0.25, 0.58])))
+        accuracy on arc_easy is 0.6 in the unedited model; under edits it is highest with drop 1 (0.58) and lowest ...
     """
     sentences = []
     for metric in first_metrics(frame):
@@ -36,16 +36,16 @@ def task_sentences(frame: pd.DataFrame) -> list[str]:
         rows = edited[np.isfinite(edited[metric].astype(float))]
         if base.empty or len(rows) < 2:
             continue
-        before = float(base.iloc[0][metric])
-        falls = metric.endswith("_acc")
-        change = (before - rows[metric].astype(float)) if falls else (rows[metric].astype(float) - before).abs()
-        least, most = (rows.loc[index] for index in (change.idxmin(), change.idxmax()))
-        word = "falls" if falls else "changes"
-        equal = int((change == change.min()).sum())
-        others = f", as under {equal - 1} other edit{'s'[: equal != 2]}" if equal > 1 else ""
+        before, values = float(base.iloc[0][metric]), rows[metric].astype(float)
+        is_accuracy = metric.endswith("_acc")
+        change = -values if is_accuracy else (values - before).abs()
+        best, worst = (rows.loc[index] for index in (change.idxmin(), change.idxmax()))
+        words = ("is highest", "lowest") if is_accuracy else ("changes least", "most")
+        equal = int((change == change.min()).sum()) - 1
+        others = f", as with {equal} other edit{'s'[: equal != 1]}," if equal else ""
         sentences.append(
-            f"{column(metric).label}, {before:.3g} in the unedited model, {word} least under "
-            f"{_value(least, metric)}{others} and most under {_value(most, metric)}"
+            f"{column(metric).label} is {before:.3g} in the unedited model; under edits it {words[0]} with "
+            f"{_value(best, metric)}{others} and {words[1]} with {_value(worst, metric)}"
         )
     return sentences
 
