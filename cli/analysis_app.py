@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,7 +183,7 @@ def rank(
     from .commands.measure import run_analysis
 
     own = {"spans": spans, "lowest": lowest}
-    run_analysis("rank", model, run, output, overwrite, console, by=by, task=task, **own)
+    run_analysis("rank", model, run, output, overwrite, console, by=by, task=asdict(task), **own)
 
 
 @o.expand
@@ -242,7 +243,9 @@ def prune(
     """
     from .commands.prune import run_prune
 
-    run_prune(model, run, remove, by, greedy, race, task, output, results, checkpoint, console)
+    run_prune(
+        model, run, remove, by, greedy, race, asdict(task), output, results, **asdict(checkpoint), console=console
+    )
 
 
 @o.expand
@@ -333,7 +336,9 @@ def search(
     from .commands.search import run_search
 
     goal = {"depth": depth, "remove": remove, "repeat": repeat, "beam": beam, "max_span": max_span}
-    run_search(model, run, goal, by, race, task, estimate, output, results, checkpoint, console)
+    run_search(
+        model, run, goal, by, race, asdict(task), estimate, output, results, **asdict(checkpoint), console=console
+    )
 
 
 @o.expand

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -19,9 +19,6 @@ from layersurgery.plans.families import FAMILIES
 from layersurgery.runs.options import SWEEP_ONLY, RunOptions
 
 from .terminal.console import Console
-
-if TYPE_CHECKING:
-    from layersurgery.runs.requests import GivenText
 
 Model = Annotated[
     str,
@@ -176,12 +173,6 @@ class TaskOptions:
     limit: Limit = None
     shots: Shots = None
     task_path: TaskPath = None
-
-    def given(self, by: str | None, options: RunOptions) -> GivenText | None:
-        """Return the task that a criterion names, to be measured instead of a text; None if it names none."""
-        from layersurgery.analyses.task_criterion import given_task
-
-        return given_task(by, options=options, **asdict(self))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from layersurgery.runs.run_directory import Run
     from layersurgery.runs.session import ModelSession
 
-    from ..options import TaskOptions
-
 
 def measure(
     model: str,
@@ -79,17 +77,18 @@ def run_sweep(
 
 def run_analysis(
     name: str, model: str, options: RunOptions, output: Path | None, overwrite: bool, console: Console,
-    by: str | None = None, task: TaskOptions | None = None, **own: Any,
+    by: str | None = None, task: dict[str, Any] | None = None, **own: Any,
 ) -> None:  # fmt: skip
     """Run an analysis, and print its results; `own` are the options that only this analysis has."""
     with quick_imports():
         from layersurgery.analyses.analyze import run_analysis as run_in
         from layersurgery.analyses.rank_run import check_ranking
+        from layersurgery.analyses.task_criterion import given_task
 
     from ..terminal.analysis_results import show_analysis
 
     check_ranking(by)
-    given = None if task is None else task.given(by, options)
+    given = None if task is None else given_task(by, options=options, **task)
     run = measure(
         model,
         options,

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
 
-    from ..options import CheckpointOptions, TaskOptions
-
 _CRITERION_NAMES = {"kl": "KL", "influence": "block influence", "angular": "angular distance"}
 
 
@@ -34,10 +32,12 @@ def run_prune(
     by: str,
     greedy: bool,
     race: bool,
-    task: TaskOptions,
+    task: dict[str, Any],
     output: Path | None,
     results: Path | None,
-    checkpoint: CheckpointOptions,
+    link: bool,
+    verify: bool,
+    overwrite: bool,
     console: Console,
 ) -> None:
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
@@ -45,9 +45,10 @@ def run_prune(
         from layersurgery.analyses.layer_pruning import check_removal
         from layersurgery.analyses.plan_run import check_target, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
+        from layersurgery.analyses.task_criterion import given_task
         from layersurgery.runs.processes import run_session
 
-    overwrite, given = checkpoint.overwrite, task.given(by, options)
+    given = given_task(by, options=options, **task)
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
         check_removal(session.model.depth, remove, by)
@@ -61,7 +62,7 @@ def run_prune(
     if done is None:
         return
     out, directory, pruning = done
-    edit_options = EditOptions(out, overwrite, checkpoint.link, checkpoint.verify, options.revision, options.blocks)
+    edit_options = EditOptions(out, overwrite, link, verify, options.revision, options.blocks)
     [result], source = write_edits({None: pruning.plan}, model, edit_options, console)
     frame = pruning.costs
     before, after = (

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
 
-    from ..options import CheckpointOptions, TaskOptions
-
 _WRAP_WIDTH = 110
 
 
@@ -38,11 +36,13 @@ def run_search(
     goal: dict[str, Any],
     by: str,
     race: bool,
-    task: TaskOptions,
+    task: dict[str, Any],
     estimate: bool,
     output: Path | None,
     results: Path | None,
-    checkpoint: CheckpointOptions,
+    link: bool,
+    verify: bool,
+    overwrite: bool,
     console: Console,
 ) -> None:
     """Search a route, print the routes that were measured in full, and write the edited checkpoint if it is wanted.
@@ -57,7 +57,9 @@ def run_search(
         estimate: print the cost, and do nothing else.
         output: where to write the checkpoint; None for none.
         results: where to write the measurements.
-        checkpoint: how the checkpoint is written.
+        link: hard-link files that do not change.
+        verify: check that the checkpoint reloads as the intended model.
+        overwrite: replace the output, and measurements made with other arguments.
         console: where to print.
     """
     with quick_imports():
@@ -65,11 +67,12 @@ def run_search(
         from layersurgery.analyses.route_search import SearchSpace
         from layersurgery.analyses.search_run import run_search as run_in
         from layersurgery.analyses.search_tables import check_score
+        from layersurgery.analyses.task_criterion import given_task
         from layersurgery.runs.processes import run_session
 
     check_score(by)
-    given, overwrite = task.given(by, options), checkpoint.overwrite
-    if output is None and (checkpoint.link or not checkpoint.verify):
+    given = given_task(by, options=options, **task)
+    if output is None and (link or not verify):
         raise PlanError("--link and --no-verify are for the checkpoint; name its directory with --output")
     if estimate:
         _show_estimate(model, options, goal, console)
@@ -94,9 +97,7 @@ def run_search(
     value: dict[str, Any] = {"plan": str(search.plan), "route": str(search.route), "blocks": len(search.route)}
     written: list[str] = []
     if output is not None:
-        edit_options = EditOptions(
-            output, overwrite, checkpoint.link, checkpoint.verify, options.revision, options.blocks
-        )
+        edit_options = EditOptions(output, overwrite, link, verify, options.revision, options.blocks)
         [result], source = write_edits({None: search.plan}, model, edit_options, console)
         value, written = as_json(result, source.label, source.revision), describe_result(result)
     console.result(*_shown(search, directory, value, written))

@@ -142,7 +142,7 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         from layersurgery.analyses import prune_run
 
-        def stop(*_: Any) -> Any:
+        def stop(*_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
         patch.setattr(prune_run, "CostMeasurement", stop)

@@ -109,6 +109,7 @@ def test_a_search_chooses_the_best_of_its_finalists(definitions: Path) -> None:
     assert (results.cost == results.task_choice_acc[0] - results.task_choice_acc).all()
 
 
+@pytest.mark.slow
 def test_on_the_command_line_it_resumes_and_writes_the_checkpoint(definitions: Path, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "model")
     asked = ["prune", path, "--remove", 2, "--by", "task:choice", "--task-path", definitions, "--greedy"]
