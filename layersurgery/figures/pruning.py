@@ -11,7 +11,8 @@ from ..registry import ANALYSES, CRITERIA, column
 from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, label_axis, label_depth, line, new_figure
 
 _SCORES = ("cost", "kl_nats", "block_influence", "angular_distance")
-_COSTS = ("cost", "kl_nats", "perplexity", "agreement")
+_COSTS = ("kl_nats", "perplexity", "agreement")
+_ON_TASK = ("cost", "kl_nats", "agreement")  # a perplexity of right and wrong answers says nothing
 _LOG_SCALE_RATIO = 4
 
 
@@ -60,10 +61,8 @@ def rank(models: Sequence[ModelTables]) -> Figure:
 
 def costs(models: Sequence[ModelTables]) -> Figure:
     """Draw the cost of removing layers over their number: a line for each criterion, a row for each model."""
-    panels = [
-        panel for panel in ANALYSES["costs"].columns
-        if panel.name in _COSTS and all(panel.name in model.tables["costs"] for model in models)
-    ]  # fmt: skip
+    shown = _ON_TASK if all("cost" in model.tables["costs"] for model in models) else _COSTS
+    panels = [panel for panel in ANALYSES["costs"].columns if panel.name in shown]
     with new_figure(3.7 * len(panels), 3.4 * len(models)) as figure:
         grid = figure.subplots(len(models), len(panels), squeeze=False)
         for axes, model in zip(grid, models, strict=True):
