@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from layersurgery.checkpoints.sources import EMBEDDED, find_source
+from layersurgery.checkpoints.model_packages import EMBEDDED
+from layersurgery.checkpoints.sources import find_source
 
 NAME = "EleutherAI/pythia-6.9b-deduped"
 REVISION = "0" * 40

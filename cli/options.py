@@ -193,7 +193,7 @@ Data = Annotated[
         help="Text to measure on: a Hub dataset (id or id:configuration), a .txt, .jsonl, .json, .csv or .tsv file "
         "(also .zst or .gz), a .parquet file, a directory of these, a dataset saved with save_to_disk, or pydoc "
         "(Python's own help text).",
-        show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m",
+        show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m and gemma3-270m",
         metavar="DATA",
         rich_help_panel=_TEXT,
     ),

@@ -11,8 +11,9 @@ from rich.markup import escape
 from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.checkpoint import read_checkpoint
 from layersurgery.checkpoints.edit_checkpoint import write_edit
+from layersurgery.checkpoints.model_packages import EMBEDDED
 from layersurgery.checkpoints.prepared_edit import plan_edit
-from layersurgery.checkpoints.sources import EMBEDDED, find_source, needs_conversion
+from layersurgery.checkpoints.sources import find_source, needs_conversion
 from layersurgery.library_logs import quiet_libraries
 from layersurgery.plans.plan import swap
 from layersurgery.units import format_bytes

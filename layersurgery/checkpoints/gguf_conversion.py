@@ -7,7 +7,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from importlib.metadata import version
@@ -43,7 +43,7 @@ def conversion_directory(gguf: Path) -> Path:
     return cache_directory() / f"{gguf.stem}-{key}"
 
 
-def convert_once(gguf: Path, origin: str | None = None) -> Path:
+def convert_once(gguf: Path, card: Mapping[str, Any] | None = None, notice: str = "") -> Path:
     """Convert a GGUF file to a float32 safetensors checkpoint with transformers, unless it has already been converted.
 
     Float32 represents every value of the GGUF formats exactly, so nothing is lost. What killed conversions left in the
@@ -51,7 +51,8 @@ def convert_once(gguf: Path, origin: str | None = None) -> Path:
 
     Args:
         gguf: the file.
-        origin: Hub ID of the model, if it is known; else what the file states is recorded.
+        card: license and origin of the model, if they are known; else what the file states is recorded.
+        notice: text of a file NOTICE, which is copied with every checkpoint made from this one; empty for none.
 
     Raises:
         SourceError: the file is damaged or cannot be read, or the cache cannot be written.
@@ -77,8 +78,9 @@ def convert_once(gguf: Path, origin: str | None = None) -> Path:
                 # settings.
                 with quiet_libraries(), redirect_stderr(io.StringIO()):
                     _convert(gguf, partial)
-                card = {"license": "apache-2.0", "base_model": origin} if origin else _read_card(read(gguf))
-                if card:
+                if notice:
+                    (partial / "NOTICE").write_text(notice, "utf-8")
+                if card := card or _read_card(read(gguf)):
                     (partial / "README.md").write_text(f"---\n{ModelCardData(**card).to_yaml()}\n---\n", "utf-8")
     except SourceError:
         raise

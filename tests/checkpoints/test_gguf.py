@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import layersurgery as ls
-from layersurgery.checkpoints import gguf_conversion
+from layersurgery.checkpoints import gguf_conversion, model_packages, sources
 from layersurgery.checkpoints.gguf_conversion import convert_once
+from layersurgery.checkpoints.model_packages import packaged_file
 from tests.checkpoints.test_faults import nothing_written
 
 WIDTH, HEADS, VOCABULARY = 32, 4, 300
@@ -179,3 +184,53 @@ def test_a_killed_conversion_is_removed_by_the_next_use_of_the_cache(
         assert (len(list(cache.glob(".killed-*"))) == 0) == (sent == signal.SIGINT)
     convert_once(tmp_path / "other.gguf")  # already converted
     nothing_written(cache, other.name)
+
+
+@pytest.fixture
+def in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a model of two packages with a piece of its file each, under the name of Gemma."""
+    write_gguf(tmp_path / "tiny.gguf")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    modules = tuple(f"tiny_part{number}" for number in (1, 2))
+    for module, piece in zip(modules, (whole[:5000], whole[5000:]), strict=True):
+        data = tmp_path / "site" / module / "data"
+        data.mkdir(parents=True)
+        (data.parent / "__init__.py").touch()
+        (data / f"tiny.gguf.{module[-5:]}").write_bytes(piece)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    gemma = model_packages.PACKAGED["gemma3-270m"]
+    tiny = replace(gemma, modules=modules, sha256=hashlib.sha256(whole).hexdigest())
+    monkeypatch.setattr(model_packages, "PACKAGED", {**model_packages.PACKAGED, "gemma3-270m": tiny})
+    monkeypatch.setattr(sources, "PACKAGED", model_packages.PACKAGED)
+    return tmp_path
+
+
+def test_a_model_in_pieces_is_joined_and_its_terms_go_with_it(in_pieces: Path, cache: Path) -> None:
+    assert sources.needs_conversion("gemma3-270m")
+    source = sources.find_source("gemma3-270m")
+    assert (source.label, source.name) == ("google/gemma-3-270m", "gemma3-270m")
+    assert packaged_file("gemma3-270m").read_bytes() == (in_pieces / "tiny.gguf").read_bytes()
+    assert not sources.needs_conversion("gemma3-270m")
+    out = ls.edit_checkpoint("gemma3-270m", "swap 0 1", in_pieces / "edited").path
+    assert "Gemma Terms of Use" in (out / "NOTICE").read_text()
+    assert "license: gemma" in (out / "README.md").read_text()
+    with pytest.raises(ls.SourceError, match="only Hub models have revisions"):
+        sources.find_source("gemma3-270m", revision="main")
+
+
+def test_pieces_of_another_file_leave_nothing(in_pieces: Path, cache: Path) -> None:
+    with next((in_pieces / "site" / "tiny_part2" / "data").iterdir()).open("ab") as piece:
+        piece.write(b"more")
+    with pytest.raises(ls.SourceError, match="do not have the expected hash; install the packages again"):
+        sources.find_source("gemma3-270m")
+    assert not cache.exists()
+
+
+def test_a_model_whose_packages_are_missing_names_the_extra(
+    in_pieces: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(in_pieces / "site" / "tiny_part2")
+    importlib.invalidate_caches()
+    with pytest.raises(ls.SourceError, match=r"run: pip install 'layersurgery\[gemma\]'"):
+        ls.load("gemma3-270m")
+    assert not cache.exists()

@@ -13,7 +13,8 @@ from layersurgery_cli.commands.demo import _compare
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import layersurgery as ls
-from layersurgery.checkpoints.sources import EMBEDDED, embedded_file, find_source, needs_conversion
+from layersurgery.checkpoints.model_packages import EMBEDDED, packaged_file
+from layersurgery.checkpoints.sources import find_source, needs_conversion
 from tests.support.reference import logits_along
 
 
@@ -51,8 +52,8 @@ def test_the_middle_forgives_and_the_ends_do_not(source: Path, tmp_path: Path) -
 
 def test_a_gguf_file_is_a_source(source: Path, tmp_path: Path) -> None:
     assert not needs_conversion(EMBEDDED)
-    assert not needs_conversion(str(embedded_file()))
-    result = ls.edit_checkpoint(embedded_file(), "drop 20", tmp_path / "dropped", verify=False)
+    assert not needs_conversion(str(packaged_file(EMBEDDED)))
+    result = ls.edit_checkpoint(packaged_file(EMBEDDED), "drop 20", tmp_path / "dropped", verify=False)
     assert json.loads((result.path / "config.json").read_text())["num_hidden_layers"] == 29
     card = (result.path / "README.md").read_text()
     assert "license: apache-2.0" in card

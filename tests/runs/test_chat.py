@@ -158,7 +158,8 @@ def test_texts_before_which_a_first_token_is_put_do_not_begin_with_one(jsonl: Pa
 def test_the_real_template_of_the_bundled_model(jsonl: Path) -> None:
     """Its first token is also the mark of a role, which must stay."""
     from layersurgery.checkpoints.loading import tokenizer_of
-    from layersurgery.checkpoints.sources import EMBEDDED, find_source
+    from layersurgery.checkpoints.model_packages import EMBEDDED
+    from layersurgery.checkpoints.sources import find_source
 
     tokenizer = tokenizer_of(find_source(EMBEDDED))
     ids = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in CHATS]

@@ -174,7 +174,8 @@ def test_a_text_that_ends_early_is_said(jsonl: Path) -> None:
 def test_the_tokens_of_the_real_tokenizer_are_known() -> None:
     """A sweep's digits depend on these tokens. pydoc's text depends on the Python version, so a fixed text is used."""
     from layersurgery.checkpoints.loading import tokenizer_of
-    from layersurgery.checkpoints.sources import EMBEDDED, find_source
+    from layersurgery.checkpoints.model_packages import EMBEDDED
+    from layersurgery.checkpoints.sources import find_source
 
     tokenizer = tokenizer_of(find_source(EMBEDDED))
     ids = tokenizer("The capital of France is Paris.", add_special_tokens=False)["input_ids"]

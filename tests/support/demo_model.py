@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.random_checkpoint import write_random_checkpoint
 from layersurgery.analyses import neuron_probes
-from layersurgery.checkpoints import sources
 from layersurgery.checkpoints.gguf_conversion import conversion_directory
+from layersurgery.checkpoints.model_packages import EMBEDDED, PACKAGED, packaged_file
 
 DEPTH, WIDTH, VOCAB_SIZE = 30, 32, 600
 
@@ -60,7 +60,7 @@ def make_demo_model(cache: Path) -> None:
         eos_token_id=0,
         initializer_range=0.3,
     )
-    target = cache / conversion_directory(sources.embedded_file()).name
+    target = cache / conversion_directory(packaged_file(EMBEDDED)).name
     tokenizer = make_tokenizer()
     model = LlamaForCausalLM(config)
     add_prediction_neurons(
@@ -68,7 +68,7 @@ def make_demo_model(cache: Path) -> None:
     )
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    origin = sources._EMBEDDED_ORIGIN
+    origin = PACKAGED[EMBEDDED].origin
     (target / "README.md").write_text(f"---\nlicense: apache-2.0\nbase_model: {origin}\n---\n", "utf-8")
 
 
