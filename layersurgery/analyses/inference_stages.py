@@ -15,6 +15,7 @@ from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
 from ..runtime.inputs import as_tokens
 from ..sweeps.quantities import ATTENTION, NORMS, SIGNALS
+from ..sweeps.results import with_layer_kinds
 from .prediction_neurons import OnLayer, neurons
 from .signal_tables import DROP, LENS, SignalTables, measure_tables
 from .stage_boundaries import Boundary, Signals, as_records, boundaries, stage_of
@@ -79,7 +80,7 @@ def stage_table(tables: SignalTables, neuron_table: pd.DataFrame | None) -> pd.D
     """
     drop = tables.drop()
     dropped = drop[drop.edit == DROP].set_index("layer")
-    frame = tables.lens()[["model", "layer", "relative_depth"]].copy()
+    frame = with_layer_kinds(tables.lens()[["model", "layer", "relative_depth"]], tables.measurer.layer_kinds).copy()
     for name in ("kl_nats", "kl_nats_sem"):
         frame[f"drop_{name}"] = dropped[name].reindex(frame.layer).to_numpy(float)
     for signal, columns in _COLUMNS.items():

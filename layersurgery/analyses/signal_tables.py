@@ -38,7 +38,7 @@ from ..sweeps.quantities import (
     Observed,
 )
 from ..sweeps.race import Race
-from ..sweeps.results import results_table
+from ..sweeps.results import results_table, with_layer_kinds
 from ..sweeps.row_progress import StopRule
 from ..sweeps.sweep import collect_sums
 
@@ -112,6 +112,8 @@ class SignalTables:
             LENS: self.lens, ATTENTION: self.attention, NORMS: self.norms, SIMILARITY: self.similarity, DROP: self.drop,
             CHANGE: self.change, CKA: self.cka, COSINE: self.cosine, STREAM: self.stream,
         }[signal]()  # fmt: skip
+        if "relative_depth" in frame:
+            frame = with_layer_kinds(frame, self.measurer.layer_kinds, 2 if signal == SIMILARITY else 1)
         frame.attrs["skipped"] = self.skipped
         return frame
 

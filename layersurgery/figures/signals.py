@@ -12,7 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..registry import ANALYSES, STAGES, Column, column
-from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, label_axis, label_depth, line, new_figure
+from .layer_kinds import kind_handles, mark_kinds, rare_kinds
+from .style import (
+    COLORS,
+    MARKERS,
+    ModelTables,
+    add_title_and_legend,
+    disable_mathtext,
+    label_axis,
+    label_depth,
+    line,
+    new_figure,
+)
 
 _UNCERTAIN = "#EFEFEF"
 _SHADES = ("#DCE9F5", "#E3F1E6", "#FBF3D9", "#F8E3DC")
@@ -79,6 +90,7 @@ def neurons(models: Sequence[ModelTables]) -> Figure:
 def similarity(models: Sequence[ModelTables]) -> Figure:
     """Draw cosines of contributions of swapped blocks (figures 11 and 12), a row of panels for each part."""
     parts = ("attention", "mlp", "block")
+    rare = rare_kinds([model.tables["similarity"] for model in models])
     with new_figure(11, 7.6) as figure:
         grid = figure.subplots(3, 3, sharex=True, sharey=True)
         for axes, part in zip(grid, parts, strict=True):
@@ -87,13 +99,14 @@ def similarity(models: Sequence[ModelTables]) -> Figure:
                     rows = model.tables["similarity"]
                     rows = rows[rows.part == part]
                     line(axis, rows.relative_depth, rows[cosine.name], rows[f"{cosine.name}_sem"], index, model.label)
+                    mark_kinds(axis, rows, rows[cosine.name], COLORS[index % len(COLORS)], rare)
                 axis.axhline(0, color="#888888", linewidth=0.8, zorder=0)
                 if part == parts[0]:
                     axis.set_title(cosine.label, loc="left", fontsize=8)
                 if part == parts[-1]:
                     label_depth(axis, [model.tables["similarity"] for model in models], "first block")
             axes[0].set_ylabel(f"cosine, {'MLP' if part == 'mlp' else part}")
-        add_title_and_legend(figure, models, grid[0][0])
+        add_title_and_legend(figure, models, grid[0][0], others=kind_handles(rare))
     return figure
 
 
@@ -126,6 +139,7 @@ def stages(models: Sequence[ModelTables]) -> Figure:
 def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
     table = model.tables["stages"]
     _shade(axis, table, labels=True)
+    rare = rare_kinds([table])
     # Both kinds of neurons share one scale, so that the figure shows which outnumber the other.
     neurons = [table[name].to_numpy(float) for name in _FIGURE_1[2:]]
     for index, shown in enumerate(map(column, _FIGURE_1)):
@@ -136,19 +150,23 @@ def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
             error = table[f"{shown.name}_sem"].to_numpy(float) if f"{shown.name}_sem" in table else 0 * values
             label = f"{shown.label} (1 = {maximum:.3g}{f' {shown.unit}' if shown.unit else ''})"
             line(axis, table.relative_depth, values / maximum, error / maximum, (0, 3, 2, 1)[index], label)
+            if not index:
+                mark_kinds(axis, table, values / maximum, COLORS[0], rare)
     axis.set_ylim(0, 1.12)
     axis.set_ylabel("share of maximum")
     limits = axis.get_xlim()
     label_depth(axis, [table], "block", most)
     axis.set_xlim(limits)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+    if handles := [*axis.get_legend_handles_labels()[0], *kind_handles(rare)]:
+        box = axis.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+        disable_mathtext(box.get_texts())
 
 
 def _draw_signal(axis: Axes, table: pd.DataFrame, shown: Column) -> None:
     _shade(axis, table)
     values = table[shown.name].to_numpy(float)
     line(axis, table.relative_depth, values, table[f"{shown.name}_sem"], 0, "")
+    mark_kinds(axis, table, values, COLORS[0], rare_kinds([table]))
     label_axis(axis, shown, 28, fontsize=8)
     if np.isfinite(values).any():
         _scale(axis, shown, values)
@@ -234,16 +252,18 @@ def draw_columns(models: Sequence[ModelTables], name: str) -> Figure:
         grid = np.ravel(figure.subplots(rows, wide, squeeze=False))
         _hide(grid[len(columns) :])
         tables = [model.tables[name] for model in models]
+        rare = rare_kinds(tables)
         for axis, shown in zip(grid, columns, strict=False):
             values = [shown.factor * table[shown.name] for table in tables]
             for index, (model, table) in enumerate(zip(models, tables, strict=True)):
                 errors = table.get(f"{shown.name}_sem", 0 * table[shown.name])
                 line(axis, table.relative_depth, values[index], shown.factor * errors, index, model.label)
+                mark_kinds(axis, table, values[index], COLORS[index % len(COLORS)], rare)
             _scale(axis, shown, *values)
             label_axis(axis, shown)
             label_depth(axis, tables, "block")
             axis.set_xlim(-0.02, 1.02)
-        add_title_and_legend(figure, models, grid[0])
+        add_title_and_legend(figure, models, grid[0], others=kind_handles(rare))
     return figure
 
 

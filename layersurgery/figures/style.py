@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -148,11 +149,25 @@ def labeled_blocks(last: int, most: int, first: int = 0) -> list[int]:
     return [first, *inner, last] if last > first else [first]
 
 
-def add_title_and_legend(figure: Figure, models: Sequence[ModelTables], axis: Axes, *, legend: bool = True) -> None:
-    """Add a title with the model and its text, and a legend of several models."""
-    if len(models) > 1 and legend:
-        box = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(models)))
+def add_legend(figure: Figure, axis: Axes, models: int, others: Sequence[Artist] = ()) -> None:
+    """Add a legend below a figure: the lines of several models on an axis, and other entries."""
+    handles = [*(axis.get_legend_handles_labels()[0] if models > 1 else ()), *others]
+    if handles:
+        box = figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
         disable_mathtext(box.get_texts())
+
+
+def add_title_and_legend(
+    figure: Figure,
+    models: Sequence[ModelTables],
+    axis: Axes,
+    *,
+    legend: bool = True,
+    others: Sequence[Artist] = (),
+) -> None:
+    """Add a title with the model and its text, and a legend of several models and of other entries."""
+    if legend:
+        add_legend(figure, axis, len(models), others)
     captions = list(dict.fromkeys(model.caption for model in models))
     if len(models) == 1:
         text = f"{models[0].label}: {captions[0]}"

@@ -14,9 +14,20 @@ from matplotlib.figure import Figure
 from ..plans.families import FAMILIES, Bounds
 from ..registry import PROPAGATION, Column, column
 from .copies import COPIES, copies
+from .layer_kinds import kind_handles, mark_kinds, rare_kinds
 from .maps import edit_map
 from .propagation import drawn_edits, propagation
-from .style import COLORS, MARKERS, ModelTables, disable_mathtext, label_axis, label_depth, new_figure, save
+from .style import (
+    COLORS,
+    MARKERS,
+    ModelTables,
+    add_legend,
+    disable_mathtext,
+    label_axis,
+    label_depth,
+    new_figure,
+    save,
+)
 from .tasks import task_maps, tasks_over_depth
 
 _BY_LAYER = tuple(family.name for family in FAMILIES.values() if family.per_layer)
@@ -82,6 +93,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
     its figures 13 to 15.
     """
     kinds = [edit for edit in _BY_LAYER if any((sweep.frame.edit == edit).any() for sweep in sweeps)]
+    rare = rare_kinds([sweep.frame[sweep.frame.edit.isin(kinds)] for sweep in sweeps])
     with new_figure(11, 0.9 + 2.4 * len(kinds)) as figure:
         grid = figure.subplots(len(kinds), len(_PANELS), sharex=True, sharey="col", squeeze=False)
         for axes, kind in zip(grid, kinds, strict=True):
@@ -91,7 +103,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
                 for number, (name, part) in enumerate(rows.groupby(np.array(names, dtype=str), sort=False)):
                     label = f"{sweep.label}, {name}" if name else sweep.label
                     for axis, metric in zip(axes, _PANELS, strict=True):
-                        _line(axis, part, metric, index + number * len(sweeps), label)
+                        _line(axis, part, metric, index + number * len(sweeps), label, rare)
             if len(axes[0].get_lines()) > len(sweeps):
                 disable_mathtext(axes[0].legend(fontsize=7).get_texts())
             axes[0].set_title(FAMILIES[kind].title, loc="left", fontweight="bold")
@@ -101,11 +113,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
         for axis in grid[-1]:
             label_depth(axis, [sweep.frame[sweep.frame.layer.notna()] for sweep in sweeps], "block of the edit")
             axis.set_xlim(-0.02, 1.02)
-        if len(sweeps) > 1:
-            legend = figure.legend(
-                *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(sweeps))
-            )
-            disable_mathtext(legend.get_texts())
+        add_legend(figure, grid[0][0], len(sweeps), kind_handles(rare))
         _add_title(figure, sweeps)
     return figure
 
@@ -119,7 +127,7 @@ def _has_positive(sweeps: Sequence[Sweep], kind: str, metric: Column) -> bool:
     )
 
 
-def _line(axis: Axes, rows: pd.DataFrame, metric: Column, index: int, label: str) -> None:
+def _line(axis: Axes, rows: pd.DataFrame, metric: Column, index: int, label: str, rare: Sequence[str]) -> None:
     x = rows.relative_depth.to_numpy(float)
     y, low, high = _with_interval(rows, metric)
     color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
@@ -128,6 +136,7 @@ def _line(axis: Axes, rows: pd.DataFrame, metric: Column, index: int, label: str
         low = np.maximum(low, y / 100)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, y, color=color, marker=marker, label=label)
+    mark_kinds(axis, rows, y, color, rare)
 
 
 def _with_interval(rows: pd.DataFrame, metric: Column) -> list[np.ndarray]:

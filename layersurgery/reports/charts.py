@@ -19,7 +19,7 @@ _NO_CURVES = (
     *("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens"),
     *("position", "from", "to"),
 )
-_NO_KEYS = ("precise", "race", "interval")
+_NO_KEYS = ("precise", "race", "interval", "layer_kind")
 _MOST_GROUPS = 8
 _NOTE = (
     "Bands show one standard error over sequences (of a task's metric, over documents) on each side. Point at a curve "
@@ -194,10 +194,22 @@ def _line(frame: pd.DataFrame, label: str, columns: Sequence[str]) -> dict[str, 
         "label": show_control_characters(label),
         "layer": numbers(layers),
         "x": numbers(frame.relative_depth.tolist()),
-        "name": [show_control_characters(str(name)) for name in frame["name"]] if "name" in frame else None,
+        "name": _point_names(frame),
         "values": {column: numbers(frame[column].tolist()) for column in columns},
         "errors": {column: numbers(frame[f"{column}_sem"].tolist()) for column in columns if f"{column}_sem" in frame},
     }
+
+
+def _point_names(frame: pd.DataFrame) -> list[str] | None:
+    """Return what each point is called, with the kind of its layer; None if its layer's number is enough."""
+    kinds = frame.layer_kind if "layer_kind" in frame else [None] * len(frame)
+    if "name" not in frame and "layer_kind" not in frame:
+        return None
+    names = frame["name"] if "name" in frame else [f"layer {layer}" for layer in frame.layer]
+    return [
+        show_control_characters(str(name) if pd.isna(kind) else f"{name} ({kind})")
+        for name, kind in zip(names, kinds, strict=True)
+    ]
 
 
 def numbers(values: Sequence[Any]) -> list[float | int | None]:

@@ -21,7 +21,7 @@ from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
 from ..sweeps.propagation import Propagation
 from ..sweeps.propagation_results import propagation_rows, propagation_table
-from ..sweeps.results import results_table, sequence_table
+from ..sweeps.results import results_table, sequence_table, with_layer_kinds
 from ..sweeps.row_progress import BatchRows, RowProgress, StopRule
 from ..tasks.harness import Harness
 from ..tasks.task_tables import request_table, task_columns
@@ -80,6 +80,7 @@ class SweepOutput:
         precision: the precision at which an edit is finished; None if all text is measured.
         propagation: the measured changes of later blocks; None if they are not measured.
         harness: the tasks that are measured; None if a text is.
+        kinds: the kind of each layer of the model; empty if all are of one kind.
     """
 
     variants: Sequence[Variant]
@@ -87,10 +88,11 @@ class SweepOutput:
     precision: Precision | None = None
     propagation: Propagation | None = None
     harness: Harness | None = None
+    kinds: Sequence[str] = ()
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return a table with a row for each model; with the tasks' metrics once all requests are measured."""
-        frame = results_table(self.variants, sums, self.name, self.precision)
+        frame = with_layer_kinds(results_table(self.variants, sums, self.name, self.precision), self.kinds)
         if self.harness is None or len(sums) < len(self.harness.text.ids):
             return frame
         return frame.join(task_columns(self.harness, sums))

@@ -75,7 +75,7 @@ class SweepMeasurement:
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""
         assert rule is None or isinstance(rule, Precision)
-        return SweepOutput(measurer.variants, label, rule, measurer.propagation, self.harness)
+        return SweepOutput(measurer.variants, label, rule, measurer.propagation, self.harness, measurer.layer_kinds)
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_dependencies import refuse_block_by_block
 from ..models.block_list import text_config
+from ..models.layer_kinds import layer_kinds
 from ..models.quantized import quantized_numbers
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.route import Route
@@ -144,6 +146,11 @@ class Measurer:
             observed=self._observed_bytes(),
         )
         self._active = _ActiveRows(None, self.schedule, self._rows_of(self.routes))
+
+    @cached_property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Return the kind of each layer in words; an empty tuple if all layers are of one kind."""
+        return layer_kinds(self.model, self.runner.anatomy)
 
     @property
     def block_observer(self) -> Observer | Propagation | None:

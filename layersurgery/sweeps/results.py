@@ -72,6 +72,32 @@ def results_table(
     return frame.astype({"layer": "Int64", "relative_depth": "float64", **dict.fromkeys(CELL * has_cells, "Int64")})
 
 
+def with_layer_kinds(frame: pd.DataFrame, kinds: Sequence[str], width: int = 1) -> pd.DataFrame:
+    """Return a table with the kinds of its layers in a column `layer_kind`; unchanged if all layers are of one kind.
+
+    An edit of adjacent blocks of several kinds has them in their order, joined by " + ".
+
+    Args:
+        frame: a table with the columns layer and relative_depth.
+        kinds: the kind of each layer of the model; empty if all are of one kind.
+        width: number of adjacent blocks that a row is about, where the table has no column `edit`.
+    """
+    if not kinds:
+        return frame
+    widths = [width] * len(frame) if "edit" not in frame else [_width(edit) for edit in frame.edit]
+    names = [
+        " + ".join(dict.fromkeys(kinds[int(layer) : int(layer) + blocks])) if blocks else None
+        for layer, blocks in zip(frame.layer.fillna(0), widths, strict=True)
+    ]
+    place = frame.columns.get_loc("relative_depth") + 1
+    return frame.assign(layer_kind=names)[[*frame.columns[:place], "layer_kind", *frame.columns[place:]]]
+
+
+def _width(edit: str) -> int:
+    """Return the number of adjacent blocks that each edit of a family changes; 0 if they differ in it."""
+    return FAMILIES[edit].width if edit in FAMILIES else 0
+
+
 def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
     """Build the table of sums: one row for each sequence and each model that was measured on it.
 

@@ -17,7 +17,7 @@ from .measurer import Measurer
 from .precision import Precision
 from .propagation_results import propagation_rows
 from .read_positions import Reads
-from .results import results_table
+from .results import results_table, with_layer_kinds
 from .row_progress import RowProgress, StopRule
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def sweep_tokens(
         warn(f"{what} is not measured: {reason}")
     rule = None if precision is None else precision.for_text(mask)
     sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
-    frame = table(measurer.variants, sums, label, rule)
+    frame = with_layer_kinds(table(measurer.variants, sums, label, rule), measurer.layer_kinds)
     if measurer.propagation is not None:
         frame.attrs[PROPAGATION] = propagation_rows(measurer.variants, measurer.propagation, sums, label)
     return frame
