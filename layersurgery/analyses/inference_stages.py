@@ -90,7 +90,9 @@ def stage_table(tables: SignalTables, neuron_table: pd.DataFrame | None) -> pd.D
     for kind in ("prediction", "suppression"):
         frame[f"{kind}_percent"] = np.nan if neuron_table is None else neuron_table[f"{kind}_percent"].to_numpy(float)
     counts = _neuron_counts(neuron_table, tables.depth)
-    stage_boundaries = boundaries(_signals(frame, counts), _resampling(tables, counts))
+    stage_boundaries = boundaries(
+        _signals(frame, counts), _resampling(tables, counts), kinds=tables.measurer.layer_kinds
+    )
     frame.insert(3, "stage", stage_of(stage_boundaries, tables.depth))
     frame.attrs["boundaries"] = as_records(stage_boundaries)
     return frame

@@ -1,32 +1,39 @@
 """Find the layers where one stage of inference ends and the next begins, by fixed rules on the signals.
 
 The paper draws four stages and calls their boundaries fuzzy. Here each boundary has a rule on the signals. A boundary
-counts as found only if the signals follow its rule, and if they do so in at least nine of ten resamples.
+counts as found only if the signals follow its rule, and if they do so in at least nine of ten resamples. No single
+layer decides: each rule asks for two layers or more on both sides of a boundary, and one that differs from its
+neighbors changes nothing, unless it is next to the boundary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from ..metrics.aggregation import Array
 from ..registry import STAGES
+from .outlying_layers import MIN_LAYERS, fit_bend, smooth
 
 RULES = (
     "drop KL (in logarithms) and attention to the previous five tokens, each smoothed by a median of three "
     "layers, both fall below the midpoint between their highest value in the first quarter and their median in "
     "the middle half, and stay below it up to half depth; before the fall, KL is at least 2 times and attention "
-    "at least 1.1 times that median",
-    "two straight lines that meet are fitted to the lens KL by least squares, and the second begins here; it "
-    "falls, at least twice as steeply as the first, the two lines leave at most half of one line's squared error, "
-    "and no later layer is above the layer where they meet",
-    "from here on, suppression neurons outnumber prediction neurons in every layer, and in total by more than "
-    "chance (1.96 standard deviations of a Poisson count), after layers of the second half where they did not; "
-    "otherwise, the lens entropy has its highest or lowest value of the second half inside it, and then falls or "
-    "rises by at least a tenth of its range",
+    "at least 1.1 times that median; in a model with layers of several kinds, only those of the most common kind "
+    "count, for attention the most common one that has softmax attention",
+    "two straight lines that meet are fitted to the lens KL by least squares, without the one layer that fits worst, "
+    "and the second begins here; it falls, at least twice as steeply as the first, the two lines leave at most half of "
+    "the squared error of one line without the one layer that fits worst, and no later layer, except the one left out, "
+    "is above the point where they meet",
+    "from here on, suppression neurons outnumber prediction neurons in at least two layers and in every layer but at "
+    "most one, which follows two such layers, and without this one in total by more than chance (1.96 standard "
+    "deviations of a Poisson count), after layers of the second half where they did not; otherwise, the lens entropy, "
+    "smoothed by a median of three layers, has its highest or lowest value of the second half inside it, and then "
+    "falls or rises by at least a tenth of its range",
 )
 RESAMPLES, SHARE, _LEVEL = 1000, 0.9, 95
 Signals = Mapping[str, Array]
@@ -73,7 +80,11 @@ class _RuleResult:
 
 
 def boundaries(
-    signals: Signals, resample: Callable[[np.random.Generator], Signals] | None = None, *, seed: int = 0
+    signals: Signals,
+    resample: Callable[[np.random.Generator], Signals] | None = None,
+    *,
+    kinds: Sequence[str] = (),
+    seed: int = 0,
 ) -> list[Boundary]:
     """Find the three boundaries between the four stages.
 
@@ -81,14 +92,15 @@ def boundaries(
         signals: the measured signals.
         resample: draws the signals again from sequences (and neurons) sampled with replacement; None if there is only
             one sequence.
+        kinds: the kind of each layer in words; empty if all layers are of one kind.
         seed: random seed of the resamples.
     """
-    results = _apply_rules(signals)
+    results = _apply_rules(signals, kinds)
     resampled: list[list[int | None]] = [[], [], []]
     if resample is not None:
         rng = np.random.default_rng(seed)
         for _ in range(RESAMPLES):
-            for layers, result in zip(resampled, _apply_rules(resample(rng)), strict=True):
+            for layers, result in zip(resampled, _apply_rules(resample(rng), kinds), strict=True):
                 layers.append(result.layer)
     return _in_order(
         [
@@ -129,8 +141,8 @@ def _with_interval(boundary: Boundary, resampled: list[int | None]) -> Boundary:
     )  # fmt: skip
 
 
-def _apply_rules(signals: Signals) -> list[_RuleResult]:
-    return [_find_detokenization_end(signals), _find_engineering_end(signals), _find_ensembling_end(signals)]
+def _apply_rules(signals: Signals, kinds: Sequence[str]) -> list[_RuleResult]:
+    return [_find_detokenization_end(signals, kinds), _find_engineering_end(signals), _find_ensembling_end(signals)]
 
 
 def _in_order(stage_boundaries: list[Boundary]) -> list[Boundary]:
@@ -146,45 +158,70 @@ def _in_order(stage_boundaries: list[Boundary]) -> list[Boundary]:
     return result
 
 
-def _find_detokenization_end(signals: Signals) -> _RuleResult:
+def _find_detokenization_end(signals: Signals, kinds: Sequence[str]) -> _RuleResult:
     kl = _find_lasting_fall(
         np.log(np.maximum(signals["drop_kl_nats"], 1e-12)),
+        kinds,
         "drop KL",
-        math.log(2),
+        lambda _: math.log(2),
         lambda value: f"{math.exp(value):.2g} nats",
     )
-    attention = signals["attention_prev5"]
-    median = np.median(_middle(attention))
     previous_five = _find_lasting_fall(
-        attention, "attention to the previous five tokens", 0.1 * float(median), lambda value: f"{value:.2f}"
+        signals["attention_prev5"],
+        kinds,
+        "attention to the previous five tokens",
+        lambda median: 0.1 * median,
+        lambda value: f"{value:.2f}",
     )
     by = "drop_kl_nats, attention_prev5"
     layers = [result.layer for result in (kl, previous_five) if result.layer is not None]
     return _RuleResult(max(layers) if len(layers) == 2 else None, by, f"{kl.why}; {previous_five.why}")
 
 
-def _find_lasting_fall(values: Array, name: str, min_drop: float, format_value: Callable[[float], str]) -> _RuleResult:
-    """Find the layer where a signal falls from its early level and stays low up to half depth."""
+def _find_lasting_fall(
+    values: Array,
+    kinds: Sequence[str],
+    name: str,
+    min_drop: Callable[[float], float],
+    format_value: Callable[[float], str],
+) -> _RuleResult:
+    """Find the layer where a signal falls from its early level and stays low up to half depth.
+
+    Args:
+        values: the signal, (layers,).
+        kinds: the kind of each layer; only layers of the most common kind that has the signal are compared.
+        name: the signal's name.
+        min_drop: returns the smallest fall, given the median in the middle half.
+        format_value: writes a value with its unit.
+    """
     depth = len(values)
+    layers = np.arange(depth)
+    if common := Counter(kind for kind, value in zip(kinds, values, strict=False) if np.isfinite(value)).most_common(1):
+        layers = np.array([layer for layer in range(depth) if kinds[layer] == common[0][0]])
+        name = f"{name} ({len(layers)} of {depth} layers: {common[0][0]})"
+    values = values[layers]
     if not np.isfinite(values).all():
         return _RuleResult(None, name, f"{name} is not available for every layer")
-    smooth = np.median(np.stack([values, np.append(values[0], values[:-1]), np.append(values[1:], values[-1])]), 0)
-    start = int(smooth[: max(1, depth // 4)].argmax())
-    early, middle = float(smooth[start]), float(np.median(_middle(values)))
-    if early - middle < min_drop:
+    if len(values) < MIN_LAYERS:
+        return _RuleResult(None, name, f"{name} has too few layers to tell an early level from an outlying layer")
+    smoothed, median = smooth(values), float(np.median(_middle(values)))
+    start = int(smoothed[: max(1, len(values) // 4)].argmax())
+    early = float(smoothed[start])
+    if early - median < min_drop(median):
         return _RuleResult(
             None,
             name,
             f"{name} is not clearly higher at the start ({format_value(early)}) than in the middle "
-            f"({format_value(middle)})",
+            f"({format_value(median)})",
         )
-    half = max(start + 2, depth // 2)
-    low = smooth < (early + middle) / 2
-    layer = next((layer for layer in range(start + 1, half) if low[layer]), None)
-    if layer is None:
+    low = smoothed < (early + median) / 2
+    until = [place for place in range(start + 1, len(values)) if place < start + 2 or layers[place] < depth // 2]
+    fallen = next((place for place in until if low[place]), None)
+    if fallen is None:
         return _RuleResult(None, name, f"{name} stays at its early level up to half depth")
-    fall = f"{name} falls from {format_value(early)} towards {format_value(middle)} by layer {layer}"
-    if high_again := [later for later in range(layer, half) if not low[later]]:
+    layer = int(layers[fallen])
+    fall = f"{name} falls from {format_value(early)} towards {format_value(median)} by layer {layer}"
+    if high_again := [int(layers[place]) for place in until if place > fallen and not low[place]]:
         return _RuleResult(
             None,
             name,
@@ -200,42 +237,28 @@ def _middle(values: Array) -> Array:
 
 def _find_engineering_end(signals: Signals) -> _RuleResult:
     values, name = signals["lens_kl_nats"], "lens_kl_nats"
-    depth = len(values)
-    if depth < 6 or not np.isfinite(values).all():
+    if len(values) < MIN_LAYERS:
+        return _RuleResult(None, name, "the model has too few layers to fit two lines")
+    if not np.isfinite(values).all():
+        return _RuleResult(None, name, "lens KL is not available for every layer")
+    bend = fit_bend(values)
+    slopes = (
+        f"slopes {bend.first_slope:+.2g} and {bend.second_slope:+.2g} nats per layer, without layer {bend.left_out}"
+    )
+    if bend.second_slope >= 0 or (bend.first_slope < 0 and bend.second_slope > 2 * bend.first_slope):
+        return _RuleResult(
+            None, name, f"lens KL has no lasting fall: the two fitted lines meet at layer {bend.layer} with {slopes}"
+        )
+    if bend.share > 0.5:
         return _RuleResult(
             None,
             name,
-            "the model has too few layers to fit two lines"
-            if depth < 6
-            else "lens KL is not available for every layer",
+            f"lens KL has no clear bend: two lines leave {100 * bend.share:.0f} % of one line's squared error",
         )
-    x = np.arange(depth, dtype=float)
-    one_line_error = _fit(np.stack([np.ones(depth), x], 1), values)[1]
-    fits = []
-    for layer in range(1, depth - 2):
-        (_, first_slope, slope_change), error = _fit(np.stack([np.ones(depth), x, np.maximum(0, x - layer)], 1), values)
-        fits.append((error, layer, first_slope, first_slope + slope_change))
-    error, layer, first_slope, second_slope = min(fits)
-    slopes = f"slopes {first_slope:+.2g} and {second_slope:+.2g} nats per layer"
-    if second_slope >= 0 or (first_slope < 0 and second_slope > 2 * first_slope):
-        return _RuleResult(
-            None, name, f"lens KL has no lasting fall: the two fitted lines meet at layer {layer} with {slopes}"
-        )
-    if error > 0.5 * one_line_error:
-        return _RuleResult(
-            None,
-            name,
-            f"lens KL has no clear bend: two lines leave {100 * error / max(one_line_error, 1e-30):.0f} % of one "
-            "line's squared error",
-        )
-    if values[layer + 1 :].max() > values[layer]:
-        return _RuleResult(None, name, f"lens KL rises again after layer {layer}")
-    return _RuleResult(layer + 1, name, f"lens KL begins its lasting fall after layer {layer} ({slopes})")
-
-
-def _fit(design: Array, values: Array) -> tuple[Array, float]:
-    solution: Array = np.linalg.lstsq(design, values, rcond=None)[0].astype(float)
-    return solution, float(((design @ solution - values) ** 2).sum())
+    later = [layer for layer in range(bend.layer + 1, len(values)) if layer != bend.left_out]
+    if values[later].max() > bend.height:
+        return _RuleResult(None, name, f"lens KL rises again after layer {bend.layer}")
+    return _RuleResult(bend.layer + 1, name, f"lens KL begins its lasting fall after layer {bend.layer} ({slopes})")
 
 
 def _find_ensembling_end(signals: Signals) -> _RuleResult:
@@ -254,19 +277,22 @@ def _find_overtaking(prediction: Array, suppression: Array) -> _RuleResult:
     depth, name = len(prediction), "prediction, suppression"
     if not (np.isfinite(prediction).all() and np.isfinite(suppression).all()):
         return _RuleResult(None, name, "neuron counts are not available for every layer")
-    not_ahead = [layer for layer in range(depth) if suppression[layer] <= prediction[layer]]
-    layer = not_ahead[-1] + 1 if not_ahead else 0
-    if layer >= depth:
-        return _RuleResult(None, name, "suppression neurons do not outnumber prediction neurons in the last layer")
-    if layer <= depth // 2 or not prediction[depth // 2 : layer].any():
+    behind = [layer for layer in range(depth) if suppression[layer] <= prediction[layer]]
+    exception = behind[-1] if behind and not {behind[-1] - 1, behind[-1] - 2} & {-1, -2, *behind} else None
+    first = max((layer for layer in behind if layer != exception), default=-1) + 1
+    layers = [layer for layer in range(first, depth) if layer != exception]
+    if len(layers) < 2:
+        return _RuleResult(None, name, "suppression neurons do not outnumber prediction neurons in the last two layers")
+    if first <= depth // 2 or not prediction[depth // 2 : first].any():
         return _RuleResult(
             None, name, "prediction neurons do not outnumber suppression neurons anywhere in the second half"
         )
-    suppressing, predicting = suppression[layer:].sum(), prediction[layer:].sum()
-    numbers = f"from layer {layer} on, there are {suppressing:.0f} suppression and {predicting:.0f} prediction neurons"
+    suppressing, predicting = suppression[layers].sum(), prediction[layers].sum()
+    where = f"from layer {first} on" if exception is None else f"from layer {first} on, without layer {exception}"
+    numbers = f"{where}, there are {suppressing:.0f} suppression and {predicting:.0f} prediction neurons"
     if suppressing - predicting <= 1.96 * math.sqrt(suppressing + predicting):
         return _RuleResult(None, name, f"{numbers}, which may be chance")
-    return _RuleResult(layer, name, numbers)
+    return _RuleResult(first, name, numbers)
 
 
 def _find_entropy_turn(entropy: Array) -> _RuleResult:
@@ -277,18 +303,23 @@ def _find_entropy_turn(entropy: Array) -> _RuleResult:
     name, depth = "lens_entropy_bits", len(entropy)
     if not np.isfinite(entropy).all():
         return _RuleResult(None, name, "lens entropy is not available for every layer")
-    if depth < 4:
+    if depth < MIN_LAYERS:
         return _RuleResult(None, name, "the model has too few layers for lens entropy to turn inside the second half")
-    half = depth // 2
-    late = entropy[half:]
-    for layer in sorted((half + int(late.argmax()), half + int(late.argmin())), reverse=True):
-        change = float(entropy[-1] - entropy[layer])
-        if half < layer < depth - 1 and abs(change) >= 0.1 * float(np.ptp(entropy)):
+    smoothed, half = smooth(entropy), depth // 2
+    for layer in sorted((_highest(smoothed, entropy, half), _highest(-smoothed, -entropy, half)), reverse=True):
+        change = float(smoothed[-1] - smoothed[layer])
+        if half < layer < depth - 1 and abs(change) >= 0.1 * float(np.ptp(smoothed)) > 0:
             direction = "rises" if change > 0 else "falls"
             return _RuleResult(
                 layer + 1, name, f"lens entropy turns after layer {layer} and {direction} by {abs(change):.2g} bits"
             )
     return _RuleResult(None, name, "lens entropy has no turning point inside the second half")
+
+
+def _highest(smoothed: Array, values: Array, start: int) -> int:
+    """Return the layer from `start` on with the highest smoothed value; of several, the one with the highest value."""
+    tied = [layer for layer in range(start, len(values)) if smoothed[layer] == smoothed[start:].max()]
+    return max(tied, key=lambda layer: float(values[layer]))
 
 
 def stage_of(stage_boundaries: list[Boundary], depth: int) -> list[str]:

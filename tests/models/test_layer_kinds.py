@@ -66,6 +66,7 @@ def test_stages_have_them() -> None:
     model, ids = tiny_model("gemma3_text"), tokens(3, 14)
     stages = ls.analyses.stages(model, ids)
     assert list(stages.layer_kind) == [SLIDING, SLIDING, FULL] * 2
+    assert "drop KL (4 of 6 layers: sliding attention)" in stages.attrs["boundaries"][0]["why"]
     one = ModelTables({"stages": stages}, "tiny", "42 tokens")
     labels = [text.get_text() for text in signal_figures.stages([one]).axes[0].get_legend().get_texts()]  # type: ignore[union-attr]
     assert labels[-1] == FULL
