@@ -19,21 +19,22 @@ from ..metrics.aggregation import Array
 from ..registry import STAGES
 from .outlying_layers import MIN_LAYERS, fit_bend, smooth
 
+_SMOOTHED = "smoothed by a median of three layers (Tukey's rule at the ends)"
 RULES = (
-    "drop KL (in logarithms) and attention to the previous five tokens, each smoothed by a median of three "
-    "layers, both fall below the midpoint between their highest value in the first quarter and their median in "
-    "the middle half, and stay below it up to half depth; before the fall, KL is at least 2 times and attention "
-    "at least 1.1 times that median; in a model with layers of several kinds, only those of the most common kind "
-    "count, for attention the most common one that has softmax attention",
+    f"drop KL (in logarithms) and attention to the previous five tokens, each {_SMOOTHED}, both fall below the "
+    "midpoint between their highest value in the first quarter and their median in the middle half, and stay below it "
+    "up to half depth; before the fall, KL is at least 2 times and attention at least 1.1 times that median; in a "
+    "model with layers of several kinds, only those of the most common kind count, for attention the most common one "
+    "that has softmax attention; six layers or more",
     "two straight lines that meet are fitted to the lens KL by least squares, without the one layer that fits worst, "
     "and the second begins here; it falls, at least twice as steeply as the first, the two lines leave at most half of "
     "the squared error of one line without the one layer that fits worst, and no later layer, except the one left out, "
-    "is above the point where they meet",
+    "is above the point where they meet; two layers or more before that point, and three or more after it",
     "from here on, suppression neurons outnumber prediction neurons in at least two layers and in every layer but at "
     "most one, which follows two such layers, and without this one in total by more than chance (1.96 standard "
     "deviations of a Poisson count), after layers of the second half where they did not; otherwise, the lens entropy, "
-    "smoothed by a median of three layers, has its highest or lowest value of the second half inside it, and then "
-    "falls or rises by at least a tenth of its range",
+    f"{_SMOOTHED}, has its highest or lowest value of the second half inside it, and then falls or rises by at least a "
+    "tenth of its range",
 )
 RESAMPLES, SHARE, _LEVEL = 1000, 0.9, 95
 Signals = Mapping[str, Array]
