@@ -35,6 +35,7 @@ _SIGNAL_PANELS = (
 
 
 _MAX_PANELS = 4  # in a row
+_MOST_BLOCKS = 8  # that have a label in a panel of one of several models
 
 
 def lens(models: Sequence[ModelTables]) -> Figure:
@@ -127,9 +128,9 @@ def stages(models: Sequence[ModelTables]) -> Figure:
         else:
             panels = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
         for axis, model in zip(panels, models, strict=False):
-            _draw_figure_1(axis, model, 20 if is_single else 8)
+            _draw_figure_1(axis, model, 20 if is_single else _MOST_BLOCKS)
             if not is_single:
-                axis.set_title(model.label, loc="left", fontweight="bold", parse_math=False, pad=26)
+                axis.set_title(model.label, loc="left", fontweight="bold", parse_math=False, pad=10)
         _hide(panels[len(models) :])
         if is_single:
             figure.suptitle(f"{models[0].label}: {models[0].caption}", fontsize=10, parse_math=False)
@@ -138,7 +139,8 @@ def stages(models: Sequence[ModelTables]) -> Figure:
 
 def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
     table = model.tables["stages"]
-    _shade(axis, table, labels=True)
+    is_wide = most > _MOST_BLOCKS
+    _shade(axis, table, labels=True, upright=not is_wide)
     rare = rare_kinds([table])
     # Both kinds of neurons share one scale, so that the figure shows which outnumber the other.
     neurons = [table[name].to_numpy(float) for name in _FIGURE_1[2:]]
@@ -158,7 +160,13 @@ def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
     label_depth(axis, [table], "block", most)
     axis.set_xlim(limits)
     if handles := [*axis.get_legend_handles_labels()[0], *kind_handles(rare)]:
-        box = axis.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+        box = axis.legend(
+            handles=handles,
+            fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.22 if is_wide else -0.27),
+            ncols=1 + is_wide,
+        )
         disable_mathtext(box.get_texts())
 
 
@@ -192,8 +200,15 @@ def _scale(axis: Axes, shown: Column, *lines: Any) -> None:
         axis.set_ylim(0, 1.08 * high if high > 0 else 1)
 
 
-def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False) -> None:
-    """Shade the stages; in a panel with labels, add a bar where 95 % of resamples put each boundary."""
+def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False, upright: bool = False) -> None:
+    """Shade the stages; in a panel with labels, add a bar where 95 % of resamples put each boundary.
+
+    Args:
+        axis: the panel.
+        table: the table of stages.
+        labels: whether to name the stages.
+        upright: whether the names stand upright inside the panel, where it is too narrow for them.
+    """
     depth = len(table)
 
     def edge_of(layer: float) -> float:
@@ -227,10 +242,12 @@ def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False) -> None:
             middle = (max(0.0, edge_of(first)) + min(1.0, edge_of(last))) / 2
             axis.text(
                 middle,
-                1.03,
+                0.97 if upright else 1.03,
                 "\nor ".join(stage),
                 ha="center",
-                va="bottom",
+                va="top" if upright else "bottom",
+                rotation=90 if upright else 0,
+                color="#555555" if upright else "black",
                 fontsize=7,
                 transform=axis.get_xaxis_transform(),
                 clip_on=False,
