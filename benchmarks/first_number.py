@@ -19,7 +19,7 @@ from typing import Any
 _STARTED = time.perf_counter()
 # The phase of each function; a function that another one calls counts for its own phase.
 PHASES = {
-    "layersurgery.runs.session": {"run_measurement": "first number"},
+    "layersurgery.runs.session": {"measure_text": "first number"},
     "layersurgery.runs.session_model": {"read_model_info": "config", "fingerprint": "hash of the weights"},
     "layersurgery.runs.session_text": {"read_text": "text"},
     "layersurgery.checkpoints.loading": {"tokenizer_of": "tokenizer", "load_weights": "weights"},

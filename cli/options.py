@@ -126,8 +126,9 @@ Tasks = Annotated[
     str | None,
     typer.Option(
         "--tasks",
-        help="Measure these tasks of lm-eval (multiple choice or log-likelihoods) instead of a text, for example "
-        "lambada_openai,arc_easy. Needs the extra 'tasks'.",
+        help="Measure these tasks of lm-eval (multiple choice or log-likelihoods), for example "
+        "lambada_openai,arc_easy; after the text if an option names one, such as --data, else alone. Needs the extra "
+        "'tasks'.",
         metavar="NAMES",
         rich_help_panel=_TASKS,
     ),

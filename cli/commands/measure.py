@@ -55,21 +55,22 @@ def run_sweep(
     model: str, edits: Any, bounds: dict[str, Any], tasks: dict[str, Any], options: RunOptions, output: Path | None,
     overwrite: bool, console: Console,
 ) -> None:  # fmt: skip
-    """Measure the effect of the edits, within `layers` and `max_span` of the bounds, on a text or on tasks."""
+    """Measure the effect of the edits, within `layers` and `max_span` of the bounds, on a text, on tasks or on both."""
     with quick_imports():
-        from layersurgery.runs.sweep import given_tasks
+        from layersurgery.runs.sweep import place_tasks, task_request
         from layersurgery.runs.sweep import run_sweep as run_in
 
     from ..terminal.sweep_results import show_sweep
 
+    given, beside = place_tasks(task_request(**tasks), options, None)
     run = measure(
         model,
         options,
         output,
         "sweep",
         console,
-        lambda session, directory: run_in(session, directory, edits, **bounds, overwrite=overwrite),
-        given_tasks(options=options, **tasks),
+        lambda session, directory: run_in(session, directory, edits, **bounds, tasks=beside, overwrite=overwrite),
+        given,
     )
     if run is not None:
         show_sweep(run, console)

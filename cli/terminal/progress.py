@@ -29,7 +29,7 @@ _OTHER_LINES = 4  # of the terminal: the table's heading and last line, the bar,
 
 @contextmanager
 def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
-    """Show sequences, tokens per second, time left and the results so far.
+    """Show sequences or requests, tokens per second, time left and the results so far.
 
     On a terminal this is a progress bar, above it a table of a sweep's results so far; elsewhere, one line every 30
     seconds.
@@ -67,7 +67,7 @@ def progress_bar(text: TokenizedText, console: Console) -> Iterator[Any]:
             first = progress.sequences if first is None else first
             seconds = max(1e-9, time.monotonic() - started)
             rate = (progress.sequences - first) * tokens / seconds
-            done = f"{progress.sequences:.1f}/{progress.total} sequences, {rate:,.3g} tokens/s"
+            done = f"{progress.sequences:.1f}/{progress.total} {text.noun}s, {rate:,.3g} tokens/s"
             table = progress.table or table
             # The measurement waits for the table, which takes longer the more sequences there are.
             is_due = time.monotonic() - last > max(

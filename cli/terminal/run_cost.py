@@ -12,7 +12,8 @@ def run_cost(facts: Mapping[str, Any]) -> str:
     if stopping is None:
         per_second = facts["tokens_per_second"]
         rate = f"{per_second:,.0f} tokens/s" if per_second >= 10 else f"{per_second:.2g} tokens/s"
-        return f"{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
+        requests = f"{facts['text']['sequences']:,} requests of " if "requests" in facts["text"].get("read", {}) else ""
+        return f"{requests}{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
     share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
     return (
         f"{stopping['sequences']:,} of {facts['text']['sequences']:,} sequences in {seconds:,.0f} s; "

@@ -139,7 +139,7 @@ def _cells(row: pd.Series, metrics: Sequence[Column], max_kl: float | None) -> l
 
 def show_sweep(run: Run, console: Console) -> None:
     """Print the results of a finished sweep."""
-    from layersurgery.runs.tables import read_results
+    from layersurgery.runs.tables import TASKS, has_tasks_inside, read_results, read_run
     from layersurgery.sweeps.map_sentences import describe_maps
     from layersurgery.sweeps.propagation_results import propagation_sentence
     from layersurgery.sweeps.results import precision_sentence, summary_sentence
@@ -164,7 +164,7 @@ def show_sweep(run: Run, console: Console) -> None:
     files = [
         "results.parquet",
         "results.csv",
-        *(["requests.parquet"] if "requests.parquet" in facts["files"] else []),
+        *(file for file in facts["files"] if file.endswith("requests.parquet")),
         *(["tokens.parquet"] if facts["arguments"]["per_token"] else []),
         *(file for file in facts["files"] if file.startswith(f"{PROPAGATION}.")),
         *facts["figures"],
@@ -181,6 +181,8 @@ def show_sweep(run: Run, console: Console) -> None:
     items += ["", *(f"[bold]{escape(sentence[0].upper() + sentence[1:])}[/]" for sentence in said)] if said else []
     items += [escape(text[0].upper() + text[1:]) for text in (reach, precision_sentence(frame)) if text]
     items.append(run_cost(facts))
+    if has_tasks_inside(facts):
+        items.append(run_cost(read_run(run.directory / TASKS) or {}))
     items.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
     console.result(result, *items)
 

@@ -50,10 +50,10 @@ class Sweep:
     caption: str
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, data: str) -> Sweep:
-        """Make a sweep to draw from results and the name of the data."""
+    def of(cls, frame: pd.DataFrame, data: str, noun: str = "sequence") -> Sweep:
+        """Make a sweep to draw from results, the name of the data, and what one of its sequences is."""
         row = frame.iloc[0]
-        sequences = f"{row.sequences} sequence{'s' if row.sequences > 1 else ''}"
+        sequences = f"{row.sequences:,} {noun}{'s' if row.sequences > 1 else ''}"
         up_to = "up to " if frame.sequences.nunique() > 1 else ""
         return cls(frame, str(row.model).rpartition("/")[2], f"{up_to}{row.tokens:,} tokens of {data} in {sequences}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..plans.families import FAMILIES
 from ..registry import ANALYSES
+from ..runs.tables import noun_of
 from .collect import FinishedRun
 from .text_format import is_hidden, rounded, without_directories
 
@@ -218,8 +219,9 @@ def _text(run: FinishedRun) -> Iterator[str]:
 
 def _tokens(run: FinishedRun) -> str:
     tokens, sequences, length = (run.fact("text", name) for name in ("tokens", "sequences", "length"))
+    noun = noun_of(run.facts)
     words = [
-        _if(_grouped(tokens), "{}"), _if(_grouped(sequences), "in {} sequences"), _if(length, "of up to {}"),
+        _if(_grouped(tokens), "{}"), _if(_grouped(sequences), f"in {{}} {noun}s"), _if(length, "of up to {}"),
         _if(run.fact("text", "fingerprint"), "(fingerprint {})"),
     ]  # fmt: skip
     return " ".join(filter(None, words))

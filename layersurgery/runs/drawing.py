@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from ..errors import OutputError
 from .run_directory import ANALYSIS
 from .run_record import RunRecord
-from .tables import PARQUET_ONLY, RUN, caption_of, read_results, read_table, table_names
+from .tables import PARQUET_ONLY, RUN, caption_of, noun_of, read_results, read_table, table_names
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ..figures.style import ModelTables
+    from ..figures.sweeps import Sweep
 
 
 def model_tables(directory: Path, facts: RunRecord) -> ModelTables:
@@ -35,11 +36,17 @@ def draw_analysis(directory: Path, facts: RunRecord) -> list[Path]:
     return draw_signals([model_tables(directory, facts)], directory)
 
 
-def draw_sweep(frame: pd.DataFrame, directory: Path, data: str) -> list[Path]:
+def draw_sweep(frame: pd.DataFrame, directory: Path, facts: RunRecord) -> list[Path]:
     """Draw one sweep's results; write the figures to its directory."""
-    from ..figures.sweeps import Sweep, draw
+    from ..figures.sweeps import draw
 
-    return draw([Sweep.of(frame, data)], directory)
+    return draw([_sweep(frame, facts)], directory)
+
+
+def _sweep(frame: pd.DataFrame, facts: RunRecord) -> Sweep:
+    from ..figures.sweeps import Sweep
+
+    return Sweep.of(frame, facts["arguments"]["text"]["data"], noun_of(facts))
 
 
 def plot(directories: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] = ".") -> list[Path]:
@@ -57,7 +64,7 @@ def plot(directories: Sequence[str | os.PathLike[str]], output: str | os.PathLik
         OutputError: the output directory cannot be made.
     """
     from ..figures.analyses import draw_signals
-    from ..figures.sweeps import Sweep, draw
+    from ..figures.sweeps import draw
 
     output = Path(output)
     found = [run for directory in map(Path, directories) for run in _runs_in(directory)]
@@ -65,9 +72,7 @@ def plot(directories: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     runs = {directory: frame.attrs["run"] for directory, frame in frames.items()}
     analyses = [directory for directory, run in runs.items() if run["kind"] == ANALYSIS]
     sweeps = [
-        Sweep.of(frame, runs[directory]["arguments"]["text"]["data"])
-        for directory, frame in frames.items()
-        if runs[directory]["kind"] != ANALYSIS
+        _sweep(frame, runs[directory]) for directory, frame in frames.items() if runs[directory]["kind"] != ANALYSIS
     ]
     models = [model_tables(directory, runs[directory]) for directory in analyses]
     labels = [model.label for model in models]

@@ -116,7 +116,8 @@ def _work(model: str, options: RunOptions, group: ProcessGroup) -> None:
                 measurer = item.measurement.measurer(loaded, options)
                 if item.text.scored is not None:
                     measurer.read = ScoredPositions(item.text.scored)
-                is_complete = run_worker(measurer, item.text, per_token=options.per_token, group=group)
+                per_token = options.per_token and item.text.scored is None  # the requests of tasks have no such rows
+                is_complete = run_worker(measurer, item.text, per_token=per_token, group=group)
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             if not is_complete:

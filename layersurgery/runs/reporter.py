@@ -23,13 +23,13 @@ class Reporter:
 
     Attributes:
         command: the command line that a new run records, so that it can be repeated; empty if there is none.
-        subject: name of the current measurement, for progress.
+        subject: name of the current measurement, for progress; empty for what it counts.
     """
 
     def __init__(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         self._progress = progress
         self.command = ""
-        self.subject = "sequences"
+        self.subject = ""
 
     def log(self, text: str) -> None:
         """Say something."""
@@ -65,11 +65,11 @@ class Reporter:
         yield None if report is None else lambda done, total: report(noun, done, total)
 
     @contextmanager
-    def run_progress(self, text: TokenizedText) -> Iterator[Callable[[Any], None] | None]:  # noqa: ARG002
+    def run_progress(self, text: TokenizedText) -> Iterator[Callable[[Any], None] | None]:
         """Give a function that takes a run's `Progress`, while the tokens of `text` are measured."""
         report = self._progress
         yield (
             None
             if report is None
-            else lambda progress: report(self.subject, int(progress.sequences), int(progress.total))
+            else lambda progress: report(self.subject or f"{text.noun}s", int(progress.sequences), int(progress.total))
         )

@@ -20,7 +20,7 @@ from ..registry import PROPAGATION
 from ..version import __version__
 from .per_token import PARTS, TOKENS
 from .run_record import RunRecord
-from .tables import CSV, RESULTS, RUN, SEQUENCES, TABLES, read_run
+from .tables import CSV, RESULTS, RUN, SEQUENCES, TABLES, TASKS, has_tasks_inside, read_run
 
 JOURNAL = "sums.parts"
 FORMER_JOURNAL = "progress.journal"  # a single file, which earlier versions wrote
@@ -79,7 +79,7 @@ class Run:
                 facts["replaced"] = old_results
             self.facts = RunRecord()
             self.update(facts)
-            _remove_files(self.directory, old_results)
+            _remove_results(self.directory, old_results)
             self.facts.pop("replaced", None)
         if self.facts.get("until") != self.until or self.facts.get("state") == "finished":
             command: RunRecord = {"command": self.command} if self.command else {}
@@ -192,7 +192,7 @@ def clear_progress(directory: Path) -> None:
 
 
 def _find_results(directory: Path, earlier: RunRecord) -> list[str]:
-    """Return the names of the results of an earlier run, also of partly written ones, and of no other files."""
+    """Return the names of the results of an earlier run, also of partly written ones, and of nothing else."""
     tables = (
         [f"{name}.{kind}" for name in TABLES for kind in ("parquet", "csv", "png", "svg")]
         if earlier.get("kind") == ANALYSIS
@@ -202,12 +202,16 @@ def _find_results(directory: Path, earlier: RunRecord) -> list[str]:
     of_sweep = (RESULTS, CSV, SEQUENCES, TOKENS, f"{PROPAGATION}.parquet", f"{PROPAGATION}.csv")
     names = [Path(str(name)).name for name in (*tables, *written, *of_sweep)]
     both = dict.fromkeys(file for name in names for file in (name, f".{name}.partial"))
-    return [file for file in both if (directory / file).is_file() or (directory / file).is_symlink()]
+    found = [file for file in both if (directory / file).is_file() or (directory / file).is_symlink()]
+    return [*found, *([TASKS] if has_tasks_inside(earlier) and (directory / TASKS).is_dir() else [])]
 
 
-def _remove_files(directory: Path, names: list[str]) -> None:
+def _remove_results(directory: Path, names: list[str]) -> None:
     for name in names:
-        (directory / name).unlink(missing_ok=True)
+        if name == TASKS:
+            shutil.rmtree(directory / name, ignore_errors=True)
+        else:
+            (directory / name).unlink(missing_ok=True)
 
 
 def _describe_differences(recorded: Any, current: Any, prefix: str = "") -> str:

@@ -36,6 +36,8 @@ from .text import TokenizedText
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .tasks_beside import TasksBeside
+
 Draw: TypeAlias = "Callable[[pd.DataFrame, Path], Sequence[Path]]"
 OnProgress = Callable[["Progress"], None]
 
@@ -81,6 +83,7 @@ class SweepOutput:
         propagation: the measured changes of later blocks; None if they are not measured.
         harness: the tasks that are measured; None if a text is.
         kinds: the kind of each layer of the model; empty if all are of one kind.
+        beside: the tasks to measure after the text, whose metrics join the table; None for none.
     """
 
     variants: Sequence[Variant]
@@ -89,6 +92,7 @@ class SweepOutput:
     propagation: Propagation | None = None
     harness: Harness | None = None
     kinds: Sequence[str] = ()
+    beside: TasksBeside | None = None
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
         """Return a table with a row for each model; with the tasks' metrics once all requests are measured."""
@@ -100,6 +104,8 @@ class SweepOutput:
     def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write the table of results and the sums of each sequence; return the table and the names of the files."""
         frame = self.table(sums)
+        if self.beside is not None:
+            frame = self.beside.join(frame)
         write_sweep(directory, frame, sequence_table(self.variants, sums))
         files = [RESULTS, CSV, SEQUENCES]
         if self.propagation is not None:
@@ -110,7 +116,7 @@ class SweepOutput:
             names = [variant.name for variant in self.variants]
             write_parquet(directory / REQUESTS, request_table(self.harness, sums, names))
             files.append(REQUESTS)
-        return frame, files
+        return frame, files if self.beside is None else [*files, *self.beside.files]
 
 
 def run_measurement(
@@ -150,6 +156,32 @@ def run_measurement(
             ended.
         OutputError: the directory cannot be written. The measured batches are kept.
     """
+    finish = measure_text(
+        run, measurer, text, output, batch_size=batch_size, per_token=per_token, tokenizer=tokenizer,
+        on_progress=on_progress, group=group, rule=rule,
+    )  # fmt: skip
+    return finish(draw)
+
+
+def measure_text(
+    run: Run,
+    measurer: Measurer,
+    text: TokenizedText,
+    output: RunOutput,
+    *,
+    batch_size: int | None = None,
+    per_token: bool = False,
+    tokenizer: Any = None,
+    on_progress: OnProgress | None = None,
+    group: ProcessGroup | None = None,
+    rule: StopRule | None = None,
+) -> Callable[[Draw | None], pd.DataFrame]:
+    """Measure the batches that are still missing; arguments as for `run_measurement`.
+
+    Returns:
+        A function that writes the results, draws the figures and returns the table. By then, the other processes wait
+        for the next work.
+    """
     group = group or SingleProcess()
     work = _Work(run, measurer, text, output, batch_size, per_token, tokenizer, on_progress, rule)
     group.broadcast(work.batches)
@@ -167,7 +199,8 @@ def run_measurement(
         except BaseException:
             group.broadcast(None)
             raise
-    return work.finish(draw)
+    group.workers_idle = True
+    return work.finish
 
 
 def run_worker(measurer: Measurer, text: TokenizedText, *, per_token: bool = False, group: ProcessGroup) -> bool:

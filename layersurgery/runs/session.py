@@ -19,10 +19,10 @@ from .placement import Placement, describe_placement
 from .reporter import Reporter
 from .requests import NOT_FOR_TASKS, GivenText, text_request
 from .run_directory import Run, open_run, package_versions
-from .runner import RunOutput, run_measurement
+from .runner import RunOutput, measure_text
 from .session_model import SessionModel
 from .session_text import SessionText
-from .tables import read_run
+from .tables import read_run, text_caption
 from .text import TokenizedText
 
 if TYPE_CHECKING:
@@ -165,7 +165,6 @@ class ModelSession:
                 self.group.broadcast(WorkItem(measurement, text, arguments["model"]["weights"], self.model.placement))
                 self.group.workers_idle = False
                 self._measure(run, measurement, text)
-                self.group.workers_idle = True
         return run
 
     def check(self) -> None:
@@ -225,7 +224,7 @@ class ModelSession:
             reporter.log("Resuming from the results measured so far")
         try:
             with reporter.run_progress(text) as on_progress:
-                run_measurement(
+                finish = measure_text(
                     run,
                     measurer,
                     text,
@@ -233,11 +232,12 @@ class ModelSession:
                     batch_size=options.batch_size,
                     per_token=options.per_token,
                     tokenizer=self.texts.tokenizer_or_none() if options.per_token else None,
-                    draw=lambda frame, directory: measurement.draw(frame, directory, run),
                     on_progress=on_progress,
                     group=self.group,
                     rule=rule,
                 )
+            # The bar is gone by now, since what writes the results may show one of its own.
+            finish(lambda frame, directory: measurement.draw(frame, directory, run))
         except (KeyboardInterrupt, SystemExit) as stop:
             hint = ". If another process has ended, see its own message for the reason" if self.group.size > 1 else ""
             kept = f"results so far are in {run.directory}; run the same command again to resume{hint}"
@@ -251,9 +251,8 @@ class ModelSession:
         if (contexts := measurer.contexts.describe()) is not None:
             reporter.log(contexts)
         if measurer.max_sequences is not None:
-            count = measurer.max_sequences
-            plural = "s"[: count != 1]
-            reporter.log(f"Note: memory ran out, so batches were split into parts of {count} sequence{plural}")
+            parts = text.count(measurer.max_sequences)
+            reporter.log(f"Note: memory ran out, so batches were split into parts of {parts}")
 
     def _log_once(self, line: str) -> None:
         """Say something that every run of this session would say."""
@@ -263,8 +262,7 @@ class ModelSession:
 
     def caption(self, text: TokenizedText) -> str:
         """Describe the text in a few words."""
-        count = len(text.ids)
-        return f"{text.tokens:,} tokens of {self.texts.request.data} in {count} sequence{'s'[: count != 1]}"
+        return text_caption(text.tokens, self.texts.request.data, text.count(len(text.ids)))
 
     def _announce(self, measurer: Measurer, text: TokenizedText, batch_size: int | None, *, stops: bool) -> None:
         """Say what is measured, and how much memory it is expected to need."""
@@ -286,7 +284,7 @@ class ModelSession:
             )
             log(f"Weights are loaded {order}: {format_bytes(measurer.bytes_to_read)} per batch")
         log(
-            f"Expecting {format_bytes(memory.total)} of memory for {batch} sequence{'s'[: batch != 1]} at once: "
+            f"Expecting {format_bytes(memory.total)} of memory for {text.count(batch)} at once: "
             f"weights {format_bytes(memory.weights)}, residual streams {format_bytes(memory.streams)}, one block "
             f"{format_bytes(memory.block)} or one readout {format_bytes(memory.readout)}"
         )

@@ -114,8 +114,12 @@ class SessionText:
         bos = f", each after {tokenizer.bos_token}" if request.bos else ""
         chats = text.read.get("conversations", 0)
         chat = f"; {chats:,} conversation{'s'[: chats != 1]} in the tokenizer's chat template" if chats else ""
-        count = f"{sequences} sequence{'s'[: sequences != 1]}"
-        reporter.log(f"{text.tokens:,} tokens in {count} of {at_most}{length}{bos}{chat}")
+        if self.harness is not None:
+            asked = len(self.harness.requests)
+            equal = f" ({asked:,} with those that are equal)" if asked != sequences else ""
+            reporter.log(f"{text.count(sequences)} of {request.data}{equal}, {text.tokens:,} tokens")
+        else:
+            reporter.log(f"{text.tokens:,} tokens in {text.count(sequences)} of {at_most}{length}{bos}{chat}")
         for note in text.notes:
             reporter.note(note)
         return text

@@ -19,21 +19,28 @@ from .open_text import open_text
 from .options import RunOptions
 from .processes import run_session
 from .reporter import Reporter
-from .requests import NOT_FOR_TASKS, GivenText, read_given_text
+from .requests import NOT_FOR_TASKS, TEXT_OPTIONS, GivenText, read_given_text
 from .run_directory import SWEEP, Run
 from .runner import SweepOutput
 from .session import ModelSession
 from .tables import read_results
+from .tasks_beside import TasksBeside, join_tasks
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from ..models.anatomy import Anatomy
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
     from ..tasks.harness import Harness
     from .frames import ResultFrame
     from .runner import RunOutput
+    from .text import TokenizedText
+
+
+_NAMES_A_TEXT = ("data", *(name for name in TEXT_OPTIONS if name != "seed"))
+"""Options with which a text is measured, also if there are tasks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class SweepMeasurement:
     precision: Precision | None = None
     propagation: bool = False
     harness: Harness | None = None
+    beside: TasksBeside | None = None
     name: str = "sweep"
 
     @property
@@ -52,9 +60,10 @@ class SweepMeasurement:
         return SWEEP
 
     def arguments(self) -> dict[str, Any]:
-        """Return the edits, and whether propagation is measured."""
+        """Return the edits, whether propagation is measured, and the tasks that are measured after a text."""
         edits = [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]
-        return {"edits": edits, **({"propagation": True} if self.propagation else {})}
+        beside = {} if self.beside is None else self.beside.arguments()
+        return {"edits": edits, **({"propagation": True} if self.propagation else {}), **beside}
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all variants."""
@@ -75,13 +84,15 @@ class SweepMeasurement:
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""
         assert rule is None or isinstance(rule, Precision)
-        return SweepOutput(measurer.variants, label, rule, measurer.propagation, self.harness, measurer.layer_kinds)
+        return SweepOutput(
+            measurer.variants, label, rule, measurer.propagation, self.harness, measurer.layer_kinds, self.beside
+        )
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""
         from .drawing import draw_sweep
 
-        return draw_sweep(frame, directory, run.arguments["text"]["data"])
+        return draw_sweep(frame, directory, run.facts)
 
 
 def run_sweep(
@@ -91,19 +102,38 @@ def run_sweep(
     *,
     layers: Layers = None,
     max_span: int | None = None,
+    tasks: TaskRequest | None = None,
     overwrite: bool = False,
 ) -> Run:
-    """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory."""
-    options = session.options
+    """Measure the edits on the session's model and text, or resume it, or use the finished run in the directory.
+
+    Args:
+        session: the model and the text.
+        directory: where to write.
+        edits: the edits to measure.
+        layers: see `sweep`.
+        max_span: see `sweep`.
+        tasks: tasks to measure after the text.
+        overwrite: replace what another run has left in the directory.
+    """
+    edited_models = variants(edits, session.model.depth, layers, max_span)
+    session.check()
+    beside = None
+    if tasks is not None:
+        on_tasks = session.with_tasks(tasks)
+        beside = TasksBeside(on_tasks, _measurement(on_tasks, edited_models), directory)
+    return session.run(_measurement(session, edited_models, beside), directory, overwrite=overwrite)
+
+
+def _measurement(
+    session: ModelSession, edited_models: list[Variant], beside: TasksBeside | None = None
+) -> SweepMeasurement:
     if session.texts.has_tasks:
         _ = session.texts.text  # asks lm-eval for the requests
-    measurement = SweepMeasurement(
-        variants(edits, session.model.depth, layers, max_span),
-        options.precision,
-        options.measures_propagation,
-        session.texts.harness,
+    options = session.options
+    return SweepMeasurement(
+        edited_models, options.precision, options.measures_propagation, session.texts.harness, beside
     )
-    return session.run(measurement, directory, overwrite=overwrite)
 
 
 def sweep(
@@ -138,8 +168,9 @@ def sweep(
             "4:20". With "exit", the model ends after these blocks.
         max_span: for families of spans and pairs ("jump", "replace" and others): measure only spans of at most so many
             blocks, and pairs of blocks at most so far apart.
-        tasks: tasks of lm-eval to measure instead of a text: names, separated by commas or as a list. They are tasks of
-            multiple choice or of log-likelihoods.
+        tasks: tasks of lm-eval to measure (multiple choice or log-likelihoods): names, separated by commas or as a
+            list. If a text is named, too (`text`, `data` or how it is cut), it is measured first, and the options
+            until, confidence, read, per_token and propagation apply to it; else the tasks alone are measured.
         limit: number of documents of each task; by default all.
         shots: number of examples before each document of a task; by default the task's own number.
         task_path: directories with your own task definitions.
@@ -158,9 +189,10 @@ def sweep(
         `interval` says what the intervals hold for. Families of spans and pairs also have `from` and `to`, the edit's
         place in their map. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
         sequences differ between rows. With `propagation`, `frame.attrs["propagation"]` has a dictionary for each edit,
-        later layer and branch, and `read_results(directory, "propagation")` the same as a table. With `tasks`, these
-        metrics are those of the tokens that the tasks score, and the columns `task_<name>_<metric>` are the tasks' own
-        (see `layersurgery.tasks.task_tables.task_columns`). It is a pandas DataFrame, with figures: `frame.plot()`.
+        later layer and branch, and `read_results(directory, "propagation")` the same as a table. With `tasks`, the
+        columns `task_<name>_<metric>` are the tasks' own (see `layersurgery.tasks.task_tables.task_columns`); without a
+        text, the other metrics are those of the tokens that the tasks score. It is a pandas DataFrame, with figures:
+        `frame.plot()`.
 
     Raises:
         PlanError: an edit does not fit the model, or the text cannot be measured.
@@ -179,51 +211,70 @@ def sweep(
     from .frames import as_result
 
     anatomy = options.pop("anatomy", None)
-    run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
-    given = given_tasks(tasks, limit, shots, task_path, run_options, text) or given
+    asked = RunOptions.of(options)
+    requested = task_request(tasks, limit, shots, task_path)
+    run_options, given = read_given_text(text, asked, attention_mask)
+    given, beside = place_tasks(requested, asked, given, has_text=text is not None)
     if directory is None:
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
-        precision, read = run_options.precision, run_options.read_positions
-        propagation = run_options.measures_propagation
         with open_text(model, given, run_options) as (session, loaded, tokens):
-            frame = sweep_tokens(
-                loaded,
-                variants(edits, session.model.depth, layers, max_span),
-                tokens.ids,
-                tokens.mask,
-                label=session.model.label,
-                batch_size=run_options.batch_size,
-                blocks=run_options.blocks,
-                anatomy=anatomy,
-                compiled=run_options.compile,
-                order=run_options.schedule,
-                precision=precision,
-                read=read if tokens.scored is None else ScoredPositions(tokens.scored),
-                propagation=propagation,
-                progress=progress,
-                table=lambda rows, sums, label, rule: SweepOutput(rows, label, rule, None, session.texts.harness).table(
-                    sums
-                ),
+            edited_models = variants(edits, session.model.depth, layers, max_span)
+            sessions = [session, *([session.with_tasks(beside)] if beside is not None else [])]
+            texts = [tokens, *(other.texts.text for other in sessions[1:])]  # before hours of measuring
+            frame, *of_tasks = (
+                _measure_in_memory(each, loaded, words, edited_models, anatomy, progress)
+                for each, words in zip(sessions, texts, strict=True)
             )
-        return as_result(frame, "sweep", session.caption(tokens))
+        for tasks_frame in of_tasks:
+            frame = join_tasks(frame, tasks_frame)
+        captions = [each.caption(words) for each, words in zip(sessions, texts, strict=True)]
+        return as_result(frame, "sweep", " and ".join(captions))
     output = Path(directory)
     run_session(
         model,
         run_options,
-        lambda session: run_sweep(session, output, edits, layers=layers, max_span=max_span, overwrite=overwrite),
+        lambda session: run_sweep(
+            session, output, edits, layers=layers, max_span=max_span, tasks=beside, overwrite=overwrite
+        ),
         reporter=Reporter(None if progress is None else lambda _, done, total: progress(done, total)),
         given=given,
     )
     return read_results(output)
 
 
-def given_tasks(
-    tasks: Any, limit: Any, shots: Any, task_path: Any, options: RunOptions, text: Any = None
-) -> GivenText | None:
-    """Return the tasks to measure; None if a text is measured. The arguments are those of `sweep`.
+def _measure_in_memory(
+    session: ModelSession,
+    model: Any,
+    text: TokenizedText,
+    edited_models: list[Variant],
+    anatomy: Anatomy | None,
+    progress: Callable[[int, int], None] | None,
+) -> pd.DataFrame:
+    options = session.options
+    return sweep_tokens(
+        model,
+        edited_models,
+        text.ids,
+        text.mask,
+        label=session.model.label,
+        batch_size=options.batch_size,
+        blocks=options.blocks,
+        anatomy=anatomy,
+        compiled=options.compile,
+        order=options.schedule,
+        precision=options.precision,
+        read=options.read_positions if text.scored is None else ScoredPositions(text.scored),
+        propagation=options.measures_propagation,
+        progress=progress,
+        table=lambda rows, sums, label, rule: SweepOutput(rows, label, rule, None, session.texts.harness).table(sums),
+    )
+
+
+def task_request(tasks: Any, limit: Any, shots: Any, task_path: Any) -> TaskRequest | None:
+    """Return the tasks to measure; None for none. The arguments are those of `sweep`.
 
     Raises:
-        PlanError: an option has no effect, or excludes another one.
+        PlanError: an argument has no effect without tasks, or is out of range.
         SourceError: a directory of tasks does not exist.
     """
     if tasks is None:
@@ -231,7 +282,24 @@ def given_tasks(
             if value is not None:
                 raise PlanError(f"{name} has an effect only with tasks")
         return None
-    if text is not None:
-        raise PlanError("tasks are measured instead of a text; give one of them")
-    options.refuse(NOT_FOR_TASKS, "has no effect on tasks")
-    return GivenText(tasks=TaskRequest.of(tasks, limit, shots, task_path))
+    return TaskRequest.of(tasks, limit, shots, task_path)
+
+
+def place_tasks(
+    tasks: TaskRequest | None, options: RunOptions, given: GivenText | None, *, has_text: bool = False
+) -> tuple[GivenText | None, TaskRequest | None]:
+    """Return what to measure instead of the text that the options name, and the tasks to measure after a text.
+
+    Args:
+        tasks: the tasks; None for none.
+        options: the options, as they were given.
+        given: text that was given from Python as tokens or documents.
+        has_text: whether any text was given from Python.
+
+    Raises:
+        PlanError: an option has no effect on tasks.
+    """
+    if tasks is None or has_text or any(name in options.given() for name in _NAMES_A_TEXT):
+        return given, tasks
+    options.refuse(NOT_FOR_TASKS, "has no effect on tasks alone; name a text (data), too")
+    return GivenText(tasks=tasks), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +24,8 @@ CSV = "results.csv"
 SEQUENCES = "sequences.parquet"
 REQUESTS = "requests.parquet"
 RUN = "run.json"
+TASKS = "tasks"
+"""Directory of the tasks that a sweep measures after its text, inside the sweep's own."""
 PARQUET_ONLY = ("neuron_scores",)
 """Tables with a row for each neuron: too large for CSV, figures and pages."""
 TABLES = (*dict.fromkeys(table for analysis in ANALYSES.values() for table in analysis.tables), "step", "level")
@@ -113,10 +116,12 @@ def read_results(directory: str | os.PathLike[str], table: str | None = None) ->
         raise SourceError(f"the run in {path} has not finished; run the same command again to resume")
     tables = table_names(run)
     name = tables[0] if table is None else table
-    others = [other for other in _OTHER_TABLES if f"{other}.parquet" in run.get("files", [])]
+    files = [Path(file) for file in run.get("files", [])]
+    others = {file.stem: file for file in files if file.suffix == ".parquet" and file.stem in _OTHER_TABLES}
     if name not in (*tables, *others):
         raise SourceError(f"{path} contains no table {name!r}; it contains {', '.join((*tables, *others))}")
-    frame = as_result(read_table(path, name), "sweep" if name == Path(RESULTS).stem else name, caption_of(run))
+    directory = path / others[name].parent if name in others else path
+    frame = as_result(read_table(directory, name), "sweep" if name == Path(RESULTS).stem else name, caption_of(run))
     frame.attrs["run"] = run
     return frame
 
@@ -171,7 +176,20 @@ def caption_of(run: RunRecord) -> str:
     sequences = run["text"]["sequences"]
     up_to = "" if run.get("stopping") is None else "up to "
     source = run["arguments"].get("text", {}).get("data", "the text")
-    return f"{up_to}{run['text']['tokens']:,} tokens of {source} in {sequences} sequence{'s'[: sequences != 1]}"
+    noun = noun_of(run)
+    caption = text_caption(run["text"]["tokens"], source, f"{sequences:,} {noun}{'s'[: sequences != 1]}")
+    tasks = f" and {', '.join(run['arguments']['tasks'])}" if has_tasks_inside(run) else ""
+    return f"{up_to}{caption}{tasks}"
+
+
+def text_caption(tokens: int, source: str, count: str) -> str:
+    """Describe a text in a few words; `count` says how many sequences it has."""
+    return f"{tokens:,} tokens of {source} in {count}"
+
+
+def noun_of(run: Mapping[str, Any]) -> str:
+    """Return what a sequence of a run's text is, as `TokenizedText.noun`."""
+    return "request" if "tasks" in run.get("arguments", {}) and not has_tasks_inside(run) else "sequence"
 
 
 def table_names(run: RunRecord) -> list[str]:
@@ -180,8 +198,13 @@ def table_names(run: RunRecord) -> list[str]:
     The boundaries are not listed, because they are read together with the stages.
     """
     files = [str(name) for name in run.get("files") or [RESULTS]]
-    names = [name.removesuffix(".parquet") for name in files if name.endswith(".parquet")]
+    names = [Path(name).stem for name in files if name.endswith(".parquet")]
     return [name for name in names if name not in _OTHER_TABLES]
+
+
+def has_tasks_inside(run: Mapping[str, Any]) -> bool:
+    """Return whether a run measures tasks after its text, in a directory inside its own."""
+    return "requests" in run.get("arguments", {}) or TASKS in run.get("replaced", [])
 
 
 def read_run(directory: Path) -> RunRecord | None:

@@ -48,6 +48,15 @@ class TokenizedText:
         """Return the number of tokens, without padding."""
         return int(self.mask.sum())
 
+    @property
+    def noun(self) -> str:
+        """Return what a sequence is: a request of a task, of which only some tokens are scored, or a sequence."""
+        return "sequence" if self.scored is None else "request"
+
+    def count(self, sequences: int) -> str:
+        """Return a number of sequences in words."""
+        return f"{sequences:,} {self.noun}{'s'[: sequences != 1]}"
+
 
 def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     """Read and tokenize the requested text.

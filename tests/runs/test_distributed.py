@@ -198,7 +198,10 @@ def test_two_processes_find_how_far_edits_reach(place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_measure_the_tasks_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [[], ["--data", "story.txt", "-n", 200, "--context", 20, "--per-token"]])
+def test_two_processes_measure_the_tasks_of_one(
+    beside: list[Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place / "cities.jsonl").write_text('{"city": "Rome"}\n{"city": "Paris"}\n{"city": "Oslo"}\n')
     (place / "cities.yaml").write_text(
         f"task: cities\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {place}/cities.jsonl}}}}\n"
@@ -207,14 +210,16 @@ def test_two_processes_measure_the_tasks_of_one(place: Path, tmp_path: Path, mon
     )
 
     def given(out: str) -> list[str]:
-        asked = ["sweep", "tiny", "--edits", "drop", "--tasks", "cities", "--task-path", place, "-b", 1, "-o", out]
-        return [str(word) for word in [*asked, "--device", "cpu"]]
+        asked = ["sweep", "tiny", "--edits", "drop", "--tasks", "cities", "--task-path", place, "-b", 1, *beside]
+        return [str(word) for word in [*asked, "--device", "cpu", "-o", out]]
 
-    ended = start(place, tmp_path, 2, given("tasks-2"))
+    name = f"tasks-{len(beside)}"
+    ended = start(place, tmp_path, 2, given(f"{name}-2"))
     assert ended.codes == [0, 0], ended.err
     monkeypatch.chdir(place)
-    assert run(*given("tasks-1")).exit_code == 0
-    assert files(place / "tasks-1") == files(place / "tasks-2")
+    assert run(*given(f"{name}-1")).exit_code == 0
+    assert files(place / f"{name}-1") == files(place / f"{name}-2")
+    assert (place / f"{name}-1" / "tasks").exists() == bool(beside)
 
 
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:

@@ -462,7 +462,7 @@ def test_killed_while_it_replaces_another_run_it_stays_ours(tmp_path: Path, monk
     from layersurgery.runs import run_directory
 
     do(tmp_path / "run")
-    for step in ("clear_progress", "_remove_files"):
+    for step in ("clear_progress", "_remove_results"):
         with monkeypatch.context() as patch:
             patch.setattr(run_directory, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
             with open_run(tmp_path / "run", {"other": step}, overwrite=True) as run, pytest.raises(KeyboardInterrupt):

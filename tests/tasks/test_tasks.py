@@ -27,49 +27,18 @@ from layersurgery.tasks.task_request import TaskRequest
 from layersurgery.tasks.task_tables import task_columns
 from tests.cli.test_cli import run
 from tests.support.demo_model import make_tokenizer
+from tests.support.task_definitions import CITIES, write_definitions
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model
 
-CITIES = {
-    "France": "Paris",
-    "Italy": "Rome",
-    "Spain": "Madrid",
-    "Greece": "Athens of old",
-    "Japan": "Tokyo",
-    "Cuba": "a",
-}
 NAMES = ["choice", "unconditional", "completion", "rolling"]
 EDITS = ["drop 2", "swap 1 3", "skip-mlp 4"]
 
 
 @pytest.fixture(scope="module")
 def definitions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write tasks of each kind, as a user would write them for lm-eval."""
     directory = tmp_path_factory.mktemp("tasks")
-    rows = [
-        {"country": country, "city": number, "text": f"the city of {country} is {city}."}
-        for number, (country, city) in enumerate(CITIES.items())
-    ]
-    (directory / "cities.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = f"""
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {directory}/cities.jsonl}}, cache_dir: {directory}/cache}}
-test_split: test
-"""
-    choice = f"doc_to_target: city\ndoc_to_choice: {json.dumps(list(CITIES.values()))}\noutput_type: multiple_choice\n"
-    accuracy = "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    for name, text in {
-        "choice": f'{choice}{accuracy}doc_to_text: "the city of {{{{country}}}} is"\n',
-        "unconditional": f'{choice}{accuracy}doc_to_text: ""\ntarget_delimiter: ""\n',
-        "shots": f'{choice}{accuracy}doc_to_text: "the city of {{{{country}}}} is"\nfewshot_split: test\n',
-        "completion": 'output_type: loglikelihood\ndoc_to_text: "{{country}}"\ndoc_to_target: " {{text}}"\n'
-        "metric_list: [{metric: perplexity}, {metric: acc}]\n",
-        "rolling": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
-        "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]\n",
-        "generation": 'output_type: generate_until\ndoc_to_text: "{{country}}"\ndoc_to_target: "{{text}}"\n'
-        "metric_list: [{metric: exact_match}]\n",
-    }.items():
-        (directory / f"{name}.yaml").write_text(f"task: {name}\n{data}{text}")
+    write_definitions(directory)
     return directory
 
 
@@ -179,6 +148,9 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "choice_acc" in shown.stdout
     assert "Contexts that several requests share were run once" in shown.output
+    said = " ".join(shown.stderr.split())
+    assert "42 requests of choice, completion, " in said
+    assert "of memory for 42 requests at once" in said
     value = json.loads(run(*asked, "-o", tmp_path / "run", "--json").stdout)  # lm-eval prints nothing in between
     assert len(value["results"]) == 7
     assert value["results"][1]["task_completion_perplexity_sem"] > 0
@@ -238,8 +210,7 @@ def test_an_edit_whose_predictions_are_not_finite_has_no_metrics(definitions: Pa
         ({"tasks": " , "}, ls.PlanError, "no task is named"),
         ({"tasks": "choice", "limit": 0}, ls.PlanError, "limit is a whole number of at least 1, not 0"),
         ({"tasks": "choice", "shots": -1}, ls.PlanError, "shots is a whole number of at least 0, not -1"),
-        ({"tasks": "choice", "until": "kl=2%"}, ls.PlanError, "until has no effect on tasks"),
-        ({"tasks": "choice", "data": "pydoc"}, ls.PlanError, "data has no effect on tasks"),
+        ({"tasks": "choice", "until": "kl=2%"}, ls.PlanError, "until has no effect on tasks alone; name a text"),
         ({"limit": 3, "task_path": ()}, ls.PlanError, "limit has an effect only with tasks"),
         ({"tasks": "choice", "task_path": "nowhere"}, ls.SourceError, "nowhere is not a directory"),
     ],
