@@ -284,6 +284,7 @@ def sweep(
     layers: o.LayerRange = None,
     max_span: o.MaxSpan = None,
     tasks: o.Tasks = None,
+    requests: o.Requests = None,
     limit: o.Limit = None,
     shots: o.Shots = None,
     task_path: o.TaskPath = None,
@@ -299,7 +300,7 @@ def sweep(
     """
     wanted, bounds = _edits(edits, plans), {"layers": layers, "max_span": max_span}
     if estimate:
-        if tasks is not None:
+        if tasks is not None or requests:
             raise typer.BadParameter("the cost of tasks is not estimated; leave one out", param_hint="'--estimate'")
         from .commands.estimate import show_estimate
 
@@ -307,7 +308,7 @@ def sweep(
         return
     from .commands.measure import run_sweep
 
-    given = {"tasks": tasks, "limit": limit, "shots": shots, "task_path": task_path or ()}
+    given = {"tasks": _tasks(tasks, requests), "limit": limit, "shots": shots, "task_path": task_path or ()}
     run_sweep(model, wanted, bounds, given, run, output, overwrite, console)
 
 
@@ -468,6 +469,15 @@ def _edits(families: str | None, plans: Path | None) -> list[Any]:
         raise PlanError(f"cannot read the plans in {plans}: {error}") from error
     by_name = read_plans(text, str(plans))
     return [families, by_name] if families else [by_name]
+
+
+def _tasks(names: str | None, files: list[Path] | None) -> list[Any] | None:
+    """Return the tasks to measure, in the form that `sweep` takes; None for none."""
+    if not files:
+        return None if names is None else names.split(",")
+    from layersurgery.tasks.own_requests import requests
+
+    return [*([] if names is None else names.split(",")), *map(requests, files)]
 
 
 def _parse_plan(verb: str, arguments: str) -> Plan:

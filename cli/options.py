@@ -133,6 +133,17 @@ Tasks = Annotated[
         rich_help_panel=_TASKS,
     ),
 ]
+Requests = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--requests",
+        help="Measure requests of your own like a task: a .jsonl file whose lines have a context and a continuation. "
+        "May be repeated. Needs the extra 'tasks'.",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=_TASKS,
+    ),
+]
 Limit = Annotated[
     int | None,
     typer.Option(

@@ -38,7 +38,7 @@ from .plans.route import Route, Visit
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import analyses
+    from . import analyses, tasks
     from .analyses import rank
     from .analyses.analyze import analyze
     from .analyses.layer_pruning import Pruning
@@ -113,6 +113,7 @@ __all__ = [
     "summary_sentence",
     "swap",
     "sweep",
+    "tasks",
 ]
 
 # Imported when first asked for, so that plans and `--help` wait for nothing.
@@ -150,8 +151,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "analyses":
-        return import_module(".analyses", __name__)
+    if name in ("analyses", "tasks"):
+        return import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
     from ..tasks.harness import Harness
+    from ..tasks.own_requests import OwnRequests
     from .frames import ResultFrame
     from .runner import RunOutput
     from .text import TokenizedText
@@ -144,7 +145,7 @@ def sweep(
     attention_mask: Any = None,
     layers: Layers = None,
     max_span: int | None = None,
-    tasks: str | Iterable[str] | None = None,
+    tasks: str | OwnRequests | Iterable[str | OwnRequests] | None = None,
     limit: int | None = None,
     shots: int | None = None,
     task_path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
@@ -169,8 +170,9 @@ def sweep(
         max_span: for families of spans and pairs ("jump", "replace" and others): measure only spans of at most so many
             blocks, and pairs of blocks at most so far apart.
         tasks: tasks of lm-eval to measure (multiple choice or log-likelihoods): names, separated by commas or as a
-            list. If a text is named, too (`text`, `data` or how it is cut), it is measured first, and the options
-            until, confidence, read, per_token and propagation apply to it; else the tasks alone are measured.
+            list, and requests of your own (`layersurgery.tasks.requests`). If a text is named, too (`text`, `data` or
+            how it is cut), it is measured first, and the options until, confidence, read, per_token and propagation
+            apply to it; else the tasks alone are measured.
         limit: number of documents of each task; by default all.
         shots: number of examples before each document of a task; by default the task's own number.
         task_path: directories with your own task definitions.

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import PlanError, SourceError
 from ..library_logs import quiet_libraries
+from .own_task import make_task
 from .request_text import Answer, Request, RequestText
 from .task_request import TaskRequest
 
@@ -53,7 +54,8 @@ class Harness:
         self._limit = tasks.limit
         self._lm = _recorder_class()(config, tokenizer)
         with quiet_libraries():
-            self._loaded = _load(tasks.names, manager_class, tasks.paths)
+            self._loaded = _load(tasks.names, manager_class, tasks.paths) if tasks.names else {"tasks": {}}
+            self._loaded["tasks"] |= {own.name: make_task(own) for own in tasks.own}
             for task in self._loaded["tasks"].values():
                 set_shots(task, tasks.shots)
             self._evaluate(log_samples=False)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import PlanError, SourceError
 from ..plans.route import whole_number
+from .own_requests import OwnRequests
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,34 +23,45 @@ class TaskRequest:
     """Request for tasks.
 
     Attributes:
-        names: names of tasks or of groups of tasks.
+        names: names of tasks or of groups of tasks of lm-eval.
         limit: number of documents of each task; all if None.
         shots: number of examples before each document; by default the task's own number.
         paths: directories with your own task definitions.
+        own: requests of your own.
     """
 
     names: tuple[str, ...]
     limit: int | None = None
     shots: int | None = None
     paths: tuple[str, ...] = ()
+    own: tuple[OwnRequests, ...] = ()
 
     @classmethod
     def of(
         cls,
-        names: str | Iterable[str],
+        names: str | OwnRequests | Iterable[str | OwnRequests],
         limit: Any = None,
         shots: Any = None,
         paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     ) -> TaskRequest:
-        """Make it from names, separated by commas or as a list.
+        """Make it from names, separated by commas or as a list, and from requests of your own.
 
         Raises:
             PlanError: no task is named, or a number is out of range.
             SourceError: a directory does not exist.
         """
-        listed = names.split(",") if isinstance(names, str) else list(names)
-        found = tuple(dict.fromkeys(name.strip() for name in listed if name.strip()))
-        if not found:
+        listed = names.split(",") if isinstance(names, str) else [names] if isinstance(names, OwnRequests) else [*names]
+        own = tuple(each for each in listed if isinstance(each, OwnRequests))
+        others = [name for name in listed if not isinstance(name, OwnRequests)]
+        if wrong := [name for name in others if not isinstance(name, str)]:
+            raise PlanError(
+                f"a task is named by text, or is what ls.tasks.requests returns, not {type(wrong[0]).__name__}"
+            )
+        found = tuple(dict.fromkeys(name.strip() for name in others if name.strip()))
+        both = [*found, *(each.name for each in own)]
+        if same := next((name for name in both if both.count(name) > 1), None):
+            raise PlanError(f"two tasks are called {same}; give your own requests another name")
+        if not both:
             raise PlanError("no task is named; name tasks of lm-eval, for example arc_easy,hellaswag")
         numbers: dict[str, Any] = {}
         for name, value, least in (("limit", limit, 1), ("shots", shots, 0)):
@@ -60,11 +72,13 @@ class TaskRequest:
         for directory in directories:
             if not Path(directory).is_dir():
                 raise SourceError(f"{directory} is not a directory; give one that holds task definitions (.yaml)")
-        return cls(found, numbers["limit"], numbers["shots"], tuple(map(str, directories)))
+        return cls(found, numbers["limit"], numbers["shots"], tuple(map(str, directories)), own)
 
     def __str__(self) -> str:
-        return ", ".join(self.names)
+        return ", ".join((*self.names, *(each.name for each in self.own)))
 
     def arguments(self) -> dict[str, Any]:
         """Return what the requests depend on, as `run.json` records it; their token ids have a fingerprint, too."""
-        return {"tasks": list(self.names), "limit": self.limit, "shots": self.shots}
+        own = {each.name: each.fingerprint for each in self.own}
+        names = {"tasks": [*self.names, *own], "limit": self.limit, "shots": self.shots}
+        return names | ({"own_requests": own} if own else {})

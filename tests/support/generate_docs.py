@@ -24,19 +24,25 @@ def reference() -> str:
     """Return the page about the Python API."""
     import layersurgery as ls
 
-    names = [name for name in ls.__all__ if name not in ("analyses", "__version__")]
+    names = [name for name in ls.__all__ if name not in ("analyses", "tasks", "__version__")]
     values = {name: getattr(ls, name) for name in names}
     errors = {name: value for name, value in values.items() if isinstance(value, type) and issubclass(value, Exception)}
     classes = {name: value for name, value in values.items() if isinstance(value, type) and name not in errors}
     functions = {name: value for name, value in values.items() if name not in errors and name not in classes}
     analyses = {name: getattr(ls.analyses, name) for name in ls.analyses.__all__ if name not in names}
+    tasks = {name: getattr(ls.tasks, name) for name in ls.tasks.__all__}
     lines = [
         "# Python reference\n",
         "This page is generated from docstrings and signatures by `uv run python -m tests.support.generate_docs`.\n"
         "`import layersurgery as ls` does not import torch; names that need torch import it when they are first used.\n"
         "Only the names on this page are public; everything else in the package may change without notice.\n",
     ]
-    sections = (("Functions", "ls.", functions), ("Analyses", "ls.analyses.", analyses), ("Values", "ls.", classes))
+    sections = (
+        ("Functions", "ls.", functions),
+        ("Analyses", "ls.analyses.", analyses),
+        ("Tasks", "ls.tasks.", tasks),
+        ("Values", "ls.", classes),
+    )
     for title, prefix, group in sections:
         lines.append(f"## {title}\n")
         for name, value in sorted(group.items(), key=lambda item: item[0].lower()):
