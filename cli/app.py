@@ -299,16 +299,14 @@ def sweep(
     Interrupted runs resume when you run the same command again.
     """
     wanted, bounds = _edits(edits, plans), {"layers": layers, "max_span": max_span}
+    given = {"tasks": _tasks(tasks, requests), "limit": limit, "shots": shots, "task_path": task_path or ()}
     if estimate:
-        if tasks is not None or requests:
-            raise typer.BadParameter("the cost of tasks is not estimated; leave one out", param_hint="'--estimate'")
         from .commands.estimate import show_estimate
 
-        show_estimate(model, wanted, bounds, run, console)
+        show_estimate(model, wanted, bounds, given, run, console)
         return
     from .commands.measure import run_sweep
 
-    given = {"tasks": _tasks(tasks, requests), "limit": limit, "shots": shots, "task_path": task_path or ()}
     run_sweep(model, wanted, bounds, given, run, output, overwrite, console)
 
 

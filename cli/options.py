@@ -414,7 +414,8 @@ Estimate = Annotated[
     bool,
     typer.Option(
         "--estimate",
-        help="Print the memory, traffic and arithmetic the sweep needs, computed from the config alone, and exit.",
+        help="Print the memory, traffic and arithmetic the sweep needs, computed from the config (and the requests of "
+        "tasks) without weights, and exit.",
         rich_help_panel=_EXECUTION,
     ),
 ]

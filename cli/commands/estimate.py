@@ -11,6 +11,7 @@ from rich.table import Table
 from layersurgery.plans.variants import variants
 from layersurgery.runs.estimate import estimate_run
 from layersurgery.runs.requests import read_model_info
+from layersurgery.runs.sweep import place_tasks, task_request
 from layersurgery.units import format_bytes, format_count, format_time
 
 from ..terminal.console import Console
@@ -20,16 +21,27 @@ if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate
 
 
-def show_estimate(model: str, edits: Any, bounds: dict[str, Any], options: RunOptions, console: Console) -> None:
+def show_estimate(
+    model: str, edits: Any, bounds: dict[str, Any], tasks: dict[str, Any], options: RunOptions, console: Console
+) -> None:
     """Print the memory, traffic and arithmetic that a sweep needs."""
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
+    given, beside = place_tasks(task_request(**tasks), options, None)
     info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
-    result, placement = estimate_run(model, info, variants(edits, info.depth, **bounds), options, console)
+    edited_models = variants(edits, info.depth, **bounds)
+    result, placement = estimate_run(model, info, edited_models, options, console, given, beside)
     value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtypes, "peak": result.peak}
+    if result.tasks is None:
+        del value["tasks"]
+    else:
+        value["tasks"]["peak"] = result.tasks.peak
     at_most = "" if options.precision is None else f"; at most, since an edit stops at {options.precision}"
-    console.result(value, *_lines(source.label, placement.dtypes, result, at_most))
+    parts = [*_lines(source.label, placement.dtypes, result, at_most)]
+    if result.tasks is not None:
+        parts += [f"\nThen {beside}:", *_lines(source.label, placement.dtypes, result.tasks, "")[1:]]
+    console.result(value, *parts)
 
 
 def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | Table]:
@@ -56,7 +68,8 @@ def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | T
         )
         traffic = f"; weights loaded: {format_bytes(cost.bytes_loaded_per_batch)} per batch ({cost.order}{resident})"
     plural = "es"[: 2 * (cost.batches != 1)]
-    edits = cost.readouts - 1
+    edits, noun = cost.readouts - 1, cost.measured.noun
+    requests = [f"{cost.measured.sequences:,} requests of {cost.measured.tokens:,} tokens"] if noun == "request" else []
     apart = f" ({cost.block_calls_apart:,} without sharing)" if cost.block_calls_apart > cost.block_calls else ""
     time = (
         ""
@@ -66,7 +79,8 @@ def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | T
     return [
         f"{label}: {format_count(cost.parameters)} parameters in {dtype} on {cost.devices}",
         table,
-        f"{cost.batches:,} batch{plural} of {cost.sequences} sequence{'s'[: cost.sequences != 1]}, "
+        *requests,
+        f"{cost.batches:,} batch{plural} of {cost.sequences} {noun}{'s'[: cost.sequences != 1]}, "
         f"{cost.block_calls:,} block calls{apart} and {cost.readouts} readouts each{traffic}",
         f"{edits:,} edited model{'s'[: edits != 1]}; arithmetic: {flops(cost.flops)}{time}{at_most}",
     ]

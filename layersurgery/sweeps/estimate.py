@@ -24,6 +24,27 @@ from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, pack
 
 
 @dataclass(frozen=True, slots=True)
+class TextSize:
+    """Say how much text is measured.
+
+    Attributes:
+        sequences: number of sequences.
+        length: number of tokens of the longest one.
+        tokens: number of tokens, without padding.
+        positions: number of positions at which blocks must run. Where sequences begin alike, fewer than tokens.
+        read: number of positions whose predictions must be read.
+        noun: what a sequence is: "sequence", or "request" of a task.
+    """
+
+    sequences: int
+    length: int
+    tokens: int
+    positions: int
+    read: float
+    noun: str = "sequence"
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """Estimated cost of a sweep. Sizes are in bytes.
 
@@ -49,6 +70,8 @@ class Estimate:
         block_calls_apart: number of block calls in a batch if no call was shared between edited models.
         seconds: the time of these products at the speed of large products on this machine, a lower bound; None if it
             was not measured.
+        measured: how much text is measured.
+        tasks: the cost of the tasks that are measured after the text; None if there are none.
     """
 
     parameters: int
@@ -69,7 +92,9 @@ class Estimate:
     readouts: int
     flops: float
     block_calls_apart: int
+    measured: TextSize
     seconds: float | None = None
+    tasks: Estimate | None = None
 
     @property
     def peak(self) -> dict[str, int]:
@@ -85,8 +110,9 @@ def estimate(
     config: Any,
     variants: Sequence[Variant],
     *,
-    tokens: int,
-    context: int,
+    tokens: int = 0,
+    context: int = 0,
+    size: TextSize | None = None,
     dtype: str = "float32",
     device: str = CPU,
     device_map: DeviceMap | None = None,
@@ -105,6 +131,8 @@ def estimate(
         variants: the edited models, without the unedited one.
         tokens: number of tokens of the text.
         context: number of tokens of one sequence.
+        size: how much text is measured, where sequences have several lengths; `tokens`, `context` and `read` are not
+            used then.
         dtype: dtype of the weights.
         device: the device to compute on if there is no device map.
         device_map: a map from modules to devices, or the name of a method that makes one ("auto").
@@ -131,7 +159,7 @@ def estimate(
         pack_weights(stored, quantize)
         stored_blocks = find_decoder_blocks(stored, blocks)
     placement = place_weights(stored, stored_blocks, device, device_map, max_memory, dtype)
-    context = min(context, max(2, tokens))
+    size = size or _packed(tokens, context, read)
     routes = list(dict.fromkeys(variant.route for variant in variants))
     plan = _make_schedule(routes, placement, order, propagation=propagation)
     needs = _memory_model(model, list(block_list.blocks), placement.compute_device)
@@ -140,34 +168,40 @@ def estimate(
         weights=needs.weights - tensor_bytes(model) + tensor_bytes(stored),
         observed=propagation_bytes(plan, needs.width) if propagation else 0,
     )
-    sequences = math.ceil(tokens / context)
-    suggested = suggest_batch_size(needs, plan, context, placement.compute_device)
-    size = min(sequences, batch_size or suggested)
+    batch = min(size.sequences, batch_size or suggest_batch_size(needs, plan, size.length, placement.compute_device))
     readouts = len(routes) + 1
-    readout_flops = (
-        2.0 * needs.width * needs.vocabulary * (1 if read is None else read.number(context - 1) / (context - 1))
-    )
-    block_flops = _flops_per_token(config, list(block_list.blocks), needs.width, context)
+    readout_flops = 2.0 * needs.width * needs.vocabulary
+    block_flops = _flops_per_token(config, list(block_list.blocks), needs.width, size.positions / size.sequences)
     return Estimate(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         device=placement.device,
         devices=placement.description,
         weights=placement.weights,
         in_flight_bytes=plan.bytes_in_flight(placement.offloaded) + placement.offloaded_outside,
-        memory=needs.predict(plan, size, context),
-        text=2 * 8 * sequences * context,
+        memory=needs.predict(plan, batch, size.length),
+        text=2 * 8 * size.sequences * size.length,
         program=int(psutil.Process().memory_info().rss),
-        sums=8 * sequences * count_columns(plan) if propagation else 0,
+        sums=8 * size.sequences * count_columns(plan) if propagation else 0,
         order=plan.name,
         resident_blocks=plan.resident_blocks,
         bytes_loaded_per_batch=plan.bytes_read(placement.offloaded, placement.offloaded_outside),
-        sequences=size,
-        batches=math.ceil(sequences / size),
+        sequences=batch,
+        batches=math.ceil(size.sequences / batch),
         block_calls=plan.calls,
         readouts=readouts,
-        flops=sequences * context * (plan.calls * block_flops + readouts * readout_flops),
+        flops=size.positions * plan.calls * block_flops + size.read * readouts * readout_flops,
         block_calls_apart=plan.calls_without_sharing,
+        measured=size,
     )
+
+
+def _packed(tokens: int, context: int, read: ReadPositions | None) -> TextSize:
+    """Return the size of a text that is cut into sequences of one length."""
+    context = min(context, max(2, tokens))
+    sequences = math.ceil(tokens / context)
+    share = 1 if read is None else read.number(context - 1) / (context - 1)
+    positions = sequences * context
+    return TextSize(sequences, context, positions, positions, positions * share)
 
 
 def _make_schedule(
@@ -190,7 +224,7 @@ def _memory_model(model: Any, blocks: Sequence[nn.Module], device: torch.device)
     )
 
 
-def _flops_per_token(config: Any, blocks: Sequence[nn.Module], width: int, context: int) -> float:
+def _flops_per_token(config: Any, blocks: Sequence[nn.Module], width: int, context: float) -> float:
     """Return the floating-point operations of one token in the average block.
 
     They are the products with the block's matrices (in a mixture of experts, only with the active experts), and

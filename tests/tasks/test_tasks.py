@@ -155,8 +155,6 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     assert len(value["results"]) == 7
     assert value["results"][1]["task_completion_perplexity_sem"] > 0
     assert os.environ.get("DISABLE_MULTIPROC") is None
-    refused = run(*asked, "--estimate")
-    assert (refused.exit_code, "the cost of tasks is not estimated" in refused.output) == (2, True)
     unknown = run(*asked[:4], "--limit", 3)
     assert (unknown.exit_code, "limit has an effect only with tasks" in unknown.stderr) == (2, True)
 
