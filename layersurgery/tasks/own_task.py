@@ -67,6 +67,6 @@ def _task_class() -> type:
         def process_results(self, doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
             log_likelihood, is_greedy = results[doc["correct"]]
             of_questions = super().process_results(doc, results) if self.OUTPUT_TYPE == "multiple_choice" else {}
-            return {LOG_LIKELIHOOD: log_likelihood, GREEDY: float(is_greedy), **of_questions}
+            return {**of_questions, LOG_LIKELIHOOD: log_likelihood, GREEDY: float(is_greedy)}
 
     return OwnTask
