@@ -294,7 +294,7 @@ Until = Annotated[
         "--until",
         help="Measure each edit until it is known this precisely, for example agreement=0.5pt,kl=2%: half of the "
         "interval's width, in percentage points (pt), nats or bits, or in % of the value. --tokens is then the most "
-        "that is used.",
+        "that is used. With --tasks also the name of a task: arc_easy=2pt is of the change of its accuracy.",
         show_default="measure all text",
         metavar="METRIC=AMOUNT,...",
         rich_help_panel=_PRECISION,

@@ -27,7 +27,7 @@ def show_estimate(
     """Print the memory, traffic and arithmetic that a sweep needs."""
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
-    given, beside = place_tasks(task_request(**tasks), options, None)
+    options, given, beside = place_tasks(task_request(**tasks), options, None)
     info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
     edited_models = variants(edits, info.depth, **bounds)

@@ -62,7 +62,7 @@ def run_sweep(
 
     from ..terminal.sweep_results import show_sweep
 
-    given, beside = place_tasks(task_request(**tasks), options, None)
+    options, given, beside = place_tasks(task_request(**tasks), options, None)
     run = measure(
         model,
         options,

@@ -14,8 +14,9 @@ def run_cost(facts: Mapping[str, Any]) -> str:
         rate = f"{per_second:,.0f} tokens/s" if per_second >= 10 else f"{per_second:.2g} tokens/s"
         requests = f"{facts['text']['sequences']:,} requests of " if "requests" in facts["text"].get("read", {}) else ""
         return f"{requests}{facts['text']['tokens']:,} tokens in {seconds:,.0f} s ({rate})"
+    noun = "request" if "requests" in facts["text"].get("read", {}) else "sequence"
     share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
     return (
-        f"{stopping['sequences']:,} of {facts['text']['sequences']:,} sequences in {seconds:,.0f} s; "
+        f"{stopping['sequences']:,} of {facts['text']['sequences']:,} {noun}s in {seconds:,.0f} s; "
         f"{100 * share:.2g} % of the block calls that all the text takes"
     )

@@ -69,7 +69,7 @@ def estimate(
         31
     """
     run_options, reporter = RunOptions.of(options), Reporter()
-    given, beside = place_tasks(task_request(tasks, limit, shots, task_path), run_options, None)
+    run_options, given, beside = place_tasks(task_request(tasks, limit, shots, task_path), run_options, None)
     info = read_model_info(model, run_options.revision, reporter, trust_remote_code=run_options.trust_remote_code)
     edited_models = variants(edits, info.depth, layers, max_span)
     return estimate_run(model, info, edited_models, run_options, reporter, given, beside)[0]
@@ -141,7 +141,8 @@ def _estimate_one(
         quantize=placement.quantize,
         propagation=options.measures_propagation,
     )
-    if options.precision is not None:  # edits that stop early do fewer operations, so no time is a lower bound
+    stops = options.precision is not None or (tasks is not None and tasks.until is not None)
+    if stops:  # edits that stop early do fewer operations, so no time is a lower bound
         return cost
     return replace(cost, seconds=cost.flops / matmul_rate(placement.device, dtype))
 

@@ -24,6 +24,7 @@ from ..sweeps.propagation_results import propagation_rows, propagation_table
 from ..sweeps.results import results_table, sequence_table, with_layer_kinds
 from ..sweeps.row_progress import BatchRows, RowProgress, StopRule
 from ..tasks.harness import Harness
+from ..tasks.task_precision import TaskRule
 from ..tasks.task_tables import request_table, task_columns
 from .distributed import ProcessGroup, SingleProcess
 from .journal import Journal
@@ -84,6 +85,7 @@ class SweepOutput:
         harness: the tasks that are measured; None if a text is.
         kinds: the kind of each layer of the model; empty if all are of one kind.
         beside: the tasks to measure after the text, whose metrics join the table; None for none.
+        task_rule: the rule by which an edit needs no more documents; None if all are measured.
     """
 
     variants: Sequence[Variant]
@@ -93,17 +95,23 @@ class SweepOutput:
     harness: Harness | None = None
     kinds: Sequence[str] = ()
     beside: TasksBeside | None = None
+    task_rule: TaskRule | None = None
 
     def table(self, sums: SequenceSums) -> pd.DataFrame:
-        """Return a table with a row for each model; with the tasks' metrics once all requests are measured."""
-        frame = with_layer_kinds(results_table(self.variants, sums, self.name, self.precision), self.kinds)
-        if self.harness is None or len(sums) < len(self.harness.text.ids):
+        """Return a table with a row for each model, without the tasks' metrics."""
+        precision = self.precision if self.task_rule is None else self.task_rule.precision
+        return with_layer_kinds(results_table(self.variants, sums, self.name, precision), self.kinds)
+
+    def table_with_tasks(self, sums: SequenceSums) -> pd.DataFrame:
+        """Return the table at the end of the run, with the tasks' metrics."""
+        frame = self.table(sums)
+        if self.harness is None:
             return frame
-        return frame.join(task_columns(self.harness, sums))
+        return frame.drop(columns="precise", errors="ignore").join(task_columns(self.harness, sums, self.task_rule))
 
     def write(self, directory: Path, sums: SequenceSums) -> tuple[pd.DataFrame, list[str]]:
         """Write the table of results and the sums of each sequence; return the table and the names of the files."""
-        frame = self.table(sums)
+        frame = self.table_with_tasks(sums)
         if self.beside is not None:
             frame = self.beside.join(frame)
         write_sweep(directory, frame, sequence_table(self.variants, sums))

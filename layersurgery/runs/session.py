@@ -214,7 +214,7 @@ class ModelSession:
             f"{self.model.label}: {format_count(measurer.parameters)} parameters in {placement.dtype}{quantized} "
             f"on {devices}; logits computed by {measurer.readout.description}"
         )
-        if rule is not None and not self.texts.request.shuffle:
+        if rule is not None and not (self.texts.request.shuffle or self.texts.has_tasks):
             self._log_once(
                 "Note: edits may stop before the end of the text, which is taken in its own order. The intervals hold "
                 "for the whole text if its order is random (shuffle)"

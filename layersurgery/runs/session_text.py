@@ -17,6 +17,7 @@ from .text_request import ALL, TextRequest
 
 if TYPE_CHECKING:
     from ..tasks.harness import Harness
+    from ..tasks.task_precision import TaskTargets
     from ..tasks.task_request import TaskRequest
     from .session_model import SessionModel
 
@@ -63,6 +64,11 @@ class SessionText:
     def has_tasks(self) -> bool:
         """Return whether the text is that of tasks."""
         return self.given is not None and self.given.tasks is not None
+
+    @property
+    def targets(self) -> TaskTargets | None:
+        """Return how precisely the changes of tasks' metrics are to be known; None to measure all there is."""
+        return None if self.given is None or self.given.tasks is None else self.given.tasks.until
 
     def task_arguments(self) -> dict[str, Any]:
         """Return what the requests of tasks depend on; nothing if a text is measured."""

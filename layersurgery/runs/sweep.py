@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.sweep import sweep_tokens
+from ..tasks.task_precision import TaskRule, TaskTargets
 from ..tasks.task_request import TaskRequest
 from .open_text import open_text
 from .options import RunOptions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from ..metrics.aggregation import SequenceSums
     from ..models.anatomy import Anatomy
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
@@ -53,6 +55,7 @@ class SweepMeasurement:
     propagation: bool = False
     harness: Harness | None = None
     beside: TasksBeside | None = None
+    targets: TaskTargets | None = None
     name: str = "sweep"
 
     @property
@@ -80,13 +83,22 @@ class SweepMeasurement:
 
     def rule(self, mask: torch.Tensor | None) -> StopRule | None:
         """Return the rule that finishes an edit, for a text with this mask; None to measure all text."""
+        if self.targets is not None:
+            return TaskRule(self.targets, self.harness)
         return self.precision if self.precision is None or mask is None else self.precision.for_text(mask)
 
     def output(self, measurer: Measurer, label: str, _reporter: Reporter, rule: StopRule | None) -> RunOutput:
         """Make the output: a table with a row for each variant."""
-        assert rule is None or isinstance(rule, Precision)
+        precision, task_rule = _kinds(rule)
         return SweepOutput(
-            measurer.variants, label, rule, measurer.propagation, self.harness, measurer.layer_kinds, self.beside
+            measurer.variants,
+            label,
+            precision,
+            measurer.propagation,
+            self.harness,
+            measurer.layer_kinds,
+            self.beside,
+            task_rule,
         )
 
     def draw(self, frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
@@ -133,8 +145,19 @@ def _measurement(
         _ = session.texts.text  # asks lm-eval for the requests
     options = session.options
     return SweepMeasurement(
-        edited_models, options.precision, options.measures_propagation, session.texts.harness, beside
+        edited_models,
+        options.precision,
+        options.measures_propagation,
+        session.texts.harness,
+        beside,
+        session.texts.targets,
     )
+
+
+def _kinds(rule: StopRule | None) -> tuple[Precision | None, TaskRule | None]:
+    """Return the rule as that of a text and as that of tasks; at most one of them is one."""
+    assert rule is None or isinstance(rule, Precision | TaskRule)
+    return rule if isinstance(rule, Precision) else None, rule if isinstance(rule, TaskRule) else None
 
 
 def sweep(
@@ -171,8 +194,9 @@ def sweep(
             blocks, and pairs of blocks at most so far apart.
         tasks: tasks of lm-eval to measure (multiple choice or log-likelihoods): names, separated by commas or as a
             list, and requests of your own (`layersurgery.tasks.requests`). If a text is named, too (`text`, `data` or
-            how it is cut), it is measured first, and the options until, confidence, read, per_token and propagation
-            apply to it; else the tasks alone are measured.
+            how it is cut), it is measured first, and read, per_token, propagation and the metrics of until apply to
+            it; else the tasks alone are measured. `until` may also name tasks: "arc_easy=2pt" is of the change of its
+            accuracy, and its documents are measured in random order.
         limit: number of documents of each task; by default all.
         shots: number of examples before each document of a task; by default the task's own number.
         task_path: directories with your own task definitions.
@@ -213,10 +237,9 @@ def sweep(
     from .frames import as_result
 
     anatomy = options.pop("anatomy", None)
-    asked = RunOptions.of(options)
     requested = task_request(tasks, limit, shots, task_path)
-    run_options, given = read_given_text(text, asked, attention_mask)
-    given, beside = place_tasks(requested, asked, given, has_text=text is not None)
+    run_options, given = read_given_text(text, RunOptions.of(options), attention_mask)
+    run_options, given, beside = place_tasks(requested, run_options, given, has_text=text is not None)
     if directory is None:
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
         with open_text(model, given, run_options) as (session, loaded, tokens):
@@ -252,7 +275,12 @@ def _measure_in_memory(
     anatomy: Anatomy | None,
     progress: Callable[[int, int], None] | None,
 ) -> pd.DataFrame:
-    options = session.options
+    options, harness = session.options, session.texts.harness
+
+    def table(rows: Sequence[Variant], sums: SequenceSums, label: str, rule: StopRule | None) -> pd.DataFrame:
+        precision, task_rule = _kinds(rule)
+        return SweepOutput(rows, label, precision, harness=harness, task_rule=task_rule).table_with_tasks(sums)
+
     return sweep_tokens(
         model,
         edited_models,
@@ -264,11 +292,11 @@ def _measure_in_memory(
         anatomy=anatomy,
         compiled=options.compile,
         order=options.schedule,
-        precision=options.precision,
+        precision=options.precision if session.texts.targets is None else TaskRule(session.texts.targets, harness),
         read=options.read_positions if text.scored is None else ScoredPositions(text.scored),
         propagation=options.measures_propagation,
         progress=progress,
-        table=lambda rows, sums, label, rule: SweepOutput(rows, label, rule, None, session.texts.harness).table(sums),
+        table=table,
     )
 
 
@@ -289,8 +317,8 @@ def task_request(tasks: Any, limit: Any, shots: Any, task_path: Any) -> TaskRequ
 
 def place_tasks(
     tasks: TaskRequest | None, options: RunOptions, given: GivenText | None, *, has_text: bool = False
-) -> tuple[GivenText | None, TaskRequest | None]:
-    """Return what to measure instead of the text that the options name, and the tasks to measure after a text.
+) -> tuple[RunOptions, GivenText | None, TaskRequest | None]:
+    """Return the options of the text, what to measure instead of it, and the tasks to measure after it.
 
     Args:
         tasks: the tasks; None for none.
@@ -301,7 +329,26 @@ def place_tasks(
     Raises:
         PlanError: an option has no effect on tasks.
     """
-    if tasks is None or has_text or any(name in options.given() for name in _NAMES_A_TEXT):
-        return given, tasks
+    if tasks is None:
+        return options, given, None
+    options, tasks = _split_until(options, tasks)
+    if has_text or any(name in options.given() for name in _NAMES_A_TEXT):
+        return options, given, tasks
+    if tasks.until is not None:
+        options = options.without(["seed"])  # it orders the documents
     options.refuse(NOT_FOR_TASKS, "has no effect on tasks alone; name a text (data), too")
-    return GivenText(tasks=tasks), None
+    return options, GivenText(tasks=tasks), None
+
+
+def _split_until(options: RunOptions, tasks: TaskRequest) -> tuple[RunOptions, TaskRequest]:
+    """Give the conditions of `until` that name a task to the tasks, and leave the others to the text."""
+    until, names = options.until, {*tasks.names, *(each.name for each in tasks.own)}
+    if isinstance(until, str):
+        until = {name.strip(): amount.strip() for name, _, amount in (part.partition("=") for part in until.split(","))}
+    if not isinstance(until, Mapping) or not names & {*until}:
+        return options, tasks
+    of_tasks = {name: str(amount) for name, amount in until.items() if name in names}
+    of_text = {name: amount for name, amount in until.items() if name not in names}
+    targets = TaskTargets.parse(of_tasks, options.confidence, options.seed)
+    options = replace(options, until=of_text) if of_text else options.without(["until", "confidence"])
+    return options, replace(tasks, until=targets)

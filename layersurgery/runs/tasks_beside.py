@@ -44,7 +44,8 @@ class TasksBeside:
     def arguments(self) -> dict[str, Any]:
         """Return what the tasks' metrics depend on, in addition to what those of the text depend on."""
         texts = self.session.texts
-        return {**texts.task_arguments(), "requests": texts.text.fingerprint}
+        until = {} if texts.targets is None else {"until_of_tasks": texts.targets.record()}
+        return {**texts.task_arguments(), "requests": texts.text.fingerprint, **until}
 
     def join(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Measure the tasks, or resume, and return the table with their metrics; `frame` has a row for each edit."""
@@ -60,7 +61,10 @@ class TasksBeside:
 def join_tasks(frame: pd.DataFrame, tasks: pd.DataFrame) -> pd.DataFrame:
     """Return the results of a text with the metrics of tasks; both tables have the same edits in the same order."""
     assert list(frame.plan) == list(tasks.plan)
-    columns = tasks[[name for name in tasks if str(name).startswith(PREFIX)]]
+    columns = tasks[[name for name in tasks if str(name).startswith(PREFIX) or name == "documents"]]
     joined = frame.join(columns.reset_index(drop=True))
+    if "precise" in tasks:  # an edit is as precise as asked if it is on the text and on the tasks
+        precise = tasks.precise if "precise" not in frame else tasks.precise.astype(bool) & frame.precise.astype(bool)
+        joined["precise"] = precise.astype(object).where(frame.edit != "none", None)
     joined.attrs = dict(frame.attrs)
     return joined

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,11 +36,11 @@ def sweep_tokens(
     anatomy: Anatomy | None = None,
     compiled: bool = False,
     order: str | None = None,
-    precision: Precision | None = None,
+    precision: Precision | StopRule | None = None,
     read: Reads | None = None,
     propagation: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    table: Callable[[Sequence[Variant], SequenceSums, str, Precision | None], pd.DataFrame] = results_table,
+    table: Callable[[Sequence[Variant], SequenceSums, str, Any], pd.DataFrame] = results_table,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one on the same tokens, in memory.
 
@@ -59,7 +59,8 @@ def sweep_tokens(
         order: order in which the edited models are run, "depth-first" or "layer-major"; the digits are the same. The
             default is depth-first, and layer-major if accelerate keeps weights of blocks on disk or in main memory, so
             that each block is loaded once per batch.
-        precision: measure each edit until it is known this precisely; None to measure all tokens.
+        precision: measure each edit until it is known this precisely, or until a rule has enough; None to measure all
+            tokens.
         read: the positions at which predictions are read; None for all.
         propagation: measure how much what later blocks add changes, too.
         progress: called after each batch with the number of sequences done and the number of all sequences.
@@ -78,7 +79,7 @@ def sweep_tokens(
         warn(f"{len(measurer.skipped)} edits are not measured; the first of them is '{plan}': {reason}")
     for what, reason in () if measurer.propagation is None else measurer.propagation.skipped.items():
         warn(f"{what} is not measured: {reason}")
-    rule = None if precision is None else precision.for_text(mask)
+    rule = precision.for_text(mask) if isinstance(precision, Precision) else precision
     sums = collect_sums(measurer, ids, mask, batch_size, progress, rule)
     frame = with_layer_kinds(table(measurer.variants, sums, label, rule), measurer.layer_kinds)
     if measurer.propagation is not None:

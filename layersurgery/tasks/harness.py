@@ -21,11 +21,13 @@ import torch
 
 from ..errors import PlanError, SourceError
 from ..library_logs import quiet_libraries
-from .own_task import make_task
+from .document_order import DocumentOrder
+from .own_task import GREEDY, make_task
 from .request_text import Answer, Request, RequestText
 from .task_request import TaskRequest
 
 _LOGLIKELIHOOD = ("loglikelihood", "multiple_choice", "loglikelihood_rolling")
+_SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", GREEDY)
 _NO_PROCESSES = "DISABLE_MULTIPROC"  # read by lm-eval
 _FEWSHOT_SEED = 1234  # of lm-eval
 _RESAMPLES = 1000  # for standard errors that lm-eval has no formula for; its own 100,000 take seconds for each model
@@ -43,6 +45,7 @@ class Harness:
         requests: the requests of all tasks, in the order in which lm-eval asks them.
         text: the requests as sequences to measure on.
         labels: for each request, the task and the number of its document.
+        order: the random order of the documents; None if all of them are measured.
 
     Raises:
         SourceError: lm-eval is not installed, or does not have the task.
@@ -60,8 +63,19 @@ class Harness:
                 set_shots(task, tasks.shots)
             self._evaluate(log_samples=False)
         self.requests: tuple[Request, ...] = tuple(self._lm.asked)
-        self.text = RequestText.of(self.requests)
         self.labels: tuple[tuple[str, int], ...] = tuple(self._lm.labels)
+        self.order: DocumentOrder | None = None
+        if tasks.until is None:
+            self.text = RequestText.of(self.requests)
+            return
+        self._metrics = {name: self._bounded_metric(name) for name, _ in tasks.until.amounts}
+        self._documents = {
+            (name, instance.doc_id): instance.doc
+            for name in self._metrics
+            for instance in self._loaded["tasks"][name].instances
+        }
+        self.order = DocumentOrder.of(self.labels, tasks.until.seed)
+        self.text = RequestText.of(self.requests, [self.requests[number] for number in self.order.requests])
 
     def __reduce__(self) -> Any:
         """Become None in another process, which measures the requests and computes no metrics."""
@@ -87,6 +101,55 @@ class Harness:
         with quiet_libraries():
             results: Mapping[str, Any] = self._evaluate(log_samples=True)
         return results
+
+    def complete(self, sequences: int) -> tuple[tuple[str, int], ...]:
+        """Return the documents that are known after so many sequences: their tasks and numbers."""
+        assert self.order is not None
+        return self.order.complete(self.text.sequence_of, sequences)
+
+    def sequences_of(self, task: str, document: int) -> list[int]:
+        """Return the sequences of a document's requests."""
+        assert self.order is not None
+        return [self.text.sequence_of[number] for number in self.order.of_document[task, document]]
+
+    def document_value(self, task: str, document: int, answers: Sequence[Answer]) -> float:
+        """Return the first metric of a document, as lm-eval computes it from the answers to its requests."""
+        results = [(answer.log_likelihood, answer.is_greedy) for answer in answers]
+        metrics = self._loaded["tasks"][task].process_results(self._documents[task, document], results)
+        return float(metrics[self._metrics[task]])
+
+    def first_metric(self, task: str) -> str | None:
+        """Return the metric that documents are measured until it is known; None if nothing is asked of the task."""
+        return None if self.order is None else self._metrics.get(task)
+
+    def aggregate(self, task: str, metric: str, values: Sequence[Any]) -> tuple[float, Any]:
+        """Return a metric of some documents, and its standard error, as lm-eval computes them from their values."""
+        from lm_eval.api.metrics import stderr_for_metric
+
+        aggregation = self._loaded["tasks"][task].aggregation()[metric]
+        error = stderr_for_metric(aggregation, _RESAMPLES) if len(values) > 1 else None
+        with quiet_libraries(), _alone_and_silent():
+            return float(aggregation(values)), None if error is None else error(values)
+
+    def _bounded_metric(self, name: str) -> str:
+        """Return a task's first metric: acc if it has it.
+
+        Raises:
+            PlanError: its values are not known to be between 0 and 1, or lm-eval filters answers.
+        """
+        task = self._loaded["tasks"].get(name)
+        if task is None:
+            raise PlanError(f"until: {name} is a group; name its tasks: {', '.join(self.tasks)}")
+        metrics = list(task.aggregation())
+        metric = "acc" if "acc" in metrics else metrics[0]
+        if metric not in _SHARES or task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise PlanError(
+                f"until: {name} has the metric {metric}, whose values are not between 0 and 1 for each document; leave "
+                f"{name} out of until"
+            )
+        if task.config.filter_list is not None:
+            raise PlanError(f"until: lm-eval filters the answers to {name}; leave {name} out of until")
+        return metric
 
     def _evaluate(self, *, log_samples: bool) -> Any:
         evaluator, _ = _lm_eval()

@@ -62,22 +62,23 @@ class RequestText:
     sequence_of: tuple[int, ...]
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> RequestText:
-        """Make it of requests, of which some may be equal."""
-        # Requests with one context are neighbours, so that a measurement can run their context once.
-        longest: dict[tuple[int, ...], int] = {}
-        for request in requests:
-            longest[request.context] = max(longest.get(request.context, 0), request.length)
-        order = {context: number for number, context in enumerate(longest)}
-        different = sorted(
-            dict.fromkeys(requests),
-            key=lambda request: (-longest[request.context], order[request.context], -request.length),
-        )
+    def of(cls, requests: Sequence[Request], order: Sequence[Request] | None = None) -> RequestText:
+        """Make it of requests, of which some may be equal; in another order than the longest first if it is given."""
+        different = list(dict.fromkeys(_longest_first(requests) if order is None else order))
         numbers = {request: number for number, request in enumerate(different)}
-        ids = torch.zeros(len(different), different[0].length, dtype=torch.long)
+        ids = torch.zeros(len(different), max(request.length for request in different), dtype=torch.long)
         mask, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         for number, request in enumerate(different):
             ids[number, : request.length] = torch.tensor([*request.context, *request.continuation])
             mask[number, : request.length] = 1
             scored[number, len(request.context) : request.length] = True
         return cls(ids, mask, scored, tuple(numbers[request] for request in requests))
+
+
+def _longest_first(requests: Sequence[Request]) -> list[Request]:
+    """Return the requests with one context side by side, so that a measurement can run their context once."""
+    longest: dict[tuple[int, ...], int] = {}
+    for request in requests:
+        longest[request.context] = max(longest.get(request.context, 0), request.length)
+    order = {context: number for number, context in enumerate(longest)}
+    return sorted(requests, key=lambda request: (-longest[request.context], order[request.context], -request.length))

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import PlanError, SourceError
 from ..plans.route import whole_number
 from .own_requests import OwnRequests
+from .task_precision import TaskTargets
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class TaskRequest:
         shots: number of examples before each document; by default the task's own number.
         paths: directories with your own task definitions.
         own: requests of your own.
+        until: how precisely the changes of the tasks' metrics are to be known; None to measure all documents.
     """
 
     names: tuple[str, ...]
@@ -35,6 +37,7 @@ class TaskRequest:
     shots: int | None = None
     paths: tuple[str, ...] = ()
     own: tuple[OwnRequests, ...] = ()
+    until: TaskTargets | None = None
 
     @classmethod
     def of(
@@ -81,4 +84,5 @@ class TaskRequest:
         """Return what the requests depend on, as `run.json` records it; their token ids have a fingerprint, too."""
         own = {each.name: each.fingerprint for each in self.own}
         names = {"tasks": [*self.names, *own], "limit": self.limit, "shots": self.shots}
-        return names | ({"own_requests": own} if own else {})
+        order = {} if self.until is None else {"seed": self.until.seed}
+        return names | ({"own_requests": own} if own else {}) | order

@@ -198,7 +198,10 @@ def test_two_processes_find_how_far_edits_reach(place: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("beside", [[], ["--data", "story.txt", "-n", 200, "--context", 20, "--per-token"]])
+@pytest.mark.parametrize(
+    "beside",
+    [[], ["--until", "cities=90pt"], ["--data", "story.txt", "-n", 200, "--context", 20, "--per-token"]],
+)
 def test_two_processes_measure_the_tasks_of_one(
     beside: list[Any], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +222,7 @@ def test_two_processes_measure_the_tasks_of_one(
     monkeypatch.chdir(place)
     assert run(*given(f"{name}-1")).exit_code == 0
     assert files(place / f"{name}-1") == files(place / f"{name}-2")
-    assert (place / f"{name}-1" / "tasks").exists() == bool(beside)
+    assert (place / f"{name}-1" / "tasks").exists() == ("--data" in beside)
 
 
 def test_three_processes_give_the_files_of_one(place: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
