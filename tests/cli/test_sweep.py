@@ -282,7 +282,7 @@ def test_the_table_of_a_running_sweep_is_made_only_when_it_is_shown(
         ends = {f"{name}{end}": values for name, values in metrics.items() for end in ("_low", "_high")}
         return frame.assign(**metrics, **ends)
 
-    text: Any = SimpleNamespace(tokens=100, ids=[0] * 100)
+    text: Any = SimpleNamespace(tokens=100, ids=[0] * 100, noun="sequence")
     with progress_module.progress_bar(text, console) as on_progress:
         on_progress(Progress(0, 100))
         for batch in range(1, 32):  # 31 seconds

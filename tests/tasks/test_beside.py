@@ -53,7 +53,7 @@ def same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
     return bool(pd.DataFrame(one)[columns].equals(pd.DataFrame(other)[columns]))
 
 
-@pytest.mark.parametrize("in_directory", [False, True])
+@pytest.mark.parametrize("in_directory", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_joined_table_is_that_of_two_separate_runs(
     in_directory: bool, given: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -104,6 +104,7 @@ def test_a_run_that_is_stopped_between_the_two_continues(
     assert same(ls.sweep(model, EDITS, TEXT, directory=out, **given), whole)
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_directory_takes_the_tasks_of_the_first_away(
     given: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -121,12 +122,14 @@ def test_another_sweep_in_the_directory_takes_the_tasks_of_the_first_away(
     assert "kl_nats" in ls.read_results(out)
 
 
+@pytest.mark.slow
 def test_the_report_and_the_figure_count_one_run(given: dict[str, Any], tmp_path: Path) -> None:
     ls.sweep(tiny_model("llama"), "drop", TEXT, directory=tmp_path / "all" / "out", **given)
     assert len(ls.report([tmp_path / "all"], tmp_path / "page.html").runs) == 1
     assert ls.plot([tmp_path / "all" / "out"], tmp_path / "figures")
 
 
+@pytest.mark.slow
 def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(TEXT))

@@ -55,6 +55,7 @@ def test_it_is_what_the_run_takes(definitions: Path, tmp_path: Path) -> None:
     assert both.tasks.seconds is not None
 
 
+@pytest.mark.slow
 def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "model")
     asked = ["sweep", path, "--edits", "drop", "--tasks", "choice", "--task-path", definitions, "--estimate"]

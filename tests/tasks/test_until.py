@@ -84,6 +84,7 @@ def test_nothing_else_changes_when_all_documents_are_needed(mine: OwnRequests) -
     assert np.allclose(stopped.kl_nats, whole.kl_nats, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_an_interruption_and_a_sharper_target_continue_the_run(mine: OwnRequests, tmp_path: Path) -> None:
     def stop(done: int, _total: int) -> None:
         if done >= 24:
@@ -99,6 +100,7 @@ def test_an_interruption_and_a_sharper_target_continue_the_run(mine: OwnRequests
     assert sharper.documents.sum() > resumed.documents.sum()
 
 
+@pytest.mark.slow
 def test_text_and_tasks_have_targets_of_their_own(mine: OwnRequests, tmp_path: Path) -> None:
     text = [f"Once upon a time there were {number} layers." for number in range(40)]
     until = {"kl": "90%", "mine": "35pt"}
