@@ -352,6 +352,8 @@ class _Work:
             write_batch(path, variants, self.text.ids[span], self.text.mask[span], result, self.tokenizer)
         self.max_sequences = min(self.max_sequences, result.max_sequences or self.max_sequences)
         result = replace(result, token_metrics=None)
+        if (contexts := self.measurer.contexts.outcome) not in (None, self.run.facts.get("contexts")):
+            self.run.update({"contexts": contexts})  # a resumed run that has all batches could not know it
         self.journal.append(batch, result)
         self.rows.add(batch, result)
 
@@ -428,7 +430,7 @@ class _Work:
             "sequences_at_once": self.max_sequences,
             "readout": measurer.readout.description,
             "compiled": _compiled_or_reason(measurer),
-            "contexts": measurer.contexts.outcome,
+            "contexts": measurer.contexts.outcome or self.run.facts.get("contexts"),
             "skipped": measurer.skipped | ({} if observer is None else observer.skipped),
             "centred": None if observer is None else observer.reads_are_mean_free,
             "non_finite": self._find_non_finite(),
