@@ -12,12 +12,13 @@ import pytest
 
 import layersurgery as ls
 from layersurgery.analyses import neuron_probes
-from tests.analyses import test_probe, test_subjoiners
+from tests.analyses import test_probe, test_subjoiners, test_word_senses
+from tests.support.demo_model import make_tokenizer
 from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import tiny_model, tokens
 
 SIGNALS = ["lens", "attention", "norms", "similarity", "cka", "cosine", "stream", "drop"]
-WRITTEN = ["stages", "boundaries", "rank", "spans", "results"]
+WRITTEN = ["stages", "boundaries", "rank", "spans", "heads", "results"]
 WINDOWS = {
     "probe": ("probes", "single_neurons", "top_k", "effects"),
     "subjoiners": ("heads", "attention", "examples"),
@@ -32,6 +33,7 @@ NAMES = [
     "stages",
     "neurons",
     "neuron_scores",
+    "wic",
     *SIGNALS,
     *(f"{analysis}.{table}" for analysis, names in WINDOWS.items() for table in names),
     *(f"read {table}" for table in WRITTEN),
@@ -52,6 +54,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
         "stages": ls.analyses.stages(model, ids),
         "neurons": ls.analyses.neurons(model),
         "neuron_scores": ls.analyses.neuron_scores(model),
+        "wic": ls.analyses.wic(test_word_senses.knowing(), make_tokenizer(), test_word_senses.toy_rows(each=8)),
         **ls.analyses.measure(model, ids, SIGNALS),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -74,6 +77,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
     ls.sweep(model, "drop", ids, directory=path / "sweep")
     ls.rank(model, ids, directory=path / "rank")
     ls.analyses.stages(model, ids, directory=path / "stages")
+    ls.analyze("heads", model, ids, directory=path / "heads")
     homes = {"spans": "rank", "boundaries": "stages", "results": "sweep"}
     return found | {f"read {table}": ls.read_results(path / homes.get(table, table), table) for table in WRITTEN}
 
