@@ -38,8 +38,8 @@ def show_plan(
     table.add_column("route after it")
     for count in range(1, len(plan) + 1):
         partial = Plan(plan.edits[:count])
-        table.add_row(escape(str(plan.edits[count - 1])), _route_after(partial, depth))
-    lines = [f"\n{len(route)} blocks, from {depth}. {_describe_route(route, depth)}"]
+        table.add_row(escape(str(plan.edits[count - 1])), escape(_route_after(partial, depth)))
+    lines = [f"\n{len(route)} blocks, from {depth}. {escape(_describe_route(route, depth))}"]
     if checkpoint is not None:
         change = size_after(checkpoint, route)
         value |= dataclasses.asdict(change)
@@ -64,12 +64,14 @@ def _describe_route(route: Route, depth: int) -> str:
     visited = set(route.blocks)
     removed = sorted(set(range(depth)) - visited)
     repeated = sorted({block for block in visited if route.blocks.count(block) > 1})
-    skipped = [str(visit) for visit in route if not visit.whole]
+    skipped = [str(visit) for visit in route if not visit.whole and visit.skips_only]
+    changed = [str(visit) for visit in route if not visit.skips_only]
     sentences = [
         f"Removed: {Route(removed)}." if removed else "",
         f"Repeated: {Route(repeated)}." if repeated else "",
         f"Branch skipped: {' '.join(skipped)}." if skipped else "",
-        "No block is removed, repeated or skipped." if not removed and not repeated and not skipped else "",
+        f"Changed: {' '.join(changed)}." if changed else "",
+        "" if removed or repeated or skipped or changed else "No block is removed, repeated, skipped or changed.",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 
