@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..errors import MeasurementError, PlanError
+from ..errors import MeasurementError, PlanError, UnsupportedEditError
 from ..metrics.aggregation import Array, ratio
 from ..metrics.intervals import student_errors
 from ..metrics.reference import METRICS
@@ -83,8 +83,15 @@ class NeuronAblation(TableMeasurement):
         return {"analysis": self.name, "draws": self.draws, "draw_seed": self.seed}
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
-        """Make the measurer of all models."""
-        return Measurer(model, self.variants, blocks=options.blocks, read=options.read_positions)
+        """Make the measurer of all models.
+
+        Raises:
+            UnsupportedEditError: neurons of a block cannot be turned off.
+        """
+        measurer = Measurer(model, self.variants, blocks=options.blocks, read=options.read_positions)
+        if measurer.skipped:  # the groups name rows of all variants
+            raise UnsupportedEditError(next(iter(measurer.skipped.values())))
+        return measurer
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each kind and block, and one for each kind in all blocks."""

@@ -101,3 +101,22 @@ def test_random_neurons_are_of_no_kind_and_as_many() -> None:
 def test_models_whose_neurons_cannot_be_turned_off(tmp_path: Path) -> None:
     with pytest.raises(ls.MeasurementError, match="neurons of experts"):
         ls.analyze("ablate-neurons", tiny_model("mixtral"), tokens(), directory=tmp_path / "out")
+
+
+def test_neurons_that_cannot_be_turned_off_in_one_block_shift_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_neurons, "VARIANCE", 0.035)
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+
+    class InTwoParts(type(mlp)):  # type: ignore[misc]
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            inner = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
+            return torch.cat([self.down_proj(part) for part in inner.split(3, dim=1)], 1)
+
+    mlp.__class__ = InTwoParts
+    scores = neuron_scores(model)
+    assert set(scores[scores.partition].layer) == set(range(6))
+    with pytest.raises(ls.UnsupportedEditError, match="neurons of block 1 .* not used as one linear map"):
+        ls.analyze("ablate-neurons", model, tokens(), directory=tmp_path / "out")
