@@ -59,9 +59,10 @@ def operate(
 ) -> Iterator[Model]:
     """Edit a model inside a `with` block, and restore the original objects at its end, also after an exception.
 
-    No weight is copied. At its first visit, a block is the original object. A second visit, or a visit without
-    attention or MLP, is a view that shares its parameters. `operate` can be nested: inside, plans use the block numbers
-    of the edited model.
+    At its first visit, a block is the original object. A second visit, or a visit that changes a branch, is a view that
+    shares its parameters. Only weights that are scaled, or partly zero because heads or neurons are off, are copies:
+    what they learn inside is lost at the end. `operate` can be nested: inside, plans use the block numbers of the
+    edited model.
 
     Args:
         model: a transformers causal language model, or a wrapper around one (PEFT, DDP, torch.compile). Its config

@@ -57,7 +57,7 @@ class ContextSharing:
     @property
     def outcome(self) -> str | None:
         """Return "shared", or why contexts were run for each of their continuations; None if none is shared."""
-        return self._reason or (SHARED if self._checked else None)
+        return SHARED if self._checked and not self._refused else self._reason
 
     def describe(self) -> str | None:
         """Say in a sentence what was done; None if no context is shared."""

@@ -215,6 +215,14 @@ def test_trees_stay_inside_the_window_of_the_attention() -> None:
         assert measurer.contexts.outcome == outcome
 
 
+def test_requests_longer_than_the_window_do_not_hide_that_others_share() -> None:
+    text, model = RequestText.of(make_requests([15, 6], [2, 2, 2])), tiny_model("mistral", sliding_window=13)
+    measurer = measurer_of(model, PLANS[:1], text)
+    for span, outcome in ((slice(0, 3), "longer than the window"), (slice(3, 6), SHARED), (slice(0, 3), SHARED)):
+        measurer.measure_batch(text.ids, text.mask, span)
+        assert outcome in str(measurer.contexts.outcome)
+
+
 @pytest.mark.parametrize(("positions", "outcome"), [(16, None), (24, SHARED), (64, SHARED)])
 def test_no_sequence_is_longer_than_the_positions(positions: int, outcome: str | None) -> None:
     requests = make_requests([13], [4, 3, 3])  # 16 tokens are run of the longest one
