@@ -63,9 +63,18 @@ class WeightChange:
         return (torch.tensor(self.units)[:, None] * self.unit_size + torch.arange(self.unit_size)).flatten()
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the changed weight; computed in float32 at least, and rounded once."""
+        """Return the changed weight; computed in float32 at least, and rounded once.
+
+        Raises:
+            PlanError: the factor makes a finite number infinite.
+        """
         exact = torch.promote_types(weight.dtype, torch.float32)
         changed = ((weight.to(exact) + self.offset) * self.factor - self.offset).to(weight.dtype)
+        if self.factor != 1 and bool((weight.isfinite() & ~changed.isfinite()).any()):
+            raise PlanError(
+                f"a factor of {self.factor:g} makes numbers of {self.parameter} larger than "
+                f"{str(weight.dtype).removeprefix('torch.')} can hold; choose a smaller one"
+            )
         return changed.index_fill_(self.dim, self.indexes.to(weight.device), 0) if self.units else changed
 
 

@@ -214,3 +214,16 @@ def test_a_projection_that_is_not_linear_is_not_scaled(model: Any) -> None:
         ls.operate(model, "scale-mlp 2 0.5"),
     ):
         pytest.fail("operated")
+
+
+def test_a_factor_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama").half()
+    model.save_pretrained(tmp_path / "source")
+    before = state(model)
+    words = "a factor of 1e\\+09 makes numbers of .* larger than float16 can hold"
+    with pytest.raises(ls.PlanError, match=words), ls.operate(model, "scale 2 1e9"):
+        pytest.fail("operated")
+    assert state(model) == before
+    with pytest.raises(ls.PlanError, match=words):
+        ls.edit_checkpoint(tmp_path / "source", "scale 2 1e9", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
