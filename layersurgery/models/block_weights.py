@@ -305,7 +305,7 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, anatomy: Anatomy) -> None:
         self._model, self._blocks, self._anatomy = model, blocks, anatomy
-        self._of_kind: dict[int, BlockWeights] = {}
+        self._of_kind: dict[object, BlockWeights] = {}
 
     def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
         """Return the changes of a visit's weights, in the order in which to make them.
@@ -331,10 +331,21 @@ class ModelWeights:
     @contextmanager
     def _examining(self, number: int) -> Iterator[BlockWeights]:
         """Give the weights of a block's kind while the block may be run."""
-        kind = self._anatomy.kind_of[number]
+        # Blocks of one kind may divide matrices of one shape into other numbers of heads.
+        kind = self._anatomy.kind_of[number], _head_numbers(self._blocks[number])
         with eval_no_grad(self._model), torch.compiler.set_stance("force_eager"):
             if kind not in self._of_kind:
                 probe = BlockProbe(self._blocks[number], record_block(self._model, self._blocks, number), seed=1)
                 name = f"block {number} ({type(self._blocks[number]).__name__})"
                 self._of_kind[kind] = BlockWeights(probe, self._anatomy.parts(number), name)
             yield self._of_kind[kind]
+
+
+def _head_numbers(block: nn.Module) -> tuple[tuple[str, int], ...]:
+    """Return the settings of a block's modules that may say how many heads it has."""
+    return tuple(
+        (f"{path}.{name}", value)
+        for path, module in block.named_modules()
+        for name, value in vars(module).items()
+        if "head" in name and isinstance(value, int)
+    )

@@ -227,3 +227,17 @@ def test_a_factor_that_overflows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ls.PlanError, match=words):
         ls.edit_checkpoint(tmp_path / "source", "scale 2 1e9", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_blocks_of_one_kind_may_have_other_numbers_of_heads() -> None:
+    model = tiny_model("gpt2")
+    attention: Any = blocks_of(model)[3].attn
+    attention.num_heads, attention.head_dim = attention.num_heads // 2, attention.head_dim * 2
+    alone = ls.sweep(model, ["heads-off 1 of 3"], tokens())
+    after_another = ls.sweep(model, ["heads-off 0 of 2", "heads-off 1 of 3"], tokens())
+    assert after_another.kl_nats.iloc[-1] == pytest.approx(alone.kl_nats.iloc[-1], abs=1e-7)
+    with (
+        pytest.raises(ls.PlanError, match="block 3 has no head 2: it has 2 heads"),
+        ls.operate(model, "heads-off 2 of 3"),
+    ):
+        pytest.fail("operated")
