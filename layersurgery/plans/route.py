@@ -173,7 +173,9 @@ def parse_units(text: str) -> tuple[int, ...]:
         if match is None:
             raise PlanError(f"cannot read {word!r}: give numbers (3) or half-open ranges (0:4), counted from 0")
         first, stop = int(match[1]), int(match[2] or int(match[1]) + 1)
-        numbers += _between(Span(first, stop), first, stop)
+        if first >= stop:
+            raise PlanError(f"the range {word} is empty: ranges are half-open, so 0:4 means 0 to 3")
+        numbers += range(first, stop)
     return tuple(sorted(set(numbers)))
 
 

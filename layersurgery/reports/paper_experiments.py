@@ -270,7 +270,9 @@ class TaskCost:
         from ..tasks.harness import Harness
 
         source = info.source
-        tokenizer = tokenizer_of_run(source, options.tokenizer, source.label)
+        tokenizer = tokenizer_of_run(
+            source, options.tokenizer, source.label, trust_remote_code=options.trust_remote_code
+        )
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
         with self._reporter.status(f"Counting the tokens of {self._tasks}"):
             requests = set(Harness(self._tasks, config, tokenizer).requests)

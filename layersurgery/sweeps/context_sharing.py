@@ -22,7 +22,14 @@ SHARED = "shared"
 _LONGEST = 4  # times the longest request: attention computes the whole square of a packed sequence
 _MATRIX_WIDTHS = 6  # a block's products with weights cost as much as attention to 6 streams' widths of tokens
 _CHECKED_REQUESTS = 2
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
+_WINDOWS = (
+    "sliding_window",
+    "sliding_windows",
+    "sliding_window_size",
+    "attention_chunk_size",
+    "window_size",
+    "attention_window_size",
+)
 _EXACT = 1e-4  # nats, the root of the mean square over tokens that rounding in float32 explains in any model
 _NOISE = 4  # times the difference that padding the requests to the packed length makes
 _SHARE = 0.2  # of the difference that packing them without the mask makes
@@ -120,7 +127,8 @@ class ContextSharing:
         """
         if getattr(self._config, "use_sliding_window", None) is False:
             return math.inf
-        windows = [getattr(self._config, name, None) for name in _WINDOWS]
+        settings = [getattr(self._config, name, None) for name in _WINDOWS]
+        windows = [window for value in settings for window in (value if isinstance(value, list | tuple) else [value])]
         return min((window for window in windows if isinstance(window, int) and window > 0), default=math.inf)
 
     def _saves(self, sequences: int, length: int, requests: int, apart: int) -> bool:
