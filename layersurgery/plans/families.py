@@ -90,6 +90,7 @@ class Number:
         default: its value if it is left out; None if it must be given.
         least: its smallest value.
         whole: whether it is a whole number; else it is any finite number except 1.
+        one: what it counts if it is 1; `what` if empty.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Number:
     default: int | None = None
     least: int = 1
     whole: bool = True
+    one: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,8 @@ class Family:
         if (of := number.of) is None:
             count: Counter[int] = Counter()
             return [f"{number.what.removesuffix('s')} {count.update([layer]) or count[layer]}" for layer in layers]
-        names = [f"{factor_text(of(parse_edit(plan), depth))} {number.what}" for plan in plans]
+        values = [of(parse_edit(plan), depth) for plan in plans]
+        names = [f"{factor_text(value)} {number.one if value == 1 and number.one else number.what}" for value in values]
         return names if len(set(names)) > 1 else [""] * len(names)
 
     def written(self, plans: Iterable[str], layers: Iterable[int], depth: int) -> list[str]:
@@ -327,7 +330,7 @@ FAMILIES = {
         ),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",
-            _drop_span, number=Number("N", "blocks", _span_length),
+            _drop_span, number=Number("N", "blocks", _span_length, one="block"),
         ),
         Family(
             "drop-spans", "drop every span of blocks", "drop a span", "drop any span", _drop_spans, per_layer=False,
@@ -354,7 +357,7 @@ FAMILIES = {
         Family(
             "copy", "pass N more times through each of the blocks up to every block; written copy:N",
             "repeat each block up to this one", "copy layers", _copy,
-            number=Number("N", "copies", _copies), bounded=True,
+            number=Number("N", "copies", _copies, one="copy"), bounded=True,
         ),
         Family("exit", "end the model after every block", "end the model after a block", "exit", _exit),
         Family(

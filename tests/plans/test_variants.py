@@ -152,7 +152,7 @@ def test_a_family_says_how_it_is_written_and_drawn() -> None:
 def test_edits_of_one_layer_form_lines() -> None:
     assert FAMILIES["drop-span"].lines(["drop 2:4", "drop 3:6"], [2, 3], 8) == ["2 blocks", "3 blocks"]
     assert FAMILIES["drop-span"].lines(["drop 2:4", "drop 3:5"], [2, 3], 8) == ["", ""]
-    assert FAMILIES["copy"].lines(["repeat 0 x3", "repeat 0"], [0, 0], 8) == ["2 copies", "1 copies"]
+    assert FAMILIES["copy"].lines(["repeat 0 x3", "repeat 0"], [0, 0], 8) == ["2 copies", "1 copy"]
     assert FAMILIES["swap"].lines(["swap 3 4"], [3], 8) == [""]
 
 
