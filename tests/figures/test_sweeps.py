@@ -100,7 +100,7 @@ def test_copied_layers_are_drawn_by_their_entropy(tmp_path: Path) -> None:
     (axis,) = figure.axes
     lines = {str(line.get_label()): line for line in axis.get_lines()}
     assert list(lines) == [
-        "LlamaForCausalLM, 1 copies, from block 1",
+        "LlamaForCausalLM, 1 copy, from block 1",
         "LlamaForCausalLM, 2 copies, from block 1",
         "unedited model",
     ]
