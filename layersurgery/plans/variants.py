@@ -179,9 +179,9 @@ def _variants(edits: Edits, depth: int, layers: range | None, max_span: int | No
             try:
                 yield Variant.from_plan("plan", Plan.parse(edits), depth)
             except PlanError as error:
-                if re.fullmatch(r"[\w:,-]+", edits):  # looks like families
+                if re.fullmatch(r"[\w:.-]+(\s*,\s*[\w:.-]*)*", edits.strip()):  # looks like families
                     for name in edits.split(","):
-                        _parse_family(name)
+                        _parse_family(name.strip())
                 raise error
         case Edit():
             yield Variant.from_plan("plan", Plan((edits,)), depth)

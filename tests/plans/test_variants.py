@@ -195,6 +195,8 @@ def test_any_form() -> None:
     ("wanted", "words"),
     [
         ("swap,dorp", "unknown family of edits 'dorp'; did you mean 'drop'"),
+        ("swap, dorp", "unknown family of edits 'dorp'; did you mean 'drop'"),
+        ("scale-mlp:0.5,zzz", "unknown family of edits 'zzz'; they are swap, drop"),
         ("remove", "unknown family of edits 'remove'; did you mean 'drop'"),
         ("zzz", "unknown family of edits 'zzz'; they are swap, drop"),
         ("drop-span", "takes a number of blocks, 1 to 9999; write drop-span:4"),
