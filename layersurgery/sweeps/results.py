@@ -181,7 +181,8 @@ def precision_sentence(frame: pd.DataFrame) -> str:
     if not (math.isfinite(points) and math.isfinite(share)):
         return ""
     kind = frame.interval.iloc[0]
-    known = f"agreement is known to {points:.2g} points and KL to {share:.2g} % (medians over the edits; {kind})"
+    points, share = (float(f"{width:.2g}") for width in (points, share))  # two digits; 240 %, not 2.4e+02 %
+    known = f"agreement is known to {points:g} points and KL to {share:g} % (medians over the edits; {kind})"
     if "precise" not in frame:
         return known
     reached = int(edited.precise.astype(bool).sum())
