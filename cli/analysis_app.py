@@ -44,6 +44,25 @@ def _analysis_command(analysis: Analysis) -> Callable[..., None]:
     return o.expand(command)
 
 
+@analyze.command("ablate-neurons", help=ANALYSES["ablate-neurons"].help)
+@o.expand
+def ablate_neurons(
+    model: o.Model,
+    run: o.TextRun,
+    draws: Annotated[
+        int, typer.Option("--draws", min=1, help="Number of draws of random neurons to compare with.", metavar="N")
+    ] = 3,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
+    *,
+    console: Console,
+) -> None:
+    """Turn neurons of one kind off, and as many random ones."""
+    from .commands.measure import run_analysis
+
+    run_analysis("ablate-neurons", model, run, output, overwrite, console, draws=draws)
+
+
 @analyze.command("subjoiners", help=ANALYSES["subjoiners"].help)
 @o.expand
 def subjoiners(
@@ -411,7 +430,7 @@ def reproduce(
 def add_analyses(app: typer.Typer) -> None:
     """Add the analysis and pruning commands to the program."""
     app.add_typer(analyze, name="analyze", rich_help_panel=_ANALYZE)
-    own = {"subjoiners", "probe", "wic", "rank", "stages"}
+    own = {"ablate-neurons", "subjoiners", "probe", "wic", "rank", "stages"}
     for name, analysis in ANALYSES.items():
         if analysis.help and name not in own:
             analyze.command(name)(_analysis_command(analysis))

@@ -18,5 +18,5 @@ def run_cost(facts: Mapping[str, Any]) -> str:
     share = stopping["block_call_tokens"] / max(1, stopping["block_call_tokens_of_all_text"])
     return (
         f"{stopping['sequences']:,} of {facts['text']['sequences']:,} {noun}s in {seconds:,.0f} s; "
-        f"{100 * share:.2g} % of the block calls that all the text takes"
+        f"{float(f'{100 * share:.2g}'):g} % of the block calls that all the text takes"
     )

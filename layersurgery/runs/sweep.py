@@ -336,6 +336,10 @@ def place_tasks(
         return options, given, tasks
     if tasks.until is not None:
         options = options.without(["seed"])  # it orders the documents
+    if options.until is not None:
+        raise PlanError(
+            f"until {options.until}: tasks are named by their names ({tasks}), and metrics of a text need a text (data)"
+        )
     options.refuse(NOT_FOR_TASKS, "has no effect on tasks alone; name a text (data), too")
     return options, GivenText(tasks=tasks), None
 
