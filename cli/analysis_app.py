@@ -44,6 +44,26 @@ def _analysis_command(analysis: Analysis) -> Callable[..., None]:
     return o.expand(command)
 
 
+@analyze.command("heads", help=ANALYSES["heads"].help)
+@o.expand
+def heads(
+    model: o.Model,
+    run: o.TextRun,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", help="Measure only the heads of these blocks, for example 4:20.", metavar="A:B"),
+    ] = None,
+    output: o.AnalysisOutput = None,
+    overwrite: o.OverwriteResults = False,
+    *,
+    console: Console,
+) -> None:
+    """Measure the model with each attention head off."""
+    from .commands.measure import run_analysis
+
+    run_analysis("heads", model, run, output, overwrite, console, layers=layers)
+
+
 @analyze.command("ablate-neurons", help=ANALYSES["ablate-neurons"].help)
 @o.expand
 def ablate_neurons(
@@ -430,7 +450,7 @@ def reproduce(
 def add_analyses(app: typer.Typer) -> None:
     """Add the analysis and pruning commands to the program."""
     app.add_typer(analyze, name="analyze", rich_help_panel=_ANALYZE)
-    own = {"ablate-neurons", "subjoiners", "probe", "wic", "rank", "stages"}
+    own = {"ablate-neurons", "heads", "subjoiners", "probe", "wic", "rank", "stages"}
     for name, analysis in ANALYSES.items():
         if analysis.help and name not in own:
             analyze.command(name)(_analysis_command(analysis))

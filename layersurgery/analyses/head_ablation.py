@@ -12,7 +12,7 @@ from ..errors import UnsupportedEditError
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_weights import ModelWeights
 from ..plans.plan import heads_off
-from ..plans.variants import Variant
+from ..plans.variants import Layers, Variant, layer_range
 from ..registry import METRICS
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import results_table
@@ -33,7 +33,13 @@ _LISTED = 3
 
 @dataclass(frozen=True, slots=True)
 class HeadMeasurement(TableMeasurement):
-    """Measurement of the model with each attention head off, one at a time."""
+    """Measurement of the model with each attention head off, one at a time.
+
+    Attributes:
+        blocks: the blocks whose heads are measured.
+    """
+
+    blocks: range = range(0)
 
     @property
     def name(self) -> str:
@@ -41,19 +47,21 @@ class HeadMeasurement(TableMeasurement):
         return HEADS
 
     def arguments(self) -> dict[str, Any]:
-        """Return the name of the analysis."""
-        return {"analysis": self.name}
+        """Return the name of the analysis, and the blocks."""
+        return {"analysis": self.name, "layers": [self.blocks.start, self.blocks.stop]}
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all heads."""
-        return make_head_measurer(model, blocks=options.blocks, read=options.read_positions)
+        return make_head_measurer(model, self.blocks, blocks=options.blocks, read=options.read_positions)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each head."""
         return {HEADS: head_table(tables)}
 
 
-def make_head_measurer(model: nn.Module, *, blocks: str | None = None, **options: Any) -> Measurer:
+def make_head_measurer(
+    model: nn.Module, layers: range | None = None, *, blocks: str | None = None, **options: Any
+) -> Measurer:
     """Make a measurer of the model with each attention head off, one at a time.
 
     Blocks without heads (state-space mixers, gated or latent attention whose heads cannot be told apart) are left out;
@@ -61,6 +69,7 @@ def make_head_measurer(model: nn.Module, *, blocks: str | None = None, **options
 
     Args:
         model: a transformers causal language model, or a wrapper around one.
+        layers: the blocks whose heads are measured; all by default.
         blocks: path of the list of blocks, if it cannot be found automatically.
         options: other arguments of `Measurer`.
 
@@ -71,7 +80,7 @@ def make_head_measurer(model: nn.Module, *, blocks: str | None = None, **options
     weights = ModelWeights(model, model.get_submodule(anatomy.blocks), anatomy)  # type: ignore[arg-type]
     variants: list[Variant] = []
     skipped: dict[str, str] = {}
-    for block in range(anatomy.depth):
+    for block in layers or range(anatomy.depth):
         try:
             count = weights.count_units(block, "attention")
         except UnsupportedEditError as error:
@@ -96,9 +105,26 @@ def head_table(tables: SignalTables) -> pd.DataFrame:
     return frame
 
 
-def run_heads(session: ModelSession, directory: Path, *, analysis: str = HEADS, overwrite: bool = False) -> Run:  # noqa: ARG001 - every analysis is given its name
-    """Measure each head on the session's text, or resume it, or use the finished run in the directory."""
-    return session.run(HeadMeasurement(session.model.depth), directory, overwrite=overwrite)
+def run_heads(
+    session: ModelSession,
+    directory: Path,
+    *,
+    analysis: str = HEADS,  # noqa: ARG001 - every analysis is given its name
+    overwrite: bool = False,
+    layers: Layers = None,
+) -> Run:
+    """Measure each head on the session's text, or resume it, or use the finished run in the directory.
+
+    Args:
+        session: the model and the text.
+        directory: where to write.
+        analysis: the analysis's name.
+        overwrite: replace what another run has left in the directory.
+        layers: measure only the heads of these blocks; a range, adjacent numbers, or "4:20".
+    """
+    depth = session.model.depth
+    measurement = HeadMeasurement(depth, layer_range(layers, depth) or range(depth))
+    return session.run(measurement, directory, overwrite=overwrite)
 
 
 def describe_heads(frame: pd.DataFrame) -> str:

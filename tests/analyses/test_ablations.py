@@ -43,6 +43,15 @@ def test_every_head_is_measured(name: str, tmp_path: Path) -> None:
     assert f"{highest['layer']}.{highest['head']} (" in describe_heads(frame)
 
 
+def test_heads_of_some_blocks(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama"), tokens(2, 10)
+    every = ls.analyze("heads", model, ids, directory=tmp_path / "all").set_index(["layer", "head"])
+    some = ls.analyze("heads", model, ids, directory=tmp_path / "some", layers="2:4").set_index(["layer", "head"])
+    pd.testing.assert_frame_equal(pd.DataFrame(some), pd.DataFrame(every.loc[2:3]))
+    with pytest.raises(ls.PlanError, match="out of range"):
+        ls.analyze("heads", model, ids, directory=tmp_path / "none", layers="4:9")
+
+
 def test_blocks_without_heads_are_left_out_by_name() -> None:
     measurer = make_head_measurer(tiny_model("jamba"))
     blocks = {variant.layer for variant in measurer.variants[1:]}
