@@ -204,6 +204,11 @@ _ABLATION = (
         "loss_change_nats_random", "change in loss without random neurons", "nats", heading="random", curve=False,
         signed=True,
     ),
+    *(
+        Column(f"{metric.name}_difference", f"{metric.label}, above random neurons", metric.unit, signed=True,
+               curve=False, shown=False)
+        for metric in (METRICS[0], METRICS[3], METRICS[5])
+    ),
 )  # fmt: skip
 _PREDICTION = Column("prediction_percent", "prediction neurons", "%", heading="pred. %", digits=2)
 _SUPPRESSION = Column("suppression_percent", "suppression neurons", "%", heading="suppr. %", digits=2)

@@ -165,7 +165,7 @@ def _dearest_heads(frame: pd.DataFrame) -> Iterator[str | Table | Text]:
 
 def _ablation_table(frame: pd.DataFrame) -> Iterator[Table]:
     """Yield a table of the kinds of neurons in all blocks, and in the blocks where they make the largest difference."""
-    columns = ANALYSES["ablate-neurons"].columns
+    columns = [column for column in ANALYSES["ablate-neurons"].columns if column.shown]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("neurons off", no_wrap=True)
     for heading in ("block", "number", *(column.heading for column in columns)):

@@ -17,7 +17,7 @@ from .text_format import plain, show_control_characters
 
 _NO_CURVES = (
     *("layer", "relative_depth", "depth", "tokens", "sequences", "neurons", "row", "kl_tokens"),
-    *("position", "from", "to"),
+    *("position", "from", "to", "head", "draws"),
 )
 _NO_KEYS = ("precise", "race", "interval", "layer_kind")
 _MOST_GROUPS = 8

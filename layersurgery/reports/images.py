@@ -33,6 +33,9 @@ _ABOUT = {
     "copies": "entropy of the prediction when each block of a range is passed several times, over its last block",
     "cka": "CKA of the residual streams, a cell for each pair of depths",
     "cosine": "mean cosine of each token's residual streams, a cell for each pair of depths",
+    "heads": "KL, change in entropy and change in loss with each attention head off, a cell for each head",
+    "ablate-neurons": "KL, change in entropy and change in loss without neurons of one kind, and without random ones, "
+    "over the block whose neurons are off",
     "stages": "the signals of the stages of inference over depth, the stages shaded",
     "rank": "KL when each block is removed, block influence and angular distance over depth",
     "propagation": "mean change of what later layers add after each edit, a map for attention and one for the MLP",
