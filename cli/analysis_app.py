@@ -154,8 +154,8 @@ def wic(
         str,
         typer.Option(
             "--pairs",
-            help="Pairs of sentences: a file of the public WiC data (train.data.txt, with train.gold.txt beside it), a "
-            "table with the columns of SuperGLUE's WiC (.jsonl, .json, .csv, .tsv, .parquet), or the id of a Hub "
+            help="Pairs of sentences: a file of the public WiC data (train.data.txt, with train.gold.txt next to it), "
+            "a table with the columns of SuperGLUE's WiC (.jsonl, .json, .csv, .tsv, .parquet), or the id of a Hub "
             "dataset, for example aps/super_glue:wic.",
             show_default=False,
             metavar="FILE|ID",

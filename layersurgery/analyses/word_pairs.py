@@ -86,7 +86,7 @@ def read_pairs(
     """Read pairs of sentences.
 
     Args:
-        source: a file of the public WiC data (`train.data.txt`, with `train.gold.txt` beside it); a table (.jsonl,
+        source: a file of the public WiC data (`train.data.txt`, with `train.gold.txt` next to it); a table (.jsonl,
             .json, .csv, .tsv with a header, .parquet) or rows with the columns word, sentence1, sentence2, label, and
             start1, end1, start2, end2 (characters) or idx ("2-5": the index of the word in each sentence, counted by
             white space); or the id of a Hub dataset with these columns ("id:configuration").
@@ -126,7 +126,7 @@ def _public_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines, labels = (file.read_text("utf-8-sig").splitlines() for file in (path, gold))
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {path} and {gold.name} beside it: {error}") from error
+        raise SourceError(f"cannot read {path} and {gold.name} next to it: {error}") from error
     if len(lines) != len(labels):
         raise SourceError(f"{path} has {len(lines)} lines, and {gold.name} has {len(labels)} labels")
     for number, (line, label) in enumerate(zip(lines, labels, strict=True), 1):

@@ -69,7 +69,7 @@ def wic(
     Args:
         model: a transformers causal language model, or a wrapper around one; it is not changed.
         tokenizer: the model's own fast tokenizer.
-        pairs: a file of the public WiC data (`train.data.txt`, with `train.gold.txt` beside it), a table or rows with
+        pairs: a file of the public WiC data (`train.data.txt`, with `train.gold.txt` next to it), a table or rows with
             the columns of SuperGLUE's WiC, or the id of a Hub dataset; see `analyses.word_pairs.read_pairs`.
         split: split of the Hub dataset.
         samples: number of pairs to use, chosen at random; by default all.

@@ -25,7 +25,7 @@ Recode = Callable[[bytearray], bytes]
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A range of output bytes.
+    """Hold a range of output bytes.
 
     Attributes:
         start: first byte of the range in the source file; None for zeros.
@@ -112,7 +112,7 @@ def plan_output_files(
 
 @dataclass(frozen=True, slots=True)
 class _PlacedTensor:
-    """A tensor of the output: its new name, its info in the source, and how its bytes change."""
+    """Hold a tensor of the output: its new name, its info in the source, and how its bytes change."""
 
     name: str
     info: TensorInfo

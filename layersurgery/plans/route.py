@@ -271,7 +271,7 @@ Ref = int | Span
 
 @dataclass(frozen=True, slots=True)
 class RouteItem:
-    """One word of a route's text, before the depth is known, with what it changes.
+    """Hold one word of a route's text, before the depth is known, with what it changes.
 
     Attributes:
         ref: the blocks.

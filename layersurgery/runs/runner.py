@@ -127,50 +127,6 @@ class SweepOutput:
         return frame, files if self.beside is None else [*files, *self.beside.files]
 
 
-def run_measurement(
-    run: Run,
-    measurer: Measurer,
-    text: TokenizedText,
-    output: RunOutput,
-    *,
-    batch_size: int | None = None,
-    per_token: bool = False,
-    tokenizer: Any = None,
-    draw: Draw | None = None,
-    on_progress: OnProgress | None = None,
-    group: ProcessGroup | None = None,
-    rule: StopRule | None = None,
-) -> pd.DataFrame:
-    """Measure the batches that are still missing, and write the results.
-
-    Args:
-        run: the output directory.
-        measurer: the model and its variants.
-        text: the tokens.
-        output: makes tables of the measured sums.
-        batch_size: number of sequences in a batch; by default chosen from the free memory.
-        per_token: also write `tokens.parquet`, with a row for each token and model.
-        tokenizer: writes the tokens in `tokens.parquet` as text.
-        draw: draws figures of the results into the directory, and returns their paths.
-        on_progress: called at the beginning, from time to time, and after each batch.
-        group: the processes that measure together; this one leads, and the others call `run_worker`.
-        rule: says after each batch which rows need no more text; None to measure every row on all text.
-
-    Returns:
-        The table of results.
-
-    Raises:
-        MeasurementError: the unedited model returns NaN or infinite logits, memory is too small, or another process has
-            ended.
-        OutputError: the directory cannot be written. The measured batches are kept.
-    """
-    finish = measure_text(
-        run, measurer, text, output, batch_size=batch_size, per_token=per_token, tokenizer=tokenizer,
-        on_progress=on_progress, group=group, rule=rule,
-    )  # fmt: skip
-    return finish(draw)
-
-
 def measure_text(
     run: Run,
     measurer: Measurer,
@@ -184,11 +140,28 @@ def measure_text(
     group: ProcessGroup | None = None,
     rule: StopRule | None = None,
 ) -> Callable[[Draw | None], pd.DataFrame]:
-    """Measure the batches that are still missing; arguments as for `run_measurement`.
+    """Measure the batches that are still missing.
+
+    Args:
+        run: the output directory.
+        measurer: the model and its variants.
+        text: the tokens.
+        output: makes tables of the measured sums.
+        batch_size: number of sequences in a batch; by default chosen from the free memory.
+        per_token: also write `tokens.parquet`, with a row for each token and model.
+        tokenizer: writes the tokens in `tokens.parquet` as text.
+        on_progress: called at the beginning, from time to time, and after each batch.
+        group: the processes that measure together; this one leads, and the others call `run_worker`.
+        rule: says after each batch which rows need no more text; None to measure every row on all text.
 
     Returns:
-        A function that writes the results, draws the figures and returns the table. By then, the other processes wait
-        for the next work.
+        A function that writes the results, draws figures with the function that it is given, and returns the table. By
+        then, the other processes wait for the next work.
+
+    Raises:
+        MeasurementError: the unedited model returns NaN or infinite logits, memory is too small, or another process has
+            ended.
+        OutputError: the directory cannot be written. The measured batches are kept.
     """
     group = group or SingleProcess()
     work = _Work(run, measurer, text, output, batch_size, per_token, tokenizer, on_progress, rule)
@@ -212,7 +185,7 @@ def measure_text(
 
 
 def run_worker(measurer: Measurer, text: TokenizedText, *, per_token: bool = False, group: ProcessGroup) -> bool:
-    """Measure this process's share of a run that another process leads; arguments as for `run_measurement`.
+    """Measure this process's share of a run that another process leads; arguments as for `measure_text`.
 
     Returns:
         True if the run was completed; False if the leader stopped it. Then the leader raises the error.

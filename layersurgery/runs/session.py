@@ -77,7 +77,7 @@ class WorkItem:
 
 
 class ModelSession:
-    """One model and one text for several runs; the model is loaded once, when the first run needs it.
+    """Hold one model and one text for several runs.
 
     Args:
         model: the model's name, or a loaded model.

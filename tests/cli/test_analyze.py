@@ -25,11 +25,11 @@ from layersurgery.registry import ANALYSES, Analysis, Column
 from layersurgery.runs.drawing import model_tables
 from layersurgery.runs.options import RunOptions
 from layersurgery.runs.run_directory import ANALYSIS, Run, open_run
-from layersurgery.runs.runner import run_measurement
 from layersurgery.runs.session import ModelSession
 from layersurgery.runs.single_step import TablesAndFacts, run_once
 from tests.cli.test_cli import result_of, run
 from tests.runs.test_runs import StopError, text
+from tests.support.measure_run import run_measurement
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
 from tests.support.zoo import DEPTH, slow, tiny_model
 

@@ -20,11 +20,12 @@ from layersurgery.plans.variants import variants
 from layersurgery.runs import single_step
 from layersurgery.runs.reporter import Reporter
 from layersurgery.runs.run_directory import open_run
-from layersurgery.runs.runner import SweepOutput, run_measurement
+from layersurgery.runs.runner import SweepOutput
 from layersurgery.runs.single_step import run_once
 from layersurgery.runs.text import TokenizedText
 from layersurgery.sweeps.measurer import Measurer
 from tests.support.kills import file_operations
+from tests.support.measure_run import run_measurement
 from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
 

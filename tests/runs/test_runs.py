@@ -22,10 +22,11 @@ from layersurgery.plans.variants import variants
 from layersurgery.runs.journal import Journal
 from layersurgery.runs.per_token import PARTS
 from layersurgery.runs.run_directory import JOURNAL, open_run
-from layersurgery.runs.runner import SweepOutput, run_measurement
+from layersurgery.runs.runner import SweepOutput
 from layersurgery.runs.text import TokenizedText
 from layersurgery.runtime.block_runner import BlockRunner
 from layersurgery.sweeps.measurer import Measurer
+from tests.support.measure_run import run_measurement
 from tests.support.tiny_checkpoint import tiny_tokenizer
 from tests.support.zoo import DEPTH, tiny_model, tokens
 

@@ -176,7 +176,7 @@ def test_what_is_not_there_is_refused(model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama"])
 def test_an_adapter_on_the_output_projection_is_seen(model: Any) -> None:
-    """An adapter adds to the output what zeros and factors of the base weight do not reach."""
+    """Refuse an adapter: it adds to the output what zeros and factors of the base weight do not reach."""
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False))
     for plan in ("scale-attention 2 0.5", "heads-off 0 of 2"):
