@@ -24,7 +24,7 @@ from torch import nn
 
 import layersurgery as ls
 from layersurgery.models.anatomy import anatomy
-from layersurgery.plans.route import Visit
+from layersurgery.plans.visit import Visit
 from layersurgery.runtime.block_runner import BlockRunner
 from layersurgery.runtime.inputs import model_inputs
 from layersurgery.runtime.unembedding import head_logits

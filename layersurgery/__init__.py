@@ -21,10 +21,13 @@ from .errors import (
 )
 from .plans.plan import (
     Plan,
+    average,
     drop,
     heads_off,
+    insert_copy,
     move,
     neurons_off,
+    parallel,
     reorder,
     repeat,
     replace,
@@ -33,8 +36,10 @@ from .plans.plan import (
     skip_attention,
     skip_mlp,
     swap,
+    take,
 )
-from .plans.route import Route, Visit
+from .plans.route import Route
+from .plans.visit import Visit
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -83,18 +88,21 @@ __all__ = [
     "analyses",
     "analyze",
     "anatomy",
+    "average",
     "compare",
     "drop",
     "edit_checkpoint",
     "estimate",
     "fold",
     "heads_off",
+    "insert_copy",
     "inspect",
     "load",
     "move",
     "neurons_off",
     "operate",
     "operate_",
+    "parallel",
     "plot",
     "prune",
     "rank",
@@ -113,6 +121,7 @@ __all__ = [
     "summary_sentence",
     "swap",
     "sweep",
+    "take",
     "tasks",
 ]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import PlanError
-from ..plans.route import as_int
+from ..plans.visit import as_int
 from ..registry import ANALYSES, resolve
 from ..runs.frames import ResultFrame, as_result
 from ..runs.open_text import open_model, open_text

@@ -9,7 +9,7 @@ import pandas as pd
 from ..errors import MeasurementError, PlanError
 from ..metrics.aggregation import SequenceSums
 from ..metrics.reference import METRICS
-from ..plans.route import whole_number
+from ..plans.visit import whole_number
 from ..sweeps.quantities import CHANGE
 from ..sweeps.race import Race
 from ..tasks.task_costs import TaskCosts

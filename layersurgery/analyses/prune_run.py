@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..plans.route import whole_number
+from ..plans.visit import whole_number
 from ..runs.frames import as_result
 from ..runs.options import SWEEP_ONLY
 from ..runs.requests import read_given_text

@@ -23,7 +23,8 @@ import pandas as pd
 
 from ..errors import MeasurementError, PlanError
 from ..plans.plan import Plan
-from ..plans.route import Route, whole_number
+from ..plans.route import Route
+from ..plans.visit import whole_number
 
 BEAM = 4
 FINAL = "search"

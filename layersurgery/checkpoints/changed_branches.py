@@ -24,7 +24,8 @@ from ..models.block_weights import BlockWeights, WeightChange
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
-from ..plans.route import Branch, Route
+from ..plans.route import Route
+from ..plans.visit import Branch
 from .checkpoint import Checkpoint
 from .output_layout import ChangedTensors, Recode
 from .safetensors_header import TensorInfo
@@ -70,8 +71,8 @@ def changed_tensors(
             decoder_class = _find_decoder_class(model, block_list)
             weights_of_kind[kind] = _probe_weights(config, section, visit.block, module, decoder_class)
         weights, tensors = weights_of_kind[kind], changed.setdefault(position, {})
-        if visit.skipped is not None:
-            zeroed = _find_output_tensors(tensor_names, visit.block, module, visit.skipped, weights.parts)
+        for branch in visit.skipped:
+            zeroed = _find_output_tensors(tensor_names, visit.block, module, branch, weights.parts)
             tensors.update(dict.fromkeys(zeroed))
         with torch.no_grad():
             changes = weights.changes(visit)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..plans.route import Visit
+from ..plans.visit import Visit
 from ..units import format_list
 from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
 from .block_parts import BlockParts, find_block_parts
@@ -68,23 +68,24 @@ class Anatomy:
         return self.kinds[self.kind_of[block]][1]
 
     def skip_specs(self, visit: Visit) -> tuple[SkipSpec, ...]:
-        """Return the specs that replace the branch which a visit skips.
+        """Return the specs that replace the branches which a visit skips.
 
         Raises:
             UnsupportedEditError: the branch cannot be skipped; gives the reason.
         """
-        branch = visit.skipped
-        if branch is None:
-            return ()
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
-        if parts.skip_error:
-            raise UnsupportedEditError(f"no branch of block {visit.block} ({kind}) can be skipped: {parts.skip_error}")
-        skips = parts.skips(branch)
-        if not skips:
-            raise UnsupportedEditError(
-                f"block {visit.block} ({kind}) has no {branch} that could be skipped; drop it instead"
-            )
-        return skips
+        specs: list[SkipSpec] = []
+        for branch in visit.skipped:
+            if parts.skip_error:
+                raise UnsupportedEditError(
+                    f"no branch of block {visit.block} ({kind}) can be skipped: {parts.skip_error}"
+                )
+            if not parts.skips(branch):
+                raise UnsupportedEditError(
+                    f"block {visit.block} ({kind}) has no {branch} that could be skipped; drop it instead"
+                )
+            specs += parts.skips(branch)
+        return tuple(specs)
 
     def rows(self) -> list[dict[str, str]]:
         """Return one row of text for each run of consecutive blocks of one kind."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import UnsupportedEditError
-from ..plans.route import Route, Visit
+from ..plans.route import Route
+from ..plans.visit import Visit
 
 # Their blocks can be without an indexer, and the config class derives which ones. The names include those of the
 # classes around the text model, since a config need not repeat the type in its text section.

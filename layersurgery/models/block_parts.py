@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError, is_out_of_memory
-from ..plans.route import Branch
+from ..plans.visit import Branch
 from .block_probe import BlockProbe
 from .block_view import share_parameters
 from .call_tracing import Call, first_tensor, is_per_token, random_like

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError, UnsupportedEditError
-from ..plans.route import Branch, Visit
+from ..plans.visit import Branch, Visit
 from .anatomy import Anatomy
 from .block_parts import BlockParts
 from .block_probe import BlockProbe, record_block

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import UnsupportedEditError
 from ..plans.route import Route
+from ..plans.visit import Visit
 from .block_dependencies import DEPENDENCY_FIELDS, refuse_other_sources
 
 _ALWAYS = {
@@ -60,6 +61,8 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
     Raises:
         UnsupportedEditError: gives the reason.
     """
+    for visit in route:
+        _refuse_visit(visit, live=live)
     step = fields.get("rescale_every")
     if live and step and any(block // step != position // step for position, block in enumerate(route.blocks)):
         raise UnsupportedEditError(
@@ -74,3 +77,18 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
             "rwkv: block 0 holds the norm of the embedding and works only at position 0; keep it there, once"
         )
     refuse_other_sources(fields, route, live=live)
+
+
+def _refuse_visit(visit: Visit, *, live: bool) -> None:
+    """Refuse a change of a block that cannot be made in memory, or in files."""
+    where = "in memory" if live else "by a checkpoint, which has weights only"
+    if visit.source:
+        raise UnsupportedEditError(f"{visit}: blocks of another source cannot be used {where}")
+    if visit.mean:
+        raise UnsupportedEditError(f"{visit}: a mean in the place of a branch cannot be expressed {where}")
+    if visit.zeroed:
+        raise UnsupportedEditError(f"{visit}: a copy with zero output projections cannot be made {where}")
+    if visit.start:
+        raise UnsupportedEditError(f"{visit}: a change of some tokens only cannot be expressed {where}")
+    if visit.parallel or visit.divisor != 1:
+        raise UnsupportedEditError(f"{visit}: parallel blocks and averages cannot be expressed {where}")

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import PlanError
-from .edits import Edit, join, parse_refs, positions, resolve_all
-from .route import Branch, Ref, Route, Visit, branch_factor, factor_text, parse_units, unit_numbers, units_text
+from .edits import Edit, changed, check_ending, ending, join, parse_refs, positions, resolve_all, split_ending
+from .route import Ref, Route
+from .visit import Branch, Visit, branch_factor, factor_text, parse_units, unit_numbers, units_text
 
 
 @dataclass(frozen=True, slots=True)
 class Skip(Edit):
-    """Skip the attention (or other token mixer) or the MLP of blocks, at all their positions."""
+    """Skip the attention (or other token mixer) or the MLP of blocks, at all their positions.
+
+    With `mean`, it adds the mean of what it adds over tokens. With `start`, it runs for so many first tokens.
+    """
 
     branch: Branch
     blocks: tuple[Ref, ...]
-    examples: ClassVar = {"skip-attention": "skip-attention 5", "skip-mlp": "skip-mlp 5"}
+    mean: bool = False
+    start: int = 0
+    examples: ClassVar = {
+        "skip-attention": "skip-attention 5, skip-attention 5 mean or skip-attention 5 from 1",
+        "skip-mlp": "skip-mlp 5, skip-mlp 5 mean or skip-mlp 5 from 1",
+    }
 
     @classmethod
     def _parse(cls, verb: str, text: str, /) -> Edit:
-        return cls("attention" if verb == "skip-attention" else "mlp", parse_refs(text))
+        blocks, mean, start = split_ending(text)
+        return cls("attention" if verb == "skip-attention" else "mlp", parse_refs(blocks), mean, start)
+
+    def __post_init__(self) -> None:
+        check_ending(self.mean, self.start)
 
     @property
     def _first(self) -> Ref:
@@ -30,25 +43,32 @@ class Skip(Edit):
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         named = resolve_all(self.blocks, depth)
         for block in named:
-            if any(not getattr(route[position], self.branch) for position in positions(route, block, self)):
+            if any(not route[position].factor(self.branch) for position in positions(route, block, self)):
                 raise PlanError(f"'{self}': the {self.branch} of block {block} is already skipped; name it once")
+        mean = (self.branch,) if self.mean else ()
         skipped: dict[str, Any] = {self.branch: False}
-        return (replace(visit, **skipped) if visit.block in named else visit for visit in route)
+
+        def without(visit: Visit) -> Visit:
+            return changed(visit, Visit(visit.block, mean=mean, start=self.start, **skipped))
+
+        return (without(visit) if visit.block in named else visit for visit in route)
 
     def __str__(self) -> str:
-        return f"skip-{self.branch} {join(self.blocks)}"
+        return f"skip-{self.branch} {join(self.blocks)}{ending(self.mean, self.start)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Scale(Edit):
     """Multiply what blocks add to the stream, at all their positions: the attention, the MLP, or both.
 
-    0 skips, 1 changes nothing. Several factors of one branch multiply.
+    0 skips, 1 changes nothing. Several factors of one branch multiply. With `start`, so many first tokens are not
+    scaled.
     """
 
     blocks: tuple[Ref, ...]
     by: float
     branch: Branch | None = None
+    start: int = 0
     examples: ClassVar = {
         "scale": "scale 20 0.5",
         "scale-attention": "scale-attention 20 0.5",
@@ -57,11 +77,12 @@ class Scale(Edit):
 
     @classmethod
     def _parse(cls, verb: str, text: str, /) -> Edit:
-        blocks, _, factor = text.strip().rpartition(" ")
-        if not blocks:
+        words, mean, start = split_ending(text)
+        blocks, _, factor = words.rpartition(" ")
+        if not blocks or mean:
             raise PlanError("expected blocks, and a factor behind them")
         branch: Branch | None = None if verb == "scale" else "attention" if verb == "scale-attention" else "mlp"
-        return cls(parse_refs(blocks), branch_factor(factor, "a branch"), branch)
+        return cls(parse_refs(blocks), branch_factor(factor, "a branch"), branch, start)
 
     @property
     def _first(self) -> Ref:
@@ -69,6 +90,7 @@ class Scale(Edit):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by", branch_factor(self.by, "a branch"))
+        check_ending(False, self.start)
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         named = resolve_all(self.blocks, depth)
@@ -76,15 +98,16 @@ class Scale(Edit):
         for block in named:
             _refuse_skipped(route, block, branches, self)
 
-        def scaled(visit: Visit) -> Visit:
-            factors: dict[str, Any] = {branch: visit.factor(branch) * self.by for branch in branches}
-            return replace(visit, **factors) if visit.block in named else visit
+        factors: dict[str, Any] = dict.fromkeys(branches, self.by)
 
-        return map(scaled, route)
+        def scaled(visit: Visit) -> Visit:
+            return changed(visit, Visit(visit.block, start=self.start, **factors))
+
+        return (scaled(visit) if visit.block in named else visit for visit in route)
 
     def __str__(self) -> str:
         branch = "" if self.branch is None else f"-{self.branch}"
-        return f"scale{branch} {join(self.blocks)} {factor_text(self.by)}"
+        return f"scale{branch} {join(self.blocks)} {factor_text(self.by)}{ending(False, self.start)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +146,8 @@ class UnitsOff(Edit):
             _refuse_skipped(route, block, [self.branch], self)
 
         def without(visit: Visit) -> Visit:
-            off: dict[str, Any] = {field: visit.units_off(self.branch) + self.units}
-            return replace(visit, **off) if visit.block in named else visit
+            off: dict[str, Any] = {field: self.units}
+            return changed(visit, Visit(visit.block, **off)) if visit.block in named else visit
 
         return map(without, route)
 

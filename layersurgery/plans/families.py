@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, permutations
 
+from .block_edits import Drop, Reorder, Repeat, Replace, Reverse, Swap
 from .branch_edits import Scale, Skip
-from .edits import Drop, Edit, Reorder, Repeat, Replace, Reverse, Swap, parse_edit
-from .route import Branch, Ref, RouteItem, Span, factor_text
+from .edits import Edit, parse_edit
+from .route import Ref, RouteItem, Span
+from .visit import Branch, factor_text
 
 Cell = tuple[int, int]
 """The place of an edit in a map: the block of its row and the block of its column."""

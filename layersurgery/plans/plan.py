@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from ..errors import PlanError
+from .block_edits import Drop, InsertCopy, Move, Parallel, Reorder, Repeat, Replace, Reverse, Swap, Take
 from .branch_edits import Scale, Skip, UnitsOff
-from .edits import Drop, Edit, Move, Reorder, Repeat, Replace, Reverse, Swap, parse_edit
+from .edits import Edit, parse_edit
 from .html import plan_html
-from .route import Branch, Ref, Route, RouteItem, Span, Visit, as_int, parse_items, unit_numbers, whole_number
+from .route import Ref, Route, RouteItem, Span, parse_items
+from .visit import Branch, Visit, as_int, unit_numbers, whole_number
 
 Blocks = SupportsIndex | range | Iterable[SupportsIndex | range]
 """Blocks of a model in Python: a number, a range, or a list of these. Integers of NumPy and torch are numbers, too."""
@@ -74,7 +76,7 @@ class Plan:
             route = edit.apply(route, depth)
         if not route.canonical:
             raise PlanError(f"'{self}' removes all {depth} blocks; keep at least one")
-        return route.canonical
+        return route.checked(depth)
 
     @property
     def slug(self) -> str:
@@ -110,15 +112,39 @@ def swap(first: SupportsIndex, second: SupportsIndex | None = None) -> Plan:
     return Plan((edit,))
 
 
-def drop(*blocks: Blocks) -> Plan:
-    """Remove blocks from the model."""
-    return Plan((Drop(_refs(blocks, "drop")),))
+def drop(*blocks: Blocks, mean: bool = False, start: SupportsIndex = 0) -> Plan:
+    """Remove blocks from the model.
+
+    With `mean`, they add the mean over tokens of what they add; with `start`, they run for so many first tokens.
+    """
+    return Plan((Drop(_refs(blocks, "drop"), mean, whole_number(start, "start")),))
 
 
 def move(blocks: Blocks, *, after: SupportsIndex | None = None, before: SupportsIndex | None = None) -> Plan:
     """Move a block, or a span of adjacent blocks, to right after or right before another block."""
     targets = [None if target is None else _block(target) for target in (after, before)]
     return Plan((Move(adjacent_blocks(blocks, "move"), *targets),))
+
+
+def insert_copy(blocks: Blocks, *, after: SupportsIndex | None = None, before: SupportsIndex | None = None) -> Plan:
+    """Insert copies of blocks with output projections of zero: the model computes the same, and is deeper."""
+    targets = [None if target is None else _block(target) for target in (after, before)]
+    return Plan((InsertCopy(adjacent_blocks(blocks, "insert_copy"), *targets),))
+
+
+def take(blocks: Blocks, source: str) -> Plan:
+    """Run the blocks of another checkpoint, by the name of a source, in the place of those of the same numbers."""
+    return Plan((Take(_refs([blocks], "take"), source),))
+
+
+def parallel(*blocks: Blocks) -> Plan:
+    """Give adjacent blocks the same stream, and sum what they add to it."""
+    return Plan((Parallel(_refs(blocks, "parallel")),))
+
+
+def average(*blocks: Blocks) -> Plan:
+    """Give adjacent blocks the same stream, and add the mean of what they add to it."""
+    return Plan((Parallel(_refs(blocks, "average"), average=True),))
 
 
 def repeat(blocks: Blocks, times: SupportsIndex = 2, *, each: bool = False) -> Plan:
@@ -151,21 +177,21 @@ def reorder(order: str | Iterable[SupportsIndex | range | Visit]) -> Plan:
     return Plan((Reorder(tuple(items)),))
 
 
-def skip_attention(*blocks: Blocks) -> Plan:
-    """Skip the attention of blocks, or their other token mixer."""
-    return Plan((Skip("attention", _refs(blocks, "skip_attention")),))
+def skip_attention(*blocks: Blocks, mean: bool = False, start: SupportsIndex = 0) -> Plan:
+    """Skip the attention of blocks, or their other token mixer; `mean` and `start` as for `drop`."""
+    return Plan((Skip("attention", _refs(blocks, "skip_attention"), mean, whole_number(start, "start")),))
 
 
-def skip_mlp(*blocks: Blocks) -> Plan:
-    """Skip the MLP of blocks."""
-    return Plan((Skip("mlp", _refs(blocks, "skip_mlp")),))
+def skip_mlp(*blocks: Blocks, mean: bool = False, start: SupportsIndex = 0) -> Plan:
+    """Skip the MLP of blocks; `mean` and `start` as for `drop`."""
+    return Plan((Skip("mlp", _refs(blocks, "skip_mlp"), mean, whole_number(start, "start")),))
 
 
-def scale(blocks: Blocks, by: float, *, branch: Branch | None = None) -> Plan:
-    """Multiply what blocks add to the stream: "attention", "mlp", or both by default."""
+def scale(blocks: Blocks, by: float, *, branch: Branch | None = None, start: SupportsIndex = 0) -> Plan:
+    """Multiply what blocks add to the stream: "attention", "mlp", or both by default; `start` as for `drop`."""
     if branch not in (None, "attention", "mlp"):
         raise PlanError(f"branch is 'attention' or 'mlp', not {branch!r}")
-    return Plan((Scale(_refs([blocks], "scale"), by, branch),))
+    return Plan((Scale(_refs([blocks], "scale"), by, branch, whole_number(start, "start")),))
 
 
 def heads_off(blocks: Blocks, heads: SupportsIndex | Iterable[SupportsIndex]) -> Plan:

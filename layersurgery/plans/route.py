@@ -7,176 +7,18 @@ plain values: two plans that give the same route are the same model.
 
 from __future__ import annotations
 
-import math
-import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal
 
 from ..errors import PlanError
 from .html import route_html
+from .visit import Visit, parse_suffix, whole_number
 
-Branch = Literal["attention", "mlp"]
-
-_ITEM = re.compile(r"^(-?\d{1,9})?(:)?(-?\d{1,9})?((?:-(?:attn|attention|mlp))*)((?:\[[^\[\]]*\])*)$")
-
-
-def as_int(value: object) -> int | None:
-    """Return an integer of any library as int; None for everything else, also for True and False."""
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-def whole_number(value: object, what: str) -> int:
-    """Return an integer of any library as int.
-
-    Raises:
-        PlanError: it is not an integer; `what` begins the sentence.
-    """
-    number = as_int(value)
-    if number is None:
-        raise PlanError(f"{what} is given as a whole number, not as {value!r}")
-    return number
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Visit:
-    """One pass of the residual stream through one block.
-
-    Attributes:
-        block: number of the block in the loaded model, from 0.
-        attention: factor of what the block's attention (or its other token mixer) adds to the stream: True for 1, False
-            for 0, which skips it.
-        mlp: factor of what the block's MLP adds to the stream.
-        heads_off: numbers of the attention heads whose output is zero.
-        neurons_off: numbers of the neurons of the MLP whose activation is zero.
-    """
-
-    block: int
-    attention: bool | float = True
-    mlp: bool | float = True
-    heads_off: tuple[int, ...] = ()
-    neurons_off: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block", whole_number(self.block, "a block"))
-        if self.block < 0:
-            raise PlanError(
-                f"a visit needs a block number of at least 0, not {self.block}; resolve it against the depth first"
-            )
-        for branch, units in (("attention", "heads_off"), ("mlp", "neurons_off")):
-            factor = branch_factor(getattr(self, branch), branch)
-            object.__setattr__(self, branch, factor)
-            # What is off in a branch that is skipped makes no difference: such visits are the same.
-            numbers = unit_numbers(getattr(self, units), units) if factor else ()
-            object.__setattr__(self, units, numbers)
-
-    @property
-    def whole(self) -> bool:
-        """Return whether the block runs as it is."""
-        return self.attention is True and self.mlp is True and not self.heads_off and not self.neurons_off
-
-    @property
-    def skipped(self) -> Branch | None:
-        """Return the branch that is skipped; None if both run."""
-        return "attention" if not self.attention else "mlp" if not self.mlp else None
-
-    @property
-    def skips_only(self) -> bool:
-        """Return whether branches are skipped or run as they are: nothing is scaled, and no head or neuron is off."""
-        return isinstance(self.attention, bool) and isinstance(self.mlp, bool) and not self.heads_off + self.neurons_off
-
-    def factor(self, branch: Branch) -> bool | float:
-        """Return the factor of what a branch adds to the stream."""
-        return self.attention if branch == "attention" else self.mlp
-
-    def units_off(self, branch: Branch) -> tuple[int, ...]:
-        """Return the heads, or the neurons, of a branch that are off."""
-        return self.heads_off if branch == "attention" else self.neurons_off
-
-    @property
-    def suffix(self) -> str:
-        """Return what the text of the visit has behind the block, such as "", "-attn" or "[mlp*0.5]"."""
-        factors = {"attn": self.attention, "mlp": self.mlp}
-        skipped = "".join(f"-{name}" for name, factor in factors.items() if not factor)
-        scaled = "".join(
-            f"[{name}*{factor_text(factor)}]" for name, factor in factors.items() if factor and factor is not True
-        )
-        off = {"heads-off": self.heads_off, "neurons-off": self.neurons_off}
-        return skipped + scaled + "".join(f"[{name} {units_text(units)}]" for name, units in off.items() if units)
-
-    def __str__(self) -> str:
-        return f"{self.block}{self.suffix}"
-
-
-def branch_factor(value: object, what: str) -> bool | float:
-    """Return a factor of a branch as a number; True for 1 and False for 0.
-
-    Raises:
-        PlanError: it is not a finite number; `what` begins the sentence.
-    """
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise PlanError(f"{what} is scaled by a finite number, not by {value!r}")
-    return bool(number) if number in (0, 1) else number
-
-
-def factor_text(factor: float) -> str:
-    """Return the shortest text of a factor that is read back as the same number."""
-    return repr(float(factor)).removesuffix(".0")
-
-
-def unit_numbers(values: Iterable[object], what: str) -> tuple[int, ...]:
-    """Return numbers of heads or neurons, each once and in order.
-
-    Raises:
-        PlanError: one of them is not a whole number, or is negative.
-    """
-    numbers = sorted({whole_number(value, f"a number of {what}") for value in values})
-    if numbers and numbers[0] < 0:
-        raise PlanError(f"{what} are numbered from 0, not {numbers[0]}")
-    return tuple(numbers)
-
-
-def units_text(units: Sequence[int], separator: str = "+") -> str:
-    """Return numbers as text: numbers and half-open ranges.
-
-    >>> from layersurgery.plans.route import units_text
-    >>> units_text((0, 1, 2, 3, 7))
-    '0:4+7'
-    """
-    words: list[str] = []
-    for _, run in groupby(enumerate(units), key=lambda item: item[1] - item[0]):
-        numbers = [number for _, number in run]
-        words += [f"{numbers[0]}:{numbers[-1] + 1}"] if len(numbers) > 2 else map(str, numbers)
-    return separator.join(words)
-
-
-def parse_units(text: str) -> tuple[int, ...]:
-    """Read numbers and half-open ranges of heads or neurons, separated by +, spaces or commas.
-
-    Raises:
-        PlanError: a word is neither, or a range is empty.
-    """
-    numbers: list[int] = []
-    for word in re.split(r"[+,\s]+", text.strip()):
-        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", word)
-        if match is None:
-            raise PlanError(f"cannot read {word!r}: give numbers (3) or half-open ranges (0:4), counted from 0")
-        first, stop = int(match[1]), int(match[2] or int(match[1]) + 1)
-        if first >= stop:
-            raise PlanError(f"the range {word} is empty: ranges are half-open, so 0:4 means 0 to 3")
-        numbers += range(first, stop)
-    return tuple(sorted(set(numbers)))
+_ITEM = re.compile(
+    r"^(-?\d{1,9})?(:)?(-?\d{1,9})?(?:@([A-Za-z]\w*))?((?:-(?:attn|attention|mlp))*)((?:\[[^\[\]]*\])*)$"
+)
 
 
 class Route(tuple[Visit, ...]):
@@ -203,8 +45,10 @@ class Route(tuple[Visit, ...]):
     def parse(cls, text: str, depth: int | None = None) -> Route:
         """Read the compact form: numbers and half-open ranges, with suffixes for what is changed.
 
-        The suffixes are -attn and -mlp for skipped branches, [attn*0.5] and [mlp*0.5] for scaled ones, [heads-off 0+3]
-        and [neurons-off 0:100].
+        The suffixes are @base for a block of another checkpoint, -attn and -mlp for skipped branches, [attn*0.5] and
+        [mlp*0.5] for scaled ones, [mlp=mean] for a mean, [from 1] for changes that leave the first token,
+        [heads-off 0+3], [neurons-off 0:100], [zeroed], [parallel] for the input of the visit before, and [/2] for half
+        of what the block adds.
 
         Negative numbers and open ends ("20:", "-4:") need `depth`.
 
@@ -221,7 +65,38 @@ class Route(tuple[Visit, ...]):
     @property
     def canonical(self) -> Route:
         """Return the same model without visits that add nothing: a block with both branches skipped is dropped."""
-        return Route(visit for visit in self if visit.attention or visit.mlp)
+        kept: list[Visit] = []
+        for group in self.groups:
+            adding = [visit for visit in group if not visit.adds_nothing]
+            kept += (replace(visit, parallel=group[0].parallel or number > 0) for number, visit in enumerate(adding))
+        return Route(kept)
+
+    @property
+    def groups(self) -> tuple[tuple[Visit, ...], ...]:
+        """Return the visits in groups of those that are given the same stream; most groups have one visit."""
+        groups: list[list[Visit]] = []
+        for visit in self:
+            if visit.parallel and groups:
+                groups[-1].append(visit)
+            else:
+                groups.append([visit])
+        return tuple(map(tuple, groups))
+
+    def checked(self, depth: int) -> Route:
+        """Return the canonical form of a route through a model of `depth` blocks.
+
+        Raises:
+            PlanError: it visits a block that the model does not have, begins with a parallel visit, or leaves no block.
+        """
+        if missing := sorted({visit.block for visit in self if visit.block >= depth}):
+            raise PlanError(f"the route visits block {missing[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
+        if self and self[0].parallel:
+            raise PlanError(
+                f"the route begins with {self[0]}, which has no visit before it; write [parallel] at a later one"
+            )
+        if not self.canonical:
+            raise PlanError("the route leaves no block; keep at least one")
+        return self.canonical
 
     def is_identity(self, depth: int) -> bool:
         """Return whether this is the unedited model of `depth` blocks."""
@@ -254,6 +129,9 @@ class Route(tuple[Visit, ...]):
         return Route((*self, *other))
 
 
+_WHOLE = Visit(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """A half-open range of blocks, as a Python slice writes it: "8:16", "20:", "-4:"; None is an open end."""
@@ -279,7 +157,7 @@ class RouteItem:
     """
 
     ref: Ref
-    like: Visit = Visit(0)
+    like: Visit = _WHOLE
 
     def visits(self, depth: int | None) -> Iterator[Visit]:
         """Yield the visits of this word in a model of `depth` blocks."""
@@ -298,36 +176,15 @@ def parse_items(text: str) -> tuple[RouteItem, ...]:
         if match is None or (match[1] is None and match[2] is None) or (match[2] is None and match[3] is not None):
             raise PlanError(
                 f"cannot read {word!r} in {text.strip()!r}: write block numbers (7), half-open ranges (8:16), and "
-                "-attn or -mlp after a number to skip a branch (5-attn), or [mlp*0.5] to scale it"
+                "suffixes after a number: 5-attn and 5-mlp skip a branch, 5[mlp*0.5] scales it, 5@base is of a source"
             )
         start = None if match[1] is None else int(match[1])
         stop = None if match[3] is None else int(match[3])
         ref: Ref = Span(start, stop) if match[2] else start or 0
-        items.append(RouteItem(ref, Visit(0, **_parse_changes(match[4], match[5]))))
+        items.append(RouteItem(ref, parse_suffix(match[4] or "", match[5], match[6])))
     if not items:
         raise PlanError("no block is named: write at least one, as in '0:12 13 12 14:32'")
     return tuple(items)
-
-
-def _parse_changes(skips: str, brackets: str) -> dict[str, Any]:
-    """Return the fields of a visit from its suffixes."""
-    fields: dict[str, Any] = {}
-    if "-att" in skips:
-        fields["attention"] = False
-    if "-mlp" in skips:
-        fields["mlp"] = False
-    for text in re.findall(r"\[(.*?)\]", brackets):
-        if match := re.fullmatch(r"\s*(attn|attention|mlp)\s*\*\s*(\S+)\s*", text):
-            name = "mlp" if match[1] == "mlp" else "attention"
-            value: Any = branch_factor(match[2], f"[{text}]")
-        elif match := re.fullmatch(r"\s*(heads|neurons)-off\s+(.+)", text):
-            name, value = f"{match[1]}_off", parse_units(match[2])
-        else:
-            raise PlanError(f"cannot read [{text}]: write [attn*0.5], [mlp*0.5], [heads-off 0+3] or [neurons-off 0:9]")
-        if name in fields:
-            raise PlanError(f"[{text}]: {name} is given twice")
-        fields[name] = value
-    return fields
 
 
 def resolve(ref: Ref, depth: int | None) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from ..errors import PlanError
 from .edits import Edit, nearest_word
 from .families import FAMILIES, Bounds, Cell
 from .plan import Blocks, Plan, adjacent_blocks, reorder
-from .route import Route, Span, branch_factor, parse_items, resolve, whole_number
+from .route import Route, Span, parse_items, resolve
+from .visit import branch_factor, whole_number
 
 Edits = str | Edit | Plan | Route | Iterable["Edits"] | Mapping[str, "Edits"]
 """The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
@@ -201,17 +202,10 @@ def _variants(edits: Edits, depth: int, layers: range | None, max_span: int | No
 
 
 def _of_route(route: Route, depth: int) -> Variant:
-    if wrong := sorted({visit.block for visit in route if visit.block >= depth}):
-        raise PlanError(f"the route visits block {wrong[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
-    if not route.canonical:
-        raise PlanError("the route has no block; keep at least one")
-    changed = (
-        visit.block
-        for visit, original in zip(route.canonical, Route.identity(depth), strict=False)
-        if visit != original
-    )
-    plan = str(reorder(str(route.canonical)))
-    return Variant("plan", plan, route.canonical, next(changed, len(route.canonical) % depth), plan)
+    route = route.checked(depth)
+    changed = (visit.block for visit, original in zip(route, Route.identity(depth), strict=False) if visit != original)
+    plan = str(reorder(str(route)))
+    return Variant("plan", plan, route, next(changed, len(route) % depth), plan)
 
 
 def read_plans(text: str, source_name: str) -> dict[str, Plan]:

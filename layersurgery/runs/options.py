@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from ..plans.route import as_int
+from ..plans.visit import as_int
 from .text_request import DEFAULT_SPLIT
 
 if TYPE_CHECKING:

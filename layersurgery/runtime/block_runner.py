@@ -23,7 +23,7 @@ from ..models.block_view import share_parameters
 from ..models.block_weights import ModelWeights, install_changes
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
 from ..models.skipped_branch import install_skips
-from ..plans.route import Visit
+from ..plans.visit import Visit
 from .compiled_blocks import Compiler
 from .offload import OffloadedWeights, offload_hooks, offloaded_outside_blocks
 

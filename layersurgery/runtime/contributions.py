@@ -22,7 +22,7 @@ from ..models.call_tracing import ModuleWrapper, first_tensor, replace_modules
 from ..models.numerics import is_same_change, tolerance
 from ..models.skipped_branch import SkipSpec
 from ..models.weight_conventions import fit_norm
-from ..plans.route import Branch
+from ..plans.visit import Branch
 from .attention_weights import PreviousTokenAttention
 from .block_runner import BlockRunner
 

@@ -29,7 +29,8 @@ from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_b
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
-from ..plans.route import Route, Visit
+from ..plans.route import Route
+from ..plans.visit import Visit
 from .adapter_settings import check_adapter_settings, forget_base, refuse_prefixes
 from .cached_state import clear_cached_state
 from .call_order import check_call_order
@@ -343,11 +344,7 @@ def as_route(plan: Plan | Route | str, depth: int) -> Route:
     if not isinstance(plan, Route):
         joined = '; one plan may have several edits: "drop 1; drop 2"' if isinstance(plan, list | tuple) else ""
         raise PlanError(f'expected a plan, its text ("swap 1 2; drop 3") or a Route, not {plan!r}{joined}')
-    if missing := sorted({visit.block for visit in plan if visit.block >= depth}):
-        raise PlanError(f"the route visits block {missing[0]}, and the model has {depth} blocks, 0 to {depth - 1}")
-    if not plan.canonical:
-        raise PlanError("the route leaves no block; keep at least one")
-    return plan.canonical
+    return plan.checked(depth)
 
 
 def _positions_of_originals(route: Route) -> frozenset[int]:

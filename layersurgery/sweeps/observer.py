@@ -19,7 +19,8 @@ import torch
 
 from ..errors import MeasurementError
 from ..metrics.aggregation import Array
-from ..plans.route import Route, Visit
+from ..plans.route import Route
+from ..plans.visit import Visit
 from ..runtime.block_runner import BlockRunner, ForwardRecord
 from ..runtime.contributions import (
     BRANCHES,

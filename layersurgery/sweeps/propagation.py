@@ -21,8 +21,9 @@ import torch
 
 from ..errors import MeasurementError, PlanError, UnsupportedEditError
 from ..metrics.aggregation import Array
-from ..plans.route import Branch, Route, Visit
+from ..plans.route import Route
 from ..plans.variants import Variant
+from ..plans.visit import Branch, Visit
 from ..runtime.block_runner import BlockRunner, ForwardRecord
 from ..runtime.contributions import BRANCHES, CapturePoint, capture_contributions, find_contributions
 from ..runtime.inputs import has_next_token

@@ -23,7 +23,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..plans.route import Route, Visit
+from ..plans.route import Route
+from ..plans.visit import Visit
 
 DEPTH_FIRST, LAYER_MAJOR = "depth-first", "layer-major"
 _MAX_RESIDENT = 8

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError, SourceError
-from ..plans.route import whole_number
+from ..plans.visit import whole_number
 from .own_requests import OwnRequests
 from .task_precision import TaskTargets
 

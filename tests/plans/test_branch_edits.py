@@ -6,8 +6,9 @@ import pytest
 
 import layersurgery as ls
 from layersurgery.plans.plan import Plan
-from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.route import Route
 from layersurgery.plans.variants import family
+from layersurgery.plans.visit import Visit
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,20 @@ from layersurgery.plans.variants import family
         ("scale-mlp 2 0.5; repeat 2; swap 0 1", "1 0 2[mlp*0.5] 2[mlp*0.5] 3:6"),
         ("scale-mlp 2 0.5; reorder 2 2[mlp*0.5]", "2[mlp*0.5] 2[mlp*0.25]"),
         ("reorder 0 1[ attention * .5 ][heads-off 0, 2]", "0 1[attn*0.5][heads-off 0+2]"),
+        ("take 2 from base; scale 2 0.5", "0 1 2@base[attn*0.5][mlp*0.5] 3:6"),
+        ("take 1:3 from base; skip-mlp 2", "0 1@base 2@base-mlp 3:6"),
+        ("insert-copy 2 after 2", "0:3 2[zeroed] 3:6"),
+        ("insert-copy 2:4 before 0; drop 3", "2[zeroed] 0:3 4 5"),
+        ("drop 2 mean", "0 1 2[attn=mean][mlp=mean] 3:6"),
+        ("skip-mlp 2 mean; scale-attention 2 2", "0 1 2[mlp=mean][attn*2] 3:6"),
+        ("drop 2 from 1", "0 1 2-attn-mlp[from 1] 3:6"),
+        ("skip-attention 2 from 4; skip-mlp 2 from 4", "0 1 2-attn-mlp[from 4] 3:6"),
+        ("scale 2:4 0.5 from 3", "0 1 2[attn*0.5][mlp*0.5][from 3] 3[attn*0.5][mlp*0.5][from 3] 4 5"),
+        ("parallel 2 3", "0:3 3[parallel] 4 5"),
+        ("average 1:4", "0 1[/3] 2[parallel][/3] 3[parallel][/3] 4 5"),
+        ("parallel 2 3; skip-mlp 3; swap 0 5", "5 1 2 3-mlp[parallel] 4 0"),
+        ("parallel 1:4; drop 1:4", "0 4 5"),
+        ("reorder 0 2-attn-mlp 3[parallel] 4[parallel]", "0 3 4[parallel]"),
     ],
 )
 def test_text_and_route(plan: str, route: str) -> None:
@@ -68,6 +83,24 @@ def test_equal_visits_are_equal() -> None:
         ("reorder 0 1[mlp*2][mlp*3]", "mlp is given twice"),
         ("reorder 0 1-mlp[mlp*3]", "mlp is given twice"),
         ("drop 1[mlp*2]", "has a suffix, which only routes take"),
+        ("drop 2 mean from 1", "cannot be combined"),
+        ("drop 2 from 0", "'from 0' is all tokens"),
+        ("skip-mlp 2 from 1; skip-attention 2 from 2", "from token 1 and from token 2"),
+        ("heads-off 0 of 2; skip-mlp 2 from 1", "only branches that are skipped or scaled"),
+        ("take 2 from base; take 2 from other", "is taken from base, and then from other"),
+        ("take 2 from my-base", "name of letters, digits and _"),
+        ("take 2", "expected blocks, 'from' and the name of a source"),
+        ("insert-copy 2", "expected a block, 'after' or 'before'"),
+        ("insert-copy 2 after 2; skip-mlp 2", "the mlp of block 2 is already skipped"),
+        ("parallel 2", "names one block"),
+        ("parallel 2 4", "needs adjacent blocks"),
+        ("parallel 2 3; average 3 4", "parallel already"),
+        ("parallel 2 3; drop 2", r"would separate or join parallel blocks \(2 3\)"),
+        ("parallel 2 3; swap 2 3", "would separate or join parallel blocks"),
+        ("parallel 2 3; replace 3 5", "would separate or join parallel blocks"),
+        ("parallel 2 3; repeat 3", "would separate or join parallel blocks"),
+        ("reorder 0[parallel] 1", r"begins with 0\[parallel\]"),
+        ("reorder 0 1[/0]", "divided by a number of at least 1"),
     ],
 )
 def test_refused(plan: str, words: str) -> None:

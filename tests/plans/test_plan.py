@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import layersurgery as ls
-from layersurgery.plans.edits import VERBS, Drop, Edit
+from layersurgery.plans.block_edits import Drop
+from layersurgery.plans.edits import VERBS, Edit
 from layersurgery.plans.plan import Plan
-from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.route import Route
 from layersurgery.plans.variants import variants
+from layersurgery.plans.visit import Visit
 
 untyped: Any = ls
 
@@ -89,6 +91,7 @@ def test_every_edit_names_its_first_blocks() -> None:
         "reverse -3:": (3, 4, 5), "reorder 3 1": (3,), "skip-attention 3 1": (3,), "skip-mlp 3:5": (3, 4),
         "replace 3 1": (3,), "scale 3:5 0.5": (3, 4), "scale-attention 3 2": (3,), "scale-mlp 3 1 -1": (3,),
         "heads-off 0 1 of 3 1": (3,), "neurons-off 0:9 of -3:": (3, 4, 5),
+            "insert-copy 3:5 after 1": (3, 4), "take 3 1 from base": (3,), "parallel 3:5": (3, 4), "average 3 4": (3,),
     }  # fmt: skip
     assert {text.split()[0] for text in named} == set(VERBS)
     for text, blocks in named.items():

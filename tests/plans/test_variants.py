@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import layersurgery as ls
-from layersurgery.plans.edits import Drop
+from layersurgery.plans.block_edits import Drop
 from layersurgery.plans.families import FAMILIES
 from layersurgery.plans.variants import family, is_family, layer_range, read_plans, unedited, variants
 
@@ -208,7 +208,7 @@ def test_any_form() -> None:
         ("swap:2", "swap takes no number"),
         ("wsap 1 2", "unknown edit 'wsap'.*did you mean 'swap'"),
         (ls.Route((7,)), "the route visits block 7, and the model has 6 blocks"),
-        (ls.Route(()), "the route has no block"),
+        (ls.Route(()), "the route leaves no block"),
         ([], "nothing to measure"),
         (7, "expected families"),
         (ls.Plan(), "an empty plan is the unedited model"),

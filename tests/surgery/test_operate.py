@@ -31,7 +31,8 @@ import layersurgery as ls
 from layersurgery.checkpoints.loading import Loaded
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.models.skipped_branch import SkippedBranch
-from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.route import Route
+from layersurgery.plans.visit import Visit
 from tests.support.reference import logits_along, logits_of
 from tests.support.zoo import DEPTH, tiny_model, tokens
 

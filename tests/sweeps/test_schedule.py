@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from layersurgery.plans.route import Route, Visit
+from layersurgery.plans.route import Route
 from layersurgery.plans.variants import variants
+from layersurgery.plans.visit import Visit
 from layersurgery.sweeps.schedule import LoadWeights, ReadLogits, RunBlock, Schedule, Step, layer_major, schedule
 
 DEPTH = 5
