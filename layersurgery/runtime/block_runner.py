@@ -154,9 +154,19 @@ class BlockRunner:
             self.model(**inputs)
         return record
 
-    def run(self, record: ForwardRecord, visit: Visit, stream: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream after one visit of a block, (batch, length, width); `stream` is not changed."""
-        convention, block = self.conventions[visit.block], self.block(visit)
+    def run(
+        self, record: ForwardRecord, visit: Visit, stream: torch.Tensor, block: nn.Module | None = None
+    ) -> torch.Tensor:
+        """Return the residual stream after one visit of a block, (batch, length, width); `stream` is not changed.
+
+        Args:
+            record: the recorded forward of the same tokens.
+            visit: the block, and what is changed in it.
+            stream: the stream before it.
+            block: the module to run, if it is not that of the visit.
+        """
+        convention = self.conventions[visit.block]
+        is_temporary, block = block is not None or not visit.skips_only, block or self.block(visit)
         args, kwargs = record.arguments[visit.block]
 
         def bind(stream: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -168,7 +178,7 @@ class BlockRunner:
         stream = stream.to(device)
         block_input = stream.clone() if convention.overwrites else stream
         version = _version(block_input)
-        if self.compiler is None or not visit.skips_only:  # a view that is made for one call
+        if self.compiler is None or is_temporary:  # a view that is made for one call
             call_args, call_kwargs = bind(block_input)
             output = block(*call_args, **call_kwargs)
         else:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Edit = Plan | Route | str
+Editing = Callable[[], AbstractContextManager[Any]]
+"""Returns a context inside which the model is edited."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -103,7 +105,7 @@ class Comparison:
 
 def compare_tokens(
     model: nn.Module,
-    other: nn.Module | Edit,
+    other: nn.Module | Edit | Editing,
     ids: torch.Tensor,
     mask: torch.Tensor,
     *,
@@ -116,7 +118,8 @@ def compare_tokens(
 
     Args:
         model: a causal language model: p.
-        other: another model with the same vocabulary, or an edit of `model` (a plan, its text or a route): q.
+        other: another model with the same vocabulary, or an edit of `model` (a plan, its text, a route, or a
+            function that returns a context in which the model is edited): q.
         ids: token ids, (sequences, length).
         mask: 1 for a token and 0 for padding, of the same shape.
         batch_size: number of sequences in one forward.
@@ -173,12 +176,14 @@ def _joined(rows: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _second_model(
-    model: nn.Module, other: nn.Module | Edit, blocks: str | None, contexts: ExitStack
-) -> tuple[nn.Module, Callable[[], AbstractContextManager[Any]]]:
+    model: nn.Module, other: nn.Module | Edit | Editing, blocks: str | None, contexts: ExitStack
+) -> tuple[nn.Module, Editing]:
     """Return the model that gives q, and a context manager to enter around each of its forwards."""
     if isinstance(other, nn.Module):
         contexts.enter_context(eval_no_grad(other))
         return other, nullcontext
+    if callable(other):
+        return model, other
     route = as_route(other, len(find_decoder_blocks(model, blocks).blocks))
     # Only a skipped branch needs the anatomy. Find it once, not in every batch.
     known_anatomy = None if all(visit.whole for visit in route) else anatomy(model, blocks=blocks)
