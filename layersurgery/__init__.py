@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from . import analyses, tasks
     from .analyses import rank
     from .analyses.analyze import analyze
+    from .analyses.heal_linear import heal_linear
     from .analyses.layer_pruning import Pruning
+    from .analyses.linear_healing import LinearHealing
     from .analyses.prune_run import prune
     from .analyses.search_run import Search, search
     from .checkpoints.edit_checkpoint import EditResult, edit_checkpoint
@@ -72,6 +74,7 @@ __all__ = [
     "EditResult",
     "FoldResult",
     "LayerSurgeryError",
+    "LinearHealing",
     "MeasurementError",
     "OutputError",
     "Plan",
@@ -95,6 +98,7 @@ __all__ = [
     "estimate",
     "fold",
     "heads_off",
+    "heal_linear",
     "insert_copy",
     "inspect",
     "load",
@@ -131,6 +135,7 @@ _LAZY = {
     "Comparison": "sweeps.compare",
     "EditResult": "checkpoints.edit_checkpoint",
     "FoldResult": "surgery.fold_norms",
+    "LinearHealing": "analyses.linear_healing",
     "Pruning": "analyses.layer_pruning",
     "Report": "reports.report",
     "Search": "analyses.search_run",
@@ -140,6 +145,7 @@ _LAZY = {
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "estimate": "runs.estimate",
     "fold": "surgery.fold_norms",
+    "heal_linear": "analyses.heal_linear",
     "inspect": "checkpoints.inspection",
     "load": "checkpoints.loading",
     "operate": "surgery.operate",

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..checkpoints.edit_checkpoint import EditResult
 from ..errors import PlanError, UnsupportedEditError
 from ..metrics.reference import METRICS
 from ..models.anatomy import Anatomy
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties to choose from, relative to the mean second moment of what the MLP adds."""
 _EVALUATED, _CHOOSING = 5, 5
+_BATCH_TOKENS = 1024
 _LEAST_SEQUENCES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A place where blocks were removed.
+    """Hold a place where blocks were removed.
 
     Attributes:
         position: position, in the edited model, of the block before the cut.
@@ -61,7 +63,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class LinearHealing:
-    """Linear maps that heal the cuts of an edited model.
+    """Hold the linear maps that heal the cuts of an edited model.
 
     Attributes:
         plan: the edits that remove blocks.
@@ -70,12 +72,14 @@ class LinearHealing:
             error of the stream behind the cut, before and after healing, on text that chose the ridge.
         costs: the metrics of the unedited, the edited and the healed model, with standard errors over sequences, on
             text that neither the fit nor the choice of the ridge has seen.
+        written: the healed checkpoint, if one was written.
     """
 
     plan: Plan
     maps: Mapping[int, tuple[OutputMap, ...]] = field(compare=False)
     cuts: pd.DataFrame = field(compare=False)
     costs: pd.DataFrame = field(compare=False)
+    written: EditResult | None = None
 
     @contextmanager
     def operate(self, model: nn.Module, *, anatomy: Anatomy | None = None) -> Iterator[nn.Module]:
@@ -102,20 +106,20 @@ def fit_linear_healing(
     plan: Plan | Route | str,
     text: TokenizedText,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     blocks: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LinearHealing:
     """Fit the linear maps that heal the cuts of an edited model, and measure the model with and without them.
 
-    Of every five sequences of the text, the last fifth of the text is only measured; of the others, every fifth chooses
-    the ridge and the rest is fitted.
+    The last fifth of the sequences is only measured. Of the others, every fifth chooses the ridge; the rest is fitted.
 
     Args:
         model: the unedited model; it is not changed.
         plan: the edits that remove blocks. The blocks that stay keep their order.
         text: the tokens, at least ten sequences.
-        batch_size: number of sequences in a batch.
+        batch_size: number of sequences in a batch; by default as many as have about 1,024 tokens, and one where all
+            logits are in memory.
         blocks: path of the list of blocks, if it cannot be found automatically.
         progress: called with what is done, how many sequences are done, and how many there are.
 
@@ -134,7 +138,7 @@ def fit_linear_healing(
             f"are {sequences}; give more text (tokens) or shorter sequences (context)"
         )
     seen = sequences - sequences // _EVALUATED
-    fit = _Fit(runner, route, text, seen, batch_size)
+    fit = _Fit(runner, route, text, seen, batch_size or max(1, _BATCH_TOKENS // text.ids.shape[1]))
     rows, maps = [], {}
     for number, cut in enumerate(cuts, 1):
         what = f"healing cut {number} of {len(cuts)}"
@@ -144,7 +148,7 @@ def fit_linear_healing(
             maps[cut.position] = chosen.maps
     table = pd.DataFrame(rows)
     healing = LinearHealing(_as_plan(plan, route), maps, table, pd.DataFrame())
-    costs = _costs(model, healing, text, seen, batch_size, known, progress)
+    costs = _costs(model, healing, text, seen, batch_size or 1, known, progress)
     return replace(healing, costs=costs)
 
 
@@ -178,14 +182,14 @@ def find_cuts(route: Route, depth: int) -> list[Cut]:
 
 @dataclass(frozen=True, slots=True)
 class _Chosen:
-    """The map of one cut, and its row in the table."""
+    """Hold the map of one cut, and its row in the table."""
 
     maps: tuple[OutputMap, ...]
     row: dict[str, float]
 
 
 class _Moments:
-    """Weighted second moments, in float64, of what an MLP adds (M) and of what is missing behind it (R)."""
+    """Sum weighted second moments, in float64, of what an MLP adds (M) and of what is missing behind it (R)."""
 
     def __init__(self, width: int) -> None:
         self.mm = torch.zeros(width, width, dtype=torch.float64)
@@ -219,7 +223,7 @@ class _Moments:
 
 
 class _Fit:
-    """Fits one cut after another; the stream before a cut is that of the model with the earlier cuts healed."""
+    """Fit one cut after another; the stream before a cut is that of the model with the earlier cuts healed."""
 
     def __init__(self, runner: BlockRunner, route: Route, text: TokenizedText, seen: int, batch_size: int) -> None:
         self.runner, self.route, self.text, self.seen, self.batch_size = runner, route, text, seen, batch_size

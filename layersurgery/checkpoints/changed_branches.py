@@ -24,6 +24,7 @@ from ..models.block_weights import BlockWeights, WeightChange
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
+from ..models.output_maps import OutputMap, OutputMaps
 from ..plans.route import Route
 from ..plans.visit import Branch
 from .checkpoint import Checkpoint
@@ -85,6 +86,42 @@ def changed_tensors(
     return changed
 
 
+def add_maps(
+    changed: ChangedTensors,
+    checkpoint: Checkpoint,
+    block_list: BlockList,
+    tensor_names: TensorNames,
+    route: Route,
+    maps: OutputMaps,
+) -> ChangedTensors:
+    """Add linear maps of what branches add to the tensors that change.
+
+    Args:
+        changed: the tensors that change for another reason, as `changed_tensors` returns them.
+        checkpoint: the source.
+        block_list: the blocks of the model that it is loaded as.
+        tensor_names: the tensors of each of their parameters.
+        route: the source's blocks in their new order.
+        maps: the maps, by position in the route.
+
+    Raises:
+        UnsupportedEditError: the tensors of a parameter cannot be found, or hold no plain numbers.
+    """
+    infos = dict(checkpoint.tensors.tensors())
+    both = {position: dict(tensors) for position, tensors in changed.items()}
+    for position, output_maps in maps.items():
+        block = route[position].block
+        for output_map in output_maps:
+            for rest in _tensors_of(tensor_names, block, output_map.parameter):
+                info = infos[checkpoint.block_prefix.join(block, rest)]
+                parameter = block_list.blocks[block].get_parameter(output_map.parameter)
+                _check_layout(info, rest, parameter, [output_map])
+                if rest in both.setdefault(position, {}):
+                    raise UnsupportedEditError(f"the plan changes {rest} of block {block}, so no map is folded into it")
+                both[position][rest] = partial(_recode, info=info, changes=[output_map])
+    return both
+
+
 def _tensors_of(tensor_names: TensorNames, block: int, parameter: str) -> tuple[str, ...]:
     """Return the tensors of a parameter.
 
@@ -100,21 +137,26 @@ def _tensors_of(tensor_names: TensorNames, block: int, parameter: str) -> tuple[
     return names
 
 
-def _check_layout(info: TensorInfo, name: str, parameter: nn.Parameter, changes: Sequence[WeightChange]) -> None:
+def _check_layout(
+    info: TensorInfo, name: str, parameter: nn.Parameter, changes: Sequence[WeightChange | OutputMap]
+) -> None:
     """Refuse a tensor that does not hold the parameter's numbers as they are."""
     if info.dtype not in _DTYPES:
         raise UnsupportedEditError(
             f"{name} has the data type {info.dtype}, of which no other numbers can be written; scale or turn off parts "
             f"of a checkpoint in {', '.join(_DTYPES)}"
         )
+    is_expert = info.shape == tuple(parameter.shape)[1:] and len({*info.shape}) == len(info.shape) > 1
+    if is_expert and all(isinstance(change, OutputMap) for change in changes):
+        return
     if info.shape != tuple(parameter.shape) and not all(change.is_product for change in changes):
         raise UnsupportedEditError(
             f"{name} has the shape {info.shape}, and is loaded into a parameter of shape {tuple(parameter.shape)}, so "
-            "the place of its heads or neurons is not known"
+            "the place of its heads, neurons or channels is not known"
         )
 
 
-def _recode(data: bytearray, *, info: TensorInfo, changes: Sequence[WeightChange]) -> bytes:
+def _recode(data: bytearray, *, info: TensorInfo, changes: Sequence[WeightChange | OutputMap]) -> bytes:
     """Return the bytes of a tensor with its changes."""
     weight = torch.frombuffer(data, dtype=_DTYPES[info.dtype]).reshape(info.shape)
     for change in changes:

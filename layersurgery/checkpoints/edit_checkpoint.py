@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..atomic_io import atomic_directory, check_output
 from ..errors import PlanError, warn
@@ -27,6 +27,9 @@ from .prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from .shard_writer import Progress, shard_writer
 from .sources import Source, find_source
 from .tensor_index import INDEX
+
+if TYPE_CHECKING:
+    from ..models.output_maps import OutputMaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def edit_checkpoint(
     verify: bool = True,
     blocks: str | None = None,
     progress: Progress | None = None,
+    maps: OutputMaps | None = None,
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
@@ -84,6 +88,7 @@ def edit_checkpoint(
             needs neither.
         blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically.
         progress: called repeatedly with the number of bytes written since the last call, by one thread at a time.
+        maps: linear maps of what branches add, by the position in the route, as in `LinearHealing.maps`.
 
     Returns:
         The directory, and how it was made.
@@ -107,7 +112,7 @@ def edit_checkpoint(
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    planned = plan_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify)
+    planned = plan_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify, maps=maps)
 
     def check() -> PreparedEdit:
         prepared = check_edit(planned)
@@ -169,6 +174,7 @@ def write_edit(
             planned.route,
             planned.checkpoint.depth,
             verified=planned.verify,
+            healed=[planned.route[position].block for position in planned.maps],
             notes=prepared.notes,
         )
         _write_text(directory / "README.md", card)

@@ -16,7 +16,14 @@ _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 def model_card(
-    source: Source, plan: Plan, route: Route, depth: int, *, verified: bool, notes: Sequence[str] = ()
+    source: Source,
+    plan: Plan,
+    route: Route,
+    depth: int,
+    *,
+    verified: bool,
+    healed: Sequence[int] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the text of the output's README.md, with the metadata block that the Hub reads."""
     from huggingface_hub import ModelCardData
@@ -31,6 +38,12 @@ def model_card(
     origin = source.label if source.on_hub else Path(source.label).expanduser().resolve().name
     revision = f" at revision `{source.revision}`" if source.revision else ""
     check = "passed" if verified else "not run"
+    maps = (
+        f"{chr(10)}A linear map, fitted by least squares and without training, is folded into the output projection of "
+        f"the MLP{chr(10)}of the source's block{'s'[: len(healed) != 1]} {', '.join(map(str, healed))}.{chr(10)}"
+        if healed
+        else ""
+    )
     return f"""---
 {ModelCardData(**metadata).to_yaml(original_order=list(metadata))}
 ---
@@ -49,7 +62,7 @@ trained; the layers were rearranged as follows.
 
 The route lists the blocks of the source model in the order in which this model runs them. Ranges exclude their end.
 `-attn` or `-mlp` marks a block whose attention or MLP output projection is set to zero.
-{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
+{maps}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
 
 
 def _inline_code(text: str) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..models.block_list import BlockList
+    from ..models.output_maps import OutputMaps
     from .tensor_names import TensorNames
 
 
@@ -54,6 +55,7 @@ class PlannedEdit:
         other_files: the other files by their path in the directory, with their new content as JSON, or None for a copy.
         verify: whether `check_edit` runs the reload check.
         notes: what users of the source or of the result should know.
+        maps: linear maps of what branches add, by the position in the route.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +67,7 @@ class PlannedEdit:
     other_files: Mapping[Path, Any]
     verify: bool
     notes: tuple[str, ...] = ()
+    maps: OutputMaps = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +77,7 @@ class PlannedEdit:
     @property
     def settled_shards(self) -> list[Shard]:
         """Return the safetensors files that `check_edit` cannot change: those without a block with a changed branch."""
-        changed = {position for position, visit in enumerate(self.route) if not visit.whole}
+        changed = {position for position, visit in enumerate(self.route) if not visit.whole} | {*self.maps}
         prefix = self.checkpoint.block_prefix
         return [
             shard
@@ -98,7 +101,9 @@ class PreparedEdit:
     notes: tuple[str, ...] = ()
 
 
-def plan_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> PlannedEdit:
+def plan_edit(
+    checkpoint: Checkpoint, plan: Plan, *, verify: bool = True, maps: OutputMaps | None = None
+) -> PlannedEdit:
     """Compute what the files alone decide of an edited checkpoint, and refuse what they alone forbid.
 
     This is quick, and needs neither torch nor transformers. Nothing is written.
@@ -107,6 +112,7 @@ def plan_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Pla
         checkpoint: the source.
         plan: the edits.
         verify: run the reload check in `check_edit`.
+        maps: linear maps of what branches add, by the position in the route.
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
@@ -140,7 +146,7 @@ def plan_edit(checkpoint: Checkpoint, plan: Plan, *, verify: bool = True) -> Pla
         if left_out
         else ()
     )
-    return PlannedEdit(checkpoint, plan, route, positions, config, layout, files, verify, notes)
+    return PlannedEdit(checkpoint, plan, route, positions, config, layout, files, verify, notes, maps or {})
 
 
 def check_edit(planned: PlannedEdit) -> PreparedEdit:
@@ -158,7 +164,7 @@ def check_edit(planned: PlannedEdit) -> PreparedEdit:
     config = _derive_config(planned)
     blocks = _check_reload(checkpoint, config, route) if planned.verify else None
     layout = planned.layout
-    if changed := _find_changed_tensors(checkpoint, route, blocks):
+    if changed := _find_changed_tensors(checkpoint, route, blocks, planned.maps):
         layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, planned.positions, changed)
     model_type = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}["model_type"]
     readers = describe_position_readers(str(model_type), checkpoint.section.get_fields(config), len(route))
@@ -275,23 +281,24 @@ def _derive_config(planned: PlannedEdit) -> Json:
 
 
 def _find_changed_tensors(
-    checkpoint: Checkpoint, route: Route, blocks: tuple[nn.Module, BlockList, TensorNames] | None
+    checkpoint: Checkpoint, route: Route, blocks: tuple[nn.Module, BlockList, TensorNames] | None, maps: OutputMaps
 ) -> ChangedTensors:
-    """Return the tensors whose bytes change, at each position where a branch is skipped, scaled or partly off.
+    """Return the tensors whose bytes change, at each position where a branch is changed.
 
     Args:
         checkpoint: the source.
         route: the source's blocks in their new order.
         blocks: what `_match_blocks` returns, if it has been called already.
+        maps: linear maps of what branches add, by the position in the route.
     """
-    if all(visit.whole for visit in route):
+    if all(visit.whole for visit in route) and not maps:
         return {}
     from ..models.meta_model import build_meta_model
-    from .changed_branches import changed_tensors
+    from .changed_branches import add_maps, changed_tensors
 
     blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
     changed = changed_tensors(checkpoint, *blocks, route)
     packed = bool(quantization_methods(checkpoint))
     for position, tensors in changed.items():
         check_zeros_mean_zero(checkpoint, route[position].block, tensors.keys(), blocks[1:], packed=packed)
-    return changed
+    return add_maps(changed, checkpoint, *blocks[1:], route, maps)

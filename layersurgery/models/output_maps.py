@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,8 @@ class OutputMap:
 
     Attributes:
         parameter: its name, relative to the block.
-        dim: dimension along which the parameter writes the stream.
+        dim: dimension along which the parameter writes the stream, counted from the last one (-1), since a file may
+            hold each expert of a parameter by itself.
         delta: float64, (width, width).
     """
 
@@ -45,6 +47,10 @@ class OutputMap:
         if not bool(changed.isfinite().all()) and bool(weight.isfinite().all()):
             raise PlanError(f"a linear map makes numbers of {self.parameter} too large for its data type")
         return changed.contiguous().to(weight.device)
+
+
+OutputMaps = Mapping[int, Sequence[OutputMap]]
+"""Maps of what branches add, by the position of their block in an edited model."""
 
 
 def find_output_maps(
@@ -77,7 +83,7 @@ def find_output_maps(
         owner, parameter = probe.block.get_submodule(path), probe.block.get_parameter(output)
         if not parameter.is_floating_point() or is_quantized(owner):
             raise UnsupportedEditError(f"{refusal}: {output} is quantized")
-        dims[output] = 0 if parameter.dim() == 1 else output_dim(owner, key, width)
+        dims[output] = (0 if parameter.dim() == 1 else output_dim(owner, key, width)) - parameter.dim()
     generator = torch.Generator().manual_seed(5)
     trial = torch.randn(width, width, generator=generator, dtype=torch.float64) * (_TRIAL_SIZE / width**0.5)
     whole, without = probe.run(), probe.without(skips)
@@ -90,7 +96,7 @@ def find_output_maps(
     return tuple(OutputMap(output, dim, delta) for output, dim in dims.items())
 
 
-def install_maps(block: nn.Module, maps: list[OutputMap] | tuple[OutputMap, ...]) -> None:
+def install_maps(block: nn.Module, maps: Sequence[OutputMap]) -> None:
     """Replace parameters of `block`, which must be a view or be edited for good, by new ones with the maps applied."""
     for output_map in maps:
         path, _, key = output_map.parameter.rpartition(".")
