@@ -15,6 +15,7 @@ import typer
 
 from . import options as o
 from .analysis_app import add_analyses
+from .heal_app import add_healing
 from .terminal.console import Commands, Console
 
 if TYPE_CHECKING:
@@ -439,6 +440,7 @@ def demo(
 
 
 add_analyses(app)
+add_healing(app)
 
 
 def _join_blocks(layer: list[str] | None, layers: str | None) -> str:

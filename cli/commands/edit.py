@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -19,6 +19,9 @@ from layersurgery.plans.plan import Plan
 from layersurgery.units import format_bytes
 
 from ..terminal.console import Console
+
+if TYPE_CHECKING:
+    from layersurgery.models.output_maps import OutputMaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,22 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, con
 
 
 def write_edits(
-    plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console
+    plans: Mapping[str | None, Plan],
+    model: str,
+    options: EditOptions,
+    console: Console,
+    maps: OutputMaps | None = None,
 ) -> tuple[list[EditResult], Source]:
     """Write an edited checkpoint for each plan.
 
     All plans are checked before the first checkpoint is complete.
+
+    Args:
+        plans: the plans, by the names of the outputs; None for the output of the options.
+        model: the model's name.
+        options: where and how to write.
+        console: where to print.
+        maps: linear maps that heal the model, by the position in the route.
 
     Returns:
         The results, in the order of the plans, and the model's files.
@@ -67,7 +81,7 @@ def write_edits(
     for name, plan in plans.items():
         route = plan.route(checkpoint.depth)
         console.log(f"{f'{name}: ' if name else ''}{plan}  ->  {route}")
-        planned_edits[name] = plan_edit(checkpoint, plan, verify=options.verify)
+        planned_edits[name] = plan_edit(checkpoint, plan, verify=options.verify, maps=maps)
 
     @cache
     def check_all() -> dict[str | None, PreparedEdit]:

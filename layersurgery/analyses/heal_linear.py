@@ -6,18 +6,21 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..atomic_io import check_output
 from ..checkpoints.edit_checkpoint import edit_checkpoint
-from ..errors import PlanError
+from ..errors import MeasurementError, PlanError
 from ..plans.plan import Plan
 from ..runs.open_text import open_text
 from ..runs.options import SWEEP_ONLY, RunOptions
 from ..runs.requests import read_given_text
 from .linear_healing import LinearHealing, fit_linear_healing
+from .plan_run import check_target
+
+if TYPE_CHECKING:
+    from ..runs.session import ModelSession
 
 
 def heal_linear(
@@ -78,18 +81,10 @@ def heal_linear(
     run_options = RunOptions.of(options)
     run_options.refuse(["schedule", "compile", "per_token", *SWEEP_ONLY], "is not for heal_linear")
     run_options, given = read_given_text(text, run_options, attention_mask)
-    with open_text(model, given, run_options) as (session, loaded, tokens):
+    with open_text(model, given, run_options) as (session, _loaded, _tokens):
         if output is not None:
-            source = session.model.source
-            check_output(Path(output), None if source is None else source.directory, overwrite=overwrite)
-        healing = fit_linear_healing(
-            loaded,
-            plan,
-            tokens,
-            batch_size=run_options.batch_size,
-            blocks=run_options.blocks,
-            progress=progress,
-        )
+            check_target(session, Path(output), overwrite=overwrite)
+        healing = heal_session(session, plan, progress)
         if output is None:
             return healing
     written = edit_checkpoint(
@@ -102,3 +97,27 @@ def heal_linear(
         maps=healing.maps,
     )
     return replace(healing, written=written)
+
+
+def heal_session(
+    session: ModelSession, plan: Plan, progress: Callable[[str, int, int], None] | None = None
+) -> LinearHealing:
+    """Fit the maps that heal a session's model, on its text.
+
+    Args:
+        session: the model and the text.
+        plan: the edits that remove blocks.
+        progress: called with what is done, how much of it, and how much there is in total.
+
+    Raises:
+        PlanError: a plan that removes nothing, or too little text.
+        UnsupportedEditError: the model cannot be healed in this way.
+        MeasurementError: several processes run.
+    """
+    if session.group.size > 1:
+        raise MeasurementError("linear healing is fitted by one process; run the command without a launcher")
+    options = session.options
+    text, model = session.texts.text, session.model.load()
+    return fit_linear_healing(
+        model, plan, text, batch_size=options.batch_size, blocks=options.blocks, progress=progress
+    )

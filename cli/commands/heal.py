@@ -1,0 +1,101 @@
+"""Run `layersurgery heal-linear`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from layersurgery.plans.plan import Plan
+from layersurgery.quick_imports import quick_imports
+
+from ..terminal.console import Console
+from .edit import EditOptions, as_json, describe_result, write_edits
+
+if TYPE_CHECKING:
+    from layersurgery.analyses.linear_healing import LinearHealing
+    from layersurgery.runs.options import RunOptions
+    from layersurgery.runs.session import ModelSession
+
+
+def run_heal_linear(
+    model: str,
+    plan: Plan,
+    options: RunOptions,
+    output: Path | None,
+    link: bool,
+    verify: bool,
+    overwrite: bool,
+    console: Console,
+) -> None:
+    """Fit the maps, print what they change, and write the healed checkpoint."""
+    with quick_imports():
+        from layersurgery.analyses.heal_linear import heal_session
+        from layersurgery.analyses.linear_healing import find_cuts
+        from layersurgery.analyses.plan_run import check_target
+        from layersurgery.runs.processes import run_session
+
+    def lead(session: ModelSession) -> tuple[Path, LinearHealing]:
+        find_cuts(plan.route(session.model.depth), session.model.depth)
+        out = output or Path(f"{session.model.name}-{plan.slug}-healed")
+        check_target(session, out, overwrite=overwrite)
+        return out, heal_session(session, plan, _progress(console))
+
+    done = run_session(model, options, lead, reporter=console)
+    if done is None:
+        return
+    out, healing = done
+    edit_options = EditOptions(out, overwrite, link, verify, options.revision, options.blocks)
+    [result], source = write_edits({None: plan}, model, edit_options, console, healing.maps)
+    value = {
+        **as_json(result, source.label, source.revision),
+        "cuts": json.loads(healing.cuts.to_json(orient="records", double_precision=15)),
+        "costs": json.loads(healing.costs.to_json(orient="records", double_precision=15)),
+    }
+    console.result(value, *healing_lines(healing), *map(escape, describe_result(result)))
+
+
+def healing_lines(healing: LinearHealing) -> Iterator[Any]:
+    """Yield a table of the unedited, the edited and the healed model, and what was fitted in words."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("model", "KL", "loss", "ppl.", "agree"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in healing.costs.to_dict("records"):
+        perplexity = math.exp(min(row["loss_nats"], 700))
+        numbers = f"{row['kl_nats']:.3f}", f"{row['loss_nats']:.3f}", f"{perplexity:.4g}"
+        table.add_row(row["model"], *numbers, f"{100 * row['agreement']:.1f} %")
+    yield table
+    unedited, edited, healed = (healing.costs.iloc[number] for number in range(3))
+    yield (
+        f"\n[bold]KL {edited.kl_nats:.3g} nats after the cut, {healed.kl_nats:.3g} healed[/]; loss "
+        f"{edited.loss_nats:.4g} and {healed.loss_nats:.4g}, unedited {unedited.loss_nats:.4g} "
+        f"({int(healed.tokens):,} tokens that the fit has not seen)"
+    )
+    for cut in healing.cuts.itertuples():
+        yield _describe_cut(cut)
+
+
+def _describe_cut(cut: Any) -> str:
+    where = f"Block {cut.block}, before the cut of {cut.removed}:"
+    if cut.ridge == float("inf"):
+        return f"{where} no map lowers the error on other text, so the block is as it was"
+    return (
+        f"{where} error of the stream behind the cut {cut.error_before:.3f} before, {cut.error_after:.3f} after "
+        f"(ridge {cut.ridge:g})"
+    )
+
+
+def _progress(console: Console) -> Any:
+    said: set[str] = set()
+
+    def progress(what: str, _done: int, _total: int) -> None:
+        if what not in said:
+            said.add(what)
+            console.log(f"{what[0].upper()}{what[1:]}")
+
+    return progress
