@@ -210,7 +210,7 @@ class BlockWeights:
         argument = calls[0].hidden_states_argument() if len(calls) == 1 else None
         if argument is None or calls[0][argument].shape[-1] != inputs:
             raise self._refuse(what, f"{names[0]} is not used as one linear map")
-        count = inputs if branch == "mlp" else self._count_heads(seen, calls[0][argument])
+        count = inputs if branch == "mlp" else self._count_heads(seen.outputs, path, calls[0][argument])
         layout = _UnitLayout(names[0], dim, count, inputs // count)
         # Every second unit: a single one may be zero on random numbers, for example after a ReLU.
         change = WeightChange(names[0], units=tuple(range(0, count, 2)), unit_size=layout.size, dim=dim)
@@ -247,18 +247,38 @@ class BlockWeights:
         install_skips(edited, skips)
         return is_same_change(self._probe.run(edited), expected, before, tolerance("fit", expected.dtype))
 
-    def _count_heads(self, seen: _FourDimensional, projected: torch.Tensor) -> int:
-        """Return the number of heads whose outputs, side by side, are the input of the output projection."""
-        counts = {
-            heads for heads, outputs in seen.by_heads(projected.shape[-1]) if torch.equal(outputs, projected.flatten())
-        }
+    def _count_heads(self, outputs: Sequence[torch.Tensor], path: str, projected: torch.Tensor) -> int:
+        """Return the number of heads whose outputs, side by side, are the input of the output projection.
+
+        A gate may multiply them on the way. So the block is run with zeros in the place of one head's output: only the
+        numbers of that head may change, and they must become zero.
+        """
+        counts: set[int] = set()
+        for number, output in enumerate(outputs):
+            for dim in (1, 2):
+                heads = output.shape[dim]
+                if output.shape[3 - dim] != TOKENS or output.numel() != projected.numel() or heads == 1:
+                    continue
+                by_head = projected.reshape(*projected.shape[:-1], heads, -1)
+                if all(self._silences(path, number, dim, head, by_head) for head in (0, heads - 1)):
+                    counts.add(heads)
         if len(counts) != 1:
             raise self._refuse(
                 "single heads",
-                "what its attention projects into the stream is not the outputs of heads side by side (a gate, or a "
-                "mixer without heads)",
+                "what its attention projects into the stream is not the outputs of heads side by side (a mixer without "
+                "heads, or a single head)",
             )
         return counts.pop()
+
+    def _silences(self, path: str, number: int, dim: int, head: int, by_head: torch.Tensor) -> bool:
+        """Return whether zeros at one head of a tensor give zeros at the same head of the projection's input only."""
+        with _FourDimensional(number, dim, head):
+            (call,) = self._probe.calls([path])
+        argument = call.hidden_states_argument()
+        assert argument is not None
+        found = call[argument].reshape(by_head.shape)
+        expected = by_head.index_fill(-2, torch.tensor([head], device=by_head.device), 0)
+        return torch.equal(found, expected) and not torch.equal(found, by_head)
 
 
 class _WithoutInputs(ModuleWrapper):
@@ -271,27 +291,26 @@ class _WithoutInputs(ModuleWrapper):
 
 
 class _FourDimensional(TorchFunctionMode):
-    """Context that keeps every tensor of four dimensions that functions of torch return or are given."""
+    """Context that keeps every tensor of four dimensions that functions of torch return.
 
-    def __init__(self) -> None:
+    Args:
+        number: number of the tensor, in this order, that gets zeros; None for no tensor.
+        dim: its dimension of heads.
+        head: the head at which it gets zeros.
+    """
+
+    def __init__(self, number: int | None = None, dim: int = 0, head: int = 0) -> None:
         super().__init__()
-        self.tensors: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
+        self._number, self._dim, self._head = number, dim, head
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for value in (output, *args[:1]):
-            if isinstance(value, torch.Tensor) and value.dim() == 4 and TOKENS in value.shape[1:3]:
-                self.tensors.append(value.detach().clone())
+        if isinstance(output, torch.Tensor) and output.dim() == 4 and TOKENS in output.shape[1:3]:
+            if len(self.outputs) == self._number:
+                output = output.index_fill(self._dim, torch.tensor([self._head], device=output.device), 0)
+            self.outputs.append(output.detach().clone())
         return output
-
-    def by_heads(self, inputs: int) -> Iterable[tuple[int, torch.Tensor]]:
-        """Yield numbers of heads, and the outputs of the heads side by side for each token, as one row of numbers."""
-        for value in self.tensors:
-            if value.numel() == TOKENS * inputs:
-                if value.shape[1] == TOKENS:
-                    yield value.shape[2], value.flatten()
-                if value.shape[2] == TOKENS:
-                    yield value.shape[1], value.transpose(1, 2).flatten()
 
 
 class ModelWeights:

@@ -30,8 +30,7 @@ BRANCH_EDITS = ["scale-attention 2 0.5", "scale-mlp 2 -1.5", "scale 2 0.5", "hea
 _SCALES, _HEADS, _NEURONS = BRANCH_EDITS[:3], BRANCH_EDITS[3:4], BRANCH_EDITS[4:]
 _NO_HEADS, _EXPERTS = "is not the outputs of heads side by side", "its mlp has experts, or several output projections"
 _MIXERS = (
-    "mamba", "mamba2", "falcon_mamba", "jamba", "qwen3_next", "lfm2", "lfm2_moe", "bamba", "granitemoehybrid",
-    "qwen3_5_text", "olmo_hybrid", "afmoe",
+    "mamba", "mamba2", "falcon_mamba", "jamba", "lfm2", "lfm2_moe", "bamba", "granitemoehybrid",
 )  # fmt: skip
 _MIXTURES = (
     "mixtral", "qwen2_moe", "gpt_oss", "olmoe", "deepseek_v3", "granitemoe", "qwen3_next", "glm4_moe", "minimax_m2",

@@ -241,3 +241,23 @@ def test_blocks_of_one_kind_may_have_other_numbers_of_heads() -> None:
         ls.operate(model, "heads-off 2 of 3"),
     ):
         pytest.fail("operated")
+
+
+@pytest.mark.parametrize(("name", "block"), [("afmoe", 2), ("qwen3_next", 2)])
+def test_heads_behind_a_gate_are_columns_of_the_output_projection(name: str, block: int) -> None:
+    model = tiny_model(name)
+    attention: Any = blocks_of(model)[block].get_submodule("self_attn")
+    size = model.config.head_dim
+
+    def without_head_1(_module: Any, args: Any) -> Any:
+        hidden = args[0].clone()
+        hidden[..., size : 2 * size] = 0
+        return (hidden,)
+
+    handle = attention.o_proj.register_forward_pre_hook(without_head_1)
+    meant = logits_of(model, tokens())
+    handle.remove()
+    with ls.operate(model, f"heads-off 1 of {block}"):
+        found = logits_of(model, tokens())
+    torch.testing.assert_close(found, meant, rtol=0, atol=1e-6)
+    assert not torch.equal(found, logits_of(model, tokens()))
