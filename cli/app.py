@@ -80,7 +80,7 @@ def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
         ]
     )
     command.__doc__ = build.__doc__
-    return app.command(build.__name__, rich_help_panel=_EDIT)(o.expand(command))
+    return app.command(build.__name__.replace("_", "-"), rich_help_panel=_EDIT)(o.expand(command))
 
 
 def _write_edit(
@@ -140,6 +140,18 @@ def repeat(
 ) -> Plan:
     """Run a block, or a span as a unit, several times."""
     return _parse_plan("repeat", f"{_join_blocks(layer, layers)}{' each' * each} x{times}")
+
+
+@_edit_command
+def insert_copy(
+    layer: o.Layer,
+    after: Annotated[int | None, typer.Option("--after", help="Insert it directly after this block.")] = None,
+    before: Annotated[int | None, typer.Option("--before", help="Insert it directly before this block.")] = None,
+) -> Plan:
+    """Insert a copy of a block with zero output projections: the model computes the same, and is deeper."""
+    from layersurgery.plans import plan
+
+    return plan.insert_copy(layer, after=after, before=before)
 
 
 @_edit_command

@@ -81,6 +81,9 @@ def changed_tensors(
             of_parameter = tuple(group)
             for rest in _tensors_of(tensor_names, visit.block, name):
                 info = infos[checkpoint.block_prefix.join(visit.block, rest)]
+                if all(not change.factor and not change.offset for change in of_parameter):
+                    tensors[rest] = None
+                    continue
                 _check_layout(info, rest, module.get_parameter(name), of_parameter)
                 tensors[rest] = partial(_recode, info=info, changes=of_parameter)
     return changed

@@ -53,6 +53,26 @@ def share_parameters(block: nn.Module) -> nn.Module:
     return copies[id(block)]
 
 
+def own_parameters(block: nn.Module) -> None:
+    """Give a view of a block copies of all its parameters and buffers, so that training it changes no other block.
+
+    Raises:
+        UnsupportedEditError: a weight is offloaded, so it has no values to copy.
+    """
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter.is_meta:
+                raise UnsupportedEditError(
+                    f"{name} is offloaded, and a copy needs its values; load the model without offloading, or edit the "
+                    "checkpoint on disk"
+                )
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+
+
 def _check_copyable(module: nn.Module) -> None:
     """Refuse a module with a replaced forward that cannot be bound to a copy, or one sharded by FSDP."""
     forward = without_nnsight(module).get("forward")

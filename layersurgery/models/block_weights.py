@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError, UnsupportedEditError
-from ..plans.visit import Branch, Visit
+from ..plans.visit import BRANCHES, Branch, Visit
 from .anatomy import Anatomy
 from .block_parts import BlockParts
 from .block_probe import BlockProbe, record_block
@@ -68,6 +68,8 @@ class WeightChange:
         Raises:
             PlanError: the factor makes a finite number infinite.
         """
+        if not self.factor:  # also of numbers that are infinite
+            return torch.full_like(weight, -self.offset if self.offset else 0.0)
         exact = torch.promote_types(weight.dtype, torch.float32)
         changed = ((weight.to(exact) + self.offset) * self.factor - self.offset).to(weight.dtype)
         if self.factor != 1 and bool((weight.isfinite() & ~changed.isfinite()).any()):
@@ -120,6 +122,7 @@ class BlockWeights:
         self._probe, self.parts, self._name = probe, parts, name
         self._scaled = cache(self._find_scaled)
         self._layout = cache(self._find_layout)
+        self._zeroed = cache(self._find_zeroed)
 
     def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
         """Return the changes of a visit's weights, in the order in which to make them.
@@ -129,8 +132,9 @@ class BlockWeights:
             PlanError: the block does not have a head or neuron of a number.
         """
         changes: list[WeightChange] = []
-        branches: tuple[Branch, ...] = ("attention", "mlp")
-        for branch in branches:
+        if visit.zeroed:
+            return tuple(change for branch in BRANCHES if self._has(branch) for change in self._zeroed(branch))
+        for branch in BRANCHES:
             if units := visit.units_off(branch):
                 layout = self._layout(branch)
                 if units[-1] >= layout.count:
@@ -187,6 +191,26 @@ class BlockWeights:
             if self._is_changeable(candidate) and self._gives(changes, expected, probe.stream, others):
                 return tuple(candidate)
         raise self._refuse(f"the {branch}", "no weights were found that scale what it adds to the stream")
+
+    def _has(self, branch: Branch) -> bool:
+        """Return whether the block has a branch; refuse a block that is not known to be a sum of its branches."""
+        return bool(self.parts.skip_error or self.parts.skips(branch))
+
+    def _find_zeroed(self, branch: Branch) -> tuple[WeightChange, ...]:
+        """Return the changes after which a branch adds nothing, but can be trained.
+
+        They are zeros in the output projection; or in the norm behind it, because the gradient of a norm of zeros is
+        very large.
+        """
+        probe, skips = self._probe, self._check_branch(branch)
+        has_norm = any(skip.path in self.parts.norms_after for skip in skips)
+        found = self._scaled(branch) if has_norm else [(name, 0.0) for name in self.parts.outputs(branch)]
+        changes = tuple(WeightChange(name, 0.0, offset) for name, offset in found)
+        if not changes or not self._is_changeable(found):
+            raise self._refuse(f"the {branch}", "its output projection is quantized, or is not known")
+        if not self._gives(changes, probe.without(skips), probe.run(), ()):
+            raise self._refuse(f"the {branch}", "zeros in its output projection do not remove what it adds")
+        return changes
 
     def _find_layout(self, branch: Branch) -> _UnitLayout:
         """Return where the heads or neurons of a branch are in the weight that writes the stream."""

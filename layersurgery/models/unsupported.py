@@ -86,8 +86,6 @@ def _refuse_visit(visit: Visit, *, live: bool) -> None:
         raise UnsupportedEditError(f"{visit}: blocks of another source cannot be used {where}")
     if visit.mean:
         raise UnsupportedEditError(f"{visit}: a mean in the place of a branch cannot be expressed {where}")
-    if visit.zeroed:
-        raise UnsupportedEditError(f"{visit}: a copy with zero output projections cannot be made {where}")
     if visit.start:
         raise UnsupportedEditError(f"{visit}: a change of some tokens only cannot be expressed {where}")
     if visit.parallel or visit.divisor != 1:

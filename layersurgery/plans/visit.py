@@ -117,8 +117,8 @@ class Visit:
 
     @property
     def skipped(self) -> tuple[Branch, ...]:
-        """Return the branches that add nothing, for all tokens or from `start` on."""
-        return tuple(branch for branch in BRANCHES if not self.factor(branch) and branch not in self.mean)
+        """Return the branches that add nothing, for all tokens or from `start` on; none in a copy with zero weights."""
+        return tuple(branch for branch in BRANCHES if not (self.factor(branch) or self.zeroed or branch in self.mean))
 
     @property
     def skips_only(self) -> bool:
@@ -167,8 +167,7 @@ class Visit:
     def suffix(self) -> str:
         """Return what the text of the visit has behind the block, such as "", "-attn", "@base" or "[mlp*0.5]"."""
         text = f"@{self.source}" * bool(self.source)
-        if not self.zeroed:
-            text += "".join(f"-{_SHORT[branch]}" for branch in self.skipped)
+        text += "".join(f"-{_SHORT[branch]}" for branch in self.skipped)
         words = ["zeroed"] * self.zeroed + [f"{_SHORT[branch]}=mean" for branch in self.mean]
         words += (
             f"{_SHORT[branch]}*{factor_text(factor)}"

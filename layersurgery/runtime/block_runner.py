@@ -165,6 +165,8 @@ class BlockRunner:
             stream: the stream before it.
             block: the module to run, if it is not that of the visit.
         """
+        if visit.zeroed:
+            return stream
         convention = self.conventions[visit.block]
         is_temporary, block = block is not None or not visit.skips_only, block or self.block(visit)
         args, kwargs = record.arguments[visit.block]

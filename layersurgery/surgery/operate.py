@@ -22,7 +22,7 @@ from ..models.anatomy import Anatomy, block_signature
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, find_decoder_blocks, text_config
 from ..models.block_probe import unpack_weights
-from ..models.block_view import check_positions, clone_in_state_dict, share_parameters
+from ..models.block_view import check_positions, clone_in_state_dict, own_parameters, share_parameters
 from ..models.block_weights import ModelWeights, WeightChange, install_changes
 from ..models.config_fields import depth_field
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
@@ -120,7 +120,8 @@ def operate_(
 
     It remains an ordinary transformers model that generates, trains, saves and reloads.
 
-    Repeated blocks share their parameters, so their gradients add up; in a saved checkpoint, each has its own copy. A
+    Repeated blocks share their parameters, so their gradients add up; in a saved checkpoint, each has its own copy. The
+    copies of `insert_copy` have parameters of their own, so that they can be trained alone. A
     skipped branch keeps its weights, and is saved with output projections of zeros.
 
     Args:
@@ -147,7 +148,7 @@ def operate_(
         30
     """
     before = config_dict(model) if verify else None
-    surgery = Surgery(model, plan, blocks=blocks)
+    surgery = Surgery(model, plan, blocks=blocks, permanent=True)
     try:
         surgery.apply(anatomy, verify=verify)
         if before is not None:
@@ -166,8 +167,10 @@ def operate_(
 class Surgery:
     """One edit of a model in memory that can be undone."""
 
-    def __init__(self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None, permanent: bool = False
+    ) -> None:
+        self.model, self.permanent = model, permanent
         refuse_architecture(refusal_fields(text_config(model)))  # a looped model may have several lists, or none
         self.block_list = find_decoder_blocks(model, blocks)
         self.original = list(self.block_list.blocks)
@@ -229,6 +232,8 @@ class Surgery:
             block = self.original[visit.block]
             if position not in original_positions:
                 block = share_parameters(block)
+                if visit.zeroed and self.permanent:
+                    own_parameters(block)
                 weights, skips = changed.get(visit, ((), ()))
                 install_changes(block, weights)
                 install_skips(block, skips)

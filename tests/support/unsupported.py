@@ -75,3 +75,14 @@ WRONG_WITH_BEAMS = {
     **WRONG_WITH_CACHE,
     "recurrent_gemma": "its state is kept in its modules and does not follow the beams",
 }
+# Copies with zero output projections, in memory and on disk.
+UNSUPPORTED_COPIES: dict[str, str] = {
+    "jamba": "computes .*layer",
+    "rwkv": "attention and feed_forward both mix tokens",
+    "opt-postnorm": "not the stream plus attention plus MLP",
+    "minimax": "not the stream plus attention plus MLP",
+}
+UNSUPPORTED_COPIES_ON_DISK: dict[str, str] = {
+    "gpt2-inverse": "scale_attn_by_inverse_layer_idx|attn.scaling is .* in the source",
+    "diffllama": "lambda_init is .* in the source",
+}
