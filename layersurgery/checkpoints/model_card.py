@@ -62,7 +62,22 @@ trained; the layers were rearranged as follows.
 
 The route lists the blocks of the source model in the order in which this model runs them. Ranges exclude their end.
 `-attn` or `-mlp` marks a block whose attention or MLP output projection is set to zero.
+
+{_how_to_undo(route, depth, healed, origin)}
 {maps}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
+
+
+def _how_to_undo(route: Route, depth: int, healed: Sequence[int], origin: str) -> str:
+    """Say how to get the source back from the edited checkpoint, or that it cannot be had from it."""
+    unchanged = {visit.block: position for position, visit in reversed(list(enumerate(route))) if visit.whole}
+    missing = [block for block in range(depth) if block not in unchanged or block in healed]
+    if missing:
+        return (
+            f"To undo it, use {_inline_code(origin)}: this checkpoint does not have the weights of its "
+            f"block{'s'[: len(missing) != 1]} {Route(missing)} unchanged."
+        )
+    order = Route(unchanged[block] for block in range(depth))
+    return f"To undo it: `layersurgery reorder DIRECTORY --order '{order}'`"
 
 
 def _inline_code(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,24 @@ def test_the_card_states_the_provenance(llama: Path, tmp_path: Path) -> None:
     assert "`0 2 1 3 4-mlp 5`" in card
     assert ls.__version__ in card
     assert "Old text" not in card
+
+
+@pytest.mark.parametrize("plan", ["swap 1 4; move 0 after 2", "repeat 2:4; reverse 4:6", "insert-copy 2 after 0"])
+def test_the_card_says_how_to_undo_the_edit(llama: Path, tmp_path: Path, plan: str) -> None:
+    ls.edit_checkpoint(llama, plan, tmp_path / "out")
+    command = re.search(
+        r"`layersurgery reorder DIRECTORY --order '(.+)'`", (tmp_path / "out" / "README.md").read_text()
+    )
+    assert command is not None
+    ls.edit_checkpoint(tmp_path / "out", ls.reorder(command[1]), tmp_path / "back")
+    source, back = (load_file(path / "model.safetensors") for path in (llama, tmp_path / "back"))
+    assert source.keys() == back.keys()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in source.items())
+
+
+def test_the_card_says_which_blocks_are_gone(llama: Path, tmp_path: Path) -> None:
+    ls.edit_checkpoint(llama, "drop 1:3; skip-mlp 4", tmp_path / "out")
+    assert "does not have the weights of its blocks 1 2 4 unchanged" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
