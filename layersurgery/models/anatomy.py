@@ -27,6 +27,7 @@ from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
 from .block_parts import BlockParts, find_block_parts
 from .block_probe import probe_forward
 from .call_tracing import Call, eval_no_grad, first_tensor, record_calls
+from .parallel_blocks import refuse_parallel
 from .skipped_branch import SkipSpec
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
             was found.
     """
     block_list = find_decoder_blocks(model, blocks)
+    refuse_parallel(block_list.blocks)
     # Without this, a compiled model would be recompiled for seven tokens.
     with eval_no_grad(model), torch.compiler.set_stance("force_eager"):
         calls, final_norm = _record_blocks(model, block_list)

@@ -88,5 +88,8 @@ def _refuse_visit(visit: Visit, *, live: bool) -> None:
         raise UnsupportedEditError(f"{visit}: a mean in the place of a branch cannot be expressed {where}")
     if visit.start:
         raise UnsupportedEditError(f"{visit}: a change of some tokens only cannot be expressed {where}")
-    if visit.parallel or visit.divisor != 1:
-        raise UnsupportedEditError(f"{visit}: parallel blocks and averages cannot be expressed {where}")
+    if (visit.parallel or visit.divisor != 1) and not live:
+        raise UnsupportedEditError(
+            f"{visit}: parallel blocks and averages cannot be expressed {where} and is run block after block; use them "
+            "in memory (operate) or measure them (sweep)"
+        )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, permutations
 
-from .block_edits import Drop, Reorder, Repeat, Replace, Reverse, Swap
+from .block_edits import Drop, Parallel, Reorder, Repeat, Replace, Reverse, Swap
 from .branch_edits import Scale, Skip
 from .edits import Edit, parse_edit
 from .route import Ref, RouteItem, Span
@@ -194,6 +194,10 @@ def _swap(bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Swap(block, block + 1)) for block in bounds.blocks[:-1])
 
 
+def _parallel_pairs(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Parallel((Span(block, block + 2),))) for block in bounds.blocks[:-1])
+
+
 def _drop(bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Drop((block,))) for block in bounds.blocks if bounds.depth > 1)
 
@@ -329,6 +333,10 @@ FAMILIES = {
                 number=Number("FACTOR", "times", _factor, whole=False),
             )
             for branch, what, short in _SCALED
+        ),
+        Family(
+            "parallel-pairs", "give every two adjacent blocks the same input, and sum what they add",
+            "run a block and the next in parallel", "parallel pair", _parallel_pairs, width=2,
         ),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -109,6 +109,11 @@ class Visit:
     def whole(self) -> bool:
         """Return whether the block runs as it is, and is given what the visit before it returns."""
         return self == Visit(self.block)
+
+    @property
+    def alone(self) -> Visit:
+        """Return the visit with what it changes in the block, but not its place among parallel blocks."""
+        return replace(self, parallel=False, divisor=1) if self.parallel or self.divisor != 1 else self
 
     @property
     def adds_nothing(self) -> bool:

@@ -7,7 +7,7 @@ hand. No forward hooks are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from ..models.block_probe import BlockProbe, probe_blocks, probe_forward
 from ..models.block_view import share_parameters
 from ..models.block_weights import ModelWeights, install_changes
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
+from ..models.parallel_blocks import add_output
 from ..models.skipped_branch import install_skips
 from ..plans.visit import Visit
 from .compiled_blocks import Compiler
@@ -191,6 +192,22 @@ class BlockRunner:
             f"block {visit.block} has overwritten its input"
         )
         return after
+
+    def run_group(self, record: ForwardRecord, visits: Sequence[Visit], stream: torch.Tensor) -> torch.Tensor:
+        """Return the residual stream after one block, or after parallel blocks that are given the same stream.
+
+        Args:
+            record: the recorded forward of the same tokens.
+            visits: the blocks, and what is changed in them.
+            stream: the stream before them.
+        """
+        total: torch.Tensor | None = None
+        for visit in visits:
+            output = self.run(record, visit.alone, stream)
+            stream = stream.to(output.device)
+            total = add_output(None if total is None else total.to(output.device), stream, output, visit.divisor)
+        assert total is not None
+        return total
 
     def block(self, visit: Visit) -> nn.Module:
         """Return the module of a visit: the block itself, or a view of the block in which a branch is changed."""

@@ -26,6 +26,7 @@ from ..models.block_view import check_positions, clone_in_state_dict, own_parame
 from ..models.block_weights import ModelWeights, WeightChange, install_changes
 from ..models.config_fields import depth_field
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
+from ..models.parallel_blocks import group_members, make_parallel, refuse_parallel
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
@@ -174,6 +175,7 @@ class Surgery:
         refuse_architecture(refusal_fields(text_config(model)))  # a looped model may have several lists, or none
         self.block_list = find_decoder_blocks(model, blocks)
         self.original = list(self.block_list.blocks)
+        refuse_parallel(self.original)
         self.training = self.block_list.blocks.training
         self.route = as_route(plan, len(self.original))
         self.log = UndoLog()
@@ -225,7 +227,7 @@ class Surgery:
             ):
                 check_positions(block, number)
         changed = self._changed_parts(anatomy)
-        original_positions = _positions_of_originals(self.route)
+        original_positions, members = _positions_of_originals(self.route), group_members(self.route)
         built: list[nn.Module] = []
         included = {self.route[position].block for position in original_positions}
         for position, visit in enumerate(self.route):
@@ -234,10 +236,12 @@ class Surgery:
                 block = share_parameters(block)
                 if visit.zeroed and self.permanent:
                     own_parameters(block)
-                weights, skips = changed.get(visit, ((), ()))
+                weights, skips = changed.get(visit.alone, ((), ()))
                 install_changes(block, weights)
                 install_skips(block, skips)
                 renumber_block(block, visit.block, position)
+                if position in members:
+                    make_parallel(block, members[position])
                 if visit.block in included:
                     clone_in_state_dict(block)
             included.add(visit.block)
@@ -250,7 +254,7 @@ class Surgery:
         self, anatomy: Anatomy | None
     ) -> dict[Visit, tuple[tuple[WeightChange, ...], tuple[SkipSpec, ...]]]:
         """Return, for each visit of a block that is not as it is, the changes of its weights and the skips."""
-        changed = {visit for visit in self.route if not visit.whole}
+        changed = {visit.alone for visit in self.route if not visit.alone.whole}
         if not changed:
             return {}
         if anatomy is None:
@@ -356,11 +360,12 @@ def _positions_of_originals(route: Route) -> frozenset[int]:
     """Return the positions that get an original block, one per block.
 
     This is the position of the block in the original model if the route visits it there, else that of its first visit.
-    Only visits with attention and MLP count.
+    Only visits with attention and MLP, and not in a group of parallel blocks, count.
     """
+    members = group_members(route)
     position_of: dict[int, int] = {}
     for position, visit in enumerate(route):
-        if visit.whole and (position == visit.block or visit.block not in position_of):
+        if visit.whole and position not in members and (position == visit.block or visit.block not in position_of):
             position_of[visit.block] = position
     return frozenset(position_of.values())
 

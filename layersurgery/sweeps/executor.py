@@ -86,12 +86,12 @@ class ScheduleExecutor:
             match step.action:
                 case LoadWeights(block, evict):
                     self._load(block, evict)
-                case RunBlock(visit, state, result):
-                    call = partial(self.runner.run, record, visit, states[state])
+                case RunBlock(visits, state, result):
+                    call = partial(self.runner.run_group, record, visits, states[state])
                     states[result] = (
                         call() if self.observer is None else self.observer.run(step.action, states[state], call)
                     )
-                    self.calls += 1
+                    self.calls += len(visits)
                     self.track_peak(states)
                 case ReadLogits(state, routes):
                     assert read is not None

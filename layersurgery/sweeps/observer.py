@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, UnsupportedEditError
 from ..metrics.aggregation import Array
 from ..plans.route import Route
 from ..plans.visit import Visit
@@ -46,7 +46,7 @@ from .quantities import (
     Quantities,
     Quantity,
 )
-from .schedule import RunBlock
+from .schedule import RunBlock, has_groups
 
 _CONTRIBUTIONS = frozenset({NORMS, SIMILARITY, STREAM})
 
@@ -69,6 +69,11 @@ class Observer:
     def __init__(self, runner: BlockRunner, observed: Observed) -> None:
         self.runner, self.observed, self.signals = runner, observed, frozenset(observed.signals)
         self.observed_route = Route.identity(runner.depth) if observed.route is None else observed.route
+        if has_groups(self.observed_route):
+            raise UnsupportedEditError(
+                f"{self.observed_route}: what single blocks change is not defined for parallel blocks; observe a route "
+                "without them"
+            )
         assert observed.route is None or (self.signals == {CHANGE} and observed.spans == 1)
         self.contributions = (
             find_contributions(runner, check_attention=ATTENTION in self.signals)

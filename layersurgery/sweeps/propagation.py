@@ -27,7 +27,7 @@ from ..plans.visit import Branch, Visit
 from ..runtime.block_runner import BlockRunner, ForwardRecord
 from ..runtime.contributions import BRANCHES, CapturePoint, capture_contributions, find_contributions
 from ..runtime.inputs import has_next_token
-from .schedule import RunBlock, Schedule, layer_major, schedule
+from .schedule import Group, RunBlock, Schedule, has_groups, layer_major, schedule
 
 _WORKING_STREAMS = 3  # the differences of both branches, and a contribution in float32
 _TOKENS = 0  # the column that counts tokens
@@ -81,13 +81,17 @@ class Propagation:
         self.runner = runner
         # Streams are numbered in the order of the variants, the trunk's first: a schedule's own numbers depend on its
         # order, and batches that are measured in different orders are added up.
-        self._streams = {(block, Visit(block)): block + 1 for block in range(runner.depth)}
+        self._streams: dict[tuple[int, Group], int] = {
+            (block, (Visit(block),)): block + 1 for block in range(runner.depth)
+        }
         self._plans: dict[int, str] = {}
         for variant in variants:
             for stream in self._path(variant.route):
                 self._plans.setdefault(stream, variant.plan)
         later = {
-            stream: visit.block for (_, visit), stream in self._streams.items() if stream > runner.depth and visit.whole
+            stream: group[0].block
+            for (_, group), stream in self._streams.items()
+            if stream > runner.depth and len(group) == 1 and group[0].whole
         }
         self._uses = Counter(later.values())
         if not later:
@@ -111,10 +115,10 @@ class Propagation:
         self._batch: _Batch | None = None
 
     def _path(self, route: Route) -> Iterator[int]:
-        """Yield the numbers of the streams after each visit of a route."""
+        """Yield the numbers of the streams after each group of visits of a route."""
         stream = 0
-        for visit in route:
-            stream = self._streams.setdefault((stream, visit), len(self._streams) + 1)
+        for group in route.groups:
+            stream = self._streams.setdefault((stream, group), len(self._streams) + 1)
             yield stream
 
     def _find_skipped(self) -> dict[str, str]:
@@ -133,17 +137,19 @@ class Propagation:
 
     def responses(self, route: Route) -> Iterator[Response]:
         """Yield what is compared along one of the routes, in the order in which its blocks run."""
-        for position, (visit, stream) in enumerate(zip(route, self._path(route), strict=True)):
+        position = 0
+        for group, stream in zip(route.groups, self._path(route), strict=True):
             for branch, column in self._columns.get(stream, {}).items():
-                yield Response(visit.block, position, branch, column)
+                yield Response(group[0].block, position, branch, column)
+            position += len(group)
 
     @property
     def names(self) -> list[str]:
         """Return a description of each number that is stored for a sequence."""
         names = ["tokens"] * self.size
-        for (_, visit), stream in self._streams.items():
+        for (_, group), stream in self._streams.items():
             for branch, column in self._columns.get(stream, {}).items():
-                of = f"propagation of '{self._plans[stream]}' to {branch} of block {visit.block}"
+                of = f"propagation of '{self._plans[stream]}' to {branch} of block {group[0].block}"
                 names[column : column + _OF_CHANGE] = [of] * _OF_CHANGE
         return names
 
@@ -183,11 +189,12 @@ class Propagation:
 
     def run(self, step: RunBlock, stream: torch.Tensor, call: Callable[[], torch.Tensor]) -> torch.Tensor:  # noqa: ARG002
         """Run a block of an edited model with `call`, compare what it adds, and return the stream after it."""
-        batch, block = self._current_batch(), step.visit.block
-        number = self._streams[batch.numbers.get(step.state, step.state), step.visit]
+        batch = self._current_batch()
+        number = self._streams[batch.numbers.get(step.state, step.state), step.visits]
         batch.numbers[step.result] = number
-        if number not in self._columns:  # a view of the block, with a skipped branch
+        if number not in self._columns:  # a view of the block, with a skipped branch, or parallel blocks
             return call()
+        block = step.visit.block
         unedited = batch.take(block)
         differences: dict[Branch, torch.Tensor] = {}
 
@@ -297,14 +304,14 @@ def propagation_bytes(plan: Schedule, width: int) -> int:
         >>> propagation_bytes(schedule(routes, 30), 1), propagation_bytes(layer_major(routes, 30), 1)
         (244, 20)
     """
-    calls = [step.action.visit for step in plan.all_steps if isinstance(step.action, RunBlock)]
-    left = Counter(visit.block for visit in calls if visit.whole)
+    calls = [step.action for step in plan.all_steps if isinstance(step.action, RunBlock)]
+    left = Counter(call.visit.block for call in calls if call.is_whole)
     kept = peak = 0
     for block in range(plan.depth):
         kept += left[block] > 0
         peak = max(peak, kept)
         for step in plan.during_trunk[block] if plan.during_trunk else ():
-            if isinstance(step.action, RunBlock) and step.action.visit.whole:
+            if isinstance(step.action, RunBlock) and step.action.is_whole:
                 left[step.action.visit.block] -= 1
                 kept -= not left[step.action.visit.block]
     return 4 * width * (len(BRANCHES) * peak + _WORKING_STREAMS)
@@ -326,11 +333,13 @@ def schedule_for_propagation(routes: Sequence[Route], depth: int) -> Schedule:
         ... ]
         ['layer-major', 'depth-first']
     """
+    if any(map(has_groups, routes)):
+        return schedule(routes, depth)
     plans = schedule(routes, depth), layer_major(routes, depth, 2)
     return min(plans, key=lambda plan: 4 * plan.states_at_peak + propagation_bytes(plan, 1))
 
 
 def count_columns(plan: Schedule) -> int:
     """Return how many numbers propagation stores for a sequence at most: two for each branch of each later call."""
-    calls = sum(isinstance(step.action, RunBlock) and step.action.visit.whole for step in plan.all_steps)
+    calls = sum(isinstance(step.action, RunBlock) and step.action.is_whole for step in plan.all_steps)
     return _TOKENS + 1 + _OF_CHANGE * len(BRANCHES) * calls

@@ -23,8 +23,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..errors import UnsupportedEditError
 from ..plans.route import Route
 from ..plans.visit import Visit
+
+Group = tuple[Visit, ...]
+"""The visits that are given the same stream; most groups have one."""
 
 DEPTH_FIRST, LAYER_MAJOR = "depth-first", "layer-major"
 _MAX_RESIDENT = 8
@@ -32,11 +36,22 @@ _MAX_RESIDENT = 8
 
 @dataclass(frozen=True, slots=True)
 class RunBlock:
-    """Run a block on the stream number `state`, and store its output as the stream number `result`."""
+    """Run a block, or parallel blocks, on the stream number `state`, and store the output as the number `result`."""
 
-    visit: Visit
+    visits: tuple[Visit, ...]
     state: int
     result: int
+
+    @property
+    def visit(self) -> Visit:
+        """Return the visit of a single block."""
+        (visit,) = self.visits
+        return visit
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether a single block runs as it is."""
+        return len(self.visits) == 1 and self.visits[0].whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +127,7 @@ class Schedule:
     @property
     def calls(self) -> int:
         """Return the total number of block calls, including those of the trunk."""
-        return self.depth + sum(isinstance(step.action, RunBlock) for step in self.all_steps)
+        return self.depth + sum(len(step.action.visits) for step in self.all_steps if isinstance(step.action, RunBlock))
 
     def bytes_read(self, blocks: Sequence[int], around: int) -> int:
         """Return the bytes of offloaded weights that one batch loads.
@@ -127,7 +142,12 @@ class Schedule:
         if not self.during_trunk:
             visits = (
                 *range(self.depth),
-                *(step.action.visit.block for step in self.steps if isinstance(step.action, RunBlock)),
+                *(
+                    visit.block
+                    for step in self.steps
+                    if isinstance(step.action, RunBlock)
+                    for visit in step.action.visits
+                ),
             )
         return sum(blocks[block] for block in visits) + around
 
@@ -149,11 +169,11 @@ class Schedule:
 class _Node:
     """A node of the tree: the stream after one prefix of routes."""
 
-    children: dict[Visit, _Node] = field(default_factory=dict)
+    children: dict[Group, _Node] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
     width: int = 1  # largest number of streams in memory while its subtree runs, its own stream included
 
-    def ordered(self) -> list[tuple[Visit, _Node]]:
+    def ordered(self) -> list[tuple[Group, _Node]]:
         """Return the children with the widest last, since this node's stream is released before the last one."""
         return sorted(self.children.items(), key=lambda item: item[1].width)
 
@@ -188,7 +208,16 @@ def layer_major(
         depth: number of blocks of the model.
         max_resident: the largest number of blocks whose weights may be loaded at the same time.
         run_only: routes to run as well, without measuring their final streams.
+
+    Raises:
+        UnsupportedEditError: a route has parallel blocks, which would all have to be loaded at the same time.
     """
+    for route in (*routes, *run_only):
+        if has_groups(route):
+            raise UnsupportedEditError(
+                f"{route}: parallel blocks are run together, so they cannot be measured layer by layer, which is the "
+                "default if weights are offloaded; choose the schedule depth-first"
+            )
     best = _schedule_by_layer(routes, depth, 1, run_only)
     for resident_blocks in range(2, min(max_resident, depth) + 1):
         if len(best.load_order) == depth:
@@ -196,6 +225,11 @@ def layer_major(
         plan = _schedule_by_layer(routes, depth, resident_blocks, run_only)
         best = plan if len(plan.load_order) < len(best.load_order) else best
     return best
+
+
+def has_groups(route: Route) -> bool:
+    """Return whether a route has parallel blocks."""
+    return any(visit.parallel for visit in route)
 
 
 def _build_trie(routes: Sequence[Route], depth: int, run_only: Sequence[Route]) -> tuple[list[_Node], list[_Node]]:
@@ -208,16 +242,16 @@ def _build_trie(routes: Sequence[Route], depth: int, run_only: Sequence[Route]) 
     order = [root]
     for number, route in enumerate((*routes, *run_only)):
         node = root
-        for visit in route:
-            if visit not in node.children:
-                node.children[visit] = _Node()
-                order.append(node.children[visit])
-            node = node.children[visit]
+        for group in route.groups:
+            if group not in node.children:
+                node.children[group] = _Node()
+                order.append(node.children[group])
+            node = node.children[group]
         if number < len(routes):
             node.ends.append(number)
     trunk: list[_Node] = [root]
     for block in range(depth):
-        trunk.append(trunk[-1].children.pop(Visit(block), _Node()))
+        trunk.append(trunk[-1].children.pop((Visit(block),), _Node()))
     return trunk, order
 
 
@@ -231,21 +265,21 @@ def _steps(trunk: list[_Node], depth: int) -> Iterator[Step]:
     """Yield the steps of the depth-first order."""
     last_state = depth
     for trunk_state in reversed(range(depth + 1)):
-        # (visit that leads to the node, its parent's state, whether to release the parent's state after it, the node)
-        stack: list[tuple[Visit | None, int, bool, _Node]] = [(None, trunk_state, False, trunk[trunk_state])]
+        # (visits that lead to the node, its parent's state, whether to release the parent's state after it, the node)
+        stack: list[tuple[Group | None, int, bool, _Node]] = [(None, trunk_state, False, trunk[trunk_state])]
         while stack:
-            visit, parent, is_last_child, node = stack.pop()
+            group, parent, is_last_child, node = stack.pop()
             state = parent
-            if visit is not None:
+            if group is not None:
                 last_state += 1
                 state = last_state
                 unread = () if node.children or node.ends else (state,)
-                yield Step(RunBlock(visit, parent, state), ((parent,) if is_last_child else ()) + unread)
+                yield Step(RunBlock(group, parent, state), ((parent,) if is_last_child else ()) + unread)
             children = node.ordered()
             if node.ends:
                 yield Step(ReadLogits(state, tuple(node.ends)), () if children else (state,))
-            for index, (child_visit, child) in reversed(list(enumerate(children))):
-                stack.append((child_visit, state, index == len(children) - 1, child))
+            for index, (child_group, child) in reversed(list(enumerate(children))):
+                stack.append((child_group, state, index == len(children) - 1, child))
 
 
 def _peak(steps: Sequence[Step], alive: int) -> int:
@@ -292,7 +326,7 @@ class _LayerByLayer:
         self.uses[state] = len(node.children) + bool(node.ends)
         if node.ends:
             self.ended.append((state, node))
-        for visit, child in node.ordered():
+        for (visit,), child in node.ordered():
             self.waiting.setdefault(visit.block, []).append((visit, state, child))
 
     def load_and_run(self, block: int) -> Iterator[Step]:
@@ -310,7 +344,7 @@ class _LayerByLayer:
         for visit, state, node in self.waiting.pop(block):
             self.last_state += 1
             unread = () if node.children or node.ends else (self.last_state,)
-            yield Step(RunBlock(visit, state, self.last_state), self._use(state) + unread)
+            yield Step(RunBlock((visit,), state, self.last_state), self._use(state) + unread)
             self.add_stream(self.last_state, node)
 
     def _use(self, state: int) -> tuple[int, ...]:

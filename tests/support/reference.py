@@ -63,15 +63,23 @@ def logits_along(model: Any, route: Route, ids: torch.Tensor) -> torch.Tensor:
         for position, block in enumerate(originals):
             blocks[position] = _Recorder(block, calls)
         model(ids, use_cache=False)
-        stream = None
-        for visit in route:
-            args, kwargs = calls[visit.block]
-            if stream is None:
-                first_args, first_kwargs = calls[0]
-                stream = first_args[0] if first_args else first_kwargs["hidden_states"]
-            output = originals[visit.block](*_replace_first(args, stream), **_replace_keyword(kwargs, args, stream))
-            stream = output[0] if isinstance(output, tuple | list) else output
-        assert stream is not None
+        first_args, first_kwargs = calls[0]
+        stream = first_args[0] if first_args else first_kwargs["hidden_states"]
+        for group in route.groups:
+            given, stream = stream, None
+            for visit in group:
+                args, kwargs = calls[visit.block]
+                output = originals[visit.block](*_replace_first(args, given), **_replace_keyword(kwargs, args, given))
+                after = output[0] if isinstance(output, tuple | list) else output
+                if len(group) == visit.divisor == 1:
+                    stream = after
+                else:
+                    added = (after - given) / visit.divisor
+                    stream = (
+                        after
+                        if stream is None and visit.divisor == 1
+                        else added + (given if stream is None else stream)
+                    )
         for position, block in enumerate(originals):
             blocks[position] = _Replay(block, stream)
         return logits_of(model, ids)

@@ -37,6 +37,8 @@ EDITS = [
     "scale-attention:-1",
     "scale-mlp:2",
     {"heads": "heads-off 0 of 2; swap 1 2"},
+    "parallel-pairs",
+    {"parallel": "average 1:4; parallel 4 5; repeat 0"},
     {"neurons": "neurons-off 0:3 of 2; repeat 2"},
 ]
 # Families of which a sweep leaves some edits out, and why.
