@@ -27,7 +27,7 @@ from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
 from .block_parts import BlockParts, find_block_parts
 from .block_probe import probe_forward
 from .call_tracing import Call, eval_no_grad, first_tensor, record_calls
-from .parallel_blocks import refuse_parallel
+from .memory_only import refuse_memory_only
 from .skipped_branch import SkipSpec
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Anatomy:
         Raises:
             UnsupportedEditError: the branch cannot be skipped; gives the reason.
         """
+        if visit.start:  # `later_tokens` changes what the branches return
+            return ()
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
         specs: list[SkipSpec] = []
         for branch in visit.skipped:
@@ -175,7 +177,7 @@ def anatomy(model: nn.Module, *, blocks: str | None = None) -> Anatomy:
             was found.
     """
     block_list = find_decoder_blocks(model, blocks)
-    refuse_parallel(block_list.blocks)
+    refuse_memory_only(block_list.blocks)
     # Without this, a compiled model would be recompiled for seven tokens.
     with eval_no_grad(model), torch.compiler.set_stance("force_eager"):
         calls, final_norm = _record_blocks(model, block_list)

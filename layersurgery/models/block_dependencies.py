@@ -135,11 +135,12 @@ def refuse_other_sources(fields: dict[str, Any], route: Route, *, live: bool = F
         for visit in route:
             if visit.block >= len(dependency.sources):
                 continue
+            attends = visit.attention or visit.start
             source, kind = dependency.sources[visit.block], dependency.kinds[visit.block]
-            runs = visit.attention or not live
-            if visit.attention and source not in (None, visit.block, last.get(kind)):
+            runs = attends or not live
+            if attends and source not in (None, visit.block, last.get(kind)):
                 found = "none" if last.get(kind) is None else f"those of block {last[kind]}"
-                skipped = live and any(not visit.attention for visit in route)
+                skipped = live and any(not visit.attention and not visit.start for visit in route)
                 raise UnsupportedEditError(
                     f"{fields.get('model_type')}: block {visit.block} {dependency.reads.format(source)} "
                     f"({dependency.field}), and on {route} it would get {found}; keep these blocks "

@@ -58,6 +58,14 @@ class BlockParts:
         """Return the specs that replace the modules of one branch."""
         return self.attention_skips if branch == "attention" else self.mlp_skips
 
+    def ends(self, branch: Branch) -> tuple[SkipSpec, ...]:
+        """Return the specs of the modules whose output is what a branch adds: its last ones, or the norms after it."""
+        skips = self.skips(branch)
+        norms = [skip for skip in skips if skip.path in self.norms_after]
+        before_norms = {skip.path for skip, after in pairwise(skips) if after in norms and skip.residual is None}
+        modules = [skip for skip in skips if not skip.passthrough and skip not in norms]
+        return (*(skip for skip in modules if skip.path not in before_norms), *norms)
+
     def outputs(self, branch: Branch) -> tuple[str, ...]:
         """Return the names of the parameters that write one branch into the residual stream."""
         return tuple(name for skip in self.skips(branch) for name in skip.outputs)

@@ -23,6 +23,7 @@ from .block_parts import BlockParts
 from .block_probe import BlockProbe, record_block
 from .block_view import share_parameters
 from .call_tracing import TOKENS, ModuleWrapper, eval_no_grad
+from .later_tokens import find_later_tokens, install_later_tokens
 from .numerics import is_same_change, tolerance
 from .quantized import is_quantized
 from .skipped_branch import install_skips
@@ -131,6 +132,9 @@ class BlockWeights:
             UnsupportedEditError: this kind of block cannot be changed in this way; gives the reason.
             PlanError: the block does not have a head or neuron of a number.
         """
+        if visit.start:
+            self._check_later_tokens(visit)
+            return ()
         changes: list[WeightChange] = []
         if visit.zeroed:
             return tuple(change for branch in BRANCHES if self._has(branch) for change in self._zeroed(branch))
@@ -149,6 +153,29 @@ class BlockWeights:
             if factor and factor is not True:
                 changes += (WeightChange(name, factor, offset) for name, offset in self._scaled(branch))
         return tuple(changes)
+
+    def _check_later_tokens(self, visit: Visit) -> None:
+        """Check that the factors of later tokens scale what each branch adds, by running the block without the other.
+
+        The whole block can be dropped at later tokens whatever it consists of.
+        """
+        changed = [branch for branch in BRANCHES if visit.factor(branch) is not True]
+        if not visit.attention and not visit.mlp:
+            return
+        if visit.attention == visit.mlp and self._has_one_branch:
+            changed = [branch for branch in BRANCHES if self.parts.skips(branch)]
+        for branch in changed:
+            self._check_branch(branch)
+            probe, others = self._probe, self.parts.skips("mlp" if branch == "attention" else "attention")
+            factors: dict[str, Any] = {branch: _TRIAL_FACTOR}
+            edited = share_parameters(probe.block)
+            install_skips(edited, others)
+            install_later_tokens(edited, find_later_tokens(Visit(0, start=3, **factors), self.parts))
+            whole = probe.without(others)
+            expected = probe.stream + _TRIAL_FACTOR * (whole - probe.stream)
+            expected[..., :3, :] = whole[..., :3, :]
+            if not is_same_change(probe.run(edited), expected, probe.stream, tolerance("fit", expected.dtype)):
+                raise self._refuse(f"the {branch}", "what it adds to single tokens cannot be scaled")
 
     def count_units(self, branch: Branch) -> int:
         """Return the number of heads, or of neurons.

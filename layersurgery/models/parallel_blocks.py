@@ -7,10 +7,7 @@ that input, and adds what it computes to the stream.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +15,10 @@ from torch import nn
 
 from ..errors import UnsupportedEditError
 from ..plans.route import Route
+from .call_tracing import first_tensor
+from .memory_only import MemoryOnlyModule, derive, stream_of, with_first
 
 _INPUT = "_input_of_parallel_blocks"
-NOT_SAVABLE = (
-    "the model has parallel or averaged blocks, which no checkpoint can express: a reload would run them one after "
-    "another. Use the model in memory only (operate, or operate_ with verify=False)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +65,19 @@ def add_output(
     return (group_input if stream is None else stream) + added
 
 
-class ParallelBlock(nn.Module):
+class ParallelBlock(MemoryOnlyModule):
     """A block of a group; every such class also derives from the block's own class."""
 
+    not_savable = (
+        "the model has parallel or averaged blocks, which no checkpoint can express: a reload would run them one after "
+        "another. Use the model in memory only (operate, or operate_ with verify=False)"
+    )
     _group_member: GroupMember
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
         # An argument, and not an attribute of the module: a forward that is repeated for the gradient, and the hooks
         # that move arguments to a device, get it, too.
-        stream = _stream(self, args, kwargs)
+        stream = stream_of(self, args, kwargs)
         group_input = stream if self._group_member.is_first else getattr(stream, _INPUT, None)
         if group_input is None:
             raise UnsupportedEditError(
@@ -90,39 +89,19 @@ class ParallelBlock(nn.Module):
 
     def forward(self, *args: Any, group_input: torch.Tensor, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
         member = self._group_member
-        stream = _stream(self, args, kwargs)
+        stream = stream_of(self, args, kwargs)
         # A copy: some blocks add to their input in place.
         if args:
             args = (group_input.clone(), *args[1:])
         else:
             kwargs["hidden_states"] = group_input.clone()
         output = super().forward(*args, **kwargs)
-        own = output[0] if isinstance(output, tuple | list) else output
+        own = first_tensor(output)
+        assert own is not None
         joined = add_output(None if member.is_first else stream, group_input, own, member.divisor)
         if not member.is_last:
             setattr(joined, _INPUT, group_input)
-        return type(output)((joined, *output[1:])) if isinstance(output, tuple | list) else joined
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
-        if not kwargs.get("keep_vars", False):
-            raise UnsupportedEditError(NOT_SAVABLE)
-        return super().state_dict(*args, **kwargs)
-
-
-def _stream(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    stream = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(stream, torch.Tensor):
-        raise UnsupportedEditError(
-            f"a {type(block).__name__} is given the residual stream neither as its first argument nor as "
-            "hidden_states, so it cannot be parallel to another block"
-        )
-    return stream
-
-
-@cache
-def _parallel_class(kind: Any) -> Any:
-    """Return the subclass of a block's class for blocks of a group, under the same name."""
-    return type(kind)(kind.__name__, (ParallelBlock, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+        return with_first(output, joined)
 
 
 def make_parallel(view: nn.Module, member: GroupMember) -> None:
@@ -131,30 +110,4 @@ def make_parallel(view: nn.Module, member: GroupMember) -> None:
     Raises:
         UnsupportedEditError: another program replaced the block's forward.
     """
-    kind: Any = type(view)
-    attributes = vars(view)
-    parallel: Any = _parallel_class(kind)
-    if "forward" in attributes:
-        # accelerate's hooks call `_old_forward`.
-        old = attributes.get("_old_forward")
-        if not isinstance(old, types.MethodType) or old.__func__ is not kind.forward:
-            raise UnsupportedEditError(
-                f"the forward of a {kind.__name__} was replaced, so it cannot be parallel to another block; edit the "
-                "model first and replace forward afterwards"
-            )
-        attributes["_old_forward"] = types.MethodType(parallel.forward, view)
-    attributes["_group_member"] = member
-    view.__class__ = parallel
-
-
-def refuse_parallel(modules: Iterable[nn.Module]) -> None:
-    """Refuse a list of blocks that an edit has made parallel.
-
-    Raises:
-        UnsupportedEditError: one of them is parallel or averaged.
-    """
-    if any(isinstance(module, ParallelBlock) for module in modules):
-        raise UnsupportedEditError(
-            "the model has parallel or averaged blocks from an earlier edit, and its blocks cannot be edited or run "
-            "one by one again; write all edits as one plan of the unedited model"
-        )
+    derive(view, ParallelBlock, _group_member=member)

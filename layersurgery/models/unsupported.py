@@ -86,8 +86,11 @@ def _refuse_visit(visit: Visit, *, live: bool) -> None:
         raise UnsupportedEditError(f"{visit}: blocks of another source cannot be used {where}")
     if visit.mean:
         raise UnsupportedEditError(f"{visit}: a mean in the place of a branch cannot be expressed {where}")
-    if visit.start:
-        raise UnsupportedEditError(f"{visit}: a change of some tokens only cannot be expressed {where}")
+    if visit.start and not live:
+        raise UnsupportedEditError(
+            f"{visit}: a change of some tokens only cannot be expressed {where} and treats all tokens alike; use it in "
+            "memory (operate) or measure it (sweep)"
+        )
     if (visit.parallel or visit.divisor != 1) and not live:
         raise UnsupportedEditError(
             f"{visit}: parallel blocks and averages cannot be expressed {where} and is run block after block; use them "

@@ -22,6 +22,7 @@ from ..models.block_probe import BlockProbe, probe_blocks, probe_forward
 from ..models.block_view import share_parameters
 from ..models.block_weights import ModelWeights, install_changes
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
+from ..models.later_tokens import find_later_tokens, install_later_tokens
 from ..models.parallel_blocks import add_output
 from ..models.skipped_branch import install_skips
 from ..plans.visit import Visit
@@ -219,6 +220,7 @@ class BlockRunner:
         view = share_parameters(self.blocks[visit.block])
         install_changes(view, changes)
         install_skips(view, self.anatomy.skip_specs(visit))
+        install_later_tokens(view, find_later_tokens(visit, self.anatomy.parts(visit.block)))
         # A view refers to the weights that are loaded when it is made, so a view of offloaded weights is not cached.
         # Nor is one with weights of its own: those of all heads of a model would not fit into memory together.
         if not changes and not any(True for module in view.modules() for _ in offload_hooks(module)):

@@ -20,7 +20,6 @@ from ..models.block_parts import BlockParts
 from ..models.block_probe import BlockProbe
 from ..models.call_tracing import ModuleWrapper, first_tensor, replace_modules
 from ..models.numerics import is_same_change, tolerance
-from ..models.skipped_branch import SkipSpec
 from ..models.weight_conventions import fit_norm
 from ..plans.visit import Branch
 from .attention_weights import PreviousTokenAttention
@@ -164,23 +163,7 @@ def _block_contributions(probe: BlockProbe, parts: BlockParts, *, check_attentio
 
 def _capture_points(parts: BlockParts, branch: Branch) -> Iterator[CapturePoint]:
     """Yield capture points at the last modules of a branch: its output modules, or the norms that follow them."""
-    skips = list(parts.skips(branch))
-    for number, skip in enumerate(skips):
-        if (
-            skip.passthrough
-            or skip.path in parts.norms_after
-            or (skip.residual is None and _precedes_norm(skips[number + 1 :], parts))
-        ):
-            continue
-        yield CapturePoint(branch, skip.path, skip.residual)
-    for skip in skips:
-        if skip.path in parts.norms_after:
-            yield CapturePoint(branch, skip.path, None)
-
-
-def _precedes_norm(following: Sequence[SkipSpec], parts: BlockParts) -> bool:
-    """Check whether the first of the following modules is a norm after the branch."""
-    return bool(following) and following[0].path in parts.norms_after
+    yield from (CapturePoint(branch, end.path, end.residual) for end in parts.ends(branch))
 
 
 def _fit_scales(added: torch.Tensor, values: Sequence[torch.Tensor | None]) -> list[float] | None:

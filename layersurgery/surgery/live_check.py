@@ -12,8 +12,8 @@ from torch import nn
 from ..errors import UnsupportedEditError
 from ..models.block_list import find_decoder_blocks, require_model
 from ..models.config_fields import Json
+from ..models.memory_only import MemoryOnlyModule
 from ..models.meta_model import build_meta_model, resolve_section
-from ..models.parallel_blocks import NOT_SAVABLE, ParallelBlock
 from ..models.quantized import quantizer_of, undo_cpu_packing
 from ..models.reload_check import ReloadCheck, changed_by_forward
 from ..models.skipped_branch import SkippedBranch
@@ -147,8 +147,8 @@ def _file_tensors(blocks: nn.ModuleList) -> frozenset[str]:
 
 def _check_skips(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, ParallelBlock):
-            raise UnsupportedEditError(NOT_SAVABLE)
+        if isinstance(module, MemoryOnlyModule):
+            raise UnsupportedEditError(module.not_savable)
         if isinstance(module, SkippedBranch) and not module.saves_as_zeros:
             if module.outputs:
                 raise UnsupportedEditError(

@@ -25,8 +25,10 @@ from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, own_parameters, share_parameters
 from ..models.block_weights import ModelWeights, WeightChange, install_changes
 from ..models.config_fields import depth_field
+from ..models.later_tokens import LaterTokens, find_later_tokens, install_later_tokens
+from ..models.memory_only import refuse_memory_only
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
-from ..models.parallel_blocks import group_members, make_parallel, refuse_parallel
+from ..models.parallel_blocks import group_members, make_parallel
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
@@ -175,7 +177,7 @@ class Surgery:
         refuse_architecture(refusal_fields(text_config(model)))  # a looped model may have several lists, or none
         self.block_list = find_decoder_blocks(model, blocks)
         self.original = list(self.block_list.blocks)
-        refuse_parallel(self.original)
+        refuse_memory_only(self.original)
         self.training = self.block_list.blocks.training
         self.route = as_route(plan, len(self.original))
         self.log = UndoLog()
@@ -236,9 +238,10 @@ class Surgery:
                 block = share_parameters(block)
                 if visit.zeroed and self.permanent:
                     own_parameters(block)
-                weights, skips = changed.get(visit.alone, ((), ()))
+                weights, skips, later = changed.get(visit.alone, ((), (), None))
                 install_changes(block, weights)
                 install_skips(block, skips)
+                install_later_tokens(block, later)
                 renumber_block(block, visit.block, position)
                 if position in members:
                     make_parallel(block, members[position])
@@ -252,8 +255,8 @@ class Surgery:
 
     def _changed_parts(
         self, anatomy: Anatomy | None
-    ) -> dict[Visit, tuple[tuple[WeightChange, ...], tuple[SkipSpec, ...]]]:
-        """Return, for each visit of a block that is not as it is, the changes of its weights and the skips."""
+    ) -> dict[Visit, tuple[tuple[WeightChange, ...], tuple[SkipSpec, ...], LaterTokens | None]]:
+        """Return, for each visit of a block that is not as it is, its changes of weights, skips and later tokens."""
         changed = {visit.alone for visit in self.route if not visit.alone.whole}
         if not changed:
             return {}
@@ -268,7 +271,14 @@ class Surgery:
                     "model before an edit; omit the argument, or compute the anatomy again"
                 )
         weights = ModelWeights(self.model, self.block_list.blocks, anatomy)
-        return {visit: (weights.changes(visit), anatomy.skip_specs(visit)) for visit in changed}
+        return {
+            visit: (
+                weights.changes(visit),
+                anatomy.skip_specs(visit),
+                find_later_tokens(visit, anatomy.parts(visit.block)),
+            )
+            for visit in changed
+        }
 
     def undo(self) -> None:
         """Restore the original model; do nothing if there is no edit to undo.

@@ -133,7 +133,7 @@ def test_copies_pass_through_each_block_by_itself() -> None:
 def test_a_family_says_how_it_is_written_and_drawn() -> None:
     assert [name for name, kind in FAMILIES.items() if kind.per_layer] == [
         "swap", "drop", "skip-attention", "skip-mlp", "scale", "scale-attention", "scale-mlp", "parallel-pairs",
-        "exit", "reverse-middle", "shuffle", "centre",
+        "drop-span", "copy", "exit", "reverse-middle", "shuffle", "centre",
     ]  # fmt: skip
     for name, kind in FAMILIES.items():
         assert kind.name == name

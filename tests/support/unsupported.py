@@ -86,3 +86,25 @@ UNSUPPORTED_COPIES_ON_DISK: dict[str, str] = {
     "gpt2-inverse": "scale_attn_by_inverse_layer_idx|attn.scaling is .* in the source",
     "diffllama": "lambda_init is .* in the source",
 }
+# Edits that leave the first tokens as they are and are refused in memory. Dropping a block never is.
+LATER_EDITS = [
+    "drop 2 from 1",
+    "skip-attention 2 from 3",
+    "skip-mlp 2 from 1",
+    "scale-mlp 2 0.5 from 4",
+    "scale 2 -0.7 from 2",
+]
+_BRANCHES_LATER = LATER_EDITS[1:]
+UNSUPPORTED_LATER: dict[tuple[str, str], str] = {
+    **{
+        row: text
+        for name in ("mamba", "mamba2", "falcon_mamba")
+        for row, text in _rows(name, LATER_EDITS[2:4], "the mlp of block 2 .* it has none").items()
+    },
+    **_rows("nemotron_h", ["skip-attention 2 from 3"], "the attention of block 2 .* it has none"),
+    **_rows("rwkv", _BRANCHES_LATER, "attention and feed_forward both mix tokens"),
+    **_rows("opt-postnorm", _BRANCHES_LATER, "not the stream plus attention plus MLP"),
+    **_rows("minimax", _BRANCHES_LATER, "not the stream plus attention plus MLP"),
+}
+# Architectures whose blocks are given no positions, and whose cache does not count tokens.
+NO_POSITIONS: set[str] = set()
