@@ -39,6 +39,7 @@ EDITS = [
     {"heads": "heads-off 0 of 2; swap 1 2"},
     "parallel-pairs",
     {"parallel": "average 1:4; parallel 4 5; repeat 0"},
+    {"later": "drop 2 from 1; scale-mlp 3 0.5 from 4"},
     {"neurons": "neurons-off 0:3 of 2; repeat 2"},
 ]
 # Families of which a sweep leaves some edits out, and why.
