@@ -107,4 +107,4 @@ UNSUPPORTED_LATER: dict[tuple[str, str], str] = {
     **_rows("minimax", _BRANCHES_LATER, "not the stream plus attention plus MLP"),
 }
 # Architectures whose blocks are given no positions, and whose cache does not count tokens.
-NO_POSITIONS: set[str] = set()
+NO_POSITIONS = {"mamba", "mamba2", "falcon_mamba", "granitemoehybrid"}
