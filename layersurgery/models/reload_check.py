@@ -37,7 +37,7 @@ _INDEX_NAME = re.compile(r"idx|index|layer|block|_id$|^id$|^seed$|number|depth",
 # Values that a constructor computes in floating point may differ in the last digits.
 _TOLERANCE = 1e-9
 # Settings of a model in use, which are not part of its structure.
-_MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled", "name_or_path", CPU_PACKING))
+MODES = frozenset(("training", "gradient_checkpointing", "layers_are_rescaled", "name_or_path", CPU_PACKING))
 # Attributes with which a block stores what other blocks read, and the attribute of the blocks that read it. Where no
 # block does, they change no output (Gemma 4).
 _STORED_FOR = {"store_full_length_kv": "is_kv_shared_layer"}
@@ -130,14 +130,14 @@ class ReloadCheck:
                 yield f"{label} exists only {'after the reload' if path in edited else 'in the source'}"
                 continue
             source_module, edited_module = source[path], edited[path]
-            kind, edited_kind = _original_class(source_module), _original_class(edited_module)
+            kind, edited_kind = original_class(source_module), original_class(edited_module)
             if kind is not edited_kind:
                 yield f"{label} is a {kind.__name__} in the source and would be a {edited_kind.__name__}"
                 continue
-            source_values, edited_values = _own_values(source_module), _own_values(edited_module)
+            source_values, edited_values = own_values(source_module), own_values(edited_module)
             _forget_kinds(source_values, edited_values)
             for name in sorted(
-                edited_values.keys() - _MODES if self.live else source_values.keys() | edited_values.keys()
+                edited_values.keys() - MODES if self.live else source_values.keys() | edited_values.keys()
             ):
                 if self.live and edited_values.get(name, _MISSING) is None and name in vars(source_module):
                     continue  # loading the weights, or a run, sets it
@@ -158,14 +158,14 @@ class ReloadCheck:
                     or (name in _WRITES and source_values[name] is True and edited_values[name] is False)
                     # resize_token_embeddings leaves this copy; the rows of the embedding itself are compared.
                     or (self.live and name == "vocab_size")
-                    or _is_equal(source_values[name], edited_values[name])
+                    or is_equal(source_values[name], edited_values[name])
                     or self._changed_in_use(source_values[name], edited_values[name])
                     or (self.live and _is_position(name, edited_values[name], new))
                     or self._follows_route(name, source_values[name], edited_values[name], old, new)
                 ):
                     yield (
-                        f"{label}.{name} is {_describe(source_values[name])} in the source and would be "
-                        f"{_describe(edited_values[name])}"
+                        f"{label}.{name} is {describe(source_values[name])} in the source and would be "
+                        f"{describe(edited_values[name])}"
                     )
 
     def _changed_in_use(self, source: Any, edited: Any) -> bool:
@@ -224,18 +224,18 @@ def changed_by_forward(model: nn.Module) -> frozenset[tuple[nn.Module, str]]:
     Raises:
         UnsupportedEditError: the model cannot be run.
     """
-    before = [(module, copy.deepcopy(_own_values(module))) for module in model.modules()]
+    before = [(module, copy.deepcopy(own_values(module))) for module in model.modules()]
     with eval_no_grad(model):
         probe_forward(model)
     return frozenset(
         (module, name)
         for module, values in before
-        for name, value in _own_values(module).items()
-        if name not in values or not _is_equal(values[name], value)
+        for name, value in own_values(module).items()
+        if name not in values or not is_equal(values[name], value)
     )
 
 
-def _original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's class, before a skipped branch replaced it or torch made it a class of its own.
 
     torch makes a new class for each module of which a parametrization computes a weight (weight norm).
@@ -256,7 +256,7 @@ def _modules_outside(model: nn.Module, blocks: nn.ModuleList) -> Modules:
     return {name: module for name, module in model.named_modules() if id(module) not in inside}
 
 
-def _own_values(module: nn.Module) -> dict[str, Any]:
+def own_values(module: nn.Module) -> dict[str, Any]:
     """Return a module's own values: shapes of parameters, buffers and plain attributes."""
     values: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
@@ -291,7 +291,7 @@ def _forget_kinds(source: dict[str, Any], edited: dict[str, Any]) -> None:
             edited.pop(name, None)
 
 
-def _is_equal(source: Any, edited: Any) -> bool:
+def is_equal(source: Any, edited: Any) -> bool:
     """Check whether two values are equal, up to rounding of floats."""
     if isinstance(source, torch.Tensor) and isinstance(edited, torch.Tensor):
         if source.is_meta or edited.is_meta:
@@ -300,11 +300,11 @@ def _is_equal(source: Any, edited: Any) -> bool:
     if isinstance(source, float) and isinstance(edited, float):
         return math.isclose(source, edited, rel_tol=_TOLERANCE) or (math.isnan(source) and math.isnan(edited))
     if isinstance(source, list | tuple) and isinstance(edited, list | tuple):
-        return len(source) == len(edited) and all(map(_is_equal, source, edited))
+        return len(source) == len(edited) and all(map(is_equal, source, edited))
     return type(source) is type(edited) and bool(source == edited)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """Describe a value in at most 60 characters."""
     text = (
         f"a tensor of shape {tuple(value.shape)} with other values" if isinstance(value, torch.Tensor) else repr(value)

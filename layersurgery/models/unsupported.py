@@ -82,8 +82,6 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
 def _refuse_visit(visit: Visit, *, live: bool) -> None:
     """Refuse a change of a block that cannot be made in memory, or in files."""
     where = "in memory" if live else "by a checkpoint, which has weights only"
-    if visit.source:
-        raise UnsupportedEditError(f"{visit}: blocks of another source cannot be used {where}")
     if visit.mean:
         raise UnsupportedEditError(f"{visit}: a mean in the place of a branch cannot be expressed {where}")
     if visit.start and not live:

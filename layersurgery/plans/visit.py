@@ -130,6 +130,11 @@ class Visit:
         """Return whether branches are skipped for all tokens or run as they are, and nothing else is changed."""
         return self == Visit(self.block, bool(self.attention), bool(self.mlp))
 
+    @property
+    def of_own_block(self) -> Visit:
+        """Return the visit that makes the same changes in the loaded model's own block."""
+        return replace(self, source="") if self.source else self
+
     def factor(self, branch: Branch) -> bool | float:
         """Return the factor of what a branch adds to the stream."""
         return self.attention if branch == "attention" else self.mlp

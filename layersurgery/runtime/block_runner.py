@@ -25,6 +25,8 @@ from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad
 from ..models.later_tokens import find_later_tokens, install_later_tokens
 from ..models.parallel_blocks import add_output
 from ..models.skipped_branch import install_skips
+from ..models.taken_blocks import TakenBlocks
+from ..plans.block_sources import check_name
 from ..plans.visit import Visit
 from .compiled_blocks import Compiler
 from .offload import OffloadedWeights, offload_hooks, offloaded_outside_blocks
@@ -77,6 +79,7 @@ class BlockRunner:
         model: a transformers causal language model, or a wrapper around one.
         anatomy: the model's anatomy.
         compiled: compile the blocks with torch when they are called one by one.
+        taken: blocks of other checkpoints; None if none is run.
 
     Attributes:
         blocks: the block modules, in the model's order.
@@ -90,8 +93,10 @@ class BlockRunner:
         UnsupportedEditError: a block passes more than the residual stream to another block.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False) -> None:
-        self.model, self.anatomy = model, anatomy
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False, taken: TakenBlocks | None = None
+    ) -> None:
+        self.model, self.anatomy, self.taken = model, anatomy, taken
         self.compiler = Compiler() if compiled else None
         block_list = find_decoder_blocks(model, anatomy.blocks)
         self.path, self._list = block_list.path, block_list.blocks
@@ -211,13 +216,13 @@ class BlockRunner:
         return total
 
     def block(self, visit: Visit) -> nn.Module:
-        """Return the module of a visit: the block itself, or a view of the block in which a branch is changed."""
+        """Return the module of a visit: the block itself, or a view of it with other weights."""
         if visit.whole:
             return self.blocks[visit.block]
         if visit in self._views:
             return self._views[visit]
-        changes = self._weights.changes(visit)
-        view = share_parameters(self.blocks[visit.block])
+        changes = self._weights.changes(visit.of_own_block)
+        view = share_parameters(self.blocks[visit.block]) if not visit.source else self._taken(visit).view(visit)
         install_changes(view, changes)
         install_skips(view, self.anatomy.skip_specs(visit))
         install_later_tokens(view, find_later_tokens(visit, self.anatomy.parts(visit.block)))
@@ -234,8 +239,16 @@ class BlockRunner:
             UnsupportedEditError: it cannot; gives the reason.
             PlanError: the block does not have a head or neuron of a number.
         """
+        if visit.source:
+            self._taken(visit).check(visit)
         self.anatomy.skip_specs(visit)
-        self._weights.changes(visit)
+        self._weights.changes(visit.of_own_block)
+
+    def _taken(self, visit: Visit) -> TakenBlocks:
+        if self.taken is None:
+            check_name(visit.source, ())
+        assert self.taken is not None
+        return self.taken
 
     def probes(self, seed: int) -> list[BlockProbe]:
         """Return a probe of each block, which runs it on random numbers, with the blocks' calls in one small forward.

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
+from ..checkpoints.block_sources import Sources, take_blocks
 from ..errors import PlanError, UndoError, UnsupportedEditError, warn
 from ..models.anatomy import Anatomy, block_signature
 from ..models.anatomy import anatomy as find_anatomy
@@ -60,6 +61,7 @@ def operate(
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
     verify: bool = True,
+    sources: Sources | None = None,
 ) -> Iterator[Model]:
     """Edit a model inside a `with` block, and restore the original objects at its end, also after an exception.
 
@@ -78,6 +80,8 @@ def operate(
             seven tokens.
         verify: check in one forward on seven tokens that the edited model calls the blocks of its list once each, in
             order. The result is kept, so later edits to the same depth are not checked again.
+        sources: other models, or their names ("MODEL" or "MODEL@REVISION"), by the names that the plan takes blocks
+            from: {"base": other}. They are not changed; blocks that are taken share their parameters.
 
     Yields:
         The same model, edited.
@@ -96,7 +100,7 @@ def operate(
         >>> with ls.operate(model, ls.drop(20)):
         ...     loss = model(tokens, labels=tokens).loss
     """
-    surgery = Surgery(model, plan, blocks=blocks)
+    surgery = Surgery(model, plan, blocks=blocks, sources=sources)
     try:
         surgery.apply(anatomy, verify=verify)
         yield model
@@ -118,6 +122,7 @@ def operate_(
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
     verify: bool = True,
+    sources: Sources | None = None,
 ) -> Model:
     """Edit a model permanently, in place.
 
@@ -134,6 +139,8 @@ def operate_(
         anatomy: anatomy of the model, needed to change a branch; found by default.
         verify: check as `operate` does, and refuse an edit after which `save_pretrained` and a reload would not give
             the same function. Without this check, save with `layersurgery.save`, which checks the reload, too.
+        sources: other models by name, as for `operate`. A block that is taken shares its parameters with a model that
+            is given, so that training one trains both; of a model that is loaded by its name, nothing else stays.
 
     Returns:
         The model.
@@ -151,7 +158,7 @@ def operate_(
         30
     """
     before = config_dict(model) if verify else None
-    surgery = Surgery(model, plan, blocks=blocks, permanent=True)
+    surgery = Surgery(model, plan, blocks=blocks, sources=sources, permanent=True)
     try:
         surgery.apply(anatomy, verify=verify)
         if before is not None:
@@ -171,7 +178,13 @@ class Surgery:
     """One edit of a model in memory that can be undone."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan | Route | str, *, blocks: str | None = None, permanent: bool = False
+        self,
+        model: nn.Module,
+        plan: Plan | Route | str,
+        *,
+        blocks: str | None = None,
+        sources: Sources | None = None,
+        permanent: bool = False,
     ) -> None:
         self.model, self.permanent = model, permanent
         refuse_architecture(refusal_fields(text_config(model)))  # a looped model may have several lists, or none
@@ -180,6 +193,7 @@ class Surgery:
         refuse_memory_only(self.original)
         self.training = self.block_list.blocks.training
         self.route = as_route(plan, len(self.original))
+        self.taken = take_blocks(model, [self.route], sources, blocks=self.block_list.path)
         self.log = UndoLog()
         self.installed: list[nn.Module] = []
         self.state: Literal["original", "applying", "edited", "restoring"] = "original"
@@ -235,17 +249,18 @@ class Surgery:
         for position, visit in enumerate(self.route):
             block = self.original[visit.block]
             if position not in original_positions:
-                block = share_parameters(block)
+                own = visit.of_own_block
+                block = share_parameters(block) if self.taken is None or own is visit else self.taken.view(visit)
                 if visit.zeroed and self.permanent:
                     own_parameters(block)
-                weights, skips, later = changed.get(visit.alone, ((), (), None))
+                weights, skips, later = changed.get(own.alone, ((), (), None))
                 install_changes(block, weights)
                 install_skips(block, skips)
                 install_later_tokens(block, later)
                 renumber_block(block, visit.block, position)
                 if position in members:
                     make_parallel(block, members[position])
-                if visit.block in included:
+                if visit.source or visit.block in included:
                     clone_in_state_dict(block)
             included.add(visit.block)
             built.append(block)
@@ -257,7 +272,7 @@ class Surgery:
         self, anatomy: Anatomy | None
     ) -> dict[Visit, tuple[tuple[WeightChange, ...], tuple[SkipSpec, ...], LaterTokens | None]]:
         """Return, for each visit of a block that is not as it is, its changes of weights, skips and later tokens."""
-        changed = {visit.alone for visit in self.route if not visit.alone.whole}
+        changed = {visit.of_own_block.alone for visit in self.route if not visit.of_own_block.alone.whole}
         if not changed:
             return {}
         if anatomy is None:

@@ -24,6 +24,7 @@ from ..models.block_dependencies import refuse_block_by_block
 from ..models.block_list import text_config
 from ..models.layer_kinds import layer_kinds
 from ..models.quantized import quantized_numbers
+from ..models.taken_blocks import TakenBlocks
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.route import Route
 from ..plans.variants import Variant, unedited
@@ -81,6 +82,7 @@ class Measurer:
         propagation: measure how much what later blocks add changes, in place of `observe`.
         check: check on the first text that reading the stream after the last block gives the model's own logits.
         read: the positions at which predictions are read; None for all.
+        taken: the blocks of other checkpoints that the variants take; None for none.
 
     Attributes:
         variants: the unedited model, then the measured variants.
@@ -110,10 +112,11 @@ class Measurer:
         propagation: bool = False,
         check: bool = False,
         read: Reads | None = None,
+        taken: TakenBlocks | None = None,
     ) -> None:
         refuse_architecture(refusal_fields(text_config(model)))
         self.model, self.read = model, read
-        self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled)
+        self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled, taken=taken)
         if observe is not None and observe.route is not None:
             refuse_route(refusal_fields(text_config(model)), observe.route, live=True)
             refuse_block_by_block(refusal_fields(text_config(model)), observe.route)
