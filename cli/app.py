@@ -62,21 +62,23 @@ def _main(
 def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
     """Make a command from a function that builds a plan.
 
-    The command takes MODEL first, then the function's own options, then the options for writing.
+    The command takes MODEL first, then the function's own options, then the options for writing. Of these, it has
+    --source only if the function has it.
     """
     # Plan is imported for type checkers only; at run time any object serves to resolve the name.
     own = list(inspect.signature(build, eval_str=True, locals={"Plan": object}).parameters.values())
     model, *writing = inspect.signature(_write_edit, eval_str=True).parameters.values()
 
     def command(**values: Any) -> None:
-        plan = build(**{parameter.name: values.pop(parameter.name) for parameter in own})
-        _write_edit(plan=plan, **values)
+        plan = build(**{parameter.name: values[parameter.name] for parameter in own})
+        shared = values.keys() - {parameter.name for parameter in own if parameter.name != "source"}
+        _write_edit(plan=plan, **{name: values[name] for name in shared})
 
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in (model, *own, *writing)
-            if parameter.name != "plan"
+            if parameter.name not in ("plan", "source") or parameter in own
         ]
     )
     command.__doc__ = build.__doc__
@@ -92,12 +94,16 @@ def _write_edit(
     verify: o.Verify = True,
     revision: o.Revision = None,
     blocks: o.Blocks = None,
+    source: o.BlockSources = None,
     *,
     console: Console,
 ) -> None:
+    from layersurgery.plans.block_sources import read_sources
+
     from .commands.edit import EditOptions, edit
 
-    edit({None: plan}, model, EditOptions(output, overwrite, link, verify, revision, blocks), console)
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()))
+    edit({None: plan}, model, options, console)
 
 
 @_edit_command
@@ -232,6 +238,17 @@ def off(
     return plan.Plan.parse("; ".join(given))
 
 
+@_edit_command
+def take(source: o.BlockSources = None, layer: o.RepeatedLayers = None, layers: o.Range = None) -> Plan:
+    """Run blocks of another checkpoint in the place of those with the same numbers."""
+    from layersurgery.errors import PlanError
+    from layersurgery.plans.block_sources import read_sources
+
+    if len(names := list(read_sources(source or ()))) != 1:
+        raise PlanError("name the other checkpoint: --source base=MODEL; several are for edit --plan")
+    return _parse_plan("take", f"{_join_blocks(layer, layers)} from {names[0]}")
+
+
 @app.command(rich_help_panel=_EDIT)
 @o.expand
 def edit(
@@ -262,16 +279,18 @@ def edit(
     verify: o.Verify = True,
     revision: o.Revision = None,
     blocks: o.Blocks = None,
+    source: o.BlockSources = None,
     *,
     console: Console,
 ) -> None:
     """Apply any edits, given as a plan or as a recipe file."""
+    from layersurgery.plans.block_sources import read_sources
     from layersurgery.plans.plan import Plan
 
     from .commands.edit import EditOptions
     from .commands.edit import edit as run_edit
 
-    options = EditOptions(output, overwrite, link, verify, revision, blocks)
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()))
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give exactly one of --plan and --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:

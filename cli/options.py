@@ -77,6 +77,17 @@ Range = Annotated[
     typer.Option("--layers", help="Half-open range of blocks, for example 20:24.", metavar="A:B", show_default=False),
 ]
 
+BlockSources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--source",
+        help="Checkpoint that blocks are taken from, and its name in plans: base=MODEL or base=MODEL@REVISION. May be "
+        "repeated.",
+        metavar="NAME=MODEL",
+        show_default=False,
+    ),
+]
+
 _EDITS = "Edits to measure"
 _TEXT = "Text"
 _TASKS = "Tasks"
@@ -478,6 +489,7 @@ _SHOWN: dict[str, Any] = {
     "confidence": Confidence,
     "read": Read,
     "propagation": Propagation,
+    "sources": BlockSources,
     "batch_size": BatchSize,
     "dtype": Dtype,
     "quantize": Quantize,
@@ -554,7 +566,12 @@ PairsRun = Annotated[RunOptions, _group(only=("split", "bos", "seed", "tokenizer
 ReproduceRun = Annotated[
     RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "revision", "blocks")
 ]
-CompareRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "revision", "per_token", "blocks")]
+CompareRun = Annotated[
+    RunOptions,
+    _group(
+        *(name for name in SWEEP_ONLY if name != "sources"), "schedule", "compile", "revision", "per_token", "blocks"
+    ),
+]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

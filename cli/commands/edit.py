@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from layersurgery.checkpoints.checkpoint import read_checkpoint
 from layersurgery.checkpoints.edit_checkpoint import EditResult, default_output, write_edit
 from layersurgery.checkpoints.prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
+from layersurgery.plans.block_sources import taken_blocks
 from layersurgery.plans.plan import Plan
 from layersurgery.units import format_bytes
 
@@ -34,6 +35,7 @@ class EditOptions:
     verify: bool
     revision: str | None
     blocks: str | None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
@@ -77,11 +79,14 @@ def write_edits(
     files = len(checkpoint.tensors.shards)
     size = format_bytes(checkpoint.tensors.nbytes)
     console.log(f"{model}: {checkpoint.depth} blocks, {size} in {files} file{'s'[: files > 1]}")
+    routes = {name: plan.route(checkpoint.depth) for name, plan in plans.items()}
+    taken_blocks(routes.values(), options.sources)  # a source may be that of some of the plans only
     planned_edits: dict[str | None, PlannedEdit] = {}
     for name, plan in plans.items():
-        route = plan.route(checkpoint.depth)
+        route = routes[name]
+        sources = {visit.source: options.sources[visit.source] for visit in route if visit.source}
         console.log(f"{f'{name}: ' if name else ''}{plan}  ->  {route}")
-        planned_edits[name] = plan_edit(checkpoint, plan, verify=options.verify, maps=maps)
+        planned_edits[name] = plan_edit(checkpoint, plan, verify=options.verify, maps=maps, sources=sources)
 
     @cache
     def check_all() -> dict[str | None, PreparedEdit]:
@@ -145,4 +150,5 @@ def as_json(result: EditResult, source: str, revision: str | None) -> dict[str, 
         "seconds": round(result.seconds, 3),
         "verified": result.verified,
         "notes": list(result.notes),
+        "sources": {name: [each.label, each.revision] for name, each in result.sources.items()},
     }

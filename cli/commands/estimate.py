@@ -51,6 +51,9 @@ def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | T
         table.add_column(heading, justify="right" if align_right else "left")
     for device, count in cost.weights.items():
         table.add_row("weights", device, format_bytes(count))
+    if cost.taken:
+        table.add_row("blocks of other checkpoints", cost.device, format_bytes(cost.taken))
+        table.add_row("one of these checkpoints, while it is read", "cpu", format_bytes(cost.source))
     if cost.in_flight_bytes:
         table.add_row("offloaded weights in memory", cost.device, format_bytes(cost.in_flight_bytes))
     table.add_row("residual streams, at the peak", cost.device, format_bytes(memory.streams))

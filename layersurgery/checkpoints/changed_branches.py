@@ -64,6 +64,7 @@ def changed_tensors(
     weights_of_kind: dict[object, BlockWeights] = {}
     changed: dict[int, dict[str, Recode | None]] = {}
     for position, visit in enumerate(route):
+        visit = visit.of_own_block
         if visit.whole:
             continue
         module = block_list.blocks[visit.block]

@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ..atomic_io import atomic_directory, check_output
 from ..errors import PlanError, warn
 from ..plans.plan import Plan
 from ..plans.route import Route
+from .block_sources import Sources
 from .checkpoint import read_checkpoint
 from .model_card import model_card
 from .prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
@@ -46,6 +47,7 @@ class EditResult:
         seconds: time from the first byte to the finished directory, with the reload check, which runs meanwhile.
         verified: whether the reload check was run.
         notes: what users of the source or of the result should know, such as programs that would run another model.
+        sources: the other checkpoints of which blocks are taken, by their name in the plan.
     """
 
     path: Path
@@ -57,6 +59,7 @@ class EditResult:
     seconds: float
     verified: bool
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 def edit_checkpoint(
@@ -71,6 +74,7 @@ def edit_checkpoint(
     blocks: str | None = None,
     progress: Progress | None = None,
     maps: OutputMaps | None = None,
+    sources: Sources | None = None,
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
@@ -89,6 +93,8 @@ def edit_checkpoint(
         blocks: prefix of the decoder blocks' tensors, if it cannot be found automatically.
         progress: called repeatedly with the number of bytes written since the last call, by one thread at a time.
         maps: linear maps of what branches add, by the position in the route, as in `LinearHealing.maps`.
+        sources: names of models that the plan takes blocks of ("MODEL" or "MODEL@REVISION"), by the names in the plan:
+            {"base": "org/base"}. The embeddings and all else outside the blocks stay the model's.
 
     Returns:
         The directory, and how it was made.
@@ -112,7 +118,7 @@ def edit_checkpoint(
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    planned = plan_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify, maps=maps)
+    planned = plan_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify, maps=maps, sources=sources)
 
     def check() -> PreparedEdit:
         prepared = check_edit(planned)
@@ -155,6 +161,8 @@ def write_edit(
         OutputError: `out` exists or cannot be written; no partial output remains.
     """
     started = time.perf_counter()
+    for other in planned.others:
+        check_output(out, other.checkpoint.source.directory, overwrite=overwrite)
     settled = planned.settled_shards
     needed = sum(shard.nbytes for shard in planned.layout.shards if not (link and shard.unchanged and shard in settled))
     with atomic_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
@@ -168,6 +176,7 @@ def write_edit(
         if prepared.layout.index is not None:
             _write_text(directory / INDEX, prepared.layout.index)
         _copy_other_files(planned, directory)
+        sources = {other.name: other.checkpoint.source for other in planned.others}
         card = model_card(
             planned.checkpoint.source,
             planned.plan,
@@ -176,6 +185,7 @@ def write_edit(
             verified=planned.verify,
             healed=[planned.route[position].block for position in planned.maps],
             notes=prepared.notes,
+            sources=sources,
         )
         _write_text(directory / "README.md", card)
     return EditResult(
@@ -188,6 +198,7 @@ def write_edit(
         seconds=time.perf_counter() - started,
         verified=planned.verify,
         notes=prepared.notes,
+        sources=sources,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,20 @@ def model_card(
     verified: bool,
     healed: Sequence[int] = (),
     notes: Sequence[str] = (),
+    sources: Mapping[str, Source] | None = None,
 ) -> str:
     """Return the text of the output's README.md, with the metadata block that the Hub reads."""
     from huggingface_hub import ModelCardData
 
     inherited = _read_metadata(source.directory / "README.md")
     base = source.label if source.on_hub else inherited.get("base_model")
+    others = [each.label for each in (sources or {}).values() if each.on_hub]
+    if base and others:
+        base = list(dict.fromkeys([*([base] if isinstance(base, str) else base), *others]))
     # Of the Hub's four relations, the one of models that are put together from layers of others without training.
     metadata: dict[str, Any] = {"base_model": base, "base_model_relation": "merge"} if base else {}
     metadata |= {key: inherited[key] for key in _INHERITED if key in inherited}
     metadata |= {"library_name": "transformers", "tags": ["layersurgery", "model surgery"]}
-    # Not the whole path, which is of no use to others and may say who made the model.
-    origin = source.label if source.on_hub else Path(source.label).expanduser().resolve().name
-    revision = f" at revision `{source.revision}`" if source.revision else ""
     check = "passed" if verified else "not run"
     maps = (
         f"{chr(10)}A linear map, fitted by least squares and without training, is folded into the output projection of "
@@ -44,13 +45,17 @@ def model_card(
         if healed
         else ""
     )
+    taken = "".join(
+        f"{chr(10)}Blocks marked `@{name}` are those of {_origin(each)}.{chr(10)}"
+        for name, each in (sources or {}).items()
+    )
     return f"""---
 {ModelCardData(**metadata).to_yaml(original_order=list(metadata))}
 ---
 
 # {source.name}, edited
 
-Made from {_inline_code(origin)}{revision} by layersurgery {__version__}. No weight was
+Made from {_origin(source)} by layersurgery {__version__}. No weight was
 trained; the layers were rearranged as follows.
 
 | | |
@@ -63,8 +68,18 @@ trained; the layers were rearranged as follows.
 The route lists the blocks of the source model in the order in which this model runs them. Ranges exclude their end.
 `-attn` or `-mlp` marks a block whose attention or MLP output projection is set to zero.
 
-{_how_to_undo(route, depth, healed, origin)}
-{maps}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
+{_how_to_undo(route, depth, healed, _name_of(source))}
+{taken}{maps}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
+
+
+def _name_of(source: Source) -> str:
+    """Return a checkpoint's name without its path, which is of no use to others and may say who made the model."""
+    return source.label if source.on_hub else Path(source.label).expanduser().resolve().name
+
+
+def _origin(source: Source) -> str:
+    """Return a checkpoint's name, and its revision if it has one."""
+    return _inline_code(_name_of(source)) + (f" at revision `{source.revision}`" if source.revision else "")
 
 
 def _how_to_undo(route: Route, depth: int, healed: Sequence[int], origin: str) -> str:

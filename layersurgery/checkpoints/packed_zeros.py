@@ -25,7 +25,7 @@ _SCALE_OR_OFFSET = re.compile(rf"scale|absmax|quant|codebook|{_OFFSET.pattern}")
 def refuse_packed_zeros(checkpoint: Checkpoint, route: Route) -> None:
     """Refuse to skip a branch in a quantized format in which zero bytes are not known to be zero weights."""
     if other := sorted(quantization_methods(checkpoint) - _ZERO_BYTES_ARE_ZERO):
-        if not all(visit.whole for visit in route):
+        if not all(visit.of_own_block.whole for visit in route):
             raise _not_zero(f"the checkpoint is quantized ({', '.join(other)})")
 
 

@@ -26,9 +26,10 @@ from ..plans.plan import Plan
 from ..plans.route import Route
 from ..quick_imports import quick_imports
 from ..units import format_list
+from .block_sources import OtherCheckpoint, Sources, check_taken, read_others, taken_tensors
 from .checkpoint import Checkpoint
 from .other_files import plan_other_files
-from .output_layout import ChangedTensors, Layout, Shard, plan_output_files
+from .output_layout import ChangedTensors, Layout, Shard, TakenTensors, plan_output_files
 from .packed_zeros import check_zeros_mean_zero, quantization_methods, refuse_packed_zeros
 from .quantization import QUANTIZATION_KEYS, renumber_settings
 from .tensor_index import ADAPTER_CONFIG, INDEX, MERGE_ADAPTER
@@ -56,6 +57,8 @@ class PlannedEdit:
         verify: whether `check_edit` runs the reload check.
         notes: what users of the source or of the result should know.
         maps: linear maps of what branches add, by the position in the route.
+        others: the other checkpoints of which blocks are taken.
+        taken: the tensors of these blocks, by the position in the route.
     """
 
     checkpoint: Checkpoint
@@ -68,6 +71,8 @@ class PlannedEdit:
     verify: bool
     notes: tuple[str, ...] = ()
     maps: OutputMaps = field(default_factory=dict)
+    others: tuple[OtherCheckpoint, ...] = ()
+    taken: TakenTensors = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +107,12 @@ class PreparedEdit:
 
 
 def plan_edit(
-    checkpoint: Checkpoint, plan: Plan, *, verify: bool = True, maps: OutputMaps | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    *,
+    verify: bool = True,
+    maps: OutputMaps | None = None,
+    sources: Sources | None = None,
 ) -> PlannedEdit:
     """Compute what the files alone decide of an edited checkpoint, and refuse what they alone forbid.
 
@@ -113,6 +123,7 @@ def plan_edit(
         plan: the edits.
         verify: run the reload check in `check_edit`.
         maps: linear maps of what branches add, by the position in the route.
+        sources: the names of models that the plan takes blocks of, by the name of the source.
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
@@ -139,14 +150,18 @@ def plan_edit(
     positions = new_positions(route, checkpoint.section)
     config = _edit_config(checkpoint, route, positions, verify=verify)
     refuse_packed_zeros(checkpoint, route)
-    layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, positions, {})
+    others = read_others(route, sources)
+    taken = taken_tensors(checkpoint, route, others)
+    layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, positions, {}, taken)
     files, left_out = plan_other_files(checkpoint, route, positions)
     notes = (
         (f"left out, because they describe layers of the source in an unknown format: {', '.join(left_out)}",)
         if left_out
         else ()
     )
-    return PlannedEdit(checkpoint, plan, route, positions, config, layout, files, verify, notes, maps or {})
+    return PlannedEdit(
+        checkpoint, plan, route, positions, config, layout, files, verify, notes, maps or {}, others, taken
+    )
 
 
 def check_edit(planned: PlannedEdit) -> PreparedEdit:
@@ -163,9 +178,16 @@ def check_edit(planned: PlannedEdit) -> PreparedEdit:
     notes = _check_absent(checkpoint)
     config = _derive_config(planned)
     blocks = _check_reload(checkpoint, config, route) if planned.verify else None
+    if planned.others:
+        from ..models.meta_model import build_meta_model
+
+        blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
+        check_taken(blocks[0], planned.others, blocks[1].path)
     layout = planned.layout
     if changed := _find_changed_tensors(checkpoint, route, blocks, planned.maps):
-        layout = plan_output_files(checkpoint.tensors, checkpoint.block_prefix, planned.positions, changed)
+        layout = plan_output_files(
+            checkpoint.tensors, checkpoint.block_prefix, planned.positions, changed, planned.taken
+        )
     model_type = {"model_type": checkpoint.config.get("model_type"), **checkpoint.fields}["model_type"]
     readers = describe_position_readers(str(model_type), checkpoint.section.get_fields(config), len(route))
     return PreparedEdit(config, layout, notes + ((readers,) if readers else ()) + planned.notes)
@@ -291,7 +313,7 @@ def _find_changed_tensors(
         blocks: what `_match_blocks` returns, if it has been called already.
         maps: linear maps of what branches add, by the position in the route.
     """
-    if all(visit.whole for visit in route) and not maps:
+    if all(visit.of_own_block.whole for visit in route) and not maps:
         return {}
     from ..models.meta_model import build_meta_model
     from .changed_branches import add_maps, changed_tensors

@@ -8,9 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -180,43 +180,53 @@ def fsync_in_background(target: BinaryIO) -> Iterator[None]:
 
 
 def _write_shard(shard: Shard, directory: Path, progress: Progress) -> None:
+    identities = {shard.source: shard.file_identity}
+    identities |= {each.file.path: each.file.identity for each in shard.ranges if each.file is not None}
+    with ExitStack() as opened:
+        files = {path: opened.enter_context(_open(path)) for path in identities}
+        try:
+            _check_identities(files, identities)
+            _copy_shard(shard, files, directory, progress)
+            _check_identities(files, identities)
+        except EOFError as error:
+            names = " or ".join(map(str, files))
+            raise SourceError(f"{names} was changed while it was read ({error}); start again") from error
+
+
+def _open(path: Path) -> BinaryIO:
     try:
-        source = shard.source.open("rb")
+        return path.open("rb")
     except OSError as error:
-        raise SourceError(f"cannot read {shard.source}: {error.strerror or error}") from error
-    try:
-        with source:
-            _check_identity(shard, source)
-            _copy_shard(shard, source, directory, progress)
-            _check_identity(shard, source)
-    except EOFError as error:
-        raise SourceError(f"{shard.source} was changed while it was read ({error}); start again") from error
+        raise SourceError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _check_identity(shard: Shard, source: BinaryIO) -> None:
-    if file_identity(source.fileno()) != shard.file_identity:
-        raise EOFError("it is not the file from which the header was read")
+def _check_identities(files: Mapping[Path, BinaryIO], identities: Mapping[Path, tuple[int, ...]]) -> None:
+    for path, file in files.items():
+        if file_identity(file.fileno()) != identities[path]:
+            raise EOFError(f"{path.name} is not the file from which the header was read")
 
 
-def _copy_shard(shard: Shard, source: BinaryIO, directory: Path, progress: Progress) -> None:
+def _copy_shard(shard: Shard, files: Mapping[Path, BinaryIO], directory: Path, progress: Progress) -> None:
+    source = files[shard.source]
     with (directory / shard.name).open("xb") as target, fsync_in_background(target):
         if shard.unchanged:
             copy_bytes(source, 0, os.fstat(source.fileno()).st_size, target, progress)
-        else:
-            target.write(shard.header)
-            progress(len(shard.header))
-            for byte_range in shard.ranges:
-                if byte_range.start is None:
-                    write_zeros(byte_range.count, target, progress)
-                elif byte_range.recode is not None:
-                    source.seek(byte_range.start)
-                    data = bytearray(byte_range.count)
-                    if source.readinto(data) < byte_range.count:  # type: ignore[attr-defined]
-                        raise EOFError(f"{source.name} ended early")
-                    target.write(byte_range.recode(data))
-                    progress(byte_range.count)
-                else:
-                    copy_bytes(source, byte_range.start, byte_range.count, target, progress)
+            return
+        target.write(shard.header)
+        progress(len(shard.header))
+        for byte_range in shard.ranges:
+            file = source if byte_range.file is None else files[byte_range.file.path]
+            if byte_range.start is None:
+                write_zeros(byte_range.count, target, progress)
+            elif byte_range.recode is not None:
+                file.seek(byte_range.start)
+                data = bytearray(byte_range.count)
+                if file.readinto(data) < byte_range.count:  # type: ignore[attr-defined]
+                    raise EOFError(f"{file.name} ended early")
+                target.write(byte_range.recode(data))
+                progress(byte_range.count)
+            else:
+                copy_bytes(file, byte_range.start, byte_range.count, target, progress)
 
 
 def _copy_in_kernel(

@@ -45,7 +45,7 @@ _NOT_OF_BLOCKS = frozenset(
         *POSITIONAL_WITH_LIST, *POSITIONAL_ONLY, "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
         "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range",
         "is_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-        "problem_type", "pruned_heads", "return_dict", "sep_token_id", "task_specific_params", "tie_word_embeddings",
+        "problem_type", "pruned_heads", "quantization_config", "return_dict", "sep_token_id", "task_specific_params", "tie_word_embeddings",
         "tokenizer_class", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
     )
 )  # fmt: skip
@@ -109,7 +109,10 @@ class TakenBlocks:
         view = share_parameters(self._own[visit.block])
         for (path, name), tensor in self._tensors[visit.source, visit.block].items():
             module = view.get_submodule(path)
-            (module._parameters if isinstance(tensor, nn.Parameter) else module._buffers)[name] = tensor  # type: ignore[index]
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[name] = tensor
+            else:
+                module._buffers[name] = tensor
         return view
 
 
@@ -163,7 +166,11 @@ def _structural_differences(own: nn.Module, other: nn.Module) -> Iterator[str]:
             yield f"{label} is a {kind.__name__}, and in the source a {other_kind.__name__}"
             continue
         tensors, other_tensors = (
-            {name: value for name, value in (*module._parameters.items(), *module._buffers.items()) if value is not None}
+            {
+                name: value
+                for name, value in (*module._parameters.items(), *module._buffers.items())
+                if value is not None
+            }
             for module in (modules[path], others[path])
         )
         for name in sorted(tensors.keys() | other_tensors.keys()):
@@ -184,12 +191,12 @@ def _config_differences(block: int, config: Any, other_config: Any) -> Iterator[
 
 
 def _fields_of(block: int, config: Any) -> dict[str, Any]:
-    """Return the fields of a config that may change what one block computes; of lists with a value per layer, its own."""
+    """Return the fields of a config that may change what one block computes, with its own value of per-layer lists."""
     fields: dict[str, Any] = config.to_dict()
     depth = getattr(config, depth_field(config))
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in _NOT_OF_BLOCKS or name.startswith("_") or "drop" in name or isinstance(value, dict) and not value:
+        if name in _NOT_OF_BLOCKS or name.startswith("_") or "drop" in name or value == {}:
             continue
         if name in INDEX_LISTS and isinstance(value, list):
             found[name] = block in value

@@ -77,14 +77,19 @@ def check_name(name: str, sources: Collection[str]) -> None:
         )
 
 
-def check_sources(sources: Mapping[str, Any] | None) -> dict[str, Any]:
+def check_sources(sources: Any) -> dict[str, Any]:
     """Return sources by name; an empty dictionary for none.
+
+    Args:
+        sources: models by name, or texts as `read_sources` reads them.
 
     Raises:
         PlanError: it is not a mapping, or a name is none.
     """
     if sources is None:
         return {}
+    if isinstance(sources, list | tuple):
+        return dict(read_sources(map(str, sources)))
     if not isinstance(sources, Mapping):
         raise PlanError(f"sources is a dictionary of models by name, such as {{'base': model}}, not {sources!r}")
     return {source_name(name): model for name, model in sources.items()}

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..library_logs import quiet_libraries
 from ..plans.edits import VERBS
 from ..sweeps.compare import Comparison, compare_tokens
@@ -53,11 +55,14 @@ def compare(
         (True, True)
     """
     run_options = RunOptions.of(options)
-    run_options.refuse(["schedule", "compile", *SWEEP_ONLY], "is for sweep; compare does not take it")
+    refused = ["schedule", "compile", *(name for name in SWEEP_ONLY if name != "sources")]
+    run_options.refuse(refused, "is for sweep; compare does not take it")
     run_options, given = read_given_text(text, run_options, attention_mask)
     with ExitStack() as exit_stack:
         session, first, tokens = exit_stack.enter_context(open_text(model, given, run_options))
         second: Any = other
+        if _is_model_name(other) or isinstance(other, nn.Module):
+            run_options.refuse(["sources"], "is for an edit of the first model, and the second is a model of its own")
         if _is_model_name(other):
             with quiet_libraries():
                 reporter = Reporter()
@@ -73,6 +78,7 @@ def compare(
             blocks=run_options.blocks,
             tokenizer=session.texts.tokenizer_or_none() if per_token else None,
             per_token=per_token,
+            sources=run_options.sources,
         )
 
 

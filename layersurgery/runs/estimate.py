@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..library_logs import quiet_libraries
+from ..plans.block_sources import check_sources, taken_blocks
 from ..plans.variants import Variant, variants
 from ..runtime.matmul_rate import matmul_rate
 from ..sweeps.estimate import Estimate, TextSize
@@ -99,6 +100,7 @@ def estimate_run(
     from ..figures import sweeps  # noqa: F401
     from . import runner  # noqa: F401
 
+    taken_blocks([variant.route for variant in edited_models], check_sources(options.sources))
     placement = choose_placement(options, info.source, reporter)
     cost = _estimate_one(
         model, info, edited_models, options, placement, reporter, None if given is None else given.tasks

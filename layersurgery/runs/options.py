@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..sweeps.precision import Precision
     from ..sweeps.read_positions import ReadPositions
 
-SWEEP_ONLY = ("until", "confidence", "read", "propagation")
+SWEEP_ONLY = ("until", "confidence", "read", "propagation", "sources")
 """Options that only sweeps take."""
 
 
@@ -45,6 +45,8 @@ class RunOptions:
             (see `sweeps.precision.Precision.parse`); then `tokens` is the most that is used.
         confidence: for `until`: probability that an interval holds the true mean.
         read: read predictions at a random share of each sequence's positions ("1/4"), or at a number of them (64).
+        sources: for sweeps and compare: other models, or their names ("MODEL" or "MODEL@REVISION"), by the names that
+            edits take blocks from, such as {"base": "org/base"}.
         propagation: for sweeps: also measure how much what later blocks add changes after each edit.
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
@@ -79,6 +81,7 @@ class RunOptions:
     confidence: float = 0.95
     read: str | float | None = None
     propagation: bool = False
+    sources: Any = None
     batch_size: int | None = None
     dtype: str = "auto"
     quantize: str | None = None

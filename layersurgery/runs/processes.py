@@ -20,6 +20,7 @@ from .reporter import Reporter
 from .requests import GivenText
 from .runner import run_worker
 from .session import ModelSession, WorkItem
+from .source_arguments import source_arguments
 
 if TYPE_CHECKING:
     from .distributed import ProcessGroup
@@ -110,6 +111,11 @@ def _work(model: str, options: RunOptions, group: ProcessGroup) -> None:
                     if group.local_rank == 0 and fingerprint(source.directory) != item.weights:
                         raise SourceError(
                             f"process {group.rank}: {source.label} in {source.directory} differs from the leading "
+                            "process's checkpoint; give all processes the same files"
+                        )
+                    if group.local_rank == 0 and source_arguments(options) != item.sources:
+                        raise SourceError(
+                            f"process {group.rank}: {', '.join(item.sources)} (sources) differs from the leading "
                             "process's checkpoint; give all processes the same files"
                         )
                     loaded = exit_stack.enter_context(load_model(source, item.placement, group))

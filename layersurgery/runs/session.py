@@ -22,6 +22,7 @@ from .run_directory import Run, open_run, package_versions
 from .runner import RunOutput, measure_text
 from .session_model import SessionModel
 from .session_text import SessionText
+from .source_arguments import source_arguments
 from .tables import read_run, text_caption
 from .text import TokenizedText
 
@@ -74,6 +75,7 @@ class WorkItem:
     text: TokenizedText
     weights: str
     placement: Placement
+    sources: dict[str, Any]
 
 
 class ModelSession:
@@ -162,7 +164,15 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
-                self.group.broadcast(WorkItem(measurement, text, arguments["model"]["weights"], self.model.placement))
+                self.group.broadcast(
+                    WorkItem(
+                        measurement,
+                        text,
+                        arguments["model"]["weights"],
+                        self.model.placement,
+                        arguments.get("sources", {}),
+                    )
+                )
                 self.group.workers_idle = False
                 self._measure(run, measurement, text)
         return run
@@ -175,8 +185,10 @@ class ModelSession:
     def _run_arguments(self, measurement: Measurement) -> dict[str, Any]:
         """Return everything that the results of a measurement depend on."""
         options = self.options
+        sources = source_arguments(options)
         return {
             "model": self.model.arguments(),
+            **({"sources": sources} if sources else {}),
             **measurement.arguments(),
             **self.texts.task_arguments(),
             "text": {**self.texts.request.arguments(), "tokenizer": self.texts.tokenizer_name},

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.block_sources import take_blocks
 from ..errors import PlanError
+from ..library_logs import quiet_libraries
+from ..plans.block_sources import check_sources, taken_blocks
 from ..plans.variants import Variant, variants
 from ..sweeps.measurer import Measurer
 from ..sweeps.precision import Precision
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
     from ..metrics.aggregation import SequenceSums
     from ..models.anatomy import Anatomy
+    from ..models.taken_blocks import TakenBlocks
     from ..plans.variants import Edits, Layers
     from ..sweeps.row_progress import StopRule
     from ..tasks.harness import Harness
@@ -79,6 +83,7 @@ class SweepMeasurement:
             order=options.schedule,
             read=options.read_positions,
             propagation=self.propagation,
+            taken=_take(model, self.variants, options),
         )
 
     def rule(self, mask: torch.Tensor | None) -> StopRule | None:
@@ -131,11 +136,23 @@ def run_sweep(
     """
     edited_models = variants(edits, session.model.depth, layers, max_span)
     session.check()
+    taken_blocks([variant.route for variant in edited_models], check_sources(session.options.sources))
     beside = None
     if tasks is not None:
         on_tasks = session.with_tasks(tasks)
         beside = TasksBeside(on_tasks, _measurement(on_tasks, edited_models), directory)
     return session.run(_measurement(session, edited_models, beside), directory, overwrite=overwrite)
+
+
+def _take(model: Any, edited_models: Sequence[Variant], options: RunOptions) -> TakenBlocks | None:
+    """Take the blocks of other checkpoints that edited models have."""
+    return take_blocks(
+        model,
+        [variant.route for variant in edited_models],
+        options.sources,
+        blocks=options.blocks,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _measurement(
@@ -246,8 +263,10 @@ def sweep(
             edited_models = variants(edits, session.model.depth, layers, max_span)
             sessions = [session, *([session.with_tasks(beside)] if beside is not None else [])]
             texts = [tokens, *(other.texts.text for other in sessions[1:])]  # before hours of measuring
+            with quiet_libraries():
+                taken = _take(loaded, edited_models, run_options)
             frame, *of_tasks = (
-                _measure_in_memory(each, loaded, words, edited_models, anatomy, progress)
+                _measure_in_memory(each, loaded, words, edited_models, anatomy, progress, taken)
                 for each, words in zip(sessions, texts, strict=True)
             )
         for tasks_frame in of_tasks:
@@ -274,6 +293,7 @@ def _measure_in_memory(
     edited_models: list[Variant],
     anatomy: Anatomy | None,
     progress: Callable[[int, int], None] | None,
+    taken: TakenBlocks | None,
 ) -> pd.DataFrame:
     options, harness = session.options, session.texts.harness
 
@@ -297,6 +317,7 @@ def _measure_in_memory(
         propagation=options.measures_propagation,
         progress=progress,
         table=table,
+        taken=taken,
     )
 
 

@@ -31,6 +31,7 @@ from ..models.memory_only import refuse_memory_only
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
 from ..models.parallel_blocks import group_members, make_parallel
 from ..models.skipped_branch import SkipSpec, install_skips
+from ..models.taken_blocks import TakenBlocks
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
@@ -61,7 +62,7 @@ def operate(
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
     verify: bool = True,
-    sources: Sources | None = None,
+    sources: Sources | TakenBlocks | None = None,
 ) -> Iterator[Model]:
     """Edit a model inside a `with` block, and restore the original objects at its end, also after an exception.
 
@@ -122,7 +123,7 @@ def operate_(
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
     verify: bool = True,
-    sources: Sources | None = None,
+    sources: Sources | TakenBlocks | None = None,
 ) -> Model:
     """Edit a model permanently, in place.
 
@@ -183,7 +184,7 @@ class Surgery:
         plan: Plan | Route | str,
         *,
         blocks: str | None = None,
-        sources: Sources | None = None,
+        sources: Sources | TakenBlocks | None = None,
         permanent: bool = False,
     ) -> None:
         self.model, self.permanent = model, permanent
@@ -193,7 +194,11 @@ class Surgery:
         refuse_memory_only(self.original)
         self.training = self.block_list.blocks.training
         self.route = as_route(plan, len(self.original))
-        self.taken = take_blocks(model, [self.route], sources, blocks=self.block_list.path)
+        self.taken = (
+            sources
+            if isinstance(sources, TakenBlocks)
+            else take_blocks(model, [self.route], sources, blocks=self.block_list.path)
+        )
         self.log = UndoLog()
         self.installed: list[nn.Module] = []
         self.state: Literal["original", "applying", "edited", "restoring"] = "original"

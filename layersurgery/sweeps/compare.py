@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import registry
+from ..checkpoints.block_sources import Sources, take_blocks
 from ..errors import PlanError, warn
 from ..metrics.reference import METRICS, measure
 from ..models.anatomy import anatomy
@@ -113,6 +114,7 @@ def compare_tokens(
     blocks: str | None = None,
     per_token: bool = False,
     tokenizer: Any = None,
+    sources: Sources | None = None,
 ) -> Comparison:
     """Compare two models, or a model with an edit of itself, on the same tokens.
 
@@ -126,6 +128,7 @@ def compare_tokens(
         blocks: path of the list of blocks, if it cannot be found automatically.
         per_token: also return the metrics of every position.
         tokenizer: writes tokens as text in the table of positions; None for no text.
+        sources: other models, or their names, that the edit takes blocks of.
 
     Returns:
         The means of all metrics over all positions that have a next token.
@@ -139,7 +142,7 @@ def compare_tokens(
     rows: list[pd.DataFrame] = []
     with ExitStack() as contexts:
         contexts.enter_context(eval_no_grad(model))
-        second, editing = _second_model(model, other, blocks, contexts)
+        second, editing = _second_model(model, other, blocks, contexts, sources)
         for first in range(0, len(ids), batch_size):
             batch_ids, batch_mask = ids[first : first + batch_size], mask[first : first + batch_size]
             p = _logits(model, batch_ids, batch_mask)
@@ -176,7 +179,11 @@ def _joined(rows: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _second_model(
-    model: nn.Module, other: nn.Module | Edit | Editing, blocks: str | None, contexts: ExitStack
+    model: nn.Module,
+    other: nn.Module | Edit | Editing,
+    blocks: str | None,
+    contexts: ExitStack,
+    sources: Sources | None,
 ) -> tuple[nn.Module, Editing]:
     """Return the model that gives q, and a context manager to enter around each of its forwards."""
     if isinstance(other, nn.Module):
@@ -186,8 +193,9 @@ def _second_model(
         return model, other
     route = as_route(other, len(find_decoder_blocks(model, blocks).blocks))
     # Only a skipped branch needs the anatomy. Find it once, not in every batch.
-    known_anatomy = None if all(visit.whole for visit in route) else anatomy(model, blocks=blocks)
-    return model, partial(operate, model, route, anatomy=known_anatomy, blocks=blocks)
+    taken = take_blocks(model, [route], sources, blocks=blocks)  # loads the sources once, not in every batch
+    known_anatomy = None if all(visit.of_own_block.whole for visit in route) else anatomy(model, blocks=blocks)
+    return model, partial(operate, model, route, anatomy=known_anatomy, blocks=blocks, sources=taken)
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,8 @@ class Estimate:
             was not measured.
         measured: how much text is measured.
         tasks: the cost of the tasks that are measured after the text; None if there are none.
+        taken: the blocks of other checkpoints, which stay in memory.
+        source: one such checkpoint, which is in main memory while its blocks are taken, as large as the model.
     """
 
     parameters: int
@@ -95,14 +97,18 @@ class Estimate:
     measured: TextSize
     seconds: float | None = None
     tasks: Estimate | None = None
+    taken: int = 0
+    source: int = 0
 
     @property
     def peak(self) -> dict[str, int]:
         """Return the largest number of bytes in use at the same time on each device, without disks."""
         peak = {location: size for location, size in self.weights.items() if location != DISK}
         peak.setdefault(CPU, 0)
-        peak[self.device] = peak.get(self.device, 0) + self.in_flight_bytes + self.memory.working
-        peak[CPU] += self.text + self.program + self.sums
+        loading = peak[CPU] + self.program + self.taken * (self.device == CPU) + self.source
+        peak[self.device] = peak.get(self.device, 0) + self.taken
+        peak[self.device] += self.in_flight_bytes + self.memory.working
+        peak[CPU] = max(peak[CPU] + self.text + self.program + self.sums, loading if self.source else 0)
         return peak
 
 
@@ -161,6 +167,7 @@ def estimate(
     placement = place_weights(stored, stored_blocks, device, device_map, max_memory, dtype)
     size = size or _packed(tokens, context, read)
     routes = list(dict.fromkeys(variant.route for variant in variants))
+    taken = {(visit.source, visit.block) for route in routes for visit in route if visit.source}
     plan = _make_schedule(routes, placement, order, propagation=propagation)
     needs = _memory_model(model, list(block_list.blocks), placement.compute_device)
     needs = replace(
@@ -192,6 +199,8 @@ def estimate(
         flops=size.positions * plan.calls * block_flops + size.read * readouts * readout_flops,
         block_calls_apart=plan.calls_without_sharing,
         measured=size,
+        taken=sum(tensor_bytes(block_list.blocks[block]) for _, block in taken),
+        source=tensor_bytes(model) if taken else 0,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import warn
 from ..metrics.aggregation import SequenceSums
 from ..models.anatomy import Anatomy
+from ..models.taken_blocks import TakenBlocks
 from ..plans.variants import Variant
 from ..registry import PROPAGATION
 from .measurer import Measurer
@@ -41,6 +42,7 @@ def sweep_tokens(
     propagation: bool = False,
     progress: Callable[[int, int], None] | None = None,
     table: Callable[[Sequence[Variant], SequenceSums, str, Any], pd.DataFrame] = results_table,
+    taken: TakenBlocks | None = None,
 ) -> pd.DataFrame:
     """Measure edited models against the unedited one on the same tokens, in memory.
 
@@ -65,6 +67,7 @@ def sweep_tokens(
         propagation: measure how much what later blocks add changes, too.
         progress: called after each batch with the number of sequences done and the number of all sequences.
         table: makes the table of results, as `results_table` does.
+        taken: the blocks of other checkpoints that the edited models have; None for none.
 
     Returns:
         The table of results, one row for each model, the unedited one first. With propagation, its `attrs` have the
@@ -72,7 +75,7 @@ def sweep_tokens(
     """
     measurer = Measurer(
         model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order, read=read,
-        propagation=propagation,
+        propagation=propagation, taken=taken,
     )  # fmt: skip
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
