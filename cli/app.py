@@ -77,8 +77,7 @@ def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in (model, *own, *writing)
-            if parameter.name not in ("plan", "source") or parameter in own
+            for parameter in (model, *own, *(each for each in writing if each.name not in ("plan", "source")))
         ]
     )
     command.__doc__ = build.__doc__

@@ -45,8 +45,9 @@ _NOT_OF_BLOCKS = frozenset(
         *POSITIONAL_WITH_LIST, *POSITIONAL_ONLY, "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward",
         "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label", "initializer_range",
         "is_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-        "problem_type", "pruned_heads", "quantization_config", "return_dict", "sep_token_id", "task_specific_params", "tie_word_embeddings",
-        "tokenizer_class", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+        "problem_type", "pruned_heads", "quantization_config", "return_dict", "sep_token_id",
+        "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype",
+        "transformers_version", "use_cache", "vocab_size",
     )
 )  # fmt: skip
 Tensors = Mapping[tuple[str, str], torch.Tensor]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, permutations
 
-from .block_edits import Drop, Parallel, Reorder, Repeat, Replace, Reverse, Swap
+from .block_edits import Drop, Parallel, Reorder, Repeat, Replace, Reverse, Swap, Take
 from .branch_edits import Scale, Skip
 from .edits import Edit, parse_edit
 from .route import Ref, RouteItem, Span
@@ -38,6 +38,7 @@ class Bounds:
         max_span: length of the longest span, and largest distance of two blocks; None for no limit.
         number: the whole number that follows the family's name; 0 if none does.
         factor: the factor that follows the family's name; 1 if none does.
+        source: the name of the source that follows the family's name; empty if none does.
     """
 
     blocks: range
@@ -45,6 +46,7 @@ class Bounds:
     max_span: int | None = None
     number: int = 0
     factor: float = 1
+    source: str = ""
 
     def spans(self) -> Iterator[Cell]:
         """Yield the first block and the end of every span, in the order of the first blocks, short ones first."""
@@ -120,6 +122,7 @@ class Family:
         axes: the labels of the rows and of the columns of its map; empty if it has none.
         symmetric: whether the map has one cell for both orders of two blocks.
         bounded: whether `max_span` bounds its edits.
+        has_source: whether the name of a source follows the family's name, as in "replace-from:base".
     """
 
     name: str
@@ -133,12 +136,13 @@ class Family:
     axes: tuple[str, str] | tuple[()] = ()
     symmetric: bool = False
     bounded: bool = False
+    has_source: bool = False
 
     @property
     def usage(self) -> str:
         """Return how the family is written in a text of edits."""
         if self.number is None:
-            return self.name
+            return f"{self.name}:SOURCE" if self.has_source else self.name
         return f"{self.name}:{self.number.name}" if self.number.default is None else f"{self.name}[:{self.number.name}]"
 
     def lines(self, plans: Iterable[str], layers: Iterable[int], depth: int) -> list[str]:
@@ -157,6 +161,9 @@ class Family:
             ['order 1', 'order 2']
         """
         number = self.number
+        if self.has_source:
+            sources = [_source_of(parse_edit(plan)) for plan in plans]
+            return [f"from {source}" if len(set(sources)) > 1 else "" for source in sources]
         if number is None:
             return [""] * len(list(plans))
         if (of := number.of) is None:
@@ -180,6 +187,8 @@ class Family:
             ['drop-span:2', 'drop-span:4']
         """
         edits = list(map(parse_edit, plans))
+        if self.has_source:
+            return list(dict.fromkeys(f"{self.name}:{_source_of(edit)}" for edit in edits))
         if self.number is None or not edits:
             return [self.name] * bool(edits)
         of = self.number.of
@@ -200,6 +209,15 @@ def _parallel_pairs(bounds: Bounds) -> Iterator[Member]:
 
 def _drop(bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Drop((block,))) for block in bounds.blocks if bounds.depth > 1)
+
+
+def _replace_from(bounds: Bounds) -> Iterator[Member]:
+    yield from (Member(Take((block,), bounds.source)) for block in bounds.blocks)
+
+
+def _source_of(edit: Edit) -> str:
+    assert isinstance(edit, Take)
+    return edit.source
 
 
 def _skip_attention(bounds: Bounds) -> Iterator[Member]:
@@ -325,6 +343,11 @@ FAMILIES = {
             _skip_attention, width=1,
         ),
         Family("skip-mlp", "skip the MLP of every block", "skip a block's MLP", "skip MLP", _skip_mlp, width=1),
+        Family(
+            "replace-from",
+            "run every block of another checkpoint in the place of the model's; written replace-from:SOURCE",
+            "take a block from another checkpoint", "replace from", _replace_from, width=1, has_source=True,
+        ),
         *(
             Family(
                 f"scale{'-' * bool(branch)}{branch or ''}",

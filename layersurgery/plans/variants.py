@@ -16,7 +16,7 @@ from .edits import Edit, nearest_word
 from .families import FAMILIES, Bounds, Cell
 from .plan import Blocks, Plan, adjacent_blocks, reorder
 from .route import Route, Span, parse_items, resolve
-from .visit import branch_factor, whole_number
+from .visit import branch_factor, source_name, whole_number
 
 Edits = str | Edit | Plan | Route | Iterable["Edits"] | Mapping[str, "Edits"]
 """The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
@@ -72,7 +72,7 @@ def family(name: str, depth: int, layers: Layers = None, max_span: int | None = 
     """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
     Args:
-        name: one of `FAMILIES`; one that takes a number with the number, "drop-span:4".
+        name: one of `FAMILIES`; one that takes a number or a source with it, "drop-span:4" or "replace-from:base".
         depth: number of blocks.
         layers: only edits that touch no blocks except these, as a range or as text ("4:20").
         max_span: only spans of at most so many blocks, and only pairs of blocks at most so far apart.
@@ -80,15 +80,15 @@ def family(name: str, depth: int, layers: Layers = None, max_span: int | None = 
     Raises:
         PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
     """
-    kind, number = _parse_family(name)
-    factor = 1.0
-    if isinstance(number, float):
-        number, factor = 0, number
+    kind, value = _parse_family(name)
+    source = value if isinstance(value, str) else ""
+    factor = value if isinstance(value, float) else 1.0
+    number = value if isinstance(value, int) else 0
     if kind == "drop-span" and number > depth:
         raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
     if max_span is not None and (max_span := whole_number(max_span, "max_span")) < 1:
         raise PlanError(f"max_span is a number of blocks, at least 1, not {max_span}")
-    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor)
+    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor, source)
     return [
         Variant.from_plan(kind, Plan((member.edit,)), depth, member.layer, member.cell)
         for member in FAMILIES[kind].members(bounds)
@@ -239,13 +239,21 @@ def read_plans(text: str, source_name: str) -> dict[str, Plan]:
     return plans
 
 
-def _parse_family(name: str) -> tuple[str, int | float]:
-    """Return the family's name, and the whole number or the factor, as a float, after it; 0 if it takes none."""
+def _parse_family(name: str) -> tuple[str, int | float | str]:
+    """Return the family's name, and the whole number, the factor as a float or the source after it; 0 for none."""
     kind, colon, number = name.partition(":")
     if kind not in FAMILIES:
         near = nearest_word(kind, FAMILIES)
         hint = f"did you mean {near!r}?" if near else f"they are {', '.join(FAMILIES)}"
         raise PlanError(f"unknown family of edits {name!r}; {hint}")
+    if FAMILIES[kind].has_source:
+        try:
+            return kind, source_name(number)
+        except PlanError:
+            raise PlanError(
+                f"{name!r}: {kind} takes the name of a source; write {kind}:base, and give it with --source base=MODEL "
+                "(sources={'base': model} in Python)"
+            ) from None
     expected = FAMILIES[kind].number
     if expected is None:
         if colon:

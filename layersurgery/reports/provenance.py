@@ -127,6 +127,10 @@ def _edits(run: FinishedRun) -> tuple[list[str], str]:
         families += family.written(map(str, rows.plan), rows.layer, int(frame.depth.iloc[0]))
         has_spans |= family.bounded and len(rows) > 0
     words = ["--edits", ",".join(families)] if families else []
+    sources = run.fact("arguments", "sources", default={})
+    for name, source in sources.items() if isinstance(sources, Mapping) else ():
+        at = f"@{source['revision']}" if source["revision"] else ""
+        words += ["--source", f"{name}={source['name']}{at}"]
     note = f"If only some layers were edited, add --layers{' or --max-span' * has_spans}."
     if (frame.edit == "plan").any():
         words += ["--plans", "plans.txt"]
