@@ -375,6 +375,7 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, anatomy: Anatomy) -> None:
         self._model, self._blocks, self._anatomy = model, blocks, anatomy
+        self._originals = tuple(blocks)  # in the list, others may take their places while the model runs
         self._of_kind: dict[object, BlockWeights] = {}
 
     def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
@@ -402,11 +403,11 @@ class ModelWeights:
     def _examining(self, number: int) -> Iterator[BlockWeights]:
         """Give the weights of a block's kind while the block may be run."""
         # Blocks of one kind may divide matrices of one shape into other numbers of heads.
-        kind = self._anatomy.kind_of[number], _head_numbers(self._blocks[number])
+        kind = self._anatomy.kind_of[number], _head_numbers(self._originals[number])
         with eval_no_grad(self._model), torch.compiler.set_stance("force_eager"):
             if kind not in self._of_kind:
-                probe = BlockProbe(self._blocks[number], record_block(self._model, self._blocks, number), seed=1)
-                name = f"block {number} ({type(self._blocks[number]).__name__})"
+                probe = BlockProbe(self._originals[number], record_block(self._model, self._blocks, number), seed=1)
+                name = f"block {number} ({type(self._originals[number]).__name__})"
                 self._of_kind[kind] = BlockWeights(probe, self._anatomy.parts(number), name)
             yield self._of_kind[kind]
 

@@ -70,6 +70,12 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
             "(rescale_every), so a block cannot move between these groups in memory; edit the checkpoint, or set "
             "rescale_every to 0 in the config before loading"
         )
+    if live and step and (scaled := [visit for visit in route if visit.source and visit.block >= step]):
+        raise UnsupportedEditError(
+            f"{scaled[0]}: {fields.get('model_type')} halves the weights of its blocks in place when it runs "
+            "(rescale_every), so those of another model cannot be shared; edit the checkpoint, or set rescale_every to "
+            "0 in both configs before loading"
+        )
     if fields.get("model_type") == "rwkv" and [
         position for position, block in enumerate(route.blocks) if block == 0
     ] != [0]:

@@ -130,7 +130,7 @@ def _edits(run: FinishedRun) -> tuple[list[str], str]:
     sources = run.fact("arguments", "sources", default={})
     for name, source in sources.items() if isinstance(sources, Mapping) else ():
         at = f"@{source['revision']}" if source["revision"] else ""
-        words += ["--source", f"{name}={source['name']}{at}"]
+        words += ["--source", f"{name}={without_directories(str(source['name']))}{at}"]
     note = f"If only some layers were edited, add --layers{' or --max-span' * has_spans}."
     if (frame.edit == "plan").any():
         words += ["--plans", "plans.txt"]

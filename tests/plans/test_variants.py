@@ -10,7 +10,7 @@ import pytest
 
 import layersurgery as ls
 from layersurgery.plans.block_edits import Drop
-from layersurgery.plans.families import FAMILIES
+from layersurgery.plans.families import FAMILIES, Family
 from layersurgery.plans.variants import family, is_family, layer_range, read_plans, unedited, variants
 
 
@@ -42,11 +42,15 @@ def test_what_is_asked_for_twice_is_meant_once() -> None:
     assert variants("drop,drop", 6) == variants("drop", 6)
 
 
+def written(kind: Family) -> str:
+    return f"{kind.name}:3" if kind.number else f"{kind.name}:base" if kind.has_source else kind.name
+
+
 def test_layers_restrict_to_edits_that_touch_no_other_block() -> None:
     for kind in FAMILIES.values():
         if kind.name == "exit":  # it ends the model after these blocks
             continue
-        found = family(f"{kind.name}:3" if kind.number else kind.name, 10, range(2, 7))
+        found = family(written(kind), 10, range(2, 7))
         assert found, kind.name
         for variant in found:
             blocks = variant.route.blocks
@@ -132,14 +136,15 @@ def test_copies_pass_through_each_block_by_itself() -> None:
 
 def test_a_family_says_how_it_is_written_and_drawn() -> None:
     assert [name for name, kind in FAMILIES.items() if kind.per_layer] == [
-        "swap", "drop", "skip-attention", "skip-mlp", "scale", "scale-attention", "scale-mlp", "parallel-pairs",
+        "swap", "drop", "skip-attention", "skip-mlp", "replace-from", "scale", "scale-attention", "scale-mlp",
+        "parallel-pairs",
         "drop-span", "copy", "exit", "reverse-middle", "shuffle", "centre",
     ]  # fmt: skip
     for name, kind in FAMILIES.items():
         assert kind.name == name
-        found = family(f"{name}:3" if kind.number else name, 8)
-        written = kind.written([variant.plan for variant in found], [variant.layer or 0 for variant in found], 8)
-        assert written == [f"{name}:3" if kind.number else name]
+        found = family(written(kind), 8)
+        texts = kind.written([variant.plan for variant in found], [variant.layer or 0 for variant in found], 8)
+        assert texts == [written(kind)]
         if kind.width:
             assert {len(set(range(8)) - set(_untouched(variant.plan))) for variant in found} == {kind.width}
     assert FAMILIES["repeat-spans"].written(["repeat 1", "repeat 1 x3"], [1, 1], 4) == [
@@ -147,6 +152,10 @@ def test_a_family_says_how_it_is_written_and_drawn() -> None:
         "repeat-spans:3",
     ]
     assert FAMILIES["drop"].written([], [], 4) == []
+    plans = ["take 1 from a", "take 1 from b"]
+    assert FAMILIES["replace-from"].written(plans, [1, 1], 4) == ["replace-from:a", "replace-from:b"]
+    assert FAMILIES["replace-from"].lines(plans, [1, 1], 4) == ["from a", "from b"]
+    assert FAMILIES["replace-from"].lines(plans[:1], [1], 4) == [""]
 
 
 def test_edits_of_one_layer_form_lines() -> None:

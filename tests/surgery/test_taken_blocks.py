@@ -13,7 +13,7 @@ import torch
 import layersurgery as ls
 from tests.checkpoints.test_gguf import write_gguf
 from tests.checkpoints.test_zoo import reload
-from tests.support.dense import blocks_of
+from tests.support import dense
 from tests.support.reference import logits_of
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 from tests.surgery.test_zoo import state
@@ -26,6 +26,10 @@ RESTS = [
     "heads-off 0 of 2; neurons-off 1 of 5",
     "drop 1",
 ]
+
+
+def blocks_of(model: Any) -> Any:
+    return dense.blocks_of(model)
 
 
 def pair(name: str) -> tuple[Any, Any]:
@@ -144,7 +148,7 @@ def test_kept_blocks_save_generate_and_train(name: str, tmp_path: Path) -> None:
     assert blocks_of(other)[1].mlp.down_proj.weight.grad is not None  # it is the same parameter
 
 
-REFUSED = [
+REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 2}, "block 3 cannot be taken from base, which has 2 blocks, 0 to 1"),
     ({"hidden_size": 64}, r"self_attn.q_proj.weight is \(32, 32\), and in the source \(\d+, 64\)"),
     ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 1e-06, and in the source 0.001"),

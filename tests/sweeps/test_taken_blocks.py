@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -148,10 +149,14 @@ def test_a_run_knows_its_sources(place: Path) -> None:
     found = run(*SWEEP, "-o", "none")
     assert found.exit_code == 2
     assert "no source has this name" in " ".join(found.output.split())
+
+
+def test_the_report_reconstructs_the_command(place: Path) -> None:
+    ls.sweep("tiny", "replace-from:base", tokens(), layers="1:3", sources={"base": "other"}, directory="out")
     assert run("report", "out").exit_code == 0
-    page = (place / "report.html").read_text()
-    assert "--edits replace-from:base" in page
-    assert "--source base=other" in page
+    page = re.sub("</?span>", "", (place / "report.html").read_text())
+    assert "--edits replace-from:base --source base=other" in page
+    assert '"label":"replace from"' in page
 
 
 @pytest.mark.slow
