@@ -209,13 +209,24 @@ def _fields_of(block: int, config: Any) -> dict[str, Any]:
 
 
 def _setting_differences(own: nn.Module, other: nn.Module) -> Iterator[str]:
-    """Describe the settings of modules, and the buffers that are not stored, in which two blocks differ."""
+    """Describe the settings of modules, and the buffers that are not stored, in which two blocks differ.
+
+    Not compared are rates of dropout, which count in training only, and tensors that are neither parameters nor
+    buffers: the state of the last run.
+    """
     for (path, module), other_module in zip(own.named_modules(), other.modules(), strict=True):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            continue
         stored = {*module._parameters, *_stored_buffers(module)}
         values, others = own_values(module), own_values(other_module)
         for name in sorted((values.keys() | others.keys()) - MODES - stored):
             value, other_value = (_on_cpu(each.get(name)) for each in (values, others))
-            if POSITION_NAME.match(name) or (name in values and name in others and is_equal(value, other_value)):
+            is_state = name not in module._buffers and isinstance(
+                value if value is not None else other_value, torch.Tensor
+            )
+            if is_state or "drop" in name or POSITION_NAME.match(name):
+                continue
+            if name in values and name in others and is_equal(value, other_value):
                 continue
             full = f"{path}.{name}".lstrip(".")
             yield f"{full} is {describe(value)}, and in the source {describe(other_value)}"
