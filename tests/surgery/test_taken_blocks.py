@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import layersurgery as ls
 from tests.checkpoints.test_gguf import write_gguf
@@ -18,6 +21,7 @@ from tests.support.reference import logits_of
 from tests.support.zoo import DEPTH, ZOO, tiny_model, tokens
 from tests.surgery.test_zoo import state
 
+edit_checkpoint = importlib.import_module("layersurgery.checkpoints.edit_checkpoint")
 # What else a plan does with taken blocks.
 RESTS = [
     "",
@@ -291,3 +295,57 @@ def test_a_gguf_file_is_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     one, two, made = (ls.load(path).model for path in (tmp_path / "one.gguf", tmp_path / "two.gguf", out))
     blocks_of(one)[1] = blocks_of(two)[1]
     assert torch.equal(logits_of(made, tokens()), logits_of(one, tokens()))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_zero_copy_of_a_taken_block_has_its_weights(name: str, tmp_path: Path) -> None:
+    model, other = pair(name)
+    model.save_pretrained(tmp_path / "model")
+    other.save_pretrained(tmp_path / "other")
+    plan, sources = "take 2 from base; insert-copy 2 after 2", {"base": other}
+    with ls.operate(model, "take 2 from base", sources=sources):
+        logits = logits_of(model, tokens())
+    out = ls.edit_checkpoint(tmp_path / "model", plan, tmp_path / "out", sources={"base": tmp_path / "other"}).path
+    written = reload(out)
+    ls.operate_(model, plan, sources=sources)
+    for edited in (model, written):
+        assert torch.equal(logits_of(edited, tokens()), logits)
+        copy = blocks_of(edited)[3]
+        assert torch.equal(copy.mlp.up_proj.weight, blocks_of(other)[2].mlp.up_proj.weight)
+        assert copy.mlp.up_proj.weight is not blocks_of(other)[2].mlp.up_proj.weight
+
+
+def test_files_of_another_format_are_refused(tmp_path: Path) -> None:
+    for seed, name in enumerate(("model", "other")):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    arguments: Any = (tmp_path / "model", "take 2 from base", tmp_path / "out")
+    with pytest.raises(ls.UnsupportedEditError, match="settings of quantization in config.json differ"):
+        ls.edit_checkpoint(*arguments, sources={"base": tmp_path / "other"})
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    save_file(tensors | {"model.layers.2.mlp.scale": torch.ones(1)}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(ls.UnsupportedEditError, match="only the source has mlp.scale"):
+        ls.edit_checkpoint(*arguments, sources={"base": tmp_path / "other"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("model", "other")):
+        tiny_model("llama", seed=seed).save_pretrained(tmp_path / name)
+    plan_edit = edit_checkpoint.plan_edit
+
+    def then_rewrite(*args: Any, **kwargs: Any) -> Any:
+        planned = plan_edit(*args, **kwargs)
+        tiny_model("llama").save_pretrained(tmp_path / "other")
+        return planned
+
+    monkeypatch.setattr(edit_checkpoint, "plan_edit", then_rewrite)
+    with pytest.raises(ls.SourceError, match="model.safetensors is not the file from which the header was read"):
+        ls.edit_checkpoint(
+            tmp_path / "model", "take 2 from base", tmp_path / "out", sources={"base": tmp_path / "other"}
+        )
+    assert not (tmp_path / "out").exists()

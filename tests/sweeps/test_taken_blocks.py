@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,21 @@ def test_a_run_knows_its_sources(place: Path) -> None:
     found = run(*SWEEP, "-o", "none")
     assert found.exit_code == 2
     assert "no source has this name" in " ".join(found.output.split())
+
+
+@pytest.mark.slow
+def test_tasks_after_a_text_are_those_of_the_model_with_the_block(place: Path) -> None:
+    pytest.importorskip("lm_eval")
+    pairs = [("Once upon a time", " there were layers."), ("Twice", " upon a time.")]
+    both: Any = {"tasks": ls.tasks.requests(pairs), "data": "story.txt", "tokens": 60, "context": 20}
+    sources, plan = {"base": "other"}, "take 2 from base"
+    frame = ls.sweep("tiny", [plan], directory="out", sources=sources, **both)
+    ls.edit_checkpoint("tiny", plan, "edited", sources=sources)
+    whole = ls.sweep("edited", ["drop 1"], **both)
+    columns = [name for name in whole if str(name).startswith("task_") and "change" not in str(name)]
+    assert columns
+    for column in [*columns, "loss_nats"]:
+        assert frame[column].iloc[1] == pytest.approx(whole[column].iloc[0], rel=1e-5, nan_ok=True), column
 
 
 def test_the_report_reconstructs_the_command(place: Path) -> None:
