@@ -32,7 +32,7 @@ EDITS = [
 NAMES = [
     pytest.param(name, marks=() if number % 20 == 8 else pytest.mark.slow)
     for number, name in enumerate(ZOO)
-    if number % 4 == 0
+    if number % 8 == 0
 ]
 
 
@@ -167,6 +167,7 @@ def test_tasks_after_a_text_are_those_of_the_model_with_the_block(place: Path) -
         assert frame[column].iloc[1] == pytest.approx(whole[column].iloc[0], rel=1e-5, nan_ok=True), column
 
 
+@pytest.mark.slow
 def test_the_report_reconstructs_the_command(place: Path) -> None:
     ls.sweep("tiny", "replace-from:base", tokens(), layers="1:3", sources={"base": "other"}, directory="out")
     assert run("report", "out").exit_code == 0
