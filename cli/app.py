@@ -16,6 +16,7 @@ import typer
 from . import options as o
 from .analysis_app import add_analyses
 from .heal_app import add_healing
+from .means_app import add_means
 from .terminal.console import Commands, Console
 
 if TYPE_CHECKING:
@@ -471,6 +472,7 @@ def demo(
 
 add_analyses(app)
 add_healing(app)
+add_means(app)
 
 
 def _join_blocks(layer: list[str] | None, layers: str | None) -> str:

@@ -339,6 +339,16 @@ Propagation = Annotated[
         "changes. This runs no more blocks.",
     ),
 ]
+Means = Annotated[
+    Path | None,
+    typer.Option(
+        "--means",
+        help="For edits that add means, such as drop-mean: the file of the branches' means (layersurgery means). "
+        "Without it, they are measured first, on the same text.",
+        metavar="FILE",
+        rich_help_panel=_EDITS,
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -490,6 +500,7 @@ _SHOWN: dict[str, Any] = {
     "read": Read,
     "propagation": Propagation,
     "sources": BlockSources,
+    "means": Means,
     "batch_size": BatchSize,
     "dtype": Dtype,
     "quantize": Quantize,

@@ -55,11 +55,13 @@ if TYPE_CHECKING:
     from .checkpoints.inspection import inspect
     from .checkpoints.loading import load
     from .models.anatomy import Anatomy, anatomy
+    from .models.means import Means
     from .reports.report import Report, report
     from .reports.reproduce import reproduce
     from .runs.compare import compare
     from .runs.drawing import plot
     from .runs.estimate import estimate
+    from .runs.means import measure_means
     from .runs.sweep import sweep
     from .runs.tables import read_results
     from .surgery.fold_norms import FoldResult, fold
@@ -75,6 +77,7 @@ __all__ = [
     "FoldResult",
     "LayerSurgeryError",
     "LinearHealing",
+    "Means",
     "MeasurementError",
     "OutputError",
     "Plan",
@@ -102,6 +105,7 @@ __all__ = [
     "insert_copy",
     "inspect",
     "load",
+    "measure_means",
     "move",
     "neurons_off",
     "operate",
@@ -136,6 +140,7 @@ _LAZY = {
     "EditResult": "checkpoints.edit_checkpoint",
     "FoldResult": "surgery.fold_norms",
     "LinearHealing": "analyses.linear_healing",
+    "Means": "models.means",
     "Pruning": "analyses.layer_pruning",
     "Report": "reports.report",
     "Search": "analyses.search_run",
@@ -148,6 +153,7 @@ _LAZY = {
     "heal_linear": "analyses.heal_linear",
     "inspect": "checkpoints.inspection",
     "load": "checkpoints.loading",
+    "measure_means": "runs.means",
     "operate": "surgery.operate",
     "operate_": "surgery.operate",
     "plot": "runs.drawing",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..runs.placement import Placement
     from ..runs.runner import RunOutput
     from ..runs.session import ModelSession
+    from ..runs.text import TokenizedText
     from ..sweeps.row_progress import StopRule
     from ..tasks.harness import Harness
 
@@ -60,6 +61,10 @@ class TableMeasurement:
     def kind(self) -> str:
         """Return the kind of result directory: an analysis."""
         return ANALYSIS
+
+    def prepared(self, _session: ModelSession, _text: TokenizedText, _run: Run) -> Self:
+        """Return the measurement itself: nothing is measured before it."""
+        return self
 
     def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
         """Return the rule that says which rows need no more text; None to measure all rows on all text."""

@@ -21,12 +21,13 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedEditError
-from ..plans.visit import Visit
+from ..plans.visit import BRANCHES, Visit
 from ..units import format_list
 from .block_list import BlockList, find_decoder_blocks, unwrap_transformers
 from .block_parts import BlockParts, find_block_parts
 from .block_probe import probe_forward
 from .call_tracing import Call, eval_no_grad, first_tensor, record_calls
+from .means import Means, mean_specs
 from .memory_only import refuse_memory_only
 from .skipped_branch import SkipSpec
 
@@ -68,27 +69,34 @@ class Anatomy:
         """Return the parts of one block."""
         return self.kinds[self.kind_of[block]][1]
 
-    def skip_specs(self, visit: Visit) -> tuple[SkipSpec, ...]:
-        """Return the specs that replace the branches which a visit skips.
+    def skip_specs(self, visit: Visit, means: Means | None = None) -> tuple[SkipSpec, ...]:
+        """Return the specs that replace the branches which a visit skips, or whose mean it adds.
+
+        Args:
+            visit: the visit.
+            means: the means of the model, if the visit adds any.
 
         Raises:
             UnsupportedEditError: the branch cannot be skipped; gives the reason.
+            PlanError: the means are not known, or are of another model.
         """
         if visit.start:  # `later_tokens` changes what the branches return
             return ()
         parts, kind = self.parts(visit.block), self.kinds[self.kind_of[visit.block]][0]
         specs: list[SkipSpec] = []
-        for branch in visit.skipped:
+        missing = {*BRANCHES} if visit.mean == BRANCHES else set()  # a whole block may have one branch only
+        for branch in (*visit.skipped, *visit.mean):
             if parts.skip_error:
                 raise UnsupportedEditError(
                     f"no branch of block {visit.block} ({kind}) can be skipped: {parts.skip_error}"
                 )
-            if not parts.skips(branch):
+            if not parts.skips(branch) and branch not in missing:
                 raise UnsupportedEditError(
                     f"block {visit.block} ({kind}) has no {branch} that could be skipped; drop it instead"
                 )
-            specs += parts.skips(branch)
-        return tuple(specs)
+            specs += parts.skips(branch) if branch in visit.skipped else ()
+        of_branch = {branch: parts.skips(branch) for branch in BRANCHES}
+        return (*specs, *mean_specs(of_branch, visit, means, self.depth))
 
     def rows(self) -> list[dict[str, str]]:
         """Return one row of text for each run of consecutive blocks of one kind."""

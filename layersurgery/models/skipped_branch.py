@@ -1,9 +1,9 @@
-"""Replace a module of a branch by one that computes nothing and adds exactly zero to the residual stream."""
+"""Replace a module of a branch by one that computes nothing and adds zero, or a constant, to the residual stream."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class SkipSpec:
         outputs: parameters, relative to the block, with which the branch writes the stream. They are saved as zeros, so
             that any program skips the branch.
         savable: whether those parameters are known, if they are needed, and can be zero (they are not quantized).
+        mean: what the module returns for every token (or adds to `residual`) instead of zeros, float32.
     """
 
     path: str
@@ -41,6 +42,7 @@ class SkipSpec:
     updates_cache: bool = False
     outputs: tuple[str, ...] = ()
     savable: bool = True
+    mean: torch.Tensor | None = field(default=None, compare=False)
 
 
 class SkippedBranch(nn.Module):
@@ -52,6 +54,7 @@ class SkippedBranch(nn.Module):
     _original: nn.Module
     _spec: SkipSpec
     _position_owner: tuple[nn.Module | None, str]
+    _constant: torch.Tensor | None
 
     def __init__(self, original: nn.Module, spec: SkipSpec) -> None:
         super().__init__()
@@ -65,7 +68,10 @@ class SkippedBranch(nn.Module):
         owner = next((module for module in self.modules() if position_name(module)), None)
         # Bypass nn.Module.__setattr__: these modules must not become children of this one.
         vars(self).update(
-            _original=original, _spec=spec, _position_owner=(owner, "" if owner is None else position_name(owner))
+            _original=original,
+            _spec=spec,
+            _position_owner=(owner, "" if owner is None else position_name(owner)),
+            _constant=None,
         )
 
     @property
@@ -83,6 +89,11 @@ class SkippedBranch(nn.Module):
         """Return whether the saved model skips this branch, too."""
         return self._spec.savable
 
+    @property
+    def adds_mean(self) -> bool:
+        """Return whether the module adds a mean."""
+        return self._spec.mean is not None
+
     def extra_repr(self) -> str:  # noqa: D102 - documented in torch
         return f"in the place of {self.original_class.__name__}"
 
@@ -98,9 +109,25 @@ class SkippedBranch(nn.Module):
             output = _argument(args, kwargs, skip.residual)
         else:
             output = hidden.new_zeros((*hidden.shape[:-1], skip.width))
+        if skip.mean is not None:
+            output = output + self._mean_like(output)
         return output if skip.length is None else (output, *[None] * (skip.length - 1))
 
+    def _mean_like(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the mean on the device and in the data type of the stream; both are looked up once."""
+        constant = self._constant
+        if constant is None or (constant.device, constant.dtype) != (output.device, output.dtype):
+            assert self._spec.mean is not None
+            constant = self._spec.mean.to(output.device, output.dtype)
+            vars(self)["_constant"] = constant
+        return constant
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
+        if self._spec.mean is not None and not kwargs.get("keep_vars", False):
+            raise UnsupportedEditError(
+                f"a {self.original_class.__name__} is replaced by its mean, which no weight of the model can hold, so "
+                "the model cannot be saved; skip the branch (without mean), or use the model in memory only"
+            )
         state = super().state_dict(*args, **kwargs)
         if not kwargs.get("keep_vars", False):
             for name, parameter in self._zeroed_parameters().items():

@@ -88,8 +88,11 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
 def _refuse_visit(visit: Visit, *, live: bool) -> None:
     """Refuse a change of a block that cannot be made in memory, or in files."""
     where = "in memory" if live else "by a checkpoint, which has weights only"
-    if visit.mean:
-        raise UnsupportedEditError(f"{visit}: a mean in the place of a branch cannot be expressed {where}")
+    if visit.mean and not live:
+        raise UnsupportedEditError(
+            f"{visit}: a mean in the place of a branch cannot be expressed {where}; use it in memory (operate), or "
+            "skip the branch"
+        )
     if visit.start and not live:
         raise UnsupportedEditError(
             f"{visit}: a change of some tokens only cannot be expressed {where} and treats all tokens alike; use it in "

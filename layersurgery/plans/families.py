@@ -228,6 +228,11 @@ def _skip_mlp(bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Skip("mlp", (block,))) for block in bounds.blocks)
 
 
+def _mean(branch: Branch | None, bounds: Bounds) -> Iterator[Member]:
+    for block in bounds.blocks:
+        yield Member(Drop((block,), mean=True) if branch is None else Skip(branch, (block,), mean=True))
+
+
 def _scale(branch: Branch | None, bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Scale((block,), bounds.factor, branch)) for block in bounds.blocks)
 
@@ -347,6 +352,13 @@ FAMILIES = {
             "replace-from",
             "run every block of another checkpoint in the place of the model's; written replace-from:SOURCE",
             "take a block from another checkpoint", "replace from", _replace_from, width=1, has_source=True,
+        ),
+        *(
+            Family(
+                f"{verb}-mean", f"replace what {what} adds by its mean over tokens", f"replace {what} by its mean",
+                f"mean of {short}", partial(_mean, branch), width=1,
+            )
+            for (branch, what, short), verb in zip(_SCALED, ("drop", "skip-attention", "skip-mlp"), strict=True)
         ),
         *(
             Family(

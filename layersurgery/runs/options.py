@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..sweeps.precision import Precision
     from ..sweeps.read_positions import ReadPositions
 
-SWEEP_ONLY = ("until", "confidence", "read", "propagation", "sources")
+SWEEP_ONLY = ("until", "confidence", "read", "propagation", "sources", "means")
 """Options that only sweeps take."""
 
 
@@ -48,6 +48,8 @@ class RunOptions:
         sources: for sweeps and compare: other models, or their names ("MODEL" or "MODEL@REVISION"), by the names that
             edits take blocks from, such as {"base": "org/base"}.
         propagation: for sweeps: also measure how much what later blocks add changes after each edit.
+        means: for sweeps with edits that add means: the means of the model's branches (`measure_means`), or their file.
+            By default they are measured first, on the same text without the first token of each sequence.
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
             float16 becomes float32).
@@ -82,6 +84,7 @@ class RunOptions:
     read: str | float | None = None
     propagation: bool = False
     sources: Any = None
+    means: Any = None
     batch_size: int | None = None
     dtype: str = "auto"
     quantize: str | None = None

@@ -52,6 +52,7 @@ RunRecord = TypedDict(
         "replaced": list[str],  # results of another run that are being removed
         "batch_size": int,
         "until": dict[str, Any] | None,  # when the run stops before the end of the text
+        "means": dict[str, Any],  # which means are added in the place of branches, and what they were measured on
         # From the end of a measurement on text.
         "model": ModelFacts,
         "text": TextFacts,

@@ -31,7 +31,7 @@ from .journal import Journal
 from .per_token import PARTS, TOKENS, is_complete, join_parts, write_batch
 from .run_directory import JOURNAL, Run
 from .run_record import RunRecord, StoppingFacts
-from .tables import CSV, REQUESTS, RESULTS, SEQUENCES, write_parquet, write_sweep, write_table
+from .tables import CSV, MEANS, REQUESTS, RESULTS, SEQUENCES, write_parquet, write_sweep, write_table
 from .text import TokenizedText
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class SweepOutput:
         if self.beside is not None:
             frame = self.beside.join(frame)
         write_sweep(directory, frame, sequence_table(self.variants, sums))
-        files = [RESULTS, CSV, SEQUENCES]
+        files = [RESULTS, CSV, SEQUENCES, *([MEANS] if (directory / MEANS).exists() else [])]
         if self.propagation is not None:
             rows = propagation_rows(self.variants, self.propagation, sums, self.name)
             files += write_table(directory, PROPAGATION, propagation_table(rows))

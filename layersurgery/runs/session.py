@@ -53,6 +53,9 @@ class Measurement(Protocol):
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer."""
 
+    def prepared(self, session: ModelSession, text: TokenizedText, run: Run) -> Measurement:
+        """Return the measurement with what is measured before it, such as means of branches."""
+
     def rule(self, mask: torch.Tensor | None) -> StopRule | None:
         """Return the rule that says which rows need no more text; None for none.
 
@@ -164,6 +167,7 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
+                measurement = measurement.prepared(self, text, run)
                 self.group.broadcast(
                     WorkItem(
                         measurement,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.block_sources import take_blocks
 from ..errors import PlanError
 from ..library_logs import quiet_libraries
+from ..models.means import Means, as_means
 from ..plans.block_sources import check_sources, taken_blocks
 from ..plans.variants import Variant, variants
 from ..sweeps.measurer import Measurer
@@ -19,6 +20,7 @@ from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.sweep import sweep_tokens
 from ..tasks.task_precision import TaskRule, TaskTargets
 from ..tasks.task_request import TaskRequest
+from .means import LARGEST_TOKENS, adds_means, given_means, means_of_run, means_of_text
 from .open_text import open_text
 from .options import RunOptions
 from .processes import run_session
@@ -60,6 +62,7 @@ class SweepMeasurement:
     harness: Harness | None = None
     beside: TasksBeside | None = None
     targets: TaskTargets | None = None
+    means: Means | None = None
     name: str = "sweep"
 
     @property
@@ -71,7 +74,16 @@ class SweepMeasurement:
         """Return the edits, whether propagation is measured, and the tasks that are measured after a text."""
         edits = [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]
         beside = {} if self.beside is None else self.beside.arguments()
-        return {"edits": edits, **({"propagation": True} if self.propagation else {}), **beside}
+        means: dict[str, Any] = {}
+        if adds_means(self.variants):
+            means = {"means": f"of {LARGEST_TOKENS} tokens" if self.means is None else self.means.fingerprint}
+        return {"edits": edits, **({"propagation": True} if self.propagation else {}), **means, **beside}
+
+    def prepared(self, session: ModelSession, text: TokenizedText, run: Run) -> SweepMeasurement:
+        """Measure the means that the variants add, if they are not given."""
+        if not adds_means(self.variants):
+            return self
+        return replace(self, means=means_of_run(session, text, run, self.means))
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all variants."""
@@ -84,6 +96,7 @@ class SweepMeasurement:
             read=options.read_positions,
             propagation=self.propagation,
             taken=_take(model, self.variants, options),
+            means=self.means,
         )
 
     def rule(self, mask: torch.Tensor | None) -> StopRule | None:
@@ -137,6 +150,7 @@ def run_sweep(
     edited_models = variants(edits, session.model.depth, layers, max_span)
     session.check()
     taken_blocks([variant.route for variant in edited_models], check_sources(session.options.sources))
+    given_means(session.options, edited_models, has_tasks=tasks is not None or session.texts.has_tasks)
     beside = None
     if tasks is not None:
         on_tasks = session.with_tasks(tasks)
@@ -168,6 +182,7 @@ def _measurement(
         session.texts.harness,
         beside,
         session.texts.targets,
+        as_means(options.means),
     )
 
 
@@ -261,12 +276,16 @@ def sweep(
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
         with open_text(model, given, run_options) as (session, loaded, tokens):
             edited_models = variants(edits, session.model.depth, layers, max_span)
+            has_tasks = beside is not None or session.texts.has_tasks
+            means = given_means(run_options, edited_models, has_tasks=has_tasks)
+            if means is None and adds_means(edited_models):
+                means = means_of_text(session, loaded, tokens, largest=LARGEST_TOKENS, anatomy=anatomy)
             sessions = [session, *([session.with_tasks(beside)] if beside is not None else [])]
             texts = [tokens, *(other.texts.text for other in sessions[1:])]  # before hours of measuring
             with quiet_libraries():
                 taken = _take(loaded, edited_models, run_options)
             frame, *of_tasks = (
-                _measure_in_memory(each, loaded, words, edited_models, anatomy, progress, taken)
+                _measure_in_memory(each, loaded, words, edited_models, anatomy, means, progress, taken)
                 for each, words in zip(sessions, texts, strict=True)
             )
         for tasks_frame in of_tasks:
@@ -292,6 +311,7 @@ def _measure_in_memory(
     text: TokenizedText,
     edited_models: list[Variant],
     anatomy: Anatomy | None,
+    means: Means | None,
     progress: Callable[[int, int], None] | None,
     taken: TakenBlocks | None,
 ) -> pd.DataFrame:
@@ -315,6 +335,7 @@ def _measure_in_memory(
         precision=options.precision if session.texts.targets is None else TaskRule(session.texts.targets, harness),
         read=options.read_positions if text.scored is None else ScoredPositions(text.scored),
         propagation=options.measures_propagation,
+        means=means,
         progress=progress,
         table=table,
         taken=taken,

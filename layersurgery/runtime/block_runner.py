@@ -23,6 +23,7 @@ from ..models.block_view import share_parameters
 from ..models.block_weights import ModelWeights, install_changes
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
 from ..models.later_tokens import find_later_tokens, install_later_tokens
+from ..models.means import Means
 from ..models.parallel_blocks import add_output
 from ..models.skipped_branch import install_skips
 from ..models.taken_blocks import TakenBlocks
@@ -80,6 +81,7 @@ class BlockRunner:
         anatomy: the model's anatomy.
         compiled: compile the blocks with torch when they are called one by one.
         taken: blocks of other checkpoints; None if none is run.
+        means: the means of the model's branches, for visits that add them.
 
     Attributes:
         blocks: the block modules, in the model's order.
@@ -94,9 +96,15 @@ class BlockRunner:
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, *, compiled: bool = False, taken: TakenBlocks | None = None
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        *,
+        compiled: bool = False,
+        taken: TakenBlocks | None = None,
+        means: Means | None = None,
     ) -> None:
-        self.model, self.anatomy, self.taken = model, anatomy, taken
+        self.model, self.anatomy, self.taken, self.means = model, anatomy, taken, means
         self.compiler = Compiler() if compiled else None
         block_list = find_decoder_blocks(model, anatomy.blocks)
         self.path, self._list = block_list.path, block_list.blocks
@@ -224,7 +232,7 @@ class BlockRunner:
         changes = self._weights.changes(visit.of_own_block)
         view = share_parameters(self.blocks[visit.block]) if not visit.source else self._taken(visit).view(visit)
         install_changes(view, changes)
-        install_skips(view, self.anatomy.skip_specs(visit))
+        install_skips(view, self.anatomy.skip_specs(visit, self.means))
         install_later_tokens(view, find_later_tokens(visit, self.anatomy.parts(visit.block)))
         # A view refers to the weights that are loaded when it is made, so a view of offloaded weights is not cached.
         # Nor is one with weights of its own: those of all heads of a model would not fit into memory together.
@@ -237,11 +245,11 @@ class BlockRunner:
 
         Raises:
             UnsupportedEditError: it cannot; gives the reason.
-            PlanError: the block does not have a head or neuron of a number.
+            PlanError: the block does not have a head or neuron of a number, or a mean is not known.
         """
         if visit.source:
             self._taken(visit).check(visit)
-        self.anatomy.skip_specs(visit)
+        self.anatomy.skip_specs(visit, self.means)
         self._weights.changes(visit.of_own_block)
 
     def _taken(self, visit: Visit) -> TakenBlocks:

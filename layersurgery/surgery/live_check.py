@@ -150,6 +150,11 @@ def _check_skips(model: nn.Module) -> None:
         if isinstance(module, MemoryOnlyModule):
             raise UnsupportedEditError(module.not_savable)
         if isinstance(module, SkippedBranch) and not module.saves_as_zeros:
+            if module.adds_mean:
+                raise UnsupportedEditError(
+                    f"{name} ({module.original_class.__name__}) is replaced by its mean, which no weight of the model "
+                    "can hold, so no checkpoint can represent it; use the model in memory only (verify=False)"
+                )
             if module.outputs:
                 raise UnsupportedEditError(
                     f"{name} ({module.original_class.__name__}) is skipped, but its output weights are quantized, and "

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,7 @@ from ..models.block_view import check_positions, clone_in_state_dict, own_parame
 from ..models.block_weights import ModelWeights, WeightChange, install_changes
 from ..models.config_fields import depth_field
 from ..models.later_tokens import LaterTokens, find_later_tokens, install_later_tokens
+from ..models.means import Means, as_means, warn_of_other_model
 from ..models.memory_only import refuse_memory_only
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
 from ..models.parallel_blocks import group_members, make_parallel
@@ -61,6 +63,7 @@ def operate(
     *,
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
+    means: Means | str | os.PathLike[str] | None = None,
     verify: bool = True,
     sources: Sources | TakenBlocks | None = None,
 ) -> Iterator[Model]:
@@ -79,6 +82,7 @@ def operate(
         blocks: path of the list of blocks ("model.layers"), if it cannot be found automatically.
         anatomy: anatomy of the model, needed to change a branch. By default, it is found by running the model once on
             seven tokens.
+        means: the means of the model's branches (`measure_means`), or their file, for edits that add them.
         verify: check in one forward on seven tokens that the edited model calls the blocks of its list once each, in
             order. The result is kept, so later edits to the same depth are not checked again.
         sources: other models, or their names ("MODEL" or "MODEL@REVISION"), by the names that the plan takes blocks
@@ -101,7 +105,7 @@ def operate(
         >>> with ls.operate(model, ls.drop(20)):
         ...     loss = model(tokens, labels=tokens).loss
     """
-    surgery = Surgery(model, plan, blocks=blocks, sources=sources)
+    surgery = Surgery(model, plan, blocks=blocks, sources=sources, means=as_means(means))
     try:
         surgery.apply(anatomy, verify=verify)
         yield model
@@ -122,6 +126,7 @@ def operate_(
     *,
     blocks: str | None = None,
     anatomy: Anatomy | None = None,
+    means: Means | str | os.PathLike[str] | None = None,
     verify: bool = True,
     sources: Sources | TakenBlocks | None = None,
 ) -> Model:
@@ -138,6 +143,7 @@ def operate_(
         plan: the edits, their text, or the route itself.
         blocks: path of the list of blocks, if it cannot be found automatically.
         anatomy: anatomy of the model, needed to change a branch; found by default.
+        means: as for `operate`. A model that adds means cannot be saved, so they need verify=False.
         verify: check as `operate` does, and refuse an edit after which `save_pretrained` and a reload would not give
             the same function. Without this check, save with `layersurgery.save`, which checks the reload, too.
         sources: other models by name, as for `operate`. A block that is taken shares its parameters with a model that
@@ -159,7 +165,7 @@ def operate_(
         30
     """
     before = config_dict(model) if verify else None
-    surgery = Surgery(model, plan, blocks=blocks, sources=sources, permanent=True)
+    surgery = Surgery(model, plan, blocks=blocks, sources=sources, permanent=True, means=as_means(means))
     try:
         surgery.apply(anatomy, verify=verify)
         if before is not None:
@@ -186,8 +192,9 @@ class Surgery:
         blocks: str | None = None,
         sources: Sources | TakenBlocks | None = None,
         permanent: bool = False,
+        means: Means | None = None,
     ) -> None:
-        self.model, self.permanent = model, permanent
+        self.model, self.permanent, self.means = model, permanent, means
         refuse_architecture(refusal_fields(text_config(model)))  # a looped model may have several lists, or none
         self.block_list = find_decoder_blocks(model, blocks)
         self.original = list(self.block_list.blocks)
@@ -290,11 +297,13 @@ class Surgery:
                     f"block {visit.block} differs from the anatomy argument, which belongs to another model or to this "
                     "model before an edit; omit the argument, or compute the anatomy again"
                 )
+        if self.means is not None and any(visit.mean for visit in changed):
+            warn_of_other_model(self.means, self.model)
         weights = ModelWeights(self.model, self.block_list.blocks, anatomy)
         return {
             visit: (
                 weights.changes(visit),
-                anatomy.skip_specs(visit),
+                anatomy.skip_specs(visit, self.means),
                 find_later_tokens(visit, anatomy.parts(visit.block)),
             )
             for visit in changed

@@ -23,6 +23,7 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_dependencies import refuse_block_by_block
 from ..models.block_list import text_config
 from ..models.layer_kinds import layer_kinds
+from ..models.means import Means
 from ..models.quantized import quantized_numbers
 from ..models.taken_blocks import TakenBlocks
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
@@ -83,6 +84,7 @@ class Measurer:
         check: check on the first text that reading the stream after the last block gives the model's own logits.
         read: the positions at which predictions are read; None for all.
         taken: the blocks of other checkpoints that the variants take; None for none.
+        means: the means of the model's branches, for variants that add them.
 
     Attributes:
         variants: the unedited model, then the measured variants.
@@ -95,7 +97,7 @@ class Measurer:
 
     Raises:
         UnsupportedEditError: blocks of this architecture cannot be run in another order, or a branch cannot be skipped.
-        PlanError: a route does not fit the model.
+        PlanError: a route does not fit the model, or adds means that are not given.
     """
 
     def __init__(
@@ -113,10 +115,12 @@ class Measurer:
         check: bool = False,
         read: Reads | None = None,
         taken: TakenBlocks | None = None,
+        means: Means | None = None,
     ) -> None:
         refuse_architecture(refusal_fields(text_config(model)))
         self.model, self.read = model, read
-        self.runner = BlockRunner(model, anatomy or find_anatomy(model, blocks=blocks), compiled=compiled, taken=taken)
+        known = anatomy or find_anatomy(model, blocks=blocks)
+        self.runner = BlockRunner(model, known, compiled=compiled, taken=taken, means=means)
         if observe is not None and observe.route is not None:
             refuse_route(refusal_fields(text_config(model)), observe.route, live=True)
             refuse_block_by_block(refusal_fields(text_config(model)), observe.route)

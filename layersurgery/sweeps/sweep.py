@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import warn
 from ..metrics.aggregation import SequenceSums
 from ..models.anatomy import Anatomy
+from ..models.means import Means
 from ..models.taken_blocks import TakenBlocks
 from ..plans.variants import Variant
 from ..registry import PROPAGATION
@@ -40,6 +41,7 @@ def sweep_tokens(
     precision: Precision | StopRule | None = None,
     read: Reads | None = None,
     propagation: bool = False,
+    means: Means | None = None,
     progress: Callable[[int, int], None] | None = None,
     table: Callable[[Sequence[Variant], SequenceSums, str, Any], pd.DataFrame] = results_table,
     taken: TakenBlocks | None = None,
@@ -65,6 +67,7 @@ def sweep_tokens(
             tokens.
         read: the positions at which predictions are read; None for all.
         propagation: measure how much what later blocks add changes, too.
+        means: the means of the model's branches, for edits that add them.
         progress: called after each batch with the number of sequences done and the number of all sequences.
         table: makes the table of results, as `results_table` does.
         taken: the blocks of other checkpoints that the edited models have; None for none.
@@ -75,7 +78,7 @@ def sweep_tokens(
     """
     measurer = Measurer(
         model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order, read=read,
-        propagation=propagation, taken=taken,
+        propagation=propagation, taken=taken, means=means,
     )  # fmt: skip
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))

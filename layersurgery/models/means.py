@@ -1,0 +1,233 @@
+"""Hold the mean over tokens of what each branch adds to the residual stream, and put it in the place of a branch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..atomic_io import atomic_file
+from ..errors import PlanError, SourceError, UnsupportedEditError, warn
+from ..plans.visit import BRANCHES, Branch, Visit
+
+if TYPE_CHECKING:
+    from .skipped_branch import SkipSpec
+
+_FORMAT = "layersurgery means"
+MEASURE = (
+    "measure the means first: means = ls.measure_means(model, text), or layersurgery means MODEL -o means.safetensors, "
+    "and pass them on (means=..., --means FILE)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BranchMean:
+    """Hold the mean of one branch of one block.
+
+    Attributes:
+        vector: the mean over tokens of what the branch adds to the stream, float32.
+        path: path, within the block, of the module whose output is replaced.
+        scale: the factor by which the block multiplies that module's output.
+    """
+
+    vector: torch.Tensor = field(compare=False)
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Hold the mean over tokens of what each branch of a model adds to the residual stream.
+
+    Attributes:
+        model: the model's name.
+        depth: number of blocks of the model.
+        width: size of the residual stream.
+        tokens: number of tokens that the means are over.
+        vectors: for each block and branch that could be measured, its mean.
+        errors: for each block that could not be measured, the reason.
+        text: what the means were measured on, and without which tokens.
+    """
+
+    model: str
+    depth: int
+    width: int
+    tokens: int
+    vectors: Mapping[tuple[int, Branch], BranchMean] = field(compare=False)
+    errors: Mapping[int, str] = field(default_factory=dict, compare=False)
+    text: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __getitem__(self, where: tuple[int, Branch]) -> torch.Tensor:
+        """Return the mean of a branch, such as `means[20, "mlp"]`, float32."""
+        return self.vectors[where].vector
+
+    def of_block(self, block: int) -> torch.Tensor:
+        """Return the mean of what a whole block adds: the sum over its branches."""
+        return torch.stack([self[block, branch] for branch in BRANCHES if (block, branch) in self.vectors]).sum(0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash of the vectors and of where they are put."""
+        digest = hashlib.sha256(f"{self.depth} {self.width}".encode())
+        for where, mean in sorted(self.vectors.items()):
+            digest.update(f"{where} {mean.path} {mean.scale!r}".encode())
+            digest.update(mean.vector.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def merged(self, other: Means) -> Means:
+        """Return the means over the tokens of both, of the same model.
+
+        Raises:
+            PlanError: they are of different models.
+        """
+        if (self.model, self.depth, self.width) != (other.model, other.depth, other.width) or set(self.vectors) != set(
+            other.vectors
+        ):
+            raise PlanError(f"means of {self.model} and of {other.model} cannot be merged: the models differ")
+        total = self.tokens + other.tokens
+        vectors = {
+            where: replace(
+                mean,
+                vector=((mean.vector.double() * self.tokens + other[where].double() * other.tokens) / total).float(),
+            )
+            for where, mean in self.vectors.items()
+        }
+        return replace(self, tokens=total, vectors=vectors, text={"merged": [dict(self.text), dict(other.text)]})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the means to one safetensors file, with what they were measured on in its metadata."""
+        from safetensors.torch import save_file
+
+        record = {
+            "format": _FORMAT,
+            "model": self.model,
+            "depth": self.depth,
+            "width": self.width,
+            "tokens": self.tokens,
+            "text": dict(self.text),
+            "errors": {str(block): reason for block, reason in self.errors.items()},
+            "places": {_name(where): [mean.path, mean.scale] for where, mean in self.vectors.items()},
+        }
+        tensors = {_name(where): mean.vector.contiguous() for where, mean in self.vectors.items()}
+        with atomic_file(Path(path)) as partial:
+            save_file(tensors, partial, {_FORMAT: json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Means:
+        """Read means from a file that `save` has written.
+
+        Raises:
+            SourceError: the file does not exist, or holds something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads((file.metadata() or {})[_FORMAT])
+                vectors = {
+                    _where(name): BranchMean(file.get_tensor(name), *place) for name, place in record["places"].items()
+                }
+        except FileNotFoundError:
+            raise SourceError(f"{path} does not exist; {MEASURE}") from None
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise SourceError(f"{path} holds no means of branches ({error}); {MEASURE}") from error
+        errors = {int(block): reason for block, reason in record["errors"].items()}
+        return cls(record["model"], record["depth"], record["width"], record["tokens"], vectors, errors, record["text"])
+
+    def check(self, depth: int) -> None:
+        """Refuse a model of another depth.
+
+        Raises:
+            PlanError: the means are of another model.
+        """
+        if depth != self.depth:
+            raise PlanError(
+                f"the means are of a model of {self.depth} blocks ({self.model}), and this one has {depth}; measure "
+                "the means of this model. Inside operate, a model has other blocks: make one plan of all edits"
+            )
+
+    def specs(self, skips: tuple[SkipSpec, ...], block: int, branch: Branch) -> tuple[SkipSpec, ...]:
+        """Return the specs of a skipped branch that add the branch's mean instead of nothing.
+
+        Args:
+            skips: the specs that skip the branch.
+            block: the block's number.
+            branch: the branch.
+
+        Raises:
+            UnsupportedEditError: the branch has no mean.
+            PlanError: the means are of another model.
+        """
+        mean = self.vectors.get((block, branch))
+        if mean is None:
+            reason = self.errors.get(block, "nothing was captured")
+            raise UnsupportedEditError(f"the mean of block {block}'s {branch} is not known: {reason}")
+        if [skip.width for skip in skips if skip.path == mean.path] != [len(mean.vector)]:
+            raise PlanError(
+                f"the means do not fit block {block}: in them, its {branch} writes {len(mean.vector)} channels at "
+                f"{mean.path}; measure the means of this model"
+            )
+        vector = mean.vector if mean.scale == 1 else (mean.vector.double() / mean.scale).float()
+        return tuple(replace(skip, mean=vector if skip.path == mean.path else None, savable=False) for skip in skips)
+
+
+def mean_specs(
+    skips: Mapping[Branch, tuple[SkipSpec, ...]], visit: Visit, means: Means | None, depth: int
+) -> list[SkipSpec]:
+    """Return the specs of the branches of a visit that add their mean.
+
+    Args:
+        skips: the specs that skip each branch of the block.
+        visit: the visit.
+        means: the means of the model.
+        depth: number of blocks of the model.
+
+    Raises:
+        PlanError: there are no means, or they are of another model.
+        UnsupportedEditError: a branch has no mean.
+    """
+    if not visit.mean:
+        return []
+    if means is None:
+        raise PlanError(f"{visit} adds a mean that is not known; {MEASURE}")
+    means.check(depth)
+    # A whole block adds the mean of the branches that it has.
+    branches = [branch for branch in visit.mean if skips[branch] or visit.mean != BRANCHES]
+    return [spec for branch in branches for spec in means.specs(skips[branch], visit.block, branch)]
+
+
+def as_means(value: Any) -> Means | None:
+    """Return means, or those of a file; None for None.
+
+    Raises:
+        PlanError: it is neither.
+        SourceError: the file does not exist, or holds something else.
+    """
+    if value is None or isinstance(value, Means):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return Means.load(value)
+    raise PlanError(f"means are given as measured by measure_means, or as their file, not as {type(value).__name__}")
+
+
+def warn_of_other_model(means: Means, model: Any) -> None:
+    """Warn if means were measured on a model of another name."""
+    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+    if name != means.model:
+        warn(f"the means were measured on {means.model}, and this model is {name}")
+
+
+def _name(where: tuple[int, Branch]) -> str:
+    return f"{where[0]}.{where[1]}"
+
+
+def _where(name: str) -> tuple[int, Branch]:
+    block, _, text = name.partition(".")
+    (branch,) = (branch for branch in BRANCHES if branch == text)
+    return int(block), branch
