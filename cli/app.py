@@ -280,6 +280,7 @@ def edit(
     revision: o.Revision = None,
     blocks: o.Blocks = None,
     source: o.BlockSources = None,
+    means: o.MeansFile = None,
     *,
     console: Console,
 ) -> None:
@@ -290,7 +291,7 @@ def edit(
     from .commands.edit import EditOptions
     from .commands.edit import edit as run_edit
 
-    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()))
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()), means)
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give exactly one of --plan and --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:

@@ -59,6 +59,14 @@ Blocks = Annotated[
         "--blocks", help="Name prefix of the decoder blocks' tensors, if it is not found automatically.", metavar="NAME"
     ),
 ]
+MeansFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--means",
+        help="For edits that add means: the file of the branches' means (layersurgery means).",
+        metavar="FILE",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; messages go to stderr.")]
 Layer = Annotated[

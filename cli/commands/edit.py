@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.checkpoint import read_checkpoint
-from layersurgery.checkpoints.edit_checkpoint import EditResult, default_output, write_edit
+from layersurgery.checkpoints.edit_checkpoint import EditResult, default_output, read_means, write_edit
 from layersurgery.checkpoints.prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
 from layersurgery.plans.block_sources import taken_blocks
@@ -36,6 +36,7 @@ class EditOptions:
     revision: str | None
     blocks: str | None
     sources: Mapping[str, str] = field(default_factory=dict)
+    means: Path | None = None
 
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
@@ -82,11 +83,14 @@ def write_edits(
     routes = {name: plan.route(checkpoint.depth) for name, plan in plans.items()}
     taken_blocks(routes.values(), options.sources)  # a source may be that of some of the plans only
     planned_edits: dict[str | None, PlannedEdit] = {}
+    means = read_means(options.means)
     for name, plan in plans.items():
         route = routes[name]
         sources = {visit.source: options.sources[visit.source] for visit in route if visit.source}
         console.log(f"{f'{name}: ' if name else ''}{plan}  ->  {route}")
-        planned_edits[name] = plan_edit(checkpoint, plan, verify=options.verify, maps=maps, sources=sources)
+        planned_edits[name] = plan_edit(
+            checkpoint, plan, verify=options.verify, maps=maps, sources=sources, means=means
+        )
 
     @cache
     def check_all() -> dict[str | None, PreparedEdit]:

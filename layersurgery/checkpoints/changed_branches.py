@@ -23,10 +23,11 @@ from ..models.block_probe import BlockProbe, record_block
 from ..models.block_weights import BlockWeights, WeightChange
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
+from ..models.means import Means, mean_specs
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..models.output_maps import OutputMap, OutputMaps
 from ..plans.route import Route
-from ..plans.visit import Branch
+from ..plans.visit import BRANCHES, Branch
 from .checkpoint import Checkpoint
 from .output_layout import ChangedTensors, Recode
 from .safetensors_header import TensorInfo
@@ -40,7 +41,12 @@ _TINY_VOCABULARY = 256
 
 
 def changed_tensors(
-    checkpoint: Checkpoint, model: nn.Module, block_list: BlockList, tensor_names: TensorNames, route: Route
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    block_list: BlockList,
+    tensor_names: TensorNames,
+    route: Route,
+    means: Means | None = None,
 ) -> ChangedTensors:
     """Find the tensors that change at each position of the route where a block is not run as it is.
 
@@ -50,6 +56,7 @@ def changed_tensors(
         block_list: its blocks.
         tensor_names: the tensors of each of their parameters.
         route: the source's blocks in their new order.
+        means: the means of the source's branches, if the route adds any.
 
     Returns:
         Position in the route -> tensor name within the block -> how its bytes change; None for zeros.
@@ -78,11 +85,14 @@ def changed_tensors(
             tensors.update(dict.fromkeys(zeroed))
         with torch.no_grad():
             changes = weights.changes(visit)
+            of_branch = {branch: weights.parts.skips(branch) for branch in BRANCHES}
+            specs = mean_specs(of_branch, visit, means, section.depth)
+            changes += weights.mean_changes(visit.block, specs)
         for name, group in groupby(sorted(changes, key=lambda change: change.parameter), lambda c: c.parameter):
             of_parameter = tuple(group)
             for rest in _tensors_of(tensor_names, visit.block, name):
                 info = infos[checkpoint.block_prefix.join(visit.block, rest)]
-                if all(not change.factor and not change.offset for change in of_parameter):
+                if all(not change.factor and not change.offset and change.value is None for change in of_parameter):
                     tensors[rest] = None
                     continue
                 _check_layout(info, rest, module.get_parameter(name), of_parameter)

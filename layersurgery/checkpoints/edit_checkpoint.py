@@ -30,6 +30,7 @@ from .sources import Source, find_source
 from .tensor_index import INDEX
 
 if TYPE_CHECKING:
+    from ..models.means import Means
     from ..models.output_maps import OutputMaps
 
 
@@ -62,6 +63,15 @@ class EditResult:
     sources: Mapping[str, Source] = field(default_factory=dict)
 
 
+def read_means(means: Any) -> Means | None:
+    """Return means, or those of a file; None for None. Without means, torch is not imported."""
+    if means is None:
+        return None
+    from ..models.means import as_means
+
+    return as_means(means)
+
+
 def edit_checkpoint(
     model: str | os.PathLike[str],
     plan: Plan | str,
@@ -75,6 +85,7 @@ def edit_checkpoint(
     progress: Progress | None = None,
     maps: OutputMaps | None = None,
     sources: Sources | None = None,
+    means: Means | str | os.PathLike[str] | None = None,
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
@@ -95,6 +106,8 @@ def edit_checkpoint(
         maps: linear maps of what branches add, by the position in the route, as in `LinearHealing.maps`.
         sources: names of models that the plan takes blocks of ("MODEL" or "MODEL@REVISION"), by the names in the plan:
             {"base": "org/base"}. The embeddings and all else outside the blocks stay the model's.
+        means: the means of the model's branches (`measure_means`), or their file, for edits that add them. They are
+            written as the biases of output projections, so a model without such biases is refused.
 
     Returns:
         The directory, and how it was made.
@@ -118,7 +131,14 @@ def edit_checkpoint(
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
-    planned = plan_edit(read_checkpoint(source, blocks=blocks), plan, verify=verify, maps=maps, sources=sources)
+    planned = plan_edit(
+        read_checkpoint(source, blocks=blocks),
+        plan,
+        verify=verify,
+        maps=maps,
+        sources=sources,
+        means=read_means(means),
+    )
 
     def check() -> PreparedEdit:
         prepared = check_edit(planned)

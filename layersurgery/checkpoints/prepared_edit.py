@@ -21,7 +21,7 @@ from ..models.config_fields import (
 )
 from ..models.config_periods import broken_periods, describe_position_readers
 from ..models.config_rewrite import breaks_prefix, rewrite
-from ..models.unsupported import refuse_architecture, refuse_route
+from ..models.unsupported import MEASURE_MEANS, refuse_architecture, refuse_route
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..quick_imports import quick_imports
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..models.block_list import BlockList
+    from ..models.means import Means
     from ..models.output_maps import OutputMaps
     from .tensor_names import TensorNames
 
@@ -59,6 +60,7 @@ class PlannedEdit:
         maps: linear maps of what branches add, by the position in the route.
         others: the other checkpoints of which blocks are taken.
         taken: the tensors of these blocks, by the position in the route.
+        means: the means of the model's branches, for edits that add them.
     """
 
     checkpoint: Checkpoint
@@ -73,6 +75,7 @@ class PlannedEdit:
     maps: OutputMaps = field(default_factory=dict)
     others: tuple[OtherCheckpoint, ...] = ()
     taken: TakenTensors = field(default_factory=dict)
+    means: Means | None = None
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +116,7 @@ def plan_edit(
     verify: bool = True,
     maps: OutputMaps | None = None,
     sources: Sources | None = None,
+    means: Means | None = None,
 ) -> PlannedEdit:
     """Compute what the files alone decide of an edited checkpoint, and refuse what they alone forbid.
 
@@ -124,6 +128,7 @@ def plan_edit(
         verify: run the reload check in `check_edit`.
         maps: linear maps of what branches add, by the position in the route.
         sources: the names of models that the plan takes blocks of, by the name of the source.
+        means: the means of the model's branches, for edits that add them.
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
@@ -142,6 +147,8 @@ def plan_edit(
             f"directory without {ADAPTER_CONFIG}"
         )
     refuse_route(fields, route)
+    if means is None and (adding := next((visit for visit in route if visit.mean), None)):
+        raise PlanError(f"{adding} adds a mean that is not known; {MEASURE_MEANS}")
     if checkpoint.tensors.absent and not verify:
         raise SourceError(
             f"{_describe_absent(checkpoint)}, and no file has it; fetch the checkpoint again, or run the reload check "
@@ -160,7 +167,7 @@ def plan_edit(
         else ()
     )
     return PlannedEdit(
-        checkpoint, plan, route, positions, config, layout, files, verify, notes, maps or {}, others, taken
+        checkpoint, plan, route, positions, config, layout, files, verify, notes, maps or {}, others, taken, means
     )
 
 
@@ -184,7 +191,7 @@ def check_edit(planned: PlannedEdit) -> PreparedEdit:
         blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
         check_taken(blocks[0], planned.others, blocks[1].path)
     layout = planned.layout
-    if changed := _find_changed_tensors(checkpoint, route, blocks, planned.maps):
+    if changed := _find_changed_tensors(checkpoint, route, blocks, planned.maps, planned.means):
         layout = plan_output_files(
             checkpoint.tensors, checkpoint.block_prefix, planned.positions, changed, planned.taken
         )
@@ -303,7 +310,11 @@ def _derive_config(planned: PlannedEdit) -> Json:
 
 
 def _find_changed_tensors(
-    checkpoint: Checkpoint, route: Route, blocks: tuple[nn.Module, BlockList, TensorNames] | None, maps: OutputMaps
+    checkpoint: Checkpoint,
+    route: Route,
+    blocks: tuple[nn.Module, BlockList, TensorNames] | None,
+    maps: OutputMaps,
+    means: Means | None,
 ) -> ChangedTensors:
     """Return the tensors whose bytes change, at each position where a branch is changed.
 
@@ -312,6 +323,7 @@ def _find_changed_tensors(
         route: the source's blocks in their new order.
         blocks: what `_match_blocks` returns, if it has been called already.
         maps: linear maps of what branches add, by the position in the route.
+        means: the means of the model's branches, for edits that add them.
     """
     if all(visit.of_own_block.whole for visit in route) and not maps:
         return {}
@@ -319,7 +331,7 @@ def _find_changed_tensors(
     from .changed_branches import add_maps, changed_tensors
 
     blocks = blocks or _match_blocks(checkpoint, build_meta_model(checkpoint.config))
-    changed = changed_tensors(checkpoint, *blocks, route)
+    changed = changed_tensors(checkpoint, *blocks, route, means)
     packed = bool(quantization_methods(checkpoint))
     for position, tensors in changed.items():
         check_zeros_mean_zero(checkpoint, route[position].block, tensors.keys(), blocks[1:], packed=packed)

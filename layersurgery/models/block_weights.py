@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -22,11 +22,11 @@ from .anatomy import Anatomy
 from .block_parts import BlockParts
 from .block_probe import BlockProbe, record_block
 from .block_view import share_parameters
-from .call_tracing import TOKENS, ModuleWrapper, eval_no_grad
+from .call_tracing import TOKENS, ModuleWrapper, eval_no_grad, random_like
 from .later_tokens import find_later_tokens, install_later_tokens
 from .numerics import is_same_change, tolerance
 from .quantized import is_quantized
-from .skipped_branch import install_skips
+from .skipped_branch import SkipSpec, install_skips
 from .weight_conventions import output_dim
 
 _TRIAL_FACTOR = -0.5
@@ -44,6 +44,7 @@ class WeightChange:
         units: numbers of the units that become zero.
         unit_size: number of indexes of one unit.
         dim: dimension of the units.
+        value: what the parameter becomes, in the place of all this; None for no such value.
     """
 
     parameter: str
@@ -52,11 +53,12 @@ class WeightChange:
     units: tuple[int, ...] = ()
     unit_size: int = 1
     dim: int = 0
+    value: torch.Tensor | None = field(default=None, compare=False)
 
     @property
     def is_product(self) -> bool:
         """Return whether every number is multiplied by one factor, so that the layout makes no difference."""
-        return not self.units and not self.offset
+        return not self.units and not self.offset and self.value is None
 
     @property
     def indexes(self) -> torch.Tensor:
@@ -69,6 +71,14 @@ class WeightChange:
         Raises:
             PlanError: the factor makes a finite number infinite.
         """
+        if self.value is not None:
+            changed = self.value.to(weight.device, weight.dtype)
+            if not bool(changed.isfinite().all()):
+                raise PlanError(
+                    f"the mean that {self.parameter} would hold has numbers larger than "
+                    f"{str(weight.dtype).removeprefix('torch.')} can hold"
+                )
+            return changed.clone()
         if not self.factor:  # also of numbers that are infinite
             return torch.full_like(weight, -self.offset if self.offset else 0.0)
         exact = torch.promote_types(weight.dtype, torch.float32)
@@ -124,6 +134,7 @@ class BlockWeights:
         self._scaled = cache(self._find_scaled)
         self._layout = cache(self._find_layout)
         self._zeroed = cache(self._find_zeroed)
+        self._bias = cache(self._find_bias)
 
     def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
         """Return the changes of a visit's weights, in the order in which to make them.
@@ -238,6 +249,64 @@ class BlockWeights:
         if not self._gives(changes, probe.without(skips), probe.run(), ()):
             raise self._refuse(f"the {branch}", "zeros in its output projection do not remove what it adds")
         return changes
+
+    def with_biases(self, specs: Iterable[SkipSpec]) -> tuple[SkipSpec, ...]:
+        """Return specs that add means, each with the bias that can hold its mean in a saved model, if there is one."""
+        return tuple(spec if spec.mean is None else self._with_bias(spec) for spec in specs)
+
+    def _with_bias(self, spec: SkipSpec) -> SkipSpec:
+        bias = self._bias(spec.path)
+        return replace(spec, bias=bias, savable=True) if bias and bias.startswith(f"{spec.path}.") else spec
+
+    def mean_changes(self, block: int, specs: Iterable[SkipSpec]) -> tuple[WeightChange, ...]:
+        """Return the changes with which branches add a mean and compute nothing: zeros, and the mean in a bias.
+
+        Args:
+            block: the block's number, for errors.
+            specs: the specs of the branches, each with one mean.
+
+        Raises:
+            UnsupportedEditError: a branch has no bias that could hold its mean.
+        """
+        changes: list[WeightChange] = []
+        for spec in specs:
+            bias = "" if spec.mean is None else self._bias(spec.path)
+            if spec.mean is not None and not bias:
+                raise UnsupportedEditError(
+                    f"the mean of block {block} cannot be written to a checkpoint: no bias of its {spec.path} can "
+                    "hold it; use it in memory (operate), or skip the branch (without mean)"
+                )
+            changes += (
+                WeightChange(name, value=spec.mean) if name == bias else WeightChange(name, 0.0)
+                for name in spec.outputs
+            )
+        return tuple(changes)
+
+    def _find_bias(self, path: str) -> str:
+        """Return the bias that can hold the mean of the branch with a module; empty if there is none.
+
+        A bias can, if the block gives with it, and zeros in all other parameters that write the stream, what it gives
+        with the mean in the place of the module's output.
+        """
+        probe = self._probe
+        (branch,) = (one for one in BRANCHES if any(skip.path == path for skip in self.parts.skips(one)))
+        skips, outputs = self.parts.skips(branch), self.parts.outputs(branch)
+        (skip,) = (skip for skip in skips if skip.path == path)
+        if not all(skip.savable for skip in skips) or not self._is_changeable([(name, 0.0) for name in outputs]):
+            return ""
+        trial = random_like(probe.stream, seed=2)[0, 0].float()
+        if skip.width != len(trial):
+            return ""
+        specs = [replace(one, mean=trial) if one is skip else one for one in skips]
+        expected = probe.without(specs)
+        for bias in skip.outputs:
+            if probe.block.get_parameter(bias).shape != trial.shape or not bias.endswith("bias"):
+                continue
+            changes = [WeightChange(name, 0.0) for name in outputs if name != bias]
+            changes.append(WeightChange(bias, value=trial))
+            if self._gives(changes, expected, probe.without(skips), ()):
+                return bias
+        return ""
 
     def _find_layout(self, branch: Branch) -> _UnitLayout:
         """Return where the heads or neurons of a branch are in the weight that writes the stream."""
@@ -389,6 +458,13 @@ class ModelWeights:
             return ()
         with self._examining(visit.block) as weights:
             return weights.changes(visit)
+
+    def with_biases(self, block: int, specs: tuple[SkipSpec, ...]) -> tuple[SkipSpec, ...]:
+        """Return specs of a block, those that add means with the biases that can hold them in a saved model."""
+        if all(spec.mean is None for spec in specs):
+            return specs
+        with self._examining(block) as weights:
+            return weights.with_biases(specs)
 
     def count_units(self, block: int, branch: Branch) -> int:
         """Return the number of heads, or of neurons, of a block that can be turned off one by one.

@@ -15,15 +15,12 @@ import torch
 from ..atomic_io import atomic_file
 from ..errors import PlanError, SourceError, UnsupportedEditError, warn
 from ..plans.visit import BRANCHES, Branch, Visit
+from .unsupported import MEASURE_MEANS
 
 if TYPE_CHECKING:
     from .skipped_branch import SkipSpec
 
 _FORMAT = "layersurgery means"
-MEASURE = (
-    "measure the means first: means = ls.measure_means(model, text), or layersurgery means MODEL -o means.safetensors, "
-    "and pass them on (means=..., --means FILE)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +131,9 @@ class Means:
                     _where(name): BranchMean(file.get_tensor(name), *place) for name, place in record["places"].items()
                 }
         except FileNotFoundError:
-            raise SourceError(f"{path} does not exist; {MEASURE}") from None
+            raise SourceError(f"{path} does not exist; {MEASURE_MEANS}") from None
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise SourceError(f"{path} holds no means of branches ({error}); {MEASURE}") from error
+            raise SourceError(f"{path} holds no means of branches ({error}); {MEASURE_MEANS}") from error
         errors = {int(block): reason for block, reason in record["errors"].items()}
         return cls(record["model"], record["depth"], record["width"], record["tokens"], vectors, errors, record["text"])
 
@@ -174,7 +171,7 @@ class Means:
                 f"{mean.path}; measure the means of this model"
             )
         vector = mean.vector if mean.scale == 1 else (mean.vector.double() / mean.scale).float()
-        return tuple(replace(skip, mean=vector if skip.path == mean.path else None, savable=False) for skip in skips)
+        return tuple(replace(skip, mean=vector, savable=False) if skip.path == mean.path else skip for skip in skips)
 
 
 def mean_specs(
@@ -195,7 +192,7 @@ def mean_specs(
     if not visit.mean:
         return []
     if means is None:
-        raise PlanError(f"{visit} adds a mean that is not known; {MEASURE}")
+        raise PlanError(f"{visit} adds a mean that is not known; {MEASURE_MEANS}")
     means.check(depth)
     # A whole block adds the mean of the branches that it has.
     branches = [branch for branch in visit.mean if skips[branch] or visit.mean != BRANCHES]

@@ -31,6 +31,7 @@ class SkipSpec:
             that any program skips the branch.
         savable: whether those parameters are known, if they are needed, and can be zero (they are not quantized).
         mean: what the module returns for every token (or adds to `residual`) instead of zeros, float32.
+        bias: the one of `outputs` that is saved as the mean; empty if the model has none.
     """
 
     path: str
@@ -43,6 +44,7 @@ class SkipSpec:
     outputs: tuple[str, ...] = ()
     savable: bool = True
     mean: torch.Tensor | None = field(default=None, compare=False)
+    bias: str = ""
 
 
 class SkippedBranch(nn.Module):
@@ -123,7 +125,7 @@ class SkippedBranch(nn.Module):
         return constant
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - documented in torch
-        if self._spec.mean is not None and not kwargs.get("keep_vars", False):
+        if self._spec.mean is not None and not self._spec.bias and not kwargs.get("keep_vars", False):
             raise UnsupportedEditError(
                 f"a {self.original_class.__name__} is replaced by its mean, which no weight of the model can hold, so "
                 "the model cannot be saved; skip the branch (without mean), or use the model in memory only"
@@ -134,9 +136,11 @@ class SkippedBranch(nn.Module):
                 # An offloaded tensor is a placeholder here; if its zeros were one, too, the weight would be fetched
                 # instead.
                 device = torch.device("cpu") if parameter.is_meta else parameter.device
-                state[f"{kwargs.get('prefix', '')}{name}"] = torch.zeros_like(
-                    parameter, device=device, requires_grad=False
-                )
+                saved = torch.zeros_like(parameter, device=device, requires_grad=False)
+                if self._spec.bias and name == self._spec.bias.removeprefix(f"{self._spec.path}."):
+                    assert self._spec.mean is not None
+                    saved.copy_(self._spec.mean)
+                state[f"{kwargs.get('prefix', '')}{name}"] = saved
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

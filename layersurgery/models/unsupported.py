@@ -12,6 +12,12 @@ from ..plans.route import Route
 from ..plans.visit import Visit
 from .block_dependencies import DEPENDENCY_FIELDS, refuse_other_sources
 
+MEASURE_MEANS = (
+    "measure the means first: means = ls.measure_means(model, text), or layersurgery means MODEL -o means.safetensors, "
+    "and pass them on (means=..., --means FILE)"
+)
+"""What to do if an edit adds means that are not given."""
+
 _ALWAYS = {
     "diffusion_gemma_text": "runs each of its layers in an encoder and in a decoder",
     "hrm_text": "runs its blocks in nested cycles and not one after another",
@@ -88,11 +94,6 @@ def refuse_route(fields: dict[str, Any], route: Route, *, live: bool = False) ->
 def _refuse_visit(visit: Visit, *, live: bool) -> None:
     """Refuse a change of a block that cannot be made in memory, or in files."""
     where = "in memory" if live else "by a checkpoint, which has weights only"
-    if visit.mean and not live:
-        raise UnsupportedEditError(
-            f"{visit}: a mean in the place of a branch cannot be expressed {where}; use it in memory (operate), or "
-            "skip the branch"
-        )
     if visit.start and not live:
         raise UnsupportedEditError(
             f"{visit}: a change of some tokens only cannot be expressed {where} and treats all tokens alike; use it in "

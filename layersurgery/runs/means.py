@@ -13,8 +13,8 @@ from ..errors import MeasurementError, OutputError, PlanError
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import text_config
-from ..models.means import MEASURE, Means, as_means
-from ..models.unsupported import refusal_fields, refuse_architecture
+from ..models.means import Means, as_means
+from ..models.unsupported import MEASURE_MEANS, refusal_fields, refuse_architecture
 from ..plans.variants import Variant
 from ..runtime.block_runner import BlockRunner
 from ..runtime.branch_means import BranchSums
@@ -158,7 +158,7 @@ def given_means(options: RunOptions, variants: Sequence[Variant], *, has_tasks: 
     if means is not None and not adds_means(variants):
         raise PlanError("means has no effect on these edits; it is for edits such as 'skip-mlp 20 mean' and drop-mean")
     if means is None and has_tasks and adds_means(variants):
-        raise PlanError(f"edits that add means are measured on tasks with means of a text; {MEASURE}")
+        raise PlanError(f"edits that add means are measured on tasks with means of a text; {MEASURE_MEANS}")
     return means
 
 

@@ -300,10 +300,11 @@ class Surgery:
         if self.means is not None and any(visit.mean for visit in changed):
             warn_of_other_model(self.means, self.model)
         weights = ModelWeights(self.model, self.block_list.blocks, anatomy)
+        skips = {visit: anatomy.skip_specs(visit, self.means) for visit in changed}
         return {
             visit: (
                 weights.changes(visit),
-                anatomy.skip_specs(visit, self.means),
+                weights.with_biases(visit.block, skips[visit]),
                 find_later_tokens(visit, anatomy.parts(visit.block)),
             )
             for visit in changed
