@@ -167,6 +167,7 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
+                resumed = run.started
                 measurement = measurement.prepared(self, text, run)
                 self.group.broadcast(
                     WorkItem(
@@ -178,7 +179,7 @@ class ModelSession:
                     )
                 )
                 self.group.workers_idle = False
-                self._measure(run, measurement, text)
+                self._measure(run, measurement, text, resumed=resumed)
         return run
 
     def check(self) -> None:
@@ -214,7 +215,7 @@ class ModelSession:
             "blocks": self.options.blocks,
         }
 
-    def _measure(self, run: Run, measurement: Measurement, text: TokenizedText) -> None:
+    def _measure(self, run: Run, measurement: Measurement, text: TokenizedText, *, resumed: bool) -> None:
         options, reporter = self.options, self.reporter
         model = self.model.load()
         measurer, rule = measurement.measurer(model, options), measurement.rule(text.mask)
@@ -236,7 +237,7 @@ class ModelSession:
                 "for the whole text if its order is random (shuffle)"
             )
         self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"), stops=rule is not None)
-        if run.started:
+        if resumed:
             reporter.log("Resuming from the results measured so far")
         try:
             with reporter.run_progress(text) as on_progress:
