@@ -21,6 +21,8 @@ from layersurgery.plans.variants import family, is_family, layer_range, read_pla
         ("drop", ["drop 0", "drop 1", "drop 2", "drop 3"]),
         ("skip-attention", [f"skip-attention {block}" for block in range(4)]),
         ("skip-mlp", [f"skip-mlp {block}" for block in range(4)]),
+        ("drop-mean", [f"drop {block} mean" for block in range(4)]),
+        ("skip-mlp-mean", [f"skip-mlp {block} mean" for block in range(4)]),
         ("drop-span:2", ["drop 0:2", "drop 1:3", "drop 2:4"]),
         ("swap-pairs", ["swap 0 1", "swap 0 2", "swap 0 3", "swap 1 2", "swap 1 3", "swap 2 3"]),
     ],
@@ -136,9 +138,9 @@ def test_copies_pass_through_each_block_by_itself() -> None:
 
 def test_a_family_says_how_it_is_written_and_drawn() -> None:
     assert [name for name, kind in FAMILIES.items() if kind.per_layer] == [
-        "swap", "drop", "skip-attention", "skip-mlp", "replace-from", "scale", "scale-attention", "scale-mlp",
-        "parallel-pairs",
-        "drop-span", "copy", "exit", "reverse-middle", "shuffle", "centre",
+        "swap", "drop", "skip-attention", "skip-mlp", "replace-from", "drop-mean", "skip-attention-mean",
+        "skip-mlp-mean", "scale", "scale-attention", "scale-mlp", "parallel-pairs", "drop-span", "copy", "exit",
+        "reverse-middle", "shuffle", "centre",
     ]  # fmt: skip
     for name, kind in FAMILIES.items():
         assert kind.name == name
