@@ -44,6 +44,9 @@ def _analysis_command(analysis: Analysis) -> Callable[..., None]:
     return o.expand(command)
 
 
+_NO_TASKS = dict.fromkeys(("tasks", "limit", "shots")) | {"task_path": ()}
+
+
 @analyze.command("heads", help=ANALYSES["heads"].help)
 @o.expand
 def heads(
@@ -53,12 +56,18 @@ def heads(
         str | None,
         typer.Option("--layers", help="Measure only the heads of these blocks, for example 4:20.", metavar="A:B"),
     ] = None,
+    estimate: o.Estimate = False,
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
     console: Console,
 ) -> None:
     """Measure the model with each attention head off."""
+    if estimate:
+        from .commands.estimate import show_estimate
+
+        show_estimate(model, "heads", {"layers": layers}, _NO_TASKS, run, console)
+        return
     from .commands.measure import run_analysis
 
     run_analysis("heads", model, run, output, overwrite, console, layers=layers)
@@ -72,12 +81,21 @@ def ablate_neurons(
     draws: Annotated[
         int, typer.Option("--draws", min=1, help="Number of draws of random neurons to compare with.", metavar="N")
     ] = 3,
+    estimate: o.Estimate = False,
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
     console: Console,
 ) -> None:
     """Turn neurons of one kind off, and as many random ones."""
+    if estimate:
+        from layersurgery.analyses.neuron_ablation import most_edits
+
+        from .commands.estimate import show_estimate
+
+        why = "a block may have no neuron of a kind"
+        show_estimate(model, lambda depth: most_edits(depth, draws), {}, _NO_TASKS, run, console, why)
+        return
     from .commands.measure import run_analysis
 
     run_analysis("ablate-neurons", model, run, output, overwrite, console, draws=draws)

@@ -443,7 +443,7 @@ Estimate = Annotated[
     bool,
     typer.Option(
         "--estimate",
-        help="Print the memory, traffic and arithmetic the sweep needs, computed from the config (and the requests of "
+        help="Print the memory, traffic and arithmetic the run needs, computed from the config (and the requests of "
         "tasks) without weights, and exit.",
         rich_help_panel=_EXECUTION,
     ),

@@ -1,4 +1,4 @@
-"""Run `layersurgery sweep --estimate`: print the cost of a sweep, computed from the config alone."""
+"""Run `--estimate`: print the cost of a sweep, or of an analysis that is one, computed from the config alone."""
 
 from __future__ import annotations
 
@@ -22,22 +22,38 @@ if TYPE_CHECKING:
 
 
 def show_estimate(
-    model: str, edits: Any, bounds: dict[str, Any], tasks: dict[str, Any], options: RunOptions, console: Console
-) -> None:
-    """Print the memory, traffic and arithmetic that a sweep needs."""
+    model: str, edits: Any, bounds: dict[str, Any], tasks: dict[str, Any], options: RunOptions, console: Console,
+    at_most: str = "",
+) -> None:  # fmt: skip
+    """Print the memory, traffic and arithmetic that a sweep needs.
+
+    Args:
+        model: the model's name.
+        edits: the edits, or a function that returns them for a number of blocks.
+        bounds: what bounds families of edits: `layers` and `max_span`.
+        tasks: the arguments of `layersurgery.runs.sweep.task_request`.
+        options: options of the run.
+        console: where to print.
+        at_most: why fewer edits may be measured; empty if all are.
+    """
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
     options, given, beside = place_tasks(task_request(**tasks), options, None)
     info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
-    edited_models = variants(edits, info.depth, **bounds)
+    wanted = edits(info.depth) if callable(edits) else edits
+    edited_models = variants(wanted, info.depth, **bounds, heads=info.count_heads)
     result, placement = estimate_run(model, info, edited_models, options, console, given, beside)
+    if at_most:
+        result = dataclasses.replace(result, seconds=None)  # no lower bound if fewer edits are measured
     value = dataclasses.asdict(result) | {"model": source.label, "dtype": placement.dtypes, "peak": result.peak}
     if result.tasks is None:
         del value["tasks"]
     else:
         value["tasks"]["peak"] = result.tasks.peak
-    at_most = "" if options.precision is None else f"; at most, since an edit stops at {options.precision}"
+    if options.precision is not None:
+        at_most = f"an edit stops at {options.precision}"
+    at_most = f"; at most, since {at_most}" if at_most else ""
     parts = [*_lines(source.label, placement.dtypes, result, at_most)]
     if result.tasks is not None:
         parts += [f"\nThen {beside}:", *_lines(source.label, placement.dtypes, result.tasks, "")[1:]]

@@ -1,4 +1,4 @@
-"""Measure what each attention head does for the model's predictions: the model with that head off."""
+"""Tables of what each attention head does for the model's predictions: a sweep of the family of heads, read by head."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from torch import nn
 
-from ..errors import UnsupportedEditError
-from ..models.anatomy import anatomy as find_anatomy
-from ..models.block_weights import ModelWeights
-from ..plans.plan import heads_off
-from ..plans.variants import Layers, Variant, layer_range
+from ..models.block_weights import count_heads
+from ..plans.variants import Layers, layer_range, variants
 from ..registry import METRICS
 from ..sweeps.measurer import Measurer
 from ..sweeps.results import results_table
@@ -52,49 +48,12 @@ class HeadMeasurement(TableMeasurement):
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all heads."""
-        return make_head_measurer(model, self.blocks, blocks=options.blocks, read=options.read_positions)
+        heads = variants(HEADS, self.depth, self.blocks, heads=count_heads(model, blocks=options.blocks))
+        return Measurer(model, heads, blocks=options.blocks, read=options.read_positions)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each head."""
         return {HEADS: head_table(tables)}
-
-
-def make_head_measurer(
-    model: nn.Module, layers: range | None = None, *, blocks: str | None = None, **options: Any
-) -> Measurer:
-    """Make a measurer of the model with each attention head off, one at a time.
-
-    Blocks without heads (state-space mixers, gated or latent attention whose heads cannot be told apart) are left out;
-    `Measurer.skipped` says why.
-
-    Args:
-        model: a transformers causal language model, or a wrapper around one.
-        layers: the blocks whose heads are measured; all by default.
-        blocks: path of the list of blocks, if it cannot be found automatically.
-        options: other arguments of `Measurer`.
-
-    Raises:
-        UnsupportedEditError: no block has heads.
-    """
-    anatomy = find_anatomy(model, blocks=blocks)
-    weights = ModelWeights(model, model.get_submodule(anatomy.blocks), anatomy)  # type: ignore[arg-type]
-    variants: list[Variant] = []
-    skipped: dict[str, str] = {}
-    for block in layers or range(anatomy.depth):
-        try:
-            count = weights.count_units(block, "attention")
-        except UnsupportedEditError as error:
-            skipped[f"heads of block {block}"] = str(error)
-            continue
-        variants += (
-            Variant.from_plan(HEADS, heads_off(block, head), anatomy.depth, block, (block, head))
-            for head in range(count)
-        )
-    if not variants:
-        raise UnsupportedEditError(next(iter(skipped.values()), "the model has no blocks"))
-    measurer = Measurer(model, variants, blocks=blocks, anatomy=anatomy, **options)
-    measurer.skipped.update(skipped)
-    return measurer
 
 
 def head_table(tables: SignalTables) -> pd.DataFrame:

@@ -170,6 +170,18 @@ def ablation_variants(scores: pd.DataFrame, depth: int, draws: int, seed: int) -
     return variants, groups
 
 
+def most_edits(depth: int, draws: int) -> list[Plan]:
+    """Return as many edits as are measured at most, which cost as much; the numbers of their neurons mean nothing.
+
+    Args:
+        depth: number of blocks of the model.
+        draws: number of random draws.
+    """
+    places = [(block,) for block in range(depth)] + [tuple(range(depth))] * (depth > 1)
+    each = range(len(NEURON_KINDS) * (draws + 1))
+    return [Plan((UnitsOff("mlp", (number,), place),)) for number in each for place in places]
+
+
 def _without(kind: str, neurons: Mapping[int, Sequence[int]], layer: int | None, depth: int) -> Variant:
     plan = Plan(tuple(UnitsOff("mlp", tuple(map(int, off)), (block,)) for block, off in sorted(neurons.items())))
     return Variant.from_plan(kind, plan, depth, layer if layer is not None else min(neurons))

@@ -113,27 +113,30 @@ def ring(axis: Axes, cells: pd.DataFrame, band: bool) -> None:
         )
 
 
-def edit_map(rows: pd.DataFrame, axes: tuple[str, str], title: str, *, symmetric: bool = False) -> Figure:
+def edit_map(
+    rows: pd.DataFrame, axes: tuple[str, str], title: str, *, symmetric: bool = False, best: int = 1
+) -> Figure:
     """Draw KL, top-1 agreement and change in loss of a family of edits that has a map.
 
-    The edits with the lowest KL on each side of the diagonal have a ring in all panels.
+    The edits with the lowest KL on each side of the diagonal have a ring in all panels, if `best` is 1.
 
     Args:
         rows: the family's rows of a sweep's results.
         axes: what `from` and `to` are.
         title: title of the figure.
         symmetric: whether a cell stands for both orders of its two blocks.
+        best: number of cells on each side of the diagonal that have a ring; 0 if the map has no diagonal.
     """
     cells = _unique(rows)
     band = is_band(cells)
-    marked = lowest_cells(cells, _KL.name, symmetric=symmetric)
+    marked = lowest_cells(cells, _KL.name, best, symmetric=symmetric)
     height = int((cells["to"] - cells["from"]).max() - (cells["to"] - cells["from"]).min()) + 1 if band else 0
     with new_figure(*((9.5, 0.6 + 3 * (1.3 + 0.09 * height)) if band else (14, 5))) as figure:
         panels = figure.subplots(*((3, 1) if band else (1, 3)), squeeze=False).reshape(-1)
         for axis, metric in zip(panels, _PANELS, strict=True):
             draw_map(
                 figure, axis, cells, metric, rows=axes[0], columns=axes[1],
-                best=int(metric is _KL), symmetric=symmetric,
+                best=best * (metric is _KL), symmetric=symmetric,
             )  # fmt: skip
             if metric is not _KL:
                 ring(axis, marked, band)

@@ -168,7 +168,7 @@ def maps(sweep: Sweep) -> dict[str, Figure]:
         for number, (line, part) in enumerate(rows.groupby(lines, sort=False), 1):
             title = ", ".join(filter(None, [f"{sweep.label}: {family.title}", str(line), sweep.caption]))
             name = f"{family.name}-{number}" if number > 1 else family.name
-            figures[name] = edit_map(part, family.axes, title, symmetric=family.symmetric)
+            figures[name] = edit_map(part, family.axes, title, symmetric=family.symmetric, best=int(family.of_blocks))
     return figures
 
 

@@ -6,7 +6,7 @@ output that the block has if the input of the projection is zero there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import PlanError, UnsupportedEditError
 from ..plans.visit import BRANCHES, Branch, Visit
 from .anatomy import Anatomy
+from .anatomy import anatomy as find_anatomy
 from .block_parts import BlockParts
 from .block_probe import BlockProbe, record_block
 from .block_view import share_parameters
@@ -486,6 +487,20 @@ class ModelWeights:
                 name = f"block {number} ({type(self._originals[number]).__name__})"
                 self._of_kind[kind] = BlockWeights(probe, self._anatomy.parts(number), name)
             yield self._of_kind[kind]
+
+
+def count_heads(model: nn.Module, *, blocks: str | None = None) -> Callable[[int], int]:
+    """Return a function that returns how many heads of a block's attention can be turned off one by one.
+
+    It raises `UnsupportedEditError` for a block whose heads cannot be.
+
+    Args:
+        model: a transformers causal language model, or a wrapper around one.
+        blocks: path of the list of blocks, if it cannot be found automatically.
+    """
+    anatomy = find_anatomy(model, blocks=blocks)
+    weights = ModelWeights(model, model.get_submodule(anatomy.blocks), anatomy)  # type: ignore[arg-type]
+    return lambda block: weights.count_units(block, "attention")
 
 
 def _head_numbers(block: nn.Module) -> tuple[tuple[str, int], ...]:

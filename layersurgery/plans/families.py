@@ -6,7 +6,7 @@ A new family gets its entry here, and appears in sweeps, figures, tables, the re
 >>> [str(member.edit) for member in FAMILIES["swap"].members(Bounds(range(4), depth=4))]
 ['swap 0 1', 'swap 1 2', 'swap 2 3']
 >>> [family.usage for family in FAMILIES.values() if family.axes]
-['drop-spans', 'repeat-spans[:TIMES]', 'jump', 'replace', 'swap-pairs']
+['heads', 'drop-spans', 'repeat-spans[:TIMES]', 'jump', 'replace', 'swap-pairs']
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, permutations
 
+from ..errors import PlanError, UnsupportedEditError
 from .block_edits import Drop, Parallel, Reorder, Repeat, Replace, Reverse, Swap, Take
-from .branch_edits import Scale, Skip
+from .branch_edits import Scale, Skip, UnitsOff
 from .edits import Edit, parse_edit
 from .route import Ref, RouteItem, Span
 from .visit import Branch, factor_text
 
 Cell = tuple[int, int]
-"""The place of an edit in a map: the block of its row and the block of its column."""
+"""The place of an edit in a map: the block of its row and the block, or the head, of its column."""
+CountHeads = Callable[[int], int]
+"""Returns the number of attention heads of a block; see `Bounds.heads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Bounds:
         number: the whole number that follows the family's name; 0 if none does.
         factor: the factor that follows the family's name; 1 if none does.
         source: the name of the source that follows the family's name; empty if none does.
+        heads: returns the number of attention heads of a block, or raises `UnsupportedEditError` if they cannot be
+            turned off; None if there is no model to ask.
     """
 
     blocks: range
@@ -47,6 +52,7 @@ class Bounds:
     number: int = 0
     factor: float = 1
     source: str = ""
+    heads: CountHeads | None = None
 
     def spans(self) -> Iterator[Cell]:
         """Yield the first block and the end of every span, in the order of the first blocks, short ones first."""
@@ -123,6 +129,7 @@ class Family:
         symmetric: whether the map has one cell for both orders of two blocks.
         bounded: whether `max_span` bounds its edits.
         has_source: whether the name of a source follows the family's name, as in "replace-from:base".
+        of_blocks: whether rows and columns of its map are blocks, so that it has two sides of a diagonal.
     """
 
     name: str
@@ -137,6 +144,7 @@ class Family:
     symmetric: bool = False
     bounded: bool = False
     has_source: bool = False
+    of_blocks: bool = True
 
     @property
     def usage(self) -> str:
@@ -235,6 +243,17 @@ def _mean(branch: Branch | None, bounds: Bounds) -> Iterator[Member]:
 
 def _scale(branch: Branch | None, bounds: Bounds) -> Iterator[Member]:
     yield from (Member(Scale((block,), bounds.factor, branch)) for block in bounds.blocks)
+
+
+def _heads(bounds: Bounds) -> Iterator[Member]:
+    if bounds.heads is None:
+        raise PlanError("heads: how many heads a block has is not known without a model; use it where one is measured")
+    for block in bounds.blocks:
+        try:
+            count = bounds.heads(block)
+        except UnsupportedEditError:
+            count = 1  # what measures this edit skips it and says why
+        yield from (Member(UnitsOff("attention", (head,), (block,)), cell=(block, head)) for head in range(count))
 
 
 def _drop_span(bounds: Bounds) -> Iterator[Member]:
@@ -372,6 +391,10 @@ FAMILIES = {
         Family(
             "parallel-pairs", "give every two adjacent blocks the same input, and sum what they add",
             "run a block and the next in parallel", "parallel pair", _parallel_pairs, width=2,
+        ),
+        Family(
+            "heads", "turn every head of every block's attention off", "turn an attention head off", "head off", _heads,
+            per_layer=False, axes=("block", "head"), of_blocks=False,
         ),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import PlanError
 from .edits import Edit, nearest_word
-from .families import FAMILIES, Bounds, Cell
+from .families import FAMILIES, Bounds, Cell, CountHeads
 from .plan import Blocks, Plan, adjacent_blocks, reorder
 from .route import Route, Span, parse_items, resolve
 from .visit import branch_factor, source_name, whole_number
@@ -68,7 +68,9 @@ def unedited(depth: int) -> Variant:
     return Variant("none", "", Route.identity(depth), None, "unedited")
 
 
-def family(name: str, depth: int, layers: Layers = None, max_span: int | None = None) -> list[Variant]:
+def family(
+    name: str, depth: int, layers: Layers = None, max_span: int | None = None, heads: CountHeads | None = None
+) -> list[Variant]:
     """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
     Args:
@@ -76,6 +78,7 @@ def family(name: str, depth: int, layers: Layers = None, max_span: int | None = 
         depth: number of blocks.
         layers: only edits that touch no blocks except these, as a range or as text ("4:20").
         max_span: only spans of at most so many blocks, and only pairs of blocks at most so far apart.
+        heads: returns the number of attention heads of a block; see `Bounds.heads`.
 
     Raises:
         PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
@@ -88,7 +91,7 @@ def family(name: str, depth: int, layers: Layers = None, max_span: int | None = 
         raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
     if max_span is not None and (max_span := whole_number(max_span, "max_span")) < 1:
         raise PlanError(f"max_span is a number of blocks, at least 1, not {max_span}")
-    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor, source)
+    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor, source, heads)
     return [
         Variant.from_plan(kind, Plan((member.edit,)), depth, member.layer, member.cell)
         for member in FAMILIES[kind].members(bounds)
@@ -138,7 +141,13 @@ def is_family(text: str) -> bool:
     return all(word.strip().partition(":")[0] in FAMILIES for word in text.split(","))
 
 
-def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | None = None) -> list[Variant]:
+def variants(
+    edits: Edits,
+    depth: int,
+    layers: Layers = None,
+    max_span: int | None = None,
+    heads: CountHeads | None = None,
+) -> list[Variant]:
     """Make the variants to measure from any accepted form of edits.
 
     Args:
@@ -148,12 +157,13 @@ def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | No
         layers: for families, only edits that touch no blocks except these, as a range or as text ("4:20").
         max_span: for families of spans and pairs, only spans of at most so many blocks, and only pairs of blocks at
             most so far apart.
+        heads: for the family of heads, returns the number of attention heads of a block; see `families.Bounds.heads`.
 
     Raises:
         PlanError: an edit cannot be read, or there is nothing to measure.
     """
     chosen = layer_range(layers, depth)
-    unique = list(dict.fromkeys(_variants(edits, depth, chosen, max_span)))
+    unique = list(dict.fromkeys(_variants(edits, depth, chosen, max_span, heads)))
     if not unique:
         where = "" if chosen is None else f" with layers {chosen.start}:{chosen.stop}"
         where += "" if max_span is None else f" and spans of at most {max_span}"
@@ -169,13 +179,15 @@ def variants(edits: Edits, depth: int, layers: Layers = None, max_span: int | No
     return unique
 
 
-def _variants(edits: Edits, depth: int, layers: range | None, max_span: int | None) -> Iterator[Variant]:
+def _variants(
+    edits: Edits, depth: int, layers: range | None, max_span: int | None, heads: CountHeads | None
+) -> Iterator[Variant]:
     match edits:
         case str() if not edits.strip():
             raise PlanError(f"no edit is named; name families ({', '.join(list(FAMILIES)[:3])}, ...) or a plan")
         case str() if is_family(edits):
             for name in edits.split(","):
-                yield from family(name.strip(), depth, layers, max_span)
+                yield from family(name.strip(), depth, layers, max_span, heads)
         case str():
             try:
                 yield Variant.from_plan("plan", Plan.parse(edits), depth)
@@ -192,11 +204,11 @@ def _variants(edits: Edits, depth: int, layers: range | None, max_span: int | No
             yield _of_route(edits, depth)
         case Mapping():
             for name, plan in edits.items():
-                for variant in _variants(plan, depth, layers, max_span):
+                for variant in _variants(plan, depth, layers, max_span, heads):
                     yield replace(variant, name=str(name))
         case Iterable() if not isinstance(edits, bytes):
             for item in edits:
-                yield from _variants(item, depth, layers, max_span)
+                yield from _variants(item, depth, layers, max_span, heads)
         case _:
             raise PlanError(f"expected families ('swap,drop'), plans or routes, not {edits!r}")
 

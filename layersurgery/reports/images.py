@@ -18,7 +18,7 @@ _ABOUT = {
     "each kind of edit",
     **{
         family.name: f"{family.title}: KL from the unedited model, top-1 agreement and change in loss, a cell for each "
-        "edit; rings mark the lowest KL"
+        "edit" + "; rings mark the lowest KL" * family.of_blocks
         for family in FAMILIES.values()
         if family.axes
     },

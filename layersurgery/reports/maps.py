@@ -103,7 +103,8 @@ def _of_edits(runs: Sequence[FinishedRun]) -> Iterator[tuple[str, dict[str, Any]
                 name = f"{family.label}, {line}" if line else family.label
                 shown = [*_OF_EDITS, *(f"{metric}_change" for metric in first_metrics(part))]
                 view = _view(name, part, [*map(column, shown)], *family.axes, symmetric=family.symmetric)
-                best = lowest_cells(part.reset_index(drop=True), "kl_nats", symmetric=family.symmetric).index
+                cells = part.reset_index(drop=True)
+                best = lowest_cells(cells, "kl_nats", int(family.of_blocks), symmetric=family.symmetric).index
                 plans = [show_control_characters(str(plan)) for plan in part.plan]
                 yield label, view | {"plans": plans, "best": [*map(int, best)]}
 

@@ -74,6 +74,7 @@ class ModelInfo:
         positions: largest number of positions; None if the config does not say it.
         vocabulary: number of tokens in the vocabulary; None if the config does not say it.
         padding: tokens that may be padding, as the config says.
+        heads: number of attention heads of each block, as the config says; None if it does not say it.
     """
 
     source: Source
@@ -81,6 +82,20 @@ class ModelInfo:
     positions: int | None
     vocabulary: int | None
     padding: Padding
+    heads: tuple[int, ...] | None = None
+
+    def count_heads(self, block: int) -> int:
+        """Return the number of attention heads of a block, as the config says.
+
+        Raises:
+            PlanError: it does not say it.
+        """
+        if self.heads is None:
+            raise PlanError(
+                f"heads: the config of {self.source.label} does not say how many attention heads its blocks have, so "
+                "the cost cannot be estimated without weights; measure some blocks (layers) instead"
+            )
+        return self.heads[block]
 
 
 def read_model_info(
@@ -116,7 +131,14 @@ def read_model_info(
             raise
         except Exception as error:  # a config class may raise any exception
             raise SourceError(f"transformers cannot read the config of {source.label}: {reason_of(error)}") from error
-    return ModelInfo(source, depth, *config_limits(config), Padding.of(config))
+    return ModelInfo(source, depth, *config_limits(config), Padding.of(config), _heads(config, depth))
+
+
+def _heads(config: Any, depth: int) -> tuple[int, ...] | None:
+    """Return the number of attention heads of each block, as a config says; None if it does not say it."""
+    heads = getattr(config, "num_attention_heads", None)
+    of_blocks = [heads] * depth if isinstance(heads, int) else list(heads or ())
+    return tuple(of_blocks) if len(of_blocks) == depth and all(isinstance(count, int) for count in of_blocks) else None
 
 
 def config_limits(config: Any) -> tuple[int | None, int | None]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import PlanError
+from ..models.block_weights import count_heads
 from ..models.quantized import quantized_numbers
+from ..plans.families import CountHeads
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
@@ -109,6 +111,7 @@ class ModelSession:
         self.options, self.reporter, self.group = options, reporter, group
         self.model = SessionModel(model, options, reporter, group, exit_stack)
         self._said: set[str] = set()
+        self._heads: CountHeads | None = None
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
         self.texts = self._read(given)
@@ -181,6 +184,17 @@ class ModelSession:
                 self.group.workers_idle = False
                 self._measure(run, measurement, text, resumed=resumed)
         return run
+
+    def count_heads(self, block: int) -> int:
+        """Return the number of heads of a block's attention; load the model if it is not loaded.
+
+        Raises:
+            UnsupportedEditError: they cannot be turned off one by one; gives the reason.
+        """
+        if self._heads is None:
+            self.check()
+            self._heads = count_heads(self.model.load(), blocks=self.options.blocks)
+        return self._heads(block)
 
     def check(self) -> None:
         """Refuse a text or a device that cannot be had, before anything is read or loaded."""

@@ -12,10 +12,11 @@ import torch
 
 import layersurgery as ls
 from layersurgery.analyses import prediction_neurons
-from layersurgery.analyses.head_ablation import describe_heads, make_head_measurer
-from layersurgery.analyses.neuron_ablation import ablation_variants
+from layersurgery.analyses.head_ablation import describe_heads
+from layersurgery.analyses.neuron_ablation import ablation_variants, most_edits
 from layersurgery.analyses.prediction_neurons import neuron_scores
 from layersurgery.metrics.reference import METRICS, measure
+from layersurgery.plans.variants import variants
 from tests.support.reference import logits_of
 from tests.support.zoo import tiny_model, tokens
 
@@ -52,14 +53,56 @@ def test_heads_of_some_blocks(tmp_path: Path) -> None:
         ls.analyze("heads", model, ids, directory=tmp_path / "none", layers="4:9")
 
 
+def test_a_sweep_of_heads_is_the_same_measurement(tmp_path: Path) -> None:
+    model, ids = tiny_model("llama"), tokens(2, 10)
+    analysis = ls.analyze("heads", model, ids, directory=tmp_path / "analysis")
+    for frame in (
+        ls.sweep(model, "heads,drop", ids),
+        ls.sweep(model, ["heads", "drop"], ids, directory=tmp_path / "sweep"),
+    ):
+        swept = frame[frame.edit == "heads"]
+        columns = ["layer", "from", "to", "plan", "route", "tokens", *METRICS]
+        pd.testing.assert_frame_equal(
+            pd.DataFrame(swept[columns].reset_index(drop=True)), pd.DataFrame(analysis[columns]), rtol=0, atol=1e-9
+        )
+        assert len(frame) == 1 + len(swept) + 6
+    assert (tmp_path / "sweep" / "heads.png").exists()
+    ls.report([tmp_path / "sweep"], tmp_path / "page.html")
+    assert "head off" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    some = ls.sweep(model, "heads", ids, layers="2:3")
+    assert some.plan.tolist() == ["", *(f"heads-off {head} of 2" for head in range(4))]
+
+
 def test_blocks_without_heads_are_left_out_by_name() -> None:
-    measurer = make_head_measurer(tiny_model("jamba"))
-    blocks = {variant.layer for variant in measurer.variants[1:]}
-    assert blocks
-    assert {f"heads of block {block}" for block in set(range(6)) - blocks} == set(measurer.skipped)
-    assert all("side by side" in reason for reason in measurer.skipped.values())
+    with pytest.warns(UserWarning, match="edits are not measured.*'heads-off 0 of .'.*side by side"):
+        frame = ls.sweep(tiny_model("jamba"), "heads", tokens())
+    assert frame.layer.nunique() == 2
     with pytest.raises(ls.UnsupportedEditError, match="side by side"):
-        make_head_measurer(tiny_model("mamba"))
+        ls.sweep(tiny_model("mamba"), "heads", tokens())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_estimate_counts_heads_without_weights(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / name)
+    cost = ls.estimate(str(tmp_path / name), "heads", data="pydoc", tokens=64, context=16)
+    assert cost.readouts == 1 + len(ls.sweep(tiny_model(name), "heads", tokens()).iloc[1:])
+
+
+def test_an_estimate_without_a_number_of_heads_is_refused(tmp_path: Path) -> None:
+    tiny_model("mamba").save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ls.PlanError, match="does not say how many attention heads"):
+        ls.estimate(str(tmp_path / "mamba"), "heads", data="pydoc", tokens=64, context=16)
+    with pytest.raises(ls.PlanError, match="not known without a model"):
+        variants("heads", 6)
+
+
+def test_kinds_of_neurons_in_every_block_are_the_most_edits() -> None:
+    kind = ["prediction", "suppression"] + [""] * 8
+    of_block = {"neuron": range(10), "kind": kind, "partition": [False] * 9 + [True], "expert": None}
+    scores = pd.concat([pd.DataFrame({"layer": block} | of_block) for block in range(6)], ignore_index=True)
+    most = most_edits(6, draws=2)
+    assert len(most) == len(ablation_variants(scores, 6, draws=2, seed=0)[0])
+    assert len({plan.route(6) for plan in most}) == len(most)
 
 
 def test_kinds_of_neurons_are_compared_with_random_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
