@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..errors import PlanError
+from ..registry import NEURON_KINDS
 from .edits import Edit, changed, check_ending, ending, join, parse_refs, positions, resolve_all, split_ending
 from .route import Ref, Route
 from .visit import Branch, Visit, branch_factor, factor_text, parse_units, unit_numbers, units_text
@@ -127,6 +128,11 @@ class UnitsOff(Edit):
         units, of, blocks = text.partition(" of ")
         if not of:
             raise PlanError("expected numbers, 'of' and blocks")
+        if verb == "neurons-off" and (kind := next((word for word in units.split() if word in NEURON_KINDS), None)):
+            raise PlanError(
+                f"{kind} neurons are known by their weights, and a plan has numbers only; `layersurgery analyze "
+                "neurons` lists them in neuron_scores (columns kind, partition and neuron)"
+            )
         return cls("attention" if verb == "heads-off" else "mlp", parse_units(units), parse_refs(blocks))
 
     @property

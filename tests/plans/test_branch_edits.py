@@ -74,6 +74,7 @@ def test_equal_visits_are_equal() -> None:
         ("scale 2 1", "would change nothing"),
         ("skip-mlp 2; scale-mlp 2 0.5", "the mlp of block 2 is skipped"),
         ("skip-attention 2; heads-off 0 of 2", "the attention of block 2 is skipped"),
+        ("neurons-off top 50 suppression of 2", "suppression neurons are known by their weights.*analyze neurons"),
         ("heads-off 0 1", "expected numbers, 'of' and blocks"),
         ("heads-off x of 2", "cannot read 'x'"),
         ("heads-off -1 of 2", "cannot read '-1'"),
