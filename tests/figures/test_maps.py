@@ -65,7 +65,7 @@ def figures(results: pd.DataFrame) -> dict[str, Figure]:
 def test_every_family_of_cells_has_its_figure_with_the_values_of_the_table(
     results: pd.DataFrame, figures: dict[str, Figure]
 ) -> None:
-    assert list(figures) == ["drop-spans", "repeat-spans", "repeat-spans-2", "jump", "replace", "swap-pairs"]
+    assert list(figures) == ["heads", "drop-spans", "repeat-spans", "repeat-spans-2", "jump", "replace", "swap-pairs"]
     for name in MAPS:
         rows = results[(results.edit == name) & ~results.plan.str.contains("x3")]
         axis = figures[name].axes[0]
