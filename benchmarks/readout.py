@@ -53,7 +53,8 @@ def _dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> LogitStats
     logits = (x @ w.T).float()
     log = logits.log_softmax(-1)
     lse = logits[:, 0] - log[:, 0]
-    return LogitStats(lse, -(log.exp() * log).sum(-1), -log.gather(-1, target[:, None])[:, 0], logits.argmax(-1))
+    best, top = log.max(-1)
+    return LogitStats(lse, -(log.exp() * log).sum(-1), -log.gather(-1, target[:, None])[:, 0], top, best.exp())
 
 
 def list_methods(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor) -> dict[str, Method | str]:

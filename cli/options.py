@@ -357,6 +357,14 @@ Means = Annotated[
         rich_help_panel=_EDITS,
     ),
 ]
+Tails = Annotated[
+    bool,
+    typer.Option(
+        "--tails",
+        help="Also measure what quantizations are judged by: quantiles of KL over tokens, the RMS change of the true "
+        "token's probability, the overlap of the five most likely tokens, and the expected calibration error.",
+    ),
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(
@@ -509,6 +517,7 @@ _SHOWN: dict[str, Any] = {
     "propagation": Propagation,
     "sources": BlockSources,
     "means": Means,
+    "tails": Tails,
     "batch_size": BatchSize,
     "dtype": Dtype,
     "quantize": Quantize,

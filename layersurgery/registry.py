@@ -86,6 +86,37 @@ METRICS = (
     ),
 )  # fmt: skip
 """The metrics of a sweep, in the order of its columns. Each also has a column of standard errors over sequences."""
+KL_QUANTILES = {"kl_nats_median": 0.5, "kl_nats_p90": 0.9, "kl_nats_p99": 0.99, "kl_nats_p99_9": 0.999}
+"""The columns of quantiles of KL, and the share of positions that do not exceed each."""
+_KL_TAILS = (
+    ("kl_nats_median", "median", "median"),
+    *((name, f"{100 * share:g} % quantile", f"{100 * share:g} %") for name, share in [*KL_QUANTILES.items()][1:]),
+    ("kl_nats_max", "maximum", "max"),
+)
+TAILS = (
+    *(
+        Column(
+            name, f"KL, {label} over positions", "nats", log=True, heading=f"KL {heading}", curve=False, shown=False,
+            definition=f"{label} over positions of KL(p||q)",
+        )
+        for name, label, heading in _KL_TAILS
+    ),
+    Column(
+        "probability_change_rms", "RMS change of the true token's probability", "%", 100, heading="RMS Δp", digits=2,
+        curve=False, shown=False,
+        definition="root of the mean square of q - p of the true next token (llama.cpp's RMS Δp)",
+    ),
+    Column(
+        "top5_overlap", "top-5 overlap", "%", 100, heading="top-5", digits=1, curve=False, shown=False,
+        definition="share of p's five most likely tokens that are among q's five most likely ones",
+    ),
+    Column(
+        "calibration_error", "expected calibration error", "%", 100, heading="ECE", digits=2, curve=False, shown=False,
+        definition="difference between the probability of q's most likely token and how often this token is the true "
+        "one, in 15 bins of this probability of equal width, mean over positions",
+    ),
+)  # fmt: skip
+"""The columns that a sweep has with tails. Those of means also have standard errors over sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,7 +465,7 @@ ANALYSES = {
 
 _COLUMNS = {
     (entry.name, table): entry
-    for entry in (*METRICS, *(entry for analysis in ANALYSES.values() for entry in analysis.columns))
+    for entry in (*METRICS, *TAILS, *(entry for analysis in ANALYSES.values() for entry in analysis.columns))
     for table in entry.tables or ("",)
 }
 _TASK, _TASK_ENDS = "task_", ("_sem", "_change", "_change_sem", "_change_low", "_change_high")

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .tails import SUMS, Tails
+
 Array = npt.NDArray[np.float64]
 
 
@@ -36,6 +38,7 @@ class BatchResult:
         token_metrics: metrics at each position, (len(METRICS), positions), by rows of the result that share them; empty
             if they are not wanted.
         rows: the rows that were measured; None for all.
+        tails: what the columns of the tails are made from; None if they are not wanted.
     """
 
     first: int
@@ -49,6 +52,7 @@ class BatchResult:
     max_sequences: int | None = None
     token_metrics: dict[tuple[int, ...], torch.Tensor] | None = None
     rows: tuple[int, ...] | None = None
+    tails: Tails | None = None
 
     def has(self, row: int) -> bool:
         """Return whether a row was measured."""
@@ -62,14 +66,21 @@ class BatchResult:
         added = [row for row in range(values.shape[1]) if other.has(row) and not self.has(row)]
         values[:, added] = other.values[:, added]
         rows = None if other.rows is None else tuple(sorted({*self.rows, *added}))
+        tails = self.tails if other.tails is None or self.tails is None else self.tails.with_rows(added, other.tails)
         return replace(
-            self, values=values, rows=rows, seconds=self.seconds + other.seconds, calls=self.calls + other.calls
+            self,
+            values=values,
+            rows=rows,
+            seconds=self.seconds + other.seconds,
+            calls=self.calls + other.calls,
+            tails=tails,
         )
 
     @classmethod
     def concatenate(cls, results: Sequence[BatchResult]) -> BatchResult:
         """Return the results of consecutive parts of a batch as one result."""
         parts = [result.token_metrics for result in results if result.token_metrics]
+        tails = [result.tails for result in results if result.tails is not None]
         return cls(
             results[0].first,
             [count for result in results for count in result.counts],
@@ -82,6 +93,7 @@ class BatchResult:
             results[-1].max_sequences,
             {rows: torch.cat([part[rows] for part in parts], -1) for rows in parts[0]} if parts else None,
             results[0].rows,
+            Tails.join(tails) if tails else None,
         )
 
 
@@ -95,6 +107,7 @@ class SequenceSums:
         values: sums of metrics, (sequences, rows, len(METRICS)).
         observed: sums of the observer, (sequences, quantities).
         used: whether a row uses a sequence, (sequences, rows); None if every row uses all.
+        tails: what the columns of the tails are made from; None if they were not measured.
     """
 
     numbers: list[int]
@@ -102,6 +115,7 @@ class SequenceSums:
     values: Array
     observed: Array
     used: npt.NDArray[np.bool_] | None = None
+    tails: Tails | None = None
 
     @classmethod
     def of(cls, results: Iterable[BatchResult], used: Sequence[npt.NDArray[np.bool_]] | None = None) -> SequenceSums:
@@ -115,7 +129,9 @@ class SequenceSums:
         if used is not None:
             sums = cls.of(results)
             flags = [flag for result, flag in zip(results, used, strict=True) for count in result.counts if count]
-            return replace(sums, used=np.array(flags)) if not np.all(flags) else sums
+            if np.all(flags):
+                return sums
+            return replace(sums, used=np.array(flags), tails=_join_tails(results, used))
         ordered = sorted(results, key=lambda result: result.first)
         numbers = [result.first + offset for result in ordered for offset, count in enumerate(result.counts) if count]
         assert len(set(numbers)) == len(numbers), "a sequence is counted twice"
@@ -123,18 +139,30 @@ class SequenceSums:
         values, observed = (
             np.concatenate([getattr(result, name) for result in ordered]) for name in ("values", "observed")
         )
-        return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0])
+        return cls(
+            numbers, counts[counts > 0], values[counts > 0], observed[counts > 0], tails=_join_tails(ordered)
+        )  # fmt: skip
 
     def rows(self, rows: Sequence[int]) -> SequenceSums:
         """Return the sums of some rows."""
         chosen = list(rows)
         used = None if self.used is None else self.used[:, chosen]
-        return replace(self, values=self.values[:, chosen], used=used)
+        tails = None if self.tails is None else self.tails.rows(chosen)
+        return replace(self, values=self.values[:, chosen], used=used, tails=tails)
 
     def of_row(self, row: int) -> tuple[Array, Array]:
         """Return a row's sums, (sequences, len(METRICS)), and counts, (sequences,), of the sequences that it uses."""
         chosen = slice(None) if self.used is None else self.used[:, row]
         return self.values[chosen, row], self.counts[chosen]
+
+    def tail_columns(self, row: int) -> dict[str, float]:
+        """Return a row's columns of the tails, by their names; none if they were not measured."""
+        if self.tails is None:
+            return {}
+        chosen = slice(None) if self.used is None else self.used[:, row]
+        values, counts = self.tails.values[chosen, row], self.counts[chosen]
+        square, overlap = (ratio(values[:, column], counts) for column in range(len(SUMS)))
+        return self.tails.columns(row, values, square, overlap)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -155,6 +183,12 @@ class SequenceSums:
             values, counts = self.of_row(row)
             pairs[row] = [ratio(column, counts) for column in values.T]
         return pairs[..., 0], pairs[..., 1]
+
+
+def _join_tails(results: Sequence[BatchResult], used: Sequence[npt.NDArray[np.bool_]] | None = None) -> Tails | None:
+    """Return the tails of all sequences that have a prediction, or of those that a row uses; None without tails."""
+    parts = [result.tails.select(np.array(result.counts) > 0) for result in results if result.tails is not None]
+    return Tails.join(parts, used) if parts and len(parts) == len(results) else None
 
 
 def ratio(sums: Array, counts: Array) -> tuple[float, float]:

@@ -42,6 +42,7 @@ class Baseline:
         stats: statistics of its logits.
         mean_TD: the mean row of the unembedding under p, mu, float32; None if the readout is not affine.
         compiled: whether loops compiled by torch may be used.
+        top_TK: the most likely tokens, whose overlap with those of edited models is measured; None if it is not.
     """
 
     x_TD: torch.Tensor
@@ -49,6 +50,7 @@ class Baseline:
     stats: LogitStats
     mean_TD: torch.Tensor | None
     compiled: bool
+    top_TK: torch.Tensor | None = None
 
 
 @contextmanager
@@ -58,7 +60,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> Baseline:
+def baseline(
+    readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False, tails: bool = False
+) -> Baseline:
     """Compute the unedited model's statistics at some positions.
 
     Args:
@@ -66,10 +70,13 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
         x_TD: the output of `readout.normalize`.
         target_T: the true next tokens.
         compiled: use loops compiled by torch.
+        tails: also measure what `reference.measure_tails` does. The fused kernel does not keep several logits, so tiles
+            are read instead.
     """
     with _full_precision(x_TD.device):
         target_T = target_T.to(x_TD.device)
-        stats = _logit_stats(readout, x_TD, target_T, compiled=compiled)
+        top_TK = tiled.top_tokens(readout, x_TD) if tails else None
+        stats = _logit_stats(readout, x_TD, target_T, compiled=compiled, top_TK=top_TK)
         mean_TD = None
         if readout.affine:
             mean_TD = torch.zeros_like(x_TD, dtype=torch.float32)
@@ -78,17 +85,18 @@ def baseline(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, co
                 for start, stop in tiled.slices(readout, x_TD[rows]):
                     p_TC = readout.logits_tile(x_TD[rows], start, stop).sub_(lse).exp_()
                     mean_TD[rows] += readout.mean_weight_row(p_TC, start, stop)
-        return Baseline(x_TD, target_T, stats, mean_TD, compiled)
+        return Baseline(x_TD, target_T, stats, mean_TD, compiled, top_TK)
 
 
 def measure(readout: Readout, x_TD: torch.Tensor, base: Baseline) -> torch.Tensor:
     """Compute all metrics of an edited model at the baseline's positions.
 
     Returns:
-        float64, (len(METRICS), tokens), in the order of `reference.METRICS`.
+        float64, (len(METRICS), tokens), in the order of `reference.METRICS`; with tails followed by the rows of
+        `reference.TOKEN_TAILS`.
     """
     with _full_precision(x_TD.device):
-        q = _logit_stats(readout, x_TD, base.target_T, compiled=base.compiled)
+        q = _logit_stats(readout, x_TD, base.target_T, compiled=base.compiled, top_TK=base.top_TK)
         if base.mean_TD is None:
             kl = _kl_not_affine(readout, x_TD, base, q)
         else:
@@ -132,10 +140,17 @@ def _triton_kernel() -> ModuleType | None:
     return triton_kernel
 
 
-def _logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool) -> LogitStats:
-    kernel = _triton_kernel() if can_fuse(readout, x_TD) else None
+def _logit_stats(
+    readout: Readout,
+    x_TD: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    compiled: bool,
+    top_TK: torch.Tensor | None = None,
+) -> LogitStats:
+    kernel = _triton_kernel() if top_TK is None and can_fuse(readout, x_TD) else None
     if kernel is None:
-        return tiled.logit_stats(readout, x_TD, target_T, compiled=compiled)
+        return tiled.logit_stats(readout, x_TD, target_T, compiled=compiled, top_TK=top_TK)
     assert isinstance(readout, Unembedding)
     sums = kernel.logit_sums(x_TD, readout.matrix, target_T, bias_V=readout.bias, scale=readout.scale, cap=readout.cap)
     return LogitStats.of(sums.m, sums.S, sums.A, sums.wanted, sums.top)
@@ -143,7 +158,8 @@ def _logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *
 
 def _kl_not_affine(readout: Readout, x_TD: torch.Tensor, base: Baseline, q: LogitStats) -> torch.Tensor:
     """Compute KL(p||q) = sum p (z_p - z_q) - lse_p + lse_q, for a readout that is not affine."""
-    p, kernel = base.stats, _triton_kernel() if can_fuse(readout, x_TD) else None
+    # Both sums are of the same logits, whose rounding then cancels.
+    p, kernel = base.stats, _triton_kernel() if base.top_TK is None and can_fuse(readout, x_TD) else None
     if kernel is None:
         cross_term = tiled.kl_cross_term(readout, x_TD, p, base.x_TD)
     else:
@@ -178,5 +194,8 @@ def _metrics(kl: torch.Tensor, q: LogitStats, base: Baseline) -> torch.Tensor:
         "loss_change_nats": q.loss - p.loss,
         "accuracy": (q.top == base.target_T.to(q.top.device)).double(),
     }
+    stacked = stack_metrics(values)
+    if q.overlap is not None:
+        stacked = torch.cat([stacked, torch.stack([(-q.loss).exp() - (-p.loss).exp(), q.overlap, q.confidence])])
     # Report NaN for non-finite logits instead of counting them as wrong.
-    return torch.where(q.lse.isfinite() & p.lse.isfinite(), stack_metrics(values), math.nan)
+    return torch.where(q.lse.isfinite() & p.lse.isfinite(), stacked, math.nan)

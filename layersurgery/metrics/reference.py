@@ -10,6 +10,10 @@ from .. import registry
 
 METRICS = tuple(column.name for column in registry.METRICS)
 """Rows of what `measure` returns; p is the unedited model, q the edited one. The list is `registry.METRICS`."""
+TOKEN_TAILS = ("probability_change", "top5_overlap", "confidence")
+"""Rows of what `measure_tails` returns."""
+TOP = 5
+"""Number of most likely tokens whose overlap is measured; all of a smaller vocabulary."""
 
 
 def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
@@ -37,6 +41,25 @@ def measure(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> t
         "accuracy": (top == target_T).double(),
     }
     return stack_metrics(values)
+
+
+def measure_tails(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
+    """Compute what the columns of the tails need of single predictions, in addition to the metrics.
+
+    Args:
+        p_TV: logits of the unedited model, (tokens, vocabulary).
+        q_TV: logits of the edited model, the same shape.
+        target_T: the true next tokens, (tokens,).
+
+    Returns:
+        float64, (len(TOKEN_TAILS), tokens): q - p of the true next token; the share of p's five most likely tokens (the
+        lowest ones of equals) than which fewer than five tokens are more likely under q; q of q's most likely token.
+    """
+    top_TK = p_TV.sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
+    greater_TK = (q_TV[:, None] > q_TV.gather(-1, top_TK)[..., None]).sum(-1)
+    p_TV, q_TV = p_TV.double().softmax(-1), q_TV.double().softmax(-1)
+    change = (q_TV - p_TV).gather(-1, target_T[:, None]).squeeze(-1)
+    return torch.stack([change, (greater_TK < top_TK.shape[1]).double().mean(-1), q_TV.amax(-1)])
 
 
 def stack_metrics(values: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,13 +13,13 @@ from functools import lru_cache
 import torch
 
 from ..runtime.unembedding import Readout
+from .top_tokens import BLOCK, Overlap, TopTokens, first_argmax, in_blocks
 
 # A tile and its weights stay in the processor's caches while they are used.
 TILE_ELEMENTS = 1 << 22
 # A GPU runs several kernels for each tile. Larger tiles keep it busy while the next kernel starts.
 CUDA_TILE_ELEMENTS = 1 << 25
 ROWS = 2048
-_BLOCK = 64
 
 Tensors = tuple[torch.Tensor, ...]
 Reduce = Callable[[torch.Tensor], Tensors]
@@ -34,16 +34,26 @@ class LogitStats:
         entropy: of the distribution, nats.
         loss: cross-entropy with the true next token, nats.
         top: the most likely token; the lowest one of equals.
+        confidence: the probability of the most likely token.
+        overlap: the share of given tokens that are among the most likely ones; None if none were given.
     """
 
     lse: torch.Tensor
     entropy: torch.Tensor
     loss: torch.Tensor
     top: torch.Tensor
+    confidence: torch.Tensor
+    overlap: torch.Tensor | None = None
 
     @classmethod
     def of(
-        cls, m: torch.Tensor, S: torch.Tensor, A: torch.Tensor, target: torch.Tensor, top: torch.Tensor
+        cls,
+        m: torch.Tensor,
+        S: torch.Tensor,
+        A: torch.Tensor,
+        target: torch.Tensor,
+        top: torch.Tensor,
+        overlap: torch.Tensor | None = None,
     ) -> LogitStats:
         """Make the statistics from sums.
 
@@ -51,10 +61,17 @@ class LogitStats:
         The entropy is log S - A/S.
         """
         lse = m + S.log()
-        return cls(lse, S.log() - A / S, lse - target, top)
+        return cls(lse, S.log() - A / S, lse - target, top, 1 / S, overlap)
 
 
-def logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *, compiled: bool = False) -> LogitStats:
+def logit_stats(
+    readout: Readout,
+    x_TD: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    compiled: bool = False,
+    top_TK: torch.Tensor | None = None,
+) -> LogitStats:
     """Compute the statistics of the logits at some positions.
 
     Args:
@@ -62,10 +79,31 @@ def logit_stats(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, *,
         x_TD: the output of `readout.normalize`.
         target_T: the true next tokens.
         compiled: reduce a tile with a loop compiled by torch.
+        top_TK: tokens whose share among the most likely ones is wanted, (tokens, K); None for none.
     """
     reduce = _reduce_any if readout.tokens_at_once is not None else _reduce_compiled if compiled else _reduce
-    parts = [_sum_rows(readout, x_TD[rows], target_T[rows], reduce) for rows in rows_of(readout, len(x_TD))]
+    parts = []
+    for rows in rows_of(readout, len(x_TD)):
+        overlap = None if top_TK is None else Overlap(top_TK[rows])
+        sums = _sum_rows(readout, x_TD[rows], target_T[rows], reduce, overlap)
+        parts.append(sums if overlap is None else (*sums, overlap.share()))
     return LogitStats.of(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def top_tokens(readout: Readout, x_TD: torch.Tensor) -> torch.Tensor:
+    """Find the most likely tokens at some positions, the lowest ones of equals: (tokens, K), the most likely first.
+
+    Args:
+        readout: the model's readout.
+        x_TD: the output of `readout.normalize`.
+    """
+    parts = []
+    for rows in rows_of(readout, len(x_TD)):
+        found = TopTokens()
+        for start, stop in slices(readout, x_TD[rows]):
+            found.add(readout.logits_tile(x_TD[rows], start, stop), start)
+        parts.append(found.tokens_TK)
+    return torch.cat(parts)
 
 
 def rows_of(readout: Readout, tokens: int) -> Iterator[slice]:
@@ -85,33 +123,37 @@ def slices(readout: Readout, x_TD: torch.Tensor) -> Iterator[tuple[int, int]]:
     step = readout.vocabulary
     if readout.tokens_at_once is None:
         step = max(1, tile_elements(x_TD.device) // max(1, len(x_TD)))
-    if step > _BLOCK:
-        step -= step % _BLOCK
+    if step > BLOCK:
+        step -= step % BLOCK
     for start in range(0, readout.vocabulary, step):
         yield start, min(start + step, readout.vocabulary)
 
 
-def _sum_rows(readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, reduce: Reduce) -> Tensors:
-    """Compute m, S, A, the target's logit and the index of m, as `LogitStats.of` takes them."""
+def _sum_rows(
+    readout: Readout, x_TD: torch.Tensor, target_T: torch.Tensor, reduce: Reduce, overlap: Overlap | None
+) -> Tensors:
+    """Compute m, S, A, the target's logit and the index of m, as `LogitStats.of` takes them, and add to the overlap."""
     m = S = A = target = top = torch.empty(0)
     for start, stop in slices(readout, x_TD):
         z_TC = readout.logits_tile(x_TD, start, stop)
         column = target_T.to(z_TC.device) - start
         inside = (column >= 0) & (column < stop - start)
         target_logit = z_TC.gather(-1, column.clamp(0, stop - start - 1)[:, None])[:, 0].double()
+        if overlap is not None:  # before the logits are reduced in place
+            overlap.add(z_TC, start)
         best, *parts = reduce(z_TC)
         peak, part_S, part_A = (part.double() for part in parts)
         if start == 0:
-            m, S, A, top = peak, part_S, part_A, _argmax(z_TC, best)
+            m, S, A, top = peak, part_S, part_A, first_argmax(z_TC, best)
             target = torch.where(inside, target_logit, torch.full_like(target_logit, math.nan))
         else:
             # The first of equal logits wins, as in argmax. NaN must win over a number.
             higher = (peak > m) | (peak.isnan() & ~m.isnan())
             if z_TC.is_cuda:  # the rows are known only on the device; asking for them would wait for it
-                top = torch.where(higher, _argmax(z_TC, best) + start, top)
+                top = torch.where(higher, first_argmax(z_TC, best) + start, top)
             else:
                 rows = higher.nonzero()[:, 0]
-                top[rows] = _argmax(z_TC[rows], best[rows]) + start
+                top[rows] = first_argmax(z_TC[rows], best[rows]) + start
             m, S, A = merge(m, S, A, peak, part_S, part_A)
             target = torch.where(inside, target_logit, target)
         del z_TC  # frees the memory for the next tile
@@ -130,7 +172,7 @@ def merge(
 
 def _reduce(z_TC: torch.Tensor) -> Tensors:
     """Return the maximum of each block of columns, the maximum of each row, S and A; subtracts the maximum in place."""
-    blocks = _blocks(z_TC)
+    blocks = in_blocks(z_TC)
     best = blocks.amax(-1)
     peak = best.amax(-1)
     z_TC.sub_(peak[:, None])
@@ -140,7 +182,7 @@ def _reduce(z_TC: torch.Tensor) -> Tensors:
 
 def _reduce_any(z_TV: torch.Tensor) -> Tensors:
     """Return the same for logits of the model's own head, which may be minus infinity for unused tokens."""
-    best = _blocks(z_TV).amax(-1)
+    best = in_blocks(z_TV).amax(-1)
     peak = best.amax(-1)
     shifted = z_TV - peak[:, None]
     e_TV = shifted.exp()
@@ -149,33 +191,15 @@ def _reduce_any(z_TV: torch.Tensor) -> Tensors:
 
 def _reduce_compiled(z_TC: torch.Tensor) -> Tensors:
     """Return the same as `_reduce`, in one loop over memory."""
-    if z_TC.shape[1] % _BLOCK:
+    if z_TC.shape[1] % BLOCK:
         return _reduce(z_TC)
     with torch.compiler.set_stance("default"):
         best, S, A = _compiled(z_TC.device.type)(z_TC)
     return best, best.amax(-1), S, A
 
 
-def _blocks(z_TC: torch.Tensor) -> torch.Tensor:
-    """Reshape to (T, blocks, columns); one block if the width is not a multiple of the block size."""
-    width = z_TC.shape[1]
-    block = width if width % _BLOCK else _BLOCK
-    return z_TC.reshape(len(z_TC), width // block, block)
-
-
-def _argmax(z_TC: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """Return the first index of the maximum of each row.
-
-    torch vectorizes a maximum but not its index, so the index is searched in one block only.
-    """
-    blocks = _blocks(z_TC)
-    block = best.argmax(-1)
-    inside = blocks[torch.arange(len(blocks), device=z_TC.device), block]
-    return block * blocks.shape[2] + inside.argmax(-1)
-
-
 def _loop(z_TC: torch.Tensor) -> Tensors:
-    best = z_TC.view(z_TC.shape[0], -1, _BLOCK).amax(-1)
+    best = z_TC.view(z_TC.shape[0], -1, BLOCK).amax(-1)
     z_TC = z_TC - best.amax(-1, keepdim=True)
     e_TC = z_TC.exp()
     return best, e_TC.sum(-1), (e_TC * z_TC).sum(-1)

@@ -6,6 +6,7 @@ is measured again.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,9 @@ from ..atomic_io import atomic_file
 from ..errors import OutputError
 from ..metrics.aggregation import BatchResult
 from ..metrics.reference import METRICS
+from ..metrics.tails import Tails
 
+_TAILS = {f"tails_{field.name}": field.name for field in fields(Tails)}
 _RESUME = "The batches measured before are kept; fix this problem, then run the same command again to resume"
 
 
@@ -26,6 +29,7 @@ class Journal:
         directory: its directory; created if it does not exist.
         rows: number of measured models.
         observed: how many numbers the observer stores for each sequence.
+        tails: whether batches have tails.
 
     Attributes:
         results: the measured batches by number.
@@ -34,8 +38,8 @@ class Journal:
         OutputError: the directory cannot be written; `append` raises it too.
     """
 
-    def __init__(self, directory: Path, rows: int, observed: int = 0) -> None:
-        self.directory, self.rows, self.observed = directory, rows, observed
+    def __init__(self, directory: Path, rows: int, observed: int = 0, *, tails: bool = False) -> None:
+        self.directory, self.rows, self.observed, self.tails = directory, rows, observed, tails
         self.results: dict[int, BatchResult] = {}
         try:
             directory.mkdir(exist_ok=True)
@@ -52,6 +56,7 @@ class Journal:
                 result = BatchResult(
                     int(file["first"]), file["counts"].tolist(), file["values"], file["observed"],
                     float(file["seconds"]), rows=tuple(file["rows"].tolist()) or None if "rows" in file else None,
+                    tails=Tails(*(file[name] for name in _TAILS)) if self.tails else None,
                 )  # fmt: skip
         except Exception:  # a damaged file may raise any exception
             return None
@@ -60,7 +65,11 @@ class Journal:
     def _has_shapes(self, result: BatchResult) -> bool:
         sequences = len(result.counts)
         shapes = (sequences, self.rows, len(METRICS)), (sequences, self.observed)
-        return (result.values.shape, result.observed.shape) == shapes
+        return (
+            (result.values.shape, result.observed.shape) == shapes
+            and self.tails == (result.tails is not None)
+            and (result.tails is None or result.tails.has_shapes(sequences, self.rows))
+        )
 
     def append(self, batch: int, result: BatchResult) -> None:
         """Append a batch, or rows that an earlier result of it does not have. It is on the disk when this returns.
@@ -77,6 +86,8 @@ class Journal:
             result = self.results[batch].merge(result)
         names = ("first", "counts", "values", "observed", "seconds")
         arrays = {**{name: getattr(result, name) for name in names}, "rows": np.array(result.rows or (), int)}
+        if result.tails is not None:
+            arrays |= {name: getattr(result.tails, field) for name, field in _TAILS.items()}
         try:
             with atomic_file(self.directory / f"{batch:06}.npz") as partial, partial.open("wb") as file:
                 np.savez(file, **arrays)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..sweeps.precision import Precision
     from ..sweeps.read_positions import ReadPositions
 
-SWEEP_ONLY = ("until", "confidence", "read", "propagation", "sources", "means")
+SWEEP_ONLY = ("until", "confidence", "read", "propagation", "sources", "means", "tails")
 """Options that only sweeps take."""
 
 
@@ -50,6 +50,8 @@ class RunOptions:
         propagation: for sweeps: also measure how much what later blocks add changes after each edit.
         means: for sweeps with edits that add means: the means of the model's branches (`measure_means`), or their file.
             By default they are measured first, on the same text without the first token of each sequence.
+        tails: for sweeps: also measure what quantizations are judged by: quantiles of KL over tokens, the change of the
+            true token's probability, the overlap of the five most likely tokens and the calibration error.
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
             float16 becomes float32).
@@ -85,6 +87,7 @@ class RunOptions:
     propagation: bool = False
     sources: Any = None
     means: Any = None
+    tails: bool = False
     batch_size: int | None = None
     dtype: str = "auto"
     quantize: str | None = None
@@ -151,7 +154,7 @@ class RunOptions:
             return None
         from ..sweeps.read_positions import ReadPositions
 
-        self.refuse(["per_token"], "needs every position; leave read out")
+        self.refuse(["per_token", "tails"], "needs every position; leave read out")
         return ReadPositions.parse(self.read, self.seed)
 
     def refuse(self, names: Iterable[str], why: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from ..atomic_io import atomic_file
 from ..metrics.aggregation import BatchResult
-from ..metrics.reference import METRICS
+from ..metrics.reference import METRICS, TOKEN_TAILS
 from ..plans.variants import Variant
 from ..runtime.inputs import has_next_token
 
@@ -67,7 +67,8 @@ def write_batch(
         columns = {"row": pa.array(np.full(count, row), pa.int32())}
         columns |= {key: pa.array([value] * count, pa.string()) for key, value in labels.items()}
         columns |= positions
-        columns |= {metric: pa.array(metrics_by_row[row][index]) for index, metric in enumerate(METRICS)}
+        # Without tails, their rows are missing.
+        columns |= dict(zip((*METRICS, *TOKEN_TAILS), map(pa.array, metrics_by_row[row]), strict=False))
         return pa.table(columns)
 
     with atomic_file(path) as partial, pq.ParquetWriter(partial, table(0).schema, compression="zstd") as writer:

@@ -233,7 +233,7 @@ def read_given_text(text: Any, options: RunOptions, attention_mask: Any = None) 
 
 
 TEXT_OPTIONS = ("split", "column", "tokens", "context", "pack", "lines", "bos", "shuffle", "seed")
-NOT_FOR_TASKS = ("data", *TEXT_OPTIONS, "until", "confidence", "read", "per_token", "propagation")
+NOT_FOR_TASKS = ("data", *TEXT_OPTIONS, "until", "confidence", "read", "per_token", "propagation", "tails")
 """Options that say which text is measured, or how much of it."""
 
 

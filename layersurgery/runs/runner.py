@@ -255,7 +255,10 @@ class _Work:
         observer = measurer.block_observer
         run.start()
         self.journal = Journal(
-            run.directory / JOURNAL, len(measurer.variants), 0 if observer is None else observer.size
+            run.directory / JOURNAL,
+            len(measurer.variants),
+            0 if observer is None else observer.size,
+            tails=measurer.tails,
         )
         # A resumed run keeps its batch size, because the journal stores whole batches.
         recorded_size: int | None = run.facts.get("batch_size")

@@ -63,6 +63,7 @@ class SweepMeasurement:
     beside: TasksBeside | None = None
     targets: TaskTargets | None = None
     means: Means | None = None
+    tails: bool = False
     name: str = "sweep"
 
     @property
@@ -71,13 +72,14 @@ class SweepMeasurement:
         return SWEEP
 
     def arguments(self) -> dict[str, Any]:
-        """Return the edits, whether propagation is measured, and the tasks that are measured after a text."""
+        """Return the edits, whether propagation and tails are measured, and the tasks measured after a text."""
         edits = [[variant.edit, variant.name, str(variant.route)] for variant in self.variants]
         beside = {} if self.beside is None else self.beside.arguments()
         means: dict[str, Any] = {}
         if adds_means(self.variants):
             means = {"means": f"of {LARGEST_TOKENS} tokens" if self.means is None else self.means.fingerprint}
-        return {"edits": edits, **({"propagation": True} if self.propagation else {}), **means, **beside}
+        also = {"propagation": self.propagation, "tails": self.tails}
+        return {"edits": edits, **{name: True for name, measured in also.items() if measured}, **means, **beside}
 
     def prepared(self, session: ModelSession, text: TokenizedText, run: Run) -> SweepMeasurement:
         """Measure the means that the variants add, if they are not given."""
@@ -97,6 +99,7 @@ class SweepMeasurement:
             propagation=self.propagation,
             taken=_take(model, self.variants, options),
             means=self.means,
+            tails=self.tails,
         )
 
     def rule(self, mask: torch.Tensor | None) -> StopRule | None:
@@ -183,6 +186,7 @@ def _measurement(
         beside,
         session.texts.targets,
         as_means(options.means),
+        options.tails,
     )
 
 
@@ -336,6 +340,7 @@ def _measure_in_memory(
         read=options.read_positions if text.scored is None else ScoredPositions(text.scored),
         propagation=options.measures_propagation,
         means=means,
+        tails=options.tails,
         progress=progress,
         table=table,
         taken=taken,

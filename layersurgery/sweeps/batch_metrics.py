@@ -8,6 +8,8 @@ import torch
 
 from ..errors import MeasurementError
 from ..metrics import dispatch, tiled
+from ..metrics.reference import METRICS
+from ..metrics.tails import row_tails
 from ..models.numerics import relative_error, tolerance
 from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
@@ -28,9 +30,11 @@ class BatchMetrics:
         final_stream: the unedited model's stream after its last block.
         token_metrics: receives the metrics of single positions by rows of the result; None if they are not wanted.
         compiled: use loops that torch compiles.
+        tails: also keep what the columns of the tails are made from.
 
     Attributes:
         sums: for each row of the result, sums over the measured positions, (sequences, len(METRICS)).
+        tails: for each row of the result, what `row_tails` returns; empty if it is not wanted.
     """
 
     def __init__(
@@ -43,14 +47,16 @@ class BatchMetrics:
         token_metrics: dict[tuple[int, ...], torch.Tensor] | None,
         *,
         compiled: bool = False,
+        tails: bool = False,
     ) -> None:
         self.readout, self.rows, self.states, self.token_metrics = readout, rows, states, token_metrics
         self.sums: dict[int, torch.Tensor] = {}
+        self.tails: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._counts = tokens.counts
         # On the device before the first readout: each copy makes the CPU wait for the GPU.
         self._positions = tokens.positions.to(final_stream.device)
         x = readout.normalize(final_stream, self._positions)
-        self._baseline = dispatch.baseline(readout, x, tokens.targets, compiled=compiled)
+        self._baseline = dispatch.baseline(readout, x, tokens.targets, compiled=compiled, tails=tails)
         self._add([0], dispatch.measure_unedited(self._baseline))
 
     def read(self, state: int, routes: Sequence[int]) -> None:
@@ -61,9 +67,15 @@ class BatchMetrics:
             self._add(rows, dispatch.measure(self.readout, x, self._baseline))
 
     def _add(self, rows: Sequence[int], metrics: torch.Tensor) -> None:
-        """Sum the metrics of all positions, (len(METRICS), positions), by sequence, for these rows of the result."""
+        """Sum the metrics of all positions by sequence, for these rows of the result.
+
+        They are what `dispatch.measure` returns, (len(METRICS) and more, positions).
+        """
         if self.token_metrics is not None:
             self.token_metrics[tuple(rows)] = metrics.cpu()
+        if len(metrics) > len(METRICS):
+            self.tails.update(dict.fromkeys(rows, row_tails(metrics, self._counts)))
+            metrics = metrics[: len(METRICS)]
         # Sum each sequence separately, so that its digits do not depend on the other sequences in the batch.
         sums = torch.stack([sequence.contiguous().sum(-1) for sequence in torch.split(metrics, self._counts, -1)])
         self.sums.update(dict.fromkeys(rows, sums))

@@ -18,6 +18,7 @@ from ..errors import MeasurementError, UnsupportedEditError, is_out_of_memory, w
 from ..metrics import tiled
 from ..metrics.aggregation import BatchResult, SequenceSums
 from ..metrics.reference import METRICS
+from ..metrics.tails import Tails
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_dependencies import refuse_block_by_block
@@ -85,6 +86,7 @@ class Measurer:
         read: the positions at which predictions are read; None for all.
         taken: the blocks of other checkpoints that the variants take; None for none.
         means: the means of the model's branches, for variants that add them.
+        tails: also keep how KL is distributed over tokens, and other columns of the tails; excludes `read`.
 
     Attributes:
         variants: the unedited model, then the measured variants.
@@ -116,9 +118,11 @@ class Measurer:
         read: Reads | None = None,
         taken: TakenBlocks | None = None,
         means: Means | None = None,
+        tails: bool = False,
     ) -> None:
         refuse_architecture(refusal_fields(text_config(model)))
-        self.model, self.read = model, read
+        assert read is None or not tails
+        self.model, self.read, self.tails = model, read, tails
         known = anatomy or find_anatomy(model, blocks=blocks)
         self.runner = BlockRunner(model, known, compiled=compiled, taken=taken, means=means)
         if observe is not None and observe.route is not None:
@@ -354,7 +358,8 @@ class Measurer:
         if not bool(has_next.any()):
             size = 0 if observer is None else observer.size
             values = np.zeros((len(ids), len(self.variants), len(METRICS)))
-            return BatchResult(0, [0] * len(ids), values, np.zeros((len(ids), size)))
+            tails = Tails.empty(len(ids), len(self.variants)) if self.tails else None
+            return BatchResult(0, [0] * len(ids), values, np.zeros((len(ids), size)), tails=tails)
         length = self._trimmed_length(mask)
         ids, mask, has_next = ids[:, :length], mask[:, :length], has_next[:, : length - 1]
         bytes_read_before = self.runner.offloaded.bytes_read
@@ -378,17 +383,18 @@ class Measurer:
                 if observer is not None:
                     observed = observer.sums()
         counts = (has_next if self.read is None or self.read.scaled else reads).sum(-1).tolist()
-        values = np.zeros((len(ids), 1, len(METRICS)))
+        values, tails = np.zeros((len(ids), 1, len(METRICS))), None
         if metrics is not None:
             _refuse_non_finite(self.model, metrics.sums[0])
             missing = torch.full_like(metrics.sums[0], torch.nan)
             values = torch.stack([metrics.sums.get(row, missing) for row in range(len(self.variants))], 1).cpu().numpy()
             if self.read is not None and self.read.scaled:
                 values = values * (has_next.sum(-1).double() / reads.sum(-1).clamp(min=1)).numpy()[:, None, None]
+            tails = Tails.stack(metrics.tails, len(ids), len(self.variants)) if self.tails else None
         bytes_read = self.runner.offloaded.bytes_read - bytes_read_before
         return BatchResult(
             0, counts, values, observed, calls=executor.calls, states_at_peak=executor.peak, bytes_read=bytes_read,
-            token_metrics=token_metrics,
+            token_metrics=token_metrics, tails=tails,
         )  # fmt: skip
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor, reads: torch.Tensor) -> tuple[dict[str, Any], ReadTokens]:
@@ -411,7 +417,14 @@ class Measurer:
         """Read the unedited model's logits; return the metrics to which the edited models are added."""
         compiled = self.runner.compiler is not None
         metrics = BatchMetrics(
-            self.readout, self.rows, tokens, states, states[self.runner.depth], token_metrics, compiled=compiled
+            self.readout,
+            self.rows,
+            tokens,
+            states,
+            states[self.runner.depth],
+            token_metrics,
+            compiled=compiled,
+            tails=self.tails,
         )
         # Refuse an unusable model early, in the first batch only: the check makes the CPU wait for the GPU. Later
         # batches are checked at their end.

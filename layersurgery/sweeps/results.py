@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..metrics.aggregation import SequenceSums
 from ..metrics.intervals import CONFIDENCE
 from ..metrics.reference import METRICS
+from ..metrics.tails import SUMS
 from ..plans.families import FAMILIES
 from ..plans.variants import Variant
 from .precision import Precision, row_intervals
@@ -64,6 +65,7 @@ def results_table(
             row[metric] = means[number, column]
             row[f"{metric}_sem"] = errors[number, column]
             row[f"{metric}_low"], row[f"{metric}_high"] = low, high
+        row |= sums.tail_columns(number)
         row["interval"] = kind
         if precision is not None:
             row["precise"] = None if not number else precision.reached(values, counts)
@@ -116,6 +118,9 @@ def sequence_table(variants: Sequence[Variant], sums: SequenceSums) -> pa.Table:
     }
     for column, metric in enumerate(METRICS):
         columns[f"{metric}_sum"] = pa.array(sums.values[:, :, column].reshape(-1))
+    if sums.tails is not None:
+        for column, name in enumerate((*(f"{name}_sum" for name in SUMS), "kl_nats_max")):
+            columns[name] = pa.array(sums.tails.values[:, :, column].reshape(-1))
     table = pa.table(columns)
     return table if sums.used is None else table.filter(pa.array(sums.used.reshape(-1)))
 

@@ -42,6 +42,7 @@ def sweep_tokens(
     read: Reads | None = None,
     propagation: bool = False,
     means: Means | None = None,
+    tails: bool = False,
     progress: Callable[[int, int], None] | None = None,
     table: Callable[[Sequence[Variant], SequenceSums, str, Any], pd.DataFrame] = results_table,
     taken: TakenBlocks | None = None,
@@ -68,6 +69,7 @@ def sweep_tokens(
         read: the positions at which predictions are read; None for all.
         propagation: measure how much what later blocks add changes, too.
         means: the means of the model's branches, for edits that add them.
+        tails: measure the columns of the tails (`registry.TAILS`), too.
         progress: called after each batch with the number of sequences done and the number of all sequences.
         table: makes the table of results, as `results_table` does.
         taken: the blocks of other checkpoints that the edited models have; None for none.
@@ -78,7 +80,7 @@ def sweep_tokens(
     """
     measurer = Measurer(
         model, edited_models, blocks=blocks, anatomy=anatomy, compiled=compiled, order=order, read=read,
-        propagation=propagation, taken=taken, means=means,
+        propagation=propagation, taken=taken, means=means, tails=tails,
     )  # fmt: skip
     if measurer.skipped:
         plan, reason = next(iter(measurer.skipped.items()))
