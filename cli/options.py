@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from layersurgery.plans.families import FAMILIES
-from layersurgery.runs.options import SWEEP_ONLY, RunOptions
+from layersurgery.runs.options import NOT_FOR_COMPARE, SWEEP_ONLY, RunOptions
 
 from .terminal.console import Console
 
@@ -594,12 +594,7 @@ PairsRun = Annotated[RunOptions, _group(only=("split", "bos", "seed", "tokenizer
 ReproduceRun = Annotated[
     RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "revision", "blocks")
 ]
-CompareRun = Annotated[
-    RunOptions,
-    _group(
-        *(name for name in SWEEP_ONLY if name != "sources"), "schedule", "compile", "revision", "per_token", "blocks"
-    ),
-]
+CompareRun = Annotated[RunOptions, _group(*NOT_FOR_COMPARE, "schedule", "compile", "revision", "per_token", "blocks")]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -96,7 +96,7 @@ _KL_TAILS = (
 TAILS = (
     *(
         Column(
-            name, f"KL, {label} over positions", "nats", log=True, heading=f"KL {heading}", curve=False, shown=False,
+            name, f"KL, {label} over positions", "nats", log=True, heading=heading, curve=False, shown=False,
             definition=f"{label} over positions of KL(p||q)",
         )
         for name, label, heading in _KL_TAILS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from layersurgery.atomic_io import atomic_file
-from layersurgery.registry import METRICS
+from layersurgery.registry import METRICS, TAILS
 
 from ..terminal.console import Console
 
@@ -27,8 +27,9 @@ def run_compare(model: str, other: str, options: RunOptions, output: Path | None
         result = compare(model, other, per_token=output is not None, **options.given())
     value: dict[str, Any] = {"model": model, "other": other, **result.to_pandas().to_dict()}
     table = Table(box=None, pad_edge=False, show_header=False)
-    for entry in METRICS:
-        table.add_row(entry.label, f"{entry.factor * getattr(result, entry.name):.4g} {entry.unit}".strip())
+    for entry in (*METRICS, *TAILS):
+        if entry.name in result.metrics:
+            table.add_row(entry.label, f"{entry.factor * getattr(result, entry.name):.4g} {entry.unit}".strip())
     lines: list[Any] = [table, f"{result.tokens:,} tokens"]
     if result.non_finite:
         value["non_finite"] = dict(result.non_finite)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layersurgery.plans.families import FAMILIES
-from layersurgery.registry import METRICS, PROPAGATION, Column
+from layersurgery.registry import METRICS, PROPAGATION, TAILS, Column
 
 from .charts import BAR_WIDTH, bar_cell, number_cell, sparkline
 from .console import Console
@@ -71,6 +71,11 @@ def lines(frame: pd.DataFrame, width: int = 80) -> Iterator[str | Table | Text]:
         yield _edit_table(others, metrics, width)
         if len(others) > _MAX_ROWS:
             yield f"The {_MAX_ROWS} edits with the lowest KL, of {len(others)}; results.csv has all"
+    if all(tail.name in frame for tail in TAILS):
+        edited = frame[frame.edit != "none"]
+        few = f", the {_MAX_ROWS} edits with the lowest KL of {len(edited)}" if len(edited) > _MAX_ROWS else ""
+        yield f"\nTails: mean, quantiles and maximum of KL over positions, and shares of predictions{few}"
+        yield _edit_table(edited, [METRICS[0], *TAILS], width, 1 + len(TAILS))
 
 
 def _layer_table(frame: pd.DataFrame, families: Sequence[str], metrics: Sequence[Column], width: int) -> Table:
@@ -97,12 +102,12 @@ def _layer_table(frame: pd.DataFrame, families: Sequence[str], metrics: Sequence
     return table
 
 
-def _edit_table(rows: pd.DataFrame, metrics: Sequence[Column], width: int) -> Table:
-    """Return a table of plans, the lowest KL first, with as many metrics as have room."""
+def _edit_table(rows: pd.DataFrame, metrics: Sequence[Column], width: int, before_bar: int = 2) -> Table:
+    """Return a table of plans, the lowest KL first, with as many metrics as have room; `before_bar` before a bar."""
     ordered = rows.sort_values("kl_nats")
     shown = ordered.head(_MAX_ROWS)
     names = min(_MAX_NAME, max(map(len, shown["name"])))
-    count, has_bar = _fit([_width(shown, metric) for metric in metrics], width - names, 2)
+    count, has_bar = _fit([_width(shown, metric) for metric in metrics], width - names, before_bar)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("plan", overflow="fold")
     _add_columns(table, metrics[:count], has_bar)

@@ -28,6 +28,7 @@ from .style import (
     new_figure,
     save,
 )
+from .tails import TAILS, has_tails, tails
 from .tasks import task_maps, tasks_over_depth
 
 _BY_LAYER = tuple(family.name for family in FAMILIES.values() if family.per_layer)
@@ -81,6 +82,8 @@ def sweep_figures(sweeps: Sequence[Sweep]) -> dict[str, Figure]:
         )
         if drawn_edits(changes.tables[PROPAGATION]):
             figures[f"{PROPAGATION}{suffix}"] = propagation([changes])
+        if has_tails(sweep.frame):
+            figures[f"{TAILS}{suffix}"] = tails(sweep.frame, f"{sweep.label}: {sweep.caption}")
         if (sweep.frame.edit == "plan").any():
             figures[f"plans{suffix}"] = plans(sweep)
     return figures

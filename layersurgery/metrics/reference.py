@@ -55,11 +55,14 @@ def measure_tails(p_TV: torch.Tensor, q_TV: torch.Tensor, target_T: torch.Tensor
         float64, (len(TOKEN_TAILS), tokens): q - p of the true next token; the share of p's five most likely tokens (the
         lowest ones of equals) than which fewer than five tokens are more likely under q; q of q's most likely token.
     """
-    top_TK = p_TV.sort(dim=-1, descending=True, stable=True).indices[:, :TOP]
-    greater_TK = (q_TV[:, None] > q_TV.gather(-1, top_TK)[..., None]).sum(-1)
+    count = min(TOP, p_TV.shape[1])
+    p_least, q_least = (z_TV.topk(count).values[:, -1:] for z_TV in (p_TV, q_TV))
+    above, equal = p_TV > p_least, p_TV == p_least
+    top_TV = above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    overlap = (top_TV & (q_TV >= q_least)).sum(-1).double() / count
     p_TV, q_TV = p_TV.double().softmax(-1), q_TV.double().softmax(-1)
     change = (q_TV - p_TV).gather(-1, target_T[:, None]).squeeze(-1)
-    return torch.stack([change, (greater_TK < top_TK.shape[1]).double().mean(-1), q_TV.amax(-1)])
+    return torch.stack([change, overlap, q_TV.amax(-1)])
 
 
 def stack_metrics(values: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..plans.families import FAMILIES
-from ..registry import METRICS, Column, column, first_metrics
+from ..registry import METRICS, TAILS, Column, column, first_metrics
 from .collect import FinishedRun, labels
 from .text_format import plain, show_control_characters
 
@@ -83,14 +83,16 @@ def charts(runs: Sequence[FinishedRun]) -> list[Chart]:
     edits = _of_edits([run for run in runs if run.is_sweep])
     signals = _of_signals([run for run in runs if not run.is_sweep])
     found = [
-        Chart("edits", "What every edit does", _about_edits(), _NOTE, "Edit", "block of the edit", edits),
+        Chart("edits", "What every edit does", _about_edits(runs), _NOTE, "Edit", "block of the edit", edits),
         Chart("signals", "What each layer does", "", _NOTE, "Table", "layer", signals),
     ]
     return [chart for chart in found if chart.views]
 
 
-def _about_edits() -> str:
-    definitions = [f"{one.label[0].upper()}{one.label[1:]}: {one.definition}." for one in _shown() if one.definition]
+def _about_edits(runs: Sequence[FinishedRun]) -> str:
+    tails = [tail for tail in TAILS if any(tail.name in run.tables["results"] for run in runs if run.is_sweep)]
+    shown = [*_shown(), *tails]
+    definitions = [f"{one.label[0].upper()}{one.label[1:]}: {one.definition}." for one in shown if one.definition]
     first = "Each point is one edited model, compared with the unedited one over every position that has a next token."
     return " ".join([first, *definitions])
 
@@ -110,7 +112,7 @@ def _of_edits(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             rows = rows[(rows.edit == family.name) & rows.layer.notna()].sort_values("layer")
             if rows.empty:
                 continue
-            names = [*(metric.name for metric in _shown()), *first_metrics(rows)]
+            names = [*(metric.name for metric in (*_shown(), *TAILS)), *first_metrics(rows)]
             for name, part in rows.groupby(
                 np.array(family.lines(rows.plan, rows.layer, int(rows.depth.iloc[0]))), sort=False
             ):

@@ -29,6 +29,8 @@ _ABOUT = {
         for family in FAMILIES.values()
         if family.axes
     },
+    "tails": "mean, quantiles and maximum of KL over positions, and shares of predictions, over depth, a row of panels "
+    "for each kind of edit",
     "plans": "KL from the unedited model and top-1 agreement, a bar for each plan",
     "copies": "entropy of the prediction when each block of a range is passed several times, over its last block",
     "cka": "CKA of the residual streams, a cell for each pair of depths",

@@ -20,7 +20,7 @@ from .collect import CollectedRuns, FinishedRun, labels
 from .images import Picture
 from .maps import Maps, maps
 from .provenance import Provenance, provenance
-from .tables import Table, format_table, route_table
+from .tables import Table, format_table, route_table, tails_of
 from .text_format import show_control_characters, without_directories
 
 _CELLS_A_ROUTE = 12
@@ -144,7 +144,9 @@ def _tables(runs: Sequence[FinishedRun], most_cells: int, left_out: list[str]) -
         large = dict(run.large)
         for name, frame in run.tables.items():
             if name == "results":
-                continue
+                name, frame = "tails", tails_of(frame)  # the table of routes has all other columns
+                if frame.empty:
+                    continue
             if name in large or frame.size > most_cells:
                 large[name] = len(frame)
                 continue

@@ -102,7 +102,12 @@ def _options(run: FinishedRun) -> Iterator[str]:
         value = run.fact("arguments", name, default=None)
         if value is not None:
             yield from (f"--{name.replace('_', '-')}", str(value))
-    for name, word in (("propagation", "--propagation"), ("per_token", "--per-token"), ("compiled", "--compile")):
+    for name, word in (
+        ("propagation", "--propagation"),
+        ("tails", "--tails"),
+        ("per_token", "--per-token"),
+        ("compiled", "--compile"),
+    ):
         if run.fact("arguments", name, default=False) is True:
             yield word
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ..plans.families import FAMILIES
-from ..registry import METRICS, column, first_metrics
+from ..registry import METRICS, TAILS, column, first_metrics
 from .collect import FinishedRun, labels
 from .text_format import format_with_error, is_number, plain, rounded
 
@@ -101,6 +101,15 @@ def format_table(title: str, frame: pd.DataFrame, name: str = "") -> Table:
         for row in frame.to_dict("records")
     ]
     return Table(title, columns, rows, [])
+
+
+def tails_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of the tails of a sweep's results, with the mean KL; an empty table without tails."""
+    if not all(tail.name in frame for tail in TAILS):
+        return pd.DataFrame()
+    values = [METRICS[0].name, *(tail.name for tail in TAILS)]
+    names = ["edit", "name", "layer", *(name for value in values for name in (value, f"{value}_sem"))]
+    return frame[[name for name in names if name in frame]]
 
 
 def route_table(runs: Sequence[FinishedRun], most: int) -> Table:

@@ -14,7 +14,7 @@ from ..plans.edits import VERBS
 from ..sweeps.compare import Comparison, compare_tokens
 from .distributed import SingleProcess
 from .open_text import open_text
-from .options import SWEEP_ONLY, RunOptions
+from .options import NOT_FOR_COMPARE, RunOptions
 from .placement import choose_placement, load_model
 from .reporter import Reporter
 from .requests import read_given_text, read_model_info
@@ -37,7 +37,8 @@ def compare(
         attention_mask: 1 for a token and 0 for padding, for token ids.
         per_token: also return the metrics of every position.
         options: as `layersurgery.runs.options.RunOptions`: tokens, context, tokenizer, batch_size, dtype, device and
-            others. The default batch size is 1.
+            others. The default batch size is 1. With `tails`, the comparison also has the columns of
+            `layersurgery.registry.TAILS`.
 
     Returns:
         The means of all metrics over all positions that have a next token.
@@ -55,8 +56,7 @@ def compare(
         (True, True)
     """
     run_options = RunOptions.of(options)
-    refused = ["schedule", "compile", *(name for name in SWEEP_ONLY if name != "sources")]
-    run_options.refuse(refused, "is for sweep; compare does not take it")
+    run_options.refuse(["schedule", "compile", *NOT_FOR_COMPARE], "is for sweep; compare does not take it")
     run_options, given = read_given_text(text, run_options, attention_mask)
     with ExitStack() as exit_stack:
         session, first, tokens = exit_stack.enter_context(open_text(model, given, run_options))
@@ -79,6 +79,7 @@ def compare(
             tokenizer=session.texts.tokenizer_or_none() if per_token else None,
             per_token=per_token,
             sources=run_options.sources,
+            tails=run_options.tails,
         )
 
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from ..sweeps.precision import Precision
     from ..sweeps.read_positions import ReadPositions
 
-SWEEP_ONLY = ("until", "confidence", "read", "propagation", "sources", "means", "tails")
+NOT_FOR_COMPARE = ("until", "confidence", "read", "propagation", "means")
 """Options that only sweeps take."""
+SWEEP_ONLY = (*NOT_FOR_COMPARE, "sources", "tails")
+"""Options that only sweeps and, some of them, compare take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,9 @@ class RunOptions:
         propagation: for sweeps: also measure how much what later blocks add changes after each edit.
         means: for sweeps with edits that add means: the means of the model's branches (`measure_means`), or their file.
             By default they are measured first, on the same text without the first token of each sequence.
-        tails: for sweeps: also measure what quantizations are judged by: quantiles of KL over tokens, the change of the
-            true token's probability, the overlap of the five most likely tokens and the calibration error.
+        tails: for sweeps and compare: also measure what quantizations are judged by: quantiles of KL over tokens, the
+            change of the true token's probability, the overlap of the five most likely tokens, and the calibration
+            error.
         batch_size: sequences in a batch; by default chosen from the free memory.
         dtype: data type of the weights: "float32", "bfloat16", "float16", or "auto" for the checkpoint's own (on a CPU,
             float16 becomes float32).

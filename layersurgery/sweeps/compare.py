@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .. import registry
 from ..checkpoints.block_sources import Sources, take_blocks
 from ..errors import PlanError, warn
-from ..metrics.reference import METRICS, measure
+from ..metrics.aggregation import BatchResult, SequenceSums
+from ..metrics.reference import METRICS, TOKEN_TAILS, measure, measure_tails
+from ..metrics.tails import Tails, row_tails
 from ..models.anatomy import anatomy
 from ..models.block_list import find_decoder_blocks
 from ..models.call_tracing import eval_no_grad
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 Edit = Plan | Route | str
 Editing = Callable[[], AbstractContextManager[Any]]
 """Returns a context inside which the model is edited."""
+_NAMES = {*METRICS, *(column.name for column in registry.TAILS)}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -40,11 +44,11 @@ class Comparison:
     """Means over all positions that have a next token in their sequence; p is the first model, q the second.
 
     Each metric is an attribute of its name: those of the columns of `sweep`, such as `comparison.kl_nats`. The
-    definitions are in `layersurgery.registry.METRICS`.
+    definitions are in `layersurgery.registry.METRICS`, and in `layersurgery.registry.TAILS` for tails.
 
     Attributes:
         tokens: number of positions.
-        metrics: the mean of each metric, by its name.
+        metrics: the mean of each metric, by its name, and the tails if they were asked for.
         positions: the metrics of every position, a row each: sequence, position, token_id, token, next_token_id and
             the metrics; None unless they were asked for.
         non_finite: for each metric that is infinite or not a number somewhere, the number of such positions. The loss
@@ -63,7 +67,7 @@ class Comparison:
     non_finite: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __getattr__(self, name: str) -> float:
-        if name not in METRICS or name not in self.metrics:
+        if name not in _NAMES or name not in self.metrics:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         return self.metrics[name]
 
@@ -99,7 +103,8 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = [
             f"<tr><td>{entry.label}</td><td>{entry.factor * self.metrics[entry.name]:.4g} {entry.unit}</td></tr>"
-            for entry in registry.METRICS
+            for entry in (*registry.METRICS, *registry.TAILS)
+            if entry.name in self.metrics
         ]
         return f"<table><tr><td>tokens</td><td>{self.tokens:,}</td></tr>{''.join(rows)}</table>"
 
@@ -115,6 +120,7 @@ def compare_tokens(
     per_token: bool = False,
     tokenizer: Any = None,
     sources: Sources | None = None,
+    tails: bool = False,
 ) -> Comparison:
     """Compare two models, or a model with an edit of itself, on the same tokens.
 
@@ -129,6 +135,7 @@ def compare_tokens(
         per_token: also return the metrics of every position.
         tokenizer: writes tokens as text in the table of positions; None for no text.
         sources: other models, or their names, that the edit takes blocks of.
+        tails: also return the tails.
 
     Returns:
         The means of all metrics over all positions that have a next token.
@@ -140,6 +147,7 @@ def compare_tokens(
     non_finite = torch.zeros(len(METRICS), dtype=torch.int64)
     count = 0
     rows: list[pd.DataFrame] = []
+    of_sequences: list[BatchResult] = []
     with ExitStack() as contexts:
         contexts.enter_context(eval_no_grad(model))
         second, editing = _second_model(model, other, blocks, contexts, sources)
@@ -154,13 +162,18 @@ def compare_tokens(
                     "so they cannot be compared"
                 )
             for offset, sequence in enumerate(zip(p, q, batch_ids, batch_mask, strict=True)):
-                metrics = _measure_sequence(*sequence)
-                sums += metrics.sum(-1)
-                non_finite += (~metrics.isfinite()).sum(-1)
+                metrics = _measure_sequence(*sequence, tails=tails)
+                sums += metrics[: len(METRICS)].sum(-1)
+                non_finite += (~metrics[: len(METRICS)].isfinite()).sum(-1)
                 count += metrics.shape[1]
+                if tails:
+                    of_sequences.append(_with_tails(first + offset, metrics))
                 if per_token:
                     rows.append(_position_rows(first + offset, *sequence[2:], metrics, tokenizer))
     means = {name: total / count for name, total in zip(METRICS, sums.tolist(), strict=True)}
+    if tails:
+        columns = SequenceSums.of(of_sequences).tail_columns(0)
+        means |= {column.name: columns[column.name] for column in registry.TAILS}
     found = Comparison(
         count,
         means,
@@ -203,7 +216,16 @@ def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _measure_sequence(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _with_tails(sequence: int, metrics: torch.Tensor) -> BatchResult:
+    """Return one sequence's tails, from what `_measure_sequence` returns."""
+    count = metrics.shape[1]
+    found = Tails.stack({0: row_tails(metrics, [count])}, 1, 1)
+    return BatchResult(sequence, [count], np.zeros((1, 1, len(METRICS))), np.zeros((1, 0)), tails=found)
+
+
+def _measure_sequence(
+    p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, *, tails: bool
+) -> torch.Tensor:
     """Return the metrics of all positions of one sequence that have a next token, (len(METRICS), positions).
 
     Args:
@@ -211,10 +233,13 @@ def _measure_sequence(p: torch.Tensor, q: torch.Tensor, ids: torch.Tensor, mask:
         q: logits of the second model, the same shape.
         ids: tokens, (length,).
         mask: 1 for a token and 0 for padding, (length,).
+        tails: add the rows of `measure_tails`.
     """
     has_next = has_next_token(mask[None])[0]
     p, q = (logits[:-1].cpu()[has_next] for logits in (p, q))
-    return measure(p, q, ids[1:].cpu()[has_next])
+    target = ids[1:].cpu()[has_next]
+    found = measure(p, q, target)
+    return torch.cat([found, measure_tails(p, q, target)]) if tails else found
 
 
 def _position_rows(
@@ -232,6 +257,7 @@ def _position_rows(
             "token_id": tokens,
             "token": [None if tokenizer is None else tokenizer.decode([token]) for token in tokens],
             "next_token_id": targets,
-            **dict(zip(METRICS, metrics.numpy(), strict=True)),
+            # Without tails, their rows are missing.
+            **dict(zip((*METRICS, *TOKEN_TAILS), metrics.numpy(), strict=False)),
         }
     )

@@ -75,6 +75,11 @@ def test_equals_the_definition(tokens: int, vocabulary: int, kind: str, monkeypa
     torch.testing.assert_close(found, meant, rtol=1e-5, atol=2e-5)
     for name in ("agreement", "accuracy"):
         assert torch.equal(found[METRICS.index(name)], meant[METRICS.index(name)])
+    with_tails = dispatch.measure(readout, q, dispatch.baseline(readout, p, target, tails=True))
+    assert torch.equal(with_tails[: len(METRICS)], found)
+    tails = reference.measure_tails(*(readout.logits_tile(x, 0, vocabulary) for x in (p, q)), target)
+    torch.testing.assert_close(with_tails[len(METRICS) :], tails, rtol=1e-5, atol=1e-6)
+    assert torch.equal(with_tails[len(METRICS) + 1], tails[1])
 
 
 def test_the_definition_and_the_streaming_metrics_have_the_registry_s_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ def words(place: Path, out: str, *more: Any) -> list[str]:
         "-b",
         2,
         "--per-token",
+        "--tails",
         "--device",
         "cpu",
     ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layersurgery.errors import OutputError
 from layersurgery.metrics.aggregation import BatchResult, SequenceSums
-from layersurgery.metrics.reference import METRICS
+from layersurgery.metrics.reference import METRICS, TOKEN_TAILS
+from layersurgery.metrics.tails import Tails, row_tails
 from layersurgery.runs.journal import Journal
 
 ROWS, OBSERVED = 3, 5
@@ -50,6 +53,20 @@ def test_what_is_appended_is_read_back_with_its_digits(tmp_path: Path) -> None:
     assert len(sums) == 6
     assert sums.tokens == 2 * (5 + 6 + 7)
     assert sorted(path.name for path in (tmp_path / "j").iterdir()) == ["000000.npz", "000001.npz", "000002.npz"]
+
+
+def test_tails_are_read_back_and_batches_without_them_are_measured_again(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    positions = torch.rand(len(METRICS) + len(TOKEN_TAILS), 10, generator=rng, dtype=torch.float64)
+    tails = Tails.stack({row: row_tails(positions, [6, 4]) for row in range(ROWS)}, 2, ROWS)
+    Journal(tmp_path / "j", ROWS, OBSERVED, tails=True).append(0, replace(batch_result(0), tails=tails))
+    read = Journal(tmp_path / "j", ROWS, OBSERVED, tails=True).results[0].tails
+    assert read is not None
+    assert [part.tobytes() for part in (read.values, read.kl, read.calibration)] == [
+        part.tobytes() for part in (tails.values, tails.kl, tails.calibration)
+    ]
+    written(tmp_path / "without", 1)
+    assert not Journal(tmp_path / "without", ROWS, OBSERVED, tails=True).results
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)

@@ -17,8 +17,9 @@ import torch
 
 import layersurgery as ls
 from layersurgery.figures.sweeps import Sweep, draw
-from layersurgery.metrics.reference import METRICS
+from layersurgery.metrics.reference import METRICS, TOKEN_TAILS
 from layersurgery.plans.variants import variants
+from layersurgery.registry import TAILS
 from layersurgery.runs.journal import Journal
 from layersurgery.runs.per_token import PARTS
 from layersurgery.runs.run_directory import JOURNAL, open_run
@@ -41,11 +42,12 @@ def text(sequences: int = 7) -> TokenizedText:
 
 
 def figures(frame: pd.DataFrame, directory: Path) -> list[Path]:
-    return draw([Sweep.of(frame, "made up")], directory)
+    """Draw without the figure of the tails, which has its own test."""
+    return draw([Sweep.of(frame.drop(columns=[one.name for one in TAILS]), "made up")], directory)
 
 
 def do(directory: Path, *, per_token: bool = True, batch_size: int | None = 2, **options: Any) -> pd.DataFrame:
-    measurer = Measurer(tiny_model("llama"), variants("swap,drop", DEPTH))
+    measurer = Measurer(tiny_model("llama"), variants("swap,drop", DEPTH), tails=True)
     with open_run(directory, ARGUMENTS) as run:
         return run_measurement(
             run, measurer, text(), SweepOutput(measurer.variants, "tiny"), per_token=per_token, batch_size=batch_size,
@@ -72,7 +74,9 @@ def test_what_it_leaves(undisturbed: Path) -> None:
     ]  # fmt: skip
     frame = ls.read_results(undisturbed)
     assert frame.attrs["run"]["state"] == "finished"
-    measured = ls.sweep(tiny_model("llama"), "swap,drop", text().ids, attention_mask=text().mask, batch_size=2)
+    measured = ls.sweep(
+        tiny_model("llama"), "swap,drop", text().ids, attention_mask=text().mask, batch_size=2, tails=True
+    )
     pd.testing.assert_frame_equal(frame, measured.assign(model="tiny"), check_exact=True)
     csv = pd.read_csv(
         undisturbed / "results.csv", keep_default_na=False, na_values={"layer": [""], "relative_depth": [""]}
@@ -102,12 +106,18 @@ def test_means_can_be_had_again_from_the_sequences_and_from_the_tokens(undisturb
             part = sequences[sequences.row == row]
             assert part[f"{metric}_sum"].sum() / part.tokens.sum() == pytest.approx(frame[metric][row], abs=1e-12)
             assert each[each.row == row][metric].mean() == pytest.approx(frame[metric][row], abs=1e-6)
+        part = sequences[sequences.row == row]
+        mean = part.probability_change_squared_sum.sum() / part.tokens.sum()
+        assert frame.probability_change_rms[row] ** 2 == pytest.approx(mean, abs=1e-12)
+        assert frame.top5_overlap[row] == pytest.approx(each[each.row == row].top5_overlap.mean(), abs=1e-6)
+        assert frame.kl_nats_max[row] == part.kl_nats_max.max()
 
 
 def test_rows_for_each_token(undisturbed: Path) -> None:
     each = pd.read_parquet(undisturbed / "tokens.parquet")
     assert list(each.columns) == [
-        "row", "edit", "plan", "name", "sequence", "position", "token_id", "token", "next_token_id", *METRICS
+        "row", "edit", "plan", "name", "sequence", "position", "token_id", "token", "next_token_id", *METRICS,
+        *TOKEN_TAILS,
     ]  # fmt: skip
     one = each[each.plan == "drop 3"]
     assert list(zip(one.sequence, one.position, strict=True)) == [
@@ -157,7 +167,7 @@ def test_a_damaged_batch_is_measured_again(undisturbed: Path, tmp_path: Path) ->
     damaged = bytearray(batch.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     batch.write_bytes(damaged)
-    assert sorted(Journal(journal, 12).results) == [0]
+    assert sorted(Journal(journal, 12, tails=True).results) == [0]
     do(tmp_path / "run")
     assert files(tmp_path / "run") == files(undisturbed)
 
@@ -261,7 +271,7 @@ def test_a_run_that_has_measured_nothing_is_in_nobodys_way(tmp_path: Path) -> No
 
 def test_a_run_killed_before_it_had_cleared_up_is_finished(undisturbed: Path, tmp_path: Path) -> None:
     do(tmp_path / "run")
-    Journal(tmp_path / "run" / JOURNAL, 12)
+    Journal(tmp_path / "run" / JOURNAL, 12, tails=True)
     (tmp_path / "run" / "tokens.parts").mkdir()
     with open_run(tmp_path / "run", ARGUMENTS) as run:
         assert run.finished
@@ -279,7 +289,7 @@ def test_what_goes_wrong_in_a_batch_names_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Measurer, "measure", fail)
     with pytest.raises(ls.MeasurementError, match="batch 2: NaN or infinite logits"):
         do(tmp_path / "run", per_token=False)
-    assert len(Journal(tmp_path / "run" / JOURNAL, 12).results) == 2
+    assert len(Journal(tmp_path / "run" / JOURNAL, 12, tails=True).results) == 2
 
 
 def test_memory_that_runs_out_costs_no_batch(

@@ -138,13 +138,13 @@ def sweep(**options: Any) -> pd.DataFrame:
 
 
 def test_a_row_that_stopped_has_the_digits_of_a_sweep_on_its_text() -> None:
-    frame = sweep(until="kl=15%", batch_size=4)
+    frame = sweep(until="kl=15%", batch_size=4, tails=True)
     assert frame.sequences.nunique() > 2
     assert frame.sequences[0] == frame.sequences.max()
     for count in sorted(set(frame.sequences[1:])):
-        whole = ls.sweep(tiny_model("llama"), "swap,drop", tokens(96, 12)[:count], batch_size=4)
+        whole = ls.sweep(tiny_model("llama"), "swap,drop", tokens(96, 12)[:count], batch_size=4, tails=True)
         rows = frame.index[frame.sequences == count]
-        for name in ("tokens", "kl_nats", "kl_nats_sem", "agreement", "loss_nats", "entropy_bits"):
+        for name in ("tokens", "kl_nats", "kl_nats_sem", "agreement", "loss_nats", "entropy_bits", "kl_nats_p90"):
             assert frame[name][rows].tolist() == whole[name][rows].tolist()
     narrow = (frame.kl_nats_high - frame.kl_nats_low) / 2 <= 0.15 * frame.kl_nats.abs()
     assert (frame.precise[1:] == narrow[1:]).all()
@@ -186,6 +186,7 @@ def test_routes_that_left_are_not_run() -> None:
         ({"until": "kl=1%", "per_token": True}, "per_token"),
         ({"confidence": 0.9}, "confidence has an effect only with until"),
         ({"read": "1/4", "per_token": True}, "per_token"),
+        ({"read": "1/4", "tails": True}, "tails needs every position; leave read out"),
         ({"read": "3/2"}, "read is a share"),
         ({"read": 0}, "read is a share"),
         ({"read": "some"}, "read is a share"),
