@@ -1,6 +1,6 @@
-"""Time a sweep with and without propagation on a model with random weights; prints a line of JSON.
+"""Time a sweep with and without propagation, or tails, on a model with random weights; prints a line of JSON.
 
-Both ways run in one process and in turn, on the same schedule, and what propagation adds is measured as a ratio. On a
+Both ways run in one process and in turn, on the same schedule, and what the option adds is measured as a ratio. On a
 CPU it is a ratio of CPU times, which other programs change less than wall times.
 """
 
@@ -23,6 +23,7 @@ from .peers import common
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", choices=common.GEOMETRIES)
+    parser.add_argument("--of", choices=("propagation", "tails"), default="propagation")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--edits", default="drop")
     parser.add_argument("--layers", help="blocks to edit, for example 20:24; by default all")
@@ -37,7 +38,7 @@ def main() -> None:
     task = common.Task(given.model, getattr(torch, given.dtype), given.device, ids, given.sequences, [])
     model = common.load_with_transformers(task)
     chosen = variants(given.edits, model.config.num_hidden_layers, given.layers)
-    measured = Measurer(model, chosen, propagation=True)
+    measured = Measurer(model, chosen, propagation=given.of == "propagation", tails=given.of == "tails")
     plain = Measurer(model, chosen, order=measured.schedule.name)
     clock = time.process_time if given.device == "cpu" else time.perf_counter
     seconds: dict[Measurer, list[float]] = {measured: [], plain: []}
@@ -52,6 +53,7 @@ def main() -> None:
     ratios = [with_it / without for with_it, without in pairs]
     row = {
         "model": given.model,
+        "of": given.of,
         "device": given.device,
         "dtype": given.dtype,
         "tokens": ids.numel(),

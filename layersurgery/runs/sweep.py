@@ -230,9 +230,9 @@ def sweep(
             blocks, and pairs of blocks at most so far apart.
         tasks: tasks of lm-eval to measure (multiple choice or log-likelihoods): names, separated by commas or as a
             list, and requests of your own (`layersurgery.tasks.requests`). If a text is named, too (`text`, `data` or
-            how it is cut), it is measured first, and read, per_token, propagation and the metrics of until apply to
-            it; else the tasks alone are measured. `until` may also name tasks: "arc_easy=2pt" is of the change of its
-            accuracy, and its documents are measured in random order.
+            how it is cut), it is measured first, and read, per_token, propagation, tails and the metrics of until apply
+            to it; else the tasks alone are measured. `until` may also name tasks: "arc_easy=2pt" is of the change of
+            its accuracy, and its documents are measured in random order.
         limit: number of documents of each task; by default all.
         shots: number of examples before each document of a task; by default the task's own number.
         task_path: directories with your own task definitions.
@@ -250,10 +250,12 @@ def sweep(
         error over sequences (kl_nats_sem) and the ends of its confidence interval (kl_nats_low, kl_nats_high);
         `interval` says what the intervals hold for. Families of spans and pairs also have `from` and `to`, the edit's
         place in their map. With `until`, `precise` says whether an edit is known as precisely as asked, and tokens and
-        sequences differ between rows. With `propagation`, `frame.attrs["propagation"]` has a dictionary for each edit,
-        later layer and branch, and `read_results(directory, "propagation")` the same as a table. With `tasks`, the
-        columns `task_<name>_<metric>` are the tasks' own (see `layersurgery.tasks.task_tables.task_columns`); without a
-        text, the other metrics are those of the tokens that the tasks score. It is a pandas DataFrame, with figures:
+        sequences differ between rows. With `tails`, there are also the columns of `layersurgery.registry.TAILS`:
+        kl_nats_median, kl_nats_p90, kl_nats_p99, kl_nats_p99_9, kl_nats_max, probability_change_rms, top5_overlap and
+        calibration_error. With `propagation`, `frame.attrs["propagation"]` has a dictionary for each edit, later layer
+        and branch, and `read_results(directory, "propagation")` the same as a table. With `tasks`, the columns
+        `task_<name>_<metric>` are the tasks' own (see `layersurgery.tasks.task_tables.task_columns`); without a text,
+        the other metrics are those of the tokens that the tasks score. It is a pandas DataFrame, with figures:
         `frame.plot()`.
 
     Raises:

@@ -287,14 +287,15 @@ def test_all_of_them_run_in_five_minutes() -> None:
     assert "wrong result" not in run.stdout
 
 
+@pytest.mark.parametrize(("of", "order"), [("propagation", "layer-major"), ("tails", "depth-first")])
 def test_what_propagation_costs_is_measured_in_pairs(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    of: str, order: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["propagation", "tiny", "--sequences", "1", "--context", "32", "--pairs", "1"]
+    given = ["propagation", "tiny", "--of", of, "--sequences", "1", "--context", "32", "--pairs", "1"]
     monkeypatch.setattr(sys, "argv", given)
     propagation.main()
     row = json.loads(capsys.readouterr().out)
-    assert (row["tokens"], row["block_calls"], row["order"]) == (32, 10, "layer-major")
+    assert (row["tokens"], row["block_calls"], row["order"]) == (32, 10, order)
     assert row["ratio"] == row["ratio_lowest"] == row["seconds"] / row["seconds_without"] > 0
 
 
