@@ -139,9 +139,8 @@ class SequenceSums:
         values, observed = (
             np.concatenate([getattr(result, name) for result in ordered]) for name in ("values", "observed")
         )
-        return cls(
-            numbers, counts[counts > 0], values[counts > 0], observed[counts > 0], tails=_join_tails(ordered)
-        )  # fmt: skip
+        tails = _join_tails(ordered)
+        return cls(numbers, counts[counts > 0], values[counts > 0], observed[counts > 0], tails=tails)
 
     def rows(self, rows: Sequence[int]) -> SequenceSums:
         """Return the sums of some rows."""

@@ -105,6 +105,22 @@ def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
+def test_tails_have_a_table_of_their_own(small: list[Any], model: Path, story: Path, tmp_path: Path) -> None:
+    found = run(*small, "--edits", "drop", "--layers", "1:3", "--tails")
+    assert found.exit_code == 0, found.stderr
+    head, *rows = found.stdout.partition("Tails: ")[2].splitlines()[1:4]
+    assert head.split()[:8] == ["plan", "KL", "median", "90", "%", "99", "%", "99.9"]
+    frame = ls.read_results(tmp_path / "out")
+    shown = {" ".join(row.split()[:2]): row.split()[2:8] for row in rows}
+    columns = ["kl_nats", "kl_nats_median", "kl_nats_p90", "kl_nats_p99", "kl_nats_p99_9", "kl_nats_max"]
+    for _, row in frame[frame.edit == "drop"].iterrows():
+        assert shown[row.plan] == [f"{row[name]:.3f}" for name in columns]
+    same = ("--data", story, "-n", 120, "--context", 30, "--tails")
+    compared = json.loads(run("compare", model, "drop 2", *same, "--json").stdout)
+    of_sweep = frame[frame.plan == "drop 2"].iloc[0]
+    assert {name: compared[name] for name in columns} == pytest.approx(of_sweep[columns].to_dict(), abs=1e-5)
+
+
 def test_plans_of_ones_own_and_rows_for_each_token(small: list[Any], tmp_path: Path) -> None:
     (tmp_path / "plans.txt").write_text("shallow: drop 3:5  # two\nrepeat 2; swap 0 1\n")
     value = result_of(*small, "--plans", tmp_path / "plans.txt", "--per-token")

@@ -77,7 +77,8 @@ def test_equals_the_definition(tokens: int, vocabulary: int, kind: str, monkeypa
         assert torch.equal(found[METRICS.index(name)], meant[METRICS.index(name)])
     with_tails = dispatch.measure(readout, q, dispatch.baseline(readout, p, target, tails=True))
     assert torch.equal(with_tails[: len(METRICS)], found)
-    tails = reference.measure_tails(*(readout.logits_tile(x, 0, vocabulary) for x in (p, q)), target)
+    p_logits, q_logits = (readout.logits_tile(x, 0, vocabulary) for x in (p, q))
+    tails = reference.measure_tails(p_logits, q_logits, target)
     torch.testing.assert_close(with_tails[len(METRICS) :], tails, rtol=1e-5, atol=1e-6)
     assert torch.equal(with_tails[len(METRICS) + 1], tails[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from tests.support.zoo import tiny_model, tokens
 NAMES = [one.name for one in TAILS]
 
 
-def sweep(name: str = "llama", **options: object) -> pd.DataFrame:
+def sweep(name: str = "llama", **options: Any) -> pd.DataFrame:
     return ls.sweep(tiny_model(name), "drop,skip-mlp", tokens(5, 12), tails=True, **options).to_pandas()
 
 
@@ -97,9 +98,9 @@ def test_lines_are_the_columns_of_the_table() -> None:
     rows = frame[frame.edit == "drop"]
     columns = [METRICS[0].name, *(one.name for one in TAILS if one.unit == "nats")]
     for line, name in zip(left.get_lines(), columns, strict=True):
-        np.testing.assert_allclose(line.get_ydata(), rows[name])
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), float), rows[name])
     shares = ["agreement", *(one.name for one in TAILS if one.unit == "%")]
     for line, name in zip(right.get_lines(), shares, strict=True):
-        np.testing.assert_allclose(line.get_ydata(), 100 * rows[name])
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), float), 100 * rows[name])
     assert len(figure.legends[0].get_texts()) == len(columns) + len(shares)
     assert "tails" not in sweep_figures([Sweep.of(frame.drop(columns=NAMES), "pydoc")])
