@@ -217,6 +217,17 @@ class SignalTables:
                 rows.append(row | (influence if span == 1 else dict.fromkeys(influence, np.nan)))
         return _typed(rows)
 
+    def branch_change(self) -> pd.DataFrame:
+        """Return two rows per block: how far its attention and its MLP turn the stream that they are added to."""
+        rows = []
+        for layer in range(self.depth):
+            for branch in BRANCHES:
+                row = self._row(layer, self._counts("tokens")) | {"part": branch}
+                for name in ("block_influence", "angular_distance", "angular_distance_last"):
+                    row |= self._quantity(layer, branch, name)
+                rows.append(row)
+        return _typed(rows)
+
     def cka(self) -> pd.DataFrame:
         """Return one row per pair of states: the CKA of the residual streams, from HSIC as a mean over sequences."""
         used = {name: self._counts(count) > 0 for name, (_, count) in _HSIC.items()}
@@ -272,8 +283,12 @@ class SignalTables:
         return _typed(rows)
 
     def drop(self) -> pd.DataFrame:
-        """Return the sweep's table of dropped blocks; after a race, with what is sure of each in the column `race`."""
-        indices = [index for index, variant in enumerate(self.measurer.variants) if variant.edit in ("none", DROP)]
+        """Return the sweep's table of dropped blocks."""
+        return self.edited((DROP,))
+
+    def edited(self, edits: Collection[str]) -> pd.DataFrame:
+        """Return the sweep's table of some families; after a race, with what is sure of each in the column `race`."""
+        indices = [index for index, variant in enumerate(self.measurer.variants) if variant.edit in ("none", *edits)]
         frame = results_table(
             [self.measurer.variants[index] for index in indices], self.sums_by_sequence.rows(indices), self.model
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from .call_tracing import TOKENS, Call, eval_no_grad, first_tensor, random_like,
 from .skipped_branch import SkipSpec, install_skips
 
 
-def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
-    """Run one forward pass without cache on one short sequence.
+def probe_forward(model: nn.Module, tokens: int = TOKENS, *, use_cache: bool = False) -> Any:
+    """Run one forward pass on one short sequence, and return what the model returns.
 
     Raises:
         UnsupportedEditError: the model raised an exception other than that memory ran out.
@@ -24,7 +25,7 @@ def probe_forward(model: nn.Module, tokens: int = TOKENS) -> None:
         model = unwrap_transformers(model)
         weight = model.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.arange(1, tokens + 1) % max(2, min(weight.shape[0], 64))
-        model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=False)
+        return model(input_ids=ids[None].to("cpu" if weight.is_meta else weight.device), use_cache=use_cache)
     except Exception as error:  # a model's forward may raise anything
         if is_out_of_memory(error):
             raise

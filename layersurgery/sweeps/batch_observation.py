@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -15,7 +14,7 @@ from ..runtime.attention_weights import REACH, PreviousTokenAttention
 from ..runtime.contributions import BRANCHES
 from ..runtime.inputs import has_next_token
 from ..runtime.residual_change import SpanDistances, angular_distance, block_influence
-from .quantities import CHANGE, CKA, COSINE, NORMS, OF_PAIRS, SIMILARITY, STREAM, Observed, Quantities
+from .quantities import BRANCH_CHANGE, CHANGE, CKA, COSINE, NORMS, OF_PAIRS, SIMILARITY, STREAM, Observed, Quantities
 from .schedule import RunBlock
 
 
@@ -63,7 +62,6 @@ class BatchObservation:
         self._states: list[torch.Tensor] = []
         self._captured: dict[str, torch.Tensor] = {}
         self._attention: dict[int, tuple[torch.Tensor, int]] = {}  # weights summed over heads, and the number of heads
-        self._is_capturing = self._is_capturing_attention = False
         self._changes = SpanDistances(observed.spans)
         self._masks: dict[tuple[str, torch.device], torch.Tensor] = {}
 
@@ -73,19 +71,6 @@ class BatchObservation:
             self._masks[name, device] = getattr(self, name).to(device)
         return self._masks[name, device]
 
-    def shape(self) -> torch.Size | None:
-        """Return the batch's shape while contributions are to be captured, else None."""
-        return self.is_token.shape if self._is_capturing else None
-
-    @contextmanager
-    def capturing(self, *, attention: bool = False) -> Iterator[None]:
-        """Capture contributions, and attention weights if wanted, while the `with` block runs."""
-        self._is_capturing, self._is_capturing_attention = True, attention
-        try:
-            yield
-        finally:
-            self._is_capturing = self._is_capturing_attention = False
-
     def capture(self, branch: str, scale: float, value: torch.Tensor) -> None:
         """Add a captured value, multiplied by `scale`, to the contribution of a branch."""
         value = value.float().mul(scale)  # makes a copy: the model may change the original in place
@@ -94,8 +79,6 @@ class BatchObservation:
 
     def add_attention(self, block: int, recorded: PreviousTokenAttention) -> None:
         """Add the attention weights that one attention module of a block gave to the previous tokens."""
-        if not self._is_capturing_attention:
-            return
         if recorded.unreadable_kernels:
             kernels = ", ".join(sorted(recorded.unreadable_kernels))
             raise MeasurementError(
@@ -139,6 +122,8 @@ class BatchObservation:
             stream = self._readable(before)
             self._add_stream(block, stream)
             self._add_ratios(block, stream, contributions, parallel)
+        if BRANCH_CHANGE in signals:
+            self._add_branch_changes(block, before.float(), contributions, parallel)
         if not {*OF_PAIRS}.isdisjoint(signals):
             self._states.append(before)
         if SIMILARITY in signals:
@@ -181,6 +166,17 @@ class BatchObservation:
             self._add_tokens(block, branch, f"{branch}_cosine", cosine)
             stream = stream if parallel else stream + contribution
 
+    def _add_branch_changes(
+        self, block: int, stream: torch.Tensor, contributions: dict[str, torch.Tensor], parallel: bool
+    ) -> None:
+        """Add how far each branch turns the stream that it is added to: that before the block if both read it."""
+        for branch in (name for name in contributions if name in BRANCHES):
+            stream = stream.to(contributions[branch].device)
+            after = stream + contributions[branch]
+            self._add_tokens(block, branch, "block_influence", block_influence(stream, after))
+            self._add_distance(block, branch, angular_distance(stream, after))
+            stream = stream if parallel else after
+
     def _add_pairs(
         self, names: Sequence[str], states: Sequence[torch.Tensor], sum_pairs: Callable[..., torch.Tensor]
     ) -> None:
@@ -215,10 +211,13 @@ class BatchObservation:
         """Add the change of the stream by a block of the observed route, and by every span of blocks that it ends."""
         self._add_tokens(block, "1", "block_influence", block_influence(before.to(after.device), after))
         for first, span, stream in self._changes.add_block(block, before, after):
-            distance = angular_distance(stream, after)
-            self._add_tokens(first, str(span), "angular_distance", distance)
-            at_last_token = torch.where(self._mask("is_last", distance.device), distance.double(), 0)
-            self._add(first, str(span), "angular_distance_last", at_last_token)
+            self._add_distance(first, str(span), angular_distance(stream, after))
+
+    def _add_distance(self, layer: int, part: str, distance: torch.Tensor) -> None:
+        """Add the angular distance of a change, (sequences, length)."""
+        self._add_tokens(layer, part, "angular_distance", distance)
+        at_last_token = torch.where(self._mask("is_last", distance.device), distance.double(), 0)
+        self._add(layer, part, "angular_distance_last", at_last_token)
 
     def add_swapped(self, step: RunBlock, before: torch.Tensor, after: torch.Tensor) -> None:
         """Add a block that ran as the first or second one of a swap."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..metrics import tiled
+from ..models.block_costs import active_share, is_expert
 from ..models.block_list import find_decoder_blocks, text_config
 from ..plans.route import Route
 from ..plans.variants import Variant
@@ -239,12 +240,9 @@ def _flops_per_token(config: Any, blocks: Sequence[nn.Module], width: int, conte
     They are the products with the block's matrices (in a mixture of experts, only with the active experts), and
     attention to half of the context.
     """
-    text = config.get_text_config(decoder=True)
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    experts = next((value for name in names if isinstance(value := getattr(text, name, None), int) and value), 1)
-    share = min(1.0, (getattr(text, "num_experts_per_tok", None) or experts) / experts)
+    share = active_share(config.get_text_config(decoder=True))
     matrices = sum(
-        parameter.numel() * (share if "experts" in name and "shared" not in name else 1)
+        parameter.numel() * (share if is_expert(name) else 1)
         for block in blocks
         for name, parameter in block.named_parameters()
         if parameter.dim() > 1

@@ -21,6 +21,7 @@ from ..metrics.reference import METRICS
 from ..metrics.tails import Tails
 from ..models.anatomy import Anatomy
 from ..models.anatomy import anatomy as find_anatomy
+from ..models.block_costs import BlockCost, block_costs
 from ..models.block_dependencies import refuse_block_by_block
 from ..models.block_list import text_config
 from ..models.layer_kinds import layer_kinds
@@ -140,9 +141,6 @@ class Measurer:
         self._device = device_of(model)
         self._is_first_batch, self._check_pending = True, check
         self.routes = list(dict.fromkeys(variant.route for variant in supported))
-        assert self.observer is None or all(visit.whole for route in self.routes for visit in route), (
-            "a skip runs on a view of the block, which is not observed"
-        )
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order, self.routes)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
@@ -162,6 +160,11 @@ class Measurer:
     def layer_kinds(self) -> tuple[str, ...]:
         """Return the kind of each layer in words; an empty tuple if all layers are of one kind."""
         return layer_kinds(self.model, self.runner.anatomy)
+
+    @cached_property
+    def block_costs(self) -> list[BlockCost]:
+        """Return what each block and each of its branches cost."""
+        return block_costs(self.model, self.runner.anatomy)
 
     @property
     def block_observer(self) -> Observer | Propagation | None:

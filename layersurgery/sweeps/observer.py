@@ -12,7 +12,7 @@ stream before block l, then block l. Both are the first steps of routes that a s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -32,6 +32,7 @@ from ..runtime.contributions import (
 from .batch_observation import BatchObservation
 from .quantities import (
     ATTENTION,
+    BRANCH_CHANGE,
     CHANGE,
     CKA,
     COSINE,
@@ -48,7 +49,8 @@ from .quantities import (
 )
 from .schedule import RunBlock, has_groups
 
-_CONTRIBUTIONS = frozenset({NORMS, SIMILARITY, STREAM})
+_CONTRIBUTIONS = frozenset({NORMS, SIMILARITY, STREAM, BRANCH_CHANGE})
+_OF_STREAM = frozenset({CHANGE, BRANCH_CHANGE})  # compare the stream as it is, with its mean over channels
 
 
 class Observer:
@@ -80,7 +82,7 @@ class Observer:
             if self.signals & {ATTENTION, *_CONTRIBUTIONS}
             else [BlockContributions((), (), "", False)] * runner.depth
         )
-        self.reads_are_mean_free = not self.signals <= {CHANGE} and reads_are_mean_free(runner)
+        self.reads_are_mean_free = not self.signals <= _OF_STREAM and reads_are_mean_free(runner)
         self.skipped: dict[str, str] = {}
         self.quantities = Quantities(self._find_quantities())
         self._batch: BatchObservation | None = None
@@ -140,6 +142,16 @@ class Observer:
                     else:
                         yield from (Quantity(SIMILARITY, layer, part, kind, "tokens") for kind in SIMILARITY_KINDS)
 
+        if BRANCH_CHANGE in self.signals:
+            for layer, contributions in enumerate(self.contributions):
+                for branch in BRANCHES:
+                    if contributions.has(branch):
+                        yield Quantity(BRANCH_CHANGE, layer, branch, "block_influence", "tokens")
+                        yield Quantity(BRANCH_CHANGE, layer, branch, "angular_distance", "tokens")
+                        yield Quantity(BRANCH_CHANGE, layer, branch, "angular_distance_last", "last_tokens")
+                    else:
+                        reason = contributions.error or f"the block has no {branch}"
+                        self.skipped[f"change of the stream by the {branch} of block {layer}"] = reason
         if CHANGE in self.signals:
             visited = self.observed_route.blocks
             for position, layer in enumerate(visited):
@@ -187,33 +199,36 @@ class Observer:
         Args:
             mask: 1 for a token and 0 for padding, (sequences, length).
         """
-        batch = self._batch = BatchObservation(self.observed, self.quantities, mask, mean_free=self.reads_are_mean_free)
+        self._batch = BatchObservation(self.observed, self.quantities, mask, mean_free=self.reads_are_mean_free)
         try:
-            with ExitStack() as contexts:
-                for number, block in enumerate(self.runner.blocks):
-                    contributions = self.contributions[number]
-                    on_attention = (
-                        partial(batch.add_attention, number)
-                        if ATTENTION in self.signals and contributions.reads_attention
-                        else None
-                    )
-                    points = [
-                        (point, partial(batch.capture, point.branch, point.scale))
-                        for point in contributions.capture_points
-                    ]
-                    needed = points if self.signals & _CONTRIBUTIONS else []
-                    contexts.enter_context(
-                        capture_contributions(block, needed, contributions.mixers, on_attention, batch.shape)
-                    )
-                yield
+            yield
         finally:
             self._batch = None
+
+    @contextmanager
+    def _capturing(self, number: int, *, attention: bool = False) -> Iterator[None]:
+        """Capture contributions of a block, and attention weights if wanted, while the `with` block runs it.
+
+        The block is changed for this call only: a view of it with a skipped branch, which a sweep may make between two
+        calls, must not capture.
+        """
+        batch, contributions = self._current_batch(), self.contributions[number]
+        reads = attention and ATTENTION in self.signals and contributions.reads_attention
+        on_attention = partial(batch.add_attention, number) if reads else None
+        points = [
+            (point, partial(batch.capture, point.branch, point.scale))
+            for point in contributions.capture_points
+            if self.signals & _CONTRIBUTIONS
+        ]
+        block, shape = self.runner.blocks[number], batch.is_token.shape
+        with capture_contributions(block, points, contributions.mixers, on_attention, shape):
+            yield
 
     @contextmanager
     def trunk(self, block: int, record: ForwardRecord) -> Iterator[None]:
         """Observe a block of the unedited model while the `with` block runs it."""
         batch = self._current_batch()
-        with batch.capturing(attention=True):
+        with self._capturing(block, attention=True):
             yield
         assert record.last_block is not None
         batch.add_unedited(block, *record.last_block, parallel=bool(self.runner.anatomy.parts(block).parallel))
@@ -231,7 +246,7 @@ class Observer:
         is_second = batch.second_of_swap.get(step.state) == step.visit.block
         if SIMILARITY not in self.signals or not step.visit.whole or not (is_first or is_second):
             return call()
-        with batch.capturing():
+        with self._capturing(step.visit.block):
             after = call()
         batch.add_swapped(step, stream, after)
         return after
@@ -270,7 +285,7 @@ class Observer:
     def bytes_per_token(self) -> int:
         """Return the bytes of activations that are kept for each token, at their largest number."""
         changes = self.observed.spans + 2 if CHANGE in self.signals else 0
-        of_branches = {SIMILARITY: 9, STREAM: 6, NORMS: 3}
+        of_branches = {SIMILARITY: 9, STREAM: 6, BRANCH_CHANGE: 6, NORMS: 3}
         contributions = max((of_branches.get(signal, 0) for signal in self.signals), default=0)
         states = (self.runner.depth + 1) * bool(self.signals & {*OF_PAIRS})
         itemsize = next(self.runner.model.parameters()).element_size()

@@ -10,6 +10,8 @@ from ..runtime.contributions import BRANCHES
 
 ATTENTION, NORMS, SIMILARITY, CHANGE = "attention", "norms", "similarity", "change"
 CKA, COSINE, STREAM = "cka", "cosine", "stream"
+BRANCH_CHANGE = "branch-change"
+"""The change of the stream by each branch alone: by what it adds to the stream that it is added to."""
 SIGNALS = (ATTENTION, NORMS, SIMILARITY)
 STREAM_SIGNALS = (CKA, COSINE, STREAM)
 OF_PAIRS = (CKA, COSINE)

@@ -299,11 +299,10 @@ def test_several_attention_modules_of_a_block_count_by_their_heads() -> None:
     assert observer is not None
     with observer.observing(torch.ones(2, 8, dtype=torch.long)):
         batch = observer._current_batch()
-        with batch.capturing(attention=True):
-            for heads, weight in ((4, 0.1), (2, 0.4)):
-                summed = torch.full((2, 8, 5), heads * weight)
-                recorded: Any = SimpleNamespace(heads=heads, weights_BTK=summed, unreadable_kernels=())
-                batch.add_attention(0, recorded)
+        for heads, weight in ((4, 0.1), (2, 0.4)):
+            summed = torch.full((2, 8, 5), heads * weight)
+            recorded: Any = SimpleNamespace(heads=heads, weights_BTK=summed, unreadable_kernels=())
+            batch.add_attention(0, recorded)
         found = batch.sums[observer.quantities.column(0, "attention", "attention_prev5")]
     mean = (4 * 0.1 + 2 * 0.4) / 6
     assert found.tolist() == pytest.approx([3 * 5 * mean] * 2)  # three of eight tokens have five before them
