@@ -201,6 +201,10 @@ def rank(
     model: o.Model,
     run: o.TextRun,
     task: o.TaskCriterion,
+    of: Annotated[
+        o.Of,
+        typer.Option("--of", help="Rank layers, their attentions, their MLPs, or all attentions and MLPs together."),
+    ] = "blocks",
     by: Annotated[
         str | None,
         typer.Option(
@@ -226,7 +230,8 @@ def rank(
         typer.Option(
             "--lowest",
             min=1,
-            help="Find only the N layers with the lowest KL: measure each layer until it is sure whether it is one.",
+            help="Find only the N layers or branches with the lowest KL: measure each until it is sure whether it is "
+            "one.",
             show_default="measure every layer on all text",
             metavar="N",
         ),
@@ -236,10 +241,10 @@ def rank(
     *,
     console: Console,
 ) -> None:
-    """Rank layers by the measured cost of removing them, and by block influence and angular distance."""
+    """Rank layers or branches by the measured cost of removing them, and by block influence and angular distance."""
     from .commands.measure import run_analysis
 
-    own = {"spans": spans, "lowest": lowest}
+    own = {"spans": spans, "lowest": lowest, "of": of}
     run_analysis("rank", model, run, output, overwrite, console, by=by, task=asdict(task), **own)
 
 
@@ -249,13 +254,14 @@ def prune(
     run: o.TextRun,
     task: o.TaskCriterion,
     checkpoint: o.Checkpoint,
-    remove: Annotated[int, typer.Option("--remove", min=1, help="Number of layers to remove.", show_default=False)],
+    goal: o.RemovalGoal,
     by: Annotated[
         str,
         typer.Option(
             "--by",
-            help="Criterion: kl removes the layers whose removal changes predictions least; influence removes those "
-            "with the lowest block influence (ShortGPT); angular removes the span with the smallest angular "
+            help="Criterion: kl removes the layers or branches whose removal changes predictions least; loss removes "
+            "those whose removal raises the loss least; influence those with the lowest block influence (ShortGPT); "
+            "angular removes the span with the smallest angular "
             "distance (Gromov et al.); task:NAME removes those whose removal lowers the first metric of this task of "
             "lm-eval least, for example task:arc_easy (its requests are measured instead of a text).",
             metavar="CRITERION",
@@ -268,8 +274,8 @@ def prune(
         bool,
         typer.Option(
             "--race/--no-race",
-            help="With kl: measure each layer only until it is sure whether it is among those to remove, or measure "
-            "every layer on all text.",
+            help="With kl or loss: measure each layer only until it is sure whether it is among those to remove, or "
+            "measure every layer on all text.",
         ),
     ] = True,
     output: Annotated[
@@ -278,7 +284,7 @@ def prune(
             "--output",
             "-o",
             help="Directory to write the pruned checkpoint to.",
-            show_default="./<name>-prune-<remove>-<by>",
+            show_default="./<name>-prune-<number or budget>-<by>",
             metavar="DIR",
         ),
     ] = None,
@@ -294,14 +300,15 @@ def prune(
     *,
     console: Console,
 ) -> None:
-    """Remove the least important layers, write the pruned checkpoint and report the cost.
+    """Remove the least important layers or branches, write the pruned checkpoint and report the cost.
 
-    Interrupted runs resume when you run the same command again.
+    Give one of --remove, --remove-branches and --budget, or --remove-attention, --remove-mlp or both. Interrupted runs
+    resume when you run the same command again.
     """
     from .commands.prune import run_prune
 
     run_prune(
-        model, run, remove, by, greedy, race, asdict(task), output, results, **asdict(checkpoint), console=console
+        model, run, asdict(goal), by, greedy, race, asdict(task), output, results, **asdict(checkpoint), console=console
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -204,6 +204,46 @@ class TaskOptions:
     limit: Limit = None
     shots: Shots = None
     task_path: TaskPath = None
+
+
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        "--keep",
+        help="Layers that stay as they are, for example 0:2,-1: half-open ranges and numbers, also from the end.",
+        show_default="none",
+        metavar="LAYERS",
+    ),
+]
+Of = Literal["blocks", "attention", "mlp", "branches"]
+
+
+def _count(option: str, what: str) -> Any:
+    return typer.Option(option, min=1, help=f"Number of {what}.", metavar="N", show_default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class GoalOptions:
+    """Options that say what is removed, and how much."""
+
+    remove: Annotated[int | None, _count("--remove", "layers to remove")] = None
+    remove_attention: Annotated[int | None, _count("--remove-attention", "layers whose attention is skipped")] = None
+    remove_mlp: Annotated[int | None, _count("--remove-mlp", "layers whose MLP is skipped")] = None
+    remove_branches: Annotated[
+        int | None, _count("--remove-branches", "branches to skip, chosen among all attentions and MLPs together")
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Share of all layers' cost to remove instead of a number: params=20%, flops=25% (multiplications for "
+            "each token, estimated) or kv-cache=30% (bytes for each token). Skipped branches count as removed.",
+            show_default=False,
+            metavar="NAME=P%",
+        ),
+    ] = None
+    of: Annotated[Of | None, typer.Option("--of", help="What a budget removes.", show_default="blocks")] = None
+    keep: Keep = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,6 +623,7 @@ def _fields_of(kind: type[Any]) -> Group:
 
 
 TaskCriterion = Annotated[TaskOptions, _fields_of(TaskOptions)]
+RemovalGoal = Annotated[GoalOptions, _fields_of(GoalOptions)]
 Checkpoint = Annotated[CheckpointOptions, _fields_of(CheckpointOptions)]
 SweepRun = Annotated[RunOptions, _group()]
 TextRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token")]

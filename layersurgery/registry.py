@@ -269,6 +269,7 @@ _RANK = (
     Column("kl_rank", "rank by KL", heading="rank: KL", digits=0, curve=False),
     Column("influence_rank", "rank by block influence", heading="infl.", digits=0, curve=False),
     Column("angular_rank", "rank by angular distance", heading="ang.", digits=0, curve=False),
+    Column("loss_rank", "rank by rise of loss", heading="loss", digits=0, curve=False),
 )
 
 _CHANGE = "change of what a layer adds, relative to its size"
@@ -336,6 +337,7 @@ CRITERIA = {
     "angular": "span with lowest angular distance",
     "task": "smallest fall of the task's metric, one layer at a time",
     "greedy": "greedy, measured again after each removal",
+    "loss": "lowest rise of loss, one layer at a time",
 }
 """What each criterion of pruning removes; the keys are in the column "criterion" of the costs."""
 
@@ -441,7 +443,7 @@ ANALYSES = {
         Analysis(
             "rank", "cost of removing each layer, and scores that predict it",
             "Rank layers by the measured cost of removing them, and by block influence and angular distance.", "text",
-            _RANK, {"rank": "layersurgery.figures.pruning:rank"}, tables=("rank", "spans"),
+            _RANK, {"rank": "layersurgery.figures.pruning:rank"}, tables=("rank", "spans", "parts"),
             signals=("drop", "change"), run="layersurgery.analyses.measurements:run_rank",
             describe="layersurgery.analyses.descriptions:describe_ranks",
         ),

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
 
-_CRITERION_NAMES = {"kl": "KL", "influence": "block influence", "angular": "angular distance"}
+_CRITERION_NAMES = {
+    "kl": "KL", "influence": "block influence", "angular": "angular distance", "loss": "rise of loss",
+}  # fmt: skip
 
 
 def run_prune(
     model: str,
     options: RunOptions,
-    remove: int,
+    goal: dict[str, Any],
     by: str,
     greedy: bool,
     race: bool,
@@ -42,20 +44,24 @@ def run_prune(
 ) -> None:
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
     with quick_imports():
-        from layersurgery.analyses.layer_pruning import check_removal
+        from layersurgery.analyses.layer_pruning import check_criterion
         from layersurgery.analyses.plan_run import check_target, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
+        from layersurgery.analyses.removal_goal import Goal
         from layersurgery.analyses.task_criterion import given_task
         from layersurgery.runs.processes import run_session
 
+    wanted = Goal.of(**goal)
+    check_criterion(by, wanted, greedy=greedy)
     given = given_task(by, options=options, **task)
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
-        check_removal(session.model.depth, remove, by)
-        out = output or Path(f"{session.model.name}-prune-{remove}-{by.replace(':', '-')}{'-greedy' if greedy else ''}")
+        wanted.checked(session.model.depth)
+        criterion = f"{by.replace(':', '-')}{'-greedy' if greedy else ''}"
+        out = output or Path(f"{session.model.name}-prune-{wanted.name}-{criterion}")
         check_target(session, out, overwrite=overwrite)
         directory = results or results_directory(out)
-        pruning = run_in(session, directory, remove=remove, by=by, greedy=greedy, race=race, overwrite=overwrite)
+        pruning = run_in(session, directory, wanted, by=by, greedy=greedy, race=race, overwrite=overwrite)
         return out, directory, pruning
 
     done = run_session(model, options, lead, reporter=console, given=given)
@@ -67,13 +73,14 @@ def run_prune(
     frame = pruning.costs
     before, after = (
         frame.iloc[0],
-        _row(frame, "greedy" if greedy else "task" if by not in _CRITERION_NAMES else by, remove),
+        _row(frame, "greedy" if greedy else "task" if by not in _CRITERION_NAMES else by, len(pruning.parts)),
     )
     value = {
         **as_json(result, source.label, source.revision),
         "by": by,
         "greedy": greedy,
         "layers": list(pruning.layers),
+        "parts": [part.name for part in pruning.parts],
         "before": _numbers(before),
         "after": _numbers(after),
         "results": str(directory),

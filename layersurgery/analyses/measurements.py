@@ -21,10 +21,20 @@ from ..sweeps.race import Race
 from ..tasks.task_costs import TaskCosts, task_costs
 from ..units import format_count
 from .layer_pruning import cost_table, make_step_measurer, pruned_variants, step_table
-from .layer_ranking import SIGNALS, check_lowest, max_span, rank_table, span_table, task_rank_table
+from .layer_ranking import (
+    CRITERIA,
+    check_lowest,
+    make_rank_measurer,
+    max_span,
+    rank_table,
+    span_table,
+    task_rank_table,
+)
 from .outcomes import AnalysisOutput, TableOutput
+from .part_costs import PARTS, parts_table
 from .prediction_neurons import neuron_scores, neurons_per_block
-from .signal_tables import DROP, SignalTables, make_measurer
+from .removable_parts import BLOCKS, Part, check_kind, parts_of
+from .signal_tables import SignalTables, make_measurer
 from .task_criterion import harness_of
 
 if TYPE_CHECKING:
@@ -93,6 +103,12 @@ class TableMeasurement:
             return None
         return task_costs(self.harness, sums)
 
+    def context(self, tables: SignalTables) -> int:
+        """Return the number of tokens of the longest sequence."""
+        if self.harness is not None:
+            return int(self.harness.text.ids.shape[1])
+        return int(tables.sums_by_sequence.counts.max()) + 1  # the last token has no prediction
+
     def draw(self, _frame: pd.DataFrame, directory: Path, run: Run) -> list[Path]:
         """Draw the figures; return their paths."""
         return draw_analysis(directory, run.facts)
@@ -133,15 +149,22 @@ class SignalMeasurement(TableMeasurement):
 
 @dataclass(frozen=True, slots=True)
 class RankMeasurement(TableMeasurement):
-    """Cost of removing each layer, and on a text two scores that predict it.
+    """Cost of removing each layer or each branch, and on a text two scores that predict it.
 
     Attributes:
-        spans: longest span to measure angular distances over; 0 on a task, on which the scores are not measured.
-        lowest: race for so many layers with the lowest KL; None for no race.
+        spans: longest span of blocks to measure angular distances over; 0 on a task, on which the scores are not
+            measured.
+        lowest: race for so many parts with the lowest score; None for no race.
+        of: what is ranked, one of `removable_parts.KINDS`.
+        keep: layers that are not removed.
+        metric: what the race compares.
     """
 
     spans: int
     lowest: int | None = None
+    of: str = BLOCKS
+    keep: frozenset[int] = frozenset()
+    metric: str = "kl_nats"
 
     @property
     def name(self) -> str:
@@ -150,33 +173,49 @@ class RankMeasurement(TableMeasurement):
 
     def arguments(self) -> dict[str, Any]:
         """Return the name of the analysis and its parameters."""
-        return {"analysis": self.name, "spans": self.spans}
+        own = {"of": self.of} if self.of != BLOCKS else {}
+        return {"analysis": self.name, "spans": self.spans, **own, **_kept(self.keep)}
 
     def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
-        """Return the race; None to measure every layer on all text."""
-        return None if self.lowest is None else Race(self.lowest)
+        """Return the race; None to measure every part on all text."""
+        return None if self.lowest is None else Race(self.lowest, self.metric)
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
-        """Make the measurer: it drops every layer, and on a text also measures angular distances over spans."""
-        signals = SIGNALS if self.spans else (DROP,)
-        return make_measurer(
-            model, signals, self.depth, blocks=options.blocks, spans=self.spans, read=options.read_positions
+        """Make the measurer: it removes every part, and on a text also measures how far they turn the stream."""
+        return make_rank_measurer(
+            model, self.of, self.depth, self.keep, spans=self.spans, blocks=options.blocks, read=options.read_positions
         )
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """Make the tables of layers and of spans; on a task, that of layers."""
+        """Make the tables of ranks, of what the parts cost and, of blocks on a text, of spans."""
+        costs = {PARTS: parts_table(tables.measurer, tables.model, self.context(tables))}
         if not self.spans:
-            return {"rank": task_rank_table(tables, self.task_costs(tables))}
-        return {"rank": rank_table(tables), "spans": span_table(tables)}
+            return {"rank": task_rank_table(tables, self.task_costs(tables), self.of), **costs}
+        spans = {"spans": span_table(tables)} if self.of == BLOCKS else {}
+        return {"rank": rank_table(tables, self.of), **spans, **costs}
+
+
+def _kept(keep: frozenset[int]) -> dict[str, Any]:
+    return {"keep": sorted(keep)} if keep else {}
 
 
 @dataclass(frozen=True, slots=True)
 class GreedyStepMeasurement(TableMeasurement):
-    """One step of greedy pruning: the remaining layers, measured after some are removed."""
+    """One step of greedy pruning: the remaining parts, measured after some are removed.
+
+    Attributes:
+        by: the criterion.
+        removed: what is removed.
+        candidates: what may be removed next.
+        race: stop measuring a candidate once it is sure whether it is the lowest.
+        single: blocks with one branch only.
+    """
 
     by: str
-    removed: tuple[int, ...]
+    removed: tuple[Part, ...]
+    candidates: tuple[Part, ...]
     race: bool = False
+    single: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -185,28 +224,42 @@ class GreedyStepMeasurement(TableMeasurement):
 
     def arguments(self) -> dict[str, Any]:
         """Return the name of the analysis and its parameters."""
-        return {"analysis": self.name, "by": self.by, "removed": list(self.removed)}
+        others = [part for part in parts_of(BLOCKS, self.depth) if part not in self.removed]
+        own = {} if list(self.candidates) == others else {"candidates": _words(self.candidates)}
+        return {"analysis": self.name, "by": self.by, "removed": _words(self.removed), **own}
 
     def rule(self, _mask: torch.Tensor | None) -> StopRule | None:
-        """Return the race for the layer with the lowest KL; None to measure every layer on all text."""
-        return Race(1) if self.race else None
+        """Return the race for the part with the lowest score; None to measure every part on all text."""
+        return Race(1, CRITERIA[self.by]) if self.race else None
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
-        """Make the measurer of each remaining layer."""
+        """Make the measurer of each remaining part."""
         return make_step_measurer(
-            model, self.by, self.removed, self.depth, blocks=options.blocks, read=options.read_positions
-        )
+            model, self.by, self.removed, self.candidates, self.single, self.depth, blocks=options.blocks,
+            read=options.read_positions,
+        )  # fmt: skip
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """Make a table with a row for each remaining layer."""
-        return {"step": step_table(tables, self.by, self.removed, self.task_costs(tables))}
+        """Make a table with a row for each remaining part."""
+        return {"step": step_table(tables, self.by, self.candidates, self.task_costs(tables))}
+
+
+def _words(parts: Sequence[Part]) -> list[int | str]:
+    """Return parts as `run.json` records them: a block as its number."""
+    return [part.layer if part.branch is None else str(part) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
 class CostMeasurement(TableMeasurement):
-    """Cost of each criterion, for each number of removed layers."""
+    """Cost of each criterion, for each number of removed parts.
 
-    orders: Mapping[str, Sequence[tuple[int, ...]]]
+    Attributes:
+        orders: for each criterion, what is removed: one part, two parts, and so on.
+        single: blocks with one branch only.
+    """
+
+    orders: Mapping[str, Sequence[tuple[Part, ...]]]
+    single: frozenset[int] = frozenset()
 
     @property
     def name(self) -> str:
@@ -217,19 +270,20 @@ class CostMeasurement(TableMeasurement):
         """Return the name of the analysis and its parameters."""
         return {
             "analysis": self.name,
-            "orders": {criterion: [list(layers) for layers in order] for criterion, order in self.orders.items()},
+            "orders": {criterion: list(map(_words, order)) for criterion, order in self.orders.items()},
         }
 
     def measurer(self, model: Any, options: RunOptions) -> Measurer:
         """Make the measurer of all pruned models."""
-        return Measurer(
-            model, pruned_variants(self.orders, self.depth), blocks=options.blocks, read=options.read_positions
-        )
+        variants = pruned_variants(self.orders, self.depth, self.single)
+        return Measurer(model, variants, blocks=options.blocks, read=options.read_positions)
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
-        """Make a table with a row for each criterion and number of layers."""
+        """Make a table with a row for each criterion and number of parts."""
         costs = self.task_costs(tables)
-        return {"costs": cost_table(tables.measurer, tables.sums_by_sequence, tables.model, costs)}
+        return {
+            "costs": cost_table(tables.measurer, tables.sums_by_sequence, tables.model, self.context(tables), costs)
+        }
 
 
 def run_signals(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:
@@ -245,6 +299,7 @@ def run_rank(
     overwrite: bool = False,
     spans: int | None = None,
     lowest: int | None = None,
+    of: str = BLOCKS,
 ) -> Run:
     """Rank the layers on the session's text, or resume it, or use the finished run in the directory.
 
@@ -255,23 +310,35 @@ def run_rank(
         overwrite: replace what another run has left in the directory.
         spans: longest span of blocks for angular distances; by default half of the model's blocks.
         lowest: race for so many layers with the lowest KL; by default every layer is measured on all text.
+        of: what is ranked: blocks, or their branches.
     """
-    return session.run(rank_measurement(session, spans, lowest), directory, overwrite=overwrite)
+    return session.run(rank_measurement(session, spans, lowest, of), directory, overwrite=overwrite)
 
 
-def rank_measurement(session: ModelSession, spans: int | None, lowest: int | None) -> RankMeasurement:
-    """Return the measurement that ranks the layers on the session's text, or on its task.
+def rank_measurement(
+    session: ModelSession,
+    spans: int | None,
+    lowest: int | None,
+    of: str = BLOCKS,
+    keep: frozenset[int] = frozenset(),
+    metric: str = "kl_nats",
+) -> RankMeasurement:
+    """Return the measurement that ranks the layers, or branches, on the session's text, or on its task.
 
     Raises:
-        PlanError: a number is out of range, or has no effect on a task.
+        PlanError: a number is out of range, or has no effect.
     """
     depth = session.model.depth
     if session.texts.has_tasks:
         for name, value in {"spans": spans, "lowest": lowest}.items():
             if value is not None:
                 raise PlanError(f"{name} has no effect by a task, on which every layer is measured by dropping it")
-        return RankMeasurement(depth, 0, harness=harness_of(session))
-    return RankMeasurement(depth, max_span(depth, spans), check_lowest(lowest, depth))
+        harness = harness_of(session)
+        return RankMeasurement(depth, 0, of=check_kind(of), keep=keep, harness=harness)
+    if of != BLOCKS and spans is not None:
+        raise PlanError(f"spans are of blocks; leave them out to rank {of}")
+    lowest = check_lowest(lowest, check_kind(of), len(parts_of(of, depth, keep)))
+    return RankMeasurement(depth, max_span(depth, spans), lowest, of, keep, metric)
 
 
 def run_neurons(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..runs.session import Measurement, ModelSession
     from ..runs.text import TokenizedText
 
-CHOSEN = ("orders", "removed", "routes", "finalists", "tried")
+CHOSEN = ("orders", "removed", "candidates", "routes", "finalists", "tried")
 """Arguments that an earlier measurement has chosen."""
 Progress = Callable[[str, int, int], None]
 """Called with the name of the current measurement, how much of it is done and how much there is in total."""

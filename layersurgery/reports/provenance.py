@@ -98,7 +98,7 @@ def _options(run: FinishedRun) -> Iterator[str]:
         yield from ("--bos", "yes" if text["bos"] else "no")
     if isinstance(text.get("shuffle"), bool):
         yield "--shuffle" if text["shuffle"] else "--no-shuffle"
-    for name in ("spans", "dtype", "quantize", "device", "batch_size", "blocks"):
+    for name in ("of", "spans", "dtype", "quantize", "device", "batch_size", "blocks"):
         value = run.fact("arguments", name, default=None)
         if value is not None:
             yield from (f"--{name.replace('_', '-')}", str(value))

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import layersurgery as ls
-from layersurgery.analyses.layer_pruning import greedy_removals, removal_plan
+from layersurgery.analyses.layer_pruning import greedy_removals
 from layersurgery.analyses.layer_ranking import race_order
+from layersurgery.analyses.removable_parts import Part, removal_plan
 from layersurgery.errors import PlanError
 from layersurgery.metrics.aggregation import SequenceSums
 from layersurgery.metrics.reference import METRICS
@@ -111,6 +112,10 @@ def test_the_measured_score_is_that_of_a_sweep() -> None:
     assert list(found.sort_values("kl_rank").layer) == list(found.sort_values("kl_nats").layer)
 
 
+def drop(*layers: int) -> ls.Plan:
+    return removal_plan(map(Part, layers))
+
+
 def by_hand(model: Any, ids: torch.Tensor, remove: int, by: str) -> list[int]:
     """Choose greedily by operating, measuring and undoing."""
     depth = model.config.num_hidden_layers
@@ -118,9 +123,9 @@ def by_hand(model: Any, ids: torch.Tensor, remove: int, by: str) -> list[int]:
     while len(gone) < remove:
         left = [block for block in range(depth) if block not in gone]
         if by == "kl":
-            scores = [ls.compare(model, removal_plan([*gone, block]), ids).kl_nats for block in left]
+            scores = [ls.compare(model, drop(*gone, block), ids).kl_nats for block in left]
         else:
-            with ls.operate(model, removal_plan(gone)) if gone else torch.no_grad():
+            with ls.operate(model, drop(*gone)) if gone else torch.no_grad():
                 scores = ls.rank(model, ids)["block_influence" if by == "influence" else "angular_distance"].tolist()
         gone.append(left[int(np.argmin(scores))])
     return gone
@@ -163,20 +168,20 @@ def test_the_first_layer_is_the_same_greedily_or_not() -> None:
 def test_greedy_removals_measure_only_what_is_asked_for() -> None:
     """The caller measures: in memory, or into directories; a missing score is never chosen."""
     scores = {0: 3.0, 1: 1.0, 2: np.nan, 3: 2.0}
-    measured: list[tuple[int, ...]] = []
+    measured: list[tuple[Part, ...]] = []
 
-    def measure_step(removed: tuple[int, ...]) -> pd.DataFrame:
+    def measure_step(removed: tuple[Part, ...]) -> pd.DataFrame:
         measured.append(removed)
-        left = [layer for layer in scores if layer not in removed]
+        left = [layer for layer in scores if Part(layer) not in removed]
         # After layer 1, layer 0 costs less than layer 3.
-        values = [scores[layer] - (2 if 1 in removed and layer == 0 else 0) for layer in left]
+        values = [scores[layer] - (2 if Part(1) in removed and layer == 0 else 0) for layer in left]
         return pd.DataFrame({"layer": pd.array(left, dtype="Int64"), "block_influence": values})
 
-    removals = greedy_removals(4, "influence", measure_step)
-    assert next(removals) == (1, 1.0)
+    removals = greedy_removals("influence", measure_step, lambda removed: len(removed) == 4)
+    assert next(removals) == (Part(1), 1.0)
     assert measured == [()]
-    assert [next(removals), next(removals)] == [(0, 1.0), (3, 2.0)]
-    assert measured == [(), (1,), (1, 0)]
+    assert [next(removals), next(removals)] == [(Part(0), 1.0), (Part(3), 2.0)]
+    assert measured == [(), (Part(1),), (Part(1), Part(0))]
     with pytest.raises(ls.MeasurementError, match="after 3 layers, no other layer can be removed"):
         next(removals)
 
@@ -191,8 +196,8 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 
 def test_a_plan_names_runs_as_ranges() -> None:
-    assert str(removal_plan([7, 3, 4, 5])) == "drop 3:6 7"
-    assert str(removal_plan([2])) == "drop 2"
+    assert str(drop(7, 3, 4, 5)) == "drop 3:6 7"
+    assert str(drop(2)) == "drop 2"
 
 
 def many_tokens(sequences: int) -> torch.Tensor:

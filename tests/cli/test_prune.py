@@ -160,7 +160,13 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (["--remove", 0], 2, "should be greater than or equal to 1"),
         (["--remove", DEPTH], 2, f"cannot remove {DEPTH} of {DEPTH} layers; give 1 to {DEPTH - 1}"),
         (["--remove", 1, "--by", "size"], 2, "kl, influence"),
-        ([], 2, "Missing option '--remove'"),
+        ([], 2, "give one of remove, remove_attention, remove_mlp, remove_branches and budget"),
+        (["--remove", 1, "--remove-mlp", 1], 2, "remove and remove_mlp were given"),
+        (["--remove", 1, "--of", "mlp"], 2, "of says what a budget removes; remove says it by itself"),
+        (["--remove", 1, "--by", "second-order"], 2, "it was tried and not kept"),
+        (["--budget", "params=0%"], 2, "cannot read the budget 'params=0%'"),
+        (["--remove", DEPTH - 1, "--keep", "-2:"], 2, "and keep 2 of them; give 1 to 4"),
+        (["--remove-branches", 1, "--by", "influence", "--greedy"], 2, "a greedy choice of branches by influence"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_measured(
