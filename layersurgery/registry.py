@@ -285,6 +285,22 @@ _COSTS = (
     Column("perplexity", "perplexity", log=True, heading="ppl.", digits=1, definition="exp(loss)"),
     METRICS[1],
 )
+_MULTIPLICATIONS = "products with weights, each once for each token, and of attention with keys and values; an estimate"
+_SAVED = tuple(
+    Column(
+        f"{name}{end}", f"{label}{meaning}", unit, shown=False, curve=False, definition=definition, tables=("costs",)
+    )
+    for end, meaning in (
+        ("_saved", " saved in a plain checkpoint"),
+        ("_saved_if_skipped", " saved if the program skips the branches"),
+        ("_of_blocks", " of all blocks of the unedited model"),
+    )
+    for name, label, unit, definition in (
+        ("parameters", "parameters", "", "those of the blocks; norms belong to no branch"),
+        ("multiplications", "multiplications for each token", "", _MULTIPLICATIONS),
+        ("cache_bytes", "bytes of the cache for each token", "bytes", "keys and values at the context of the text"),
+    )
+)
 _OF_SEARCH = ("search", "tried")
 _SEARCH = (
     *_COSTS,
@@ -442,13 +458,13 @@ ANALYSES = {
         ),
         Analysis(
             "rank", "cost of removing each layer, and scores that predict it",
-            "Rank layers by the measured cost of removing them, and by block influence and angular distance.", "text",
-            _RANK, {"rank": "layersurgery.figures.pruning:rank"}, tables=("rank", "spans", "parts"),
+            "Rank layers or branches by the measured cost of removing them, by block influence and angular distance.",
+            "text", _RANK, {"rank": "layersurgery.figures.pruning:rank"}, tables=("rank", "spans", "parts"),
             signals=("drop", "change"), run="layersurgery.analyses.measurements:run_rank",
             describe="layersurgery.analyses.descriptions:describe_ranks",
         ),
         Analysis(
-            "costs", "cost of removing layers by each criterion", "", "text", _COSTS,
+            "costs", "cost of removing layers by each criterion", "", "text", (*_COSTS, *_SAVED),
             {"costs": "layersurgery.figures.pruning:costs"},
             describe="layersurgery.analyses.descriptions:describe_costs",
         ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from layersurgery.quick_imports import quick_imports
+from layersurgery.units import format_bytes, format_count
 
 from ..terminal.console import Console
 from .edit import EditOptions, as_json, describe_result, write_edits
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 _CRITERION_NAMES = {
     "kl": "KL", "influence": "block influence", "angular": "angular distance", "loss": "rise of loss",
 }  # fmt: skip
+_SIZES: tuple[tuple[str, str, Callable[[int], str]], ...] = (
+    ("parameters", "parameters", format_count),
+    ("multiplications", "multiplications per token", format_count),
+    ("cache_bytes", "cache per token", format_bytes),
+)
 
 
 def run_prune(
@@ -88,6 +95,9 @@ def run_prune(
     }
     figures = [f"costs/{name}" for name in frame.attrs["run"]["figures"]]
     lines: list[Any] = [_table(frame), *_describe_cost(pruning, before, after)]
+    if after is not None:
+        value["saved"] = {name: float(after[name]) for name in frame if "_saved" in name or name.endswith("_of_blocks")}
+        lines += ["", _savings(after), *_about_savings(after)]
     lines += [
         escape(line)
         for line in (*describe_result(result), f"The measurements are in {directory}: {', '.join(figures)}")
@@ -109,7 +119,7 @@ def _table(frame: pd.DataFrame) -> Table:
     metric = _metric_column(frame)
     criteria = [str(criterion) for criterion in frame.criterion.unique() if criterion != "unedited"]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layers\nremoved", justify="right")
+    table.add_column(f"{_noun(frame, 2)}\nremoved", justify="right")
     for criterion in criteria:
         table.add_column(f"{criterion}\nKL", justify="right", no_wrap=True)
         table.add_column(f"\n{frame.metric.iloc[0] if metric else 'ppl.'}", justify="right", no_wrap=True)
@@ -123,6 +133,36 @@ def _cells(row: pd.Series | None, other: str) -> list[str]:
     return ["-", "-"] if row is None else [f"{row.kl_nats:.3f}", f"{row[other]:.4g}"]
 
 
+def _noun(frame: pd.DataFrame, count: int) -> str:
+    from layersurgery.analyses.removable_parts import NOUNS, plural
+
+    return plural(NOUNS[str(frame.of.iloc[0])], count)
+
+
+def _savings(row: pd.Series) -> Table:
+    """Return a table of what the pruned model saves of the cost of all blocks."""
+    skips = "skip-" in row.plan
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("saved, of all layers'", no_wrap=True)
+    for heading in ("in this checkpoint", *(["if a program skips the branches"] if skips else [])):
+        table.add_column(heading, justify="right")
+    for name, label, size in _SIZES:
+        cells = [row[f"{name}_saved"], *([row[f"{name}_saved_if_skipped"]] if skips else [])]
+        total = row[f"{name}_of_blocks"]
+        shown = ("not known" if math.isnan(cell) else f"{size(int(cell))} ({cell / total:.1%})" for cell in cells)
+        table.add_row(label, *(shown if total else ["none"] * len(cells)))
+    return table
+
+
+def _about_savings(row: pd.Series) -> Iterator[str]:
+    yield f"Multiplications are estimated, for texts of {int(row.context):,} tokens."
+    if "skip-" in row.plan:
+        yield (
+            "A skipped branch is there with output weights of zero: the checkpoint is as large, and programs compute "
+            "the branch,\nunless they skip it."
+        )
+
+
 def _metric_column(frame: pd.DataFrame) -> str:
     """Return the column of the task's metric; empty if the costs are of a text."""
     if "cost" not in frame:
@@ -131,16 +171,18 @@ def _metric_column(frame: pd.DataFrame) -> str:
 
 
 def _describe_cost(pruning: Pruning, before: pd.Series, after: pd.Series | None) -> Iterator[str]:
+    from layersurgery.analyses.removable_parts import describe_parts
     from layersurgery.tasks.task_costs import metric_on_task, ties_sentence
 
-    layers: Sequence[int] = pruning.layers
-    numbers = f"layer{'s'[: len(layers) != 1]} {', '.join(map(str, layers))}"
+    of_blocks = pruning.parts[0].branch is None
+    layers = f"layer{'s'[: len(pruning.layers) != 1]} {', '.join(map(str, pruning.layers))}"
+    numbers = layers if of_blocks else describe_parts(pruning.parts)
     method = (
         "measured again after each removal"
         if pruning.greedy
         else "as one span"
-        if pruning.by == "angular"
-        else "measured one layer at a time"
+        if pruning.by == "angular" and of_blocks
+        else f"measured one {_noun(pruning.costs, 1)} at a time"
     )
     metric = _metric_column(pruning.costs)
     name = _CRITERION_NAMES.get(pruning.by) or f"fall of {metric_on_task(pruning.costs)}"

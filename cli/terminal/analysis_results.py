@@ -32,7 +32,7 @@ _LAYERS = {-1: "embeddings"}  # in the table of wic
 
 def progress_line(frame: pd.DataFrame) -> str:
     """Summarize a table of results so far in one line."""
-    rows = frame[frame.part == "block"] if "part" in frame else frame
+    rows = frame[frame.part == frame.part.iloc[-1]] if "part" in frame else frame
     if "head" in rows and "kl_nats" in rows:
         rows = rows.groupby("layer", as_index=False).kl_nats.max()
     rows = rows[rows["to"] == rows["from"] + 1] if "to" in rows else rows
@@ -72,16 +72,23 @@ def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Tab
         for column in columns
     }
     curves = [column for column in columns if column.curve]
-    used = len("layer") + sum(2 + max(len(column.heading), *map(len, cells[column])) for column in columns)
+    used = (
+        len("layer")
+        + 11 * ("part" in frame)
+        + sum(2 + max(len(column.heading), *map(len, cells[column])) for column in columns)
+    )
     with_bar = curves[: max(0, width - used) // (2 + BAR_WIDTH)] if len(curves) <= _MAX_BAR_COLUMNS else []
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", justify="right", no_wrap=True)
+    parts = list(dict.fromkeys(frame.part)) if "part" in frame else []
+    if parts:
+        table.add_column("part", no_wrap=True)
     for column in columns:
         table.add_column(column.heading, justify="right", no_wrap=True)
         if column in with_bar:
             table.add_column("", width=BAR_WIDTH, no_wrap=True)
     for number, layer in enumerate(frame.layer):
-        row = [str(_LAYERS.get(layer, layer))]
+        row = [str(_LAYERS.get(layer, layer)), *([frame.part.iloc[number]] if parts else [])]
         for column in columns:
             row.append(cells[column][number])
             if column in with_bar:
@@ -89,8 +96,11 @@ def lines(name: str, frame: pd.DataFrame, width: int = 80) -> Iterator[str | Tab
         table.add_row(*row)
     yield table
     yield ""
+    rows_of = {f" {part}": [row for row, name in enumerate(frame.part) if name == part] for part in parts}
     for column in curves:
-        yield Text(f"{column.heading:>16} {sparkline(values[column], log=column.log)}", no_wrap=True)
+        for part, rows in (rows_of or {"": list(range(len(frame)))}).items():
+            curve = sparkline([values[column][row] for row in rows], log=column.log)
+            yield Text(f"{column.heading + part:>16} {curve}", no_wrap=True)
 
 
 def _similarity_tables(frame: pd.DataFrame) -> Iterator[str | Table | Text]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,8 @@ from ..registry import ANALYSES, CRITERIA, Column, column, resolve
 from ..runs.tables import as_records
 from ..tasks.task_costs import TASK, metric_on_task, ties_sentence
 from ..tasks.task_tables import PREFIX
-from .layer_ranking import spans
+from .layer_ranking import part_column, spans
+from .removable_parts import describe_parts
 
 _SCORES = ("block_influence", "angular_distance")
 _MAX_LISTED = 6
@@ -94,28 +95,27 @@ def describe_ranks(frame: pd.DataFrame) -> str:
     key = "kl_rank" if "race" in frame else "kl_nats"
     measured = frame.dropna(subset=["kl_nats"]).sort_values(key, kind="stable")
     if measured.empty:
-        return "No layer could be removed and measured."
+        return f"No {'branch' if 'part' in frame else 'layer'} could be removed and measured."
     sure = int((measured.race == "lowest").sum()) if "race" in frame else 0
     count = sure or min(_MAX_LISTED, max(1, len(frame) // 3))
     lowest = measured.head(count)
     low, high = (f"{lowest.kl_nats.iloc[place]:.3g}" for place in (0, -1))
     values = f"{low} nats" if low == high else f"{low} to {high} nats"
     begin = "Surely among those with the lowest KL when removed" if sure else "Lowest KL when removed"
-    sentences = [f"{begin}: {_layers(lowest.layer)} ({values}), measured one layer at a time."]
-    if "race" in frame and (left := measured[measured.race == "open"].layer).size:
-        sentences.append(f"The text does not decide about {_layers(left)}.")
+    one = "branch" if "part" in frame else "layer"
+    sentences = [f"{begin}: {_parts(lowest)} ({values}), measured one {one} at a time."]
+    if "race" in frame and len(left := measured[measured.race == "open"]):
+        sentences.append(f"The text does not decide about {_parts(left)}.")
     for name in _SCORES:
         scored = measured.dropna(subset=[name])
         if len(scored) < 2:
             continue
-        best = scored.sort_values(name, kind="stable").layer.head(count)
-        common = len(set(best) & set(lowest.layer))
+        best = scored.sort_values(name, kind="stable").head(count)
+        common = len(set(best.index) & set(lowest.index))
         # Spearman's: the correlation of the ranks.
         correlation = scored[name].astype(float).rank().corr(scored[key].astype(float).rank())
         agreement = "" if np.isnan(correlation) else f"; rank correlation with KL {correlation:.2f}"
-        sentences.append(
-            f"Lowest {column(name).label}: {_layers(best)} ({common} of {len(best)} in common{agreement})."
-        )
+        sentences.append(f"Lowest {column(name).label}: {_parts(best)} ({common} of {len(best)} in common{agreement}).")
     return " ".join([*sentences, *_describe_spans(frame)])
 
 
@@ -126,18 +126,22 @@ def _describe_ranks_on_task(frame: pd.DataFrame) -> str:
     count = min(_MAX_LISTED, max(1, len(frame) // 3))
     lowest = measured.head(count)
     ends = [f"{value:.3g}" for value in (lowest.cost.iloc[0], lowest.cost.iloc[-1])]
-    by_kl = set(measured.sort_values("kl_nats").layer.head(count))
+    by_kl = set(measured.sort_values("kl_nats").head(count).index)
+    one = "branch" if "part" in frame else "layer"
     correlation = measured.cost_rank.astype(float).corr(measured.kl_nats.astype(float).rank())
     known = "" if np.isnan(correlation) else f"; rank correlation {correlation:.2f}"
     return (
-        f"{metric_on_task(frame)} falls least without {_layers(lowest.layer)} (by {' to '.join(dict.fromkeys(ends))}), "
-        f"measured one layer at a time. {ties_sentence(frame)}. {len(by_kl & set(lowest.layer))} of the {count} are "
+        f"{metric_on_task(frame)} falls least without {_parts(lowest)} (by {' to '.join(dict.fromkeys(ends))}), "
+        f"measured one {one} at a time. {ties_sentence(frame)}. {len(by_kl & set(lowest.index))} of the {count} are "
         f"among those with the lowest KL of the scored tokens{known}."
     )
 
 
-def _layers(layers: Sequence[int] | pd.Series) -> str:
-    numbers = list(map(str, layers))
+def _parts(rows: pd.DataFrame) -> str:
+    """Name the layers or the branches of rows, in their order."""
+    if "part" in rows:
+        return describe_parts(part_column(rows))
+    numbers = list(map(str, rows.layer))
     return f"layer{'s'[: len(numbers) != 1]} {', '.join(numbers)}"
 
 
@@ -189,6 +193,9 @@ def _describe_cost(rows: pd.DataFrame, before: pd.Series) -> str:
     ordered = rows.sort_values(["cost", "kl_nats"] if on_task else "kl_nats", kind="stable")
     best = ordered.iloc[0]
     others = ordered[ordered.plan != best.plan]
+    whole = f"of {best.depth} layers"
+    if "of" in rows and (rows.of == "branches").any():
+        whole = f"branch{'es' if best.removed != 1 else ''} of {best.depth} layers"
     chosen_by = [CRITERIA.get(name, name) for name in ordered[ordered.plan == best.plan].criterion]
     how = "every criterion" if others.empty and len(chosen_by) > 1 else f"criterion: {' or '.join(chosen_by)}"
     if on_task:
@@ -197,7 +204,7 @@ def _describe_cost(rows: pd.DataFrame, before: pd.Series) -> str:
     else:
         score = f"perplexity {before.perplexity:.4g} before, {best.perplexity:.4g} after"
     sentence = (
-        f"Without {best.removed} of {best.depth} layers ({best.plan}; {how}): {score}, "
+        f"Without {best.removed} {whole} ({best.plan}; {how}): {score}, "
         f"KL {_number(best.kl_nats, column('kl_nats'))}, "
         f"{column('agreement').label} {_number(best.agreement, column('agreement'))}."
     )

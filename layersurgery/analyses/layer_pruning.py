@@ -13,7 +13,6 @@ from torch import nn
 
 from ..checkpoints.edit_checkpoint import EditResult
 from ..errors import MeasurementError, PlanError
-from ..metrics.aggregation import SequenceSums
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.variants import Variant
@@ -226,26 +225,27 @@ def pruned_variants(
     ]
 
 
-def cost_table(
-    measurer: Measurer, sums: SequenceSums, model: str, context: int, costs: TaskCosts | None = None
-) -> pd.DataFrame:
+def cost_table(tables: SignalTables, of: str, context: int, costs: TaskCosts | None = None) -> pd.DataFrame:
     """Build the table of costs: one row for each criterion and number of removed parts.
 
     Args:
-        measurer: has the models.
-        sums: the measured sums.
-        model: the model's name.
+        tables: the measured sums.
+        of: what was removed: "blocks" or "branches".
         context: number of tokens of a text, for what is saved.
         costs: the costs on a task, if one is measured.
     """
-    frame = results_table(measurer.variants, sums, model)
+    measurer = tables.measurer
+    frame = results_table(measurer.variants, tables.sums_by_sequence, tables.model)
     if costs is not None:
         frame = frame.join(costs.costs).join(costs.columns)
     frame.insert(1, "criterion", frame.pop("edit").replace("none", "unedited"))
     removed = [int(variant.name) if variant.edit != "none" else 0 for variant in measurer.variants]
     frame.insert(2, "removed", pd.array(removed, dtype="Int64"))
+    frame.insert(3, "of", of)
     frame.insert(frame.columns.get_loc("loss_nats"), "perplexity", np.exp(frame.loss_nats.clip(upper=700)))
-    saved = PartCosts(parts_table(measurer, model, context)).columns(variant.route for variant in measurer.variants)
+    saved = PartCosts(parts_table(measurer, tables.model, context)).columns(
+        variant.route for variant in measurer.variants
+    )
     return frame.drop(columns=["name", "layer", "relative_depth"]).join(saved.assign(context=context))
 
 

@@ -280,10 +280,9 @@ class CostMeasurement(TableMeasurement):
 
     def tables(self, tables: SignalTables) -> dict[str, pd.DataFrame]:
         """Make a table with a row for each criterion and number of parts."""
-        costs = self.task_costs(tables)
-        return {
-            "costs": cost_table(tables.measurer, tables.sums_by_sequence, tables.model, self.context(tables), costs)
-        }
+        whole = all(part.branch is None for order in self.orders.values() for parts in order for part in parts)
+        of = BLOCKS if whole else "branches"
+        return {"costs": cost_table(tables, of, self.context(tables), self.task_costs(tables))}
 
 
 def run_signals(session: ModelSession, directory: Path, *, analysis: str, overwrite: bool = False) -> Run:

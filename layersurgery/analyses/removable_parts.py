@@ -95,6 +95,19 @@ def plural(noun: str, count: int) -> str:
     return noun if count == 1 else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 
 
+def describe_parts(parts: Iterable[Part]) -> str:
+    """Name parts in words, attentions and MLPs apart, each in their order.
+
+    >>> from layersurgery.analyses.removable_parts import Part, describe_parts
+    >>> describe_parts([Part(17, "mlp"), Part(3, "attention"), Part(14, "mlp")])
+    'the attention of layer 3, the MLP of layers 17, 14'
+    """
+    layers: dict[str, list[int]] = {}
+    for part in sorted(parts, key=lambda part: str(part.branch)):
+        layers.setdefault(part.words.rpartition(" ")[0], []).append(part.layer)
+    return ", ".join(f"{what}{'s'[: len(of) != 1]} {', '.join(map(str, of))}" for what, of in layers.items())
+
+
 def parts_of(of: str, depth: int, keep: Collection[int] = ()) -> list[Part]:
     """Return the parts of a kind, in the order of the blocks, without those of the blocks to keep."""
     return [Part(layer, branch) for layer in range(depth) if layer not in keep for branch in KINDS[of]]

@@ -1,13 +1,14 @@
-"""Draw the ranking of layers, and the cost of removing them."""
+"""Draw the ranking of layers or branches, and the cost of removing them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..registry import ANALYSES, CRITERIA, column
+from ..registry import ANALYSES, CRITERIA, Column, column
 from .style import COLORS, MARKERS, ModelTables, add_title_and_legend, label_axis, label_depth, line, new_figure
 
 _SCORES = ("cost", "kl_nats", "block_influence", "angular_distance")
@@ -17,9 +18,9 @@ _LOG_SCALE_RATIO = 4
 
 
 def rank(models: Sequence[ModelTables]) -> Figure:
-    """Draw the cost of dropping each block, on a task too if it is ranked by one, and the two scores that estimate it.
+    """Draw the cost of removing each block or branch, on a task too if ranked by one, and two scores that estimate it.
 
-    For a single model, also draw the angular distance of every span.
+    Of blocks of a single model, also draw the angular distance of every span.
     """
     is_single = len(models) == 1 and "spans" in models[0].tables
     scores = [score for score in _SCORES if all(score in model.tables["rank"] for model in models)]
@@ -28,15 +29,10 @@ def rank(models: Sequence[ModelTables]) -> Figure:
         grid = figure.subplots(1, panels, squeeze=False)[0]
         for axis, score in zip(grid, map(column, scores), strict=False):
             for index, model in enumerate(models):
-                table = model.tables["rank"]
-                values = table[score.name].to_numpy(float)
-                # A logarithmic axis cannot show zero.
-                shown = np.where(values > 0, values, np.nan) if score.log else values
-                line(axis, table.relative_depth, shown, table[f"{score.name}_sem"], index, model.label)
-                if score.log and values.size and np.nanmax(values, initial=0) > 0:
-                    axis.set_yscale("log")
+                _draw_ranks(axis, model, score, index, len(models))
             label_axis(axis, score)
-            label_depth(axis, [model.tables["rank"] for model in models], "block removed", 7)
+            removed = "block of the branch removed" if _has_branches(models) else "block removed"
+            label_depth(axis, [model.tables["rank"] for model in models], removed, 7)
             axis.set_xlim(-0.02, 1.02)
         if is_single:
             spans = models[0].tables["spans"]
@@ -55,8 +51,30 @@ def rank(models: Sequence[ModelTables]) -> Figure:
             axis.set_ylabel("blocks in the span")
             axis.yaxis.get_major_locator().set_params(integer=True)
             figure.colorbar(image, label="angular distance (dots: lowest)")
-        add_title_and_legend(figure, models, grid[0])
+        lines = grid[0].get_legend_handles_labels()[0] if _has_branches(models) and len(models) == 1 else []
+        add_title_and_legend(figure, models, grid[0], others=lines)
     return figure
+
+
+def _has_branches(models: Sequence[ModelTables]) -> bool:
+    return any("part" in model.tables["rank"] for model in models)
+
+
+def _draw_ranks(axis: Axes, model: ModelTables, score: Column, index: int, models: int) -> None:
+    """Draw one score of one model: a line for its blocks, or one for its attentions and a dashed one for its MLPs."""
+    table = model.tables["rank"]
+    for part, rows in table.groupby("part", sort=False) if "part" in table else [("", table)]:
+        values = rows[score.name].to_numpy(float)
+        # A logarithmic axis cannot show zero.
+        shown = np.where(values > 0, values, np.nan) if score.log else values
+        name = {"mlp": "MLP"}.get(str(part), str(part))
+        label = ", ".join(filter(None, (model.label if models > 1 else "", name))) or model.label
+        style = {"linestyle": "--", "marker": MARKERS[1]} if part == "mlp" else {"marker": MARKERS[0]} if part else {}
+        # The branches of a single model have colors; those of several models share that of their model.
+        color = int(part == "mlp") if models == 1 else index
+        line(axis, rows.relative_depth, shown, rows[f"{score.name}_sem"], color, label, **style)
+        if score.log and values.size and np.nanmax(values, initial=0) > 0:
+            axis.set_yscale("log")
 
 
 def costs(models: Sequence[ModelTables]) -> Figure:
@@ -80,7 +98,7 @@ def costs(models: Sequence[ModelTables]) -> Figure:
                             marker=MARKERS[index],
                             linestyle="--" if criterion == "greedy" else "-",
                         )
-                axis.set_xlabel("layers removed")
+                axis.set_xlabel("branches removed" if "of" in table and base.of == "branches" else "layers removed")
                 axis.xaxis.get_major_locator().set_params(integer=True)
                 label_axis(axis, panel)
                 if panel.log and table[panel.name].max() > _LOG_SCALE_RATIO * base[panel.name] > 0:

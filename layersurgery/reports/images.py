@@ -39,9 +39,10 @@ _ABOUT = {
     "ablate-neurons": "KL, change in entropy and change in loss without neurons of one kind, and without random ones, "
     "over the block whose neurons are off",
     "stages": "the signals of the stages of inference over depth, the stages shaded",
-    "rank": "KL when each block is removed, block influence and angular distance over depth",
+    "rank": "KL when each block or branch is removed, block influence and angular distance over depth",
     "propagation": "mean change of what later layers add after each edit, a map for attention and one for the MLP",
-    "costs": "KL, perplexity and top-1 agreement over the number of removed layers, a line for each criterion",
+    "costs": "KL, perplexity and top-1 agreement over the number of removed layers or branches, a line for each "
+    "criterion",
     "search": "KL or change in loss of every candidate over the number of its blocks, with lines of the best routes",
     "subjoiners": "how much more each head attends to the beginning of its own word than to other text there, a cell "
     "for each head",
