@@ -34,6 +34,7 @@ from tests.support.zoo import DEPTH, slow, tiny_model, tokens
 
 NAMES = ("llama", "gpt_neox", "gemma2")  # branches in turn, parallel branches, norms after branches
 KL, LOSS = METRICS.index("kl_nats"), METRICS.index("loss_change_nats")
+GREEDY = [("llama", "kl"), ("gpt_neox", "kl"), pytest.param("gemma2", "loss", marks=pytest.mark.slow)]
 
 
 def dense(model: Any, plan: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -89,9 +90,7 @@ def test_the_scores_of_a_branch_compare_the_stream_that_it_is_added_to_with_the_
             assert row.angular_distance_last == pytest.approx(float(angle[:, -1].mean()), rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "by"), [("llama", "kl"), ("gpt_neox", "kl"), pytest.param("gemma2", "loss", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "by"), GREEDY)
 def test_a_greedy_choice_among_all_branches_is_that_of_a_plain_loop(name: str, by: str) -> None:
     model, ids = tiny_model(name).eval(), tokens(3, 12)
     found = ls.prune(model, ids, remove_branches=3, by=by, greedy=True)
@@ -212,7 +211,7 @@ def test_kept_layers_stay_and_a_budget_needs_its_last_removal(
     ("asked", "keep"),
     [
         ({"budget": "params=30%"}, "0:2,-1"),
-        ({"budget": "kv-cache=40%", "of": "attention"}, None),
+        pytest.param({"budget": "kv-cache=40%", "of": "attention"}, None, marks=pytest.mark.slow),
         ({"budget": "flops=25%", "of": "branches", "greedy": True}, [0, -1]),
         pytest.param({"budget": "params=40%", "of": "mlp", "by": "angular"}, None, marks=pytest.mark.slow),
         pytest.param({"budget": "flops=45%", "by": "angular"}, None, marks=pytest.mark.slow),
@@ -300,13 +299,13 @@ def test_a_mixer_without_an_mlp_is_the_whole_block() -> None:
     found = ls.prune(model, ids, remove_branches=2)
     assert found.plan == ls.drop(sorted(found.layers))
     assert found.costs.parameters_saved.iloc[-1] == found.costs.parameters_saved_if_skipped.iloc[-1] > 0
-    with pytest.raises(ls.MeasurementError, match="cannot remove 2 MLP branches; only 0 can be removed: block 0"):
+    with pytest.raises(ls.UnsupportedEditError, match=r"block 0 \(MambaBlock\) has no mlp that could be skipped"):
         ls.prune(model, ids, remove_attention=1, remove_mlp=2)
     with pytest.raises(ls.MeasurementError, match="kv-cache=10% cannot be reached"):
         ls.prune(model, ids, budget="kv-cache=10%")
 
 
-def test_a_race_among_branches_finds_the_same_ones(tmp_path: Path) -> None:
+def test_a_race_among_branches_finds_the_same_ones() -> None:
     model, ids = tiny_model("llama").eval(), torch.randint(4, 60, (64, 16), generator=torch.Generator().manual_seed(0))
     whole = ls.rank(model, ids, batch_size=8, of="branches")
     raced = ls.rank(model, ids, batch_size=8, of="branches", lowest=3)
@@ -316,15 +315,11 @@ def test_a_race_among_branches_finds_the_same_ones(tmp_path: Path) -> None:
     assert best == truth
     assert raced.loss_rank.isna().all()
     assert "branch" in describe_ranks(raced)
-    for greedy in (False, True):
-        pruned = [
-            ls.prune(model, ids, remove_branches=3, greedy=greedy, race=race, batch_size=8) for race in (True, False)
-        ]
-        assert pruned[0].plan == pruned[1].plan
-        if not greedy:
-            assert set(pruned[0].parts) == truth
-    resumed = ls.prune(model, ids, remove_branches=3, greedy=True, batch_size=8, directory=tmp_path)
-    assert resumed.plan == pruned[0].plan
+    assert set(ls.prune(model, ids, remove_branches=3, batch_size=8).parts) == truth
+    raced, whole = (
+        ls.prune(model, ids, remove_branches=2, greedy=True, race=race, batch_size=8) for race in (True, False)
+    )
+    assert raced.plan == whole.plan
 
 
 @pytest.mark.parametrize("name", ["llama", slow("gemma2")])
