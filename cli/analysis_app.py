@@ -360,6 +360,7 @@ def search(
             show_default="1 to remove layers; to repeat, the number of layers to add, at most 8",
         ),
     ] = None,
+    keep: o.Keep = None,
     race: Annotated[
         bool,
         typer.Option(
@@ -399,7 +400,7 @@ def search(
     """
     from .commands.search import run_search
 
-    goal = {"depth": depth, "remove": remove, "repeat": repeat, "beam": beam, "max_span": max_span}
+    goal = {"depth": depth, "remove": remove, "repeat": repeat, "beam": beam, "max_span": max_span, "keep": keep}
     run_search(
         model, run, goal, by, race, asdict(task), estimate, output, results, **asdict(checkpoint), console=console
     )

@@ -89,7 +89,8 @@ class PartCosts:
             return 0.0
         column = COSTS.index(BUDGETS[budget])
         route = removal_plan(parts, self.single).route(self.depth)
-        return float(self.saved(route, skipping=True)[column] / self.total[column])
+        total = float(self.total[column])
+        return float(self.saved(route, skipping=True)[column]) / total if total else 0.0
 
     def columns(self, routes: Iterable[Route]) -> pd.DataFrame:
         """Return the columns of a table of routes: what each saves as a plain checkpoint and if branches are skipped.

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise, takewhile
+from typing import Any
 
 import pandas as pd
 
@@ -25,6 +26,7 @@ from ..errors import MeasurementError, PlanError
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.visit import whole_number
+from .removable_parts import kept_layers
 
 BEAM = 4
 FINAL = "search"
@@ -42,12 +44,14 @@ class SearchSpace:
         target: number of visits of the final routes.
         max_span: largest number of adjacent visits that one move drops or repeats.
         beam: number of routes of each level that later levels continue from.
+        keep: blocks that are not dropped.
     """
 
     depth: int
     target: int
     max_span: int
     beam: int = BEAM
+    keep: frozenset[int] = frozenset()
 
     @classmethod
     def of(
@@ -59,6 +63,7 @@ class SearchSpace:
         repeat: int | None = None,
         max_span: int | None = None,
         beam: int = BEAM,
+        keep: Any = None,
     ) -> SearchSpace:
         """Make the space of a search that ends at a depth, or removes or repeats a number of layers.
 
@@ -71,6 +76,7 @@ class SearchSpace:
                 repeats, the number of visits to add, at most 8: a good repeat of a span need not contain a good repeat
                 of a shorter one.
             beam: number of routes of each level that later levels continue from.
+            keep: layers that are not dropped, as for `kept_layers`; only for removals.
 
         Raises:
             PlanError: not exactly one of the three numbers is given, or a number is out of range.
@@ -98,12 +104,20 @@ class SearchSpace:
         changes = abs(target - blocks)
         if max_span is None:
             max_span = 1 if target < blocks else min(changes, _SPAN_OF_REPEATS, blocks)
+        kept = kept_layers(keep, blocks)
+        if kept and target > blocks:
+            raise PlanError("keep names layers that are not removed; a search of repeats removes none")
+        if kept and changes > blocks - len(kept):
+            raise PlanError(
+                f"cannot remove {changes} of {blocks} layers, and keep {len(kept)} of them; give 1 to "
+                f"{blocks - len(kept)}"
+            )
         spans, beam = whole_number(max_span, "max_span"), whole_number(beam, "beam")
         if not 1 <= spans <= changes:
             raise PlanError(f"max_span is 1 to {changes}, the number of layers to change, not {spans}")
         if beam < 1:
             raise PlanError(f"beam is the number of routes to continue from, at least 1, not {beam}")
-        return cls(blocks, target, spans, beam)
+        return cls(blocks, target, spans, beam, kept)
 
     @property
     def removes(self) -> bool:
@@ -123,6 +137,8 @@ class SearchSpace:
         """Yield the routes that one move of so many adjacent visits makes of a route."""
         for start in range(len(route) - span + 1):
             stop = start + span
+            if self.keep and not self.keep.isdisjoint(route.blocks[start:stop]):
+                continue
             yield Route(route[:start] + route[stop:]) if self.removes else Route(route[:stop] + route[start:])
 
     def candidates(self, beams: Sequence[Sequence[Route]]) -> dict[Route, Route]:

@@ -56,7 +56,7 @@ def forecast(space: SearchSpace) -> list[LevelCost]:
             after = sum(length - start - span if space.removes else length - start for start in starts)
             calls += parents * (after + (length if span < level else 0))
         if space.removes:
-            routes = min(routes, math.comb(space.depth, level))
+            routes = min(routes, math.comb(space.depth - len(space.keep), level))
         calls = space.depth + min(calls, routes * space.visits(level))
         exact = level == 1
         if exact:

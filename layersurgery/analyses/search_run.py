@@ -88,6 +88,7 @@ def search(
     by: str = "kl",
     beam: int = BEAM,
     max_span: int | None = None,
+    keep: Any = None,
     race: bool = True,
     limit: int | None = None,
     shots: int | None = None,
@@ -117,6 +118,7 @@ def search(
         beam: number of routes of each level to continue from. One, with spans of one block, is greedy pruning.
         max_span: largest number of adjacent blocks that one move drops or repeats. By default 1 for removals, and for
             repeats the number of layers to add, at most 8.
+        keep: layers that are not dropped: "0:2,-1" (half-open ranges and numbers, also from the end), or numbers.
         race: stop measuring a candidate once it is sure, with an error probability of about 5 % for each level, whether
             it is in the beam. The final routes are measured on all text. By a task there is no race.
         limit: by a task: number of its documents; by default all.
@@ -154,7 +156,9 @@ def search(
     run_options, given = read_given_text(text, run_options, attention_mask)
 
     def space_in(blocks: int) -> SearchSpace:
-        return SearchSpace.of(blocks, depth=depth, remove=remove, repeat=repeat, max_span=max_span, beam=beam)
+        return SearchSpace.of(
+            blocks, depth=depth, remove=remove, repeat=repeat, max_span=max_span, beam=beam, keep=keep
+        )
 
     def in_memory(session: ModelSession, loaded: Any, tokens: TokenizedText) -> Search:
         measure, caption = measure_in_memory(session, loaded, tokens, progress), session.caption(tokens)

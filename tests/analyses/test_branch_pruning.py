@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import layersurgery as ls
 from layersurgery.analyses.descriptions import describe_ranks
-from layersurgery.analyses.layer_pruning import greedy_removals, removal_orders
+from layersurgery.analyses.layer_pruning import greedy_removals, prefixes, removal_orders
 from layersurgery.analyses.layer_ranking import CRITERIA, RANKS
 from layersurgery.analyses.part_costs import COSTS, PartCosts, parts_table
 from layersurgery.analyses.removable_parts import KINDS, Part, parts_of, removal_plan, removed_parts
@@ -184,10 +184,7 @@ def test_kept_layers_stay_and_a_budget_needs_its_last_removal(
             steps = greedy_removals(
                 by, lambda gone: table(goal.candidates(6, gone)), lambda p: goal.is_reached(p, costs)
             )
-            order = [(*(),)]
-            for part, _ in steps:
-                order.append((*order[-1], part))
-            order = order[1:]
+            order = prefixes([part for part, _ in steps])
         else:
             ranks = [table(parts_of(kind, 6)) for kind in goal.kinds]
             order = removal_orders(ranks, spans, goal, costs, by)
@@ -316,10 +313,10 @@ def test_a_race_among_branches_finds_the_same_ones() -> None:
     assert raced.loss_rank.isna().all()
     assert "branch" in describe_ranks(raced)
     assert set(ls.prune(model, ids, remove_branches=3, batch_size=8).parts) == truth
-    raced, whole = (
-        ls.prune(model, ids, remove_branches=2, greedy=True, race=race, batch_size=8) for race in (True, False)
-    )
-    assert raced.plan == whole.plan
+    plans = [
+        ls.prune(model, ids, remove_branches=2, greedy=True, race=race, batch_size=8).plan for race in (True, False)
+    ]
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("name", ["llama", slow("gemma2")])

@@ -56,6 +56,20 @@ def reachable(depth: int, added: int) -> set[tuple[int, ...]]:
     return by_length[depth + added]
 
 
+@pytest.mark.parametrize("max_span", [1, 2])
+def test_kept_layers_are_in_every_route(max_span: int) -> None:
+    space = SearchSpace.of(6, remove=3, beam=100, max_span=max_span, keep="0,-2:")
+    for level, table in enumerate(search_levels(space, measure_by(by_lot, [])), 1):
+        subsets = {tuple(b for b in range(6) if b not in gone) for gone in itertools.combinations((1, 2, 3), level)}
+        assert {Route.parse(route).blocks for route in table.route} == subsets
+    first = forecast(space)[0]
+    assert (first.routes, first.exact) == (3, True)
+    with pytest.raises(ls.PlanError, match="cannot remove 4 of 6 layers, and keep 3 of them; give 1 to 3"):
+        SearchSpace.of(6, remove=4, keep="0,-2:")
+    with pytest.raises(ls.PlanError, match="a search of repeats removes none"):
+        SearchSpace.of(6, repeat=1, keep=0)
+
+
 def test_a_wide_beam_tries_every_subset_once() -> None:
     for max_span in (1, 3):
         seen: list[Sequence[Route]] = []

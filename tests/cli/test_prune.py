@@ -205,3 +205,43 @@ def test_two_processes_choose_the_same(place: Path, tmp_path: Path) -> None:
     assert (tmp_path / "both" / "model.safetensors").read_bytes() == (
         tmp_path / "alone" / "model.safetensors"
     ).read_bytes()
+
+
+def test_branches_are_ranked_and_pruned_as_in_python(place: Path, tmp_path: Path) -> None:
+    """The second block adds next to nothing, so its two branches are the first to go."""
+    value = result_of("rank", place / "tiny", *words(place), "--of", "branches", "-o", tmp_path / "ranks")
+    ranks = ls.read_results(tmp_path / "ranks").set_index(["layer", "part"]).kl_rank
+    assert {ranks[1, "attention"], ranks[1, "mlp"]} == {1, 2}
+    assert set(ls.read_results(tmp_path / "ranks", "parts").part) == {"block", "attention", "mlp"}
+    assert "measured one branch at a time" in value["summary"]
+    assert (tmp_path / "ranks" / "rank.png").exists()
+    asked = ["prune", place / "tiny", *words(place), "--remove-branches", 3, "--keep", "0,-1"]
+    shown = run(*asked, "-o", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    text = " ".join(shown.stdout.split())
+    assert "measured one branch at a time" in text
+    assert "in this checkpoint if a program skips the branches" in text
+    assert "A skipped branch is there with output weights of zero: the checkpoint is as large" in text
+    again = result_of(*asked, "-o", tmp_path / "out", "--overwrite")
+    meant = ls.prune(ls.load(place / "tiny").model, tokens_of(place), remove_branches=3, keep=[0, -1])
+    assert (again["layers"], again["parts"]) == ([*meant.layers], [part.name for part in meant.parts])
+    assert again["plan"] == str(meant.plan)
+    assert str(meant.plan).startswith("drop 1; skip-")
+    saved = again["saved"]
+    assert 0 < saved["parameters_saved"] < saved["parameters_saved_if_skipped"] < saved["parameters_of_blocks"]
+    assert {file.name for file in (tmp_path / "out-results").iterdir()} == {"rank-branches", "costs"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == DEPTH - 1
+
+
+@pytest.mark.slow
+def test_a_budget_of_branches_and_kept_layers_of_a_search(place: Path, tmp_path: Path) -> None:
+    budget = ["--budget", "kv-cache=30%", "--of", "attention", "--greedy"]
+    shown = run("prune", place / "tiny", *words(place), *budget, "--results", tmp_path / "r", "-o", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    text = " ".join(shown.stdout.split())
+    assert "Removed the attention of layers 1, " in text
+    assert "cache per token 0 bytes (0.0%) 256 bytes (33.3%)" in text
+    assert "branches removed" in " ".join(shown.stdout.split()[:4])
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {"rank-attention", "step-01", "step-02", "costs"}
+    asked = ["search", place / "tiny", *words(place), "--remove", 2, "--results", tmp_path / "search"]
+    assert 1 in ls.Route.parse(result_of(*asked, "--keep", 1)["route"]).blocks  # it would be the first to go

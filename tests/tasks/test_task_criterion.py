@@ -43,6 +43,23 @@ def test_the_first_layer_to_go_leaves_the_model_that_lm_eval_finds_best(task: st
 
 
 @pytest.mark.slow
+def test_the_first_branch_to_go_leaves_the_model_that_lm_eval_finds_best(definitions: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    asked: dict[str, Any] = {"by": "task:choice", "task_path": definitions, "tokenizer": tokenizer}
+    before = theirs(model, tokenizer, ["choice"], definitions)["task_choice_acc"]
+    after: dict[Any, float] = {}
+    for layer, part in itertools.product(range(DEPTH), ("attention", "mlp")):
+        with ls.operate(model, f"skip-{part} {layer}"):
+            after[layer, part] = theirs(model, tokenizer, ["choice"], definitions)["task_choice_acc"]
+    ranks = ls.rank(model, of="branches", **asked)
+    np.testing.assert_allclose(ranks.cost, [before - after[row.layer, row.part] for row in ranks.itertuples()])
+    pruning = ls.prune(model, remove_branches=2, **asked)
+    assert [after[part.layer, part.branch] for part in pruning.parts] == sorted(after.values(), reverse=True)[:2]
+    greedy = ls.prune(model, remove_attention=1, greedy=True, **asked)
+    assert after[greedy.layers[0], "attention"] == max(after[layer, "attention"] for layer in range(DEPTH))
+
+
+@pytest.mark.slow
 def test_a_metric_that_is_better_when_it_is_low_costs_when_it_rises(definitions: Path) -> None:
     ranks = ls.rank(tiny_model("llama"), by="task:rolling", task_path=definitions, tokenizer=tiny_tokenizer())
     assert set(ranks.metric) == {"word_perplexity"}
