@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -380,3 +381,26 @@ def test_words_of_plans_name_the_same_models_as_their_parts() -> None:
         named = {(visit.block, branch) for visit in route for branch in visit.skipped}
         named |= {(block, branch) for block in set(range(3)) - set(route.blocks) for branch in ("attention", "mlp")}
         assert named == {(part.layer, part.branch) for part in parts}
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", slow("mamba2")])
+def test_layers_of_one_branch_are_dropped(name: str) -> None:
+    costs = PartCosts(frame_of(tiny_model(name).eval()))
+    assert costs.single == set(range(DEPTH))
+    parts = [part for part in parts_of("branches", DEPTH) if part.layer in (1, 3)]
+    assert removal_plan(parts, costs.single) == ls.drop(1, 3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", slow("qwen2_moe")])
+def test_a_config_with_experts_in_every_layer_can_say_that_a_layer_has_no_mlp(name: str, tmp_path: Path) -> None:
+    """No other program is known to read weights without rows, so `prune` writes zeros here, too."""
+    model, ids = tiny_model(name, mlp_only_layers=[]).eval(), tokens(2, 10)
+    config = copy.deepcopy(model.config)
+    config.mlp_only_layers, config.intermediate_size = [2], 0
+    smaller = AutoModelForCausalLM.from_config(config)
+    kept = {key: value for key, value in model.state_dict().items() if not key.startswith("model.layers.2.mlp")}
+    smaller.load_state_dict(kept, strict=False)
+    smaller.save_pretrained(tmp_path)
+    with ls.operate(model, ls.skip_mlp(2)):
+        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), logits_of(model, ids))
+    assert smaller.num_parameters() < model.num_parameters()
