@@ -204,7 +204,7 @@ def rank(
     of: Annotated[
         o.Of,
         typer.Option("--of", help="Rank layers, their attentions, their MLPs, or all attentions and MLPs together."),
-    ] = "blocks",
+    ] = o.Of.blocks,
     by: Annotated[
         str | None,
         typer.Option(
@@ -244,7 +244,7 @@ def rank(
     """Rank layers or branches by the measured cost of removing them, and by block influence and angular distance."""
     from .commands.measure import run_analysis
 
-    own = {"spans": spans, "lowest": lowest, "of": of}
+    own = {"spans": spans, "lowest": lowest, "of": of.value}
     run_analysis("rank", model, run, output, overwrite, console, by=by, task=asdict(task), **own)
 
 
@@ -284,7 +284,7 @@ def prune(
             "--output",
             "-o",
             help="Directory to write the pruned checkpoint to.",
-            show_default="./<name>-prune-<number or budget>-<by>",
+            show_default="./<name>-prune-<amount>-<by>",
             metavar="DIR",
         ),
     ] = None,

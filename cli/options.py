@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -215,7 +216,15 @@ Keep = Annotated[
         metavar="LAYERS",
     ),
 ]
-Of = Literal["blocks", "attention", "mlp", "branches"]
+
+
+class Of(StrEnum):
+    """What is ranked or removed."""
+
+    blocks = "blocks"
+    attention = "attention"
+    mlp = "mlp"
+    branches = "branches"
 
 
 def _count(option: str, what: str) -> Any:
