@@ -149,7 +149,9 @@ def _savings(row: pd.Series) -> Table:
     for name, label, size in _SIZES:
         cells = [row[f"{name}_saved"], *([row[f"{name}_saved_if_skipped"]] if skips else [])]
         total = row[f"{name}_of_blocks"]
-        shown = ("not known" if math.isnan(cell) else f"{size(int(cell))} ({cell / total:.1%})" for cell in cells)
+        shown = (
+            "not known" if math.isnan(cell) else f"{size(int(cell))} ({100 * cell / total:.1f} %)" for cell in cells
+        )
         table.add_row(label, *(shown if total else ["none"] * len(cells)))
     return table
 
@@ -158,8 +160,8 @@ def _about_savings(row: pd.Series) -> Iterator[str]:
     yield f"Multiplications are estimated, for texts of {int(row.context):,} tokens."
     if "skip-" in row.plan:
         yield (
-            "A skipped branch is there with output weights of zero: the checkpoint is as large, and programs compute "
-            "the branch,\nunless they skip it."
+            "A skipped branch stays in the checkpoint, with output weights of zero; programs compute it as before,\n"
+            "unless they skip it."
         )
 
 
