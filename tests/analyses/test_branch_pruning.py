@@ -24,6 +24,8 @@ from layersurgery.analyses.layer_ranking import CRITERIA, RANKS
 from layersurgery.analyses.part_costs import COSTS, PartCosts, parts_table
 from layersurgery.analyses.removable_parts import KINDS, Part, parts_of, removal_plan, removed_parts
 from layersurgery.analyses.removal_goal import Goal
+from layersurgery.figures.pruning import rank as draw_ranks
+from layersurgery.figures.style import ModelTables
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.models.block_costs import block_costs
 from layersurgery.plans.variants import variants
@@ -404,3 +406,19 @@ def test_a_config_with_experts_in_every_layer_can_say_that_a_layer_has_no_mlp(na
     with ls.operate(model, ls.skip_mlp(2)):
         assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), logits_of(model, ids))
     assert smaller.num_parameters() < model.num_parameters()
+
+
+def test_the_figure_of_ranks_has_a_line_for_attentions_and_another_for_mlps() -> None:
+    frame = ls.rank(tiny_model("llama").eval(), tokens(2, 12), of="branches")
+    for models in (1, 2):
+        figure = draw_ranks([ModelTables({"rank": frame}, f"model {number}", "text") for number in range(models)])
+        assert len(figure.axes) == 3
+        for axis, score in zip(figure.axes, ("kl_nats", "block_influence", "angular_distance"), strict=True):
+            lines = axis.get_lines()
+            assert [line.get_linestyle() for line in lines] == ["-", "--"] * models
+            assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 2 * models
+            for line, part in zip(lines, ["attention", "mlp"] * models, strict=True):
+                np.testing.assert_allclose(
+                    np.asarray(line.get_ydata(), float), frame[frame.part == part][score].to_numpy(float)
+                )
+        assert "attention" in [text.get_text().split(", ")[-1] for text in figure.legends[0].get_texts()]
