@@ -112,7 +112,7 @@ class Goal:
             )
         if budget is None and of is not None:
             raise PlanError(f"of says what a budget removes; {given[0]} says it by itself")
-        kinds = tuple(_KIND_OF[name] for name in counts) or (check_kind(of or BLOCKS),)
+        kinds = tuple(_KIND_OF[name] for name in counts) or (str(check_kind(of or BLOCKS)),)
         by_kind = {_KIND_OF[name]: number for name, number in counts.items()}
         return cls(by_kind, None if budget is None else Budget.parse(budget), kinds, keep)
 
