@@ -95,6 +95,7 @@ def _write_edit(
     revision: o.Revision = None,
     blocks: o.Blocks = None,
     source: o.BlockSources = None,
+    gguf: o.Gguf = False,
     *,
     console: Console,
 ) -> None:
@@ -102,7 +103,7 @@ def _write_edit(
 
     from .commands.edit import EditOptions, edit
 
-    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()))
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()), gguf=gguf)
     edit({None: plan}, model, options, console)
 
 
@@ -281,6 +282,7 @@ def edit(
     blocks: o.Blocks = None,
     source: o.BlockSources = None,
     means: o.MeansFile = None,
+    gguf: o.Gguf = False,
     *,
     console: Console,
 ) -> None:
@@ -291,7 +293,8 @@ def edit(
     from .commands.edit import EditOptions
     from .commands.edit import edit as run_edit
 
-    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()), means)
+    sources = read_sources(source or ())
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, sources, means, gguf)
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give exactly one of --plan and --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:

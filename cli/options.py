@@ -32,9 +32,17 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="Directory to write the edited checkpoint to.",
+        help="Directory to write the edited checkpoint to, or .gguf file.",
         show_default="./<name>-<plan>",
         metavar="DIR",
+    ),
+]
+Gguf = Annotated[
+    bool,
+    typer.Option(
+        "--gguf",
+        help="Edit the model's GGUF file to a GGUF file; its quantised weights are copied as they are. An output whose "
+        "name ends in .gguf means the same.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint at the output.")]

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,6 +63,46 @@ def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterat
     Raises:
         OutputError: no space, no permission, or any other error of the file system.
     """
+
+    def move(partial: Path) -> None:
+        _move_into_place(partial, out, overwrite=overwrite)
+
+    with _partial_directory(out, bytes_needed, move) as made:
+        yield made
+
+
+@contextmanager
+def atomic_large_file(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
+    """Give the path of a file in a temporary directory next to `out`, and rename it to `out` at the end.
+
+    It is removed on any exception, and by the next run with the same output if this one is killed. Unlike with
+    `atomic_file`, several processes may write to one output: each has its own file.
+
+    Raises:
+        OutputError: no space, no permission, any other error of the file system, or another process has written `out`.
+    """
+
+    def move(partial: Path) -> None:
+        if os.path.lexists(out) and not overwrite:
+            raise OutputError(
+                f"{out} was created by another process in the meantime; it is left unchanged, and this result is "
+                "discarded"
+            )
+        descriptor = os.open(partial / out.name, os.O_RDWR)  # Windows syncs only what may be written
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        (partial / out.name).replace(out)
+        _sync_directory(out.parent)
+
+    with _partial_directory(out, bytes_needed, move) as made:
+        yield made / out.name
+
+
+@contextmanager
+def _partial_directory(out: Path, bytes_needed: int, move: Callable[[Path], None]) -> Iterator[Path]:
+    """Give a temporary directory next to `out`, and call `move` with it at the end."""
     partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
     missing = [parent for parent in (out.parent, *out.parent.parents) if not os.path.lexists(parent)]
     try:
@@ -79,7 +119,7 @@ def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterat
                 partial.mkdir()
                 yield partial
                 _sync_directory(partial)
-                _move_into_place(partial, out, overwrite=overwrite)
+                move(partial)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

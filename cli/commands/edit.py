@@ -12,9 +12,16 @@ from rich.markup import escape
 
 from layersurgery.atomic_io import check_output
 from layersurgery.checkpoints.checkpoint import read_checkpoint
-from layersurgery.checkpoints.edit_checkpoint import EditResult, default_output, read_means, write_edit
+from layersurgery.checkpoints.edit_checkpoint import (
+    EditResult,
+    default_output,
+    is_gguf_output,
+    read_means,
+    write_edit,
+)
 from layersurgery.checkpoints.prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
-from layersurgery.checkpoints.sources import Source, find_source, needs_conversion
+from layersurgery.checkpoints.sources import Source, find_gguf, find_source, needs_conversion
+from layersurgery.errors import PlanError
 from layersurgery.plans.block_sources import taken_blocks
 from layersurgery.plans.plan import Plan
 from layersurgery.units import format_bytes
@@ -37,14 +44,57 @@ class EditOptions:
     blocks: str | None
     sources: Mapping[str, str] = field(default_factory=dict)
     means: Path | None = None
+    gguf: bool = False
 
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
     """Write an edited checkpoint for each plan, and print the results."""
+    if options.gguf or (list(plans) == [None] and options.output is not None and is_gguf_output(options.output)):
+        edit_gguf(plans, model, options, console)
+        return
     results, source = write_edits(plans, model, options, console)
     values = [as_json(result, source.label, source.revision) for result in results]
     lines = [escape(line) for result in results for line in describe_result(result)]
     console.result(values[0] if list(plans) == [None] else values, *lines)
+
+
+def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
+    """Write an edited GGUF file for each plan, and print the results.
+
+    All plans are checked before the first file is written.
+
+    Raises:
+        PlanError: an option of checkpoints was given.
+    """
+    from layersurgery.checkpoints.gguf_edit import check_gguf_output, plan_gguf_edit, write_gguf_edit
+
+    if options.blocks or options.link:
+        raise PlanError(f"a GGUF file is edited without {'--blocks' if options.blocks else '--link'}; omit it")
+    source = find_gguf(model, revision=options.revision)
+    outputs = {name: _gguf_output(name, options) or default_output(source, plan) for name, plan in plans.items()}
+    for out in outputs.values():
+        check_gguf_output(out, source.path, overwrite=options.overwrite)
+    planned_edits = {name: plan_gguf_edit(source, plan) for name, plan in plans.items()}
+    values, lines = [], []
+    for name, planned in planned_edits.items():
+        console.log(f"{f'{name}: ' if name else ''}{planned.plan}  ->  {planned.route}")
+        for note in planned.notes:
+            console.note(note)
+        with console.byte_progress(planned.nbytes) as progress:
+            result = write_gguf_edit(planned, outputs[name], overwrite=options.overwrite, progress=progress)
+        values.append(as_json(result, source.label, options.revision))
+        size = format_bytes(result.bytes_written)
+        lines += [
+            f"Wrote {result.path}: {len(result.route)} blocks, {size}, in {result.seconds:.1f} s",
+            f"Load it with: llama-cli --model {result.path}",
+        ]
+    console.result(values[0] if list(plans) == [None] else values, *map(escape, lines))
+
+
+def _gguf_output(name: str | None, options: EditOptions) -> Path | None:
+    if name is None:
+        return options.output
+    return (options.output or Path()) / (name if is_gguf_output(name) else f"{name}.gguf")
 
 
 def write_edits(

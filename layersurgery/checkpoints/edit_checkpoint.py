@@ -26,7 +26,7 @@ from .checkpoint import read_checkpoint
 from .model_card import model_card
 from .prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from .shard_writer import Progress, shard_writer
-from .sources import Source, find_source
+from .sources import GgufSource, Source, find_gguf, find_source
 from .tensor_index import INDEX
 
 if TYPE_CHECKING:
@@ -86,8 +86,12 @@ def edit_checkpoint(
     maps: OutputMaps | None = None,
     sources: Sources | None = None,
     means: Means | str | os.PathLike[str] | None = None,
+    gguf: bool = False,
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
+
+    If the name of the output ends in `.gguf`, the model's GGUF file is edited to a GGUF file; its quantised weights are
+    copied as they are, and nothing is converted.
 
     After an error, the output is unchanged: no partial files remain, and an existing checkpoint at `out` is kept.
 
@@ -108,9 +112,10 @@ def edit_checkpoint(
             {"base": "org/base"}. The embeddings and all else outside the blocks stay the model's.
         means: the means of the model's branches (`measure_means`), or their file, for edits that add them. They are
             written as the biases of output projections, so a model without such biases is refused.
+        gguf: write a GGUF file also if `out` is not given: `<name>-<plan>.gguf`. There is no reload check.
 
     Returns:
-        The directory, and how it was made.
+        The directory (or the GGUF file), and how it was made.
 
     Raises:
         PlanError: the plan does not fit the model, or changes nothing.
@@ -128,6 +133,8 @@ def edit_checkpoint(
         plan = Plan.parse(plan)
     if not isinstance(plan, Plan):
         raise PlanError(f'expected a plan or its text ("swap 1 2; drop 3"), not {plan!r}')
+    if gguf or (out is not None and is_gguf_output(out)):
+        return _edit_gguf(model, plan, out, revision, blocks, maps, overwrite=overwrite, progress=progress)
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
@@ -149,9 +156,39 @@ def edit_checkpoint(
     return write_edit(planned, target, check=check, overwrite=overwrite, link=link, progress=progress)
 
 
-def default_output(source: Source, plan: Plan) -> Path:
-    """Return the default output directory, `./<name>-<plan slug>`."""
-    return Path(f"{source.name}-{plan.slug}")
+def default_output(source: Source | GgufSource, plan: Plan) -> Path:
+    """Return the default output, `./<name>-<plan slug>`, with `.gguf` for a GGUF file."""
+    return Path(f"{source.name}-{plan.slug}{'.gguf' * isinstance(source, GgufSource)}")
+
+
+def is_gguf_output(out: str | os.PathLike[str]) -> bool:
+    """Return whether an output is a GGUF file, by its name."""
+    return Path(out).suffix.lower() == ".gguf"
+
+
+def _edit_gguf(
+    model: str | os.PathLike[str],
+    plan: Plan,
+    out: str | os.PathLike[str] | None,
+    revision: str | None,
+    blocks: str | None,
+    maps: OutputMaps | None,
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> EditResult:
+    from .gguf_edit import check_gguf_output, plan_gguf_edit, write_gguf_edit
+
+    if blocks is not None or maps:
+        option = "blocks" if blocks is not None else "maps"
+        raise PlanError(f"a GGUF file is edited without {option}; omit it, or write a safetensors checkpoint")
+    source = find_gguf(model, revision=revision)
+    target = Path(out) if out is not None else default_output(source, plan)
+    check_gguf_output(target, source.path, overwrite=overwrite)
+    planned = plan_gguf_edit(source, plan)
+    for note in planned.notes:
+        warn(note)
+    return write_gguf_edit(planned, target, overwrite=overwrite, progress=progress)
 
 
 def write_edit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +106,68 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     if not _HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")):
         raise SourceError(f"{text} does not exist on this machine and is not a Hub ID (organization/name)")
     return _from_hub(text, revision, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufSource:
+    """A GGUF file on this machine.
+
+    Attributes:
+        path: the file.
+        label: its name in records of provenance: the Hub ID, or the path that the user wrote.
+        name: a short name for default outputs.
+        license: license of the model, if it is known from elsewhere than the file.
+        notice: text that must go with every copy of the weights; empty if none must.
+    """
+
+    path: Path
+    label: str
+    name: str
+    license: str = ""
+    notice: str = ""
+
+
+def find_gguf(model: str | os.PathLike[str], *, revision: str | None = None) -> GgufSource:
+    """Make a model's GGUF file available on this machine, as it is.
+
+    Args:
+        model: `.gguf` file, local directory or Hub ID with one such file, or name of a model that packages contain.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        SourceError: the model is not found, cannot be fetched, or has no GGUF file, or several.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if revision is not None and (path.exists() or text in PACKAGED):
+        raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
+    if _is_gguf(path):
+        return GgufSource(path, text, path.stem)
+    if path.is_dir():
+        files = [file.name for file in path.iterdir() if _is_gguf(file)]
+        return GgufSource(path / _only_gguf(text, files), text, path.resolve().name)
+    if packaged := PACKAGED.get(text):
+        return GgufSource(packaged_file(text), packaged.origin, text, packaged.license, packaged.notice)
+    if path.exists() or not _HUB_ID.fullmatch(text) or text.startswith((".", "/", "~")):
+        raise SourceError(f"{text} is not a .gguf file, a directory with one, or a Hub ID (organization/name)")
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with _hub_errors(text, revision):
+        name = _only_gguf(text, HfApi().list_repo_files(text, revision=revision))
+        return GgufSource(Path(hf_hub_download(text, name, revision=revision)), text, text.rpartition("/")[2])
+
+
+def _only_gguf(model: str, names: Iterable[str]) -> str:
+    """Return the name of the only GGUF file among these."""
+    files = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if not files:
+        raise SourceError(
+            f"{model} has no .gguf file, and a GGUF file is only made of another; write a checkpoint (an output whose "
+            "name does not end in .gguf), and convert that with llama.cpp"
+        )
+    if len(files) > 1:
+        raise SourceError(f"{model} has {len(files)} GGUF files ({', '.join(files[:4])}); give the path of one of them")
+    return files[0]
 
 
 def _is_gguf(path: Path) -> bool:
