@@ -112,6 +112,11 @@ def plan_gguf_edit(source: GgufSource, plan: Plan) -> Planned:
     if route.is_identity(counts.depth):
         raise PlanError(f"'{plan}' leaves the model unchanged, so there is nothing to write")
     refuse_route({"model_type": arch}, route)
+    for visit in route:  # what checkpoints may express and this file does not build
+        if visit.source or visit.mean or visit.start or visit.parallel or visit.divisor != 1:
+            raise UnsupportedEditError(
+                f"{visit}: a GGUF file cannot be edited like this; write a safetensors checkpoint"
+            )
     changed = rewrite_metadata(metadata, arch, route)
     tensors = list(_place_tensors(reader.tensors, arch, metadata, counts, route))
     fields, notes = _new_fields(reader, source, plan, route, metadata, changed)
