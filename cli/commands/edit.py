@@ -68,8 +68,14 @@ def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions
     """
     from layersurgery.checkpoints.gguf_edit import check_gguf_output, plan_gguf_edit, write_gguf_edit
 
-    if options.blocks or options.link:
-        raise PlanError(f"a GGUF file is edited without {'--blocks' if options.blocks else '--link'}; omit it")
+    not_for_gguf = {
+        "--blocks": options.blocks,
+        "--link": options.link,
+        "--source": options.sources,
+        "--means": options.means,
+    }
+    if given := [name for name, value in not_for_gguf.items() if value]:
+        raise PlanError(f"a GGUF file is edited without {given[0]}; omit it")
     source = find_gguf(model, revision=options.revision)
     outputs = {name: _gguf_output(name, options) or default_output(source, plan) for name, plan in plans.items()}
     for out in outputs.values():
