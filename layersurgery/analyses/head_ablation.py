@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..models.block_weights import count_heads
+from ..models.model_weights import count_heads
 from ..plans.variants import Layers, layer_range, variants
 from ..registry import METRICS
 from ..sweeps.measurer import Measurer

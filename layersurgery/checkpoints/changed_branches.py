@@ -20,12 +20,13 @@ from ..models.block_dependencies import blocks_read_by
 from ..models.block_list import BlockList, find_block_list
 from ..models.block_parts import BlockParts, find_block_parts
 from ..models.block_probe import BlockProbe, record_block
-from ..models.block_weights import BlockWeights, WeightChange
+from ..models.block_weights import BlockWeights
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
 from ..models.means import Means, mean_specs
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..models.output_maps import OutputMap, OutputMaps
+from ..models.weight_change import WeightChange
 from ..plans.route import Route
 from ..plans.visit import BRANCHES, Branch
 from .checkpoint import Checkpoint

@@ -6,109 +6,29 @@ output that the block has if the input of the projection is zero there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError, UnsupportedEditError
 from ..plans.visit import BRANCHES, Branch, Visit
-from .anatomy import Anatomy
-from .anatomy import anatomy as find_anatomy
 from .block_parts import BlockParts
-from .block_probe import BlockProbe, record_block
+from .block_probe import BlockProbe
 from .block_view import share_parameters
-from .call_tracing import TOKENS, ModuleWrapper, eval_no_grad, random_like
+from .call_tracing import ModuleWrapper, random_like
+from .head_columns import count_head_columns
 from .later_tokens import find_later_tokens, install_later_tokens
 from .numerics import is_same_change, tolerance
 from .quantized import is_quantized
 from .skipped_branch import SkipSpec, install_skips
+from .weight_change import WeightChange, install_changes
 from .weight_conventions import output_dim
 
 _TRIAL_FACTOR = -0.5
 _UNITS: dict[Branch, str] = {"attention": "head", "mlp": "neuron"}
-
-
-@dataclass(frozen=True, slots=True)
-class WeightChange:
-    """Change of one parameter of a block.
-
-    Attributes:
-        parameter: its name, relative to the block.
-        factor: number by which it is multiplied.
-        offset: number that the module adds to it before it uses it: 1 in a norm that multiplies by 1 + weight.
-        units: numbers of the units that become zero.
-        unit_size: number of indexes of one unit.
-        dim: dimension of the units.
-        value: what the parameter becomes, in the place of all this; None for no such value.
-    """
-
-    parameter: str
-    factor: float = 1.0
-    offset: float = 0.0
-    units: tuple[int, ...] = ()
-    unit_size: int = 1
-    dim: int = 0
-    value: torch.Tensor | None = field(default=None, compare=False)
-
-    @property
-    def is_product(self) -> bool:
-        """Return whether every number is multiplied by one factor, so that the layout makes no difference."""
-        return not self.units and not self.offset and self.value is None
-
-    @property
-    def indexes(self) -> torch.Tensor:
-        """Return the indexes that become zero."""
-        return (torch.tensor(self.units)[:, None] * self.unit_size + torch.arange(self.unit_size)).flatten()
-
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the changed weight; computed in float32 at least, and rounded once.
-
-        Raises:
-            PlanError: the factor makes a finite number infinite.
-        """
-        if self.value is not None:
-            changed = self.value.to(weight.device, weight.dtype)
-            if not bool(changed.isfinite().all()):
-                raise PlanError(
-                    f"the mean that {self.parameter} would hold has numbers larger than "
-                    f"{str(weight.dtype).removeprefix('torch.')} can hold"
-                )
-            return changed.clone()
-        if not self.factor:  # also of numbers that are infinite
-            return torch.full_like(weight, -self.offset if self.offset else 0.0)
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        changed = ((weight.to(exact) + self.offset) * self.factor - self.offset).to(weight.dtype)
-        if self.factor != 1 and bool((weight.isfinite() & ~changed.isfinite()).any()):
-            raise PlanError(
-                f"a factor of {self.factor:g} makes numbers of {self.parameter} larger than "
-                f"{str(weight.dtype).removeprefix('torch.')} can hold; choose a smaller one"
-            )
-        return changed.index_fill_(self.dim, self.indexes.to(weight.device), 0) if self.units else changed
-
-
-def install_changes(block: nn.Module, changes: Iterable[WeightChange]) -> None:
-    """Change weights of `block` in place. `block` must be a view, so that the original is not changed.
-
-    Raises:
-        UnsupportedEditError: a weight is offloaded, so it has no values to change.
-    """
-    for change in changes:
-        path, _, name = change.parameter.rpartition(".")
-        owner = block.get_submodule(path)
-        parameter = owner._parameters[name]
-        assert parameter is not None
-        if parameter.is_meta:
-            raise UnsupportedEditError(
-                f"{change.parameter} is offloaded, and weights that are scaled or partly off must be in memory; load "
-                "the model without offloading, or edit the checkpoint on disk"
-            )
-        owner._parameters[name] = nn.Parameter(change.apply(parameter.detach()), requires_grad=parameter.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,13 +245,17 @@ class BlockWeights:
         owner = probe.block.get_submodule(path)
         dim = 1 - output_dim(owner, name, probe.stream.shape[-1])
         inputs = probe.block.get_parameter(names[0]).shape[dim]
-        seen = _FourDimensional()
-        with seen:
-            calls = probe.calls([path])
+        calls = probe.calls([path])
         argument = calls[0].hidden_states_argument() if len(calls) == 1 else None
         if argument is None or calls[0][argument].shape[-1] != inputs:
             raise self._refuse(what, f"{names[0]} is not used as one linear map")
-        count = inputs if branch == "mlp" else self._count_heads(seen.outputs, path, calls[0][argument])
+        count = inputs if branch == "mlp" else count_head_columns(probe, path)
+        if count is None:
+            raise self._refuse(
+                what,
+                "what its attention projects into the stream is not the outputs of heads side by side (a mixer without "
+                "heads, or a single head)",
+            )
         layout = _UnitLayout(names[0], dim, count, inputs // count)
         # Every second unit: a single one may be zero on random numbers, for example after a ReLU.
         change = WeightChange(names[0], units=tuple(range(0, count, 2)), unit_size=layout.size, dim=dim)
@@ -368,39 +292,6 @@ class BlockWeights:
         install_skips(edited, skips)
         return is_same_change(self._probe.run(edited), expected, before, tolerance("fit", expected.dtype))
 
-    def _count_heads(self, outputs: Sequence[torch.Tensor], path: str, projected: torch.Tensor) -> int:
-        """Return the number of heads whose outputs, side by side, are the input of the output projection.
-
-        A gate may multiply them on the way. So the block is run with zeros in the place of one head's output: only the
-        numbers of that head may change, and they must become zero.
-        """
-        counts: set[int] = set()
-        for number, output in enumerate(outputs):
-            for dim in (1, 2):
-                heads = output.shape[dim]
-                if output.shape[3 - dim] != TOKENS or output.numel() != projected.numel() or heads == 1:
-                    continue
-                by_head = projected.reshape(*projected.shape[:-1], heads, -1)
-                if all(self._silences(path, number, dim, head, by_head) for head in (0, heads - 1)):
-                    counts.add(heads)
-        if len(counts) != 1:
-            raise self._refuse(
-                "single heads",
-                "what its attention projects into the stream is not the outputs of heads side by side (a mixer without "
-                "heads, or a single head)",
-            )
-        return counts.pop()
-
-    def _silences(self, path: str, number: int, dim: int, head: int, by_head: torch.Tensor) -> bool:
-        """Return whether zeros at one head of a tensor give zeros at the same head of the projection's input only."""
-        with _FourDimensional(number, dim, head):
-            (call,) = self._probe.calls([path])
-        argument = call.hidden_states_argument()
-        assert argument is not None
-        found = call[argument].reshape(by_head.shape)
-        expected = by_head.index_fill(-2, torch.tensor([head], device=by_head.device), 0)
-        return torch.equal(found, expected) and not torch.equal(found, by_head)
-
 
 class _WithoutInputs(ModuleWrapper):
     """Runs a module on its input with zeros at some indexes of the last dimension."""
@@ -409,105 +300,3 @@ class _WithoutInputs(ModuleWrapper):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.module(hidden.index_fill(-1, self._indexes.to(hidden.device), 0), *args, **kwargs)
-
-
-class _FourDimensional(TorchFunctionMode):
-    """Context that keeps every tensor of four dimensions that functions of torch return.
-
-    Args:
-        number: number of the tensor, in this order, that gets zeros; None for no tensor.
-        dim: its dimension of heads.
-        head: the head at which it gets zeros.
-    """
-
-    def __init__(self, number: int | None = None, dim: int = 0, head: int = 0) -> None:
-        super().__init__()
-        self.outputs: list[torch.Tensor] = []
-        self._number, self._dim, self._head = number, dim, head
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor) and output.dim() == 4 and TOKENS in output.shape[1:3]:
-            if len(self.outputs) == self._number:
-                output = output.index_fill(self._dim, torch.tensor([self._head], device=output.device), 0)
-            self.outputs.append(output.detach().clone())
-        return output
-
-
-class ModelWeights:
-    """Find the weights to change in the blocks of a loaded model; each kind of block is examined once.
-
-    Args:
-        model: a model that runs each of its blocks once and in order.
-        blocks: its blocks.
-        anatomy: its anatomy.
-    """
-
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, anatomy: Anatomy) -> None:
-        self._model, self._blocks, self._anatomy = model, blocks, anatomy
-        self._originals = tuple(blocks)  # in the list, others may take their places while the model runs
-        self._of_kind: dict[object, BlockWeights] = {}
-
-    def changes(self, visit: Visit) -> tuple[WeightChange, ...]:
-        """Return the changes of a visit's weights, in the order in which to make them.
-
-        Raises:
-            UnsupportedEditError: the block cannot be changed in this way; gives the reason.
-            PlanError: the block does not have a head or neuron of a number.
-        """
-        if visit.skips_only:
-            return ()
-        with self._examining(visit.block) as weights:
-            return weights.changes(visit)
-
-    def with_biases(self, block: int, specs: tuple[SkipSpec, ...]) -> tuple[SkipSpec, ...]:
-        """Return specs of a block, those that add means with the biases that can hold them in a saved model."""
-        if all(spec.mean is None for spec in specs):
-            return specs
-        with self._examining(block) as weights:
-            return weights.with_biases(specs)
-
-    def count_units(self, block: int, branch: Branch) -> int:
-        """Return the number of heads, or of neurons, of a block that can be turned off one by one.
-
-        Raises:
-            UnsupportedEditError: they cannot; gives the reason.
-        """
-        with self._examining(block) as weights:
-            return weights.count_units(branch)
-
-    @contextmanager
-    def _examining(self, number: int) -> Iterator[BlockWeights]:
-        """Give the weights of a block's kind while the block may be run."""
-        # Blocks of one kind may divide matrices of one shape into other numbers of heads.
-        kind = self._anatomy.kind_of[number], _head_numbers(self._originals[number])
-        with eval_no_grad(self._model), torch.compiler.set_stance("force_eager"):
-            if kind not in self._of_kind:
-                probe = BlockProbe(self._originals[number], record_block(self._model, self._blocks, number), seed=1)
-                name = f"block {number} ({type(self._originals[number]).__name__})"
-                self._of_kind[kind] = BlockWeights(probe, self._anatomy.parts(number), name)
-            yield self._of_kind[kind]
-
-
-def count_heads(model: nn.Module, *, blocks: str | None = None) -> Callable[[int], int]:
-    """Return a function that returns how many heads of a block's attention can be turned off one by one.
-
-    It raises `UnsupportedEditError` for a block whose heads cannot be.
-
-    Args:
-        model: a transformers causal language model, or a wrapper around one.
-        blocks: path of the list of blocks, if it cannot be found automatically.
-    """
-    anatomy = find_anatomy(model, blocks=blocks)
-    weights = ModelWeights(model, model.get_submodule(anatomy.blocks), anatomy)  # type: ignore[arg-type]
-    return lambda block: weights.count_units(block, "attention")
-
-
-def _head_numbers(block: nn.Module) -> tuple[tuple[str, int], ...]:
-    """Return the settings of a block's modules that may say how many heads it has."""
-    return tuple(
-        (f"{path}.{name}", value)
-        for path, module in block.named_modules()
-        for name, value in vars(module).items()
-        if "head" in name and isinstance(value, int)
-    )

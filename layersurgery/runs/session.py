@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import PlanError
-from ..models.block_weights import count_heads
+from ..models.model_weights import count_heads
 from ..models.quantized import quantized_numbers
 from ..plans.families import CountHeads
 from ..sweeps.read_positions import ScoredPositions

@@ -20,13 +20,14 @@ from ..models.anatomy import Anatomy
 from ..models.block_list import find_decoder_blocks
 from ..models.block_probe import BlockProbe, probe_blocks, probe_forward
 from ..models.block_view import share_parameters
-from ..models.block_weights import ModelWeights, install_changes
 from ..models.call_tracing import ArgumentKey, Call, ModuleWrapper, eval_no_grad, first_tensor, replace_modules
 from ..models.later_tokens import find_later_tokens, install_later_tokens
 from ..models.means import Means
+from ..models.model_weights import ModelWeights
 from ..models.parallel_blocks import add_output
 from ..models.skipped_branch import install_skips
 from ..models.taken_blocks import TakenBlocks
+from ..models.weight_change import install_changes
 from ..plans.block_sources import check_name
 from ..plans.visit import Visit
 from .compiled_blocks import Compiler

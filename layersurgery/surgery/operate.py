@@ -25,16 +25,17 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import BlockList, find_decoder_blocks, text_config
 from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, own_parameters, share_parameters
-from ..models.block_weights import ModelWeights, WeightChange, install_changes
 from ..models.config_fields import depth_field
 from ..models.later_tokens import LaterTokens, find_later_tokens, install_later_tokens
 from ..models.means import Means, as_means, warn_of_other_model
 from ..models.memory_only import refuse_memory_only
+from ..models.model_weights import ModelWeights
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
 from ..models.parallel_blocks import group_members, make_parallel
 from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.taken_blocks import TakenBlocks
 from ..models.unsupported import refusal_fields, refuse_architecture, refuse_route
+from ..models.weight_change import WeightChange, install_changes
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..plans.visit import Visit

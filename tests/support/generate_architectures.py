@@ -17,7 +17,7 @@ import transformers
 
 import layersurgery as ls
 from layersurgery.models.anatomy import Anatomy
-from layersurgery.models.block_weights import ModelWeights
+from layersurgery.models.model_weights import ModelWeights
 from tests.support import multimodal_section
 from tests.support.survey import EDITS, Case, examine, types
 from tests.support.unsupported import BLOCK_EDITS, BRANCH_EDITS, SKIP_EDITS
