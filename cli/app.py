@@ -224,7 +224,13 @@ def off(
         str | None, typer.Option("--heads", help="Query heads, for example '0 3' or 0:4.", metavar="NUMBERS")
     ] = None,
     neurons: Annotated[
-        str | None, typer.Option("--neurons", help="Neurons of the MLP, for example 0:100.", metavar="NUMBERS")
+        str | None,
+        typer.Option(
+            "--neurons",
+            help="Neurons of the MLP, for example 0:100 or 'top 50 suppression' (by kind: prediction, suppression, "
+            "partition).",
+            metavar="NUMBERS|KIND",
+        ),
     ] = None,
 ) -> Plan:
     """Turn attention heads or neurons of blocks off: their output is zero."""

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from .surgery.operate import operate, operate_
     from .surgery.save import save
     from .sweeps.compare import Comparison
+    from .sweeps.neuron_scores import resolve_neurons
     from .sweeps.results import summary_sentence
 
 __all__ = [
@@ -120,6 +121,7 @@ __all__ = [
     "replace",
     "report",
     "reproduce",
+    "resolve_neurons",
     "reverse",
     "save",
     "scale",
@@ -150,6 +152,7 @@ _LAZY = {
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "estimate": "runs.estimate",
     "fold": "surgery.fold_norms",
+    "resolve_neurons": "sweeps.neuron_scores",
     "heal_linear": "analyses.heal_linear",
     "inspect": "checkpoints.inspection",
     "load": "checkpoints.loading",

@@ -22,6 +22,7 @@ from layersurgery.checkpoints.edit_checkpoint import (
 from layersurgery.checkpoints.prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from layersurgery.checkpoints.sources import Source, find_gguf, find_source, needs_conversion
 from layersurgery.errors import PlanError
+from layersurgery.library_logs import quiet_libraries
 from layersurgery.plans.block_sources import taken_blocks
 from layersurgery.plans.plan import Plan
 from layersurgery.units import format_bytes
@@ -130,6 +131,7 @@ def write_edits(
     else:  # the Hub client shows its own progress bars
         source = find_source(model, revision=options.revision)
     outputs = {name: _output_path(name, options) or default_output(source, plan) for name, plan in plans.items()}
+    plans = _resolved(plans, model, options, console)
     for out in outputs.values():
         check_output(out, source.directory, overwrite=options.overwrite)
     checkpoint = read_checkpoint(source, blocks=options.blocks)
@@ -177,6 +179,20 @@ def write_edits(
             "all files were copied"
         )
     return results, source
+
+
+def _resolved(
+    plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console
+) -> Mapping[str | None, Plan]:
+    """Return plans with the numbers of the neurons that they name by kind; only then is the model loaded."""
+    if not any(plan.needs_weights for plan in plans.values()):
+        return plans
+    from layersurgery.checkpoints.loading import load
+    from layersurgery.sweeps.neuron_scores import resolve_neurons
+
+    with console.status(f"Scoring the neurons of {model}"), quiet_libraries():
+        loaded = load(model, revision=options.revision).model
+        return {name: resolve_neurons(plan, loaded, blocks=options.blocks) for name, plan in plans.items()}
 
 
 def _output_path(name: str | None, options: EditOptions) -> Path | None:

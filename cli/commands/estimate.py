@@ -42,7 +42,7 @@ def show_estimate(
     info = read_model_info(model, options.revision, console, trust_remote_code=options.trust_remote_code)
     source = info.source
     wanted = edits(info.depth) if callable(edits) else edits
-    edited_models = variants(wanted, info.depth, **bounds, heads=info.count_heads)
+    edited_models = variants(wanted, info.depth, **bounds, heads=info.count_heads, neurons=info.pick_neurons)
     result, placement = estimate_run(model, info, edited_models, options, console, given, beside)
     if at_most:
         result = dataclasses.replace(result, seconds=None)  # no lower bound if fewer edits are measured

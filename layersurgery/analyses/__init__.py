@@ -7,6 +7,7 @@
 (30, 3)
 """
 
+from ..sweeps.neuron_scores import neuron_scores
 from . import inference_stages, layer_signals, prediction_neurons, stream_signals
 from .analyze import on_any_text
 from .inference_stages import describe_stages
@@ -14,7 +15,6 @@ from .layer_pruning import Pruning
 from .layer_ranking import spans
 from .layer_signals import measure
 from .neuron_probes import Probe, probe
-from .prediction_neurons import neuron_scores
 from .prune_run import prune
 from .rank_run import rank
 from .search_run import Search, search

@@ -14,9 +14,10 @@ from ..metrics.aggregation import Array
 from ..metrics.reference import METRICS
 from ..models.anatomy import anatomy as find_anatomy
 from ..runtime.inputs import as_tokens
+from ..sweeps.neuron_scores import OnLayer
 from ..sweeps.quantities import ATTENTION, NORMS, SIGNALS
 from ..sweeps.results import with_layer_kinds
-from .prediction_neurons import OnLayer, neurons
+from .prediction_neurons import neurons
 from .signal_tables import DROP, LENS, SignalTables, measure_tables
 from .stage_boundaries import Boundary, Signals, as_records, boundaries, stage_of
 

@@ -15,7 +15,7 @@ import torch
 from ..errors import UnsupportedEditError
 from ..runtime.block_runner import BlockRunner
 from ..runtime.neuron_activations import Projection
-from .prediction_neurons import PREDICTION, SUPPRESSION, output_rows, unembedding
+from ..sweeps.neuron_scores import PREDICTION, SUPPRESSION, output_rows, unembedding
 from .token_classes import TokenClass
 
 RANDOM = "random"

@@ -17,6 +17,7 @@ from ..runs.reporter import Reporter
 from ..runs.run_directory import ANALYSIS, Run
 from ..runs.single_step import TablesAndFacts, run_once
 from ..sweeps.measurer import Measurer
+from ..sweeps.neuron_scores import neuron_scores
 from ..sweeps.race import Race
 from ..tasks.task_costs import TaskCosts, task_costs
 from ..units import format_count
@@ -32,7 +33,7 @@ from .layer_ranking import (
 )
 from .outcomes import AnalysisOutput, TableOutput
 from .part_costs import PARTS, parts_table
-from .prediction_neurons import neuron_scores, neurons_per_block
+from .prediction_neurons import neurons_per_block
 from .removable_parts import BLOCKS, Part, check_kind, parts_of
 from .signal_tables import SignalTables, make_measurer
 from .task_criterion import harness_of

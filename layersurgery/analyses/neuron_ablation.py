@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from ..errors import MeasurementError, PlanError, UnsupportedEditError
@@ -22,8 +21,8 @@ from ..plans.plan import Plan
 from ..plans.variants import Variant
 from ..registry import NEURON_KINDS
 from ..sweeps.measurer import Measurer
+from ..sweeps.neuron_scores import neuron_scores, pick_neurons
 from .measurements import TableMeasurement
-from .prediction_neurons import neuron_scores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,27 +134,18 @@ def ablation_variants(scores: pd.DataFrame, depth: int, draws: int, seed: int) -
         seed: seed of the draws; a draw depends on the kind, the block and its number alone.
 
     Raises:
-        MeasurementError: no block has a neuron of any kind, or neurons are those of experts.
+        MeasurementError: no block has a neuron of any kind.
+        PlanError: the neurons are those of experts.
     """
-    if scores.expert.notna().any():
-        raise MeasurementError(
-            "the neurons of experts cannot be turned off one by one; this analysis needs a model without experts"
-        )
     variants: list[Variant] = []
     groups: list[Group] = []
-    for number, kind in enumerate(NEURON_KINDS):
-        is_kind = scores.partition if kind == "partition" else scores.kind == kind
-        others = scores[(scores.kind == "") & ~scores.partition.astype(bool)]
+    for kind in NEURON_KINDS:
         chosen: list[dict[int, tuple[int, ...]]] = [{} for _ in range(draws + 1)]  # those of the kind, then the draws
-        for layer, rows in scores[is_kind].groupby("layer"):
-            neurons = tuple(sorted(rows.neuron.astype(int)))
-            candidates = others.neuron[others.layer == layer].to_numpy(int)
-            if len(candidates) < len(neurons):
-                continue
-            chosen[0][int(layer)] = neurons
-            for draw in range(draws):
-                random = np.random.default_rng([seed, number, int(layer), draw])
-                chosen[draw + 1][int(layer)] = tuple(sorted(random.choice(candidates, len(neurons), replace=False)))
+        for layer in sorted(set(scores.layer.astype(int))):
+            picked = [pick_neurons(scores, layer, kind, seed=seed, draw=draw) for draw in (None, *range(draws))]
+            if all(picked):
+                for neurons_of, neurons in zip(chosen, picked, strict=True):
+                    neurons_of[layer] = neurons
         places: list[int | None] = [*chosen[0], *([None] if len(chosen[0]) > 1 else [])]
         for place in places:
             rows_of_group = []

@@ -18,9 +18,9 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..runs.first_token import bos_token_id, uses_bos
 from ..runtime.block_runner import BlockRunner
 from ..runtime.neuron_activations import projections
+from ..sweeps.neuron_scores import PREDICTION, SUPPRESSION, OnLayer, neuron_scores
 from .logistic_probe import ProbeData, interval, is_chance
 from .logit_effects import RANDOM, select_neurons
-from .prediction_neurons import PREDICTION, SUPPRESSION, OnLayer, neuron_scores
 from .token_classes import BalancedWindows, TokenClass, find_balanced_windows, token_class
 from .window_activations import record_windows
 from .windows import OnWindows, prepend_token

@@ -20,10 +20,11 @@ from ..registry import ANALYSES
 from ..runs.per_token import PARTS
 from ..runs.tables import SEQUENCES, write_tables
 from ..sweeps.measurer import Measurer
+from ..sweeps.neuron_scores import neuron_scores
 from ..sweeps.results import sequence_table as by_model
 from ..sweeps.row_progress import StopRule
 from .inference_stages import stage_table
-from .prediction_neurons import neuron_scores, neurons_per_block
+from .prediction_neurons import neurons_per_block
 from .signal_tables import SignalTables
 
 NEURONS, SCORES, STAGES, BOUNDARIES = "neurons", "neuron_scores", "stages", "boundaries"

@@ -29,8 +29,8 @@ from ..runs.single_step import TablesAndFacts, run_once
 from ..runs.text_request import DEFAULT_SPLIT
 from ..runtime.block_runner import BlockRunner
 from ..runtime.inputs import model_inputs
+from ..sweeps.neuron_scores import OnLayer
 from .logistic_probe import ProbeData
-from .prediction_neurons import OnLayer
 from .windows import OnWindows
 from .word_pairs import EncodedPairs, WordPair, encode_pairs, read_pairs
 

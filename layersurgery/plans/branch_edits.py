@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +12,9 @@ from ..registry import NEURON_KINDS
 from .edits import Edit, changed, check_ending, ending, join, parse_refs, positions, resolve_all, split_ending
 from .route import Ref, Route
 from .visit import Branch, Visit, branch_factor, factor_text, parse_units, unit_numbers, units_text
+
+PickNeurons = Callable[[int, str, int | None, bool], tuple[int, ...]]
+"""Returns neurons of a block, given their kind, how many (None for all), and whether random ones in their place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +132,8 @@ class UnitsOff(Edit):
         units, of, blocks = text.partition(" of ")
         if not of:
             raise PlanError("expected numbers, 'of' and blocks")
-        if verb == "neurons-off" and (kind := next((word for word in units.split() if word in NEURON_KINDS), None)):
-            raise PlanError(
-                f"{kind} neurons are known by their weights, and a plan has numbers only; `layersurgery analyze "
-                "neurons` lists them in neuron_scores (columns kind, partition and neuron)"
-            )
+        if verb == "neurons-off" and units.split()[-1] in NEURON_KINDS:
+            return NeuronsOfKind.read(units, blocks)
         return cls("attention" if verb == "heads-off" else "mlp", parse_units(units), parse_refs(blocks))
 
     @property
@@ -159,6 +160,71 @@ class UnitsOff(Edit):
 
     def __str__(self) -> str:
         return f"{self._name}-off {units_text(self.units, ' ')} of {join(self.blocks)}"
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronsOfKind(Edit):
+    """Turn neurons of a kind off, which the weights of a model tell: all, or the `count` most distinct ones.
+
+    `Plan.resolved` replaces it by the numbers of the neurons. With `random`, as many random neurons of no kind are off.
+    """
+
+    kind: str
+    count: int | None
+    random: bool
+    blocks: tuple[Ref, ...]
+
+    @classmethod
+    def read(cls, words: str, blocks: str) -> NeuronsOfKind:
+        """Read "suppression", "top 50 suppression" or "random suppression", and blocks.
+
+        Raises:
+            PlanError: the words are others.
+        """
+        match = re.fullmatch(r"(?:(random)\s+)?(?:top\s+([1-9]\d{0,8})\s+)?(\w+)", words.strip())
+        if match is None:
+            raise PlanError(
+                f"cannot read {words.strip()!r}: write 'suppression', 'top 50 suppression' or 'random suppression'"
+            )
+        count = None if match[2] is None else int(match[2])
+        return cls(match[3], count, match[1] is not None, parse_refs(blocks))
+
+    @classmethod
+    def _parse(cls, _verb: str, text: str, /) -> Edit:
+        words, _, blocks = text.partition(" of ")
+        return cls.read(words, blocks)
+
+    @property
+    def _first(self) -> Ref:
+        return self.blocks[0]
+
+    def resolved(self, depth: int, pick: PickNeurons) -> list[Edit]:
+        """Return the edits with the numbers of the neurons, one for each block that has any.
+
+        Args:
+            depth: number of blocks of the model.
+            pick: returns the neurons.
+
+        Raises:
+            PlanError: no block has a neuron of the kind.
+        """
+        found: list[Edit] = []
+        for block in sorted(resolve_all(self.blocks, depth)):
+            if neurons := pick(block, self.kind, self.count, self.random):
+                found.append(UnitsOff("mlp", neurons, (block,)))
+        if not found:
+            raise PlanError(f"'{self}': {'none of these blocks has' if len(self.blocks) > 1 else 'no'} such neuron")
+        return found
+
+    def _edited(self, _route: Route, _depth: int) -> Iterable[Visit]:
+        raise PlanError(
+            f"'{self}' names neurons by their weights, so it needs the model: sweep, compare and the command off look "
+            "them up; elsewhere, use the plan that resolve_neurons(plan, model) returns"
+        )
+
+    def __str__(self) -> str:
+        top = "" if self.count is None else f"top {self.count} "
+        return f"neurons-off {'random ' * self.random}{top}{self.kind} of {join(self.blocks)}"
 
 
 def _refuse_skipped(route: Route, block: int, branches: Iterable[Branch], edit: Edit) -> None:

@@ -19,8 +19,9 @@ from functools import partial
 from itertools import chain, permutations
 
 from ..errors import PlanError, UnsupportedEditError
+from ..registry import NEURON_KINDS
 from .block_edits import Drop, Parallel, Reorder, Repeat, Replace, Reverse, Swap, Take
-from .branch_edits import Scale, Skip, UnitsOff
+from .branch_edits import PickNeurons, Scale, Skip, UnitsOff
 from .edits import Edit, parse_edit
 from .route import Ref, RouteItem, Span
 from .visit import Branch, factor_text
@@ -44,6 +45,7 @@ class Bounds:
         source: the name of the source that follows the family's name; empty if none does.
         heads: returns the number of attention heads of a block, or raises `UnsupportedEditError` if they cannot be
             turned off; None if there is no model to ask.
+        neurons: returns the neurons of a block by kind; None if there is no model to ask.
     """
 
     blocks: range
@@ -53,6 +55,7 @@ class Bounds:
     factor: float = 1
     source: str = ""
     heads: CountHeads | None = None
+    neurons: PickNeurons | None = None
 
     def spans(self) -> Iterator[Cell]:
         """Yield the first block and the end of every span, in the order of the first blocks, short ones first."""
@@ -256,6 +259,16 @@ def _heads(bounds: Bounds) -> Iterator[Member]:
         yield from (Member(UnitsOff("attention", (head,), (block,)), cell=(block, head)) for head in range(count))
 
 
+def _neurons_of_kind(kind: str, random: bool, bounds: Bounds) -> Iterator[Member]:
+    if bounds.neurons is None:
+        raise PlanError(
+            f"{kind} neurons are known by their weights, so this family needs a model; use it where one is measured"
+        )
+    for block in bounds.blocks:
+        if neurons := bounds.neurons(block, kind, None, random):
+            yield Member(UnitsOff("mlp", neurons, (block,)))
+
+
 def _drop_span(bounds: Bounds) -> Iterator[Member]:
     for start in bounds.blocks[: max(0, len(bounds.blocks) - bounds.number + 1)]:
         yield Member(Drop((Span(start, start + bounds.number),)))
@@ -395,6 +408,15 @@ FAMILIES = {
         Family(
             "heads", "turn every head of every block's attention off", "turn an attention head off", "head off", _heads,
             per_layer=False, axes=("block", "head"), of_blocks=False,
+        ),
+        *(
+            Family(
+                f"{'random-' * random}{kind}-neurons",
+                f"turn {'as many random neurons as' if random else 'all'} {kind} neurons of every block off",
+                f"turn {'as many random neurons' if random else f'{kind} neurons'} off",
+                f"{'random for ' * random}{kind}", partial(_neurons_of_kind, kind, random), width=1,
+            )
+            for kind in NEURON_KINDS for random in (False, True)
         ),
         Family(
             "drop-span", "drop every N adjacent blocks; written drop-span:N", "drop adjacent blocks", "drop a span",

@@ -21,7 +21,7 @@ from typing import Any, SupportsIndex
 
 from ..errors import PlanError
 from .block_edits import Drop, InsertCopy, Move, Parallel, Reorder, Repeat, Replace, Reverse, Swap, Take
-from .branch_edits import Scale, Skip, UnitsOff
+from .branch_edits import NeuronsOfKind, PickNeurons, Scale, Skip, UnitsOff
 from .edits import Edit, parse_edit
 from .html import plan_html
 from .route import Ref, Route, RouteItem, Span, parse_items
@@ -77,6 +77,26 @@ class Plan:
         if not route.canonical:
             raise PlanError(f"'{self}' removes all {depth} blocks; keep at least one")
         return route.checked(depth)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Return whether it names neurons by kind, which only the weights of a model tell."""
+        return any(isinstance(edit, NeuronsOfKind) for edit in self.edits)
+
+    def resolved(self, depth: int, pick: PickNeurons) -> Plan:
+        """Return the plan with the numbers of the neurons that it names by kind.
+
+        Args:
+            depth: number of blocks of the model.
+            pick: returns the neurons of a block.
+
+        Raises:
+            PlanError: no block has such a neuron.
+        """
+        edits: list[Edit] = []
+        for edit in self.edits:
+            edits += edit.resolved(depth, pick) if isinstance(edit, NeuronsOfKind) else [edit]
+        return Plan(tuple(edits))
 
     @property
     def slug(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
+from .branch_edits import PickNeurons
 from .edits import Edit, nearest_word
 from .families import FAMILIES, Bounds, Cell, CountHeads
 from .plan import Blocks, Plan, adjacent_blocks, reorder
@@ -69,7 +70,12 @@ def unedited(depth: int) -> Variant:
 
 
 def family(
-    name: str, depth: int, layers: Layers = None, max_span: int | None = None, heads: CountHeads | None = None
+    name: str,
+    depth: int,
+    layers: Layers = None,
+    max_span: int | None = None,
+    heads: CountHeads | None = None,
+    neurons: PickNeurons | None = None,
 ) -> list[Variant]:
     """Make all edits of one family that keep at least one of `depth` blocks, in the order of their first block.
 
@@ -79,6 +85,7 @@ def family(
         layers: only edits that touch no blocks except these, as a range or as text ("4:20").
         max_span: only spans of at most so many blocks, and only pairs of blocks at most so far apart.
         heads: returns the number of attention heads of a block; see `Bounds.heads`.
+        neurons: returns neurons of a block by kind; see `Bounds.neurons`.
 
     Raises:
         PlanError: an unknown family (names the nearest known one), a span that is too long, or layers out of range.
@@ -91,7 +98,7 @@ def family(
         raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
     if max_span is not None and (max_span := whole_number(max_span, "max_span")) < 1:
         raise PlanError(f"max_span is a number of blocks, at least 1, not {max_span}")
-    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor, source, heads)
+    bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor, source, heads, neurons)
     return [
         Variant.from_plan(kind, Plan((member.edit,)), depth, member.layer, member.cell)
         for member in FAMILIES[kind].members(bounds)
@@ -147,6 +154,7 @@ def variants(
     layers: Layers = None,
     max_span: int | None = None,
     heads: CountHeads | None = None,
+    neurons: PickNeurons | None = None,
 ) -> list[Variant]:
     """Make the variants to measure from any accepted form of edits.
 
@@ -158,12 +166,13 @@ def variants(
         max_span: for families of spans and pairs, only spans of at most so many blocks, and only pairs of blocks at
             most so far apart.
         heads: for the family of heads, returns the number of attention heads of a block; see `families.Bounds.heads`.
+        neurons: for neurons by kind, in families and in plans: returns neurons of a block.
 
     Raises:
         PlanError: an edit cannot be read, or there is nothing to measure.
     """
     chosen = layer_range(layers, depth)
-    unique = list(dict.fromkeys(_variants(edits, depth, chosen, max_span, heads)))
+    unique = list(dict.fromkeys(_variants(edits, depth, chosen, max_span, heads, neurons)))
     if not unique:
         where = "" if chosen is None else f" with layers {chosen.start}:{chosen.stop}"
         where += "" if max_span is None else f" and spans of at most {max_span}"
@@ -180,37 +189,48 @@ def variants(
 
 
 def _variants(
-    edits: Edits, depth: int, layers: range | None, max_span: int | None, heads: CountHeads | None
+    edits: Edits,
+    depth: int,
+    layers: range | None,
+    max_span: int | None,
+    heads: CountHeads | None,
+    neurons: PickNeurons | None,
 ) -> Iterator[Variant]:
     match edits:
         case str() if not edits.strip():
             raise PlanError(f"no edit is named; name families ({', '.join(list(FAMILIES)[:3])}, ...) or a plan")
         case str() if is_family(edits):
             for name in edits.split(","):
-                yield from family(name.strip(), depth, layers, max_span, heads)
+                yield from family(name.strip(), depth, layers, max_span, heads, neurons)
         case str():
             try:
-                yield Variant.from_plan("plan", Plan.parse(edits), depth)
+                yield _of_plan(Plan.parse(edits), depth, neurons)
             except PlanError as error:
                 if re.fullmatch(r"[\w:.-]+(\s*,\s*[\w:.-]*)*", edits.strip()):  # looks like families
                     for name in edits.split(","):
                         _parse_family(name.strip())
                 raise error
         case Edit():
-            yield Variant.from_plan("plan", Plan((edits,)), depth)
+            yield _of_plan(Plan((edits,)), depth, neurons)
         case Plan():
-            yield Variant.from_plan("plan", edits, depth)
+            yield _of_plan(edits, depth, neurons)
         case Route():
             yield _of_route(edits, depth)
         case Mapping():
             for name, plan in edits.items():
-                for variant in _variants(plan, depth, layers, max_span, heads):
+                for variant in _variants(plan, depth, layers, max_span, heads, neurons):
                     yield replace(variant, name=str(name))
         case Iterable() if not isinstance(edits, bytes):
             for item in edits:
-                yield from _variants(item, depth, layers, max_span, heads)
+                yield from _variants(item, depth, layers, max_span, heads, neurons)
         case _:
             raise PlanError(f"expected families ('swap,drop'), plans or routes, not {edits!r}")
+
+
+def _of_plan(plan: Plan, depth: int, neurons: PickNeurons | None) -> Variant:
+    if neurons is None or not plan.needs_weights:
+        return Variant.from_plan("plan", plan, depth)
+    return replace(Variant.from_plan("plan", plan.resolved(depth, neurons), depth), name=str(plan))
 
 
 def _of_route(route: Route, depth: int) -> Variant:

@@ -11,7 +11,9 @@ from torch import nn
 
 from ..library_logs import quiet_libraries
 from ..plans.edits import VERBS
+from ..plans.plan import Plan
 from ..sweeps.compare import Comparison, compare_tokens
+from ..sweeps.neuron_scores import resolve_neurons
 from .distributed import SingleProcess
 from .open_text import open_text
 from .options import NOT_FOR_COMPARE, RunOptions
@@ -60,7 +62,7 @@ def compare(
     run_options, given = read_given_text(text, run_options, attention_mask)
     with ExitStack() as exit_stack:
         session, first, tokens = exit_stack.enter_context(open_text(model, given, run_options))
-        second: Any = other
+        second: Any = other if isinstance(other, nn.Module) or _is_model_name(other) else _resolved(other, first)
         if _is_model_name(other) or isinstance(other, nn.Module):
             run_options.refuse(["sources"], "is for an edit of the first model, and the second is a model of its own")
         if _is_model_name(other):
@@ -81,6 +83,12 @@ def compare(
             sources=run_options.sources,
             tails=run_options.tails,
         )
+
+
+def _resolved(edit: Any, model: nn.Module) -> Any:
+    """Return an edit with the numbers of neurons that its plan names by kind."""
+    plan = Plan.parse(edit) if isinstance(edit, str) else edit
+    return resolve_neurons(plan, model) if isinstance(plan, Plan) and plan.needs_weights else edit
 
 
 def _is_model_name(other: Any) -> bool:

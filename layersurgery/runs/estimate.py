@@ -72,7 +72,7 @@ def estimate(
     run_options, reporter = RunOptions.of(options), Reporter()
     run_options, given, beside = place_tasks(task_request(tasks, limit, shots, task_path), run_options, None)
     info = read_model_info(model, run_options.revision, reporter, trust_remote_code=run_options.trust_remote_code)
-    edited_models = variants(edits, info.depth, layers, max_span, info.count_heads)
+    edited_models = variants(edits, info.depth, layers, max_span, info.count_heads, info.pick_neurons)
     return estimate_run(model, info, edited_models, run_options, reporter, given, beside)[0]
 
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import PlanError
 from ..models.model_weights import count_heads
 from ..models.quantized import quantized_numbers
+from ..plans.branch_edits import PickNeurons
 from ..plans.families import CountHeads
+from ..sweeps.neuron_scores import neuron_picker
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
@@ -112,6 +114,7 @@ class ModelSession:
         self.model = SessionModel(model, options, reporter, group, exit_stack)
         self._said: set[str] = set()
         self._heads: CountHeads | None = None
+        self._neurons: PickNeurons | None = None
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
         self.texts = self._read(given)
@@ -195,6 +198,19 @@ class ModelSession:
             self.check()
             self._heads = count_heads(self.model.load(), blocks=self.options.blocks)
         return self._heads(block)
+
+    def pick_neurons(self, block: int, kind: str, count: int | None, random: bool) -> tuple[int, ...]:
+        """Return neurons of a block by kind, see `pick_neurons`; load the model if it is not loaded.
+
+        Raises:
+            PlanError: the neurons are those of experts.
+            UnsupportedEditError: no output weights of neurons are found.
+        """
+        if self._neurons is None:
+            self.check()
+            options = self.options
+            self._neurons = neuron_picker(self.model.load(), blocks=options.blocks, seed=options.seed)
+        return self._neurons(block, kind, count, random)
 
     def check(self) -> None:
         """Refuse a text or a device that cannot be had, before anything is read or loaded."""

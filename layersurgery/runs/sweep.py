@@ -150,7 +150,7 @@ def run_sweep(
         tasks: tasks to measure after the text.
         overwrite: replace what another run has left in the directory.
     """
-    edited_models = variants(edits, session.model.depth, layers, max_span, session.count_heads)
+    edited_models = variants(edits, session.model.depth, layers, max_span, session.count_heads, session.pick_neurons)
     session.check()
     taken_blocks([variant.route for variant in edited_models], check_sources(session.options.sources))
     given_means(session.options, edited_models, has_tasks=tasks is not None or session.texts.has_tasks)
@@ -281,7 +281,9 @@ def sweep(
     if directory is None:
         run_options.refuse(["per_token"], "writes a file, so it needs directory")
         with open_text(model, given, run_options) as (session, loaded, tokens):
-            edited_models = variants(edits, session.model.depth, layers, max_span, session.count_heads)
+            edited_models = variants(
+                edits, session.model.depth, layers, max_span, session.count_heads, session.pick_neurons
+            )
             has_tasks = beside is not None or session.texts.has_tasks
             means = given_means(run_options, edited_models, has_tasks=has_tasks)
             if means is None and adds_means(edited_models):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import layersurgery as ls
-from layersurgery.analyses import prediction_neurons
 from layersurgery.analyses.head_ablation import describe_heads
 from layersurgery.analyses.neuron_ablation import ablation_variants, most_edits
-from layersurgery.analyses.prediction_neurons import neuron_scores
 from layersurgery.metrics.reference import METRICS, measure
 from layersurgery.plans.variants import variants
+from layersurgery.sweeps import neuron_scores as scoring
+from layersurgery.sweeps.neuron_scores import neuron_scores
 from tests.support.reference import logits_of
 from tests.support.zoo import tiny_model, tokens
 
@@ -99,6 +99,7 @@ def test_an_estimate_without_a_number_of_heads_is_refused(tmp_path: Path) -> Non
 def test_kinds_of_neurons_in_every_block_are_the_most_edits() -> None:
     kind = ["prediction", "suppression"] + [""] * 8
     of_block = {"neuron": range(10), "kind": kind, "partition": [False] * 9 + [True], "expert": None}
+    of_block |= {"kurtosis": range(10), "variance": range(10)}
     scores = pd.concat([pd.DataFrame({"layer": block} | of_block) for block in range(6)], ignore_index=True)
     most = most_edits(6, draws=2)
     assert len(most) == len(ablation_variants(scores, 6, draws=2, seed=0)[0])
@@ -107,8 +108,8 @@ def test_kinds_of_neurons_in_every_block_are_the_most_edits() -> None:
 
 def test_kinds_of_neurons_are_compared_with_random_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In few dimensions, cosines are large and their kurtosis is low.
-    monkeypatch.setattr(prediction_neurons, "VARIANCE", 1.0)
-    monkeypatch.setattr(prediction_neurons, "KURTOSIS", 5.0)
+    monkeypatch.setattr(scoring, "VARIANCE", 1.0)
+    monkeypatch.setattr(scoring, "KURTOSIS", 5.0)
     model, ids = tiny_model("llama"), tokens(3, 10)
     planted = model.lm_head.weight.data
     for block, token, sign in ((1, 5, 1), (4, 6, -1), (4, 7, -1)):  # one token is raised, or lowered, strongly
@@ -135,11 +136,44 @@ def test_kinds_of_neurons_are_compared_with_random_ones(tmp_path: Path, monkeypa
         ls.analyze("ablate-neurons", model, ids, directory=tmp_path / "none", draws=0)
 
 
+def test_plans_and_families_name_neurons_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "KURTOSIS", 2.9)
+    monkeypatch.setattr(scoring, "VARIANCE", 0.035)
+    model, ids = tiny_model("llama"), tokens(2, 10)
+    scores = neuron_scores(model)
+    of_block = scores[(scores.layer == 3) & (scores.kind == "suppression")].sort_values("kurtosis", ascending=False)
+    assert len(of_block) > 2
+    top = ls.resolve_neurons("drop 0; neurons-off top 2 suppression of 3", model)
+    assert top == ls.drop(0) + ls.neurons_off(3, of_block.neuron.astype(int)[:2].tolist())
+    with ls.operate(model, top):
+        meant = logits_of(model, ids)
+    comparison = ls.compare(model, "drop 0; neurons-off top 2 suppression of 3", ids)
+    frame = ls.sweep(model, [str(top), "drop 0; neurons-off top 2 suppression of 3"], ids)
+    assert frame.kl_nats.iloc[1] == frame.kl_nats.iloc[2] == pytest.approx(comparison.kl_nats, abs=1e-6)
+    assert frame.name.iloc[2] == "drop 0; neurons-off top 2 suppression of 3"
+    assert not torch.equal(meant, logits_of(model, ids))
+    with pytest.raises(ls.PlanError, match="resolve_neurons"), ls.operate(model, "neurons-off suppression of 3"):
+        pytest.fail("operated")
+
+    families = ls.sweep(model, "suppression-neurons,random-suppression-neurons", ids)
+    assert families.edit.tolist()[1:] == sorted(families.edit.tolist()[1:], key=lambda name: name.startswith("random"))
+    for row in families.iloc[1:].to_dict("records"):
+        kind = scores[scores.layer == row["layer"]].set_index("neuron").kind
+        (visit,) = (visit for visit in ls.Route.parse(row["route"]) if not visit.whole)
+        expected = "" if row["edit"].startswith("random") else "suppression"
+        assert set(kind[list(visit.neurons_off)]) == {expected}
+        assert len(visit.neurons_off) == (kind == "suppression").sum()
+    model.save_pretrained(tmp_path / "model")
+    cost = ls.estimate(str(tmp_path / "model"), "suppression-neurons", data="pydoc", tokens=64, context=16)
+    assert cost.readouts == 7
+
+
 def test_random_neurons_are_of_no_kind_and_as_many() -> None:
     kind = np.array(["suppression"] * 3 + ["prediction"] + [""] * 16)
     scores = pd.DataFrame(
-        {"layer": 2, "neuron": range(20), "kind": kind, "partition": [False] * 19 + [True], "expert": None}
-    )
+        {"layer": 2, "neuron": range(20), "kind": kind, "partition": [False] * 19 + [True], "expert": None,
+         "kurtosis": range(20), "variance": range(20)}
+    )  # fmt: skip
     variants, groups = ablation_variants(scores, 6, draws=3, seed=0)
     of_kind = {group.kind: group for group in groups}
     assert [group.neurons for group in of_kind.values()] == [1, 3, 1]
@@ -151,14 +185,14 @@ def test_random_neurons_are_of_no_kind_and_as_many() -> None:
 
 
 def test_models_whose_neurons_cannot_be_turned_off(tmp_path: Path) -> None:
-    with pytest.raises(ls.MeasurementError, match="neurons of experts"):
+    with pytest.raises(ls.PlanError, match="are those of experts"):
         ls.analyze("ablate-neurons", tiny_model("mixtral"), tokens(), directory=tmp_path / "out")
 
 
 def test_neurons_that_cannot_be_turned_off_in_one_block_shift_no_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction_neurons, "VARIANCE", 0.035)
+    monkeypatch.setattr(scoring, "VARIANCE", 0.035)
     model = tiny_model("llama")
     mlp = model.model.layers[1].mlp
 

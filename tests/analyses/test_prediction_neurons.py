@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import layersurgery as ls
-from layersurgery.analyses import prediction_neurons
 from layersurgery.metrics import cosine_moments as kernel
 from layersurgery.metrics.cosine_moments import moments, unit_rows
 from layersurgery.models.weight_conventions import input_dim, output_dim
+from layersurgery.sweeps import neuron_scores as scoring
 from tests.support.dense import LAYER_NORM, blocks_of
 from tests.support.zoo import DEPTH, tiny_model
 
@@ -122,7 +122,7 @@ def test_moments_of_any_shape_and_tiling(seed: int, neurons: int, words: int, wi
 def test_the_unembedding_may_be_read_in_any_number_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(name)
     meant = ls.analyses.neuron_scores(model)
-    monkeypatch.setattr(prediction_neurons, "_ROWS", 7)
+    monkeypatch.setattr(scoring, "_ROWS", 7)
     pd.testing.assert_frame_equal(ls.analyses.neuron_scores(model), meant, rtol=1e-5)
 
 

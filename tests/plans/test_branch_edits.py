@@ -74,7 +74,9 @@ def test_equal_visits_are_equal() -> None:
         ("scale 2 1", "would change nothing"),
         ("skip-mlp 2; scale-mlp 2 0.5", "the mlp of block 2 is skipped"),
         ("skip-attention 2; heads-off 0 of 2", "the attention of block 2 is skipped"),
-        ("neurons-off top 50 suppression of 2", "suppression neurons are known by their weights.*analyze neurons"),
+        ("neurons-off top 50 suppression of 2", "names neurons by their weights, so it needs the model"),
+        ("neurons-off top 0 suppression of 2", "cannot read 'top 0 suppression'"),
+        ("neurons-off 3 suppression of 2", "cannot read '3 suppression'"),
         ("heads-off 0 1", "expected numbers, 'of' and blocks"),
         ("heads-off x of 2", "cannot read 'x'"),
         ("heads-off -1 of 2", "cannot read '-1'"),
@@ -125,3 +127,23 @@ def test_families_of_scaled_blocks() -> None:
     for name in ("scale", "scale:1", "scale:x"):
         with pytest.raises(ls.PlanError, match="takes a factor other than 1; write scale:0.5"):
             family(name, 3)
+
+
+@pytest.mark.parametrize("words", ["suppression", "top 5 prediction", "random partition", "random top 3 suppression"])
+def test_neurons_by_kind_are_replaced_by_their_numbers(words: str) -> None:
+    plan = Plan.parse(f"drop 0; neurons-off {words} of 1:4")
+    assert Plan.parse(str(plan)) == plan
+    asked = []
+
+    def pick(block: int, kind: str, count: int | None, random: bool) -> tuple[int, ...]:
+        asked.append((block, kind, count, random))
+        return (block, 7) if block != 2 else ()
+
+    assert str(plan.resolved(6, pick)) == "drop 0; neurons-off 1 7 of 1; neurons-off 3 7 of 3"
+    kind = words.split()[-1]
+    count = next((int(word) for word in words.split() if word.isdigit()), None)
+    assert asked == [(block, kind, count, words.startswith("random")) for block in (1, 2, 3)]
+    assert plan.needs_weights
+    assert not plan.resolved(6, pick).needs_weights
+    with pytest.raises(ls.PlanError, match="none of these blocks has such neuron|no such neuron"):
+        plan.resolved(6, lambda *_: ())

@@ -52,7 +52,7 @@ def test_layers_restrict_to_edits_that_touch_no_other_block() -> None:
     for kind in FAMILIES.values():
         if kind.name == "exit":  # it ends the model after these blocks
             continue
-        found = family(written(kind), 10, range(2, 7), heads=lambda _block: 2)
+        found = family(written(kind), 10, range(2, 7), heads=lambda _block: 2, neurons=lambda *_: (0, 1))
         assert found, kind.name
         for variant in found:
             blocks = variant.route.blocks
@@ -139,12 +139,13 @@ def test_copies_pass_through_each_block_by_itself() -> None:
 def test_a_family_says_how_it_is_written_and_drawn() -> None:
     assert [name for name, kind in FAMILIES.items() if kind.per_layer] == [
         "swap", "drop", "skip-attention", "skip-mlp", "replace-from", "drop-mean", "skip-attention-mean",
-        "skip-mlp-mean", "scale", "scale-attention", "scale-mlp", "parallel-pairs", "drop-span", "copy", "exit",
-        "reverse-middle", "shuffle", "centre",
+        "skip-mlp-mean", "scale", "scale-attention", "scale-mlp", "parallel-pairs", "prediction-neurons",
+        "random-prediction-neurons", "suppression-neurons", "random-suppression-neurons", "partition-neurons",
+        "random-partition-neurons", "drop-span", "copy", "exit", "reverse-middle", "shuffle", "centre",
     ]  # fmt: skip
     for name, kind in FAMILIES.items():
         assert kind.name == name
-        found = family(written(kind), 8, heads=lambda _block: 2)
+        found = family(written(kind), 8, heads=lambda _block: 2, neurons=lambda *_: (0, 1))
         texts = kind.written([variant.plan for variant in found], [variant.layer or 0 for variant in found], 8)
         assert texts == [written(kind)]
         if kind.width:
