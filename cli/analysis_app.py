@@ -278,6 +278,7 @@ def prune(
             "measure every layer on all text.",
         ),
     ] = True,
+    heal: o.Heal = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -308,7 +309,18 @@ def prune(
     from .commands.prune import run_prune
 
     run_prune(
-        model, run, asdict(goal), by, greedy, race, asdict(task), output, results, **asdict(checkpoint), console=console
+        model,
+        run,
+        asdict(goal),
+        by,
+        greedy,
+        race,
+        heal,
+        asdict(task),
+        output,
+        results,
+        **asdict(checkpoint),
+        console=console,
     )
 
 
@@ -372,6 +384,7 @@ def search(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Print how many routes and block calls the search takes, and exit.")
     ] = False,
+    heal: o.Heal = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -402,7 +415,7 @@ def search(
 
     goal = {"depth": depth, "remove": remove, "repeat": repeat, "beam": beam, "max_span": max_span, "keep": keep}
     run_search(
-        model, run, goal, by, race, asdict(task), estimate, output, results, **asdict(checkpoint), console=console
+        model, run, goal, by, race, heal, asdict(task), estimate, output, results, **asdict(checkpoint), console=console
     )
 
 

@@ -274,6 +274,15 @@ class CheckpointOptions:
     ] = False
 
 
+Heal = Annotated[
+    str | None,
+    typer.Option(
+        "--heal",
+        help="linear: fold a linear map, fitted on the same text, into the block before each cut (see heal-linear).",
+        metavar="linear",
+        show_default="not healed",
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -35,16 +35,15 @@ def run_heal_linear(
 ) -> None:
     """Fit the maps, print what they change, and write the healed checkpoint."""
     with quick_imports():
-        from layersurgery.analyses.heal_linear import heal_session
         from layersurgery.analyses.linear_healing import find_cuts
-        from layersurgery.analyses.plan_run import check_target
+        from layersurgery.analyses.plan_run import check_target, heal_session
         from layersurgery.runs.processes import run_session
 
     def lead(session: ModelSession) -> tuple[Path, LinearHealing]:
         find_cuts(plan.route(session.model.depth), session.model.depth)
         out = output or Path(f"{session.model.name}-{plan.slug}-healed")
         check_target(session, out, overwrite=overwrite)
-        return out, heal_session(session, plan, _progress(console))
+        return out, heal_session(session, plan, heal_progress(console))
 
     done = run_session(model, options, lead, reporter=console)
     if done is None:
@@ -54,10 +53,15 @@ def run_heal_linear(
     [result], source = write_edits({None: plan}, model, edit_options, console, healing.maps)
     value = {
         **as_json(result, source.label, source.revision),
-        "cuts": json.loads(healing.cuts.to_json(orient="records", double_precision=15)),
-        "costs": json.loads(healing.costs.to_json(orient="records", double_precision=15)),
+        **healing_values(healing),
     }
     console.result(value, *healing_lines(healing), *map(escape, describe_result(result)))
+
+
+def healing_values(healing: LinearHealing) -> dict[str, Any]:
+    """Return what was fitted and what it changes, for --json."""
+    tables = {"cuts": healing.cuts, "healing": healing.costs}
+    return {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
 
 
 def healing_lines(healing: LinearHealing) -> Iterator[Any]:
@@ -90,7 +94,8 @@ def _describe_cut(cut: Any) -> str:
     )
 
 
-def _progress(console: Console) -> Any:
+def heal_progress(console: Console) -> Any:
+    """Return a function that says each step of healing once."""
     said: set[str] = set()
 
     def progress(what: str, _done: int, _total: int) -> None:

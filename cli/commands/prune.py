@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from layersurgery.units import format_bytes, format_count
 
 from ..terminal.console import Console
 from .edit import EditOptions, as_json, describe_result, write_edits
+from .heal import heal_progress, healing_lines, healing_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +43,7 @@ def run_prune(
     by: str,
     greedy: bool,
     race: bool,
+    heal: str | None,
     task: dict[str, Any],
     output: Path | None,
     results: Path | None,
@@ -52,7 +55,7 @@ def run_prune(
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
     with quick_imports():
         from layersurgery.analyses.layer_pruning import check_criterion
-        from layersurgery.analyses.plan_run import check_target, results_directory
+        from layersurgery.analyses.plan_run import check_heal, check_target, heal_session, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
         from layersurgery.analyses.removal_goal import Goal
         from layersurgery.analyses.task_criterion import given_task
@@ -61,6 +64,7 @@ def run_prune(
     wanted = Goal.of(**goal)
     check_criterion(by, wanted, greedy=greedy)
     given = given_task(by, options=options, **task)
+    check_heal(heal, given)
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
         wanted.checked(session.model.depth)
@@ -69,6 +73,8 @@ def run_prune(
         check_target(session, out, overwrite=overwrite)
         directory = results or results_directory(out)
         pruning = run_in(session, directory, wanted, by=by, greedy=greedy, race=race, overwrite=overwrite)
+        if heal is not None:
+            pruning = replace(pruning, healing=heal_session(session, pruning.plan, heal_progress(console)))
         return out, directory, pruning
 
     done = run_session(model, options, lead, reporter=console, given=given)
@@ -76,7 +82,10 @@ def run_prune(
         return
     out, directory, pruning = done
     edit_options = EditOptions(out, overwrite, link, verify, options.revision, options.blocks)
-    [result], source = write_edits({None: pruning.plan}, model, edit_options, console)
+    healing = pruning.healing
+    [result], source = write_edits(
+        {None: pruning.plan}, model, edit_options, console, None if healing is None else healing.maps
+    )
     frame = pruning.costs
     before, after = (
         frame.iloc[0],
@@ -98,6 +107,9 @@ def run_prune(
     if after is not None:
         value["saved"] = {name: float(after[name]) for name in frame if "_saved" in name or name.endswith("_of_blocks")}
         lines += ["", _savings(after), *_about_savings(after)]
+    if healing is not None:
+        value |= healing_values(healing)
+        lines += ["", *healing_lines(healing)]
     lines += [
         escape(line)
         for line in (*describe_result(result), f"The measurements are in {directory}: {', '.join(figures)}")

@@ -18,6 +18,7 @@ from layersurgery.quick_imports import quick_imports
 
 from ..terminal.console import Console
 from .edit import EditOptions, as_json, describe_result, write_edits
+from .heal import heal_progress, healing_lines, healing_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,7 @@ def run_search(
     goal: dict[str, Any],
     by: str,
     race: bool,
+    heal: str | None,
     task: dict[str, Any],
     estimate: bool,
     output: Path | None,
@@ -53,6 +55,7 @@ def run_search(
         goal: the keyword arguments of `SearchSpace.of`.
         by: what to minimize.
         race: let the candidates of a level race.
+        heal: "linear" to heal the cuts; None not to.
         task: options of a task to search by.
         estimate: print the cost, and do nothing else.
         output: where to write the checkpoint; None for none.
@@ -63,7 +66,7 @@ def run_search(
         console: where to print.
     """
     with quick_imports():
-        from layersurgery.analyses.plan_run import check_target, results_directory
+        from layersurgery.analyses.plan_run import check_heal, check_target, heal_session, results_directory
         from layersurgery.analyses.route_search import SearchSpace
         from layersurgery.analyses.search_run import run_search as run_in
         from layersurgery.analyses.search_tables import check_score
@@ -72,8 +75,11 @@ def run_search(
 
     check_score(by)
     given = given_task(by, options=options, **task)
+    check_heal(heal, given)
     if output is None and (link or not verify):
         raise PlanError("--link and --no-verify are for the checkpoint; name its directory with --output")
+    if output is None and heal is not None:
+        raise PlanError("--heal changes the checkpoint; name its directory with --output")
     if estimate:
         _show_estimate(model, options, goal, console)
         return
@@ -88,7 +94,10 @@ def run_search(
             else results_directory(output)
         )
         directory = results or default
-        return directory, run_in(session, directory, space, by=by, race=race, overwrite=overwrite)
+        search = run_in(session, directory, space, by=by, race=race, overwrite=overwrite)
+        if heal is not None:
+            search = dataclasses.replace(search, healing=heal_session(session, search.plan, heal_progress(console)))
+        return directory, search
 
     done = run_session(model, options, lead, reporter=console, given=given)
     if done is None:
@@ -96,11 +105,19 @@ def run_search(
     directory, search = done
     value: dict[str, Any] = {"plan": str(search.plan), "route": str(search.route), "blocks": len(search.route)}
     written: list[str] = []
+    healed: list[Any] = []
     if output is not None:
         edit_options = EditOptions(output, overwrite, link, verify, options.revision, options.blocks)
-        [result], source = write_edits({None: search.plan}, model, edit_options, console)
+        healing = search.healing
+        [result], source = write_edits(
+            {None: search.plan}, model, edit_options, console, None if healing is None else healing.maps
+        )
         value, written = as_json(result, source.label, source.revision), describe_result(result)
-    console.result(*_shown(search, directory, value, written))
+        if healing is not None:
+            value |= healing_values(healing)
+            healed = ["", *healing_lines(healing)]
+    shown = _shown(search, directory, value, written)
+    console.result(*shown, *healed)
 
 
 def _shown(search: Search, directory: Path, value: dict[str, Any], written: Sequence[str]) -> list[Any]:

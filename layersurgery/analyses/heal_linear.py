@@ -6,21 +6,18 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..checkpoints.edit_checkpoint import edit_checkpoint
-from ..errors import MeasurementError, PlanError
+from ..errors import PlanError
 from ..plans.plan import Plan
 from ..runs.open_text import open_text
 from ..runs.options import SWEEP_ONLY, RunOptions
 from ..runs.requests import read_given_text
-from .linear_healing import LinearHealing, fit_linear_healing
-from .plan_run import check_target
-
-if TYPE_CHECKING:
-    from ..runs.session import ModelSession
+from .linear_healing import LinearHealing
+from .plan_run import check_target, heal_session
 
 
 def heal_linear(
@@ -97,27 +94,3 @@ def heal_linear(
         maps=healing.maps,
     )
     return replace(healing, written=written)
-
-
-def heal_session(
-    session: ModelSession, plan: Plan, progress: Callable[[str, int, int], None] | None = None
-) -> LinearHealing:
-    """Fit the maps that heal a session's model, on its text.
-
-    Args:
-        session: the model and the text.
-        plan: the edits that remove blocks.
-        progress: called with what is done, how much of it, and how much there is in total.
-
-    Raises:
-        PlanError: a plan that removes nothing, or too little text.
-        UnsupportedEditError: the model cannot be healed in this way.
-        MeasurementError: several processes run.
-    """
-    if session.group.size > 1:
-        raise MeasurementError("linear healing is fitted by one process; run the command without a launcher")
-    options = session.options
-    text, model = session.texts.text, session.model.load()
-    return fit_linear_healing(
-        model, plan, text, batch_size=options.batch_size, blocks=options.blocks, progress=progress
-    )

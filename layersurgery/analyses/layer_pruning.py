@@ -21,6 +21,7 @@ from ..sweeps.quantities import CHANGE, Observed
 from ..sweeps.results import results_table
 from ..tasks.task_costs import TaskCosts
 from .layer_ranking import CRITERIA, MEASURED, RANKS, TASK_CRITERIA, part_column
+from .linear_healing import LinearHealing
 from .part_costs import PartCosts, parts_table
 from .removable_parts import NOUNS, Part, leaves_a_block, plural, removal_plan
 from .removal_goal import Goal
@@ -46,6 +47,7 @@ class Pruning:
             the columns of a `sweep` table, with perplexity (exp of loss_nats), and what is saved. The unedited model is
             first.
         written: the pruned checkpoint, if one was written.
+        healing: the linear maps that heal the model; None if it is not healed.
     """
 
     plan: Plan
@@ -54,6 +56,7 @@ class Pruning:
     greedy: bool
     costs: pd.DataFrame
     written: EditResult | None = None
+    healing: LinearHealing | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:

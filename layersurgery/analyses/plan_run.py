@@ -16,7 +16,7 @@ from torch import nn
 
 from ..atomic_io import check_output
 from ..checkpoints.edit_checkpoint import EditResult, edit_checkpoint
-from ..errors import OutputError, PlanError
+from ..errors import MeasurementError, OutputError, PlanError
 from ..plans.plan import Plan
 from ..runs.open_text import open_text
 from ..runs.processes import run_session
@@ -24,6 +24,7 @@ from ..runs.reporter import Reporter
 from ..runs.tables import read_run
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.sweep import collect_sums
+from .linear_healing import LinearHealing, fit_linear_healing
 from .signal_tables import SignalTables
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..runs.session import Measurement, ModelSession
     from ..runs.text import TokenizedText
 
+HEAL_LINEAR = "linear"
 CHOSEN = ("orders", "removed", "candidates", "routes", "finalists", "tried")
 """Arguments that an earlier measurement has chosen."""
 Progress = Callable[[str, int, int], None]
@@ -56,6 +58,10 @@ class ChosenPlan(Protocol):
     def written(self) -> EditResult | None:
         """Return the checkpoint that was written."""
 
+    @property
+    def healing(self) -> LinearHealing | None:
+        """Return the linear maps that heal the edited model; None if it is not healed."""
+
 
 Choice = TypeVar("Choice", bound=ChosenPlan)
 
@@ -70,6 +76,7 @@ def choose_plan(
     directory: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    heal: str | None = None,
     progress: Progress | None = None,
 ) -> Choice:
     """Choose a plan, in memory or in a directory, and write the edited checkpoint if it is wanted.
@@ -83,24 +90,32 @@ def choose_plan(
         directory: where to write the measurements; by default nothing is written, or next to the output.
         output: directory to write the checkpoint to.
         overwrite: replace the output.
+        heal: "linear" to heal the cuts by linear maps, fitted on the same text; None not to.
         progress: called with the name of the current measurement and its progress.
 
     Raises:
-        PlanError: an output is given for a loaded model.
+        PlanError: an output is given for a loaded model, or the plan cannot be healed.
         OutputError: the output exists.
     """
+    check_heal(heal, given)
+
+    def healed(session: ModelSession, choice: Choice) -> Choice:
+        if heal is None:
+            return choice
+        return replace(choice, healing=heal_session(session, choice.plan, progress))  # type: ignore[type-var] # a dataclass
+
     if output is not None and isinstance(model, nn.Module):
         raise PlanError("output needs the model's name; for a loaded model, use operate_ and save")
     if directory is None and output is None:
         with open_text(model, given, options) as opened:
-            return in_memory(*opened)
+            return healed(opened[0], in_memory(*opened))
     target = None if output is None else Path(output)
     results = Path(directory) if directory is not None else results_directory(Path(output or ""))
 
     def lead(session: ModelSession) -> Choice:
         if target is not None:
             check_target(session, target, overwrite=overwrite)
-        return in_directory(session, results)
+        return healed(session, in_directory(session, results))
 
     done = run_session(model, options, lead, reporter=Reporter(progress), given=given)
     if done is None:  # another process leads, and writes
@@ -108,9 +123,53 @@ def choose_plan(
     if target is None:
         return done
     written = edit_checkpoint(
-        model, done.plan, target, overwrite=overwrite, revision=options.revision, blocks=options.blocks
+        model,
+        done.plan,
+        target,
+        overwrite=overwrite,
+        revision=options.revision,
+        blocks=options.blocks,
+        maps=None if done.healing is None else done.healing.maps,
     )
     return replace(done, written=written)  # type: ignore[type-var] # a dataclass
+
+
+def check_heal(heal: str | None, given: GivenText | None) -> None:
+    """Refuse a way to heal that does not exist, or has no text.
+
+    Raises:
+        PlanError: it is another one, or a task is measured.
+    """
+    if heal not in (None, HEAL_LINEAR):
+        raise PlanError(
+            f"heal is 'linear' or left out, not {heal!r}; to train the result, use the command heal, or ls.heal"
+        )
+    if heal is not None and given is not None and given.tasks is not None:
+        raise PlanError(
+            "healing is fitted on text, and a task has requests only; heal the plan afterwards (heal-linear)"
+        )
+
+
+def heal_session(session: ModelSession, plan: Plan, progress: Progress | None = None) -> LinearHealing:
+    """Fit the maps that heal a session's model, on its text.
+
+    Args:
+        session: the model and the text.
+        plan: the edits that remove blocks.
+        progress: called with what is done, how much of it, and how much there is in total.
+
+    Raises:
+        PlanError: a plan that removes nothing, or too little text.
+        UnsupportedEditError: the model cannot be healed in this way.
+        MeasurementError: several processes run.
+    """
+    if session.group.size > 1:
+        raise MeasurementError("linear healing is fitted by one process; run the command without a launcher")
+    options = session.options
+    text, model = session.texts.text, session.model.load()
+    return fit_linear_healing(
+        model, plan, text, batch_size=options.batch_size, blocks=options.blocks, progress=progress
+    )
 
 
 def measure_in_memory(session: ModelSession, model: Any, text: TokenizedText, progress: Progress | None) -> Measure:

@@ -51,6 +51,7 @@ def prune(
     directory: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    heal: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> Pruning:
@@ -92,6 +93,7 @@ def prune(
             written.
         output: directory to write the pruned checkpoint to, for a model that is given by its name.
         overwrite: replace the output, and measurements made with other arguments.
+        heal: "linear" to fold linear maps, fitted on the same text, into the blocks before the cuts; see `heal_linear`.
         progress: called with the name of the current measurement, how much is done and how much there is in total.
         options: as `layersurgery.runs.options.RunOptions`.
 
@@ -147,6 +149,7 @@ def prune(
         directory=directory,
         output=output,
         overwrite=overwrite,
+        heal=heal,
         progress=progress,
     )
 

@@ -19,6 +19,7 @@ from ..runs.options import SWEEP_ONLY
 from ..runs.requests import read_given_text
 from ..runs.tables import read_results
 from .analyze import split_options
+from .linear_healing import LinearHealing
 from .plan_run import CHOSEN, Measure, Progress, choose_plan, measure_in_memory, run_or_reuse
 from .route_search import (
     BEAM,
@@ -59,6 +60,7 @@ class Search:
             level's routes, kept (whether it is in the beam), measured, and reason (why the
             architecture cannot run it).
         written: the edited checkpoint, if one was written.
+        healing: the linear maps that heal the model; None if it is not healed.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Search:
     results: pd.DataFrame
     tried: pd.DataFrame
     written: EditResult | None = None
+    healing: LinearHealing | None = None
 
     @property
     def route(self) -> Route:
@@ -97,6 +100,7 @@ def search(
     directory: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    heal: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Search:
@@ -129,6 +133,7 @@ def search(
             written.
         output: directory to write the edited checkpoint to, for a model that is given by its name.
         overwrite: replace the output, and measurements made with other arguments.
+        heal: "linear" to fold linear maps, fitted on the same text, into the blocks before the cuts; see `heal_linear`.
         progress: called with the name of the current measurement, how much is done and how much there is in total.
         options: as `layersurgery.runs.options.RunOptions`.
 
@@ -177,6 +182,7 @@ def search(
         directory=directory,
         output=output,
         overwrite=overwrite,
+        heal=heal,
         progress=progress,
     )
 

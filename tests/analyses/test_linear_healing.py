@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -154,6 +155,24 @@ def test_refused(name: str, plan: str, error: type[Exception], words: str) -> No
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(ls.PlanError, match="at least 10 sequences .* there are 4"):
         ls.heal_linear(tiny_model("llama"), PLAN, TEXT[:4])
+
+
+def test_a_pruned_model_is_healed_before_it_is_written(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "source")
+    pruning = ls.prune(tmp_path / "source", TEXT, remove=2, heal="linear", output=tmp_path / "out", race=False)
+    assert pruning.healing is not None
+    with pruning.healing.operate(model):
+        meant = logits_of(model, TEXT)
+    assert torch.equal(logits_of(reload(tmp_path / "out"), TEXT), meant)
+    in_memory = ls.prune(model, TEXT, remove=2, heal="linear", race=False)
+    assert in_memory.plan == pruning.plan
+    assert in_memory.healing is not None
+    pd.testing.assert_frame_equal(in_memory.healing.cuts, pruning.healing.cuts)
+    found = ls.search(tmp_path / "source", TEXT, remove=1, beam=1, heal="linear", output=tmp_path / "found", race=False)
+    assert found.healing is not None
+    with pytest.raises(ls.PlanError, match="heal is 'linear' or left out, not 'lora'"):
+        ls.prune(model, TEXT, remove=2, heal="lora")
 
 
 @pytest.mark.slow
