@@ -91,6 +91,7 @@ class _LaterTokensBlock(_LaterTokens):
         stream = stream_of(self, args, kwargs)
         self._first.mask = (_positions(self, stream, args, kwargs) < self._change.start).to(stream.device)
         if not self._change.drop:
+            self._check_ends()
             return super().forward(*args, **kwargs)
         # A copy: some blocks add to their input in place.
         args, kwargs = (
@@ -100,6 +101,15 @@ class _LaterTokensBlock(_LaterTokens):
         after = first_tensor(output)
         assert after is not None
         return with_first(output, torch.where(self._first.mask[..., None], after, stream.to(after.dtype)))
+
+    def _check_ends(self) -> None:
+        """Refuse another module in the place of one whose output is changed: its own part would not be."""
+        for path, _, _ in self._change.ends:
+            if not isinstance(module := self.get_submodule(path), _LaterTokensBranch):
+                raise UnsupportedEditError(
+                    f"a {type(module).__name__} has replaced {path} since the edit, and what it adds would not be "
+                    "changed at later tokens; add adapters first, and edit the model with them"
+                )
 
 
 class _LaterTokensBranch(_LaterTokens):

@@ -153,3 +153,16 @@ def test_it_trains_and_is_copied_and_no_checkpoint_is_written(model: Any, tmp_pa
         with pytest.raises(ls.UnsupportedEditError, match="no checkpoint can express"):
             save(tmp_path / "out")
         assert not [*tmp_path.glob("out/*.safetensors")]
+
+
+def test_an_adapter_in_the_place_of_a_changed_module_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("opt")
+    ls.operate_(model, "skip-mlp 2 from 1", verify=False)
+    adapted: Any = get_peft_model(model, LoraConfig(target_modules=["fc2"]))
+    with pytest.raises(ls.UnsupportedEditError, match="a Linear has replaced fc2 since the edit"):
+        adapted(tokens())
+    first: Any = get_peft_model(tiny_model("opt"), LoraConfig(target_modules=["fc2"], init_lora_weights=False))
+    with ls.operate(first, "skip-mlp 2 from 1"):
+        first(tokens())  # all of the adapted module's output is changed
