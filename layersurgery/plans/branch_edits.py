@@ -213,7 +213,8 @@ class NeuronsOfKind(Edit):
             if neurons := pick(block, self.kind, self.count, self.random):
                 found.append(UnitsOff("mlp", neurons, (block,)))
         if not found:
-            raise PlanError(f"'{self}': {'none of these blocks has' if len(self.blocks) > 1 else 'no'} such neuron")
+            what = "enough random neurons of no kind" if self.random else f"a {self.kind} neuron"
+            raise PlanError(f"'{self}': no block that it names has {what}; layersurgery analyze neurons counts them")
         return found
 
     def _edited(self, _route: Route, _depth: int) -> Iterable[Visit]:
