@@ -656,6 +656,57 @@ TextRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_
 WindowsRun = Annotated[
     RunOptions, _group(*SWEEP_ONLY, "context", "pack", "schedule", "compile", "per_token", shown=_SEARCHED, tokens="1M")
 ]
+_TRAINED = {
+    "dtype": Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="Data type of the trained model's weights: float32, bfloat16, float16, or auto for the checkpoint's "
+            "own. With --how full, float32.",
+            metavar="NAME",
+            rich_help_panel=_EXECUTION,
+        ),
+    ],
+    "batch_size": Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            min=1,
+            help="Sequences in one step, of all processes together.",
+            show_default="about 4,096 tokens",
+            metavar="N",
+            rich_help_panel=_EXECUTION,
+        ),
+    ],
+    "tokens": Annotated[
+        str | None,
+        typer.Option(
+            "--tokens",
+            "-n",
+            help="Number of tokens, for example 100k or 1M; the last twentieth is held out.",
+            show_default="as many as the steps need",
+            metavar="N",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    "seed": Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            help="Seed for shuffling, for the order of the sequences and for LoRA's first matrices.",
+            metavar="N",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+}
+HealRun = Annotated[
+    RunOptions,
+    _group(
+        *SWEEP_ONLY, "schedule", "compile", "per_token", "quantize", "device_map", "max_memory", "offload_folder",
+        shown=_TRAINED,
+    ),
+]  # fmt: skip
 WeightsRun = Annotated[RunOptions, _group(only=_MODEL)]
 PairsRun = Annotated[RunOptions, _group(only=("split", "bos", "seed", "tokenizer", "batch_size", *_MODEL))]
 ReproduceRun = Annotated[

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .analyses import rank
     from .analyses.analyze import analyze
     from .analyses.heal_linear import heal_linear
+    from .analyses.heal_run import TrainedHealing, heal
     from .analyses.layer_pruning import Pruning
     from .analyses.linear_healing import LinearHealing
     from .analyses.prune_run import prune
@@ -88,6 +89,7 @@ __all__ = [
     "Route",
     "Search",
     "SourceError",
+    "TrainedHealing",
     "UndoError",
     "UnsupportedEditError",
     "Visit",
@@ -102,6 +104,7 @@ __all__ = [
     "estimate",
     "fold",
     "heads_off",
+    "heal",
     "heal_linear",
     "insert_copy",
     "inspect",
@@ -146,6 +149,7 @@ _LAZY = {
     "Pruning": "analyses.layer_pruning",
     "Report": "reports.report",
     "Search": "analyses.search_run",
+    "TrainedHealing": "analyses.heal_run",
     "analyze": "analyses.analyze",
     "anatomy": "models.anatomy",
     "compare": "runs.compare",
@@ -153,6 +157,7 @@ _LAZY = {
     "estimate": "runs.estimate",
     "fold": "surgery.fold_norms",
     "resolve_neurons": "sweeps.neuron_scores",
+    "heal": "analyses.heal_run",
     "heal_linear": "analyses.heal_linear",
     "inspect": "checkpoints.inspection",
     "load": "checkpoints.loading",

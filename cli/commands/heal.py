@@ -1,9 +1,10 @@
-"""Run `layersurgery heal-linear`."""
+"""Run `layersurgery heal-linear` and `layersurgery heal`."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from ..terminal.console import Console
 from .edit import EditOptions, as_json, describe_result, write_edits
 
 if TYPE_CHECKING:
+    from layersurgery.analyses.heal_run import TrainedHealing
+    from layersurgery.analyses.heal_training import TrainingOptions
     from layersurgery.analyses.linear_healing import LinearHealing
     from layersurgery.runs.options import RunOptions
     from layersurgery.runs.session import ModelSession
@@ -62,6 +65,48 @@ def healing_values(healing: LinearHealing) -> dict[str, Any]:
     """Return what was fitted and what it changes, for --json."""
     tables = {"cuts": healing.cuts, "healing": healing.costs}
     return {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
+
+
+def run_heal(
+    checkpoint: str,
+    teacher: str,
+    options: RunOptions,
+    training: TrainingOptions,
+    output: Path | None,
+    overwrite: bool,
+    console: Console,
+) -> None:
+    """Train the checkpoint, print what it changed, and write the healed one."""
+    with quick_imports():
+        from layersurgery.analyses.heal_run import run_heal as heal
+
+    out = output or Path(f"{Path(checkpoint).name}-healed")
+    healing = heal(checkpoint, teacher, options, training, out, overwrite=overwrite, reporter=console)
+    if int(os.environ.get("RANK", "0")):  # another process prints
+        return
+    value = {
+        "output": str(healing.written),
+        "text": healing.text,
+        "steps": json.loads(healing.steps.to_json(orient="records", double_precision=15)),
+    }
+    console.result(value, *training_lines(healing))
+
+
+def training_lines(healing: TrainedHealing) -> Iterator[Any]:
+    """Yield a table of the evaluations, and the result in words."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("step", "KL", "loss", "ppl."):
+        table.add_column(column, justify="right")
+    for row in healing.steps.to_dict("records"):
+        perplexity = math.exp(min(row["loss_nats"], 700))
+        table.add_row(str(int(row["step"])), f"{row['kl_nats']:.3f}", f"{row['loss_nats']:.3f}", f"{perplexity:.4g}")
+    yield table
+    before, after = healing.steps.iloc[0], healing.steps.iloc[-1]
+    yield (
+        f"\n[bold]KL {before.kl_nats:.3g} nats before, {after.kl_nats:.3g} healed[/]; loss {before.loss_nats:.4g} and "
+        f"{after.loss_nats:.4g}, teacher {after.teacher_loss_nats:.4g} ({int(after.tokens):,} held-out tokens)"
+    )
+    yield escape(f"Wrote {healing.written}: the model after step {int(after.step)}")
 
 
 def healing_lines(healing: LinearHealing) -> Iterator[Any]:

@@ -74,7 +74,7 @@ The route lists the blocks of the source model in the order in which this model 
 
 def _name_of(source: Source) -> str:
     """Return a checkpoint's name without its path, which is of no use to others and may say who made the model."""
-    return source.label if source.on_hub else Path(source.label).expanduser().resolve().name
+    return _own_name(source, source.label)
 
 
 def _origin(source: Source) -> str:
@@ -93,6 +93,51 @@ def _how_to_undo(route: Route, depth: int, healed: Sequence[int], origin: str) -
         )
     order = Route(unchanged[block] for block in range(depth))
     return f"To undo it: `layersurgery reorder DIRECTORY --order '{order}'`"
+
+
+def healed_card(source: Source | None, name: str, label: str, base: str | None, rows: Mapping[str, str]) -> str:
+    """Return the text of the README.md of a checkpoint that was trained after an edit.
+
+    Args:
+        source: the edited checkpoint; None for a loaded model.
+        name: name of the output.
+        label: name of the edited model.
+        base: Hub ID of the teacher; None if it has none.
+        rows: what is said of the training.
+    """
+    from huggingface_hub import ModelCardData
+
+    inherited = {} if source is None else _read_metadata(source.directory / "README.md")
+    base = source.label if source is not None and source.on_hub else inherited.get("base_model") or base
+    metadata: dict[str, Any] = {"base_model": base, "base_model_relation": "finetune"} if base else {}
+    metadata |= {key: inherited[key] for key in _INHERITED if key in inherited}
+    metadata |= {"library_name": "transformers", "tags": ["layersurgery", "model surgery"]}
+    table = "\n".join(f"| {key} | {_inline_code(value)} |" for key, value in rows.items())
+    return f"""---
+{ModelCardData(**metadata).to_yaml(original_order=list(metadata))}
+---
+
+# {name}, healed by training
+
+Trained by layersurgery {__version__} from {_inline_code(_own_name(source, label))} to predict like its teacher.
+
+| | |
+|---|---|
+{table}
+{"" if source is None else _earlier_card(source, inherited)}"""
+
+
+def _own_name(source: Source | None, label: str) -> str:
+    """Return a name without the whole path, which is of no use to others and may say who made the model."""
+    return label if source is None or source.on_hub else Path(label).expanduser().resolve().name
+
+
+def _earlier_card(source: Source, metadata: dict[str, Any]) -> str:
+    """Return what the edited checkpoint's card says of the edit, under a heading; empty if it says nothing of one."""
+    if "layersurgery" not in (metadata.get("tags") or ()):
+        return ""
+    text = (source.directory / "README.md").read_text("utf-8").split("---", 2)[-1].strip()
+    return f"\n## Before the training\n\n{text.replace('# ', '### ', 1)}\n"
 
 
 def _inline_code(text: str) -> str:

@@ -274,6 +274,25 @@ def _unembedded(runner: BlockRunner, stream: torch.Tensor) -> torch.Tensor:
     return intercept.received
 
 
+def unembedding_input(runner: BlockRunner, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Run a model on tokens without computing logits, and return the input of its unembedding.
+
+    Gradients flow through it. Only a model whose readout is an `Unembedding` has one.
+
+    Args:
+        runner: the model's blocks.
+        ids: token ids, (batch, length).
+        mask: 1 for a token and 0 for padding, the same shape.
+
+    Returns:
+        (batch, length, width).
+    """
+    with _intercept(runner) as intercept:
+        runner.model(**model_inputs(runner.model, ids, mask))
+    assert intercept.received is not None
+    return intercept.received
+
+
 def _unembedding(runner: BlockRunner, probe: torch.Tensor, logits: torch.Tensor) -> Unembedding | None:
     """Return the fast readout if it gives the model's own logits, else None."""
     path = runner.anatomy.unembedding

@@ -24,6 +24,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     blocks: str | None = None,
+    card: str | None = None,
     **options: Any,
 ) -> Path:
     """Save a model with `save_pretrained`, and refuse a model that would not reload to the same function.
@@ -36,6 +37,7 @@ def save(
         tokenizer: saved to the same directory, so that a pipeline needs no other files.
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
         blocks: path of the list of blocks, if it cannot be found automatically.
+        card: text of the model card, README.md; None for none.
         options: further arguments for `save_pretrained`, such as `max_shard_size`.
 
     Returns:
@@ -71,6 +73,8 @@ def save(
         inner.save_pretrained(directory, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        if card is not None:
+            (directory / "README.md").write_text(card, "utf-8")
     inner.name_or_path = str(target)  # PEFT saves this as the base of an adapter that is added later
     return target
 

@@ -1,0 +1,514 @@
+"""Train an edited model to predict like its teacher: the steps, their state on disk, and the weights that are trained.
+
+Everything that a step depends on is a function of its number and the seed, so a run that was killed continues from its
+last saved state as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..atomic_io import atomic_file
+from ..errors import MeasurementError, OutputError, PlanError, SourceError, UnsupportedEditError
+from ..models.block_list import find_decoder_blocks, unwrap_transformers
+from ..models.quantized import is_quantized
+from ..runtime.inputs import has_next_token
+from ..runtime.offload import offloaded
+from ..runtime.unembedding import Unembedding
+from .distillation import distillation_loss, held_out_sums, read_tokens
+
+if TYPE_CHECKING:
+    from ..runs.distributed import ProcessGroup
+    from ..runs.text import TokenizedText
+
+HOW = ("lora", "full")
+RECORD = "healing.json"
+_HELD_OUT_SHARE, _LEAST_HELD_OUT, _LEAST_TRAINED = 20, 8, 8
+_LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
+_LARGEST_GRADIENT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """Set how a model is trained.
+
+    Attributes:
+        steps: number of steps of the optimizer.
+        how: "lora" (a product of two small matrices is added to each linear layer of the blocks, and merged at the end)
+            or "full" (all weights).
+        rank: width of the small matrices.
+        lr: largest learning rate; None for 5e-4 with LoRA and 5e-5 for all weights. It rises during `warmup` and then
+            falls to 0 as a cosine.
+        warmup: share of the steps.
+        loss_weight: weight of the loss on the true tokens; that of KL is the rest to 1.
+        accumulate: number of parts in which the sequences of a step are run, one after another.
+        mixed_precision: "no", "bf16" or "fp16"; None for accelerate's own setting.
+        evaluate_every: steps between two evaluations on the held-out text; None for a fifth of the steps.
+        save_every: steps between two saved states.
+    """
+
+    steps: int
+    how: str = "lora"
+    rank: int = 16
+    lr: float | None = None
+    warmup: float = 0.1
+    loss_weight: float = 0.0
+    accumulate: int = 1
+    mixed_precision: str | None = None
+    evaluate_every: int | None = None
+    save_every: int = 25
+
+    def __post_init__(self) -> None:
+        if self.how not in HOW:
+            raise PlanError(f"how {self.how!r} is unknown; use {' or '.join(HOW)}")
+        for name in ("steps", "rank", "accumulate", "evaluate_every", "save_every"):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise PlanError(f"{name} is a whole number of at least 1, not {number!r}")
+        for name in ("warmup", "loss_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PlanError(f"{name} is a number from 0 to 1, not {getattr(self, name)!r}")
+        if not self.largest_rate > 0:
+            raise PlanError(f"lr is a number above 0, not {self.lr!r}")
+        if self.mixed_precision not in (None, "no", "bf16", "fp16"):
+            raise PlanError(f"mixed_precision {self.mixed_precision!r} is unknown; use no, bf16 or fp16")
+
+    @property
+    def largest_rate(self) -> float:
+        """Return the largest learning rate."""
+        return _LEARNING_RATES[self.how] if self.lr is None else self.lr
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.largest_rate * (step + 1) / (warm + 1)
+        return self.largest_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+    def evaluates(self, step: int) -> bool:
+        """Return whether the model is evaluated after so many steps; after the last one it is, in any case."""
+        every = self.evaluate_every or max(1, self.steps // 5)
+        return step < self.steps and step % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class HealingText:
+    """Hold the sequences that are trained on, and those that are held out: the last twentieth, at least eight.
+
+    Attributes:
+        text: all sequences.
+        trained: number of the sequences that are trained on, the first ones.
+        batch_size: sequences of one step.
+        seed: seed of their order.
+    """
+
+    text: TokenizedText
+    trained: int
+    batch_size: int
+    seed: int
+
+    @classmethod
+    def split(cls, text: TokenizedText, batch_size: int, seed: int) -> HealingText:
+        """Split a text.
+
+        Raises:
+            PlanError: it has too few sequences.
+        """
+        sequences = len(text.ids)
+        trained = sequences - max(_LEAST_HELD_OUT, sequences // _HELD_OUT_SHARE)
+        if trained < _LEAST_TRAINED:
+            raise PlanError(
+                f"training needs at least {_LEAST_HELD_OUT + _LEAST_TRAINED} sequences of text, of which "
+                f"{_LEAST_HELD_OUT} are held out, and there are {sequences}; give more text (tokens) or shorter "
+                "sequences (context)"
+            )
+        return cls(text, trained, batch_size, seed)
+
+    def of_step(self, step: int) -> torch.Tensor:
+        """Return the numbers of the sequences of a step: each pass over the text has its own random order."""
+        order, numbers = -1, []
+        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+            if position // self.trained != order:
+                order = position // self.trained
+                generator = torch.Generator().manual_seed(self.seed + order)
+                permutation = torch.randperm(self.trained, generator=generator)
+            numbers.append(permutation[position % self.trained])
+        return torch.stack(numbers)
+
+    def describe(self, steps: int) -> str:
+        """Say what is trained on and what is held out."""
+        held, passes = len(self.text.ids) - self.trained, steps * self.batch_size / self.trained
+        return (
+            f"Training on {self.text.count(self.trained)} ({passes:.2g} passes), {self.batch_size} in each step; the "
+            f"last {self.text.count(held)} are held out"
+        )
+
+
+def check_trainable(student: nn.Module, how: str) -> None:
+    """Refuse a model whose weights cannot be trained here.
+
+    Raises:
+        UnsupportedEditError: weights are quantized, offloaded, or too coarse to be trained in full.
+    """
+    if any(map(is_quantized, student.modules())):
+        raise UnsupportedEditError(
+            "the model to heal is quantized, and what is trained would have to be merged into quantized weights; heal "
+            "the unquantized checkpoint, and quantize the result when it is loaded"
+        )
+    if offloaded(student) or any(parameter.is_meta for parameter in student.parameters()):
+        raise UnsupportedEditError(
+            "weights of the model to heal are offloaded, and training needs all of them in memory; load it without a "
+            "device map"
+        )
+    coarse = {parameter.dtype for parameter in student.parameters()} - {torch.float32, torch.float64}
+    if how == "full" and coarse:
+        raise UnsupportedEditError(
+            f"training all weights needs them in float32, since small steps are lost in {str(coarse.pop())[6:]}; load "
+            "the model in float32 (dtype), with mixed_precision bf16 to compute in half precision, or train LoRA"
+        )
+
+
+@contextmanager
+def trainable_weights(student: nn.Module, options: TrainingOptions, seed: int) -> Iterator[Callable[[], None]]:
+    """Choose the weights to train: LoRA in the blocks' linear layers, or all. Modules of zeros stay zero.
+
+    A branch that an edit skips on disk is an output projection of zeros.
+
+    Args:
+        student: the model.
+        options: what is trained.
+        seed: seed of LoRA's first matrices.
+
+    Yields:
+        A function that merges what was trained into the model's own weights. Without it, LoRA is removed at the end.
+
+    Raises:
+        UnsupportedEditError: blocks share weights, or have no linear layers.
+        SourceError: PEFT is not installed.
+    """
+    zeros = [module for module in student.modules() if _is_zero(module)]
+    required = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    adapted: Any = None
+
+    def merge() -> None:
+        nonlocal adapted
+        if adapted is not None:
+            adapted.merge_and_unload()
+            adapted = None
+
+    try:
+        if options.how == "full":
+            for parameter in student.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+            for module in zeros:
+                module.requires_grad_(False)
+        else:
+            for parameter in student.parameters():
+                parameter.requires_grad_(False)
+            adapted = _add_lora(student, options.rank, seed, zeros)
+        yield merge
+    finally:
+        if adapted is not None:
+            adapted.unload()
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
+
+
+def _is_zero(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1 and not bool(weight.any())
+
+
+def _add_lora(student: nn.Module, rank: int, seed: int, zeros: list[nn.Module]) -> Any:
+    from transformers.pytorch_utils import Conv1D
+
+    peft = _import_peft()
+    inner = unwrap_transformers(student)
+    blocks = find_decoder_blocks(inner)
+    layers = {
+        f"{blocks.path}.{name}": module
+        for name, module in blocks.blocks.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear | Conv1D) and not any(module is zero for zero in zeros)
+    }
+    weights = [id(module.weight) for module in layers.values()]
+    if len(set(weights)) < len(weights):
+        raise UnsupportedEditError(
+            "blocks share their weights (a repeated block in memory), and merging LoRA would add it to them once for "
+            "each; write the edited checkpoint, in which each has its own weights, and heal that, or train all weights "
+            "(how='full')"
+        )
+    if not layers:
+        raise UnsupportedEditError("the blocks have no linear layers for LoRA; train all weights (how='full')")
+    transposed = any(isinstance(module, Conv1D) for module in layers.values())
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[*layers], fan_in_fan_out=transposed
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(inner, config)
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise SourceError(
+            "healing with LoRA needs the package peft, which is not installed; run: pip install 'layersurgery[heal]', "
+            "or train all weights (how='full')"
+        ) from None
+    return peft
+
+
+class _Student(nn.Module):
+    """Compute the loss inside of a module's forward, where accelerate synchronizes gradients and sets the precision."""
+
+    def __init__(self, model: nn.Module, readout: Unembedding, teacher: Unembedding, loss_weight: float) -> None:
+        super().__init__()
+        self.model = model
+        # Not modules, so the teacher's weights are not found among the student's.
+        self.readout, self.teacher, self.loss_weight = readout, teacher, loss_weight
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the loss over the tokens of some sequences."""
+        read = read_tokens(self.readout, ids, mask)
+        with torch.no_grad():
+            teacher_read = read_tokens(self.teacher, ids, mask)
+        return distillation_loss(self.readout, read, self.teacher, teacher_read, self.loss_weight)
+
+
+class SavedState:
+    """Keep the last state of a run in a directory, and refuse that of another run.
+
+    Args:
+        directory: its path; created with its record if it does not exist.
+        arguments: everything that the digits depend on.
+        overwrite: discard the state of another run.
+
+    Raises:
+        OutputError: the directory contains another run, or something else.
+    """
+
+    def __init__(self, directory: Path, arguments: dict[str, Any], *, overwrite: bool) -> None:
+        self.directory = directory
+        arguments = json.loads(json.dumps(arguments))
+        record = directory / RECORD
+        if directory.exists() and not record.exists() and any(directory.iterdir()):
+            raise OutputError(
+                f"{directory} contains something other than the state of a healing; choose another output"
+            )
+        if record.exists():
+            earlier = json.loads(record.read_text("utf-8"))
+            names = [name for name in {**earlier, **arguments} if earlier.get(name) != arguments.get(name)]
+            if names and not overwrite:
+                raise OutputError(
+                    f"{directory} contains the state of a healing with other arguments ({', '.join(names)}). "
+                    "Overwrite it to start again, or choose another output"
+                )
+            if names:
+                shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(record) as partial:
+            partial.write_text(json.dumps(arguments, indent=2) + "\n", "utf-8")
+
+    def find(self) -> Path | None:
+        """Return the last complete state; None if there is none."""
+        states = [path for path in self.directory.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+        return max(states, key=lambda path: int(path.name[5:]), default=None)
+
+    def save(self, accelerator: Any, step: int) -> None:
+        """Save the state after a step, and remove the one before it once this one is complete."""
+        partial = self.directory / f".step-{step}.partial"
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            earlier = self.find()
+            partial.rename(self.directory / f"step-{step}")
+            if earlier is not None:
+                shutil.rmtree(earlier)
+
+    def remove(self) -> None:
+        """Remove the directory, once the checkpoint is written."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class _Progress:
+    """Hold what accelerate does not save: the step, the evaluations and the trained weights."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        self.weights = weights
+        self.step = 0
+        self.rows: list[dict[str, float]] = []
+        self.objective: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        weights = {name: weight.detach().cpu() for name, weight in self.weights.items()}
+        return {"step": self.step, "rows": self.rows, "objective": self.objective, "weights": weights}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the state."""
+        self.step, self.rows, self.objective = state["step"], state["rows"], state["objective"]
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+
+
+class Training:
+    """Train a student on a text.
+
+    Args:
+        student: the student's readout; its model's weights that require gradients are trained.
+        teacher: the teacher's readout.
+        text: the sequences.
+        options: how it is trained.
+        accelerator: accelerate's Accelerator.
+        group: the processes that train together.
+        log: called with lines that say what happens.
+        count: called with how many steps are done, and how many there are.
+    """
+
+    def __init__(
+        self,
+        student: Unembedding,
+        teacher: Unembedding,
+        text: HealingText,
+        options: TrainingOptions,
+        accelerator: Any,
+        group: ProcessGroup,
+        log: Callable[[str], None],
+        count: Callable[[int, int], None] | None,
+    ) -> None:
+        self.student, self.teacher, self.text, self.options = student, teacher, text, options
+        self.accelerator, self.group, self.log, self.count = accelerator, group, log, count
+        self.parts = accelerator.gradient_accumulation_steps
+        if text.batch_size % (group.size * self.parts):
+            raise PlanError(
+                f"{text.batch_size} sequences in a step (batch_size) are not divided evenly among {group.size} "
+                f"process{'es'[: 2 * (group.size > 1)]} and {self.parts} part{'s'[: self.parts != 1]} (accumulate)"
+            )
+        model = student.runner.model
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        optimizer = torch.optim.AdamW(self.weights.values(), lr=options.largest_rate, weight_decay=0.0)
+        module = _Student(model, student, teacher, options.loss_weight)
+        self.module, self.optimizer = accelerator.prepare(module, optimizer, device_placement=[False, False])
+        self.progress = _Progress(self.weights)
+        accelerator.register_for_checkpointing(self.progress)
+        # The models' weights are not saved: of these, only the trained ones change, and `_Progress` has them.
+        accelerator.register_save_state_pre_hook(lambda _models, weights, _directory: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, _directory: models.clear())
+
+    def run(self, saved: SavedState | None) -> list[dict[str, float]]:
+        """Run all steps that are not done; return a row for each evaluation.
+
+        Args:
+            saved: where the state is kept; None to keep none.
+
+        Raises:
+            MeasurementError: the loss is not finite.
+        """
+        options, progress = self.options, self.progress
+        if saved is not None and (state := saved.find()) is not None:
+            self.accelerator.load_state(str(state))
+            self.log(f"Resuming after step {progress.step}")
+        elif options.steps:
+            self._evaluate_row()
+        started, first = time.monotonic(), progress.step
+        while progress.step < options.steps:
+            progress.objective.append(self._step(progress.step))
+            progress.step += 1
+            if options.evaluates(progress.step):
+                self._evaluate_row()
+                seconds = (time.monotonic() - started) / (progress.step - first)
+                self.log(f"  {seconds:.1f} s a step; {seconds * (options.steps - progress.step):,.0f} s left")
+            if saved is not None and (progress.step % options.save_every == 0 or progress.step == options.steps):
+                saved.save(self.accelerator, progress.step)
+            if self.count is not None:
+                self.count(progress.step, options.steps)
+        return progress.rows
+
+    def _step(self, step: int) -> float:
+        """Take a step of the optimizer; return the mean loss of its tokens."""
+        text, size = self.text, self.group.size
+        numbers = text.of_step(step)
+        tokens = int(has_next_token(text.text.mask[numbers]).sum())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.rate(step)
+        self.optimizer.zero_grad()
+        total = 0.0
+        parts = numbers[self.group.rank :: size].chunk(self.parts)
+        for part, own in enumerate(parts):
+            is_last = part == len(parts) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
+                loss = self.module(text.text.ids[own], text.text.mask[own])
+                total += float(loss.detach())
+                # The mean over all tokens of the step, of which accelerate divides by the parts, and averages over the
+                # processes.
+                self.accelerator.backward(loss * (self.parts * size / tokens))
+        mean = self._sum(total) / tokens
+        if not math.isfinite(mean):
+            raise MeasurementError(
+                f"the loss of step {step + 1} is not finite ({mean}); lower the learning rate (lr) or use float32"
+            )
+        self.accelerator.clip_grad_norm_(self.weights.values(), _LARGEST_GRADIENT)
+        self.optimizer.step()
+        return mean
+
+    def _sum(self, value: float) -> float:
+        return self.group.broadcast(math.fsum(self.group.gather(value)))
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the student on the held-out text."""
+        text, group = self.text.text, self.group
+        held_out = torch.arange(self.text.trained, len(text.ids))[group.rank :: group.size]
+        size = max(1, self.text.batch_size // (group.size * self.parts))
+        sums = [
+            held_out_sums(self.student, self.teacher, text.ids[own], text.mask[own])
+            for own in torch.split(held_out, size)
+            if len(own)
+        ]
+        kl, loss, teacher_loss, tokens = (self._sum(math.fsum(row[column] for row in sums)) for column in range(4))
+        return {
+            "step": self.progress.step,
+            "kl_nats": kl / tokens,
+            "loss_nats": loss / tokens,
+            "teacher_loss_nats": teacher_loss / tokens,
+            "tokens": int(tokens),
+        }
+
+    def _evaluate_row(self) -> None:
+        self.add_row(self.evaluate())
+
+    def add_row(self, row: dict[str, float]) -> None:
+        """Add an evaluation and say it; the training loss is the mean since the evaluation before it."""
+        progress = self.progress
+        since = progress.objective
+        row["training_objective_nats"] = math.fsum(since) / len(since) if since else math.nan
+        progress.objective = []
+        progress.rows.append(row)
+        trained = f"; objective while training {row['training_objective_nats']:.3g}" if since else ""
+        self.log(
+            f"Step {int(row['step'])} of {self.options.steps}: held-out KL {row['kl_nats']:.4g} nats, loss "
+            f"{row['loss_nats']:.4g} (teacher {row['teacher_loss_nats']:.4g}){trained}"
+        )
+
+
+def options_record(options: TrainingOptions) -> dict[str, Any]:
+    """Return the options that the digits depend on."""
+    record = asdict(options)
+    del record["save_every"]
+    return record | {"lr": options.largest_rate}
