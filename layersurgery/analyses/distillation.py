@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedEditError
-from ..metrics.tiled import kl_cross_term, logit_stats, tile_elements
+from ..metrics.tiled import tile_elements
 from ..models.block_list import unwrap_transformers
 from ..runtime.block_runner import BlockRunner
 from ..runtime.float32_matmul import probability_times_weights
@@ -181,7 +181,16 @@ def held_out_sums(
         mask: 1 for a token and 0 for padding, the same shape.
     """
     read, teacher_read = read_tokens(student, ids, mask), read_tokens(teacher, ids, mask)
-    q, p = logit_stats(student, read.x_TD, read.target_T), logit_stats(teacher, teacher_read.x_TD, read.target_T)
-    # Sum p (z_p - z_q) + lse_q - lse_p, as the metrics of a sweep.
-    kl = kl_cross_term(student, read.x_TD, p, teacher_read.x_TD) + q.lse - p.lse
-    return float(kl.sum()), float(q.loss.sum()), float(p.loss.sum()), len(read.target_T)
+    kl = loss = teacher_loss = 0.0
+    step = max(1, tile_elements(read.x_TD.device) // student.vocabulary)
+    for start in range(0, len(read.target_T), step):
+        rows = slice(start, start + step)
+        # Each with its own unembedding: that of the student may have been trained.
+        p_CV = teacher.logits_tile(teacher_read.x_TD[rows], 0, teacher.vocabulary).log_softmax(-1)
+        q_CV = student.logits_tile(read.x_TD[rows], 0, student.vocabulary).log_softmax(-1)
+        target_C1, probability_CV = read.target_T[rows, None], p_CV.exp()
+        teacher_loss -= float(p_CV.gather(-1, target_C1).double().sum())
+        loss -= float(q_CV.gather(-1, target_C1).double().sum())
+        terms_CV = torch.where(probability_CV == 0, 0.0, probability_CV * p_CV.sub_(q_CV))
+        kl += float(terms_CV.sum(-1).double().sum())
+    return kl, loss, teacher_loss, len(read.target_T)
