@@ -46,7 +46,7 @@ NOT_FOR_TRAINING = (
     "quantize", "device_map", "max_memory", "offload_folder", "schedule", "compile", "per_token", *SWEEP_ONLY
 )  # fmt: skip
 _STEP_TOKENS = 4096
-_SPARE_SEQUENCES = 9
+_SPARE_SEQUENCES, _LEAST_SEQUENCES = 9, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +283,7 @@ def _read_text(session: ModelSession, given: GivenText | None, steps: int, share
         batch_size = -(-max(1, _STEP_TOKENS // length) // shares) * shares
     if given is None and options.tokens is None:
         sequences = steps * batch_size
-        sequences += max(_SPARE_SEQUENCES, sequences // 18)
+        sequences = max(_LEAST_SEQUENCES, sequences + max(_SPARE_SEQUENCES, sequences // 18))
         request = replace(request, tokens=sequences * request.context)
         session.texts = SessionText(request, None, options, session.reporter, session.model)
     return HealingText.split(session.texts.text, batch_size, options.seed)
