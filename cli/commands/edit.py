@@ -110,6 +110,7 @@ def write_edits(
     options: EditOptions,
     console: Console,
     maps: OutputMaps | None = None,
+    measured: Mapping[str, str] | None = None,
 ) -> tuple[list[EditResult], Source]:
     """Write an edited checkpoint for each plan.
 
@@ -121,6 +122,7 @@ def write_edits(
         options: where and how to write.
         console: where to print.
         maps: linear maps that heal the model, by the position in the route.
+        measured: rows of the model card: what the measurement that chose the plan says of the result.
 
     Returns:
         The results, in the order of the plans, and the model's files.
@@ -170,7 +172,7 @@ def write_edits(
             results.append(
                 write_edit(
                     planned, outputs[name], check=partial(check, name), overwrite=options.overwrite,
-                    link=options.link, progress=progress,
+                    link=options.link, progress=progress, measured=measured,
                 )
             )  # fmt: skip
     if options.link and not any(result.bytes_linked for result in results):

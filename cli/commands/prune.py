@@ -55,7 +55,7 @@ def run_prune(
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
     with quick_imports():
         from layersurgery.analyses.layer_pruning import check_criterion
-        from layersurgery.analyses.plan_run import check_heal, check_target, heal_session, results_directory
+        from layersurgery.analyses.plan_run import card_rows, check_heal, check_target, heal_session, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
         from layersurgery.analyses.removal_goal import Goal
         from layersurgery.analyses.task_criterion import given_task
@@ -84,7 +84,12 @@ def run_prune(
     edit_options = EditOptions(out, overwrite, link, verify, options.revision, options.blocks)
     healing = pruning.healing
     [result], source = write_edits(
-        {None: pruning.plan}, model, edit_options, console, None if healing is None else healing.maps
+        {None: pruning.plan},
+        model,
+        edit_options,
+        console,
+        None if healing is None else healing.maps,
+        card_rows(pruning),
     )
     frame = pruning.costs
     before, after = (

@@ -66,7 +66,7 @@ def run_search(
         console: where to print.
     """
     with quick_imports():
-        from layersurgery.analyses.plan_run import check_heal, check_target, heal_session, results_directory
+        from layersurgery.analyses.plan_run import card_rows, check_heal, check_target, heal_session, results_directory
         from layersurgery.analyses.route_search import SearchSpace
         from layersurgery.analyses.search_run import run_search as run_in
         from layersurgery.analyses.search_tables import check_score
@@ -110,7 +110,12 @@ def run_search(
         edit_options = EditOptions(output, overwrite, link, verify, options.revision, options.blocks)
         healing = search.healing
         [result], source = write_edits(
-            {None: search.plan}, model, edit_options, console, None if healing is None else healing.maps
+            {None: search.plan},
+            model,
+            edit_options,
+            console,
+            None if healing is None else healing.maps,
+            card_rows(search),
         )
         value, written = as_json(result, source.label, source.revision), describe_result(result)
         if healing is not None:

@@ -59,6 +59,11 @@ class Pruning:
     healing: LinearHealing | None = None
 
     @property
+    def measured(self) -> pd.DataFrame:
+        """Return the table of costs."""
+        return self.costs
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Return the layer of each part."""
         return tuple(part.layer for part in self.parts)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -53,6 +54,14 @@ class ChosenPlan(Protocol):
     @property
     def plan(self) -> Plan:
         """Return the edit."""
+
+    @property
+    def by(self) -> str:
+        """Return the criterion."""
+
+    @property
+    def measured(self) -> pd.DataFrame:
+        """Return the measurement of the plans that it was chosen among, the unedited model first."""
 
     @property
     def written(self) -> EditResult | None:
@@ -130,8 +139,42 @@ def choose_plan(
         revision=options.revision,
         blocks=options.blocks,
         maps=None if done.healing is None else done.healing.maps,
+        measured=card_rows(done),
     )
     return replace(done, written=written)  # type: ignore[type-var] # a dataclass
+
+
+def card_rows(choice: ChosenPlan) -> dict[str, str]:
+    """Return what a model card says of the measurement that chose a plan; empty if the plan was not measured."""
+    frame = choice.measured
+    rows = frame[frame.plan == str(choice.plan)]
+    if rows.empty:
+        return {}
+    before, after = frame.iloc[0], rows.iloc[0]
+    run = frame.attrs.get("run", {})
+    data = run.get("arguments", {}).get("text", {}).get("data")
+    said = {
+        "chosen by": choice.by,
+        "text": f"{f'{data}, ' if data else ''}{int(after.tokens):,} tokens in {int(after.sequences):,} sequences",
+        "KL from the unedited model": f"{after.kl_nats:.4g} nats{_error(after, 'kl_nats')}",
+        "top-1 agreement": f"{100 * after.agreement:.1f} %{_error(after, 'agreement', 100)}",
+        "loss": f"{after.loss_nats:.4g} nats{_error(after, 'loss_nats')}; {before.loss_nats:.4g} unedited",
+    }
+    if "task" in choice.by:
+        del said["loss"]
+        said["text"] = f"the requests of {choice.by.removeprefix('task:')}"
+    if choice.healing is not None:
+        edited, healed = choice.healing.costs.iloc[1], choice.healing.costs.iloc[2]
+        said["healing, on text that the fit has not seen"] = (
+            f"KL {edited.kl_nats:.4g} to {healed.kl_nats:.4g} nats, loss {edited.loss_nats:.4g} to "
+            f"{healed.loss_nats:.4g} nats ({int(healed.tokens):,} tokens)"
+        )
+    return said
+
+
+def _error(row: pd.Series, name: str, factor: float = 1) -> str:
+    error = row.get(f"{name}_sem")
+    return "" if error is None or math.isnan(error) else f" (standard error {factor * error:.2g})"
 
 
 def check_heal(heal: str | None, given: GivenText | None) -> None:

@@ -71,6 +71,11 @@ class Search:
     healing: LinearHealing | None = None
 
     @property
+    def measured(self) -> pd.DataFrame:
+        """Return the table of the routes that were measured in full."""
+        return self.results
+
+    @property
     def route(self) -> Route:
         """Return the route of the model that was found."""
         return self.plan.route(int(self.results.depth.iloc[0]))

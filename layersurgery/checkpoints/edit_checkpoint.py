@@ -87,6 +87,7 @@ def edit_checkpoint(
     sources: Sources | None = None,
     means: Means | str | os.PathLike[str] | None = None,
     gguf: bool = False,
+    measured: Mapping[str, str] | None = None,
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
@@ -113,6 +114,7 @@ def edit_checkpoint(
         means: the means of the model's branches (`measure_means`), or their file, for edits that add them. They are
             written as the biases of output projections, so a model without such biases is refused.
         gguf: write a GGUF file also if `out` is not given: `<name>-<plan>.gguf`. There is no reload check.
+        measured: rows of the model card: what the measurement that chose the edit says of the result.
 
     Returns:
         The directory (or the GGUF file), and how it was made.
@@ -153,7 +155,9 @@ def edit_checkpoint(
             warn(note)
         return prepared
 
-    return write_edit(planned, target, check=check, overwrite=overwrite, link=link, progress=progress)
+    return write_edit(
+        planned, target, check=check, overwrite=overwrite, link=link, progress=progress, measured=measured
+    )
 
 
 def default_output(source: Source | GgufSource, plan: Plan) -> Path:
@@ -199,6 +203,7 @@ def write_edit(
     overwrite: bool = False,
     link: bool = False,
     progress: Progress | None = None,
+    measured: Mapping[str, str] | None = None,
 ) -> EditResult:
     """Check an edit and write it to `out`, completely or not at all.
 
@@ -211,6 +216,7 @@ def write_edit(
         overwrite: replace an existing checkpoint at `out`, once the new one is complete.
         link: hard-link files that do not change.
         progress: called with the number of bytes written since the last call, by one thread at a time.
+        measured: rows of the model card: what the measurement that chose the edit says of the result.
 
     Raises:
         SourceError: a source file cannot be read, or was changed after its header was read.
@@ -243,6 +249,7 @@ def write_edit(
             healed=[planned.route[position].block for position in planned.maps],
             notes=prepared.notes,
             sources=sources,
+            measured=measured,
         )
         _write_text(directory / "README.md", card)
     return EditResult(

@@ -25,8 +25,21 @@ def model_card(
     healed: Sequence[int] = (),
     notes: Sequence[str] = (),
     sources: Mapping[str, Source] | None = None,
+    measured: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the text of the output's README.md, with the metadata block that the Hub reads."""
+    """Return the text of the output's README.md, with the metadata block that the Hub reads.
+
+    Args:
+        source: the model that was edited.
+        plan: the edits.
+        route: the source's blocks in their new order.
+        depth: number of blocks of the source.
+        verified: whether the reload check was run.
+        healed: the source's blocks into which a linear map was folded.
+        notes: what users of the result should know.
+        sources: the other checkpoints that blocks are taken from.
+        measured: what the measurement that chose the edits says of the result, in rows of a table.
+    """
     from huggingface_hub import ModelCardData
 
     inherited = _read_metadata(source.directory / "README.md")
@@ -68,8 +81,18 @@ trained; the layers were rearranged as follows.
 The route lists the blocks of the source model in the order in which this model runs them. Ranges exclude their end.
 `-attn` or `-mlp` marks a block whose attention or MLP output projection is set to zero.
 
-{_how_to_undo(route, depth, healed, _name_of(source))}
+{_measured(measured or {})}{_how_to_undo(route, depth, healed, _name_of(source))}
 {taken}{maps}{"".join(f"{chr(10)}{note}{chr(10)}" for note in notes)}"""
+
+
+def _measured(rows: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    return (
+        f"## What was measured\n\n| | |\n|---|---|\n{table}\n\nThe edits were chosen by this measurement, so on other "
+        "text they cost somewhat more. Errors are standard errors over sequences.\n\n"
+    )
 
 
 def _name_of(source: Source) -> str:

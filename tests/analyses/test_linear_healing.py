@@ -165,12 +165,19 @@ def test_a_pruned_model_is_healed_before_it_is_written(tmp_path: Path) -> None:
     with pruning.healing.operate(model):
         meant = logits_of(model, TEXT)
     assert torch.equal(logits_of(reload(tmp_path / "out"), TEXT), meant)
+    card = (tmp_path / "out" / "README.md").read_text()
+    row = pruning.costs[pruning.costs.plan == str(pruning.plan)].iloc[0]
+    assert f"| KL from the unedited model | {row.kl_nats:.4g} nats (standard error {row.kl_nats_sem:.2g}) |" in card
+    assert f"{row.loss_nats:.4g} nats" in card
+    assert "| chosen by | kl |" in card
+    assert "healing, on text that the fit has not seen" in card
     in_memory = ls.prune(model, TEXT, remove=2, heal="linear", race=False)
     assert in_memory.plan == pruning.plan
     assert in_memory.healing is not None
     pd.testing.assert_frame_equal(in_memory.healing.cuts, pruning.healing.cuts)
     found = ls.search(tmp_path / "source", TEXT, remove=1, beam=1, heal="linear", output=tmp_path / "found", race=False)
     assert found.healing is not None
+    assert "## What was measured" in (tmp_path / "found" / "README.md").read_text()
     with pytest.raises(ls.PlanError, match="heal is 'linear' or left out, not 'lora'"):
         ls.prune(model, TEXT, remove=2, heal="lora")
 
