@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..errors import PlanError
 from .edits import Edit, changed, check_ending, ending, join, parse_refs, positions, resolve_all, split_ending
@@ -99,39 +99,63 @@ class Drop(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class Move(Edit):
-    """Move a block, or adjacent blocks, to right after or right before another block."""
+class _Placed(Edit):
+    """Place a block, or adjacent blocks, right after or right before another block."""
 
     blocks: Ref
     after: int | None = None
     before: int | None = None
-    examples: ClassVar = {"move": "move 5 after 9 or move 5 before 2"}
 
     @classmethod
     def _parse(cls, _verb: str, text: str, /) -> Edit:
-        return cls(**_parse_placed(text))
+        match = re.fullmatch(r"(.+?)\s+(after|before)\s+(\S+)", text.strip())
+        if match is None:
+            raise PlanError("expected a block, 'after' or 'before', and another block")
+        blocks, where, target = match.groups()
+        return cls(_parse_ref(blocks), **{where: _number(_parse_ref(target))})
 
     @property
     def _first(self) -> Ref:
         return self.blocks
 
+    @property
+    def _verb(self) -> str:
+        return next(iter(self.examples))
+
+    @property
+    def _target(self) -> int:
+        target = self.before if self.after is None else self.after
+        assert target is not None
+        return target
+
     def __post_init__(self) -> None:
-        _check_placed("move", self.after, self.before)
+        if (self.after is None) == (self.before is None):
+            raise PlanError(f"{self._verb} needs exactly one of after= and before=")
+
+    def _place(self, route: Sequence[Visit], depth: int) -> int:
+        """Return the position in a route at which the blocks are placed."""
+        (anchor,) = resolve(self._target, depth)
+        return _only_position(route, anchor, self) + (self.after is not None)
+
+    def __str__(self) -> str:
+        return f"{self._verb} {self.blocks} {'before' if self.after is None else 'after'} {self._target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Move(_Placed):
+    """Move a block, or adjacent blocks, to right after or right before another block."""
+
+    examples: ClassVar = {"move": "move 5 after 9 or move 5 before 2"}
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         moved = resolve(self.blocks, depth)
-        target = self.before if self.after is None else self.after
-        assert target is not None
-        if resolve(target, depth)[0] in moved:
+        if resolve(self._target, depth)[0] in moved:
             raise PlanError(f"'{self}': a block cannot be moved next to itself; name another block as the target")
         segment = _segment(route, moved, self)
         visits = route[segment.start : segment.stop]
         rest = [*route[: segment.start], *route[segment.stop :]]
-        position = _place(rest, self.after, self.before, depth, self)
+        position = self._place(rest, depth)
         return [*rest[:position], *visits, *rest[position:]]
-
-    def __str__(self) -> str:
-        return f"move {self.blocks} {_placed(self.after, self.before)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,38 +284,21 @@ class Reorder(Edit):
 
 
 @dataclass(frozen=True, slots=True)
-class InsertCopy(Edit):
+class InsertCopy(_Placed):
     """Insert copies of a block, or of adjacent blocks, whose output projections are zero: they add nothing.
 
     The model computes the same, and is deeper: the copies can be trained.
     """
 
-    blocks: Ref
-    after: int | None = None
-    before: int | None = None
     examples: ClassVar = {"insert-copy": "insert-copy 8 after 8 or insert-copy 8:10 before 0"}
-
-    @classmethod
-    def _parse(cls, _verb: str, text: str, /) -> Edit:
-        return cls(**_parse_placed(text))
-
-    @property
-    def _first(self) -> Ref:
-        return self.blocks
-
-    def __post_init__(self) -> None:
-        _check_placed("insert-copy", self.after, self.before)
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         copies = [
             Visit(block, source=route[positions(route, block, self)[0]].source, zeroed=True)
             for block in resolve(self.blocks, depth)
         ]
-        position = _place(route, self.after, self.before, depth, self)
+        position = self._place(route, depth)
         return [*route[:position], *copies, *route[position:]]
-
-    def __str__(self) -> str:
-        return f"insert-copy {self.blocks} {_placed(self.after, self.before)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,32 +368,6 @@ class Parallel(Edit):
 
     def __str__(self) -> str:
         return f"{'average' if self.average else 'parallel'} {join(self.blocks)}"
-
-
-def _parse_placed(text: str) -> dict[str, Any]:
-    """Read blocks, 'after' or 'before', and another block."""
-    match = re.fullmatch(r"(.+?)\s+(after|before)\s+(\S+)", text.strip())
-    if match is None:
-        raise PlanError("expected a block, 'after' or 'before', and another block")
-    blocks, where, target = match.groups()
-    return {"blocks": _parse_ref(blocks), where: _number(_parse_ref(target))}
-
-
-def _check_placed(what: str, after: int | None, before: int | None) -> None:
-    if (after is None) == (before is None):
-        raise PlanError(f"{what} needs exactly one of after= and before=")
-
-
-def _placed(after: int | None, before: int | None) -> str:
-    return f"before {before}" if after is None else f"after {after}"
-
-
-def _place(route: Sequence[Visit], after: int | None, before: int | None, depth: int, edit: Edit) -> int:
-    """Return the position right after or right before a block."""
-    target = before if after is None else after
-    assert target is not None
-    (anchor,) = resolve(target, depth)
-    return _only_position(route, anchor, edit) + (after is not None)
 
 
 def _parse_ref(text: str) -> Ref:
