@@ -27,7 +27,8 @@ from ..models.anatomy import anatomy as find_anatomy
 from ..models.block_list import find_decoder_blocks
 from ..models.block_view import share_parameters
 from ..models.call_tracing import eval_no_grad
-from ..models.output_maps import OutputMap, find_output_maps, install_maps
+from ..models.output_maps import OutputMap, find_output_maps
+from ..models.weight_change import install_changes
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..runtime.block_runner import BlockRunner, ForwardRecord
@@ -97,7 +98,7 @@ class LinearHealing:
         operate_(model, self.plan, **options)
         blocks = find_decoder_blocks(model, options.get("blocks")).blocks
         for position, maps in self.maps.items():
-            install_maps(blocks[position], maps)
+            install_changes(blocks[position], maps)
         return model
 
 
@@ -260,7 +261,7 @@ class _Fit:
             if after < before:
                 maps = find_output_maps(probe, runner.anatomy.parts(cut.block), name, delta)
                 view = share_parameters(runner.block(self.route[cut.position]))
-                install_maps(view, maps)
+                install_changes(view, maps)
                 self.healed[cut.position] = view
             else:
                 after, ridge = before, float("inf")
@@ -312,7 +313,7 @@ def _healed(model: nn.Module, maps: Mapping[int, Sequence[OutputMap]]) -> Iterat
                 path, _, name = output_map.parameter.rpartition(".")
                 owner = blocks[position].get_submodule(path)
                 restored.callback(owner._parameters.__setitem__, name, owner._parameters[name])
-            install_maps(blocks[position], tuple(of_block))
+            install_changes(blocks[position], of_block)
         yield
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from ..errors import PlanError, UnsupportedEditError
 from ..plans.visit import Branch
@@ -15,6 +14,7 @@ from .block_probe import BlockProbe
 from .block_view import share_parameters
 from .numerics import is_same_change, tolerance
 from .quantized import is_quantized
+from .weight_change import install_changes
 from .weight_conventions import output_dim
 
 _TRIAL_SIZE = 0.5
@@ -90,20 +90,7 @@ def find_output_maps(
     added = (whole - without).double().cpu()
     expected = without + (added + added @ trial).to(whole.device, whole.dtype)
     edited = share_parameters(probe.block)
-    install_maps(edited, [OutputMap(output, dim, trial) for output, dim in dims.items()])
+    install_changes(edited, [OutputMap(output, dim, trial) for output, dim in dims.items()])
     if not dims or not is_same_change(probe.run(edited), expected, whole, tolerance("fit", whole.dtype)):
         raise UnsupportedEditError(f"{refusal}: no weights were found that alone write what it adds to the stream")
     return tuple(OutputMap(output, dim, delta) for output, dim in dims.items())
-
-
-def install_maps(block: nn.Module, maps: Sequence[OutputMap]) -> None:
-    """Replace parameters of `block`, which must be a view or be edited for good, by new ones with the maps applied."""
-    for output_map in maps:
-        path, _, key = output_map.parameter.rpartition(".")
-        owner = block.get_submodule(path)
-        parameter = owner._parameters[key]
-        assert parameter is not None
-        if parameter.is_meta:
-            raise UnsupportedEditError(f"{output_map.parameter} is offloaded; load the model without offloading")
-        weight = output_map.apply(parameter.detach())
-        owner._parameters[key] = nn.Parameter(weight, requires_grad=parameter.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -69,8 +70,21 @@ class WeightChange:
         return changed.index_fill_(self.dim, self.indexes.to(weight.device), 0) if self.units else changed
 
 
-def install_changes(block: nn.Module, changes: Iterable[WeightChange]) -> None:
-    """Change weights of `block` in place. `block` must be a view, so that the original is not changed.
+class ParameterChange(Protocol):
+    """Hold the change of one parameter, named relative to the block."""
+
+    @property
+    def parameter(self) -> str:
+        """Return its name."""
+
+    def apply(self, weight: torch.Tensor, /) -> torch.Tensor:
+        """Return the changed weight."""
+
+
+def install_changes(block: nn.Module, changes: Iterable[ParameterChange]) -> None:
+    """Change weights of `block` in place: new parameters take the place of the old ones.
+
+    `block` must be a view, so that the original is not changed, or a block that is edited for good.
 
     Raises:
         UnsupportedEditError: a weight is offloaded, so it has no values to change.
@@ -82,7 +96,7 @@ def install_changes(block: nn.Module, changes: Iterable[WeightChange]) -> None:
         assert parameter is not None
         if parameter.is_meta:
             raise UnsupportedEditError(
-                f"{change.parameter} is offloaded, and weights that are scaled or partly off must be in memory; load "
+                f"{change.parameter} is offloaded, and weights that are changed must be in memory; load "
                 "the model without offloading, or edit the checkpoint on disk"
             )
         owner._parameters[name] = nn.Parameter(change.apply(parameter.detach()), requires_grad=parameter.requires_grad)
