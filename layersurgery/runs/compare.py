@@ -13,7 +13,6 @@ from ..library_logs import quiet_libraries
 from ..plans.edits import VERBS
 from ..plans.plan import Plan
 from ..sweeps.compare import Comparison, compare_tokens
-from ..sweeps.neuron_scores import resolve_neurons
 from .distributed import SingleProcess
 from .open_text import open_text
 from .options import NOT_FOR_COMPARE, RunOptions
@@ -88,7 +87,11 @@ def compare(
 def _resolved(edit: Any, model: nn.Module) -> Any:
     """Return an edit with the numbers of neurons that its plan names by kind."""
     plan = Plan.parse(edit) if isinstance(edit, str) else edit
-    return resolve_neurons(plan, model) if isinstance(plan, Plan) and plan.needs_weights else edit
+    if not isinstance(plan, Plan) or not plan.needs_weights:
+        return edit
+    from ..sweeps.neuron_scores import resolve_neurons
+
+    return resolve_neurons(plan, model)
 
 
 def _is_model_name(other: Any) -> bool:

@@ -14,7 +14,6 @@ from ..models.model_weights import count_heads
 from ..models.quantized import quantized_numbers
 from ..plans.branch_edits import PickNeurons
 from ..plans.families import CountHeads
-from ..sweeps.neuron_scores import neuron_picker
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count
@@ -207,6 +206,8 @@ class ModelSession:
             UnsupportedEditError: no output weights of neurons are found.
         """
         if self._neurons is None:
+            from ..sweeps.neuron_scores import neuron_picker  # pandas, which a sweep's first number does not wait for
+
             self.check()
             options = self.options
             self._neurons = neuron_picker(self.model.load(), blocks=options.blocks, seed=options.seed)
