@@ -33,14 +33,13 @@ from ..surgery.save import save
 from .distillation import find_trainable_readout
 from .heal_training import (
     HealingText,
-    SavedState,
     Training,
     TrainingOptions,
-    check_trainable,
     options_record,
-    trainable_weights,
 )
 from .plan_run import check_target
+from .trainable_weights import check_trainable, trainable_weights
+from .training_state import SavedState
 
 NOT_FOR_TRAINING = (
     "quantize", "device_map", "max_memory", "offload_folder", "schedule", "compile", "per_token", *SWEEP_ONLY

@@ -1,4 +1,4 @@
-"""Train an edited model to predict like its teacher: the steps, their state on disk, and the weights that are trained.
+"""Train an edited model to predict like its teacher: how it is trained, on which text, and the steps.
 
 Everything that a step depends on is a function of its number and the seed, so a run that was killed continues from its
 last saved state as if nothing had happened.
@@ -6,35 +6,27 @@ last saved state as if nothing had happened.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..atomic_io import atomic_file
-from ..errors import MeasurementError, OutputError, PlanError, SourceError, UnsupportedEditError
-from ..models.block_list import find_decoder_blocks, unwrap_transformers
-from ..models.quantized import is_quantized
+from ..errors import MeasurementError, PlanError
 from ..runtime.inputs import has_next_token
-from ..runtime.offload import offloaded
 from ..runtime.unembedding import Unembedding
 from .distillation import distillation_loss, held_out_sums, read_tokens
+from .training_state import SavedState
 
 if TYPE_CHECKING:
     from ..runs.distributed import ProcessGroup
     from ..runs.text import TokenizedText
 
 HOW = ("lora", "full")
-RECORD = "healing.json"
 _HELD_OUT_SHARE, _LEAST_HELD_OUT, _LEAST_TRAINED = 20, 8, 8
 _LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
 _LARGEST_GRADIENT = 1.0
@@ -156,121 +148,6 @@ class HealingText:
         )
 
 
-def check_trainable(student: nn.Module, how: str) -> None:
-    """Refuse a model whose weights cannot be trained here.
-
-    Raises:
-        UnsupportedEditError: weights are quantized, offloaded, or too coarse to be trained in full.
-    """
-    if any(map(is_quantized, student.modules())):
-        raise UnsupportedEditError(
-            "the model to heal is quantized, and what is trained would have to be merged into quantized weights; heal "
-            "the unquantized checkpoint, and quantize the result when it is loaded"
-        )
-    if offloaded(student) or any(parameter.is_meta for parameter in student.parameters()):
-        raise UnsupportedEditError(
-            "weights of the model to heal are offloaded, and training needs all of them in memory; load it without a "
-            "device map"
-        )
-    coarse = {parameter.dtype for parameter in student.parameters()} - {torch.float32, torch.float64}
-    if how == "full" and coarse:
-        raise UnsupportedEditError(
-            f"training all weights needs them in float32, since small steps are lost in {str(coarse.pop())[6:]}; load "
-            "the model in float32 (dtype), with mixed_precision bf16 to compute in half precision, or train LoRA"
-        )
-
-
-@contextmanager
-def trainable_weights(student: nn.Module, options: TrainingOptions, seed: int) -> Iterator[Callable[[], None]]:
-    """Choose the weights to train: LoRA in the blocks' linear layers, or all. Modules of zeros stay zero.
-
-    A branch that an edit skips on disk is an output projection of zeros.
-
-    Args:
-        student: the model.
-        options: what is trained.
-        seed: seed of LoRA's first matrices.
-
-    Yields:
-        A function that merges what was trained into the model's own weights. Without it, LoRA is removed at the end.
-
-    Raises:
-        UnsupportedEditError: blocks share weights, or have no linear layers.
-        SourceError: PEFT is not installed.
-    """
-    zeros = [module for module in student.modules() if _is_zero(module)]
-    required = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
-    adapted: Any = None
-
-    def merge() -> None:
-        nonlocal adapted
-        if adapted is not None:
-            adapted.merge_and_unload()
-            adapted = None
-
-    try:
-        if options.how == "full":
-            for parameter in student.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
-            for module in zeros:
-                module.requires_grad_(False)
-        else:
-            for parameter in student.parameters():
-                parameter.requires_grad_(False)
-            adapted = _add_lora(student, options.rank, seed, zeros)
-        yield merge
-    finally:
-        if adapted is not None:
-            adapted.unload()
-        for parameter, was_required in required:
-            parameter.requires_grad_(was_required)
-
-
-def _is_zero(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() > 1 and not bool(weight.any())
-
-
-def _add_lora(student: nn.Module, rank: int, seed: int, zeros: list[nn.Module]) -> Any:
-    from transformers.pytorch_utils import Conv1D
-
-    peft = _import_peft()
-    inner = unwrap_transformers(student)
-    blocks = find_decoder_blocks(inner)
-    layers = {
-        f"{blocks.path}.{name}": module
-        for name, module in blocks.blocks.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear | Conv1D) and not any(module is zero for zero in zeros)
-    }
-    weights = [id(module.weight) for module in layers.values()]
-    if len(set(weights)) < len(weights):
-        raise UnsupportedEditError(
-            "blocks share their weights (a repeated block in memory), and merging LoRA would add it to them once for "
-            "each; write the edited checkpoint, in which each has its own weights, and heal that, or train all weights "
-            "(how='full')"
-        )
-    if not layers:
-        raise UnsupportedEditError("the blocks have no linear layers for LoRA; train all weights (how='full')")
-    transposed = any(isinstance(module, Conv1D) for module in layers.values())
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[*layers], fan_in_fan_out=transposed
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return peft.get_peft_model(inner, config)
-
-
-def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise SourceError(
-            "healing with LoRA needs the package peft, which is not installed; run: pip install 'layersurgery[heal]', "
-            "or train all weights (how='full')"
-        ) from None
-    return peft
-
-
 class _Student(nn.Module):
     """Compute the loss inside of a module's forward, where accelerate synchronizes gradients and sets the precision."""
 
@@ -286,64 +163,6 @@ class _Student(nn.Module):
         with torch.no_grad():
             teacher_read = read_tokens(self.teacher, ids, mask)
         return distillation_loss(self.readout, read, self.teacher, teacher_read, self.loss_weight)
-
-
-class SavedState:
-    """Keep the last state of a run in a directory, and refuse that of another run.
-
-    Args:
-        directory: its path; created with its record if it does not exist.
-        arguments: everything that the digits depend on.
-        overwrite: discard the state of another run.
-
-    Raises:
-        OutputError: the directory contains another run, or something else.
-    """
-
-    def __init__(self, directory: Path, arguments: dict[str, Any], *, overwrite: bool) -> None:
-        self.directory = directory
-        arguments = json.loads(json.dumps(arguments))
-        record = directory / RECORD
-        if directory.exists() and not record.exists() and any(directory.iterdir()):
-            raise OutputError(
-                f"{directory} contains something other than the state of a healing; choose another output"
-            )
-        if record.exists():
-            earlier = json.loads(record.read_text("utf-8"))
-            names = [name for name in {**earlier, **arguments} if earlier.get(name) != arguments.get(name)]
-            if names and not overwrite:
-                raise OutputError(
-                    f"{directory} contains the state of a healing with other arguments ({', '.join(names)}). "
-                    "Overwrite it to start again, or choose another output"
-                )
-            if names:
-                shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(record) as partial:
-            partial.write_text(json.dumps(arguments, indent=2) + "\n", "utf-8")
-
-    def find(self) -> Path | None:
-        """Return the last complete state; None if there is none."""
-        states = [path for path in self.directory.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-        return max(states, key=lambda path: int(path.name[5:]), default=None)
-
-    def save(self, accelerator: Any, step: int) -> None:
-        """Save the state after a step, and remove the one before it once this one is complete."""
-        partial = self.directory / f".step-{step}.partial"
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            earlier = self.find()
-            partial.rename(self.directory / f"step-{step}")
-            if earlier is not None:
-                shutil.rmtree(earlier)
-
-    def remove(self) -> None:
-        """Remove the directory, once the checkpoint is written."""
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 class _Progress:
