@@ -36,6 +36,7 @@ from .config_fields import (
 )
 from .quantized import is_quantized
 from .reload_check import MODES, describe, is_equal, original_class, own_values
+from .skipped_branch import SkippedBranch
 
 # Fields of a config that no block reads, or that only say which position has which kind of block: the blocks' classes
 # and settings are compared one by one.
@@ -143,6 +144,12 @@ def check_block(name: str, block: int, own: nn.Module, other: nn.Module, config:
     Raises:
         UnsupportedEditError: says what differs.
     """
+    for where, edited in (("the model", own), (name, other)):
+        if any(isinstance(module, SkippedBranch) for module in edited.modules()):
+            raise UnsupportedEditError(
+                f"block {block} cannot be taken from {name}: a branch of the block of {where} is skipped by an edit in "
+                "memory, which its weights do not say; save the edited model, and take the block from there"
+            )
     differences = list(_structural_differences(own, other)) or [
         *_config_differences(block, config, other_config),
         *_setting_differences(own, other),
@@ -201,11 +208,17 @@ def _fields_of(block: int, config: Any) -> dict[str, Any]:
             continue
         if name in INDEX_LISTS and isinstance(value, list):
             found[name] = block in value
-        elif name == "max_position_embeddings" and "dynamic" not in json.dumps(fields, default=str):
+        elif name == "max_position_embeddings" and not _reads_length(fields):
             continue  # a limit that no block reads; what rotary embeddings of other kinds read of it is in their fields
         else:
             found[name] = value[block] if is_layerwise(name, value, depth) else value
     return found
+
+
+def _reads_length(fields: dict[str, Any]) -> bool:
+    """Return whether rotary embeddings depend on the largest number of positions."""
+    text = json.dumps(fields, default=str)
+    return "dynamic" in text or "longrope" in text
 
 
 def _setting_differences(own: nn.Module, other: nn.Module) -> Iterator[str]:

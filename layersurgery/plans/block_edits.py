@@ -223,7 +223,7 @@ class Replace(Edit):
             raise PlanError(
                 f"blocks {self.replaced} and {self.block} are the same block of {depth}; name two different blocks"
             )
-        position, visit = _only_position(route, replaced, self), route[positions(route, block, self)[0]]
+        position, visit = _only_position(route, replaced, self), _only_visit(route, block, self)
         return [*route[:position], visit, *route[position + 1 :]]
 
     def __str__(self) -> str:
@@ -273,11 +273,9 @@ class Reorder(Edit):
         return self.order[0].ref
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
-        current = {visit.block: visit for visit in route}
         for item in self.order:
             for visit in item.visits(depth):
-                positions(route, visit.block, self)
-                yield visit.within(current[visit.block])
+                yield visit.within(_only_visit(route, visit.block, self))
 
     def __str__(self) -> str:
         return f"reorder {join(self.order)}"
@@ -294,7 +292,7 @@ class InsertCopy(_Placed):
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         copies = [
-            Visit(block, source=route[positions(route, block, self)[0]].source, zeroed=True)
+            Visit(block, source=_only_visit(route, block, self).source, zeroed=True)
             for block in resolve(self.blocks, depth)
         ]
         position = self._place(route, depth)
@@ -395,6 +393,22 @@ def _only_position(route: Sequence[Visit], block: int, edit: Edit) -> int:
             "put this edit before the repeat, or write the order with reorder"
         )
     return found[0]
+
+
+def _only_visit(route: Sequence[Visit], block: int, edit: Edit) -> Visit:
+    """Return the visit of a block with what earlier edits changed in it; zero copies count if there is no other.
+
+    Raises:
+        PlanError: the route does not visit it, or in ways that differ.
+    """
+    visits = [route[position] for position in positions(route, block, edit)]
+    visits = [visit for visit in visits if not visit.zeroed] or visits
+    if len({visit.alone for visit in visits}) > 1:
+        raise PlanError(
+            f"'{edit}': block {block} is in the route in ways that differ ({join(dict.fromkeys(visits))}), and which "
+            "of them is meant is not known; put this edit first"
+        )
+    return visits[0]
 
 
 def _segment(route: Route, blocks: Sequence[int], edit: Edit) -> range:

@@ -198,6 +198,10 @@ class NeuronsOfKind(Edit):
     def _first(self) -> Ref:
         return self.blocks[0]
 
+    def all_blocks(self, depth: int) -> frozenset[int]:
+        """Return the blocks that it names, in a model of `depth` blocks."""
+        return resolve_all(self.blocks, depth)
+
     def resolved(self, depth: int, pick: PickNeurons) -> list[Edit]:
         """Return the edits with the numbers of the neurons, one for each block that has any.
 
@@ -209,7 +213,7 @@ class NeuronsOfKind(Edit):
             PlanError: no block has a neuron of the kind.
         """
         found: list[Edit] = []
-        for block in sorted(resolve_all(self.blocks, depth)):
+        for block in sorted(self.all_blocks(depth)):
             if neurons := pick(block, self.kind, self.count, self.random):
                 found.append(UnitsOff("mlp", neurons, (block,)))
         if not found:

@@ -91,12 +91,20 @@ class Plan:
             pick: returns the neurons of a block.
 
         Raises:
-            PlanError: no block has such a neuron.
+            PlanError: no block has such a neuron, or one of them is taken from another checkpoint.
         """
         edits: list[Edit] = []
         for edit in self.edits:
             edits += edit.resolved(depth, pick) if isinstance(edit, NeuronsOfKind) else [edit]
-        return Plan(tuple(edits))
+        plan = Plan(tuple(edits))
+        of_kind = {block for edit in self.edits if isinstance(edit, NeuronsOfKind) for block in edit.all_blocks(depth)}
+        for visit in plan.route(depth) if of_kind else ():
+            if visit.source and visit.block in of_kind:
+                raise PlanError(
+                    f"'{self}': neurons are looked up by kind in the loaded model, and block {visit.block} is taken "
+                    f"from {visit.source}; give their numbers"
+                )
+        return plan
 
     @property
     def slug(self) -> str:

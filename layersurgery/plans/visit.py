@@ -84,11 +84,16 @@ class Visit:
             skipped = self.zeroed or branch in self.mean
             factor = False if skipped else branch_factor(getattr(self, branch), branch)
             object.__setattr__(self, branch, factor)
-            # What is off in a branch that is skipped makes no difference: such visits are the same.
-            numbers = unit_numbers(getattr(self, units), units) if factor else ()
+            # What is off in a branch that is skipped for all tokens makes no difference: such visits are the same.
+            numbers = unit_numbers(getattr(self, units), units) if factor or self.start else ()
             object.__setattr__(self, units, numbers)
         if self.zeroed and self.mean:
             raise PlanError("a block whose output projections are zero adds no mean; leave one of both out")
+        if self.source and self.mean:
+            raise PlanError(
+                f"the means are those of the loaded model, and block {self.block} is taken from {self.source}; leave "
+                "one of both out"
+            )
         source_name(self.source or "base")
         self._check_start()
         if whole_number(self.divisor, "a divisor") < 1:

@@ -46,19 +46,22 @@ class ContextSharing:
     Args:
         runner: runs the model's blocks.
         readout: maps streams to logits.
+        by_position: whether an edit depends on the positions of tokens; then no context is shared.
 
     Attributes:
         tokens: number of tokens that were run.
         tokens_apart: number of tokens without sharing, padding included.
     """
 
-    def __init__(self, runner: BlockRunner, readout: Readout) -> None:
+    def __init__(self, runner: BlockRunner, readout: Readout, *, by_position: bool = False) -> None:
         self.runner, self.readout = runner, readout
         self.tokens = self.tokens_apart = 0
         self._checked = 0
         self._reason: str | None = None
         self._refused = False
         self._config = text_config(runner.model)
+        if by_position:
+            self._refuse("an edit leaves the first tokens of each request, and some blocks count tokens themselves")
         self._positions: float = getattr(self._config, "max_position_embeddings", None) or math.inf
 
     @property

@@ -144,7 +144,8 @@ class Measurer:
         self._offloaded_bytes = [offloaded_bytes(offloaded(block)) for block in self.runner.blocks]
         self.schedule = self._make_schedule(order, self.routes)
         self.readout = find_readout(self.runner, use_model_head=use_model_head)
-        self.contexts = ContextSharing(self.runner, self.readout)
+        by_position = any(visit.start for route in self.routes for visit in route)
+        self.contexts = ContextSharing(self.runner, self.readout, by_position=by_position)
         self._memory_model = MemoryModel.from_model(
             model,
             self.runner.blocks,

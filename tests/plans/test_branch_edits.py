@@ -30,6 +30,8 @@ from layersurgery.plans.visit import Visit
         ("take 1:3 from base; skip-mlp 2", "0 1@base 2@base-mlp 3:6"),
         ("insert-copy 2 after 2", "0:3 2[zeroed] 3:6"),
         ("insert-copy 2:4 before 0; drop 3", "2[zeroed] 0:3 4 5"),
+        ("insert-copy 2 after 2; reorder 0 1 2 3", "0:4"),
+        ("insert-copy 4 before 1; replace 3 4", "0 4[zeroed] 1 2 4 4 5"),
         ("drop 2 mean", "0 1 2[attn=mean][mlp=mean] 3:6"),
         ("skip-mlp 2 mean; scale-attention 2 2", "0 1 2[mlp=mean][attn*2] 3:6"),
         ("drop 2 from 1", "0 1 2-attn-mlp[from 1] 3:6"),
@@ -102,6 +104,11 @@ def test_equal_visits_are_equal() -> None:
         ("parallel 2 3; swap 2 3", "would separate or join parallel blocks"),
         ("parallel 2 3; replace 3 5", "would separate or join parallel blocks"),
         ("parallel 2 3; repeat 3", "would separate or join parallel blocks"),
+        ("heads-off 0 of 3; skip-attention 3 from 1", "only branches that are skipped or scaled"),
+        ("neurons-off 0 of 3; drop 3 from 1", "only branches that are skipped or scaled"),
+        ("take 2 from base; skip-mlp 2 mean", "the means are those of the loaded model"),
+        ("reorder 0 1 2 2@base 3; replace 3 2", "in ways that differ"),
+        ("reorder 0 1 2 2-mlp 3; reorder 0 2 3", "in ways that differ"),
         ("reorder 0[parallel] 1", r"begins with 0\[parallel\]"),
         ("reorder 0 1[/0]", "divided by a number of at least 1"),
     ],
@@ -147,3 +154,9 @@ def test_neurons_by_kind_are_replaced_by_their_numbers(words: str) -> None:
     assert not plan.resolved(6, pick).needs_weights
     with pytest.raises(ls.PlanError, match="no block that it names has .*analyze neurons"):
         plan.resolved(6, lambda *_: ())
+
+
+def test_neurons_by_kind_of_a_block_of_another_checkpoint_are_refused() -> None:
+    plan = Plan.parse("take 2 from base; neurons-off suppression of 2")
+    with pytest.raises(ls.PlanError, match="block 2 is taken from base; give their numbers"):
+        plan.resolved(6, lambda *_: (1,))

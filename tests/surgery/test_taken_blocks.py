@@ -349,3 +349,13 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monke
             tmp_path / "model", "take 2 from base", tmp_path / "out", sources={"base": tmp_path / "other"}
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_with_a_branch_that_an_edit_skips_is_refused() -> None:
+    source = ls.operate_(tiny_model("llama", seed=1), "skip-mlp 2")
+    plan, sources = "take 2 from base", {"base": source}
+    with (
+        pytest.raises(ls.UnsupportedEditError, match="is skipped by an edit"),
+        ls.operate(tiny_model("llama"), plan, sources=sources),
+    ):
+        pytest.fail("operated")
