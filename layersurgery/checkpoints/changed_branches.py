@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..errors import UnsupportedEditError
@@ -23,12 +24,12 @@ from ..models.block_probe import BlockProbe, record_block
 from ..models.block_weights import BlockWeights
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
-from ..models.means import Means, mean_specs
+from ..models.means import Means, mean_specs, sample_of, sampled_parameter
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..models.output_maps import OutputMap, OutputMaps
 from ..models.weight_change import WeightChange
 from ..plans.route import Route
-from ..plans.visit import BRANCHES, Branch
+from ..plans.visit import BRANCHES, Branch, Visit
 from .checkpoint import Checkpoint
 from .output_layout import ChangedTensors, Recode
 from .safetensors_header import TensorInfo
@@ -88,6 +89,8 @@ def changed_tensors(
             changes = weights.changes(visit)
             of_branch = {branch: weights.parts.skips(branch) for branch in BRANCHES}
             specs = mean_specs(of_branch, visit, means, section.depth)
+            if means is not None:
+                _check_means(means, checkpoint, tensor_names, visit, module)
             changes += weights.mean_changes(visit.block, specs)
         for name, group in groupby(sorted(changes, key=lambda change: change.parameter), lambda c: c.parameter):
             of_parameter = tuple(group)
@@ -99,6 +102,30 @@ def changed_tensors(
                 _check_layout(info, rest, module.get_parameter(name), of_parameter)
                 tensors[rest] = partial(_recode, info=info, changes=of_parameter)
     return changed
+
+
+def _check_means(
+    means: Means, checkpoint: Checkpoint, tensor_names: TensorNames, visit: Visit, module: nn.Module
+) -> None:
+    """Refuse means of another block than that of the files, by some weights of the branches that add their mean.
+
+    Weights whose numbers the files hold in another form or order are not compared.
+
+    Raises:
+        PlanError: the means are of another block.
+    """
+    for branch in visit.mean:
+        mean = means.vectors.get((visit.block, branch))
+        parameter = None if mean is None else sampled_parameter(module, mean.path)
+        rests = () if parameter is None else tensor_names.names(visit.block, parameter)
+        if parameter is None or len(rests) != 1:
+            continue
+        name = checkpoint.block_prefix.join(visit.block, rests[0])
+        info = dict(checkpoint.tensors.tensors())[name]
+        if info.dtype in _DTYPES and info.shape == tuple(module.get_parameter(parameter).shape):
+            (file,) = (file for file, header in checkpoint.tensors.shards.items() if name in header.tensors)
+            with safe_open(checkpoint.tensors.directory / file, "pt") as tensors:
+                means.check_sample(visit.block, branch, sample_of(tensors.get_tensor(name)))
 
 
 def add_maps(

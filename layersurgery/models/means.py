@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,16 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..atomic_io import atomic_file
 from ..errors import PlanError, SourceError, UnsupportedEditError, warn
 from ..plans.visit import BRANCHES, Branch, Visit
+from .quantized import is_quantized
 from .unsupported import MEASURE_MEANS
 
 if TYPE_CHECKING:
     from .skipped_branch import SkipSpec
 
 _FORMAT = "layersurgery means"
+# By so many of its weights, a block is recognized. Those of two blocks differ by more than half of their length; a
+# change of the data type, or light training, changes them by some hundredths.
+_SAMPLED, _LARGEST_DIFFERENCE = 16, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +37,13 @@ class BranchMean:
         vector: the mean over tokens of what the branch adds to the stream, float32.
         path: path, within the block, of the module whose output is replaced.
         scale: the factor by which the block multiplies that module's output.
+        sample: some weights of that module, by which the block is recognized; empty if they were not at hand.
     """
 
     vector: torch.Tensor = field(compare=False)
     path: str
     scale: float = 1.0
+    sample: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +117,7 @@ class Means:
             "tokens": self.tokens,
             "text": dict(self.text),
             "errors": {str(block): reason for block, reason in self.errors.items()},
-            "places": {_name(where): [mean.path, mean.scale] for where, mean in self.vectors.items()},
+            "places": {_name(where): [mean.path, mean.scale, mean.sample] for where, mean in self.vectors.items()},
         }
         tensors = {_name(where): mean.vector.contiguous() for where, mean in self.vectors.items()}
         with atomic_file(Path(path)) as partial:
@@ -128,7 +136,8 @@ class Means:
             with safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {})[_FORMAT])
                 vectors = {
-                    _where(name): BranchMean(file.get_tensor(name), *place) for name, place in record["places"].items()
+                    _where(name): BranchMean(file.get_tensor(name), path, scale, tuple(*sample))
+                    for name, (path, scale, *sample) in record["places"].items()
                 }
         except FileNotFoundError:
             raise SourceError(f"{path} does not exist; {MEASURE_MEANS}") from None
@@ -147,6 +156,34 @@ class Means:
             raise PlanError(
                 f"the means are of a model of {self.depth} blocks ({self.model}), and this one has {depth}; measure "
                 "the means of this model. Inside operate, a model has other blocks: make one plan of all edits"
+            )
+
+    def check_block(self, number: int, block: nn.Module) -> None:
+        """Refuse a block that has other weights than the one which the means are of.
+
+        An edit can put another block at the same number. Weights that are offloaded or quantized are not compared.
+
+        Raises:
+            PlanError: the means are of another block.
+        """
+        for branch in BRANCHES:
+            if (mean := self.vectors.get((number, branch))) is not None:
+                self.check_sample(number, branch, weight_sample(block, mean.path))
+
+    def check_sample(self, number: int, branch: Branch, sample: tuple[float, ...]) -> None:
+        """Refuse a block of which a sample of weights differs from that of the block which the means are of.
+
+        Raises:
+            PlanError: the means are of another block.
+        """
+        known = self.vectors[number, branch].sample
+        if not known or not sample:
+            return
+        if len(known) != len(sample) or math.dist(known, sample) > _LARGEST_DIFFERENCE * math.hypot(*known):
+            raise PlanError(
+                f"the means of block {number} were measured with other weights than its {branch} has now; measure the "
+                "means of this model. Inside operate, and after operate_, a number may be that of another block: make "
+                "one plan of all edits"
             )
 
     def specs(self, skips: tuple[SkipSpec, ...], block: int, branch: Branch) -> tuple[SkipSpec, ...]:
@@ -172,6 +209,34 @@ class Means:
             )
         vector = mean.vector if mean.scale == 1 else (mean.vector.double() / mean.scale).float()
         return tuple(replace(skip, mean=vector, savable=False) if skip.path == mean.path else skip for skip in skips)
+
+
+def weight_sample(block: nn.Module, path: str) -> tuple[float, ...]:
+    """Return some weights of a module of a block, evenly spaced; none if they are offloaded or quantized."""
+    name = sampled_parameter(block, path)
+    if name is None:
+        return ()
+    owner = block.get_submodule(name.rpartition(".")[0])
+    weight = block.get_parameter(name)
+    return () if weight.is_meta or is_quantized(owner) else sample_of(weight)
+
+
+def sampled_parameter(block: nn.Module, path: str) -> str | None:
+    """Return the name, in a block, of the first matrix of one of its modules; None if it has none."""
+    try:
+        module = block.get_submodule(path)
+    except AttributeError:  # another block stands there, or a skipped branch
+        return None
+    names = (name for name, weight in module.named_parameters() if weight.ndim > 1)
+    return next((f"{path}.{name}" if path else name for name in names), None)
+
+
+@torch.no_grad()
+def sample_of(weight: torch.Tensor) -> tuple[float, ...]:
+    """Return some of a tensor's numbers, evenly spaced."""
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, len(flat) - 1, _SAMPLED, dtype=torch.float64).long()
+    return tuple(flat[places.to(flat.device)].float().tolist())
 
 
 def mean_specs(

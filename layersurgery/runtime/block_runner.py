@@ -25,7 +25,7 @@ from ..models.later_tokens import find_later_tokens, install_later_tokens
 from ..models.means import Means
 from ..models.model_weights import ModelWeights
 from ..models.parallel_blocks import add_output
-from ..models.skipped_branch import install_skips
+from ..models.skipped_branch import SkipSpec, install_skips
 from ..models.taken_blocks import TakenBlocks
 from ..models.weight_change import install_changes
 from ..plans.block_sources import check_name
@@ -233,7 +233,7 @@ class BlockRunner:
         changes = self._weights.changes(visit.of_own_block)
         view = share_parameters(self.blocks[visit.block]) if not visit.source else self._taken(visit).view(visit)
         install_changes(view, changes)
-        install_skips(view, self.anatomy.skip_specs(visit, self.means))
+        install_skips(view, self._skips(visit))
         install_later_tokens(view, find_later_tokens(visit, self.anatomy.parts(visit.block)))
         # A view refers to the weights that are loaded when it is made, so a view of offloaded weights is not cached.
         # Nor is one with weights of its own: those of all heads of a model would not fit into memory together.
@@ -250,8 +250,13 @@ class BlockRunner:
         """
         if visit.source:
             self._taken(visit).check(visit)
-        self.anatomy.skip_specs(visit, self.means)
+        self._skips(visit)
         self._weights.changes(visit.of_own_block)
+
+    def _skips(self, visit: Visit) -> tuple[SkipSpec, ...]:
+        if visit.mean and self.means is not None:
+            self.means.check_block(visit.block, self.blocks[visit.block])
+        return self.anatomy.skip_specs(visit, self.means)
 
     def _taken(self, visit: Visit) -> TakenBlocks:
         if self.taken is None:

@@ -300,6 +300,9 @@ class Surgery:
                 )
         if self.means is not None and any(visit.mean for visit in changed):
             warn_of_other_model(self.means, self.model)
+            for visit in changed:
+                if visit.mean and self.means.depth == len(self.original):
+                    self.means.check_block(visit.block, self.original[visit.block])
         weights = ModelWeights(self.model, self.block_list.blocks, anatomy)
         skips = {visit: anatomy.skip_specs(visit, self.means) for visit in changed}
         return {

@@ -191,6 +191,36 @@ def test_what_cannot_be_is_refused(model: Any, tmp_path: Path) -> None:
         ls.Means.load(tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_means_are_refused_where_another_block_has_the_number(model: Any, tmp_path: Path) -> None:
+    means = ls.measure_means(model, tokens())
+    means.save(tmp_path / "means.safetensors")
+    loaded = ls.Means.load(tmp_path / "means.safetensors")
+    other = "were measured with other weights"
+    for given in (means, loaded):
+        with ls.operate(model, "swap 1 4"):
+            for plan in ("drop 1 mean", "skip-mlp 4 mean"):
+                with pytest.raises(ls.PlanError, match=other), ls.operate(model, plan, means=given):
+                    pytest.fail("operated")
+            with pytest.raises(ls.PlanError, match=other):
+                ls.sweep(model, ["skip-mlp 1 mean"], tokens(), means=given)
+            with ls.operate(model, "skip-mlp 2 mean", means=given):  # this one is where it was
+                pass
+    model.save_pretrained(tmp_path / "source")
+    ls.edit_checkpoint(tmp_path / "source", "swap 1 4", tmp_path / "swapped")
+    with pytest.raises(ls.PlanError, match=other):
+        ls.edit_checkpoint(tmp_path / "swapped", "skip-mlp 1 mean", tmp_path / "out", means=loaded)
+    assert not (tmp_path / "out").exists()
+    # Another data type, and light training, do not make another block of it.
+    with ls.operate(model.to(torch.bfloat16), "drop 1 mean", means=loaded):
+        pass
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(weight.std() * 0.01 if weight.ndim > 1 else 0)
+    with ls.operate(model, "drop 1 mean", means=loaded):
+        pass
+
+
 def test_a_sweep_measures_the_means_first_and_keeps_them(tmp_path: Path) -> None:
     model = tiny_model("llama")
     in_memory = ls.sweep(model, "drop-mean,skip-attention-mean,skip-mlp-mean", tokens())
