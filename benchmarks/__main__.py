@@ -109,7 +109,7 @@ def sweep(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     runs: Annotated[int, typer.Option("--runs", min=1, help="Runs of each method that count; methods take turns.")] = 3,
     peers: Annotated[
-        bool, typer.Option("--peers/--no-peers", help="Also run TransformerLens, nnsight and nnterp.")
+        bool, typer.Option("--peers/--no-peers", help="Also run TransformerLens, nnsight, nnterp and neuro-scan.")
     ] = True,
     only: Annotated[
         str, typer.Option("--only", help="Methods to run, as names or parts of names: limit,layersurgery,Trans.")

@@ -143,6 +143,15 @@ def list_methods(dtypes: Sequence[str], *, peers: bool, sequences: int, slow_seq
             Method(
                 "nnterp 1.3, drops", nnterp, "float32", (torch, "nnterp==1.3.0", "nnsight<0.8"), sequences, edits="drop"
             ),
+            Method(
+                "neuro-scan 0.2, drops",
+                "with_neuro_scan",
+                "float32",
+                (torch, f"transformers=={version('transformers')}", "accelerate", "neuro-scan==0.2.3"),
+                sequences,
+                edits="drop",
+            ),
+            Method("layersurgery drops", "with_layersurgery", "float32", sequences=sequences, edits="drop"),
         ]
     return methods
 

@@ -76,7 +76,7 @@ def test_only_selects_methods_by_name() -> None:
     methods = sweep.list_methods(["float32"], peers=True, sequences=1, slow_sequences=1)
     for only, names in {
         "limit,layersurgery": ["limit", "layersurgery"],
-        "surgery": ["layersurgery", "layersurgery --compile"],
+        "surgery": ["layersurgery", "layersurgery --compile", "layersurgery drops"],
         "Trans,nnsight": ["TransformerLens 3", "nnsight 0.8"],
         "": [method.name for method in methods],
     }.items():
