@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [
     README,
-    *(ROOT / "docs" / name for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("tutorial.md", "prune-and-heal.md", "results.md", "architectures.md", "came-from.md")
+    ),
 ]
 # These commands set up the project, which is already done where the tests run.
 DONE = {"git clone", "cd", "source", "uv run pytest", "uv sync"}
