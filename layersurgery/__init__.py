@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .models.means import Means
     from .reports.report import Report, report
     from .reports.reproduce import reproduce
+    from .repositories.fetch_results import fetch_results
+    from .repositories.push import Pushed, push
     from .runs.compare import compare
     from .runs.drawing import plot
     from .runs.estimate import estimate
@@ -85,6 +87,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Pruning",
+    "Pushed",
     "Report",
     "Route",
     "Search",
@@ -102,6 +105,7 @@ __all__ = [
     "drop",
     "edit_checkpoint",
     "estimate",
+    "fetch_results",
     "fold",
     "heads_off",
     "heal",
@@ -117,6 +121,7 @@ __all__ = [
     "parallel",
     "plot",
     "prune",
+    "push",
     "rank",
     "read_results",
     "reorder",
@@ -147,6 +152,7 @@ _LAZY = {
     "LinearHealing": "analyses.linear_healing",
     "Means": "models.means",
     "Pruning": "analyses.layer_pruning",
+    "Pushed": "repositories.push",
     "Report": "reports.report",
     "Search": "analyses.search_run",
     "TrainedHealing": "analyses.heal_run",
@@ -155,6 +161,7 @@ _LAZY = {
     "compare": "runs.compare",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "estimate": "runs.estimate",
+    "fetch_results": "repositories.fetch_results",
     "fold": "surgery.fold_norms",
     "resolve_neurons": "sweeps.neuron_scores",
     "heal": "analyses.heal_run",
@@ -166,6 +173,7 @@ _LAZY = {
     "operate_": "surgery.operate",
     "plot": "runs.drawing",
     "prune": "analyses.prune_run",
+    "push": "repositories.push",
     "rank": "analyses",
     "read_results": "runs.tables",
     "report": "reports.report",

@@ -23,6 +23,7 @@ ORDER = [
     {"runs"},
     {"analyses"},
     {"reports"},
+    {"repositories"},
 ]
 ALLOWED = {name: set().union(*ORDER[: max(number, 1)], {name}) for number, group in enumerate(ORDER) for name in group}
 COMMAND_LINE = {

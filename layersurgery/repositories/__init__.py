@@ -1,0 +1,1 @@
+"""Share checkpoints and results through repositories on the Hub."""

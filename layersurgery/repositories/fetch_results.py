@@ -1,0 +1,56 @@
+"""Fetch results from a dataset repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from ..atomic_io import atomic_directory, check_output
+from ..errors import SourceError
+from ..reports.collect import collect
+from .hub_errors import check_repo_name, hub_errors
+
+
+def fetch_results(repo: str, output: str | os.PathLike[str] | None = None, *, revision: str | None = None) -> Path:
+    """Download results that `push` has uploaded.
+
+    Args:
+        repo: the dataset repository, USER/NAME.
+        output: the directory to write to; by default NAME in the current directory.
+        revision: branch, tag or commit.
+
+    Returns:
+        The directory, which `read_results`, `plot` and `report` read like any directory of results.
+
+    Raises:
+        PlanError: the name is not of the form USER/NAME.
+        SourceError: the repository cannot be read, or holds no results.
+        OutputError: the output exists, or cannot be written.
+
+    Example:
+        >>> import layersurgery as ls
+        >>> ls.fetch_results("me/my-results/sweep")
+        Traceback (most recent call last):
+        ...
+        layersurgery.errors.PlanError: 'me/my-results/sweep' is not the name of a repository (USER/NAME): ...
+    """
+    check_repo_name(repo)
+    out = Path(output) if output is not None else Path(repo.partition("/")[2])
+    check_output(out, None, overwrite=False)
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(repo, "fetch", SourceError):
+        fetched = Path(snapshot_download(repo, repo_type="dataset", revision=revision))
+    try:
+        collect([fetched])
+    except SourceError as error:
+        reason = str(error).replace(str(fetched), repo)
+        raise SourceError(f"{repo} is not a repository of results: {reason}") from error
+    files = [path for path in sorted(fetched.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    with atomic_directory(out, bytes_needed=sum(path.stat().st_size for path in files), overwrite=False) as partial:
+        for path in files:
+            target = partial / path.relative_to(fetched)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    return out
