@@ -12,7 +12,7 @@ import typer
 from layersurgery.registry import ANALYSES, Analysis
 
 from . import options as o
-from .terminal.console import Console
+from .terminal.console import Console, SharingConsole
 
 _ANALYZE = "Analyze"
 _PRUNE = "Prune"
@@ -33,7 +33,7 @@ def _analysis_command(analysis: Analysis) -> Callable[..., None]:
         output: o.AnalysisOutput = None,
         overwrite: o.OverwriteResults = False,
         *,
-        console: Console,
+        console: SharingConsole,
     ) -> None:
         from .commands.measure import run_analysis
 
@@ -60,7 +60,7 @@ def heads(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Measure the model with each attention head off."""
     if estimate:
@@ -85,7 +85,7 @@ def ablate_neurons(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Turn neurons of one kind off, and as many random ones."""
     if estimate:
@@ -112,7 +112,7 @@ def subjoiners(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Rank attention heads by how much they attend within words."""
     from .commands.measure import run_analysis
@@ -152,7 +152,7 @@ def probe(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Predict a class of next tokens (such as -ing) with linear probes on prediction and suppression neurons.
 
@@ -188,7 +188,7 @@ def wic(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Predict whether a word means the same in two sentences from the stream after each layer."""
     from .commands.measure import run_analysis
@@ -239,7 +239,7 @@ def rank(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Rank layers or branches by the measured cost of removing them, and by block influence and angular distance."""
     from .commands.measure import run_analysis
@@ -299,7 +299,7 @@ def prune(
         ),
     ] = None,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Remove the least important layers or branches, write the pruned checkpoint and report the cost.
 
@@ -405,7 +405,7 @@ def search(
         ),
     ] = None,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Search which layers to remove, or which to repeat, together; write the edited checkpoint if it is wanted.
 

@@ -17,7 +17,8 @@ from . import options as o
 from .analysis_app import add_analyses
 from .heal_app import add_healing
 from .means_app import add_means
-from .terminal.console import Commands, Console
+from .share_app import add_sharing
+from .terminal.console import Commands, Console, SharingConsole
 
 if TYPE_CHECKING:
     from layersurgery.plans.plan import Plan
@@ -97,7 +98,7 @@ def _write_edit(
     source: o.BlockSources = None,
     gguf: o.Gguf = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     from layersurgery.plans.block_sources import read_sources
 
@@ -290,7 +291,7 @@ def edit(
     means: o.MeansFile = None,
     gguf: o.Gguf = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Apply any edits, given as a plan or as a recipe file."""
     from layersurgery.plans.block_sources import read_sources
@@ -334,7 +335,7 @@ def sweep(
     output: o.SweepOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Measure the effect of every edit on a model's predictions, in one pass over the text.
 
@@ -483,6 +484,7 @@ def demo(
 add_analyses(app)
 add_healing(app)
 add_means(app)
+add_sharing(app)
 
 
 def _join_blocks(layer: list[str] | None, layers: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options as o
-from .terminal.console import Console
+from .terminal.console import SharingConsole
 
 _PRUNE = "Prune"
 _TRAINING = "Training"
@@ -34,7 +34,7 @@ def heal_linear(
         ),
     ] = None,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Remove blocks, and fit a linear map into the block before each cut, without training.
 
@@ -116,7 +116,7 @@ def heal(
         bool, typer.Option("--overwrite", help="Replace the output, and the state of a training with other options.")
     ] = False,
     *,
-    console: Console,
+    console: SharingConsole,
 ) -> None:
     """Train an edited checkpoint to predict like the unedited model.
 

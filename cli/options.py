@@ -7,6 +7,7 @@ what the terminal shows of each. A command has one parameter of such a group, an
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -19,7 +20,7 @@ import typer
 from layersurgery.plans.families import FAMILIES
 from layersurgery.runs.options import NOT_FOR_COMPARE, SWEEP_ONLY, RunOptions
 
-from .terminal.console import Console
+from .terminal.console import Console, SharingConsole
 
 Model = Annotated[
     str,
@@ -78,6 +79,24 @@ MeansFile = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout; messages go to stderr.")]
+_SHARE = "Share"
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        help="Upload what the command writes to this repository on the Hub, as one commit: a checkpoint to a model "
+        "repository, results to a dataset repository. The token is checked before the work begins.",
+        metavar="USER/NAME",
+        show_default=False,
+        rich_help_panel=_SHARE,
+    ),
+]
+Public = Annotated[
+    bool,
+    typer.Option(
+        "--public", help="Let everybody read the repository. Without it, a new one is private.", rich_help_panel=_SHARE
+    ),
+]
 Layer = Annotated[
     int, typer.Option("--layer", "-l", help="Block number; negative numbers count from the end.", show_default=False)
 ]
@@ -722,13 +741,16 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def expand(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function into a command: each group of options, and the console, becomes the options that it stands for.
 
-    A parameter `console: Console` stands for --quiet and --json.
+    A parameter `console: Console` stands for --quiet and --json; `console: SharingConsole` for --push and --public,
+    too.
     """
     signature = inspect.signature(function, eval_str=True)
     expanded: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         annotation = parameter.annotation
-        if annotation is Console:
+        if annotation in (Console, SharingConsole):
+            if annotation is SharingConsole:
+                expanded += [_parameter("push", PushTo, None), _parameter("public", Public, False)]
             expanded += [_parameter("quiet", Quiet, False), _parameter("as_json", Json, False)]
         elif _group_of(annotation) is not None:
             expanded += _group_of(annotation).parameters()  # type: ignore[union-attr]
@@ -742,8 +764,11 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
         arguments: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
             group = _group_of(parameter.annotation)
-            if parameter.annotation is Console:
-                arguments[name] = RunConsole(quiet=values["quiet"], as_json=values["as_json"])
+            if parameter.annotation in (Console, SharingConsole):
+                push = _checked_push(values.get("push"), values.get("public", False))
+                arguments[name] = RunConsole(
+                    quiet=values["quiet"], as_json=values["as_json"], push=push, public=values.get("public", False)
+                )
             elif group is not None:
                 arguments[name] = group.kind(**{option: values[option] for option in group.options})
             else:
@@ -753,6 +778,22 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     return command
+
+
+def _checked_push(repo: str | None, public: bool) -> str | None:
+    """Refuse a push that cannot succeed before the command's work begins; return where to push to.
+
+    Raises:
+        PlanError: --public without --push, or not the name of a repository.
+        OutputError: there is no token that can write, or the Hub cannot be reached.
+    """
+    if repo is not None and os.environ.get("RANK", "0") == "0":  # of several processes, one pushes
+        from layersurgery.repositories.hub_errors import check_push
+
+        check_push(repo)
+    elif repo is None and public:
+        raise typer.BadParameter("it says who can read what --push uploads; give --push, too", param_hint="'--public'")
+    return repo
 
 
 def _group_of(annotation: Any) -> Group | None:

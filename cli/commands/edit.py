@@ -53,10 +53,11 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, con
     if options.gguf or (list(plans) == [None] and options.output is not None and is_gguf_output(options.output)):
         edit_gguf(plans, model, options, console)
         return
+    console.refuse_push("a recipe may write several checkpoints" if list(plans) != [None] else "")
     results, source = write_edits(plans, model, options, console)
     values = [as_json(result, source.label, source.revision) for result in results]
     lines = [escape(line) for result in results for line in describe_result(result)]
-    console.result(values[0] if list(plans) == [None] else values, *lines)
+    console.result(values[0] if list(plans) == [None] else values, *lines, written=results[0].path)
 
 
 def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
@@ -69,6 +70,7 @@ def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions
     """
     from layersurgery.checkpoints.gguf_edit import check_gguf_output, plan_gguf_edit, write_gguf_edit
 
+    console.refuse_push("a GGUF file has no model card, so it is not pushed")
     not_for_gguf = {
         "--blocks": options.blocks,
         "--link": options.link,

@@ -58,7 +58,7 @@ def run_heal_linear(
         **as_json(result, source.label, source.revision),
         **healing_values(healing),
     }
-    console.result(value, *healing_lines(healing), *map(escape, describe_result(result)))
+    console.result(value, *healing_lines(healing), *map(escape, describe_result(result)), written=result.path)
 
 
 def healing_values(healing: LinearHealing) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def run_heal(
         "text": healing.text,
         "steps": json.loads(healing.steps.to_json(orient="records", double_precision=15)),
     }
-    console.result(value, *training_lines(healing))
+    console.result(value, *training_lines(healing), written=healing.written)
 
 
 def training_lines(healing: TrainedHealing) -> Iterator[Any]:

@@ -119,7 +119,7 @@ def run_prune(
         escape(line)
         for line in (*describe_result(result), f"The measurements are in {directory}: {', '.join(figures)}")
     ]
-    console.result(value, *lines)
+    console.result(value, *lines, written=result.path)
 
 
 def _row(frame: pd.DataFrame, criterion: str, removed: int) -> pd.Series | None:

@@ -122,7 +122,7 @@ def run_search(
             value |= healing_values(healing)
             healed = ["", *healing_lines(healing)]
     shown = _shown(search, directory, value, written)
-    console.result(*shown, *healed)
+    console.result(*shown, *healed, written=output or directory)
 
 
 def _shown(search: Search, directory: Path, value: dict[str, Any], written: Sequence[str]) -> list[Any]:

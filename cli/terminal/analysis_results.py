@@ -277,7 +277,7 @@ def show_analysis(run: Run, console: Console) -> None:
     items += ["", *_notes(facts)]
     files = [*facts["files"], *facts["figures"]]
     items.append(escape(f"Results are in {run.directory}: {', '.join(files)}"))
-    console.result(value, *items)
+    console.result(value, *items, written=run.directory)
 
 
 def _notes(facts: Mapping[str, Any]) -> Iterator[str]:

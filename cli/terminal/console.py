@@ -17,9 +17,13 @@ from layersurgery.errors import LayerSurgeryError, LayerSurgeryWarning, PlanErro
 from layersurgery.runs.reporter import Reporter
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
 
+# These have no effect on the results, and a command that is run again should not push for others.
+_NOT_RECORDED = ("--push", "--public", "--track")
 _COMMAND: ContextVar[str] = ContextVar("command", default="")
 
 
@@ -76,10 +80,15 @@ class Console(Reporter):
     Args:
         quiet: print errors only.
         as_json: print the result as JSON, and nothing else on stdout.
+        push: the repository on the Hub that the command's result is pushed to; None for none.
+        public: everybody can read a new repository.
     """
 
-    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+    def __init__(
+        self, *, quiet: bool = False, as_json: bool = False, push: str | None = None, public: bool = False
+    ) -> None:
         super().__init__()
+        self.push, self.public = push, public
         self.as_json = as_json
         self.command = recorded_command()
         self.out = rich_console()
@@ -112,8 +121,32 @@ class Console(Reporter):
         for item in items:
             self.err.print(item, highlight=False, soft_wrap=isinstance(item, str))
 
-    def result(self, value: dict[str, Any] | list[Any], *items: RenderableType) -> None:
-        """Print the result: `value` as JSON with --json, else `items`."""
+    def result(self, value: dict[str, Any] | list[Any], *items: RenderableType, written: Path | None = None) -> None:
+        """Print the result: `value` as JSON with --json, else `items`. Push the directory that was written, if asked.
+
+        Raises:
+            PlanError: nothing was written that can be pushed.
+        """
+        if written is None:
+            self.refuse_push("this writes no directory")
+        if self.push is None or written is None:
+            self.show(value, *items)
+        else:
+            from .pushing import push_result
+
+            push_result(self, value, items, written)
+
+    def refuse_push(self, reason: str) -> None:
+        """Refuse --push for a reason, if there is one and a push is asked for.
+
+        Raises:
+            PlanError: there is.
+        """
+        if reason and self.push is not None:
+            raise PlanError(f"--push {self.push}: {reason}; leave it out")
+
+    def show(self, value: dict[str, Any] | list[Any], *items: RenderableType) -> None:
+        """Print `value` as JSON with --json, else `items`."""
         if self.as_json:
             print(json.dumps(value, indent=2, ensure_ascii=False))
             return
@@ -149,9 +182,19 @@ class Console(Reporter):
             yield lambda count: progress.advance(task, count)
 
 
+class SharingConsole(Console):
+    """Output of a command whose result can be pushed: as a command's parameter, it also stands for --push."""
+
+
 def record_command(arguments: Sequence[str]) -> None:
-    """Record the arguments after the program's name."""
-    _COMMAND.set(shlex.join(["layersurgery", *arguments]))
+    """Record the arguments after the program's name, without those that say where results are shared."""
+    kept, is_value = [], False
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if not is_value and name not in _NOT_RECORDED:
+            kept.append(argument)
+        is_value = not is_value and argument in _NOT_RECORDED and argument != "--public"
+    _COMMAND.set(shlex.join(["layersurgery", *kept]))
 
 
 def recorded_command() -> str:

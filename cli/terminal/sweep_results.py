@@ -189,7 +189,7 @@ def show_sweep(run: Run, console: Console) -> None:
     if has_tasks_inside(facts):
         items.append(run_cost(read_run(run.directory / TASKS) or {}))
     items.append(escape(f"Wrote {run.directory}: {', '.join(files)}"))
-    console.result(result, *items)
+    console.result(result, *items, written=run.directory)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

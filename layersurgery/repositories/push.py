@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,21 +76,34 @@ def push(
         >>> pushed.kind, pushed.private, "model.safetensors" in pushed.files
         ('model', True, True)
     """
-    path = Path(directory)
-    if path.is_file():
-        raise PlanError(f"{path} is a file; give the directory of a checkpoint or of results")
+    return push_directory(Path(directory), repo, public=public, message=message, dry_run=dry_run, note=warn)
+
+
+def push_directory(
+    directory: Path,
+    repo: str,
+    *,
+    public: bool,
+    message: str | None = None,
+    dry_run: bool = False,
+    note: Callable[[str], None],
+) -> Pushed:
+    """Push a directory, as `push` does, and pass what the user should know to `note`."""
+    if directory.is_file():
+        raise PlanError(f"{directory} is a file; give the directory of a checkpoint or of results")
     check_repo_name(repo)
-    upload = read_upload(path, repo)
+    upload = read_upload(directory, repo)
+    for text in upload.notes:
+        note(text)
     if dry_run:
         return Pushed(repo, upload.kind, upload.sizes, not public)
     check_push(repo)
-    for note in upload.notes:
-        warn(note)
+    text = message or f"{directory.resolve().name}, by layersurgery {__version__}"
     with hub_errors(repo, "push to", OutputError):
-        return _send(upload, repo, public, message or f"{path.resolve().name}, by layersurgery {__version__}")
+        return _send(upload, repo, public, text, note)
 
 
-def _send(upload: Upload, repo: str, public: bool, message: str) -> Pushed:
+def _send(upload: Upload, repo: str, public: bool, message: str, note: Callable[[str], None]) -> Pushed:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -101,7 +114,11 @@ def _send(upload: Upload, repo: str, public: bool, message: str) -> Pushed:
     except RepositoryNotFoundError:
         api.create_repo(repo, repo_type=upload.kind, private=private)
     else:
-        private = _check_existing(existing, upload, repo, public)
+        private = bool(existing.private)
+        _check_existing(existing, upload, repo, public)
+        note(f"{repo} exists; this is a new commit in it, and files of other names stay as they are")
+        if private and public:
+            note(f"{repo} is private, and stays private")
     # One commit (and not upload_large_folder, which makes many, and writes its state into the directory), so that
     # readers never see half of an upload; and not upload_folder, which takes all files that a directory holds.
     operations = [
@@ -112,8 +129,8 @@ def _send(upload: Upload, repo: str, public: bool, message: str) -> Pushed:
     return Pushed(repo, upload.kind, upload.sizes, private, f"{api.endpoint}/{prefix}{repo}", commit.oid)
 
 
-def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> bool:
-    """Refuse an existing repository that does not fit; return whether it is private.
+def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> None:
+    """Refuse an existing repository that does not fit.
 
     Raises:
         OutputError: others can read it, and this was not asked for; or it has other weights.
@@ -123,8 +140,6 @@ def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> b
             f"the {upload.kind} repository {repo} exists and is public, so everybody could read what is pushed; allow "
             "it (public), or choose another repository"
         )
-    if existing.private and public:
-        warn(f"{repo} exists and is private; it stays private")
     names = [file.rfilename for file in existing.siblings or ()]
     if upload.kind == "model" and (
         others := sorted(name for name in names if name.endswith(_WEIGHTS) and name not in upload.files)
@@ -133,4 +148,3 @@ def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> b
             f"{repo} has weights that this checkpoint does not replace ({', '.join(others[:3])}), and a program could "
             "load them instead of these. Remove them on the Hub, or choose another repository"
         )
-    return bool(existing.private)

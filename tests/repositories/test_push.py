@@ -6,7 +6,6 @@ The real Hub is not used. Large files go through the LFS protocol; xet, which th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -17,24 +16,10 @@ from huggingface_hub import constants, metadata_load
 import layersurgery as ls
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.repositories.hub_errors import check_push
-from tests.support.hub_double import Hub, local_hub
+from tests.support.hub_double import Hub
 from tests.support.tiny_checkpoint import checkpoint
 
 TEXT = ["Once upon a time there was a model with layers."] * 8
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with local_hub() as server:
-        monkeypatch.setenv("HF_TOKEN", "hf_write")
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        yield server
 
 
 @pytest.fixture
@@ -103,7 +88,7 @@ def test_a_repository_that_everybody_can_read_must_be_asked_for(hub: Hub, pruned
     with pytest.raises(ls.OutputError, match="me/open exists and is public"):
         ls.push(pruned, "me/open")
     ls.push(pruned, "me/closed")
-    with pytest.warns(LayerSurgeryWarning, match="me/closed exists and is private; it stays private"):
+    with pytest.warns(LayerSurgeryWarning, match="me/closed is private, and stays private"):
         assert ls.push(pruned, "me/closed", public=True).private
 
 

@@ -172,7 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer([self._entry(repository, file) for file in repository.files])
         else:
             siblings = [{"rfilename": file} for file in repository.files]
-            facts: dict[str, Any] = {"_id": "1", "id": name, "sha": repository.sha, "private": repository.private, "tags": []}
+            facts: dict[str, Any] = {
+                "_id": "1",
+                "id": name,
+                "sha": repository.sha,
+                "private": repository.private,
+                "tags": [],
+            }
             self._answer(facts | {"siblings": siblings, "downloads": 0, "likes": 0})
 
     def _entry(self, repository: Repository, file: str) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""Run `layersurgery push` and `layersurgery fetch-results`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from layersurgery.quick_imports import quick_imports
+from layersurgery.units import format_bytes
+
+from ..terminal.console import Console
+from ..terminal.pushing import pushed_line, pushed_value
+
+
+def run_push(directory: Path, repo: str, public: bool, message: str | None, dry_run: bool, console: Console) -> None:
+    """Push a directory, and print what was pushed, file by file if it is a dry run."""
+    with quick_imports():
+        from layersurgery.repositories.push import push_directory
+
+    with nullcontext() if dry_run else console.status(f"Pushing {directory} to {repo}"):
+        pushed = push_directory(directory, repo, public=public, message=message, dry_run=dry_run, note=console.note)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right", no_wrap=True)
+    for name, size in sorted(pushed.files.items()):
+        table.add_row(format_bytes(size), escape(name))
+    console.result(pushed_value(pushed), *([table] if dry_run else []), escape(pushed_line(pushed)))
+
+
+def run_fetch_results(repo: str, output: Path | None, revision: str | None, console: Console) -> None:
+    """Fetch results, and print where they are."""
+    with quick_imports():
+        from layersurgery.repositories.fetch_results import fetch_results
+
+    with console.status(f"Fetching {repo}"):
+        directory = fetch_results(repo, output, revision=revision)
+    console.result(
+        {"path": str(directory), "repo": repo},
+        escape(f"Wrote {directory}; show it with: layersurgery report {directory}"),
+    )
