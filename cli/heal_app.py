@@ -18,7 +18,7 @@ _TRAINING = "Training"
 @o.expand
 def heal_linear(
     model: o.Model,
-    run: o.TextRun,
+    run: o.FitRun,
     checkpoint: o.Checkpoint,
     plan: Annotated[
         str, typer.Option("--plan", help="Edits that remove blocks, for example 'drop 20:24'.", metavar="TEXT")

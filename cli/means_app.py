@@ -16,7 +16,7 @@ _MEASURE = "Measure"
 @o.expand
 def means(
     model: o.Model,
-    run: o.TextRun,
+    run: o.FitRun,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -575,6 +575,17 @@ OverwriteResults = Annotated[
 ]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Also write tokens.parquet: every metric for every token.")]
 
+Track = Annotated[
+    str | None,
+    typer.Option(
+        "--track",
+        help="Log the run to experiment trackers as it goes on: tensorboard (into ./runs; pip install "
+        "'layersurgery\\[track]'), trackio or wandb; several with commas between.",
+        metavar="NAMES",
+        show_default=False,
+        rich_help_panel=_SHARE,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -613,6 +624,7 @@ _SHOWN: dict[str, Any] = {
     "schedule": Order,
     "compile": Compile,
     "per_token": PerToken,
+    "track": Track,
     "revision": Revision,
     "blocks": BlockList,
     "trust_remote_code": TrustRemoteCode,
@@ -672,8 +684,10 @@ RemovalGoal = Annotated[GoalOptions, _fields_of(GoalOptions)]
 Checkpoint = Annotated[CheckpointOptions, _fields_of(CheckpointOptions)]
 SweepRun = Annotated[RunOptions, _group()]
 TextRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token")]
+FitRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token", "track")]
 WindowsRun = Annotated[
-    RunOptions, _group(*SWEEP_ONLY, "context", "pack", "schedule", "compile", "per_token", shown=_SEARCHED, tokens="1M")
+    RunOptions,
+    _group(*SWEEP_ONLY, "context", "pack", "schedule", "compile", "per_token", "track", shown=_SEARCHED, tokens="1M"),
 ]
 _TRAINED = {
     "dtype": Annotated[
@@ -729,9 +743,11 @@ HealRun = Annotated[
 WeightsRun = Annotated[RunOptions, _group(only=_MODEL)]
 PairsRun = Annotated[RunOptions, _group(only=("split", "bos", "seed", "tokenizer", "batch_size", *_MODEL))]
 ReproduceRun = Annotated[
-    RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "revision", "blocks")
+    RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "track", "revision", "blocks")
 ]
-CompareRun = Annotated[RunOptions, _group(*NOT_FOR_COMPARE, "schedule", "compile", "revision", "per_token", "blocks")]
+CompareRun = Annotated[
+    RunOptions, _group(*NOT_FOR_COMPARE, "schedule", "compile", "revision", "per_token", "track", "blocks")
+]
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

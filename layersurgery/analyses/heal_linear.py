@@ -76,7 +76,7 @@ def heal_linear(
     if output is not None and isinstance(model, nn.Module):
         raise PlanError("output needs the model's name; for a loaded model, use healing.operate_ and save")
     run_options = RunOptions.of(options)
-    run_options.refuse(["schedule", "compile", "per_token", *SWEEP_ONLY], "is not for heal_linear")
+    run_options.refuse(["schedule", "compile", "per_token", "track", *SWEEP_ONLY], "is not for heal_linear")
     run_options, given = read_given_text(text, run_options, attention_mask)
     with open_text(model, given, run_options) as (session, _loaded, _tokens):
         if output is not None:

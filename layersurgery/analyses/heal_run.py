@@ -27,6 +27,7 @@ from ..runs.run_directory import package_versions
 from ..runs.session import ModelSession
 from ..runs.session_model import SessionModel
 from ..runs.session_text import SessionText
+from ..runs.tracking import open_trackers, run_name
 from ..runtime.block_runner import BlockRunner
 from ..runtime.unembedding import Unembedding
 from ..surgery.save import save
@@ -224,8 +225,15 @@ def run_heal(
         stack.enter_context(_evaluation_mode(student))
         stack.enter_context(_evaluation_mode(reference))
         readouts = _readouts(student, reference, options.blocks)
+        track = None
+        if group.rank == 0:
+            name = f"{session.model.name}-healed" if output is None else run_name(output)
+            config = {
+                "model": session.model.label, "teacher": teacher_model.label, "text": words, **options_record(training)
+            }  # fmt: skip
+            track = stack.enter_context(open_trackers(session.trackers, name, config, reporter))
         with trainable_weights(student, training, options.seed) as merge, reporter.count("steps") as count:
-            trainer = Training(*readouts, text, training, accelerator, group, reporter.log, count)
+            trainer = Training(*readouts, text, training, accelerator, group, reporter.log, count, track)
             _describe_weights(trainer, student, training, reporter)
             try:
                 trainer.run(saved)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ HOW = ("lora", "full")
 _HELD_OUT_SHARE, _LEAST_HELD_OUT, _LEAST_TRAINED = 20, 8, 8
 _LEARNING_RATES = {"lora": 5e-4, "full": 5e-5}
 _LARGEST_GRADIENT = 1.0
+_HELD_OUT = ("kl_nats", "loss_nats", "teacher_loss_nats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,7 @@ class Training:
         group: the processes that train together.
         log: called with lines that say what happens.
         count: called with how many steps are done, and how many there are.
+        track: called with numbers by name, and the step that they are of; None for nobody.
     """
 
     def __init__(
@@ -211,9 +213,10 @@ class Training:
         group: ProcessGroup,
         log: Callable[[str], None],
         count: Callable[[int, int], None] | None,
+        track: Callable[[Mapping[str, float], int], None] | None = None,
     ) -> None:
         self.student, self.teacher, self.text, self.options = student, teacher, text, options
-        self.accelerator, self.group, self.log, self.count = accelerator, group, log, count
+        self.accelerator, self.group, self.log, self.count, self.track = accelerator, group, log, count, track
         self.parts = accelerator.gradient_accumulation_steps
         if text.batch_size % (group.size * self.parts):
             raise PlanError(
@@ -250,6 +253,11 @@ class Training:
         while progress.step < options.steps:
             progress.objective.append(self._step(progress.step))
             progress.step += 1
+            if self.track is not None:
+                rate = options.rate(progress.step - 1)
+                self.track(
+                    {"training/objective_nats": progress.objective[-1], "training/learning_rate": rate}, progress.step
+                )
             if options.evaluates(progress.step):
                 self._evaluate_row()
                 seconds = (time.monotonic() - started) / (progress.step - first)
@@ -319,6 +327,8 @@ class Training:
         row["training_objective_nats"] = math.fsum(since) / len(since) if since else math.nan
         progress.objective = []
         progress.rows.append(row)
+        if self.track is not None:
+            self.track({f"held_out/{name}": row[name] for name in _HELD_OUT}, int(row["step"]))
         trained = f"; objective while training {row['training_objective_nats']:.3g}" if since else ""
         self.log(
             f"Step {int(row['step'])} of {self.options.steps}: held-out KL {row['kl_nats']:.4g} nats, loss "

@@ -142,6 +142,7 @@ def reproduce(
     request = PaperRequest.of(paper, tasks, limit, task_path, wic)
     names = request.models if models is None else models
     run_options = RunOptions.of(options)
+    run_options.refuse(["track"], "is for single runs; reproduce does not take it")
     return run_reproduction(names, request, Path(directory), run_options, Reporter(progress), overwrite=overwrite)
 
 

@@ -57,7 +57,7 @@ def compare(
         (True, True)
     """
     run_options = RunOptions.of(options)
-    run_options.refuse(["schedule", "compile", *NOT_FOR_COMPARE], "is for sweep; compare does not take it")
+    run_options.refuse(["schedule", "compile", "track", *NOT_FOR_COMPARE], "is for sweep; compare does not take it")
     run_options, given = read_given_text(text, run_options, attention_mask)
     with ExitStack() as exit_stack:
         session, first, tokens = exit_stack.enter_context(open_text(model, given, run_options))

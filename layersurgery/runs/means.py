@@ -79,7 +79,7 @@ def measure_means(
         ...     logits = model(tokens).logits
     """
     run_options = RunOptions.of(options)
-    run_options.refuse(["schedule", "compile", "per_token", *SWEEP_ONLY], "is not for measure_means")
+    run_options.refuse(["schedule", "compile", "per_token", "track", *SWEEP_ONLY], "is not for measure_means")
     run_options, given = read_given_text(text, run_options, attention_mask)
     with open_text(model, given, run_options) as (session, loaded, tokens):
         means = means_of_text(session, loaded, tokens, first_tokens=first_tokens, anatomy=anatomy, progress=progress)

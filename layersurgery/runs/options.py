@@ -68,6 +68,7 @@ class RunOptions:
             The results are the same. By default layer-major if weights are offloaded.
         compile: compile the blocks with torch.
         per_token: also write every metric of every token.
+        track: log the run to experiment trackers: "tensorboard", "trackio" or "wandb", or several with commas between.
         revision: branch, tag or commit of the model on the Hub.
         blocks: path of the list of decoder blocks, if it cannot be found automatically.
         trust_remote_code: run the code that comes with a model and its tokenizer; without it, it is never run.
@@ -101,6 +102,7 @@ class RunOptions:
     schedule: str | None = None
     compile: bool = False
     per_token: bool = False
+    track: Any = None
     revision: str | None = None
     blocks: str | None = None
     trust_remote_code: bool = False

@@ -28,6 +28,7 @@ from .session_text import SessionText
 from .source_arguments import source_arguments
 from .tables import read_run, text_caption
 from .text import TokenizedText
+from .tracking import Tracking, open_trackers, run_name, tracker_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,6 +99,7 @@ class ModelSession:
     Attributes:
         model: the model.
         texts: the text that is measured.
+        trackers: names of the experiment trackers that runs are logged to.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class ModelSession:
         self._neurons: PickNeurons | None = None
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
             raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
+        self.trackers = tracker_names(options.track)
         self.texts = self._read(given)
 
     def _read(self, given: GivenText | None) -> SessionText:
@@ -174,17 +177,19 @@ class ModelSession:
             else:
                 resumed = run.started
                 measurement = measurement.prepared(self, text, run)
-                self.group.broadcast(
-                    WorkItem(
-                        measurement,
-                        text,
-                        arguments["model"]["weights"],
-                        self.model.placement,
-                        arguments.get("sources", {}),
+                with open_trackers(self.trackers, run_name(directory), arguments, self.reporter) as log:
+                    self.group.broadcast(
+                        WorkItem(
+                            measurement,
+                            text,
+                            arguments["model"]["weights"],
+                            self.model.placement,
+                            arguments.get("sources", {}),
+                        )
                     )
-                )
-                self.group.workers_idle = False
-                self._measure(run, measurement, text, resumed=resumed)
+                    self.group.workers_idle = False
+                    tracking = None if log is None else Tracking(log, self.reporter.note)
+                    self._measure(run, measurement, text, tracking, resumed=resumed)
         return run
 
     def count_heads(self, block: int) -> int:
@@ -246,7 +251,9 @@ class ModelSession:
             "blocks": self.options.blocks,
         }
 
-    def _measure(self, run: Run, measurement: Measurement, text: TokenizedText, *, resumed: bool) -> None:
+    def _measure(
+        self, run: Run, measurement: Measurement, text: TokenizedText, tracking: Tracking | None, *, resumed: bool
+    ) -> None:
         options, reporter = self.options, self.reporter
         model = self.model.load()
         measurer, rule = measurement.measurer(model, options), measurement.rule(text.mask)
@@ -280,12 +287,14 @@ class ModelSession:
                     batch_size=options.batch_size,
                     per_token=options.per_token,
                     tokenizer=self.texts.tokenizer_or_none() if options.per_token else None,
-                    on_progress=on_progress,
+                    on_progress=on_progress if tracking is None else tracking.following(on_progress),
                     group=self.group,
                     rule=rule,
                 )
             # The bar is gone by now, since what writes the results may show one of its own.
-            finish(lambda frame, directory: measurement.draw(frame, directory, run))
+            frame = finish(lambda frame, directory: measurement.draw(frame, directory, run))
+            if tracking is not None:
+                tracking.table(frame, len(text.ids))
         except (KeyboardInterrupt, SystemExit) as stop:
             hint = ". If another process has ended, see its own message for the reason" if self.group.size > 1 else ""
             kept = f"results so far are in {run.directory}; run the same command again to resume{hint}"
