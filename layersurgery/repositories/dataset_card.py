@@ -42,7 +42,7 @@ def dataset_card(repo: str, directory: Path, runs: Sequence[FinishedRun], files:
 
 # {repo.partition("/")[2]}
 
-Measured by layersurgery {__version__}. `{NAME}` shows all of it on one page, without a network.
+Measured by layersurgery {__version__}.{f" `{NAME}` shows all of it on one page." if NAME in files else ""}
 
 {"".join(_about(run, directory) for run in runs)}## Tables
 

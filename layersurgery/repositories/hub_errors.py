@@ -64,7 +64,9 @@ def hub_errors(repo: str, verb: str, kind: type[LayerSurgeryError]) -> Iterator[
     except LayerSurgeryError:
         raise
     except Exception as error:  # the client also raises errors of its HTTP library
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        # What uploads large files raises an error of its own, whose cause is that of the request.
+        request_error = error.__cause__ if type(error) is RuntimeError and error.__cause__ is not None else error
+        status = getattr(getattr(request_error, "response", None), "status_code", None)
         if isinstance(error, errors.LocalTokenNotFoundError):
             why = f"there is no token on this machine; {_LOG_IN}"
         elif isinstance(error, errors.OfflineModeIsEnabled):
@@ -91,5 +93,6 @@ def hub_errors(repo: str, verb: str, kind: type[LayerSurgeryError]) -> Iterator[
 
 def _said(error: BaseException) -> str:
     """Return what the server said, or else the first line of an error."""
-    said = getattr(error, "server_message", None) or str(error)
-    return " ".join(str(said).split("\n\n")[0].split()) or type(error).__name__
+    said = str(getattr(error, "server_message", None) or error)
+    text = " ".join(said.split("\n\n")[0].split()) or type(error).__name__
+    return text if error.__cause__ is None else f"{text.rstrip('.')}: {_said(error.__cause__)}"

@@ -89,7 +89,11 @@ def _results(directory: Path, repo: str) -> Upload:
         if model != run.fact("arguments", "model", "name", default=None):
             notes.append(f"the tables of {run.path} name the model by its path, {model}, which readers will see")
     with tempfile.TemporaryDirectory() as temporary:
-        files[NAME] = report(directory, temporary).path.read_bytes()
+        try:
+            files[NAME] = report(directory, temporary).path.read_bytes()
+        except OutputError as error:
+            files.pop(NAME, None)
+            notes.append(f"no {NAME} is uploaded: {error}")
     files[CARD] = dataset_card(repo, directory, collected.runs, sorted(files)).encode()
     return Upload("dataset", files, tuple(notes))
 

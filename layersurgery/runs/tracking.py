@@ -29,10 +29,8 @@ LOGGING_DIRECTORY = "runs"
 """Where TensorBoard's files are written: its own default, in the current directory."""
 _MOST_ROWS = 512
 _SHARE_OF_TIME = 20  # the table is made again only after so many times the time that it took
-_COLUMNS = [
-    *(entry.name for entry in (*METRICS, *TAILS)),
-    *(entry.name for analysis in ANALYSES.values() for entry in analysis.columns),
-]
+_OF_EDITS = [entry.name for entry in (*METRICS, *TAILS)]
+_OF_LAYERS = [entry.name for analysis in ANALYSES.values() for entry in analysis.columns]
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -102,7 +100,8 @@ class Tracking:
                 self._note(f"{len(frame):,} rows are too many for a tracker, which gets the progress only")
                 self._is_noted = True
             return
-        columns = [name for name in dict.fromkeys(_COLUMNS) if name in frame] + first_metrics(frame.columns)
+        known = _OF_LAYERS if label == "layer" else _OF_EDITS
+        columns = [name for name in dict.fromkeys(known) if name in frame] + first_metrics(frame.columns)
         values = {
             f"{column}/{row[label]}": float(row[column])
             for row in frame.to_dict("records")

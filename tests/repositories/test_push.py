@@ -16,7 +16,7 @@ from huggingface_hub import constants, metadata_load
 import layersurgery as ls
 from layersurgery.errors import LayerSurgeryWarning
 from layersurgery.repositories.hub_errors import check_push
-from tests.support.hub_double import Hub
+from tests.support.hub_double import Hub, Repository
 from tests.support.tiny_checkpoint import checkpoint
 
 TEXT = ["Once upon a time there was a model with layers."] * 8
@@ -69,7 +69,7 @@ def test_what_was_sent_before_an_upload_broke_off_is_not_sent_again(hub: Hub, sh
     large = [path for path in sharded.iterdir() if path.stat().st_size > 4096]
     assert len(large) > 2
     hub.most_objects = 1
-    with pytest.raises(ls.OutputError, match="cannot push to me/sharded: .*Error while uploading"):
+    with pytest.raises(ls.OutputError, match="Error while uploading .*: the upload broke off"):
         ls.push(sharded, "me/sharded")
     repository = hub.repositories["models", "me/sharded"]
     assert not repository.files  # nothing is seen of half an upload
@@ -158,6 +158,9 @@ def test_what_the_hub_refuses_is_said(hub: Hub, pruned: Path, tmp_path: Path) ->
         ls.push(pruned, "me/pruned")
     with pytest.raises(ls.SourceError, match="cannot fetch me/nothing: the Hub has no such repository"):
         ls.fetch_results("me/nothing", tmp_path / "out")
+    hub.repositories["datasets", "me/texts"] = Repository(private=True, files={"texts.csv": b"text\nOnce"})
+    with pytest.raises(ls.SourceError, match="me/texts is not a repository of results: me/texts holds no results"):
+        ls.fetch_results("me/texts", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -177,3 +180,13 @@ def test_other_directories_and_names_are_refused(pruned: Path, results: Path, tm
         ls.push(pruned, "me/name", dry_run=True)
     with pytest.raises(ls.OutputError, match="exists already"):
         ls.fetch_results("me/name", results)
+
+
+def test_results_that_are_too_many_for_a_page_are_pushed_without_one(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layersurgery.reports.report._MAX_BYTES", 1000)
+    with pytest.warns(LayerSurgeryWarning, match="no report.html is uploaded: a page about 1 runs would have"):
+        pushed = ls.push(results, "me/results", dry_run=True)
+    assert "report.html" not in pushed.files
+    assert "results.parquet" in pushed.files
