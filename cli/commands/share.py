@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from rich.markup import escape
@@ -12,7 +11,7 @@ from layersurgery.quick_imports import quick_imports
 from layersurgery.units import format_bytes
 
 from ..terminal.console import Console
-from ..terminal.pushing import pushed_line, pushed_value
+from ..terminal.pushing import hub_bars, pushed_line, pushed_value
 
 
 def run_push(directory: Path, repo: str, public: bool, message: str | None, dry_run: bool, console: Console) -> None:
@@ -20,7 +19,9 @@ def run_push(directory: Path, repo: str, public: bool, message: str | None, dry_
     with quick_imports():
         from layersurgery.repositories.push import push_directory
 
-    with nullcontext() if dry_run else console.status(f"Pushing {directory} to {repo}"):
+    if not dry_run:  # the Hub client shows its own progress bars
+        console.log(f"Pushing {directory} to {repo}")
+    with hub_bars(console):
         pushed = push_directory(directory, repo, public=public, message=message, dry_run=dry_run, note=console.note)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(justify="right", no_wrap=True)
@@ -34,7 +35,8 @@ def run_fetch_results(repo: str, output: Path | None, revision: str | None, cons
     with quick_imports():
         from layersurgery.repositories.fetch_results import fetch_results
 
-    with console.status(f"Fetching {repo}"):
+    console.log(f"Fetching {repo}")
+    with hub_bars(console):
         directory = fetch_results(repo, output, revision=revision)
     console.result(
         {"path": str(directory), "repo": repo},

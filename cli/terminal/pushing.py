@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +30,33 @@ def push_result(console: Console, value: Any, items: Sequence[RenderableType], w
 
     repo = str(console.push)
     try:
-        with console.status(f"Pushing {written} to {repo}"):
+        console.log(f"Pushing {written} to {repo}")  # the Hub client shows its own progress bars
+        with hub_bars(console):
             pushed = push_directory(written, repo, public=console.public, note=console.note)
     except BaseException as error:
         console.show(value, *items)
-        later = f"layersurgery push {written} {repo}{' --public' * console.public}"
+        later = shlex.join(["layersurgery", "push", str(written), repo, *(["--public"] if console.public else [])])
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"{written} is complete; to push it, run: {later}") from None
         if isinstance(error, LayerSurgeryError):
             raise type(error)(f"{error}. {written} is complete; to push it later, run: {later}") from error
         raise
     console.show(value | {"pushed": pushed_value(pushed)}, *items, escape(pushed_line(pushed)))
+
+
+@contextmanager
+def hub_bars(console: Console) -> Iterator[None]:
+    """Show the Hub client's progress bars while the `with` block runs, unless the console is quiet."""
+    from huggingface_hub import utils
+
+    if not console.err.quiet or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 def pushed_value(pushed: Pushed) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def hub_errors(repo: str, verb: str, kind: type[LayerSurgeryError]) -> Iterator[
 
 def _said(error: BaseException) -> str:
     """Return what the server said, or else the first line of an error."""
-    said = str(getattr(error, "server_message", None) or error)
-    text = " ".join(said.split("\n\n")[0].split()) or type(error).__name__
+    if server_message := getattr(error, "server_message", None):
+        return " ".join(str(server_message).split())
+    text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
     return text if error.__cause__ is None else f"{text.rstrip('.')}: {_said(error.__cause__)}"

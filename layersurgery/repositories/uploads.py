@@ -76,15 +76,17 @@ def _results(directory: Path, repo: str) -> Upload:
     if collected.others:
         path, reason = collected.others[0]
         raise SourceError(f"{path} is not pushed: {reason}")
-    files: dict[str, Path | bytes] = {
-        name: path for name, path in _files_below(directory) if path.suffix in _RESULT_FILES
-    }
+    files: dict[str, Path | bytes] = {}
     notes = []
     for run in collected.runs:
+        place = run.path.relative_to(directory)
+        # The directory around several runs may be anything, such as the home directory.
+        files |= {
+            (place / name).as_posix(): path for name, path in _files_below(run.path) if path.suffix in _RESULT_FILES
+        }
         # The command and the facts name files without their directories, as the page does.
         facts = dict(run.facts) | {"command": " ".join(provenance(run).command)}
-        place = (run.path / RUN).relative_to(directory).as_posix()
-        files[place] = (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
+        files[(place / RUN).as_posix()] = (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
         model = ((read_run(run.path) or {}).get("arguments", {}).get("model") or {}).get("name")
         if model != run.fact("arguments", "model", "name", default=None):
             notes.append(f"the tables of {run.path} name the model by its path, {model}, which readers will see")

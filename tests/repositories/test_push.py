@@ -6,6 +6,7 @@ The real Hub is not used. Large files go through the LFS protocol; xet, which th
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -118,6 +119,22 @@ def test_the_cards_tables_are_what_datasets_reads(hub: Hub, results: Path, tmp_p
         table = datasets.load_dataset(str(fetched), name, split="train", cache_dir=str(tmp_path / "cache"))
         assert table.num_rows == len(pd.read_parquet(results / f"{name}.parquet"))
     assert 'load_dataset("me/results", "results"' in (fetched / "README.md").read_text()
+
+
+def test_several_runs_are_pushed_together_and_nothing_beside_them(hub: Hub, results: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(results, tmp_path / "both" / name)
+    (tmp_path / "both" / "letter.csv").write_text("private")
+    (tmp_path / "both" / "other").mkdir()
+    (tmp_path / "both" / "other" / "picture.png").write_bytes(b"private")
+    with pytest.warns(LayerSurgeryWarning):
+        files = ls.push(tmp_path / "both", "me/both").files
+    assert {name.partition("/")[0] for name in files} == {"first", "second", "report.html", "README.md"}
+    fetched = ls.fetch_results("me/both", tmp_path / "fetched")
+    assert [config["config_name"] for config in metadata_load(fetched / "README.md")["configs"]][:2] == [
+        "first-results", "second-results"
+    ]  # fmt: skip
+    assert ls.report(fetched, tmp_path / "page.html").runs == [fetched / "first", fetched / "second"]
 
 
 def test_a_dry_run_uses_no_network(hub: Hub, pruned: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
