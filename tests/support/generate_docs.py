@@ -1,4 +1,4 @@
-"""Generate docs/reference.md and docs/commands.md from docstrings, signatures and the commands' help.
+"""Generate docs/reference.md, docs/commands.md and docs/errors.md from docstrings, the commands' help and the source.
 
 Run `uv run python -m tests.support.generate_docs`, with a page's name to generate only that page.
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from tests.support import error_messages
 
 DOCS = Path(__file__).parents[2] / "docs"
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Example):$")
@@ -214,7 +216,7 @@ def _cell(text: str) -> str:
     return re.sub(r"(?<!`)\S*<\w+>\S*(?!`)", r"`\g<0>`", _text(text)).replace("|", "\\|")
 
 
-PAGES = {"reference.md": reference, "commands.md": commands}
+PAGES = {"reference.md": reference, "commands.md": commands, "errors.md": error_messages.page}
 
 if __name__ == "__main__":
     for page, generate in PAGES.items():

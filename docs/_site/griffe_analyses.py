@@ -1,0 +1,49 @@
+"""Let mkdocstrings see the analyses that are made by a call, with the signature and the text that they have in Python."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import griffe
+
+import layersurgery as ls
+
+
+class MadeFunctions(griffe.Extension):
+    """Replace each public analysis that is an assignment in the source by the function that it is."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Name the section of examples as griffe does."""
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Replace them once the package's source is read."""
+        module = pkg.members.get("analyses")
+        if pkg.name != "layersurgery" or module is None:
+            return
+        for name in ls.analyses.__all__:
+            value = getattr(ls.analyses, name)
+            if module.members[name].is_alias or not inspect.isfunction(value):
+                continue
+            signature = inspect.signature(value)
+            parameters = griffe.Parameters(
+                *(
+                    griffe.Parameter(
+                        parameter.name,
+                        annotation=str(parameter.annotation),
+                        kind=griffe.ParameterKind[parameter.kind.name.lower()],
+                        default=None if parameter.default is parameter.empty else repr(parameter.default),
+                    )
+                    for parameter in signature.parameters.values()
+                )
+            )
+            function = griffe.Function(
+                name,
+                parameters=parameters,
+                returns=str(signature.return_annotation),
+                docstring=griffe.Docstring(inspect.getdoc(value) or "", parser="google"),
+            )
+            module.set_member(name, function)

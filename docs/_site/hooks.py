@@ -1,0 +1,161 @@
+"""Make the documentation site of the pages in docs/ and of the files that they link to.
+
+The pages are written for a forge: they link to pictures, tables, programs and pages outside docs/ with relative links.
+This hook of MkDocs adds those files to the site and turns the links to them, so that the site needs no address of the
+repository. README.md becomes the first page, docs/README.md the page "All pages", and docs/reference.md the pages of
+the Python API, which mkdocstrings makes.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+_LINK = re.compile(r"""(?P<before>\]\(|(?:src|href)=")(?P<target>[^)#"\s:]+)(?P<anchor>#[^)"\s]*)?(?P<after>\)|")""")
+_FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.DOTALL | re.MULTILINE)
+_NAMES = {
+    "README.md": "index.md",
+    "docs/README.md": "all-pages.md",
+    "docs/reference.md": "api/index.md",
+    "ARCHITECTURES.md": "architectures-table.md",  # docs/architectures.md is another page
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+_PROGRAMS = {".py": "py", ".slurm": "bash"}
+_made: dict[str, str] = {}
+"""Path in the repository of each page of the site that is not in docs/, by its path in the site."""
+
+
+def on_files(files: Files, *, config: Any) -> Files:
+    """Add to the site what its pages link to, and the pages of the Python API."""
+    _made.clear()
+    for name in ("README.md", "reference.md"):
+        if (page := files.get_file_from_path(name)) is not None:
+            files.remove(page)
+    waiting = ["README.md", "docs/README.md", "CHANGELOG.md"]
+    waiting += [f"docs/{file.src_uri}" for file in files.documentation_pages()]
+    seen = set(waiting)
+    while waiting:
+        source = waiting.pop()
+        place = site_path(source)
+        if not source.startswith("docs/") or source in _NAMES and source != "docs/reference.md":
+            files.append(_file(source, place, config))
+        for target in _targets(source):
+            if target not in seen and (not target.startswith("docs/") or target.endswith(".md")):
+                seen.add(target)
+                waiting.append(target)
+    for name, text in api_pages().items():
+        files.append(File.generated(config, f"api/{name}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+    """Turn a page's links to files outside docs/ into links to their copies in the site."""
+    place = page.file.src_uri
+    if place.startswith("api/"):
+        return markdown
+    source = _made.get(place, f"docs/{place}")
+
+    def turn(match: re.Match[str]) -> str:
+        target = _resolve(source, match["target"])
+        if target is None:
+            return match[0]
+        link = posixpath.relpath(site_path(target), posixpath.dirname(place) or ".")
+        return f"{match['before']}{link}{match['anchor'] or ''}{match['after']}"
+
+    return "".join(part if code else _LINK.sub(turn, part) for code, part in _split(markdown))
+
+
+def site_path(source: str) -> str:
+    """Return where the site has a file or directory of the repository.
+
+    >>> site_path("docs/maps.md"), site_path("README.md"), site_path("LICENSE")
+    ('maps.md', 'index.md', 'LICENSE')
+    """
+    if source in _NAMES:
+        return _NAMES[source]
+    path = ROOT / source
+    if path.is_dir():
+        return f"{source}/index.md"
+    return f"{source}.md" if path.suffix in _PROGRAMS else source.removeprefix("docs/")
+
+
+def api_pages() -> dict[str, str]:
+    """Return the pages of the Python API in Markdown with the directives of mkdocstrings."""
+    groups = yaml.safe_load((Path(__file__).parent / "api.yml").read_text("utf-8"))
+    lines = [
+        "# Python API\n",
+        "`import layersurgery as ls` does not import torch; names that need torch import it when they are first used.",
+        "Only the names on these pages are public; everything else in the package may change without notice.\n",
+        "| page | names |\n|---|---|",
+    ]
+    pages = {}
+    for key, group in groups.items():
+        links = ", ".join(f"[`ls.{name}`][layersurgery.{name}]" for name in group["names"])
+        lines.append(f"| [{group['title']}]({key}.md) | {links} |")
+        pages[key] = f"# {group['title']}\n\n{group['about']}\n"
+        for name in group["names"]:
+            options = {"heading": f"ls.{name}", "toc_label": name.split(".")[-1], **group.get("options", {})}
+            text = yaml.safe_dump({"options": options}, sort_keys=False)
+            pages[key] += f"\n::: layersurgery.{name}\n{textwrap.indent(text, '    ')}"
+    return {"index": "\n".join(lines) + "\n", **pages}
+
+
+def _file(source: str, place: str, config: Any) -> File:
+    path = ROOT / source
+    if place.endswith(".md"):
+        _made[place] = source
+    if path.is_dir():
+        return File.generated(config, place, content=_listing(source))
+    if language := _PROGRAMS.get(path.suffix):
+        text = path.read_text("utf-8").strip()
+        return File.generated(config, place, content=f"# {path.name}\n\n````{language}\n{text}\n````\n")
+    return File.generated(config, place, abs_src_path=str(path))
+
+
+def _listing(source: str) -> str:
+    """Return a page that links to each file of a directory."""
+    paths = sorted(path for path in (ROOT / source).rglob("*") if path.is_file())
+    names = [path.relative_to(ROOT / source).as_posix() for path in paths]
+    links = [f"- [{name}]({name})" for name in names if not name.startswith(("__", "."))]
+    return "\n".join([f"# {source}\n", *links]) + "\n"
+
+
+def _targets(source: str) -> Iterator[str]:
+    """Yield the files and directories of the repository that a page links to."""
+    path = ROOT / source
+    if path.is_dir():
+        text = _listing(source)
+    elif path.suffix == ".md":
+        text = path.read_text("utf-8")
+    else:
+        return
+    for code, part in _split(text):
+        for match in () if code else _LINK.finditer(part):
+            if target := _resolve(source, match["target"]):
+                yield target
+
+
+def _resolve(source: str, target: str) -> str | None:
+    """Return the path in the repository of a link's target; None for one that is not there."""
+    base = source if (ROOT / source).is_dir() else posixpath.dirname(source)
+    found = posixpath.normpath(posixpath.join(base, target))
+    return found if found not in (".", "..") and not found.startswith("../") and (ROOT / found).exists() else None
+
+
+def _split(markdown: str) -> Iterator[tuple[bool, str]]:
+    """Split a page into code blocks and the text between them, and say of each part whether it is code."""
+    end = 0
+    for match in _FENCE.finditer(markdown):
+        yield False, markdown[end : match.start()]
+        yield True, match[0]
+        end = match.end()
+    yield False, markdown[end:]
