@@ -8,6 +8,7 @@ the Python API, which mkdocstrings makes.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import textwrap
@@ -29,9 +30,20 @@ _NAMES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+_FILE_NAME = re.compile(r"\[(?:docs/)?[\w-]+\.md\]\((?P<target>[^)#\s:]+)(?=[)#])")
+_COMMAND = re.compile(r"^(?P<heading>### `layersurgery (?P<label>[a-z -]+[a-z])\b.*`)$", re.MULTILINE)
+_ERROR = re.compile(r"^(?P<heading>### \w+: (?P<label>.+))$", re.MULTILINE)
+_LABELED = {"commands.md": _COMMAND, "errors.md": _ERROR}
 _PROGRAMS = {".py": "py", ".slurm": "bash"}
 _made: dict[str, str] = {}
 """Path in the repository of each page of the site that is not in docs/, by its path in the site."""
+
+
+def on_config(config: Any) -> Any:
+    """Show a list of versions where mike builds one of them; elsewhere there is none to be loaded."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike"}
+    return config
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -58,7 +70,7 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Turn a page's links to files outside docs/ into links to their copies in the site."""
+    """Turn a page's links to files outside docs/ into links to their copies in the site, and shorten its contents."""
     place = page.file.src_uri
     if place.startswith("api/"):
         return markdown
@@ -71,7 +83,17 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         link = posixpath.relpath(site_path(target), posixpath.dirname(place) or ".")
         return f"{match['before']}{link}{match['anchor'] or ''}{match['after']}"
 
-    return "".join(part if code else _LINK.sub(turn, part) for code, part in _split(markdown))
+    def title(match: re.Match[str]) -> str:
+        # On a forge a link shows which file it leads to; on the site there are pages with titles.
+        target = _resolve(source, match["target"])
+        return match[0] if target is None else f"[{_title(target)}]({match['target']}"
+
+    text = "".join(
+        part if code else _LINK.sub(turn, _FILE_NAME.sub(title, part)) for code, part in _split(markdown)
+    )
+    if (labels := _LABELED.get(place)) is not None:
+        text = labels.sub(r'\g<heading> { data-toc-label="\g<label>" }', text)
+    return text
 
 
 def site_path(source: str) -> str:
@@ -107,6 +129,12 @@ def api_pages() -> dict[str, str]:
             text = yaml.safe_dump({"options": options}, sort_keys=False)
             pages[key] += f"\n::: layersurgery.{name}\n{textwrap.indent(text, '    ')}"
     return {"index": "\n".join(lines) + "\n", **pages}
+
+
+def _title(source: str) -> str:
+    """Return the first words of a page's heading."""
+    heading = re.search(r"^# (.+)$", (ROOT / source).read_text("utf-8"), re.MULTILINE)
+    return heading[1].partition(":")[0].strip() if heading else source
 
 
 def _file(source: str, place: str, config: Any) -> File:
