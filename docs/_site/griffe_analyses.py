@@ -1,4 +1,4 @@
-"""Let mkdocstrings see the analyses that are made by a call, with the signature and the text that they have in Python."""
+"""Let mkdocstrings see the analyses that are made by a call, with their signatures and texts of Python."""
 
 from __future__ import annotations
 

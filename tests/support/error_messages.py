@@ -64,7 +64,7 @@ class Source:
                 re.sub(r"\.{4,}", "...", " ".join(text.split()))
                 for module in self.modules[package]
                 for node in ast.walk(module)
-                if isinstance(node, ast.Call) and node.args and getattr(node.func, "id", "") in names
+                if isinstance(node, ast.Call) and node.args and _called(node) in names
                 for text in self.texts(node.args[0])
             }
             # A text without words of its own is made elsewhere, or is that of another error.
@@ -79,7 +79,7 @@ class Source:
             yield str(node.value)
         elif isinstance(node, ast.JoinedStr):
             parts = [list(self.texts(part)) for part in node.values]
-            for place, (before, part) in enumerate(itertools.pairwise(node.values), 1):
+            for place, (before, _) in enumerate(itertools.pairwise(node.values), 1):
                 # A field that follows a word or another field directly is a hint or an ending, and has no name.
                 follows = isinstance(before, ast.FormattedValue) or re.search(r"\w$", str(getattr(before, "value", "")))
                 if follows and len(parts[place]) == 1 and parts[place][0].isupper():
@@ -109,12 +109,12 @@ def page() -> str:
     source = Source()
     lines = [
         "# Error messages\n",
-        "This page is generated from the source by `uv run python -m tests.support.generate_docs`. It lists the messages\n"
-        "of all errors and warnings of layersurgery. Capitals and three dots stand for what a message names: a file, a\n"
-        "number, a layer. Each message ends with what can be done, where something can.\n\n"
-        "At the terminal, an error is one line that begins with `error:`, and the exit code is 1, or 2 for wrong usage. In\n"
-        "Python it is an exception; all classes are subclasses of `layersurgery.LayerSurgeryError`. An error without a\n"
-        "message of this page, with a traceback, is a fault of layersurgery or of another library.\n",
+        "This page is generated from the source by `uv run python -m tests.support.generate_docs`. It lists the\n"
+        "messages of all errors and warnings of layersurgery. Capitals and three dots stand for what a message names:\n"
+        "a file, a number, a layer. Each message ends with what can be done, where something can.\n\n"
+        "At the terminal, an error is one line that begins with `error:`, and the exit code is 1, or 2 for wrong\n"
+        "usage. In Python it is an exception; all classes are subclasses of `layersurgery.LayerSurgeryError`. An\n"
+        "error without a message of this page, with a traceback, is a fault of layersurgery or of another library.\n",
     ]
     classes = [
         value
@@ -123,21 +123,24 @@ def page() -> str:
     ]
     for value in classes:
         warning = issubclass(value, Warning)
-        found = source.messages("warn") if warning else source.messages(value.__name__)
+        found = source.messages("warn" if warning else value.__name__)
         if not found:
             continue
         lines += [f"## {value.__name__}\n", f"{inspect.getdoc(value)}\n"]
         for package, messages in found.items():
             # The class is in the title, because titles are what a search and a link show.
-            lines.append(f"### {value.__name__}: {SUBJECTS[package]}\n")
-            lines += [f"- {_code(message)}" for message in messages]
-            lines.append("")
+            lines += [f"### {value.__name__}: {SUBJECTS[package]}\n", *map(_item, messages), ""]
+    lines += ["## Wrong usage\n", "Options of a command that do not fit together. The exit code is 2.\n"]
+    for messages in source.messages("BadParameter").values():
+        lines += [*map(_item, messages), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _called(node: ast.Call) -> str:
-    function = node.func
-    return function.id if isinstance(function, ast.Name) else function.attr if isinstance(function, ast.Attribute) else ""
+    # Methods called `warn` (of a reporter, of logging) take something else.
+    if getattr(node.func, "attr", "") == "warn":
+        return ""
+    return getattr(node.func, "id", "") or getattr(node.func, "attr", "")
 
 
 def _placeholder(node: ast.expr) -> str:
@@ -152,7 +155,7 @@ def _order(text: str) -> tuple[str, str]:
     return re.sub(r"[^a-z ]|\.\.\.", "", text).strip(), text
 
 
-def _code(text: str) -> str:
+def _item(text: str) -> str:
     ticks = "``" if "`" in text else "`"
     space = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
+    return f"- {ticks}{space}{text}{space}{ticks}"
