@@ -8,6 +8,7 @@ the Python API, which mkdocstrings makes.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -36,6 +37,7 @@ _COMMAND = re.compile(r"^(?P<heading>### `layersurgery (?P<label>[a-z -]+[a-z])\
 _ERROR = re.compile(r"^(?P<heading>### \w+: (?P<label>.+))$", re.MULTILINE)
 _LABELED = {"commands.md": _COMMAND, "errors.md": _ERROR}
 _PROGRAMS = {".py": "py", ".slurm": "bash"}
+_PAGES = {*_PROGRAMS, ".ipynb"}
 _made: dict[str, str] = {}
 """Path in the repository of each page of the site that is not in docs/, by its path in the site."""
 
@@ -111,7 +113,7 @@ def site_path(source: str) -> str:
     path = ROOT / source
     if path.is_dir():
         return f"{source}/index.md"
-    return f"{source}.md" if path.suffix in _PROGRAMS else source.removeprefix("docs/")
+    return f"{source}.md" if path.suffix in _PAGES else source.removeprefix("docs/")
 
 
 def api_pages() -> dict[str, str]:
@@ -137,40 +139,62 @@ def api_pages() -> dict[str, str]:
 
 def _title(source: str) -> str:
     """Return the first words of a page's heading."""
-    heading = re.search(r"^# (.+)$", (ROOT / source).read_text("utf-8"), re.MULTILINE)
+    heading = re.search(r"^# (.+)$", _markdown(source), re.MULTILINE)
     return heading[1].partition(":")[0].strip() if heading else source
 
 
 def _file(source: str, place: str, config: Any) -> File:
+    if not place.endswith(".md"):
+        return File.generated(config, place, abs_src_path=str(ROOT / source))
+    _made[place] = source
+    return File.generated(config, place, content=_markdown(source))
+
+
+def _markdown(source: str) -> str:
+    """Return a file or directory as a page; nothing for a file that is no page."""
     path = ROOT / source
-    if place.endswith(".md"):
-        _made[place] = source
     if path.is_dir():
-        return File.generated(config, place, content=_listing(source))
+        return _listing(path)
+    if path.suffix == ".md":
+        return path.read_text("utf-8")
+    if path.suffix == ".ipynb":
+        return "\n\n".join(_cells(json.loads(path.read_text("utf-8"))))
     if language := _PROGRAMS.get(path.suffix):
-        text = path.read_text("utf-8").strip()
-        return File.generated(config, place, content=f"# {path.name}\n\n````{language}\n{text}\n````\n")
-    return File.generated(config, place, abs_src_path=str(path))
+        return f"# {path.name}\n\n{_block(language, path.read_text('utf-8'))}\n"
+    return ""
 
 
-def _listing(source: str) -> str:
-    """Return a page that links to each file of a directory."""
-    paths = sorted(path for path in (ROOT / source).rglob("*") if path.is_file())
-    names = [path.relative_to(ROOT / source).as_posix() for path in paths]
-    links = [f"- [{name}]({name})" for name in names if not name.startswith(("__", "."))]
-    return "\n".join([f"# {source}\n", *links]) + "\n"
+def _listing(directory: Path) -> str:
+    """Return a page that links to each file of a directory, with the first line of what a program says of itself."""
+    lines = [f"# {directory.relative_to(ROOT).as_posix()}\n"]
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        about = re.match(r'"""(.+?)[."]*$', path.read_text("utf-8"), re.M) if path.suffix == ".py" else None
+        if not name.startswith(("__", ".")):
+            lines.append(f"- [{name}]({name})" + (f": {about[1]}" if about else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(notebook: Any) -> Iterator[str]:
+    """Yield the cells of a notebook and their outputs as Markdown."""
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        yield _block("py", text) if cell["cell_type"] == "code" else text
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                yield f"![output](data:image/png;base64,{''.join(data['image/png'].split())})"
+            elif text := "".join(output.get("text", data.get("text/plain", ""))):
+                yield _block("text", text)
+
+
+def _block(language: str, text: str) -> str:
+    return f"````{language}\n{text.strip()}\n````"
 
 
 def _targets(source: str) -> Iterator[str]:
     """Yield the files and directories of the repository that a page links to."""
-    path = ROOT / source
-    if path.is_dir():
-        text = _listing(source)
-    elif path.suffix == ".md":
-        text = path.read_text("utf-8")
-    else:
-        return
-    for code, part in _split(text):
+    for code, part in _split(_markdown(source)):
         for match in () if code else _LINK.finditer(part):
             if target := _resolve(source, match["target"]):
                 yield target
