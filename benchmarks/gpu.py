@@ -182,7 +182,10 @@ def run_process(command: Sequence[str], seconds: float) -> tuple[list[dict[str, 
     if seconds < _LEAST_SECONDS:
         return [], NO_TIME
     env = os.environ | {"PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=output, stderr=errors, env=env, cwd=_ROOT, start_new_session=True
         )

@@ -24,7 +24,7 @@ def read_newest(path: Path, model: str) -> list[Row]:
     """
     if not path.exists():
         raise SystemExit(f"{path} does not exist; run python -m benchmarks sweep first")
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["model"] == model and row["tokens_per_second"]]
     if not rows:
         raise SystemExit(f"{path} has no speed for {model}; run python -m benchmarks sweep --model {model} first")

@@ -166,7 +166,7 @@ class _MemoryMeter:
             self.before = torch.cuda.memory_allocated()
             return
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         self.before = _read_status("VmRSS")
 
     def __exit__(self, *_: object) -> None:
@@ -176,7 +176,7 @@ class _MemoryMeter:
 
 def _read_status(field: str) -> int:
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024
     return 0

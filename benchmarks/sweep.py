@@ -335,7 +335,7 @@ def _run(method: Method, runs: MethodRuns, setting: Setting, inputs: _Inputs, ou
             (line for line in reversed(run.output.splitlines()) if line.strip()), f"exit code {run.exit_code}"
         ).strip()
         return
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     runs.results.append(result)
     runs.bytes_peak = max(runs.bytes_peak, result["bytes_peak_device"] or result["bytes_peak"])
 

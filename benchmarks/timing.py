@@ -155,7 +155,7 @@ def make_table(title: str, first: str, *number_columns: str) -> Table:
 
 def _read_lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
 

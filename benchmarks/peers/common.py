@@ -252,4 +252,4 @@ def write(out: Path, library: str, rows: Rows, seconds: list[float], tokens: int
         "bytes_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes_peak_device": torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
     }  # fmt: skip
-    out.write_text(json.dumps(results | more))
+    out.write_text(json.dumps(results | more), encoding="utf-8")

@@ -81,7 +81,7 @@ def load_weights(
 ) -> Any:
     """Load the model of a checkpoint in evaluation mode, without its tokenizer; arguments and errors are `load`'s."""
     with quick_imports():
-        import transformers.generation.utils
+        import transformers.generation.utils  # noqa: F401 - as the next line
         import transformers.modeling_utils  # noqa: F401 - the slow part, which transformers imports later
         from transformers import AutoConfig
 

@@ -187,7 +187,7 @@ def build_meta_model(config: Json, quantization: Any = None) -> nn.Module:
         UnsupportedEditError: transformers cannot build it.
     """
     with quick_imports():
-        import transformers.generation.utils
+        import transformers.generation.utils  # noqa: F401 - the slow part of what it needs
         import transformers.modeling_utils
 
     hf_config = load_hf_config(config)

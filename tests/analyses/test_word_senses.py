@@ -249,7 +249,7 @@ def test_data_in_another_form_are_refused(
         "plain.txt": "a", "alone.data.txt": "a", "short.data.txt": "a\n", "short.gold.txt": "T\nF\n",
         "fields.data.txt": "a\tb\n", "fields.gold.txt": "T\n",
     }.items():  # fmt: skip
-        Path(name).write_text(text)
+        Path(name).write_text(text, encoding="utf-8")
     with pytest.raises(ls.SourceError, match=words):
         read_pairs(source)
 

@@ -58,7 +58,7 @@ def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path,
     assert [row["plan"] for row in value["results"]] == list(frame.plan)
     assert value["results"][3]["kl_nats"] == pytest.approx(frame.kl_nats[3], abs=1e-12)
     assert value["summary"] == ls.summary_sentence(frame)
-    ids = tiny_tokenizer()(story.read_text(), add_special_tokens=False)["input_ids"][:120]
+    ids = tiny_tokenizer()(story.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"][:120]
     loaded = ls.load(model).model
     meant = ls.sweep(loaded, "swap,drop", [ids[start : start + 30] for start in range(0, 120, 30)])
     numbers = meant.select_dtypes("number").columns
@@ -152,12 +152,12 @@ def test_changed_arguments_are_refused(small: list[Any], story: Path) -> None:
         assert found.exit_code == 1
         assert words in found.stderr
         assert "Overwrite it to start again" in found.stderr
-    before = story.read_text()
+    before = story.read_text(encoding="utf-8")
     try:
-        story.write_text(before.upper())
+        story.write_text(before.upper(), encoding="utf-8")
         found = run(*small, "--edits", "drop")
     finally:
-        story.write_text(before)
+        story.write_text(before, encoding="utf-8")
     assert found.exit_code == 1
     assert "text fingerprint" in found.stderr
 

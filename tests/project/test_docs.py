@@ -21,19 +21,19 @@ def test_the_tests_that_a_page_names_are_there(page: Path) -> None:
     known = set(
         re.findall(r"def (test_\w+)", "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
     )
-    named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+    named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
     assert named <= known, named - known
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
-    assert not re.findall(r"[A-Z]+_[A-Z_]+S?\n|TODO|FIXME", page.read_text())
+    assert not re.findall(r"[A-Z]+_[A-Z_]+S?\n|TODO|FIXME", page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("page", generate_docs.PAGES)

@@ -83,7 +83,7 @@ def test_what_is_refused(
     hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("recipe.yaml").write_text("outputs:\n  first: swap 1\n  second: drop 1\n")
+    Path("recipe.yaml").write_text("outputs:\n  first: swap 1\n  second: drop 1\n", encoding="utf-8")
     result = run(arguments[0], tiny, *arguments[1:])
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.replace("│", " ").split())

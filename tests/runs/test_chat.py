@@ -81,7 +81,7 @@ def test_conversations_in_any_form_are_what_transformers_writes(tmp_path: Path, 
         content = {
             "json": json.dumps(objects),
             "json field": json.dumps({"version": 1, "data": objects}, indent=1),
-            "json lines": jsonl.read_text(),
+            "json lines": jsonl.read_text(encoding="utf-8"),
         }
         path.write_text(content[form])
     elif form == "parquet":
@@ -263,12 +263,12 @@ def test_a_run_records_what_was_read_and_refuses_other_data(tmp_path: Path, json
     assert "3 conversations in the tokenizer" in page
     assert run(*words, "-o", tmp_path / "out").exit_code == 0
 
-    before = jsonl.read_text()
-    jsonl.write_text(before.replace("Who?", "Why?"))
+    before = jsonl.read_text(encoding="utf-8")
+    jsonl.write_text(before.replace("Who?", "Why?"), encoding="utf-8")
     changed = run(*words, "-o", tmp_path / "out")
     assert changed.exit_code == 1
     assert "with other arguments: text fingerprint" in " ".join(changed.stderr.split())
-    jsonl.write_text(before)
+    jsonl.write_text(before, encoding="utf-8")
     chat_tokenizer(TEMPLATE.replace(": ", ">")).save_pretrained(model)
     assert "text fingerprint" in " ".join(run(*words, "-o", tmp_path / "out").stderr.split())
     chat_tokenizer(None).save_pretrained(model)

@@ -73,7 +73,7 @@ def test_freed_memory_is_used_for_the_next_tensor() -> None:
 
 def test_what_is_left_over_goes_back_to_the_system() -> None:
     def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     before = resident()
     with cpu_memory.reuse_cpu_memory():
