@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import completion
 from . import options as o
 from .analysis_app import add_analyses
 from .heal_app import add_healing
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     cls=Commands,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Edit the layers of Hugging Face causal language models and measure the effect. Edited models are written as "
@@ -54,11 +55,15 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[
+    context: typer.Context,
+    _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        from .commands.start import show_start
+
+        show_start()
 
 
 def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
@@ -97,6 +102,7 @@ def _write_edit(
     blocks: o.Blocks = None,
     source: o.BlockSources = None,
     gguf: o.Gguf = False,
+    dry_run: o.DryRun = False,
     *,
     console: SharingConsole,
 ) -> None:
@@ -104,7 +110,8 @@ def _write_edit(
 
     from .commands.edit import EditOptions, edit
 
-    options = EditOptions(output, overwrite, link, verify, revision, blocks, read_sources(source or ()), gguf=gguf)
+    sources = read_sources(source or ())
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, sources, gguf=gguf, dry_run=dry_run)
     edit({None: plan}, model, options, console)
 
 
@@ -260,16 +267,8 @@ def take(source: o.BlockSources = None, layer: o.RepeatedLayers = None, layers: 
 @app.command(rich_help_panel=_EDIT)
 @o.expand
 def edit(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="Hub id, checkpoint directory, .gguf file, or smollm2-135m; not needed if the recipe names it.",
-        ),
-    ] = None,
-    plan: Annotated[
-        str | None, typer.Option("--plan", help="Edits, for example 'swap 12 13; drop 20'.", metavar="TEXT")
-    ] = None,
+    model: o.OptionalModel = None,
+    plan: o.PlanText = None,
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="YAML file with named outputs and their plans.", metavar="FILE")
     ] = None,
@@ -290,6 +289,7 @@ def edit(
     source: o.BlockSources = None,
     means: o.MeansFile = None,
     gguf: o.Gguf = False,
+    dry_run: o.DryRun = False,
     *,
     console: SharingConsole,
 ) -> None:
@@ -301,7 +301,7 @@ def edit(
     from .commands.edit import edit as run_edit
 
     sources = read_sources(source or ())
-    options = EditOptions(output, overwrite, link, verify, revision, blocks, sources, means, gguf)
+    options = EditOptions(output, overwrite, link, verify, revision, blocks, sources, means, gguf, dry_run)
     if (plan is None) == (recipe is None):
         raise typer.BadParameter("give exactly one of --plan and --recipe", param_hint="'--plan' / '--recipe'")
     if recipe is not None:
@@ -356,9 +356,7 @@ def sweep(
 @app.command(rich_help_panel=_MEASURE)
 @o.expand
 def compare(
-    model: Annotated[
-        str, typer.Argument(metavar="A", help="Hub id, checkpoint directory, .gguf file, or smollm2-135m.")
-    ],
+    model: o.FirstModel,
     other: Annotated[
         str, typer.Argument(metavar="B", help="Another model with the same vocabulary, or a plan that edits A.")
     ],
@@ -389,6 +387,7 @@ def plot(
             metavar="DIR...",
             help="Result directories written by sweep, analyze, stages, rank, prune or search.",
             show_default=False,
+            autocompletion=completion.results,
         ),
     ],
     output: Annotated[
@@ -412,6 +411,7 @@ def report(
             metavar="DIR...",
             help="Result directories, or parent directories of them (searched three levels deep).",
             show_default=False,
+            autocompletion=completion.results,
         ),
     ],
     output: Annotated[
@@ -441,10 +441,21 @@ def report(
 def plan(
     plan: Annotated[
         str,
-        typer.Option("--plan", help="Edits, for example 'swap 12 13; drop 20'.", metavar="TEXT", show_default=False),
+        typer.Option(
+            "--plan",
+            help="Edits, for example 'swap 12 13; drop 20'.",
+            metavar="TEXT",
+            show_default=False,
+            autocompletion=completion.plans,
+        ),
     ],
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Model whose layers the plan edits; or give --depth.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Model whose layers the plan edits; or give --depth.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     depth: Annotated[int | None, typer.Option("--depth", min=1, help="Number of blocks of the model.")] = None,
     revision: o.Revision = None,
@@ -457,6 +468,17 @@ def plan(
     from .commands.inspect import show_plan
 
     show_plan(plan, model, depth, revision, blocks, Console(as_json=as_json))
+
+
+@app.command(rich_help_panel=_INSPECT)
+def doctor(as_json: o.Json = False) -> None:
+    """Show what is installed and what this machine has, and check an edit and a sweep here; for bug reports.
+
+    The exit code is 1 if something that layersurgery needs is missing or does not work.
+    """
+    from .commands.doctor import run_doctor
+
+    run_doctor(Console(as_json=as_json))
 
 
 @app.command("inspect", rich_help_panel=_INSPECT)

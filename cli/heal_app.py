@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import completion
 from . import options as o
 from .terminal.console import SharingConsole
 
@@ -55,7 +56,12 @@ def _shown(name: str, help_text: str, metavar: str = "N", **more: Any) -> Any:
 @o.expand
 def heal(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="The edited model: anything that MODEL may be.")
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="The edited model: anything that MODEL may be.",
+            autocompletion=completion.models,
+        ),
     ],
     teacher: Annotated[
         str, _shown("--teacher", "The unedited model. It must have the same vocabulary.", "MODEL", show_default=False)

@@ -20,12 +20,29 @@ import typer
 from layersurgery.plans.families import FAMILIES
 from layersurgery.runs.options import NOT_FOR_COMPARE, SWEEP_ONLY, RunOptions
 
+from . import completion
 from .terminal.console import Console, SharingConsole
 
+_MODEL_HELP = "Hub id, checkpoint directory, .gguf file, or smollm2-135m."
 Model = Annotated[
-    str,
+    str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False, autocompletion=completion.models)
+]
+OptionalModel = Annotated[
+    str | None,
     typer.Argument(
-        metavar="MODEL", help="Hub id, checkpoint directory, .gguf file, or smollm2-135m.", show_default=False
+        metavar="[MODEL]",
+        help=f"{_MODEL_HELP[:-1]}; not needed if the recipe names it.",
+        autocompletion=completion.models,
+    ),
+]
+FirstModel = Annotated[str, typer.Argument(metavar="A", help=_MODEL_HELP, autocompletion=completion.models)]
+PlanText = Annotated[
+    str | None,
+    typer.Option(
+        "--plan",
+        help="Edits, for example 'swap 12 13; drop 20'.",
+        metavar="TEXT",
+        autocompletion=completion.plans,
     ),
 ]
 Output = Annotated[
@@ -45,6 +62,9 @@ Gguf = Annotated[
         help="Edit the model's GGUF file to a GGUF file; its quantised weights are copied as they are. An output whose "
         "name ends in .gguf means the same.",
     ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Run all checks, say what would be written and how large, and write nothing.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint at the output.")]
 Link = Annotated[
@@ -137,6 +157,7 @@ Edits = Annotated[
         help=f"Families of edits, comma-separated: {', '.join(family.usage for family in FAMILIES.values())}.",
         show_default="swap,drop; none with --plans",
         metavar="NAMES",
+        autocompletion=completion.families,
         rich_help_panel=_EDITS,
     ),
 ]

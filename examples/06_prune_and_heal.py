@@ -19,7 +19,7 @@ import layersurgery as ls
 @torch.no_grad()
 def evaluate(model: Any, text: torch.Tensor, questions: list[torch.Tensor]) -> dict[str, float]:
     """Return the perplexity of a text, and the share of questions whose right answer (row 0) is the most likely."""
-    losses = [float(model(part, labels=part).loss) for part in text.split(4)]
+    losses = [float(model(part, labels=part).loss) for part in torch.split(text, 4)]
     chances = [
         model(ids).logits[:, 31:-1].log_softmax(-1).gather(-1, ids[:, 32:, None]).sum((1, 2)) for ids in questions
     ]

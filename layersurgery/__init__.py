@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from .repositories.fetch_results import fetch_results
     from .repositories.push import Pushed, push
     from .runs.compare import compare
+    from .runs.doctor import doctor
     from .runs.drawing import plot
     from .runs.estimate import estimate
     from .runs.means import measure_means
@@ -102,6 +103,7 @@ __all__ = [
     "anatomy",
     "average",
     "compare",
+    "doctor",
     "drop",
     "edit_checkpoint",
     "estimate",
@@ -159,6 +161,7 @@ _LAZY = {
     "analyze": "analyses.analyze",
     "anatomy": "models.anatomy",
     "compare": "runs.compare",
+    "doctor": "runs.doctor",
     "edit_checkpoint": "checkpoints.edit_checkpoint",
     "estimate": "runs.estimate",
     "fetch_results": "repositories.fetch_results",

@@ -46,6 +46,7 @@ class EditOptions:
     sources: Mapping[str, str] = field(default_factory=dict)
     means: Path | None = None
     gguf: bool = False
+    dry_run: bool = False
 
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
@@ -53,11 +54,13 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, con
     if options.gguf or (list(plans) == [None] and options.output is not None and is_gguf_output(options.output)):
         edit_gguf(plans, model, options, console)
         return
-    console.refuse_push("a recipe may write several checkpoints" if list(plans) != [None] else "")
+    unpushed = "a recipe may write several checkpoints" if list(plans) != [None] else ""
+    console.refuse_push("a dry run writes nothing" if options.dry_run else unpushed)
     results, source = write_edits(plans, model, options, console)
     values = [as_json(result, source.label, source.revision) for result in results]
     lines = [escape(line) for result in results for line in describe_result(result)]
-    console.result(values[0] if list(plans) == [None] else values, *lines, written=results[0].path)
+    written = None if options.dry_run else results[0].path
+    console.result(values[0] if list(plans) == [None] else values, *lines, written=written)
 
 
 def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
@@ -90,9 +93,14 @@ def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions
         for note in planned.notes:
             console.note(note)
         with console.byte_progress(planned.nbytes) as progress:
-            result = write_gguf_edit(planned, outputs[name], overwrite=options.overwrite, progress=progress)
+            result = write_gguf_edit(
+                planned, outputs[name], overwrite=options.overwrite, progress=progress, dry_run=options.dry_run
+            )
         values.append(as_json(result, source.label, options.revision))
         size = format_bytes(result.bytes_written)
+        if result.dry_run:
+            lines.append(f"Would write {result.path}: {len(result.route)} blocks, about {size}; nothing was written")
+            continue
         lines += [
             f"Wrote {result.path}: {len(result.route)} blocks, {size}, in {result.seconds:.1f} s",
             f"Load it with: llama-cli --model {result.path}",
@@ -174,7 +182,7 @@ def write_edits(
             results.append(
                 write_edit(
                     planned, outputs[name], check=partial(check, name), overwrite=options.overwrite,
-                    link=options.link, progress=progress, measured=measured,
+                    link=options.link, progress=progress, measured=measured, dry_run=options.dry_run,
                 )
             )  # fmt: skip
     if options.link and not any(result.bytes_linked for result in results):
@@ -209,6 +217,10 @@ def describe_result(result: EditResult) -> list[str]:
     """Describe what was written and how to load it."""
     linked = f", {format_bytes(result.bytes_linked)} of it hard-linked to the source" if result.bytes_linked else ""
     total = format_bytes(result.bytes_written + result.bytes_linked)
+    if result.dry_run:
+        linked = linked and f", {format_bytes(result.bytes_linked)} of it as hard links to the source"
+        checked = "it would reload as this model; " if result.verified else ""
+        return [f"Would write {result.path}: {len(result.route)} blocks, {total}{linked}; {checked}nothing was written"]
     return [
         f"Wrote {result.path}: {len(result.route)} blocks, {total}{linked}, in {result.seconds:.1f} s",
         f'Load it with: transformers.pipeline("text-generation", model="{result.path}")',
@@ -229,6 +241,7 @@ def as_json(result: EditResult, source: str, revision: str | None) -> dict[str, 
         "bytes_linked": result.bytes_linked,
         "seconds": round(result.seconds, 3),
         "verified": result.verified,
+        "dry_run": result.dry_run,
         "notes": list(result.notes),
         "sources": {name: [each.label, each.revision] for name, each in result.sources.items()},
     }

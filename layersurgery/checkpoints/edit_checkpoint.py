@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ..plans.route import Route
 from .block_sources import Sources
 from .checkpoint import read_checkpoint
 from .model_card import model_card
+from .output_layout import Shard
 from .prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
 from .shard_writer import Progress, shard_writer
 from .sources import GgufSource, Source, find_gguf, find_source
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EditResult:
-    """An edited checkpoint that was written.
+    """An edited checkpoint that was written, or would be.
 
     Attributes:
         path: directory of the new checkpoint.
@@ -49,6 +50,7 @@ class EditResult:
         verified: whether the reload check was run.
         notes: what users of the source or of the result should know, such as programs that would run another model.
         sources: the other checkpoints of which blocks are taken, by their name in the plan.
+        dry_run: whether nothing was written; the sizes are then those that would be.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class EditResult:
     verified: bool
     notes: tuple[str, ...] = ()
     sources: Mapping[str, Source] = field(default_factory=dict)
+    dry_run: bool = False
 
 
 def read_means(means: Any) -> Means | None:
@@ -88,6 +91,7 @@ def edit_checkpoint(
     means: Means | str | os.PathLike[str] | None = None,
     gguf: bool = False,
     measured: Mapping[str, str] | None = None,
+    dry_run: bool = False,
 ) -> EditResult:
     """Write the edited checkpoint of a model, as plain safetensors that any Hugging Face pipeline loads.
 
@@ -115,6 +119,7 @@ def edit_checkpoint(
             written as the biases of output projections, so a model without such biases is refused.
         gguf: write a GGUF file also if `out` is not given: `<name>-<plan>.gguf`. There is no reload check.
         measured: rows of the model card: what the measurement that chose the edit says of the result.
+        dry_run: run all checks, and write nothing.
 
     Returns:
         The directory (or the GGUF file), and how it was made.
@@ -136,7 +141,9 @@ def edit_checkpoint(
     if not isinstance(plan, Plan):
         raise PlanError(f'expected a plan or its text ("swap 1 2; drop 3"), not {plan!r}')
     if gguf or (out is not None and is_gguf_output(out)):
-        return _edit_gguf(model, plan, out, revision, blocks, maps, overwrite=overwrite, progress=progress)
+        return _edit_gguf(
+            model, plan, out, revision, blocks, maps, overwrite=overwrite, progress=progress, dry_run=dry_run
+        )
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
@@ -156,7 +163,14 @@ def edit_checkpoint(
         return prepared
 
     return write_edit(
-        planned, target, check=check, overwrite=overwrite, link=link, progress=progress, measured=measured
+        planned,
+        target,
+        check=check,
+        overwrite=overwrite,
+        link=link,
+        progress=progress,
+        measured=measured,
+        dry_run=dry_run,
     )
 
 
@@ -180,6 +194,7 @@ def _edit_gguf(
     *,
     overwrite: bool,
     progress: Progress | None,
+    dry_run: bool,
 ) -> EditResult:
     from .gguf_edit import check_gguf_output, plan_gguf_edit, write_gguf_edit
 
@@ -192,7 +207,7 @@ def _edit_gguf(
     planned = plan_gguf_edit(source, plan)
     for note in planned.notes:
         warn(note)
-    return write_gguf_edit(planned, target, overwrite=overwrite, progress=progress)
+    return write_gguf_edit(planned, target, overwrite=overwrite, progress=progress, dry_run=dry_run)
 
 
 def write_edit(
@@ -204,6 +219,7 @@ def write_edit(
     link: bool = False,
     progress: Progress | None = None,
     measured: Mapping[str, str] | None = None,
+    dry_run: bool = False,
 ) -> EditResult:
     """Check an edit and write it to `out`, completely or not at all.
 
@@ -217,6 +233,7 @@ def write_edit(
         link: hard-link files that do not change.
         progress: called with the number of bytes written since the last call, by one thread at a time.
         measured: rows of the model card: what the measurement that chose the edit says of the result.
+        dry_run: check only, and write nothing.
 
     Raises:
         SourceError: a source file cannot be read, or was changed after its header was read.
@@ -226,6 +243,27 @@ def write_edit(
     started = time.perf_counter()
     for other in planned.others:
         check_output(out, other.checkpoint.source.directory, overwrite=overwrite)
+    sources = {other.name: other.checkpoint.source for other in planned.others}
+
+    def result(prepared: PreparedEdit, written: Iterable[Shard], linked: Iterable[Shard]) -> EditResult:
+        return EditResult(
+            path=out,
+            plan=planned.plan,
+            route=planned.route,
+            depth=planned.checkpoint.depth,
+            bytes_written=sum(shard.nbytes for shard in written),
+            bytes_linked=sum(shard.nbytes for shard in linked),
+            seconds=time.perf_counter() - started,
+            verified=planned.verify,
+            notes=prepared.notes,
+            sources=sources,
+            dry_run=dry_run,
+        )
+
+    if dry_run:
+        prepared = check_edit(planned) if check is None else check()
+        linked = [shard for shard in prepared.layout.shards if link and shard.unchanged]
+        return result(prepared, [shard for shard in prepared.layout.shards if shard not in linked], linked)
     settled = planned.settled_shards
     needed = sum(shard.nbytes for shard in planned.layout.shards if not (link and shard.unchanged and shard in settled))
     with atomic_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:
@@ -239,7 +277,6 @@ def write_edit(
         if prepared.layout.index is not None:
             _write_text(directory / INDEX, prepared.layout.index)
         _copy_other_files(planned, directory)
-        sources = {other.name: other.checkpoint.source for other in planned.others}
         card = model_card(
             planned.checkpoint.source,
             planned.plan,
@@ -252,18 +289,7 @@ def write_edit(
             measured=measured,
         )
         _write_text(directory / "README.md", card)
-    return EditResult(
-        path=out,
-        plan=planned.plan,
-        route=planned.route,
-        depth=planned.checkpoint.depth,
-        bytes_written=sum(shard.nbytes for shard in writer.written),
-        bytes_linked=sum(shard.nbytes for shard in writer.linked),
-        seconds=time.perf_counter() - started,
-        verified=planned.verify,
-        notes=prepared.notes,
-        sources=sources,
-    )
+    return result(prepared, writer.written, writer.linked)
 
 
 def _no_progress(count: int) -> None:

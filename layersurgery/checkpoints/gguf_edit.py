@@ -123,8 +123,10 @@ def plan_gguf_edit(source: GgufSource, plan: Plan) -> Planned:
     return Planned(source, plan, route, counts, fields, tensors, int(reader.alignment), notes)
 
 
-def write_gguf_edit(planned: Planned, out: Path, *, overwrite: bool, progress: Progress | None = None) -> EditResult:
-    """Write an edited GGUF file to `out`, completely or not at all.
+def write_gguf_edit(
+    planned: Planned, out: Path, *, overwrite: bool, progress: Progress | None = None, dry_run: bool = False
+) -> EditResult:
+    """Write an edited GGUF file to `out`, completely or not at all; with `dry_run`, write nothing.
 
     Raises:
         OutputError: `out` cannot be written; no partial output remains.
@@ -132,6 +134,23 @@ def write_gguf_edit(planned: Planned, out: Path, *, overwrite: bool, progress: P
     import gguf
 
     started = time.perf_counter()
+
+    def result(size: int) -> EditResult:
+        return EditResult(
+            path=out,
+            plan=planned.plan,
+            route=planned.route,
+            depth=planned.counts.depth,
+            bytes_written=size,
+            bytes_linked=0,
+            seconds=time.perf_counter() - started,
+            verified=False,
+            notes=planned.notes,
+            dry_run=dry_run,
+        )
+
+    if dry_run:
+        return result(planned.nbytes)
     with atomic_large_file(out, bytes_needed=planned.nbytes, overwrite=overwrite) as partial:
         writer = gguf.GGUFWriter(partial, "")
         writer.kv_data[0].clear()  # the architecture comes with the other fields, in their order
@@ -152,17 +171,7 @@ def write_gguf_edit(planned: Planned, out: Path, *, overwrite: bool, progress: P
         finally:
             writer.close()
         size = partial.stat().st_size
-    return EditResult(
-        path=out,
-        plan=planned.plan,
-        route=planned.route,
-        depth=planned.counts.depth,
-        bytes_written=size,
-        bytes_linked=0,
-        seconds=time.perf_counter() - started,
-        verified=False,
-        notes=planned.notes,
-    )
+    return result(size)
 
 
 def _open(path: Path) -> Any:
