@@ -98,3 +98,10 @@ def test_the_program_finds_the_hub_by_its_environment(hub: Hub, tiny: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert f"to the private model repository {hub.url}/me/name" in " ".join(done.stdout.split())
+
+
+def test_a_dry_run_of_an_edit_is_not_pushed(hub: Hub, tiny: Path, tmp_path: Path) -> None:
+    result = run("swap", tiny, "--layer", 1, "-o", tmp_path / "out", "--push", "me/name", "--dry-run")
+    assert result.exit_code == 2
+    assert "a dry run writes nothing" in result.stderr
+    assert not hub.repositories
