@@ -58,8 +58,8 @@ def harness_of(session: ModelSession) -> Harness | None:
     """Return the task of a session; None if it measures a text.
 
     Raises:
-        PlanError: it is a group of tasks, or a task that cannot be measured.
-        SourceError: the task does not exist, or lm-eval is not installed.
+        PlanError: the task does not exist, is a group of tasks, or cannot be measured.
+        SourceError: lm-eval is not installed.
     """
     if not session.texts.has_tasks:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 from ..plans.plan import Plan
 from ..plans.route import Route
 from ..version import __version__
+from .model_packages import PACKAGED
 from .sources import Source
 
 # Metadata of the source that also holds for the edited model.
@@ -165,6 +166,16 @@ def _earlier_card(source: Source, metadata: dict[str, Any]) -> str:
 
 def _inline_code(text: str) -> str:
     return f"`{text.replace('`', chr(39))}`".replace("|", "\\|").replace("\n", " ")
+
+
+def is_of_package(model: str) -> bool:
+    """Return whether a model is one that Python packages contain, or by its card an edited copy of one on this disk."""
+    if model in PACKAGED:
+        return True
+    card = Path(model).expanduser() / "README.md"
+    metadata = _read_metadata(card)
+    base = metadata.get("base_model")
+    return "layersurgery" in (metadata.get("tags") or ()) and base in [each.origin for each in PACKAGED.values()]
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..checkpoints.model_packages import PACKAGED
+from ..checkpoints.model_card import is_of_package
 from ..checkpoints.sources import Source, find_source, needs_conversion
 from ..errors import PlanError, SourceError, UnsupportedEditError
 from ..models.block_list import refuse_encoder_decoder
@@ -310,7 +310,7 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     """Return the text to read, with defaults for the options that are not set.
 
     Args:
-        model: the model's name; only the models that packages contain have a text of their own.
+        model: the model's name; the models that packages contain, and edited copies of them, have a text of their own.
         options: the options.
         positions: the model's largest number of positions; None if it is not known.
         given: text that was given from Python.
@@ -321,7 +321,7 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     if options.data == "":
         raise PlanError(f"data is empty: name a file, a directory, a Hub dataset or {PYDOC}")
     documents = None if given is None else given.documents
-    data = options.data or (PYDOC if isinstance(model, str) and model in PACKAGED else PILE)
+    data = options.data or (PYDOC if isinstance(model, str) and is_of_package(model) else PILE)
     if given is not None:
         data = _GIVEN_TOKENS if given.tokens is not None else _GIVEN_TEXTS if given.tasks is None else str(given.tasks)
     is_small = data == PYDOC

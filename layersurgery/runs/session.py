@@ -16,7 +16,7 @@ from ..plans.branch_edits import PickNeurons
 from ..plans.families import CountHeads
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
-from ..units import format_bytes, format_count
+from ..units import format_bytes, format_count, format_time
 from .options import RunOptions
 from .placement import Placement, describe_placement
 from .reporter import Reporter
@@ -322,14 +322,17 @@ class ModelSession:
         return text_caption(text.tokens, self.texts.request.data, text.count(len(text.ids)))
 
     def _announce(self, measurer: Measurer, text: TokenizedText, batch_size: int | None, *, stops: bool) -> None:
-        """Say what is measured, and how much memory it is expected to need."""
+        """Say what is measured, how much memory it is expected to need, and how long it takes at least."""
+        from ..sweeps.estimate import shortest_time
+
         length = text.ids.shape[1]
         batch = min(batch_size or measurer.suggest(length, stops=stops), len(text.ids))
         memory, schedule = measurer.memory_use(batch, length), measurer.schedule
         without_sharing = f", {schedule.calls_without_sharing:,} without sharing"
         saving = without_sharing if schedule.calls_without_sharing > schedule.calls else ""
         processes = f", on {self.group.size} processes" if self.group.size > 1 else ""
-        edited = f"{len(measurer.routes)} edited models; " if measurer.routes else ""
+        count = len(measurer.routes)
+        edited = f"{count:,} edited model{'s'[: count != 1]}; " if count else ""
         log = self.reporter.log
         log(f"{edited}{schedule.calls:,} block calls per batch{saving}{processes}")
         if measurer.bytes_to_read:
@@ -345,5 +348,9 @@ class ModelSession:
             f"weights {format_bytes(memory.weights)}, residual streams {format_bytes(memory.streams)}, one block "
             f"{format_bytes(memory.block)} or one readout {format_bytes(memory.readout)}"
         )
+        if (seconds := shortest_time(measurer, text.tokens, length)) is not None:
+            time = format_time(seconds / self.group.size)
+            less = "; edits that are known earlier stop" if stops else ""
+            log(f"All {text.tokens:,} tokens take at least {time} (estimated; give fewer with --tokens){less}")
         propagation = measurer.propagation
         self.reporter.skipped(measurer.skipped | ({} if propagation is None else propagation.skipped))

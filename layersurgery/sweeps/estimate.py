@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -17,11 +17,17 @@ from ..models.block_list import find_decoder_blocks, text_config
 from ..plans.route import Route
 from ..plans.variants import Variant
 from ..runtime.device_map import DeviceMap, MaxMemory
+from ..runtime.matmul_rate import matmul_rate
 from .memory import MemoryModel, MemoryUse, suggest_batch_size, tensor_bytes
 from .propagation import count_columns, propagation_bytes, schedule_for_propagation
 from .read_positions import ReadPositions
 from .schedule import LAYER_MAJOR, Schedule, layer_major, schedule
 from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, pack_weights, place_weights
+
+if TYPE_CHECKING:
+    from .measurer import Measurer
+
+_WORTH_SAYING = 5e12  # floating-point operations: about a minute of two cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +209,29 @@ def estimate(
         taken=sum(tensor_bytes(block_list.blocks[block]) for _, block in taken),
         source=tensor_bytes(model) if taken else 0,
     )
+
+
+def shortest_time(measurer: Measurer, tokens: int, context: int) -> float | None:
+    """Return the seconds that a measurement's matrix products take at the speed of large ones, a lower bound.
+
+    Args:
+        measurer: what is measured.
+        tokens: number of tokens of the text.
+        context: number of tokens of one sequence.
+
+    Returns:
+        None if they are too few to be worth a measurement of the speed, which takes half a second.
+    """
+    runner, config = measurer.runner, text_config(measurer.runner.model)
+    of_block = _flops_per_token(config, runner.blocks, runner.width, context)
+    readouts = len(measurer.routes) + 1
+    flops: float = tokens * (measurer.schedule.calls * of_block + readouts * 2.0 * runner.width * config.vocab_size)
+    if flops < _WORTH_SAYING:
+        return None
+    weight = next((weight for weight in runner.model.parameters() if not weight.is_meta), None)
+    device, dtype = (CPU, "float32") if weight is None else (str(weight.device), str(weight.dtype).partition(".")[2])
+    # Half precision is slow on many CPUs, and so would be the measurement; packed weights are computed in another type.
+    return flops / matmul_rate(device, dtype if device != CPU and dtype in ("bfloat16", "float16") else "float32")
 
 
 def _packed(tokens: int, context: int, read: ReadPositions | None) -> TextSize:

@@ -257,8 +257,8 @@ def _load(names: Sequence[str], manager_class: Any, paths: Sequence[str]) -> Any
     """Load tasks by their names; lm-eval's own definitions are searched only if others do not have them all.
 
     Raises:
-        SourceError: a task does not exist, or its data cannot be loaded.
-        PlanError: a task generates text.
+        SourceError: a task's data cannot be loaded.
+        PlanError: a task does not exist, or generates text.
     """
     manager = manager_class(include_path=[*paths], include_defaults=False) if paths else None
     if manager is None or not set(names) <= set(manager.all_tasks):
@@ -267,7 +267,7 @@ def _load(names: Sequence[str], manager_class: Any, paths: Sequence[str]) -> Any
         if name not in manager.all_tasks:
             near = get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; give the directory of its definition as task path"
-            raise SourceError(f"lm-eval has no task {name!r}{hint}")
+            raise PlanError(f"lm-eval has no task {name!r}{hint}")
     try:
         loaded = manager.load(list(names))
     except Exception as error:  # a task's own code and the datasets library may raise any exception

@@ -17,12 +17,16 @@ from tokenizers import processors
 
 import layersurgery as ls
 from layersurgery.errors import MeasurementError, PlanError, SourceError
+from layersurgery.plans.variants import variants
 from layersurgery.runs.documents import check_data
 from layersurgery.runs.first_token import adds_bos, parse_bos
+from layersurgery.runs.options import RunOptions
+from layersurgery.runs.requests import text_request
 from layersurgery.runs.text import TokenizedText, read_text
-from layersurgery.runs.text_request import TextRequest, parse_count
+from layersurgery.runs.text_request import PILE, TextRequest, parse_count
 from tests.cli.test_cli import run
 from tests.support.tiny_checkpoint import LETTERS, checkpoint, tiny_tokenizer
+from tests.support.zoo import tiny_model
 
 END = 2
 DOCUMENTS = ["one document", "and another one", "x", "the third: a bit longer than those before it"]
@@ -327,3 +331,34 @@ def test_the_first_token_is_said_and_recorded(tmp_path: Path) -> None:
     assert runs["auto"].kl_nats.iloc[1] != runs["no"].kl_nats.iloc[1]
     again = ls.sweep(str(model), "drop", tmp_path / "text.txt", tokens=60, context=30, bos="yes", device="cpu")
     assert list(again.kl_nats) == pytest.approx(list(runs["auto"].kl_nats))
+
+
+@pytest.mark.parametrize(
+    ("base", "tags", "data"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "[layersurgery]", "pydoc"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "[other]", PILE),
+        ("org/other", "[layersurgery]", PILE),
+        ("[org/a, org/b]", "[layersurgery]", PILE),
+    ],
+)
+def test_an_edited_copy_of_a_packaged_model_keeps_its_text(tmp_path: Path, base: str, tags: str, data: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\nbase_model: {base}\ntags: {tags}\n---\ntext\n", "utf-8")
+    assert text_request(str(tmp_path), RunOptions(), 2048).data == data
+
+
+def test_a_long_measurement_says_how_long_it_takes_at_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the text takes twice the time, and a short measurement says nothing."""
+    from layersurgery.sweeps import estimate
+    from layersurgery.sweeps.measurer import Measurer
+
+    measurer = Measurer(tiny_model("llama"), variants("drop", 6))
+    assert estimate.shortest_time(measurer, 10_000, 16) is None
+    monkeypatch.setattr(estimate, "_WORTH_SAYING", 0)
+    monkeypatch.setattr(estimate, "matmul_rate", lambda *_: 1e9)
+    one, two = (estimate.shortest_time(measurer, tokens, 16) for tokens in (1000, 2000))
+    assert one is not None
+    assert two == pytest.approx(2 * one)
+    # The same as the estimate that is made from the config alone.
+    cost = estimate.estimate(measurer.runner.model.config, measurer.variants[1:], tokens=1600, context=16)
+    assert estimate.shortest_time(measurer, 1600, 16) == pytest.approx(cost.flops / 1e9)

@@ -177,7 +177,7 @@ def test_on_the_command_line_it_resumes_and_writes_the_checkpoint(definitions: P
         ({"by": "task:choice", "text": ["a"]}, ls.PlanError, "a task is measured instead of a text"),
         pytest.param(
             {"by": "task:chioce"},
-            ls.SourceError,
+            ls.PlanError,
             "lm-eval has no task 'chioce'; did you mean choice",
             marks=pytest.mark.slow,  # it looks through all tasks of lm-eval
         ),

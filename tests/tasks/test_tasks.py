@@ -201,7 +201,7 @@ def test_an_edit_whose_predictions_are_not_finite_has_no_metrics(definitions: Pa
         ({"tasks": "generation"}, ls.PlanError, "the task generation is of the type generate_until: it generates text"),
         pytest.param(
             {"tasks": "chioce"},
-            ls.SourceError,
+            ls.PlanError,
             "lm-eval has no task 'chioce'; did you mean choice",
             marks=pytest.mark.slow,  # it looks through all tasks of lm-eval
         ),
