@@ -20,7 +20,7 @@ from layersurgery.checkpoints.edit_checkpoint import (
     write_edit,
 )
 from layersurgery.checkpoints.prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
-from layersurgery.checkpoints.sources import Source, find_gguf, find_source, needs_conversion
+from layersurgery.checkpoints.sources import GgufSource, Source, find_gguf, find_source, needs_conversion
 from layersurgery.errors import PlanError
 from layersurgery.library_logs import quiet_libraries
 from layersurgery.plans.block_sources import taken_blocks
@@ -51,22 +51,24 @@ class EditOptions:
 
 def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
     """Write an edited checkpoint for each plan, and print the results."""
-    if options.gguf or (list(plans) == [None] and options.output is not None and is_gguf_output(options.output)):
-        edit_gguf(plans, model, options, console)
-        return
     unpushed = "a recipe may write several checkpoints" if list(plans) != [None] else ""
     console.refuse_push("a dry run writes nothing" if options.dry_run else unpushed)
     results, source = write_edits(plans, model, options, console)
-    values = [as_json(result, source.label, source.revision) for result in results]
+    values = [as_json(result, source.label, revision_of(source, options)) for result in results]
     lines = [escape(line) for result in results for line in describe_result(result)]
     written = None if options.dry_run else results[0].path
     console.result(values[0] if list(plans) == [None] else values, *lines, written=written)
 
 
-def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console) -> None:
-    """Write an edited GGUF file for each plan, and print the results.
+def revision_of(source: Source | GgufSource, options: EditOptions) -> str | None:
+    """Return the revision of a source; a GGUF file has that which was asked for."""
+    return source.revision if isinstance(source, Source) else options.revision
 
-    All plans are checked before the first file is written.
+
+def _write_gguf_edits(
+    plans: Mapping[str | None, Plan], model: str, options: EditOptions, console: Console
+) -> tuple[list[EditResult], GgufSource]:
+    """Write an edited GGUF file for each plan. All plans are checked before the first file is written.
 
     Raises:
         PlanError: an option of checkpoints was given.
@@ -87,25 +89,18 @@ def edit_gguf(plans: Mapping[str | None, Plan], model: str, options: EditOptions
     for out in outputs.values():
         check_gguf_output(out, source.path, overwrite=options.overwrite)
     planned_edits = {name: plan_gguf_edit(source, plan) for name, plan in plans.items()}
-    values, lines = [], []
+    results = []
     for name, planned in planned_edits.items():
         console.log(f"{f'{name}: ' if name else ''}{planned.plan}  ->  {planned.route}")
         for note in planned.notes:
             console.note(note)
         with console.byte_progress(planned.nbytes) as progress:
-            result = write_gguf_edit(
-                planned, outputs[name], overwrite=options.overwrite, progress=progress, dry_run=options.dry_run
+            results.append(
+                write_gguf_edit(
+                    planned, outputs[name], overwrite=options.overwrite, progress=progress, dry_run=options.dry_run
+                )
             )
-        values.append(as_json(result, source.label, options.revision))
-        size = format_bytes(result.bytes_written)
-        if result.dry_run:
-            lines.append(f"Would write {result.path}: {len(result.route)} blocks, about {size}; nothing was written")
-            continue
-        lines += [
-            f"Wrote {result.path}: {len(result.route)} blocks, {size}, in {result.seconds:.1f} s",
-            f"Load it with: llama-cli --model {result.path}",
-        ]
-    console.result(values[0] if list(plans) == [None] else values, *map(escape, lines))
+    return results, source
 
 
 def _gguf_output(name: str | None, options: EditOptions) -> Path | None:
@@ -121,8 +116,8 @@ def write_edits(
     console: Console,
     maps: OutputMaps | None = None,
     measured: Mapping[str, str] | None = None,
-) -> tuple[list[EditResult], Source]:
-    """Write an edited checkpoint for each plan.
+) -> tuple[list[EditResult], Source | GgufSource]:
+    """Write an edited checkpoint for each plan, or an edited GGUF file.
 
     All plans are checked before the first checkpoint is complete.
 
@@ -137,6 +132,8 @@ def write_edits(
     Returns:
         The results, in the order of the plans, and the model's files.
     """
+    if options.gguf or (list(plans) == [None] and options.output is not None and is_gguf_output(options.output)):
+        return _write_gguf_edits(plans, model, options, console)
     if needs_conversion(model):
         with console.status(f"Converting {model} to safetensors (once)"):
             source = find_source(model)
@@ -221,9 +218,10 @@ def describe_result(result: EditResult) -> list[str]:
         linked = linked and f", {format_bytes(result.bytes_linked)} of it as hard links to the source"
         checked = "it would reload as this model; " if result.verified else ""
         return [f"Would write {result.path}: {len(result.route)} blocks, {total}{linked}; {checked}nothing was written"]
+    load = f'transformers.pipeline("text-generation", model="{result.path}")'
     return [
         f"Wrote {result.path}: {len(result.route)} blocks, {total}{linked}, in {result.seconds:.1f} s",
-        f'Load it with: transformers.pipeline("text-generation", model="{result.path}")',
+        f"Load it with: {f'llama-cli --model {result.path}' if is_gguf_output(result.path) else load}",
     ]
 
 

@@ -16,7 +16,7 @@ from layersurgery.plans.plan import Plan
 from layersurgery.quick_imports import quick_imports
 
 from ..terminal.console import Console
-from .edit import EditOptions, as_json, describe_result, write_edits
+from .edit import EditOptions, as_json, describe_result, revision_of, write_edits
 
 if TYPE_CHECKING:
     from layersurgery.analyses.heal_run import TrainedHealing
@@ -45,7 +45,7 @@ def run_heal_linear(
     def lead(session: ModelSession) -> tuple[Path, LinearHealing]:
         find_cuts(plan.route(session.model.depth), session.model.depth)
         out = output or Path(f"{session.model.name}-{plan.slug}-healed")
-        check_target(session, out, overwrite=overwrite)
+        check_target(session, out, overwrite=overwrite, heals=True)
         return out, heal_session(session, plan, heal_progress(console))
 
     done = run_session(model, options, lead, reporter=console)
@@ -55,7 +55,7 @@ def run_heal_linear(
     edit_options = EditOptions(out, overwrite, link, verify, options.revision, options.blocks)
     [result], source = write_edits({None: plan}, model, edit_options, console, healing.maps)
     value = {
-        **as_json(result, source.label, source.revision),
+        **as_json(result, source.label, revision_of(source, edit_options)),
         **healing_values(healing),
     }
     console.result(value, *healing_lines(healing), *map(escape, describe_result(result)), written=result.path)

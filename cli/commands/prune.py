@@ -16,7 +16,7 @@ from layersurgery.quick_imports import quick_imports
 from layersurgery.units import format_bytes, format_count
 
 from ..terminal.console import Console
-from .edit import EditOptions, as_json, describe_result, write_edits
+from .edit import EditOptions, as_json, describe_result, revision_of, write_edits
 from .heal import heal_progress, healing_lines, healing_values
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run_prune(
         wanted.checked(session.model.depth)
         criterion = f"{by.replace(':', '-')}{'-greedy' if greedy else ''}"
         out = output or Path(f"{session.model.name}-prune-{wanted.name}-{criterion}")
-        check_target(session, out, overwrite=overwrite)
+        check_target(session, out, overwrite=overwrite, heals=heal is not None)
         directory = results or results_directory(out)
         pruning = run_in(session, directory, wanted, by=by, greedy=greedy, race=race, overwrite=overwrite)
         if heal is not None:
@@ -97,7 +97,7 @@ def run_prune(
         _row(frame, "greedy" if greedy else "task" if by not in _CRITERION_NAMES else by, len(pruning.parts)),
     )
     value = {
-        **as_json(result, source.label, source.revision),
+        **as_json(result, source.label, revision_of(source, edit_options)),
         "by": by,
         "greedy": greedy,
         "layers": list(pruning.layers),

@@ -17,7 +17,7 @@ from layersurgery.errors import PlanError
 from layersurgery.quick_imports import quick_imports
 
 from ..terminal.console import Console
-from .edit import EditOptions, as_json, describe_result, write_edits
+from .edit import EditOptions, as_json, describe_result, revision_of, write_edits
 from .heal import heal_progress, healing_lines, healing_values
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def run_search(
     def lead(session: ModelSession) -> tuple[Path, Search]:
         space = SearchSpace.of(session.model.depth, **goal)
         if output is not None:
-            check_target(session, output, overwrite=overwrite)
+            check_target(session, output, overwrite=overwrite, heals=heal is not None)
         default = (
             Path(f"{session.model.name}-search-{space.target}-{by.replace(':', '-')}")
             if output is None
@@ -117,7 +117,7 @@ def run_search(
             None if healing is None else healing.maps,
             card_rows(search),
         )
-        value, written = as_json(result, source.label, source.revision), describe_result(result)
+        value, written = as_json(result, source.label, revision_of(source, edit_options)), describe_result(result)
         if healing is not None:
             value |= healing_values(healing)
             healed = ["", *healing_lines(healing)]

@@ -80,7 +80,7 @@ def heal_linear(
     run_options, given = read_given_text(text, run_options, attention_mask)
     with open_text(model, given, run_options) as (session, _loaded, _tokens):
         if output is not None:
-            check_target(session, Path(output), overwrite=overwrite)
+            check_target(session, Path(output), overwrite=overwrite, heals=True)
         healing = heal_session(session, plan, progress)
         if output is None:
             return healing

@@ -198,7 +198,7 @@ def run_heal(
             teacher_options = replace(teacher_options, device=options.device)
         teacher_model = SessionModel(teacher, teacher_options, reporter, SingleProcess(), stack)
         if output is not None:
-            check_target(session, output, overwrite=overwrite)
+            check_target(session, output, overwrite=overwrite, heals=True)
         text = _read_text(session, given, training.steps, group.size * accelerator.gradient_accumulation_steps)
         if len(set(group.gather(text.text.fingerprint))) > 1:
             raise MeasurementError("the processes have read different texts; give all of them the same files")

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from torch import nn
 
 from ..atomic_io import check_output
-from ..checkpoints.edit_checkpoint import EditResult, edit_checkpoint
+from ..checkpoints.edit_checkpoint import EditResult, edit_checkpoint, is_gguf_output
+from ..checkpoints.gguf_edit import check_gguf_output
+from ..checkpoints.sources import find_gguf
 from ..errors import MeasurementError, OutputError, PlanError
 from ..plans.plan import Plan
 from ..runs.open_text import open_text
@@ -123,7 +125,7 @@ def choose_plan(
 
     def lead(session: ModelSession) -> Choice:
         if target is not None:
-            check_target(session, target, overwrite=overwrite)
+            check_target(session, target, overwrite=overwrite, heals=heal is not None)
         return healed(session, in_directory(session, results))
 
     done = run_session(model, options, lead, reporter=Reporter(progress), given=given)
@@ -245,8 +247,29 @@ def results_directory(output: Path) -> Path:
     return output.with_name(f"{output.name}-results")
 
 
-def check_target(session: ModelSession, target: Path, *, overwrite: bool) -> None:
-    """Refuse an output that must not be written, before hours of measuring."""
+def check_target(session: ModelSession, target: Path, *, overwrite: bool, heals: bool = False) -> None:
+    """Refuse an output that must not be written, before hours of measuring.
+
+    Args:
+        session: the session of the model that is edited.
+        target: a directory, or a GGUF file.
+        overwrite: replace it.
+        heals: whether other weights are written, not only those of the model.
+
+    Raises:
+        OutputError: it exists, or overlaps the source.
+        PlanError: a healed model is to be written to a GGUF file.
+        SourceError: a GGUF file is to be written, and the model has none.
+    """
+    if is_gguf_output(target):
+        if heals:
+            raise PlanError(
+                f"{target} is a GGUF file, whose quantized weights are copied as they are, so a healed model cannot be "
+                "written to it; give a directory, and convert the healed checkpoint (convert_hf_to_gguf of llama.cpp)"
+            )
+        source = find_gguf(str(session.model.given), revision=session.options.revision)
+        check_gguf_output(target, source.path, overwrite=overwrite)
+        return
     check_output(target, None if session.model.source is None else session.model.source.directory, overwrite=overwrite)
 
 

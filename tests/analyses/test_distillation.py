@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import layersurgery as ls
 from layersurgery.analyses import distillation
@@ -18,6 +22,7 @@ from layersurgery.models.anatomy import anatomy
 from layersurgery.runtime.block_runner import BlockRunner
 from tests.checkpoints.test_zoo import reload
 from tests.support.reference import logits_of
+from tests.support.tiny_checkpoint import checkpoint
 from tests.support.zoo import tiny_model, tokens
 
 TEXT = tokens(batch=24, length=12)
@@ -93,6 +98,29 @@ def test_a_stopped_training_resumes_with_the_same_digits(how: str, stop: int, tm
     pd.testing.assert_frame_equal(resumed.steps, whole.steps)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key])
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    """Each has half of the sequences of a step; the gradients are added in another order."""
+    checkpoint(tmp_path / "teacher")
+    ls.edit_checkpoint(tmp_path / "teacher", "drop 1", tmp_path / "cut")
+    (tmp_path / "text.txt").write_text("Once upon a time there were two layers. " * 80, "utf-8")
+    asked = ["heal", "cut", "--teacher", "teacher", "--data", "text.txt", "--steps", "4", "--context", "16", "--json"]
+    asked += ["--batch-size", "4", "--how", "full", "--lr", "1e-3", "--device", "cpu"]
+    found = []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", []), ("two", launch)):
+        command = [sys.executable, *start, "-m", "layersurgery_cli", *asked, "-o", name]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(pd.DataFrame(json.loads(done.stdout[done.stdout.index("{") :])["steps"]))
+    pd.testing.assert_frame_equal(*found, rtol=1e-3)
+    assert found[0].kl_nats.iloc[-1] != found[0].kl_nats.iloc[0]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=2e-4)
 
 
 def test_branches_that_are_skipped_stay_skipped(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 import layersurgery as ls
 from layersurgery.checkpoints.gguf_metadata import rewrite_metadata
 from tests.checkpoints.test_faults import nothing_written
+from tests.support.tiny_checkpoint import tiny_tokenizer
+from tests.support.zoo import tiny_model
 
 WIDTH, HEADS, VOCABULARY = 64, 4, 40
 Q8_0, F32, F16, BF16 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "F32", "F16", "BF16"))
@@ -290,6 +292,32 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(app, ["edit", "--recipe", "recipe.yaml", "--gguf", "-o", "both"])
     assert result.exit_code == 0, result.output
     assert metadata(tmp_path / "both" / "b.gguf")["llama.block_count"] == 3
+
+
+def test_what_prune_and_search_choose_is_written_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_gguf(tmp_path / "in.gguf", kind=Q8_0)
+    (tmp_path / "text.txt").write_text("t1 t2 t3 t4 t5 t6 t7 t8 " * 8, "utf-8")
+    text = ["--data", "text.txt", "--tokens", "24", "--context", "8", "--dtype", "float32"]
+
+    def run(*args: str) -> Any:
+        return CliRunner().invoke(app, [*args, "--json"])
+
+    for command, more in (("prune", []), ("search", ["--beam", "1"])):
+        result = run(command, str(source), "--remove", "1", "-o", f"{command}.gguf", *more, *text)
+        assert result.exit_code == 0, result.output
+        plan = json.loads(result.stdout)["plan"]
+        ls.edit_checkpoint(source, plan, "again.gguf", overwrite=True)
+        assert Path(f"{command}.gguf").read_bytes() == Path("again.gguf").read_bytes()
+    healed = run("prune", str(source), "--remove", "1", "-o", "healed.gguf", "--heal", "linear", *text)
+    assert healed.exit_code == 2
+    assert "a healed model cannot be written to it" in healed.output
+    tiny_model("llama").save_pretrained("plain")
+    tiny_tokenizer().save_pretrained("plain")
+    refused = run("prune", "plain", "--remove", "1", "-o", "plain.gguf", *text)
+    assert refused.exit_code == 1
+    assert "GGUF" in refused.output
+    assert not Path("plain-results").exists()
 
 
 @pytest.mark.slow
