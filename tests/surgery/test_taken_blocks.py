@@ -183,6 +183,26 @@ def test_another_block_is_refused(fields: dict[str, Any], words: str, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["longrope", "default"])
+def test_a_length_that_rotary_embeddings_read_must_be_the_same(kind: str, tmp_path: Path) -> None:
+    """With longrope, the factors that are used depend on the largest number of positions."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4}
+    if kind == "longrope":
+        factors = [1.0, 2.0, 3.0, 4.0]
+        rope |= {"short_factor": factors, "long_factor": factors[::-1], "original_max_position_embeddings": 16}
+    models = [tiny_model("llama", max_position_embeddings=most, rope_parameters=rope) for most in (64, 128)]
+    for name, each in zip(("model", "other"), models, strict=True):
+        each.save_pretrained(tmp_path / name)
+    sources = {"base": tmp_path / "other"}
+    if kind == "longrope":
+        with pytest.raises(ls.UnsupportedEditError, match="max_position_embeddings is 64, and in the source 128"):
+            ls.edit_checkpoint(tmp_path / "model", "take 3 from base", tmp_path / "out", sources=sources)
+        return
+    ls.edit_checkpoint(tmp_path / "model", "take 3 from base", tmp_path / "out", sources=sources)
+    with ls.operate(models[0], "take 3 from base", sources={"base": models[1]}):
+        assert torch.equal(logits_of(reload(tmp_path / "out"), tokens()), logits_of(models[0], tokens()))
+
+
 def test_another_kind_of_layer_is_refused_and_another_depth_is_not() -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
     model = tiny_model("gemma3_text", layer_types=kinds)

@@ -57,6 +57,20 @@ def test_means_are_those_of_the_answers_of_lm_evals_model() -> None:
     assert frame.sequences[0] == len(PAIRS) - 1, "equal requests are measured once"
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neo", "gpt_bigcode"])
+@pytest.mark.parametrize("plan", ["skip-mlp 3 from 1", "drop 2 from 3"])
+def test_edits_of_later_tokens_see_each_request_alone(name: str, plan: str) -> None:
+    """Requests that begin alike, or that are packed, would have other positions than the edit counts."""
+    pairs = [(f"{'the city of France ' * times}is", f" {city}") for times in (1, 1, 3) for city in CITIES.values()]
+    model = tiny_model(name)
+    frame = ls.sweep(model, plan, tasks=ls.tasks.requests(pairs), tokenizer=tiny_tokenizer())
+    with ls.operate(model, plan):
+        after = np.array(theirs(model, pairs))
+    column = next(name for name in frame if name.startswith("task_") and name.endswith("log_likelihood"))
+    assert frame[column].iloc[-1] == pytest.approx(after[:, 0].mean(), abs=1e-4)
+    assert frame[column].iloc[0] == pytest.approx(np.array(theirs(model, pairs))[:, 0].mean(), abs=1e-4)
+
+
 def test_questions_have_the_accuracies_of_lm_evals_task(tmp_path: Path) -> None:
     write_definitions(tmp_path)
     model = tiny_model("llama")
