@@ -15,6 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import layersurgery as ls
+from layersurgery.plans.variants import variants
+from layersurgery.sweeps.measurer import Measurer
 from layersurgery.tasks.own_requests import OwnRequests
 from tests.cli.test_cli import run
 from tests.support.task_definitions import CITIES, write_definitions
@@ -57,13 +59,17 @@ def test_means_are_those_of_the_answers_of_lm_evals_model() -> None:
     assert frame.sequences[0] == len(PAIRS) - 1, "equal requests are measured once"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neo", "gpt_bigcode"])
+@pytest.mark.parametrize("name", ["gpt_neo", "gpt_bigcode"])
 @pytest.mark.parametrize("plan", ["skip-mlp 3 from 1", "drop 2 from 3"])
 def test_edits_of_later_tokens_see_each_request_alone(name: str, plan: str) -> None:
-    """Requests that begin alike, or that are packed, would have other positions than the edit counts."""
-    pairs = [(f"{'the city of France ' * times}is", f" {city}") for times in (1, 1, 3) for city in CITIES.values()]
-    model = tiny_model(name)
+    """Requests in one row, as others are measured, would have other positions than the edit counts."""
+    starts = ("the city of France is the city of France is the city", "of a city", "is a city", "one city", "no city")
+    pairs = [(start, f" {end}") for start in starts for end in CITIES.values()]
+    model = tiny_model(name, **({"window_size": 64} if name == "gpt_neo" else {}))
     frame = ls.sweep(model, plan, tasks=ls.tasks.requests(pairs), tokenizer=tiny_tokenizer())
+    contexts = Measurer(model, variants([ls.Plan.parse(plan)], 6)).contexts
+    assert contexts.outcome is not None
+    assert contexts.outcome.startswith("an edit leaves the first tokens of each request")
     with ls.operate(model, plan):
         after = np.array(theirs(model, pairs))
     column = next(name for name in frame if name.startswith("task_") and name.endswith("log_likelihood"))
