@@ -74,24 +74,22 @@ class PositionReaders:
         programs: the programs.
         key: the field of the config that the position stands for.
         number: its value in these programs.
-        gguf: the architecture whose GGUF key can hold the list; None if there is none.
     """
 
     programs: str
     key: str
     number: int
-    gguf: str | None
 
 
 READ_BY_POSITION: Mapping[str, PositionReaders] = {
-    "cohere2": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 4, "cohere2"),
-    "gemma2": PositionReaders("llama.cpp", "sliding_window_pattern", 2, "gemma2"),
-    "gemma3": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 6, "gemma3"),
-    "gemma3_text": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 6, "gemma3"),
-    "gpt_oss": PositionReaders("llama.cpp", "sliding_window_pattern", 2, "gpt-oss"),
-    "llama4": PositionReaders("llama.cpp", "no_rope_layer_interval", 4, None),
-    "llama4_text": PositionReaders("llama.cpp", "no_rope_layer_interval", 4, None),
-    "smollm3": PositionReaders("llama.cpp", "no_rope_layer_interval", 4, None),
+    "cohere2": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 4),
+    "gemma2": PositionReaders("llama.cpp", "sliding_window_pattern", 2),
+    "gemma3": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 6),
+    "gemma3_text": PositionReaders("llama.cpp and mlx-lm", "sliding_window_pattern", 6),
+    "gpt_oss": PositionReaders("llama.cpp", "sliding_window_pattern", 2),
+    "llama4": PositionReaders("llama.cpp", "no_rope_layer_interval", 4),
+    "llama4_text": PositionReaders("llama.cpp", "no_rope_layer_interval", 4),
+    "smollm3": PositionReaders("llama.cpp", "no_rope_layer_interval", 4),
 }
 
 
@@ -111,16 +109,10 @@ def describe_position_readers(model_type: str, fields: Json, depth: int) -> str 
     if readers is None or layers is None or _places(PERIODS[readers.key], readers.number, fields, depth) == layers:
         return None
     list_name, kind = PERIODS[readers.key].list_name, PERIODS[readers.key].kind
-    remedy = (
-        f", or convert to GGUF and set {readers.gguf}.attention.sliding_window_pattern to a list that is true for each "
-        "sliding layer"
-        if readers.gguf
-        else ""
-    )
     return (
         f"{readers.programs} would run another model: of {model_type}, they take the last of every {readers.number} "
         f"layers for one with {list_name} = {kind!r}, and this order breaks that period (transformers reads the list). "
-        f"For them, drop, repeat or move only whole groups of {readers.number} layers{remedy}."
+        f"For them, drop, repeat or move only whole groups of {readers.number} layers."
     )
 
 
