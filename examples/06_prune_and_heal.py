@@ -34,7 +34,7 @@ def heal(healing: str, teacher: Any, plan: ls.Plan, text: torch.Tensor, steps: i
         return ls.heal_linear(teacher, plan, text).operate_(model)
     model = ls.operate_(model, plan)
     if healing == "trained":
-        model = ls.heal(model, teacher, text, steps=steps, batch_size=1).model
+        model = ls.heal(model, teacher, text, steps=steps, batch_size=1, evaluate_every=steps).model
     return model.eval()
 
 
@@ -49,7 +49,10 @@ def main(choose: int = 1024, fit: int = 16384, steps: int = 200, test: int = 204
     # A question is 32 tokens, and its right answer the next 16. The others follow three other places of these pages.
     places = torch.randint(len(unseen) - 48, (count, 4)).tolist()
     ask = [torch.stack([torch.cat([unseen[at[0] :][:32], unseen[i + 32 :][:16]]) for i in at]) for at in places]
-    choosing, fitting = sequences[: choose // 128], {"linear": sequences[: fit // 128], "trained": sequences}
+    choosing, fitting = (
+        sequences[: choose // 128],
+        {"linear": sequences[: fit // 128], "trained": sequences[: steps + 16]},
+    )
     chosen = {
         "one-shot": ls.prune(teacher, choosing, remove=6),
         "greedy": ls.prune(teacher, choosing, remove=6, greedy=True),
