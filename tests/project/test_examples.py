@@ -17,7 +17,7 @@ from tests.support.zoo import slow
 HERE = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(HERE.glob("*.py"))
 NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
-RUN = [slow(path) if path.stem in ("06_prune_and_heal", "07_lm_eval") else path for path in EXAMPLES]
+RUN = [slow(path) if path.stem == "07_lm_eval" else path for path in EXAMPLES if path.stem != "06_prune_and_heal"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,18 @@ def test_it_runs(example: Path, small: None, capsys: pytest.CaptureFixture[str])
     assert len(perform(example, capsys).splitlines()) > 5
 
 
+@pytest.mark.slow
+def test_the_comparison_of_prunings_runs_on_little_text(small: None) -> None:
+    main = runpy.run_path(str(HERE / "06_prune_and_heal.py"), run_name="example")["main"]
+    table = main(choose=256, fit=2560, steps=2, test=256, count=4)
+    assert table.groupby("choice", sort=False).healing.agg(list).tolist() == [
+        ["none"], *[["none", "linear", "trained"]] * 3
+    ]  # fmt: skip
+    assert (table.parameters[1:] <= 0.9 * table.parameters[0]).all()
+    assert table.perplexity.between(1, 1e6).all()
+    assert Path("prune-and-heal.png").stat().st_size > 10_000
+
+
 @pytest.mark.weekly
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs_on_the_real_model(
@@ -62,7 +74,7 @@ def test_it_runs_on_the_real_model(
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_it_is_one_page(example: Path) -> None:
     lines = example.read_text("utf-8").splitlines()
-    assert 30 <= len(lines) <= 65
+    assert 30 <= len(lines) <= (100 if example.stem == "06_prune_and_heal" else 65)
     assert f"python examples/{example.name}" in example.read_text("utf-8")
 
 
