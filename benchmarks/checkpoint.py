@@ -45,7 +45,8 @@ def list_commands(source: Path, out: Path, work: Path, first: int, depth: int) -
     recipe = work / "mergekit.yaml"
     recipe.write_text(
         "merge_method: passthrough\ndtype: float16\nslices:\n"
-        + "".join(f"  - sources: [{{model: {source}, layer_range: [{a}, {b}]}}]\n" for a, b in slices)
+        + "".join(f"  - sources: [{{model: {source}, layer_range: [{a}, {b}]}}]\n" for a, b in slices),
+        encoding="utf-8",
     )
     return {
         "cp -r": ["cp", "-rL", str(source), str(out)],

@@ -124,14 +124,14 @@ def write_random_checkpoint(
         print(f"{file}: {sum(value.nbytes for value in shard.values()) / 1e9:.2f} GB", flush=True)
         del shard
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     embedded = find_source(EMBEDDED).directory
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(embedded / file, snapshot / file)
     (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(REVISION)
+    (repository / "refs" / "main").write_text(REVISION, encoding="utf-8")
     config = CONFIG | {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
-    (snapshot / "config.json").write_text(json.dumps(config, indent=2))
+    (snapshot / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return snapshot
 
 

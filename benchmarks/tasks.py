@@ -53,7 +53,7 @@ def write_task(directory: Path, questions: int, sentences: int) -> None:
         others = chance.sample([sentence for sentence in everywhere if sentence != right], _CHOICES - 1)
         endings = chance.sample([right, *others], _CHOICES)
         rows.append({"context": " ".join(context), "endings": endings, "label": endings.index(right)})
-    (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (directory / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (directory / f"{TASK}.yaml").write_text(
         f"""task: {TASK}
 dataset_path: json
@@ -64,7 +64,8 @@ doc_to_text: "{{{{context}}}}"
 doc_to_choice: "{{{{endings}}}}"
 doc_to_target: label
 metric_list: [{", ".join(f"{{metric: {metric}}}" for metric in METRICS)}]
-"""
+""",
+        encoding="utf-8",
     )
 
 

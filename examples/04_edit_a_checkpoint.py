@@ -25,7 +25,7 @@ with TemporaryDirectory() as directory:
     )
 
     # The config is updated, tokenizer and license are copied, and a model card describes the edit.
-    print(f"layers now: {json.loads((out / 'config.json').read_text())['num_hidden_layers']}")
+    print(f"layers now: {json.loads((out / 'config.json').read_text('utf-8'))['num_hidden_layers']}")
     print(", ".join(sorted(path.name for path in out.iterdir())))
 
     # The edited model runs without layersurgery.

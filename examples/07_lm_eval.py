@@ -26,8 +26,9 @@ logging.disable(logging.WARNING)
 def write_task(directory: Path) -> TaskManager:
     """Write a multiple-choice task over the capitals; the answer is the choice with the highest probability."""
     rows = [{"country": country, "capital": index} for index, country in enumerate(CAPITALS)]
-    (directory / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (directory / "capitals.yaml").write_text(f"""
+    (directory / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    (directory / "capitals.yaml").write_text(
+        f"""
 task: capitals
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {directory}/capitals.jsonl}}, cache_dir: {directory}/cache}}
@@ -37,7 +38,9 @@ doc_to_text: "The capital of {{{{country}}}} is"
 doc_to_target: capital
 doc_to_choice: {json.dumps(list(CAPITALS.values()))}
 metric_list: [{{metric: acc}}]
-""")
+""",
+        "utf-8",
+    )
     return TaskManager(include_path=str(directory), include_defaults=False)
 
 

@@ -200,6 +200,8 @@ def _move_into_place(partial: Path, out: Path, *, overwrite: bool) -> None:
 
 # A younger lock file without a directory may belong to a process that has created it and not locked it yet.
 _LOCKING_SECONDS = 60
+# Errors of file systems that cannot sync a directory, such as some network ones; its files were synced.
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 # On Windows, the system removes the lock file once no process has it open.
 _CREATE = os.O_CREAT | os.O_RDWR | getattr(os, "O_TEMPORARY", 0)
 
@@ -281,5 +283,8 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
     finally:
         os.close(descriptor)

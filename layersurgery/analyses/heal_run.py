@@ -19,6 +19,7 @@ from ..checkpoints.model_card import healed_card
 from ..errors import MeasurementError, PlanError
 from ..library_logs import quiet_libraries
 from ..models.anatomy import anatomy
+from ..path_names import without_directories
 from ..runs.distributed import ProcessGroup, SingleProcess, find_process_group
 from ..runs.options import SWEEP_ONLY, RunOptions
 from ..runs.reporter import Reporter
@@ -397,9 +398,9 @@ def _write(
     before, after = healing.steps.iloc[0], healing.steps.iloc[-1]
     kind = f"LoRA of rank {training.rank}, merged" if training.how == "lora" else "all weights"
     rows = {
-        "teacher": teacher.label,
+        "teacher": without_directories(teacher.label),
         "trained": kind,
-        "text": f"{session.texts.request.data}: {healing.text}",
+        "text": f"{without_directories(session.texts.request.data)}: {healing.text}",
         "steps": f"{training.steps}, learning rate {training.largest_rate:g}, loss weight {training.loss_weight:g}",
         "KL on held-out text": f"{before.kl_nats:.4g} nats before, {after.kl_nats:.4g} after",
         "loss on held-out text": (

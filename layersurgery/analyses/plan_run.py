@@ -20,6 +20,7 @@ from ..checkpoints.edit_checkpoint import EditResult, edit_checkpoint, is_gguf_o
 from ..checkpoints.gguf_edit import check_gguf_output
 from ..checkpoints.sources import find_gguf
 from ..errors import MeasurementError, OutputError, PlanError
+from ..path_names import without_directories
 from ..plans.plan import Plan
 from ..runs.open_text import open_text
 from ..runs.processes import run_session
@@ -154,7 +155,7 @@ def card_rows(choice: ChosenPlan) -> dict[str, str]:
         return {}
     before, after = frame.iloc[0], rows.iloc[0]
     run = frame.attrs.get("run", {})
-    data = run.get("arguments", {}).get("text", {}).get("data")
+    data = without_directories(run.get("arguments", {}).get("text", {}).get("data") or "")
     said = {
         "chosen by": choice.by,
         "text": f"{f'{data}, ' if data else ''}{int(after.tokens):,} tokens in {int(after.sequences):,} sequences",

@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from ..errors import SourceError
+from ..path_names import without_directories
 from ..plans.route import Route
 from ..registry import ANALYSES, PROPAGATION
 from ..runs.run_directory import SWEEP
@@ -20,7 +21,6 @@ from ..sweeps.map_sentences import describe_maps
 from ..sweeps.propagation_results import propagation_sentence
 from ..sweeps.results import CELL, precision_sentence, summary_sentence
 from ..tasks.task_sentences import task_sentences
-from .text_format import without_directories
 
 _DEPTH = 3
 _CELLS = 6000

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from ..path_names import without_directories
 from ..units import format_list
 from ..version import __version__
 from .charts import Chart, charts
@@ -21,7 +22,7 @@ from .images import Picture
 from .maps import Maps, maps
 from .provenance import Provenance, provenance
 from .tables import Table, format_table, route_table, tails_of
-from .text_format import show_control_characters, without_directories
+from .text_format import show_control_characters
 
 _CELLS_A_ROUTE = 12
 _SCRIPTS = ("page", "plot", "curves", "maps", "tables")

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..path_names import without_directories
 from ..plans.families import FAMILIES
 from ..registry import ANALYSES
 from ..runs.tables import noun_of
 from .collect import FinishedRun
-from .text_format import is_hidden, rounded, without_directories
+from .text_format import is_hidden, rounded
 
 _PROGRAM = "layersurgery"
 _BEGIN = {

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 import unicodedata
-from pathlib import PureWindowsPath
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
-# Not after a letter, a colon or "<": "tokens/s", addresses and tags are not paths. A full stop ends a sentence.
-_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/\\~<-])(?:~?/|[A-Za-z]:[\\/])[^\s'\":;,()<>|]*[^\s'\":;,()<>|.]")
 _MINUS = "\N{MINUS SIGN}"
 _MAX_FULL_INTEGER = 1e9
 _MAX_DECIMALS = 7
@@ -49,19 +45,6 @@ def _shown(letter: str) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
-
-
-def without_directories(text: str) -> str:
-    """Replace each absolute path in a text by the name of its file, so that a page says nothing of a machine's folders.
-
-    Example:
-        >>> from layersurgery.reports.text_format import without_directories
-        >>> without_directories("cannot read /home/me/text.txt: no such file"), without_directories("org/name")
-        ('cannot read text.txt: no such file', 'org/name')
-    """
-    if text.startswith(("/", "~")) or PureWindowsPath(text).is_absolute():
-        return PureWindowsPath(text).name or text  # it reads both kinds of paths
-    return _ABSOLUTE_PATH.sub(lambda match: PureWindowsPath(match[0]).name, text)
 
 
 def is_number(value: Any) -> bool:

@@ -184,7 +184,7 @@ def _entries(request: TextRequest, record: ReadingRecord) -> Iterator[_Entry]:
         yield from _from_saved_dataset(path, request, record)
     else:
         for file in find_files(path):
-            record.files.append(str(file.relative_to(path)) if file != path else file.name)
+            record.files.append(file.relative_to(path).as_posix() if file != path else file.name)
             if file_format(file) == "text":
                 yield from read_texts(file, lines=request.lines)
             else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..atomic_io import atomic_file
 from ..errors import SourceError
+from ..path_names import without_directories
 from ..registry import ANALYSES, PROPAGATION
 from .run_record import RunRecord
 
@@ -184,8 +185,8 @@ def caption_of(run: RunRecord) -> str:
 
 
 def text_caption(tokens: int, source: str, count: str) -> str:
-    """Describe a text in a few words; `count` says how many sequences it has."""
-    return f"{tokens:,} tokens of {source} in {count}"
+    """Describe a text in a few words, files by their names; `count` says how many sequences it has."""
+    return f"{tokens:,} tokens of {without_directories(source)} in {count}"
 
 
 def noun_of(run: Mapping[str, Any]) -> str:

@@ -42,6 +42,9 @@ def test_a_cut_is_healed_and_then_trained(place: Path, tmp_path: Path) -> None:
     card = (tmp_path / "trained" / "README.md").read_text()
     assert "healed by training" in card
     assert "Before the training" in card
+    assert "story.txt" in card
+    assert str(place) not in card
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(

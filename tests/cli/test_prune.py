@@ -91,6 +91,11 @@ def test_the_checkpoint_is_the_model_without_those_layers(place: Path, tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "layersurgery" in card
     results = tmp_path / "out-results"
+    drawn = " ".join(path.read_text("utf-8") for path in results.rglob("*.svg"))
+    assert "story.txt" in drawn
+    for shown in (card, drawn):  # others read them, so they say nothing of this machine
+        assert str(place) not in shown
+        assert str(tmp_path) not in shown
     assert {file.name for file in results.iterdir()} == {"rank", "costs", *(["step-01", "step-02"] if greedy else [])}
     costs = ls.read_results(results / "costs")
     assert set(costs.criterion) == {"unedited", "kl", "influence", "angular", *(["greedy"] if greedy else [])}

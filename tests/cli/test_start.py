@@ -15,6 +15,7 @@ from layersurgery_cli.app import app
 from typer.testing import CliRunner
 
 import layersurgery as ls
+from tests.support.tiny_checkpoint import checkpoint
 
 
 @pytest.fixture
@@ -125,3 +126,18 @@ def test_a_plan_and_a_list_are_continued() -> None:
     assert completion.plans("swap 12 13; skip-a") == ["swap 12 13; skip-attention"]
     assert "swap,drop" in completion.families("swap,dr")
     assert "swap,swap" not in completion.families("swap,sw")
+
+
+def test_an_output_without_utf_8_loses_characters_and_not_the_command(tmp_path: Path) -> None:
+    """A file on Windows often has another encoding, which has no characters for curves."""
+    checkpoint(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("Once upon a time there were two layers. " * 20, "utf-8")
+    words = ["sweep", "tiny", "--edits", "drop", "--data", "text.txt", "--tokens", "64", "--context", "16", "-o", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "layersurgery_cli", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert b"drop" in done.stdout

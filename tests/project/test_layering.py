@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Packages of one group do not import each other. Figures get tables, so they need only plans.
 ORDER = [
-    {"errors", "version", "atomic_io", "library_logs", "quick_imports", "registry", "units"},
+    {"errors", "version", "atomic_io", "library_logs", "path_names", "quick_imports", "registry", "units"},
     {"plans"},
     {"figures"},
     {"models"},

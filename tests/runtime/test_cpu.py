@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import os
 import platform
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_freed_memory_is_used_for_the_next_tensor() -> None:
     assert counts["with a tensor after"] == counts["after"] + 1, counts
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_is_left_over_goes_back_to_the_system() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
