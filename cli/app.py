@@ -31,7 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Edit the layers of Hugging Face causal language models and measure the effect. Edited models are written as "
     "plain safetensors checkpoints that any pipeline loads.",
-    epilog="Blocks are numbered from 0 and ranges are half-open, as in Python. Start with: layersurgery demo",
+    epilog="Blocks are numbered from 0 and ranges are half-open, as in Python. Start with: layersurgery demo. For "
+    "inner activations, wrap the edited model with nnsight or TransformerLens.",
 )
 _EDIT = "Edit a checkpoint"
 _INSPECT = "Inspect"
