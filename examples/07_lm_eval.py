@@ -27,8 +27,7 @@ def write_task(directory: Path) -> TaskManager:
     """Write a multiple-choice task over the capitals; the answer is the choice with the highest probability."""
     rows = [{"country": country, "capital": index} for index, country in enumerate(CAPITALS)]
     (directory / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
-    (directory / "capitals.yaml").write_text(
-        f"""
+    task = f"""
 task: capitals
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {directory}/capitals.jsonl}}, cache_dir: {directory}/cache}}
@@ -38,9 +37,8 @@ doc_to_text: "The capital of {{{{country}}}} is"
 doc_to_target: capital
 doc_to_choice: {json.dumps(list(CAPITALS.values()))}
 metric_list: [{{metric: acc}}]
-""",
-        "utf-8",
-    )
+"""
+    (directory / "capitals.yaml").write_text(task, "utf-8")
     return TaskManager(include_path=str(directory), include_defaults=False)
 
 
