@@ -239,7 +239,7 @@ def test_help_is_as_quick_as_a_bare_program(tmp_path: Path) -> None:
             subprocess.run(command, capture_output=True, check=True)
             times.append(time.perf_counter() - started)
         ratios.append(times[1] / times[0])
-    # 1.5 on a quiet machine, mostly the options of 44 commands; other tests run meanwhile. With torch it would be 5.
+    # 1.5 on a quiet machine, mostly the options of 44 commands; other tests run meanwhile. An import of torch is seen.
     assert statistics.median(ratios) < 2.2
 
 
