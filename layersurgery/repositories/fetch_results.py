@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..atomic_io import atomic_directory, check_output
 from ..errors import SourceError
 from ..reports.collect import collect
+from ..runs.tables import RUN
 from .hub_errors import check_repo_name, hub_errors
 
 
@@ -38,9 +39,13 @@ def fetch_results(repo: str, output: str | os.PathLike[str] | None = None, *, re
     check_repo_name(repo)
     out = Path(output) if output is not None else Path(repo.partition("/")[2])
     check_output(out, None, overwrite=False)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     with hub_errors(repo, "fetch", SourceError):
+        # Any dataset can be named, and some are terabytes.
+        names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+        if not any(PurePosixPath(name).name == RUN for name in names):
+            raise SourceError(f"{repo} is not a repository of results: it has no {RUN}; nothing was downloaded")
         fetched = Path(snapshot_download(repo, repo_type="dataset", revision=revision))
     try:
         collect([fetched])

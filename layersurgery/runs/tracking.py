@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,11 +129,10 @@ def open_trackers(
     if not names:
         yield None
         return
-    from accelerate import PartialState
-    from accelerate.state import PartialState as State
+    from accelerate.state import PartialState
 
     # accelerate's trackers ask it for the processes of this program. It is made to forget them, unless others use it.
-    is_ours = not State._shared_state
+    is_ours = not PartialState._shared_state
     PartialState(cpu=True)
     active: dict[str, Any] = {}
     try:
@@ -158,13 +156,13 @@ def open_trackers(
             with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
                 tracker.finish()
         if is_ours:
-            State._reset_state()
+            PartialState._reset_state()
 
 
 def run_name(directory: Path) -> str:
     """Return the name of a run in the trackers: its directory, from the current one."""
-    relative = os.path.relpath(directory)
-    return directory.resolve().name if relative.startswith("..") else Path(relative).as_posix()
+    own, here = directory.resolve(), Path.cwd().resolve()
+    return own.relative_to(here).as_posix() if own.is_relative_to(here) and own != here else own.name
 
 
 def _start(name: str, run: str, config: Mapping[str, Any]) -> Any:

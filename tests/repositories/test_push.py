@@ -176,8 +176,9 @@ def test_what_the_hub_refuses_is_said(hub: Hub, pruned: Path, tmp_path: Path) ->
     with pytest.raises(ls.SourceError, match="cannot fetch me/nothing: the Hub has no such repository"):
         ls.fetch_results("me/nothing", tmp_path / "out")
     hub.repositories["datasets", "me/texts"] = Repository(private=True, files={"texts.csv": b"text\nOnce"})
-    with pytest.raises(ls.SourceError, match="me/texts is not a repository of results: me/texts holds no results"):
+    with pytest.raises(ls.SourceError, match="me/texts is not a repository of results: it has no run.json"):
         ls.fetch_results("me/texts", tmp_path / "out")
+    assert not any("texts.csv" in str(request) for request in hub.requests), "other datasets may be terabytes"
     assert not (tmp_path / "out").exists()
 
 
