@@ -45,6 +45,11 @@ class Swap(Edit):
             raise PlanError(f"block {self.first} cannot be swapped with itself; name two blocks")
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
+        if depth == self.second == self.first + 1:
+            raise PlanError(
+                f"block {depth} is out of range: the model has {depth} blocks, 0 to {self.first}, "
+                f"so block {self.first} has no next block to swap with; name both blocks"
+            )
         (first,), (second,) = resolve(self.first, depth), resolve(self.second, depth)
         if first == second:
             raise PlanError(

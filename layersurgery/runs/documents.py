@@ -253,5 +253,5 @@ def _from_hub(request: TextRequest, record: ReadingRecord) -> Iterator[_Entry]:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
             f"cannot read the dataset {request.data} (split {request.split}): {first}. Go online, check the spelling, "
-            f"or use local text: a file, or {PYDOC}"
+            f"or use local text (data): a file, or {PYDOC}, which every Python has (--data {PYDOC})"
         ) from error

@@ -183,7 +183,10 @@ def test_comments_and_lines_in_a_plan() -> None:
         ("zzz 3", "the edits are swap, drop"),
         ("swap 3 3", "cannot be swapped with itself"),
         ("swap 3 -29", "the same block of 32"),
-        ("swap 31", "block 32 is out of range: the model has 32 blocks, 0 to 31"),
+        (
+            "swap 31",
+            "block 32 is out of range: the model has 32 blocks, 0 to 31, so block 31 has no next block to swap with",
+        ),
         ("swap -1", "the last and has no next"),
         ("swap 1 2 3", "expected 2 blocks, found 3"),
         ("swap 1:3 4", "expected one block, found the range 1:3"),

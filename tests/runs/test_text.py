@@ -243,7 +243,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         "~nobody-of-this-name/text.txt": "does not exist on this machine",
         "long/" + "x" * 5000: "cannot read the dataset",
         tmp_path: "contains no text: none of its files ends in .txt",
-        "someone/nowhere": r"cannot read the dataset someone/nowhere \(split train\).*local text: a file, or pydoc",
+        "someone/nowhere": r"cannot read the dataset someone/nowhere .*local text \(data\): a file, or p",
     }
     for data, words in cases.items():
         with pytest.raises(SourceError, match=words):
