@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import OutputError, PlanError, warn
+from ..reports.report import NAME
+from ..runs.tables import RUN
 from ..version import __version__
 from .hub_errors import check_push, check_repo_name, hub_errors
 from .uploads import Upload, read_upload
@@ -66,7 +68,7 @@ def push(
         PlanError: the name is not of the form USER/NAME.
         SourceError: the directory is neither a checkpoint nor finished results.
         OutputError: there is no token, the Hub refuses it or cannot be reached, the repository is public and `public`
-            is not set, or it has weights that loaders would confuse with these.
+            is not set, or it has weights or results that readers would confuse with these.
 
     Example:
         >>> import tempfile
@@ -133,7 +135,7 @@ def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> N
     """Refuse an existing repository that does not fit.
 
     Raises:
-        OutputError: others can read it, and this was not asked for; or it has other weights.
+        OutputError: others can read it, and this was not asked for; or it has other weights or results.
     """
     if not existing.private and not public:
         raise OutputError(
@@ -147,4 +149,14 @@ def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> N
         raise OutputError(
             f"{repo} has weights that this checkpoint does not replace ({', '.join(others[:3])}), and a program could "
             "load them instead of these. Remove them on the Hub, or choose another repository"
+        )
+    # A run in a directory hides those below it, so that `fetch_results` and `report` would read the old one only.
+    if upload.kind == "dataset" and (
+        others := [
+            name for name in sorted(names) if PurePosixPath(name).name in (RUN, NAME) and name not in upload.files
+        ]
+    ):
+        raise OutputError(
+            f"{repo} has results that these do not replace ({', '.join(others[:3])}), and readers would take them for "
+            "these. Remove them on the Hub, or choose another repository"
         )

@@ -208,3 +208,13 @@ def test_results_that_are_too_many_for_a_page_are_pushed_without_one(
         pushed = ls.push(results, "me/results", dry_run=True)
     assert "report.html" not in pushed.files
     assert "results.parquet" in pushed.files
+
+
+def test_results_that_would_hide_the_new_ones_are_refused(hub: Hub, results: Path, tmp_path: Path) -> None:
+    ls.push(results, "me/results")
+    shutil.copytree(results, tmp_path / "several" / "first")
+    before = dict(hub.repositories["datasets", "me/results"].files)
+    with pytest.raises(ls.OutputError, match=r"has results that these do not replace \(run.json\)"):
+        ls.push(tmp_path / "several", "me/results")
+    assert hub.repositories["datasets", "me/results"].files == before
+    ls.push(results, "me/results")  # the same run again
