@@ -294,7 +294,7 @@ class ModelSession:
             # The bar is gone by now, since what writes the results may show one of its own.
             frame = finish(lambda frame, directory: measurement.draw(frame, directory, run))
             if tracking is not None:
-                tracking.table(frame, len(text.ids))
+                tracking.last_table(frame, len(text.ids))
         except (KeyboardInterrupt, SystemExit) as stop:
             hint = ". If another process has ended, see its own message for the reason" if self.group.size > 1 else ""
             kept = f"results so far are in {run.directory}; run the same command again to resume{hint}"

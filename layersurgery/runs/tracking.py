@@ -67,6 +67,7 @@ class Tracking:
         self._log, self._note = log, note
         self._next_table = -math.inf
         self._is_noted = False
+        self._done: int | None = None
 
     def following(self, on_progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
         """Return a function that takes a run's `Progress`, passes it on and logs it."""
@@ -83,11 +84,16 @@ class Tracking:
         if progress.table is None:
             return
         done, started = int(progress.sequences), time.monotonic()
+        self._done = done
         self._log({"progress/sequences": done, "progress/share": done / progress.total}, done)
         if started >= self._next_table:
             self.table(progress.table(), done)
             ended = time.monotonic()
             self._next_table = ended + _SHARE_OF_TIME * (ended - started)
+
+    def last_table(self, frame: pd.DataFrame, sequences: int) -> None:
+        """Log the numbers of the final table, of a text of so many sequences: a run may end before the text does."""
+        self.table(frame, sequences if self._done is None else self._done)
 
     def table(self, frame: pd.DataFrame, step: int) -> None:
         """Log the numbers of each row of a table, by the name of its edit or its layer."""

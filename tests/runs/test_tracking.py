@@ -118,3 +118,13 @@ def test_a_runs_name_is_its_directory(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     assert run_name(tmp_path / "pruned-results" / "rank") == "pruned-results/rank"
     assert run_name(tmp_path.parent / "elsewhere") == "elsewhere"
+
+
+def test_the_last_numbers_of_a_run_that_ends_early_are_of_what_was_measured(tiny: Path) -> None:
+    frame = ls.sweep(
+        tiny, "drop", TEXT * 4, directory="out", context=16, batch_size=2, until="agreement=30pt", track="tensorboard"
+    )  # fmt: skip
+    logged = scalars("runs/out")
+    done = frame.sequences.max()
+    assert done < len(TEXT * 4)
+    assert logged["progress/sequences"][-1][0] == logged["kl_nats/unedited"][-1][0] == done
