@@ -101,9 +101,14 @@ def _results(directory: Path, repo: str) -> Upload:
 
 
 def _files_below(directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files in a directory and below it, without hidden ones and those of an unfinished run."""
+    """Yield the files in a directory and below it, without hidden ones, those of an unfinished run and other runs."""
     for parent, folders, names in os.walk(directory):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in (JOURNAL, PARTS))
+        # The run.json of another run names files with their directories.
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and name not in (JOURNAL, PARTS) and not Path(parent, name, RUN).exists()
+        )
         for name in sorted(names):
             path = Path(parent, name)
             if not name.startswith(".") and path.is_file():

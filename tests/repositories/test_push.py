@@ -218,3 +218,11 @@ def test_results_that_would_hide_the_new_ones_are_refused(hub: Hub, results: Pat
         ls.push(tmp_path / "several", "me/results")
     assert hub.repositories["datasets", "me/results"].files == before
     ls.push(results, "me/results")  # the same run again
+
+
+def test_results_inside_what_is_pushed_stay_on_this_machine(pruned: Path, results: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(results, tmp_path / "run")
+    for directory in (pruned, run):
+        before = set(ls.push(directory, "me/name", dry_run=True).files)
+        shutil.copytree(results, directory / "measured")
+        assert set(ls.push(directory, "me/name", dry_run=True).files) == before
