@@ -19,7 +19,7 @@ from ..runs.tables import RUN, read_run
 from .dataset_card import dataset_card
 
 CARD = "README.md"
-_RESULT_FILES = (".json", ".parquet", ".csv", ".png", ".svg", ".html", ".safetensors")
+_RESULT_FILES = (".parquet", ".csv", ".png", ".svg", ".safetensors")  # and run.json
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,11 +125,13 @@ def test_several_runs_are_pushed_together_and_nothing_beside_them(hub: Hub, resu
     for name in ("first", "second"):
         shutil.copytree(results, tmp_path / "both" / name)
     (tmp_path / "both" / "letter.csv").write_text("private")
+    (tmp_path / "both" / "first" / "keys.json").write_text("private")
     (tmp_path / "both" / "other").mkdir()
     (tmp_path / "both" / "other" / "picture.png").write_bytes(b"private")
     with pytest.warns(LayerSurgeryWarning):
         files = ls.push(tmp_path / "both", "me/both").files
     assert {name.partition("/")[0] for name in files} == {"first", "second", "report.html", "README.md"}
+    assert "first/keys.json" not in files
     fetched = ls.fetch_results("me/both", tmp_path / "fetched")
     assert [config["config_name"] for config in metadata_load(fetched / "README.md")["configs"]][:2] == [
         "first-results", "second-results"
