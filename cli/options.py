@@ -600,7 +600,7 @@ Track = Annotated[
     str | None,
     typer.Option(
         "--track",
-        help="Log the run to experiment trackers as it goes on: tensorboard (into ./runs; pip install "
+        help="Log the run to experiment trackers while it runs: tensorboard (into ./runs; pip install "
         "'layersurgery\\[track]'), trackio or wandb; several with commas between.",
         metavar="NAMES",
         show_default=False,
@@ -822,7 +822,7 @@ def _checked_push(repo: str | None, public: bool) -> str | None:
 
     Raises:
         PlanError: --public without --push, or not the name of a repository.
-        OutputError: there is no token that can write, or the Hub cannot be reached.
+        OutputError: no token can write, or the Hub cannot be reached.
     """
     if repo is not None and os.environ.get("RANK", "0") == "0":  # of several processes, one pushes
         from layersurgery.repositories.hub_errors import check_push

@@ -60,6 +60,18 @@ def edit(plans: Mapping[str | None, Plan], model: str, options: EditOptions, con
     console.result(values[0] if list(plans) == [None] else values, *lines, written=written)
 
 
+def refuse_for_gguf(output: Path | None, link: bool, console: Console) -> None:
+    """Refuse what does not go with a GGUF file as the output, before hours of measuring.
+
+    Raises:
+        PlanError: a push, or hard links.
+    """
+    if output is not None and is_gguf_output(output):
+        console.refuse_push("a GGUF file has no model card, so it is not pushed")
+        if link:
+            raise PlanError("a GGUF file is edited without --link; omit it")
+
+
 def revision_of(source: Source | GgufSource, options: EditOptions) -> str | None:
     """Return the revision of a source; a GGUF file has that which was asked for."""
     return source.revision if isinstance(source, Source) else options.revision

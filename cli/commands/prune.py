@@ -16,7 +16,7 @@ from layersurgery.quick_imports import quick_imports
 from layersurgery.units import format_bytes, format_count
 
 from ..terminal.console import Console
-from .edit import EditOptions, as_json, describe_result, revision_of, write_edits
+from .edit import EditOptions, as_json, describe_result, refuse_for_gguf, revision_of, write_edits
 from .heal import heal_progress, healing_lines, healing_values
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def run_prune(
     check_criterion(by, wanted, greedy=greedy)
     given = given_task(by, options=options, **task)
     check_heal(heal, given)
+
+    refuse_for_gguf(output, link, console)
 
     def lead(session: ModelSession) -> tuple[Path, Path, Pruning]:
         wanted.checked(session.model.depth)

@@ -17,7 +17,7 @@ from layersurgery.errors import PlanError
 from layersurgery.quick_imports import quick_imports
 
 from ..terminal.console import Console
-from .edit import EditOptions, as_json, describe_result, revision_of, write_edits
+from .edit import EditOptions, as_json, describe_result, refuse_for_gguf, revision_of, write_edits
 from .heal import heal_progress, healing_lines, healing_values
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def run_search(
     if estimate:
         _show_estimate(model, options, goal, console)
         return
+
+    refuse_for_gguf(output, link, console)
 
     def lead(session: ModelSession) -> tuple[Path, Search]:
         space = SearchSpace.of(session.model.depth, **goal)

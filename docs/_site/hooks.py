@@ -151,7 +151,7 @@ def _file(source: str, place: str, config: Any) -> File:
 
 
 def _markdown(source: str) -> str:
-    """Return a file or directory as a page; nothing for a file that is no page."""
+    """Return the text of a page for a file or directory; None if there is no page for it."""
     path = ROOT / source
     if path.is_dir():
         return _listing(path)

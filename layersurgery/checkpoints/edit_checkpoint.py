@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EditResult:
-    """An edited checkpoint that was written, or would be.
+    """Describe an edited checkpoint that was written, or would be.
 
     Attributes:
         path: directory of the new checkpoint.

@@ -29,7 +29,7 @@ _RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class Repository:
-    """A repository: its files, its commits' numbers, and whether it is private."""
+    """Hold a repository: its files, its commits' numbers, and whether it is private."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server.
+    """Serve the protocol.
 
     Attributes:
         repositories: by kind ("models", "datasets") and name.
