@@ -312,6 +312,9 @@ def test_what_prune_and_search_choose_is_written_as_a_file(tmp_path: Path, monke
     healed = run("prune", str(source), "--remove", "1", "-o", "healed.gguf", "--heal", "linear", *text)
     assert healed.exit_code == 2
     assert "a healed model cannot be written to it" in healed.output
+    linked = run("prune", str(source), "--remove", "1", "-o", "linked.gguf", "--link", *text)
+    assert linked.exit_code == 2
+    assert not Path("linked-results").exists()
     tiny_model("llama").save_pretrained("plain")
     tiny_tokenizer().save_pretrained("plain")
     refused = run("prune", "plain", "--remove", "1", "-o", "plain.gguf", *text)
