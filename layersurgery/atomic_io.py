@@ -30,7 +30,7 @@ def check_output(out: Path, source: Path | None, *, overwrite: bool) -> None:
     if not os.path.lexists(out) or _is_empty(out):
         return
     if not overwrite:
-        raise OutputError(f"{out} exists already; choose another output, or replace it (overwrite)")
+        raise OutputError(f"{out} exists already; choose another output, or replace it (`overwrite`)")
     _check_replaceable(out)
 
 
@@ -112,7 +112,7 @@ def _partial_directory(out: Path, bytes_needed: int, move: Callable[[Path], None
         if bytes_needed > free:
             raise OutputError(
                 f"{out.parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; "
-                "free some space, choose an output on another disk, or share unchanged files (link)"
+                "free some space, choose an output on another disk, or share unchanged files (`link`)"
             )
         with _locked_partial(partial):
             try:

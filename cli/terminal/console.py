@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # These have no effect on the results, and a command that is run again should not push for others.
 _NOT_RECORDED = ("--push", "--public", "--track")
 _COMMAND: ContextVar[str] = ContextVar("command", default="")
+_PROGRAM: ContextVar[Any] = ContextVar("program", default=None)
 
 
 class Commands(TyperGroup):
@@ -33,6 +35,7 @@ class Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments, and record them as they were given."""
         record_command(args)
+        _PROGRAM.set(self)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -64,7 +67,33 @@ def print_error(label: str, text: str) -> None:
     """Print an error to stderr as one line, `label: text`."""
     from rich.markup import escape
 
-    rich_console(stderr=True).print(f"[bold red]{label}:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    text = escape(name_options(text))
+    rich_console(stderr=True).print(f"[bold red]{label}:[/] {text}", highlight=False, soft_wrap=True)
+
+
+def name_options(text: str) -> str:
+    """Write the arguments of Python functions that a message names in backquotes as options: `max_span` as --max-span.
+
+    A name that is no option of any command stays as it is.
+    """
+    program = _PROGRAM.get()
+    if program is None or "`" not in text:
+        return text
+    known = set(_options(program))
+
+    def option(match: re.Match[str]) -> str:
+        name = f"--{match[1].replace('_', '-')}"
+        return name if name in known else match[0]
+
+    return re.sub(r"`([a-z_]+)`", option, text)
+
+
+def _options(command: Any) -> Iterator[str]:
+    """Yield the options of a command and of the commands in it."""
+    for parameter in command.params:
+        yield from parameter.opts
+    for inner in getattr(command, "commands", {}).values():
+        yield from _options(inner)
 
 
 def rich_console(*, stderr: bool = False) -> RichConsole:
@@ -102,12 +131,12 @@ class Console(Reporter):
 
     def note(self, text: str) -> None:
         """Print something that the user should know of the result."""
-        self.log(f"Note: {text}")
+        self.log(f"Note: {name_options(text)}")
 
     def skipped(self, reasons: Mapping[str, str]) -> None:
         """Print what is not measured, with the reasons."""
         for name, reason in reasons.items():
-            self.log(f"Skipped: {name}: {reason}")
+            self.log(f"Skipped: {name}: {name_options(reason)}")
 
     def not_finite(self, batches: Mapping[str, list[int]]) -> None:
         """Print nothing: the results that are printed at the end name them."""

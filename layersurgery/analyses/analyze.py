@@ -204,9 +204,9 @@ def refuse_ignored(name: str, text: Any, options: dict[str, Any]) -> None:
     """
     for option in ("compile", "schedule", "per_token", *SWEEP_ONLY):
         if options.get(option):
-            raise PlanError(f"{option} is for sweep; {name} does not take it")
+            raise PlanError(f"`{option}` is for sweep; {name} does not take it")
     if options.get("track") and ANALYSES[name].needs != "text":
-        raise PlanError(f"track is for runs batch by batch, and {name} is measured in one go; leave it out")
+        raise PlanError(f"`track` is for runs batch by batch, and {name} is measured in one go; leave it out")
     if text is not None and (why := _NO_TEXT.get(ANALYSES[name].needs)):
         raise PlanError(f"{name} {why}; give no text")
 

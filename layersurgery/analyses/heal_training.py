@@ -65,18 +65,18 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         if self.how not in HOW:
-            raise PlanError(f"how {self.how!r} is unknown; use {' or '.join(HOW)}")
+            raise PlanError(f"`how` {self.how!r} is unknown; use {' or '.join(HOW)}")
         for name in ("steps", "rank", "accumulate", "evaluate_every", "save_every"):
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise PlanError(f"{name} is a whole number of at least 1, not {number!r}")
+                raise PlanError(f"`{name}` is a whole number of at least 1, not {number!r}")
         for name in ("warmup", "loss_weight"):
             if not 0 <= getattr(self, name) <= 1:
-                raise PlanError(f"{name} is a number from 0 to 1, not {getattr(self, name)!r}")
+                raise PlanError(f"`{name}` is a number from 0 to 1, not {getattr(self, name)!r}")
         if not self.largest_rate > 0:
-            raise PlanError(f"lr is a number above 0, not {self.lr!r}")
+            raise PlanError(f"`lr` is a number above 0, not {self.lr!r}")
         if self.mixed_precision not in (None, "no", "bf16", "fp16"):
-            raise PlanError(f"mixed_precision {self.mixed_precision!r} is unknown; use no, bf16 or fp16")
+            raise PlanError(f"`mixed_precision` {self.mixed_precision!r} is unknown; use no, bf16 or fp16")
 
     @property
     def largest_rate(self) -> float:
@@ -124,8 +124,8 @@ class HealingText:
         if trained < _LEAST_TRAINED:
             raise PlanError(
                 f"training needs at least {_LEAST_HELD_OUT + _LEAST_TRAINED} sequences of text, of which "
-                f"{_LEAST_HELD_OUT} are held out, and there are {sequences}; give more text (tokens) or shorter "
-                "sequences (context)"
+                f"{_LEAST_HELD_OUT} are held out, and there are {sequences}; give more text (`tokens`) or shorter "
+                "sequences (`context`)"
             )
         return cls(text, trained, batch_size, seed)
 
@@ -220,8 +220,8 @@ class Training:
         self.parts = accelerator.gradient_accumulation_steps
         if text.batch_size % (group.size * self.parts):
             raise PlanError(
-                f"{text.batch_size} sequences in a step (batch_size) are not divided evenly among {group.size} "
-                f"process{'es'[: 2 * (group.size > 1)]} and {self.parts} part{'s'[: self.parts != 1]} (accumulate)"
+                f"{text.batch_size} sequences in a step (`batch_size`) are not divided evenly among {group.size} "
+                f"process{'es'[: 2 * (group.size > 1)]} and {self.parts} part{'s'[: self.parts != 1]} (`accumulate`)"
             )
         model = student.runner.model
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -289,7 +289,7 @@ class Training:
         mean = self._sum(total) / tokens
         if not math.isfinite(mean):
             raise MeasurementError(
-                f"the loss of step {step + 1} is not finite ({mean}); lower the learning rate (lr) or use float32"
+                f"the loss of step {step + 1} is not finite ({mean}); lower the learning rate (`lr`) or use float32"
             )
         self.accelerator.clip_grad_norm_(self.weights.values(), _LARGEST_GRADIENT)
         self.optimizer.step()

@@ -129,7 +129,7 @@ def check_criterion(by: str, goal: Goal, *, greedy: bool) -> None:
     if greedy and not goal.of_blocks and by in CRITERIA and by not in MEASURED:
         raise PlanError(
             f"a greedy choice of branches by {by} is not supported: it would have to observe models with skipped "
-            f"branches; choose by {', '.join(MEASURED)} or task:NAME, or leave greedy out"
+            f"branches; choose by {', '.join(MEASURED)} or task:NAME, or leave `greedy` out"
         )
 
 

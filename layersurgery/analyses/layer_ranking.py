@@ -38,7 +38,7 @@ def max_span(depth: int, spans: int | None = None) -> int:
 
     It is half of the model's depth if not given, and at least one block remains.
     """
-    longest = 0 if spans is None else whole_number(spans, "spans")
+    longest = 0 if spans is None else whole_number(spans, "`spans`")
     return max(1, min(longest or depth // 2, depth - 1))
 
 
@@ -55,7 +55,7 @@ def check_lowest(lowest: int | None, of: str, parts: int) -> int | None:
     """
     if lowest is None:
         return None
-    number = whole_number(lowest, "lowest")
+    number = whole_number(lowest, "`lowest`")
     if not 1 <= number < parts:
         raise PlanError(
             f"cannot search the {number} lowest of {parts} {plural(NOUNS[of], parts)}; give 1 to {parts - 1}"

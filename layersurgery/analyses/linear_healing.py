@@ -136,7 +136,7 @@ def fit_linear_healing(
     if sequences < _LEAST_SEQUENCES:
         raise PlanError(
             f"healing needs at least {_LEAST_SEQUENCES} sequences of text to fit, to choose and to measure, and there "
-            f"are {sequences}; give more text (tokens) or shorter sequences (context)"
+            f"are {sequences}; give more text (`tokens`) or shorter sequences (`context`)"
         )
     seen = sequences - sequences // _EVALUATED
     fit = _Fit(runner, route, text, seen, batch_size or max(1, _BATCH_TOKENS // text.ids.shape[1]))

@@ -332,11 +332,11 @@ def rank_measurement(
     if session.texts.has_tasks:
         for name, value in {"spans": spans, "lowest": lowest}.items():
             if value is not None:
-                raise PlanError(f"{name} has no effect by a task, on which every layer is measured by dropping it")
+                raise PlanError(f"`{name}` has no effect by a task, on which every layer is measured by dropping it")
         harness = harness_of(session)
         return RankMeasurement(depth, 0, of=check_kind(of), keep=keep, harness=harness)
     if of != BLOCKS and spans is not None:
-        raise PlanError(f"spans are of blocks; leave them out to rank {of}")
+        raise PlanError(f"`spans` are of blocks; leave them out to rank {of}")
     lowest = check_lowest(lowest, check_kind(of), len(parts_of(of, depth, keep)))
     return RankMeasurement(depth, max_span(depth, spans), lowest, of, keep, metric)
 

@@ -115,7 +115,7 @@ def run_ablation(
         draws: number of random draws that each kind is compared with.
     """
     if draws < 1:
-        raise PlanError(f"draws is a whole number of at least 1, not {draws}")
+        raise PlanError(f"`draws` is a whole number of at least 1, not {draws}")
     model, seed = session.model.load(), session.options.seed
     with session.reporter.count("blocks") as on_layer:
         scores = neuron_scores(model, blocks=session.options.blocks, progress=on_layer)

@@ -188,7 +188,7 @@ def check_heal(heal: str | None, given: GivenText | None) -> None:
     """
     if heal not in (None, HEAL_LINEAR):
         raise PlanError(
-            f"heal is 'linear' or left out, not {heal!r}; to train the result, use the command heal, or ls.heal"
+            f"`heal` is 'linear' or left out, not {heal!r}; to train the result, use the command heal, or ls.heal"
         )
     if heal is not None and given is not None and given.tasks is not None:
         raise PlanError(

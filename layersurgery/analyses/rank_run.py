@@ -138,4 +138,6 @@ def check_ranking(by: str | None) -> None:
         PlanError: it is another one.
     """
     if by is not None and not is_task(by):
-        raise PlanError(f"by is task:NAME for rank, not {by!r}; ranks by KL and by two scores are in its table anyway")
+        raise PlanError(
+            f"`by` is task:NAME for rank, not {by!r}; ranks by KL and by two scores are in its table anyway"
+        )

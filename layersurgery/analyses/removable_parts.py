@@ -171,7 +171,7 @@ def kept_layers(keep: object, depth: int) -> frozenset[int]:
     if isinstance(keep, str):
         items = parse_items(keep)
         if any(item.like != Visit(0) for item in items):
-            raise PlanError(f"keep takes numbers and half-open ranges of layers, for example 0:2,-1, not {keep!r}")
+            raise PlanError(f"`keep` takes numbers and half-open ranges of layers, for example 0:2,-1, not {keep!r}")
         return frozenset(block for item in items for block in resolve(item.ref, depth))
     if isinstance(keep, range):
         keep = list(keep)

@@ -103,15 +103,16 @@ class Goal:
             "remove": remove, "remove_attention": remove_attention, "remove_mlp": remove_mlp,
             "remove_branches": remove_branches,
         }  # fmt: skip
-        counts = {name: whole_number(number, name) for name, number in numbers.items() if number is not None}
+        counts = {name: whole_number(number, f"`{name}`") for name, number in numbers.items() if number is not None}
         given = [*counts, *(["budget"] if budget is not None else [])]
         if len(given) != 1 and given != ["remove_attention", "remove_mlp"]:
+            found = " and ".join(f"`{name}`" for name in given) or "none"
             raise PlanError(
-                f"give one of {', '.join(numbers)} and budget; remove_attention and remove_mlp may be given together; "
-                f"{' and '.join(given) if given else 'none'} {'were' if len(given) > 1 else 'was'} given"
+                "give one of `remove`, `remove_attention`, `remove_mlp`, `remove_branches` and `budget`; "
+                f"`remove_attention` and `remove_mlp` may be given together; found {found}"
             )
         if budget is None and of is not None:
-            raise PlanError(f"of says what a budget removes; {given[0]} says it by itself")
+            raise PlanError(f"`of` says what a budget removes; `{given[0]}` says it by itself")
         kinds = tuple(_KIND_OF[name] for name in counts) or (str(check_kind(of or BLOCKS)),)
         by_kind = {_KIND_OF[name]: number for name, number in counts.items()}
         return cls(by_kind, None if budget is None else Budget.parse(budget), kinds, keep)

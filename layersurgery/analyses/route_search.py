@@ -82,10 +82,10 @@ class SearchSpace:
             PlanError: not exactly one of the three numbers is given, or a number is out of range.
         """
         given = {"depth": depth, "remove": remove, "repeat": repeat}
-        named = {name: whole_number(value, name) for name, value in given.items() if value is not None}
+        named = {name: whole_number(value, f"`{name}`") for name, value in given.items() if value is not None}
         if len(named) != 1:
-            found = f"not both {' and '.join(named)}" if named else "none is given"
-            raise PlanError(f"a search needs one of depth, remove and repeat; {found}")
+            found = f"not both {' and '.join(f'`{name}`' for name in named)}" if named else "none is given"
+            raise PlanError(f"a search needs one of `depth`, `remove` and `repeat`; {found}")
         ((name, number),) = named.items()
         target = {"depth": number, "remove": blocks - number, "repeat": blocks + number}[name]
         most = _MOST_TIMES * blocks
@@ -98,25 +98,25 @@ class SearchSpace:
         if name == "repeat" and not 1 <= number <= most - blocks:
             raise PlanError(f"cannot repeat {number} layers of {blocks}; give 1 to {most - blocks}")
         if not 1 <= target <= most:
-            raise PlanError(f"depth {number} is out of range for a model of {blocks} blocks; give 1 to {most}")
+            raise PlanError(f"`depth` {number} is out of range for a model of {blocks} blocks; give 1 to {most}")
         if target == blocks:
-            raise PlanError(f"depth {number} is the model's own; give fewer to remove layers, more to repeat some")
+            raise PlanError(f"`depth` {number} is the model's own; give fewer to remove layers, more to repeat some")
         changes = abs(target - blocks)
         if max_span is None:
             max_span = 1 if target < blocks else min(changes, _SPAN_OF_REPEATS, blocks)
         kept = kept_layers(keep, blocks)
         if kept and target > blocks:
-            raise PlanError("keep names layers that are not removed; a search of repeats removes none")
+            raise PlanError("`keep` names layers that are not removed; a search of repeats removes none")
         if kept and changes > blocks - len(kept):
             raise PlanError(
                 f"cannot remove {changes} of {blocks} layers, and keep {len(kept)} of them; give 1 to "
                 f"{blocks - len(kept)}"
             )
-        spans, beam = whole_number(max_span, "max_span"), whole_number(beam, "beam")
+        spans, beam = whole_number(max_span, "`max_span`"), whole_number(beam, "`beam`")
         if not 1 <= spans <= changes:
-            raise PlanError(f"max_span is 1 to {changes}, the number of layers to change, not {spans}")
+            raise PlanError(f"`max_span` is 1 to {changes}, the number of layers to change, not {spans}")
         if beam < 1:
-            raise PlanError(f"beam is the number of routes to continue from, at least 1, not {beam}")
+            raise PlanError(f"`beam` is the number of routes to continue from, at least 1, not {beam}")
         return cls(blocks, target, spans, beam, kept)
 
     @property

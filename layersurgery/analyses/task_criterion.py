@@ -47,7 +47,7 @@ def given_task(
     name = by.removeprefix(TASK).strip()
     if not name or "," in name:
         found = f", not {name}" if name else ""
-        raise PlanError(f"by task: needs the name of one task of lm-eval{found}; for example task:arc_easy")
+        raise PlanError(f"`by` task: needs the name of one task of lm-eval{found}; for example task:arc_easy")
     if has_text:
         raise PlanError("a task is measured instead of a text; give one of them")
     options.refuse(NOT_FOR_TASKS, "has no effect on tasks")

@@ -54,12 +54,12 @@ def check_class(suffix: str | None, regex: str | None) -> re.Pattern[str] | None
     """
     if suffix is not None and regex is not None:
         raise PlanError(
-            "a class of tokens is defined by a suffix or by a regular expression; give suffix or regex, not both"
+            "a class of tokens is defined by a suffix or by a regular expression; give `suffix` or `regex`, not both"
         )
     try:
         return None if regex is None else re.compile(regex)
     except re.error as error:
-        raise PlanError(f"regex {regex!r} is not a valid regular expression: {error}") from error
+        raise PlanError(f"`regex` {regex!r} is not a valid regular expression: {error}") from error
 
 
 def token_class(tokenizer: Any, *, suffix: str | None = None, regex: str | None = None) -> TokenClass:

@@ -38,7 +38,7 @@ def check_trainable(student: nn.Module, how: str) -> None:
     if how == "full" and coarse:
         raise UnsupportedEditError(
             f"training all weights needs them in float32, since small steps are lost in {str(coarse.pop())[6:]}; load "
-            "the model in float32 (dtype), with mixed_precision bf16 to compute in half precision, or train LoRA"
+            "the model in float32 (`dtype`), with `mixed_precision` bf16 to compute in half precision, or train LoRA"
         )
 
 
@@ -109,10 +109,10 @@ def _add_lora(student: nn.Module, rank: int, seed: int, zeros: list[nn.Module]) 
         raise UnsupportedEditError(
             "blocks share their weights (a repeated block in memory), and merging LoRA would add it to them once for "
             "each; write the edited checkpoint, in which each has its own weights, and heal that, or train all weights "
-            "(how='full')"
+            "(`how` full)"
         )
     if not layers:
-        raise UnsupportedEditError("the blocks have no linear layers for LoRA; train all weights (how='full')")
+        raise UnsupportedEditError("the blocks have no linear layers for LoRA; train all weights (`how` full)")
     transposed = any(isinstance(module, Conv1D) for module in layers.values())
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[*layers], fan_in_fan_out=transposed
@@ -128,6 +128,6 @@ def _import_peft() -> Any:
     except ImportError:
         raise SourceError(
             "healing with LoRA needs the package peft, which is not installed; run: pip install 'layersurgery[heal]', "
-            "or train all weights (how='full')"
+            "or train all weights (`how` full)"
         ) from None
     return peft

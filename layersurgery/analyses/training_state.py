@@ -40,7 +40,7 @@ class SavedState:
             if names and not overwrite:
                 raise OutputError(
                     f"{directory} contains the state of a healing with other arguments ({', '.join(names)}). "
-                    "Overwrite it to start again, or choose another output"
+                    "Replace it to start again (`overwrite`), or choose another output"
                 )
             if names:
                 shutil.rmtree(directory)

@@ -66,7 +66,7 @@ def too_few_windows(problem: str, *, found: float, needed: int, read: int, advic
         return MeasurementError(f"{problem}. {advice}")
     tokens = _round_up(_SPARE * read * needed / found)
     return MeasurementError(
-        f"{problem}. At this rate, about {tokens:,} tokens of text are needed: give more text (data, tokens)"
+        f"{problem}. At this rate, about {tokens:,} tokens of text are needed: give more text (`data`, `tokens`)"
     )
 
 

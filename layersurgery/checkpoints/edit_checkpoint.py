@@ -200,7 +200,7 @@ def _edit_gguf(
 
     if blocks is not None or maps:
         option = "blocks" if blocks is not None else "maps"
-        raise PlanError(f"a GGUF file is edited without {option}; omit it, or write a safetensors checkpoint")
+        raise PlanError(f"a GGUF file is edited without `{option}`; omit it, or write a safetensors checkpoint")
     source = find_gguf(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_gguf_output(target, source.path, overwrite=overwrite)

@@ -86,7 +86,7 @@ def check_gguf_output(out: Path, source: Path, *, overwrite: bool) -> None:
     if out.exists() and out.samefile(source):
         raise OutputError(f"the output {out} is the source itself; choose another output")
     if not overwrite:
-        raise OutputError(f"{out} exists already; choose another output, or replace it (overwrite)")
+        raise OutputError(f"{out} exists already; choose another output, or replace it (`overwrite`)")
     if not out.is_file() or out.open("rb").read(4) != _MAGIC:
         raise OutputError(f"{out} is not replaced: it is not a GGUF file; remove it yourself or choose another output")
 

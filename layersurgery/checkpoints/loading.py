@@ -93,7 +93,7 @@ def load_weights(
         device_map = _placed_on(device, device_map)
     if quantize is not None:
         if "quantization_config" in options:
-            raise PlanError("quantize and quantization_config were both given; give one of them")
+            raise PlanError("`quantize` and `quantization_config` were both given; give one of them")
         options["quantization_config"] = quantization_config(quantize, source, dtype)
     arguments = {
         "dtype": dtype, "device_map": device_map, "trust_remote_code": source.trust_remote_code, **options
@@ -121,7 +121,7 @@ def load_weights(
     if quantizer_of(loaded) is not None:
         keep_unpacked(loaded)
     if quantize is not None and not any(map(is_quantized, loaded.modules())):
-        raise SourceError(f"{source.label} has no linear layer that bitsandbytes quantizes; omit quantize={quantize!r}")
+        raise SourceError(f"{source.label} has no linear layer that bitsandbytes quantizes; omit `quantize`")
     return find_text_model(loaded.eval())
 
 
@@ -150,11 +150,11 @@ def _placed_on(device: Any, device_map: Any) -> dict[str, Any]:
     import torch
 
     if device_map is not None:
-        raise PlanError(f"device={device!r} and device_map={device_map!r} were both given; give one of them")
+        raise PlanError(f"`device` ({device}) and `device_map` ({device_map}) were both given; give one of them")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError) as error:  # of torch without CUDA
-        raise PlanError(f"device {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from None
+        raise PlanError(f"`device` {device!r} cannot be used: {str(error).partition(chr(10))[0]}") from None
     return {"": device}
 
 

@@ -152,7 +152,7 @@ def plan_edit(
     if checkpoint.tensors.absent and not verify:
         raise SourceError(
             f"{_describe_absent(checkpoint)}, and no file has it; fetch the checkpoint again, or run the reload check "
-            "(verify), which shows whether the model needs it"
+            "(`verify`), which shows whether the model needs it"
         )
     positions = new_positions(route, checkpoint.section)
     config = _edit_config(checkpoint, route, positions, verify=verify)
@@ -280,7 +280,7 @@ def _edit_config(checkpoint: Checkpoint, route: Route, positions: Mapping[int, l
     if positional and not verify and route.blocks != tuple(range(section.depth)):
         raise UnsupportedEditError(
             f"config.json: {', '.join(positional)} can make layers differ by position, so only the reload check can "
-            "show whether the result would be right; run it (verify)"
+            "show whether the result would be right; run it (`verify`)"
         )
     for fields in (config, section.get_fields(config)) if section.path else (config,):
         for key in QUANTIZATION_KEYS & fields.keys():

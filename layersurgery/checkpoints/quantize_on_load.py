@@ -26,17 +26,17 @@ def check_quantize(quantize: str, source: Source, dtype: Any = "auto") -> None:
         SourceError: bitsandbytes is not installed.
     """
     if quantize not in FORMATS:
-        raise PlanError(f"quantize {quantize!r} is unknown; use {' or '.join(FORMATS)}")
+        raise PlanError(f"`quantize` {quantize!r} is unknown; use {' or '.join(FORMATS)}")
     name = str(dtype).removeprefix("torch.")
     if name not in (*_DTYPES, "auto"):
-        raise PlanError(f"quantize {quantize} does not compute in {name}; use dtype {', '.join(_DTYPES)} or auto")
+        raise PlanError(f"`quantize` {quantize} does not compute in {name}; use `dtype` {', '.join(_DTYPES)} or auto")
     settings = _config(source).get("quantization_config")
     if settings:
         method = settings.get("quant_method") or "quantization_config in its config.json"
-        raise PlanError(f"{source.label} is quantized already ({method}) and is loaded as it is; omit quantize")
+        raise PlanError(f"{source.label} is quantized already ({method}) and is loaded as it is; omit `quantize`")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SourceError(
-            f"quantize {quantize} needs the package bitsandbytes, which is not installed; run: "
+            f"`quantize` {quantize} needs the package bitsandbytes, which is not installed; run: "
             "pip install 'layersurgery[quantize]'"
         )
 

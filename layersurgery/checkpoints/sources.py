@@ -78,7 +78,7 @@ def find_source(model: str | os.PathLike[str], *, revision: str | None = None, w
     except (OSError, RuntimeError) as error:  # unknown user, too long a name, or no permission
         raise SourceError(f"cannot access {text[:80]}: {error}") from error
     if revision is not None and (path.exists() or text in PACKAGED):
-        raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
+        raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit `revision`")
     if _is_gguf(path):
         return Source(convert_once(path), text, path.stem)
     if path.is_dir():
@@ -140,7 +140,7 @@ def find_gguf(model: str | os.PathLike[str], *, revision: str | None = None) -> 
     text = os.fspath(model)
     path = Path(text).expanduser()
     if revision is not None and (path.exists() or text in PACKAGED):
-        raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit the revision")
+        raise SourceError(f"{text} is on this machine, and only Hub models have revisions; omit `revision`")
     if _is_gguf(path):
         return GgufSource(path, text, path.stem)
     if path.is_dir():

@@ -283,7 +283,7 @@ def _check_order(model: nn.Module, block_list: BlockList, calls: list[Call]) -> 
         if output is not None and bool(output.isnan().any()):
             raise UnsupportedEditError(
                 f"{type(model).__name__}: block {block} returns NaN on seven tokens; check its weights, or if the "
-                "model is in half precision, try another dtype"
+                "model is in half precision, try another `dtype`"
             )
         if output is None or argument is None or not torch.equal(output, after[argument].to(output.device)):
             raise UnsupportedEditError(

@@ -279,7 +279,7 @@ def _moved(name: str, block: int, own: nn.Module, other: nn.Module) -> Tensors:
                 )
             if tensor.dtype != taken.dtype:
                 raise UnsupportedEditError(
-                    f"{label} is {taken.dtype}, and {tensor.dtype} in the model; load both in one data type (dtype)"
+                    f"{label} is {taken.dtype}, and {tensor.dtype} in the model; load both in one data type (`dtype`)"
                 )
             if taken.device != tensor.device:
                 moved = taken.detach().to(tensor.device)

@@ -135,7 +135,7 @@ class _Placed(Edit):
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.before is None):
-            raise PlanError(f"{self._verb} needs exactly one of after= and before=")
+            raise PlanError(f"{self._verb} needs exactly one of `after` and `before`")
 
     def _place(self, route: Sequence[Visit], depth: int) -> int:
         """Return the position in a route at which the blocks are placed."""
@@ -188,7 +188,7 @@ class Repeat(Edit):
 
     def __post_init__(self) -> None:
         if self.times < 2:
-            raise PlanError(f"repeat counts all passes, so times must be at least 2, not {self.times}")
+            raise PlanError(f"repeat counts all passes, so `times` must be at least 2, not {self.times}")
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         segment = _segment(route, resolve(self.blocks, depth), self)

@@ -145,7 +145,7 @@ def drop(*blocks: Blocks, mean: bool = False, start: SupportsIndex = 0) -> Plan:
 
     With `mean`, they add the mean over tokens of what they add; with `start`, they run for so many first tokens.
     """
-    return Plan((Drop(_refs(blocks, "drop"), mean, whole_number(start, "start")),))
+    return Plan((Drop(_refs(blocks, "drop"), mean, whole_number(start, "`start`")),))
 
 
 def move(blocks: Blocks, *, after: SupportsIndex | None = None, before: SupportsIndex | None = None) -> Plan:
@@ -177,7 +177,7 @@ def average(*blocks: Blocks) -> Plan:
 
 def repeat(blocks: Blocks, times: SupportsIndex = 2, *, each: bool = False) -> Plan:
     """Pass through a block, or a span as a whole, `times` times in total; with `each`, through each block by itself."""
-    return Plan((Repeat(adjacent_blocks(blocks, "repeat"), whole_number(times, "times"), each),))
+    return Plan((Repeat(adjacent_blocks(blocks, "repeat"), whole_number(times, "`times`"), each),))
 
 
 def replace(block: SupportsIndex, by: SupportsIndex) -> Plan:
@@ -207,19 +207,19 @@ def reorder(order: str | Iterable[SupportsIndex | range | Visit]) -> Plan:
 
 def skip_attention(*blocks: Blocks, mean: bool = False, start: SupportsIndex = 0) -> Plan:
     """Skip the attention of blocks, or their other token mixer; `mean` and `start` as for `drop`."""
-    return Plan((Skip("attention", _refs(blocks, "skip_attention"), mean, whole_number(start, "start")),))
+    return Plan((Skip("attention", _refs(blocks, "skip_attention"), mean, whole_number(start, "`start`")),))
 
 
 def skip_mlp(*blocks: Blocks, mean: bool = False, start: SupportsIndex = 0) -> Plan:
     """Skip the MLP of blocks; `mean` and `start` as for `drop`."""
-    return Plan((Skip("mlp", _refs(blocks, "skip_mlp"), mean, whole_number(start, "start")),))
+    return Plan((Skip("mlp", _refs(blocks, "skip_mlp"), mean, whole_number(start, "`start`")),))
 
 
 def scale(blocks: Blocks, by: float, *, branch: Branch | None = None, start: SupportsIndex = 0) -> Plan:
     """Multiply what blocks add to the stream: "attention", "mlp", or both by default; `start` as for `drop`."""
     if branch not in (None, "attention", "mlp"):
         raise PlanError(f"branch is 'attention' or 'mlp', not {branch!r}")
-    return Plan((Scale(_refs([blocks], "scale"), by, branch, whole_number(start, "start")),))
+    return Plan((Scale(_refs([blocks], "scale"), by, branch, whole_number(start, "`start`")),))
 
 
 def heads_off(blocks: Blocks, heads: SupportsIndex | Iterable[SupportsIndex]) -> Plan:

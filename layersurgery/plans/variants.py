@@ -96,8 +96,8 @@ def family(
     number = value if isinstance(value, int) else 0
     if kind == "drop-span" and number > depth:
         raise PlanError(f"{name}: the model has only {depth} blocks; use a shorter span")
-    if max_span is not None and (max_span := whole_number(max_span, "max_span")) < 1:
-        raise PlanError(f"max_span is a number of blocks, at least 1, not {max_span}")
+    if max_span is not None and (max_span := whole_number(max_span, "`max_span`")) < 1:
+        raise PlanError(f"`max_span` is a number of blocks, at least 1, not {max_span}")
     bounds = Bounds(layer_range(layers, depth) or range(depth), depth, max_span, number, factor, source, heads, neurons)
     return [
         Variant.from_plan(kind, Plan((member.edit,)), depth, member.layer, member.cell)
@@ -125,7 +125,7 @@ def layer_range(layers: Layers, depth: int) -> range | None:
     if isinstance(layers, str):
         items = parse_items(layers)
         if len(items) != 1 or not isinstance(items[0].ref, Span) or not items[0].like.whole:
-            raise PlanError(f"layers takes one half-open range, for example 4:20, not {layers!r}")
+            raise PlanError(f"`layers` takes one half-open range, for example 4:20, not {layers!r}")
         blocks = resolve(items[0].ref, depth)
         return range(blocks[0], blocks[-1] + 1)
     if not isinstance(layers, range):
@@ -138,7 +138,7 @@ def layer_range(layers: Layers, depth: int) -> range | None:
         raise PlanError(f"{_LAYERS}, not {layers!r}")
     if layers.start < 0 or layers.stop > depth:
         raise PlanError(
-            f"layers {layers.start}:{layers.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
+            f"`layers` {layers.start}:{layers.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
         )
     return layers
 
@@ -184,7 +184,7 @@ def variants(
         variant.edit in FAMILIES and FAMILIES[variant.edit].bounded for variant in unique
     ):
         names = ", ".join(family.name for family in FAMILIES.values() if family.bounded)
-        raise PlanError(f"max_span has no effect on these edits; it bounds {names}")
+        raise PlanError(f"`max_span` has no effect on these edits; it bounds {names}")
     return unique
 
 

@@ -121,16 +121,16 @@ class PaperRequest:
             SourceError: a directory of tasks does not exist.
         """
         if paper not in VERSIONS:
-            raise PlanError(f"paper is a version of the paper, {' or '.join(VERSIONS)}, not {paper!r}")
+            raise PlanError(f"`paper` is a version of the paper, {' or '.join(VERSIONS)}, not {paper!r}")
         later = {"tasks": tasks, "limit": limit, "task_path": task_path or None, "wic": wic}
         given = [name for name, value in later.items() if value is not None]
         if paper == V1:
             if given:
-                raise PlanError(f"{given[0]} is for an experiment of v3, and v1 is asked for; leave one out")
+                raise PlanError(f"`{given[0]}` is for an experiment of v3, and v1 is asked for; leave one out")
             return cls(V1)
         if tasks == NO_TASKS:
             if unused := [name for name in ("limit", "task_path") if name in given]:
-                raise PlanError(f"{unused[0]} has an effect only with tasks, and tasks is {NO_TASKS}")
+                raise PlanError(f"`{unused[0]}` has an effect only with `tasks`, which is {NO_TASKS}")
             request = None
         else:
             request = TaskRequest.of(TASKS if tasks is None else tasks, limit, None, task_path)

@@ -76,7 +76,7 @@ def report(
     out = Path(output or NAME)
     out = out / NAME if out.is_dir() else out
     if os.path.lexists(out) and not overwrite:
-        raise OutputError(f"{out} already exists; choose another output, or overwrite it")
+        raise OutputError(f"{out} already exists; choose another output, or replace it (`overwrite`)")
     collected = collect(paths)
     for rows in _MAX_ROWS:
         size = len(build_page(collected, rows, [])[0].encode())

@@ -140,7 +140,7 @@ def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> N
     if not existing.private and not public:
         raise OutputError(
             f"the {upload.kind} repository {repo} exists and is public, so everybody could read what is pushed; allow "
-            "it (public), or choose another repository"
+            "it (`public`), or choose another repository"
         )
     names = [file.rfilename for file in existing.siblings or ()]
     if upload.kind == "model" and (

@@ -42,7 +42,7 @@ def missing_column(place: str, names: Iterable[Any], column: str | None) -> str:
     wanted = repr(column) if column is not None else f"{', '.join(map(repr, COLUMNS[:-1]))} or {COLUMNS[-1]!r}"
     return (
         f"{place} has no column {wanted}; it has {', '.join(map(str, names)) or 'none'}. "
-        "Name the column that contains the text or the conversations (column)"
+        "Name the column that contains the text or the conversations (`column`)"
     )
 
 

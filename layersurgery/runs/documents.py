@@ -135,17 +135,17 @@ def check_data(request: TextRequest) -> None:
     path = request.path
     is_saved = path is not None and is_saved_dataset(path)
     if request.lines and (is_saved or path is None):
-        raise PlanError("lines is for text files: each line of the file is one document")
+        raise PlanError("`lines` is for text files: each line of the file is one document")
     splits = saved_splits(path) if path and is_saved else []
     if splits and request.split not in splits:
         raise SourceError(_missing_split(str(path), splits, request.split))
     if request.split != DEFAULT_SPLIT and not (splits or request.from_hub):
-        raise PlanError(f"split is for a dataset of several splits, and {request.data} is not one")
+        raise PlanError(f"`split` is for a dataset of several splits, and {request.data} is not one")
     if path and not is_saved:
         for file in find_files(path):
             if request.lines and file_format(file) != "text":
                 raise PlanError(
-                    f"lines is for text files, and {file} is {file_format(file)}: each of its rows is one document "
+                    f"`lines` is for text files, and {file} is {file_format(file)}: each of its rows is one document "
                     "already"
                 )
     elif request.from_hub and (not _HUB_ID.fullmatch(request.data) or request.data.endswith((*FORMATS, *PACKED))):
@@ -164,7 +164,7 @@ def choose_split(dataset: Any, split: str, source: str) -> Any:
 
 
 def _missing_split(source: str, splits: Iterable[str], split: str) -> str:
-    return f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}. Name one of them (split)"
+    return f"{source} has no split {split!r}; it has {', '.join(map(str, splits))}. Name one of them (`split`)"
 
 
 def _entries(request: TextRequest, record: ReadingRecord) -> Iterator[_Entry]:
@@ -216,7 +216,7 @@ def _cells(rows: Iterable[tuple[int, Any]], column: str | None, source: str, rec
             record.empty_rows += 1
         elif isinstance(found, str) and column is None and chosen != "text":
             raise SourceError(
-                f"{place}: found {describe(found)}, not a list of messages; to read it as text, name it (column)"
+                f"{place}: found {describe(found)}, not a list of messages; to read it as text, name it (`column`)"
             )
         else:
             yield place, found
@@ -253,5 +253,5 @@ def _from_hub(request: TextRequest, record: ReadingRecord) -> Iterator[_Entry]:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
             f"cannot read the dataset {request.data} (split {request.split}): {first}. Go online, check the spelling, "
-            f"or use local text (data): a file, or {PYDOC}, which every Python has (--data {PYDOC})"
+            f"or use local text (`data`): a file, or {PYDOC}, which every Python has"
         ) from error

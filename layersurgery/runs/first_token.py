@@ -16,7 +16,7 @@ def bos_token_id(tokenizer: Any) -> int:
         PlanError: the tokenizer has none.
     """
     if tokenizer.bos_token_id is None:
-        raise PlanError("bos: this tokenizer has no beginning-of-text token; leave it out")
+        raise PlanError("`bos`: this tokenizer has no beginning-of-text token; leave it out")
     return int(tokenizer.bos_token_id)
 
 
@@ -29,7 +29,7 @@ def parse_bos(bos: bool | str | None) -> bool | None:
     if bos is None or isinstance(bos, bool):
         return bos
     if bos not in _BOS:
-        raise PlanError(f"bos is auto, yes or no, not {bos!r}")
+        raise PlanError(f"`bos` is auto, yes or no, not {bos!r}")
     return _BOS[bos]
 
 

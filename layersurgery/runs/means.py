@@ -156,7 +156,9 @@ def given_means(options: RunOptions, variants: Sequence[Variant], *, has_tasks: 
     """
     means = as_means(options.means)
     if means is not None and not adds_means(variants):
-        raise PlanError("means has no effect on these edits; it is for edits such as 'skip-mlp 20 mean' and drop-mean")
+        raise PlanError(
+            "`means` has no effect on these edits; it is for edits such as 'skip-mlp 20 mean' and drop-mean"
+        )
     if means is None and has_tasks and adds_means(variants):
         raise PlanError(f"edits that add means are measured on tasks with means of a text; {MEASURE_MEANS}")
     return means
@@ -186,7 +188,7 @@ def means_of_run(session: ModelSession, text: TokenizedText, run: Run, given: Me
     recorded = run.facts.get("means") if run.started else None
     if recorded is not None and recorded["fingerprint"] != means.fingerprint:
         raise OutputError(
-            f"{path} holds other means than those that this run began with; overwrite the run to start again"
+            f"{path} holds other means than those that this run began with; to start again, replace it (`overwrite`)"
         )
     run.start()
     (run.directory / JOURNAL).mkdir(exist_ok=True)  # from here on, the run is one to resume

@@ -119,7 +119,7 @@ class RunOptions:
         for name, least in (("batch_size", 1), ("context", 2), ("seed", 0)):
             number = values.get(name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
-                raise PlanError(f"{name} is a whole number of at least {least}, not {number!r}")
+                raise PlanError(f"`{name}` is a whole number of at least {least}, not {number!r}")
         return cls(**values)
 
     @property
@@ -130,11 +130,11 @@ class RunOptions:
             PlanError: it cannot be understood, or excludes another option.
         """
         if self.until is None:
-            self.refuse(["confidence"], "has an effect only with until")
+            self.refuse(["confidence"], "has an effect only with `until`")
             return None
         from ..sweeps.precision import Precision
 
-        self.refuse(["per_token", "propagation"], "needs all text for every edit; leave until out")
+        self.refuse(["per_token", "propagation"], "needs all text for every edit; leave `until` out")
         return Precision.parse(self.until, self.confidence)
 
     @property
@@ -145,7 +145,7 @@ class RunOptions:
             PlanError: it excludes another option.
         """
         if self.propagation:
-            self.refuse(["compile"], "hides what the parts of a block add; leave compile or propagation out")
+            self.refuse(["compile"], "hides what the parts of a block add; leave `compile` or `propagation` out")
         return self.propagation
 
     @property
@@ -159,7 +159,7 @@ class RunOptions:
             return None
         from ..sweeps.read_positions import ReadPositions
 
-        self.refuse(["per_token", "tails"], "needs every position; leave read out")
+        self.refuse(["per_token", "tails"], "needs every position; leave `read` out")
         return ReadPositions.parse(self.read, self.seed)
 
     def refuse(self, names: Iterable[str], why: str) -> None:
@@ -170,7 +170,7 @@ class RunOptions:
         """
         for name in self.given():
             if name in names:
-                raise PlanError(f"{name} {why}")
+                raise PlanError(f"`{name}` {why}")
 
     def without(self, names: Iterable[str]) -> RunOptions:
         """Return these options with the defaults of some."""

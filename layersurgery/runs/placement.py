@@ -78,9 +78,9 @@ def choose_placement(options: RunOptions, source: Source, reporter: Reporter) ->
     import torch
 
     if options.device and options.device_map:
-        raise PlanError("give either device or device-map, not both")
+        raise PlanError("give either `device` or `device_map`, not both")
     if (options.max_memory or options.offload_folder) and not options.device_map:
-        raise PlanError("max-memory and offload-folder need device-map, for example auto")
+        raise PlanError("`max_memory` and `offload_folder` need `device_map`, for example auto")
     device_map = read_device_map(options.device_map) if isinstance(options.device_map, str) else options.device_map
     if isinstance(device_map, dict):
         device_map = {name: place if isinstance(place, int) else str(place) for name, place in device_map.items()}
@@ -88,11 +88,11 @@ def choose_placement(options: RunOptions, source: Source, reporter: Reporter) ->
     folder = None if options.offload_folder is None else Path(options.offload_folder)
     device = str(options.device or "") or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.partition(":")[0] == "meta":
-        raise PlanError("device meta cannot compute; use cpu or cuda")
+        raise PlanError("`device` meta cannot compute; use cpu or cuda")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SourceError(f"device {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
+        raise SourceError(f"`device` {device} cannot be used: {str(error).partition(chr(10))[0]}") from error
     dtype = _resolve_dtype(options.dtype, device, source, reporter)
     if options.quantize is not None:
         check_quantize(options.quantize, source, dtype)
@@ -111,10 +111,10 @@ def _resolve_dtype(requested: str, device: str, source: Source, reporter: Report
             dtype = "float32"
             reporter.note(
                 "the checkpoint is in float16, which few CPUs can multiply, so it is loaded in float32; "
-                "dtype float16 keeps float16"
+                "`dtype` float16 keeps float16"
             )
     if dtype not in _DTYPES:
-        raise PlanError(f"dtype {requested!r} is not supported; use float32, bfloat16, float16 or auto")
+        raise PlanError(f"`dtype` {requested!r} is not supported; use float32, bfloat16, float16 or auto")
     return dtype
 
 

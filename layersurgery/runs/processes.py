@@ -71,7 +71,7 @@ def process_group_for(model: Any, options: RunOptions) -> ProcessGroup:
     from torch import nn
 
     if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):  # before other processes are waited for
-        raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
+        raise PlanError(f"`schedule` {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
     if isinstance(model, nn.Module):
         return SingleProcess()
     return find_process_group(cpu=options.device == "cpu" or not torch.cuda.is_available())

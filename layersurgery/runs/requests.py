@@ -93,7 +93,7 @@ class ModelInfo:
         if self.heads is None:
             raise PlanError(
                 f"heads: the config of {self.source.label} does not say how many attention heads its blocks have, so "
-                "the cost cannot be estimated without weights; measure some blocks (layers) instead"
+                "the cost cannot be estimated without weights; measure some blocks (`layers`) instead"
             )
         return self.heads[block]
 
@@ -319,7 +319,7 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
         PlanError: the data's name is empty, or the context is larger than the model's number of positions.
     """
     if options.data == "":
-        raise PlanError(f"data is empty: name a file, a directory, a Hub dataset or {PYDOC}")
+        raise PlanError(f"`data` is empty: name a file, a directory, a Hub dataset or {PYDOC}")
     documents = None if given is None else given.documents
     data = options.data or (PYDOC if isinstance(model, str) and is_of_package(model) else PILE)
     if given is not None:
@@ -329,7 +329,7 @@ def text_request(model: Any, options: RunOptions, positions: int | None, given: 
     if context is None:
         context = min(_EMBEDDED_CONTEXT if is_small else _CONTEXT, positions or _CONTEXT)
     elif positions is not None and context > positions:
-        raise PlanError(f"context {context} is more than the model's {positions} positions; give at most {positions}")
+        raise PlanError(f"`context` {context} is more than the model's {positions} positions; give at most {positions}")
     default = _EMBEDDED_TOKENS if is_small else _TOKENS
     if documents is not None and given is not None and given.is_finite:
         default = str(ALL)
@@ -363,13 +363,13 @@ def given_tokens(given: GivenText, padding: Padding) -> TokenizedText:
             if twice and (token not in padding.ends or twice < len(ids)):
                 raise PlanError(
                     f"{twice} of {len(ids)} sequences begin or end with the padding token ({token}), which "
-                    "would be counted as text; give attention_mask (or the tokenizer's whole output); all ones count "
+                    "would be counted as text; give `attention_mask` (or the tokenizer's whole output); all ones count "
                     "them"
                 )
             if once and token in padding.tokens and token not in padding.ends:
                 notes.append(
                     f"{once} of {len(ids)} sequences begin or end with one padding token ({token}), which is counted "
-                    "as text; if it is padding, give attention_mask"
+                    "as text; if it is padding, give `attention_mask`"
                 )
     return TokenizedText(ids, mask, fingerprint_of(ids, mask), tuple(notes))
 

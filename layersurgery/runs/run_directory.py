@@ -156,7 +156,7 @@ def _find_run(
     if (directory / FORMER_JOURNAL).exists() and not (run.finished or overwrite):
         raise OutputError(
             f"{directory} contains {KINDS[kind]} that an earlier version of layersurgery began, which this version "
-            "cannot resume. Finish it with that version, start again with overwrite, or choose another output"
+            "cannot resume. Finish it with that version, start again (`overwrite`), or choose another output"
         )
     has_results = run.facts.get("state") == "finished"
     if earlier is None or overwrite or not (has_results or run.started):
@@ -166,8 +166,8 @@ def _find_run(
         recorded, arguments = ({"analysis": values.get("analysis")} for values in (recorded, arguments))
     if differences := _describe_differences(recorded, arguments):
         raise OutputError(
-            f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Overwrite it to start again, "
-            "or choose another output"
+            f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Replace it to start again "
+            "(`overwrite`), or choose another output"
         )
     if has_results and not (run.finished or run.started):
         raise OutputError(

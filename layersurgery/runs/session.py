@@ -117,7 +117,7 @@ class ModelSession:
         self._heads: CountHeads | None = None
         self._neurons: PickNeurons | None = None
         if options.schedule not in (None, DEPTH_FIRST, LAYER_MAJOR):
-            raise PlanError(f"schedule {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
+            raise PlanError(f"`schedule` {options.schedule!r} is unknown; use {DEPTH_FIRST} or {LAYER_MAJOR}")
         self.trackers = tracker_names(options.track)
         self.texts = self._read(given)
 
@@ -272,7 +272,7 @@ class ModelSession:
         if rule is not None and not (self.texts.request.shuffle or self.texts.has_tasks):
             self._log_once(
                 "Note: edits may stop before the end of the text, which is taken in its own order. The intervals hold "
-                "for the whole text if its order is random (shuffle)"
+                "for the whole text if its order is random (`shuffle`)"
             )
         self._announce(measurer, text, options.batch_size or run.facts.get("batch_size"), stops=rule is not None)
         if resumed:

@@ -132,8 +132,8 @@ def _placement_of(model: nn.Module, options: RunOptions) -> Placement:
     """
     for name in ("quantize", "device", "device_map", "max_memory", "offload_folder", "revision"):
         if getattr(options, name) is not None:
-            raise PlanError(f"{name} is for a model that is loaded by its name; this one is loaded already")
+            raise PlanError(f"`{name}` is for a model that is loaded by its name; this one is loaded already")
     if options.dtype != "auto":
-        raise PlanError("dtype is for a model that is loaded by its name; this one is loaded already")
+        raise PlanError("`dtype` is for a model that is loaded by its name; this one is loaded already")
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Placement(str(device_of(model)), dtype)

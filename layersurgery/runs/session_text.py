@@ -200,11 +200,11 @@ def tokenizer_of_run(source: Source | None, other: Any, label: str, *, trust_rem
     if other is not None and not isinstance(other, str):
         return other
     if source is None and other is None:
-        raise SourceError("a loaded model needs a tokenizer for texts: give tokenizer, or token ids")
+        raise SourceError("a loaded model needs a tokenizer for texts: give `tokenizer`, or token ids")
     if other:
         source = replace(find_source(other, weights=False), trust_remote_code=trust_remote_code)
     assert source is not None
     tokenizer = tokenizer_of(source)
     if tokenizer is None:
-        raise SourceError(f"{other or label} has no tokenizer; name a model that has one (tokenizer)")
+        raise SourceError(f"{other or label} has no tokenizer; name a model that has one (`tokenizer`)")
     return tokenizer

@@ -361,7 +361,7 @@ def task_request(tasks: Any, limit: Any, shots: Any, task_path: Any) -> TaskRequ
     if tasks is None:
         for name, value in {"limit": limit, "shots": shots, "task_path": task_path or None}.items():
             if value is not None:
-                raise PlanError(f"{name} has an effect only with tasks")
+                raise PlanError(f"`{name}` has an effect only with `tasks`")
         return None
     return TaskRequest.of(tasks, limit, shots, task_path)
 
@@ -389,9 +389,10 @@ def place_tasks(
         options = options.without(["seed"])  # it orders the documents
     if options.until is not None:
         raise PlanError(
-            f"until {options.until}: tasks are named by their names ({tasks}), and metrics of a text need a text (data)"
+            f"`until` {options.until}: tasks are named by their names ({tasks}), and metrics of a text need a text "
+            "(`data`)"
         )
-    options.refuse(NOT_FOR_TASKS, "has no effect on tasks alone; name a text (data), too")
+    options.refuse(NOT_FOR_TASKS, "has no effect on tasks alone; name a text (`data`), too")
     return options, GivenText(tasks=tasks), None
 
 

@@ -99,7 +99,7 @@ def read_text(request: TextRequest, tokenizer: Any) -> TokenizedText:
     notes += record.all_notes()
     total = sum(map(len, sequences))
     if cut:
-        notes.append(f"documents longer than {context} tokens (context), which were cut: {len(cut)}")
+        notes.append(f"documents longer than {context} tokens (`context`), which were cut: {len(cut)}")
     if total < request.tokens < ALL:
         notes.append(f"the text is too short: it has {total:,} tokens of the {request.tokens:,} requested")
     length = max(map(len, sequences))

@@ -51,7 +51,7 @@ def tracker_names(track: str | Sequence[str] | None) -> tuple[str, ...]:
         if name not in TRACKERS:
             raise PlanError(f"tracker {name!r} is unknown; use {', '.join(TRACKERS)}")
         if find_spec(name) is None:
-            raise SourceError(f"track {name} needs a package that is not installed: pip install '{TRACKERS[name]}'")
+            raise SourceError(f"`track` {name} needs a package that is not installed: pip install '{TRACKERS[name]}'")
     return unique
 
 

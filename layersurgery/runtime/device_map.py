@@ -34,19 +34,19 @@ def read_device_map(text: str) -> DeviceMap:
             text = Path(text).read_text("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError, ValueError):
             raise PlanError(
-                f"device-map {text!r} is not a map and not a file: write {', '.join(AUTO)}, a device, a JSON object "
+                f"`device_map` {text!r} is not a map and not a file: write {', '.join(AUTO)}, a device, a JSON object "
                 '(\'{"model.layers.0": 0, "lm_head": "cpu"}\') or the path of a file that contains one'
             ) from None
     try:
         parsed = json.loads(text)
     except ValueError as error:
-        raise PlanError(f"device-map is not valid JSON: {error}") from None
+        raise PlanError(f"`device_map` is not valid JSON: {error}") from None
     malformed = not isinstance(parsed, dict) or not parsed
     if malformed or not all(
         isinstance(device, int | str) and not isinstance(device, bool) for device in parsed.values()
     ):
         raise PlanError(
-            "device-map must map names of modules to devices (a GPU's number, cpu or disk); "
+            "`device_map` must map names of modules to devices (a GPU's number, cpu or disk); "
             f"found {json.dumps(parsed)[:80]}"
         )
     return {name: int(device) if str(device).isdecimal() else device for name, device in parsed.items()}
@@ -67,11 +67,11 @@ def read_max_memory(text: str) -> MaxMemory:
         device, _, size = map(str.strip, part.partition("="))
         match = _SIZE.fullmatch(size)
         if not re.fullmatch(r"\d+|cpu|mps", device) or match is None:
-            raise PlanError(f"max-memory {part!r} is not DEVICE=SIZE: write 0=70GiB,cpu=100GiB")
+            raise PlanError(f"`max_memory` {part!r} is not DEVICE=SIZE: write 0=70GiB,cpu=100GiB")
         unit = (1024 if match[3] else 1000) ** ("KMGT".index(match[2].upper()) + 1)
         parsed[int(device) if device.isdecimal() else device] = int(float(match[1]) * unit)
     if not parsed:
-        raise PlanError("max-memory is empty: write 0=70GiB,cpu=100GiB")
+        raise PlanError("`max_memory` is empty: write 0=70GiB,cpu=100GiB")
     return parsed
 
 

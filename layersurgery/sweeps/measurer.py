@@ -344,7 +344,7 @@ class Measurer:
                 another_order = ", the schedule depth-first, which keeps fewer streams in memory"
             raise MeasurementError(
                 f"memory is too small for one sequence of {length} tokens: use a shorter context, fewer edits at once"
-                f"{another_order}, or half precision (dtype bfloat16)"
+                f"{another_order}, or half precision (`dtype` bfloat16)"
             )
         self.max_sequences = sequences // 2
         warn(f"memory ran out with {sequences} sequences at once; continuing with {self.max_sequences}")

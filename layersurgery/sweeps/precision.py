@@ -98,12 +98,12 @@ class Precision:
         elif isinstance(until, Mapping):
             pairs = [(str(name), str(amount)) for name, amount in until.items()]
         else:
-            raise PlanError(f'until is text such as "agreement=0.5pt,kl=2%", not {until!r}')
+            raise PlanError(f'`until` is text such as "agreement=0.5pt,kl=2%", not {until!r}')
         if not pairs:
-            raise PlanError('until is empty; give for example "agreement=0.5pt,kl=2%"')
+            raise PlanError('`until` is empty; give for example "agreement=0.5pt,kl=2%"')
         targets = tuple(_parse_target(name, amount) for name, amount in pairs)
         if len({target.metric for target in targets}) < len(targets):
-            raise PlanError(f"until names a metric twice: {until}")
+            raise PlanError(f"`until` names a metric twice: {until}")
         return cls(targets, confidence)
 
     def __str__(self) -> str:
@@ -203,7 +203,7 @@ def check_confidence(confidence: float) -> float:
     except (TypeError, ValueError):
         value = 0.0
     if not 0.5 <= value < 1:
-        raise PlanError(f"confidence is a share between 0.5 and 1, such as 0.95, not {confidence!r}")
+        raise PlanError(f"`confidence` is a share between 0.5 and 1, such as 0.95, not {confidence!r}")
     return value
 
 
@@ -218,7 +218,7 @@ def _parse_target(name: str, text: str) -> Target:
     if amount > 0 and (unit in _POINTS if is_share(metric) else unit == entry.unit):
         return Target(metric, amount / entry.factor, relative=False)
     raise PlanError(
-        f"until {name}={text}: give an amount such as {name}=2% of the mean, or {name}="
+        f"`until` {name}={text}: give an amount such as {name}=2% of the mean, or {name}="
         f"{'0.5pt (percentage points)' if is_share(metric) else f'0.01{entry.unit}'}"
     )
 
@@ -229,7 +229,7 @@ def _find_metric(name: str) -> str:
         return short.get(name, name)
     near = difflib.get_close_matches(name, [*short, *METRICS], n=1)
     hint = f"did you mean {near[0]}?" if near else f"the metrics are {', '.join(short)}"
-    raise PlanError(f"until has no metric {name!r}; {hint}")
+    raise PlanError(f"`until` has no metric {name!r}; {hint}")
 
 
 def _unit(entry: Column) -> str:

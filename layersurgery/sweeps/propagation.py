@@ -97,7 +97,7 @@ class Propagation:
         if not later:
             raise PlanError(
                 "propagation compares what blocks add after an edit, and none of these edits runs a whole block after "
-                "its first change; leave propagation out"
+                "its first change; leave `propagation` out"
             )
         self.contributions = find_contributions(runner, check_attention=False)
         self.skipped = self._find_skipped()
@@ -111,7 +111,7 @@ class Propagation:
                     self.size += _OF_CHANGE
         if self.size == _TOKENS + 1:
             what, reason = next(iter(self.skipped.items()))
-            raise UnsupportedEditError(f"{what} cannot be measured, nor any other: {reason}; leave propagation out")
+            raise UnsupportedEditError(f"{what} cannot be measured, nor any other: {reason}; leave `propagation` out")
         self._batch: _Batch | None = None
 
     def _path(self, route: Route) -> Iterator[int]:
@@ -236,7 +236,7 @@ class Propagation:
             if seen[point.path] != 1:
                 raise MeasurementError(
                     f"block {block}: {point.path} ran {seen[point.path]} times for this text, and once in the test run "
-                    f"on seven tokens, so what its {point.branch} adds is not known; leave propagation out"
+                    f"on seven tokens, so what its {point.branch} adds is not known; leave `propagation` out"
                 )
 
     def sums(self) -> Array:

@@ -112,7 +112,7 @@ class ReadPositions:
         if value >= 1 and str(read).strip().isdigit():
             return cls(int(value), seed)
         raise PlanError(
-            f"read is a share of the positions, such as 1/4, or a number of positions of each sequence, such as 64; "
+            f"`read` is a share of the positions, such as 1/4, or a number of positions of each sequence, such as 64; "
             f"not {read!r}"
         )
 

@@ -216,7 +216,7 @@ def layer_major(
         if has_groups(route):
             raise UnsupportedEditError(
                 f"{route}: parallel blocks are run together, so they cannot be measured layer by layer, which is the "
-                "default if weights are offloaded; choose the schedule depth-first"
+                "default if weights are offloaded; choose `schedule` depth-first"
             )
     best = _schedule_by_layer(routes, depth, 1, run_only)
     for resident_blocks in range(2, min(max_resident, depth) + 1):

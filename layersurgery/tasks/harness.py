@@ -139,16 +139,16 @@ class Harness:
         """
         task = self._loaded["tasks"].get(name)
         if task is None:
-            raise PlanError(f"until: {name} is a group; name its tasks: {', '.join(self.tasks)}")
+            raise PlanError(f"`until`: {name} is a group; name its tasks: {', '.join(self.tasks)}")
         metrics = list(task.aggregation())
         metric = "acc" if "acc" in metrics else metrics[0]
         if metric not in _SHARES or task.OUTPUT_TYPE == "loglikelihood_rolling":
             raise PlanError(
-                f"until: {name} has the metric {metric}, whose values are not between 0 and 1 for each document; leave "
-                f"{name} out of until"
+                f"`until`: {name} has the metric {metric}, whose values are not between 0 and 1 for each document; "
+                f"leave {name} out of `until`"
             )
         if task.config.filter_list is not None:
-            raise PlanError(f"until: lm-eval filters the answers to {name}; leave {name} out of until")
+            raise PlanError(f"`until`: lm-eval filters the answers to {name}; leave {name} out of `until`")
         return metric
 
     def _evaluate(self, *, log_samples: bool) -> Any:

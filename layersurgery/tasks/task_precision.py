@@ -54,7 +54,7 @@ class TaskTargets:
             amount = float(match[1]) / (100 if match[2] else 1) if match else 0.0
             if not 0 < amount < 1:
                 raise PlanError(
-                    f"until {name}={text}: give half of the interval's width in percentage points, such as {name}=2pt"
+                    f"`until` {name}={text}: give half of the interval's width in percentage points, such as {name}=2pt"
                 )
             found.append((name, amount))
         return cls(tuple(found), check_confidence(confidence), seed)
@@ -146,7 +146,7 @@ def value_of(harness: Harness, task: str, document: int, answers: Sequence[Answe
     value = harness.document_value(task, document, answers)
     if not 0 <= value <= 1:
         raise MeasurementError(
-            f"{task}: lm-eval gave a document {value}, which is not between 0 and 1; leave until out"
+            f"{task}: lm-eval gave a document {value}, which is not between 0 and 1; leave `until` out"
         )
     return value
 

@@ -68,9 +68,9 @@ class TaskRequest:
             raise PlanError("no task is named; name tasks of lm-eval, for example arc_easy,hellaswag")
         numbers: dict[str, Any] = {}
         for name, value, least in (("limit", limit, 1), ("shots", shots, 0)):
-            numbers[name] = None if value is None else whole_number(value, name)
+            numbers[name] = None if value is None else whole_number(value, f"`{name}`")
             if value is not None and numbers[name] < least:
-                raise PlanError(f"{name} is a whole number of at least {least}, not {value}")
+                raise PlanError(f"`{name}` is a whole number of at least {least}, not {value}")
         directories = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         for directory in directories:
             if not Path(directory).is_dir():

@@ -132,7 +132,7 @@ def test_kinds_of_neurons_are_compared_with_random_ones(tmp_path: Path, monkeypa
     assert compared >= 2
     again = ls.analyze("ablate-neurons", model, ids, directory=tmp_path / "again", draws=2)
     pd.testing.assert_frame_equal(frame, again)
-    with pytest.raises(ls.PlanError, match="draws is a whole number of at least 1, not 0"):
+    with pytest.raises(ls.PlanError, match="`draws` is a whole number of at least 1, not 0"):
         ls.analyze("ablate-neurons", model, ids, directory=tmp_path / "none", draws=0)
 
 

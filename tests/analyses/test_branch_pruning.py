@@ -341,8 +341,8 @@ def test_the_checkpoint_skips_what_was_chosen(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({}, "give one of remove, remove_attention, remove_mlp, remove_branches and budget; .* none was given"),
-        ({"remove": 1, "remove_mlp": 1}, "remove and remove_mlp were given"),
+        ({}, "give one of `remove`, `remove_attention`, `remove_mlp`, `remove_branches` and `budget`; .* found none"),
+        ({"remove": 1, "remove_mlp": 1}, "found `remove` and `remove_mlp`"),
         ({"remove_attention": 7}, "cannot remove 7 of 6 attention branches; give 1 to 6"),
         ({"remove_branches": 12}, "cannot remove 12 of 12 branches; give 1 to 11"),
         ({"remove_attention": 6, "remove_mlp": 6}, "cannot remove all 12 branches; one of them stays"),
@@ -350,8 +350,8 @@ def test_the_checkpoint_skips_what_was_chosen(name: str, tmp_path: Path) -> None
         ({"remove": 1, "keep": "0:6"}, "cannot remove 1 of 6 layers, and keep 6 of them"),
         ({"budget": "params=5%", "keep": "0:6"}, "all layers are kept"),
         ({"remove": 1, "keep": "6"}, "block 6 is out of range"),
-        ({"remove": 1, "keep": "1-attn"}, "keep takes numbers and half-open ranges of layers"),
-        ({"remove": 1, "of": "mlp"}, "of says what a budget removes; remove says it by itself"),
+        ({"remove": 1, "keep": "1-attn"}, "`keep` takes numbers and half-open ranges of layers"),
+        ({"remove": 1, "of": "mlp"}, "`of` says what a budget removes; `remove` says it by itself"),
         ({"budget": "size=5%"}, "cannot read the budget 'size=5%'"),
         ({"budget": "params=5%", "of": "heads"}, "unknown kind of parts 'heads'; choose from blocks, attention"),
         ({"remove": 1, "by": "second-order"}, "it was tried and not kept.*choose from kl, influence, angular, loss"),
@@ -371,7 +371,7 @@ def test_a_budget_that_nothing_reaches_is_refused() -> None:
 
 
 def test_ranks_of_branches_take_no_spans() -> None:
-    with pytest.raises(ls.PlanError, match="spans are of blocks; leave them out to rank mlp"):
+    with pytest.raises(ls.PlanError, match="`spans` are of blocks; leave them out to rank mlp"):
         ls.rank(tiny_model("llama"), tokens(), of="mlp", spans=2)
     with pytest.raises(ls.PlanError, match="cannot search the 12 lowest of 12 branches; give 1 to 11"):
         ls.rank(tiny_model("llama"), tokens(), of="branches", lowest=12)

@@ -178,7 +178,7 @@ def test_a_pruned_model_is_healed_before_it_is_written(tmp_path: Path) -> None:
     found = ls.search(tmp_path / "source", TEXT, remove=1, beam=1, heal="linear", output=tmp_path / "found", race=False)
     assert found.healing is not None
     assert "## What was measured" in (tmp_path / "found" / "README.md").read_text()
-    with pytest.raises(ls.PlanError, match="heal is 'linear' or left out, not 'lora'"):
+    with pytest.raises(ls.PlanError, match="`heal` is 'linear' or left out, not 'lora'"):
         ls.prune(model, TEXT, remove=2, heal="lora")
 
 

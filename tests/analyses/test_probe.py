@@ -84,7 +84,7 @@ def test_the_class_is_told_by_the_text_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"suffix": "ing", "regex": "ing"}, "give suffix or regex, not both"),
+        ({"suffix": "ing", "regex": "ing"}, "give `suffix` or `regex`, not both"),
         (
             {"regex": "(ing"},
             r"'\(ing' is not a valid regular expression: missing \), unterminated subpattern at position 0",
@@ -313,10 +313,10 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "code", "said"),
     [
-        (["--suffix", "x", "--regex", "x"], 2, "give suffix or regex, not both"),
+        (["--suffix", "x", "--regex", "x"], 2, "give --suffix or --regex, not both"),
         (["--regex", "[x"], 2, "'[x' is not a valid regular expression: unterminated character set at position 0"),
         (["--suffix", "ing"], 2, "no token ends with 'ing'"),
-        (["--suffix", "x", "-n", 500], 1, "tokens of text are needed: give more text (data, tokens)"),
+        (["--suffix", "x", "-n", 500], 1, "tokens of text are needed: give more text (--data, --tokens)"),
     ],
 )
 def test_what_is_refused_on_the_command_line(

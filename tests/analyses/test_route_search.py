@@ -203,8 +203,11 @@ def test_a_front_is_what_nothing_beats() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({}, "a search needs one of depth, remove and repeat; none is given"),
-        ({"remove": 1, "depth": 5}, "a search needs one of depth, remove and repeat; not both depth and remove"),
+        ({}, "a search needs one of `depth`, `remove` and `repeat`; none is given"),
+        (
+            {"remove": 1, "depth": 5},
+            "a search needs one of `depth`, `remove` and `repeat`; not both `depth` and `remove`",
+        ),
         ({"depth": 6}, "depth 6 is the model's own; give fewer to remove layers, more to repeat some"),
         ({"depth": 0}, "depth 0 is out of range for a model of 6 blocks; give 1 to 24"),
         ({"depth": 25}, "depth 25 is out of range for a model of 6 blocks; give 1 to 24"),
@@ -212,9 +215,9 @@ def test_a_front_is_what_nothing_beats() -> None:
         ({"remove": 0}, "cannot remove 0 of 6 layers; give 1 to 5"),
         ({"repeat": 0}, "cannot repeat 0 layers of 6; give 1 to 18"),
         ({"repeat": 19}, "cannot repeat 19 layers of 6; give 1 to 18"),
-        ({"remove": 2, "beam": 0}, "beam is the number of routes to continue from, at least 1, not 0"),
-        ({"remove": 2, "max_span": 3}, "max_span is 1 to 2, the number of layers to change, not 3"),
-        ({"remove": 1.5}, "remove is given as a whole number, not as 1.5"),
+        ({"remove": 2, "beam": 0}, "`beam` is the number of routes to continue from, at least 1, not 0"),
+        ({"remove": 2, "max_span": 3}, "`max_span` is 1 to 2, the number of layers to change, not 3"),
+        ({"remove": 1.5}, "`remove` is given as a whole number, not as 1.5"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(asked: dict[str, Any], said: str) -> None:

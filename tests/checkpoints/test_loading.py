@@ -61,5 +61,5 @@ def test_a_device_instead_of_a_device_map(llama: Path) -> None:
         ls.load(llama, device="cuda:9")
     with pytest.raises(ls.PlanError, match="device 'gpu' cannot be used: "):
         ls.load(llama, device="gpu")
-    with pytest.raises(ls.PlanError, match="device='cpu' and device_map='auto' were both given"):
+    with pytest.raises(ls.PlanError, match=r"`device` \(cpu\) and `device_map` \(auto\) were both given"):
         ls.load(llama, device="cpu", device_map="auto")

@@ -53,7 +53,7 @@ def test_a_cut_is_healed_and_then_trained(place: Path, tmp_path: Path) -> None:
         (("heal-linear", "--plan", "swap 1 2"), 1, "each block that stays must run once and in order"),
         (("heal-linear", "--plan", "drop 9"), 2, "block 9 is out of range"),
         (("heal-linear",), 2, "Missing option '--plan'"),
-        (("prune", "--remove", 1, "--heal", "lora"), 2, "heal is 'linear' or left out"),
+        (("prune", "--remove", 1, "--heal", "lora"), 2, "--heal is 'linear' or left out"),
         (("search", "--remove", 1, "--heal", "linear"), 2, "--heal changes the checkpoint"),
         (("heal", "--steps", 2), 2, "Missing option '--teacher'"),
         (("heal", "--steps", 2, "--teacher", "nowhere"), 1, "nowhere is not on this machine"),

@@ -201,9 +201,9 @@ def test_the_later_version_has_all_of_the_first() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--paper", "v2"], "paper is a version of the paper, v1 or v3, not 'v2'"),
+        (["--paper", "v2"], "--paper is a version of the paper, v1 or v3, not 'v2'"),
         (["--paper", "v1", "--limit", 3], "limit is for an experiment of v3, and v1 is asked for"),
-        (["--tasks", "none", "--limit", 3], "limit has an effect only with tasks, and tasks is none"),
+        (["--tasks", "none", "--limit", 3], "--limit has an effect only with --tasks, which is none"),
         (["--tasks", ","], "no task is named"),
     ],
 )

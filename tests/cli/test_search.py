@@ -114,13 +114,13 @@ def test_the_cost_is_said_before(place: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("asked", "code", "said"),
     [
-        ([], 2, "a search needs one of depth, remove and repeat; none is given"),
+        ([], 2, "a search needs one of --depth, --remove and --repeat; none is given"),
         (["--remove", 1, "--depth", 5], 2, "not both depth and remove"),
         (["--depth", DEPTH], 2, f"depth {DEPTH} is the model's own"),
         (["--depth", 0], 2, f"depth 0 is out of range for a model of {DEPTH} blocks"),
         (["--remove", DEPTH], 2, f"cannot remove {DEPTH} of {DEPTH} layers; give 1 to {DEPTH - 1}"),
         (["--remove", 1, "--beam", 0], 2, "should be greater than or equal to 1"),
-        (["--remove", 1, "--max-span", 2], 2, "max_span is 1 to 1, the number of layers to change, not 2"),
+        (["--remove", 1, "--max-span", 2], 2, "--max-span is 1 to 1, the number of layers to change, not 2"),
         (["--remove", 1, "--by", "task:arc_easy"], 2, "data has no effect on tasks"),
     ],
 )

@@ -151,7 +151,7 @@ def test_changed_arguments_are_refused(small: list[Any], story: Path) -> None:
         found = run(*small, *more)
         assert found.exit_code == 1
         assert words in found.stderr
-        assert "Overwrite it to start again" in found.stderr
+        assert "Replace it to start again (--overwrite)" in found.stderr
     before = story.read_text(encoding="utf-8")
     try:
         story.write_text(before.upper(), encoding="utf-8")
@@ -166,7 +166,7 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
     tiny_model("llama").save_pretrained(tmp_path / "bare")
     bare = [*small[:1], tmp_path / "bare", *small[2:]]
     found = run(*bare)
-    assert (found.exit_code, "has no tokenizer; name a model that has one (tokenizer)" in found.stderr) == (
+    assert (found.exit_code, "has no tokenizer; name a model that has one (--tokenizer)" in found.stderr) == (
         1,
         True,
     )
@@ -187,7 +187,7 @@ def test_another_models_tokenizer(small: list[Any], model: Path, tmp_path: Path)
         (["--edits", "drop-span"], 2, "write drop-span:4"),
         (["--edits", "drop-span:6"], 2, "removes all 6 blocks; keep at least one"),
         (["--layers", "4:9"], 2, "the range 4:9 is out of range: the model has 6 blocks"),
-        (["--layers", "4"], 2, "layers takes one half-open range"),
+        (["--layers", "4"], 2, "--layers takes one half-open range"),
         (["--tokens", "lots"], 2, "'lots' is not a number of tokens"),
         (["--context", "65"], 2, "context 65 is more than the model's 64 positions"),
         (["--context", "1"], 2, "Invalid value for '--context'"),

@@ -241,7 +241,7 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
         (lambda: untyped.swap((1, 2)), r"a block is given as a whole number, not as \(1, 2\)"),
         (lambda: untyped.swap(1, 2.0), "not as 2.0"),
         (lambda: untyped.move(1, after=True), "not as True"),
-        (lambda: untyped.repeat(1, times=2.5), "times is given as a whole number, not as 2.5"),
+        (lambda: untyped.repeat(1, times=2.5), "`times` is given as a whole number, not as 2.5"),
         (lambda: untyped.repeat([4, 6]), r"\[4, 6\] is not a range of adjacent blocks"),
         (lambda: untyped.repeat(range(8, 8)), r"range\(8, 8\) is empty"),
         (lambda: untyped.reverse("8:12"), "not as '8:12'"),

@@ -170,12 +170,12 @@ def test_edits_of_one_layer_form_lines() -> None:
 
 def test_max_span_bounds_spans_and_pairs_only() -> None:
     with pytest.raises(
-        ls.PlanError, match=r"^max_span has no effect on these edits; it bounds drop-spans, repeat-spans"
+        ls.PlanError, match=r"^`max_span` has no effect on these edits; it bounds drop-spans, repeat-spans"
     ):
         variants("swap,drop", 8, max_span=2)
-    with pytest.raises(ls.PlanError, match=r"^max_span is a number of blocks, at least 1, not 0$"):
+    with pytest.raises(ls.PlanError, match=r"^`max_span` is a number of blocks, at least 1, not 0$"):
         variants("jump", 8, max_span=0)
-    with pytest.raises(ls.PlanError, match=r"^max_span is given as a whole number, not as 1\.5$"):
+    with pytest.raises(ls.PlanError, match=r"^`max_span` is given as a whole number, not as 1\.5$"):
         variants("jump", 8, max_span=1.5)  # type: ignore[arg-type]
     found = variants("drop,jump", 8, max_span=1)
     assert (len(found), len({variant.route for variant in found})) == (24, 16)  # a jump over one block is a drop
@@ -247,7 +247,7 @@ def test_layers_out_of_range_and_layers_without_an_edit() -> None:
     assert layer_range(None, 6) is None
     assert layer_range("4:", 6) == range(4, 6)
     for wrong, words in {
-        "3": "layers takes one half-open range, for example 4:20, not '3'",
+        "3": "`layers` takes one half-open range, for example 4:20, not '3'",
         "1:3 4:6": "one half-open range",
         "1:3-mlp": "one half-open range",
         "4:9": "the range 4:9 is out of range",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+import layersurgery as ls
 from benchmarks import paper_costs
 from tests.support import generate_docs
 
@@ -34,6 +36,27 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
 def test_nothing_is_left_to_be_filled_in(page: Path) -> None:
     assert not re.findall(r"[A-Z]+_[A-Z_]+S?\n|TODO|FIXME", page.read_text(encoding="utf-8"))
+
+
+def test_messages_quote_arguments_that_exist() -> None:
+    """A quoted name is an argument of a public function, so that the command line can write it as its option."""
+    functions = [getattr(ls, name) for name in ls.__all__] + [
+        getattr(ls.analyses, name) for name in ls.analyses.__all__
+    ]
+    known = {name for each in functions if inspect.isfunction(each) for name in inspect.signature(each).parameters}
+    known |= {name.lstrip("-").replace("-", "_") for name in re.findall(r"--[a-z-]+", generate_docs.commands())}
+    quoted = set(re.findall(r"(?<!`)`([a-z_]+)`(?!`)", generate_docs.PAGES["errors.md"]().replace("\n- ``", "\n- ")))
+    quoted -= {"analyze", "stages"}  # commands
+    quoted -= {"quantization_config"}  # an argument of from_pretrained, which load passes on
+    assert len(quoted) > 40
+    assert quoted <= known, quoted - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_text_becomes_a_heading(page: Path) -> None:
+    """Markdown takes a line that begins with # for a heading, also where it was meant as a number."""
+    text = re.sub(r"^( *)```.*?^\1```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert not re.findall(r"^#+[^# \n].*", text, re.M)
 
 
 @pytest.mark.parametrize("page", generate_docs.PAGES)

@@ -69,7 +69,7 @@ def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
         texts_of(tmp_path / "saved")
     with pytest.raises(SourceError, match=r"contains a dataset that was saved with save_to_disk; name it: .*saved"):
         texts_of(tmp_path)
-    with pytest.raises(PlanError, match="lines is for text files"):
+    with pytest.raises(PlanError, match="`lines` is for text files"):
         texts_of(tmp_path / "saved", split="test", lines=True)
     next((tmp_path / "saved" / "test").glob("*.arrow")).write_bytes(b"damaged")
     with pytest.raises(SourceError, match="cannot read the saved dataset"):
@@ -79,7 +79,7 @@ def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.csv", "saved", "pydoc"])
 def test_a_split_that_nothing_has_is_refused(tmp_path: Path, name: str) -> None:
     data = Path(name) if name == "pydoc" else write(tmp_path / name)
-    with pytest.raises(PlanError, match="split is for a dataset of several splits"):
+    with pytest.raises(PlanError, match="`split` is for a dataset of several splits"):
         texts_of(data, split="test")
 
 

@@ -343,7 +343,7 @@ def test_a_character_is_a_token_here() -> None:
         (lambda m: ls.sweep(m, "drop", ["a", 3]), "a list of texts holds 3"),
         (lambda m: ls.sweep(m, "drop", "pydoc", data="x.txt"), "data names a text, and another text is given"),
         (lambda m: ls.sweep(m, "drop", "pydoc", attention_mask=tokens()), "attention_mask is for token ids"),
-        (lambda m: ls.sweep(m, "drop", "pydoc", lines=True, tokenizer=tiny_tokenizer()), "lines is for text files"),
+        (lambda m: ls.sweep(m, "drop", "pydoc", lines=True, tokenizer=tiny_tokenizer()), "`lines` is for text files"),
         (
             lambda m: ls.sweep(m, "drop", "gone.txt", tokenizer=tiny_tokenizer()),
             "gone.txt does not exist on this machine",
@@ -352,7 +352,7 @@ def test_a_character_is_a_token_here() -> None:
             lambda m: ls.sweep(m, "drop", datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]}))),
             r"the dataset has no split 'train'; it has test. Name one of them \(split\)",
         ),
-        (lambda m: ls.sweep(m, "drop", ["a"], split="test"), "split is for a dataset of several splits"),
+        (lambda m: ls.sweep(m, "drop", ["a"], split="test"), "`split` is for a dataset of several splits"),
         (lambda m: ls.analyses.lens(m, tokens(), compile=True), "compile is for sweep; lens does not take it"),
         (lambda m: ls.analyses.neurons(m, tokens()), "neurons reads the weights alone; give no text"),
         (lambda m: ls.compare(m, "drop 2", tokens(), compile=True), "compile is for sweep; compare does not"),

@@ -123,7 +123,7 @@ def test_one_document_a_sequence(jsonl: Path) -> None:
     assert text.ids.shape == (3, 20)
     assert text.ids[0, 12:].eq(0).all()
     assert text.notes == (
-        "documents longer than 20 tokens (context), which were cut: 1",
+        "documents longer than 20 tokens (`context`), which were cut: 1",
         "the text is too short: it has 47 tokens of the 1,000 requested",
     )
     assert len(read(jsonl, 13, 20, pack=False).ids) == 2
@@ -311,7 +311,7 @@ def test_what_bos_may_be() -> None:
         True,
         False,
     ]
-    with pytest.raises(PlanError, match="bos is auto, yes or no, not 'perhaps'"):
+    with pytest.raises(PlanError, match="`bos` is auto, yes or no, not 'perhaps'"):
         parse_bos("perhaps")
 
 

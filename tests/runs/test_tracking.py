@@ -96,7 +96,7 @@ def test_what_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ls.sweep(tiny, "drop", TEXT, directory="out", track="tensorbord")
     with pytest.raises(ls.PlanError, match="track is for runs that are written, so it needs directory"):
         ls.sweep(tiny, "drop", TEXT, track="tensorboard")
-    with pytest.raises(ls.PlanError, match="track is for runs batch by batch, and neurons is measured in one go"):
+    with pytest.raises(ls.PlanError, match="`track` is for runs batch by batch, and neurons is measured in one go"):
         ls.analyze("neurons", tiny, directory="out", track="tensorboard")
     monkeypatch.setattr("layersurgery.runs.tracking.find_spec", lambda _: None)
     for name, package in (("tensorboard", "layersurgery[track]"), ("wandb", "wandb"), ("trackio", "trackio")):

@@ -218,7 +218,7 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--device", "cpu", "--device-map", "auto"], "give either device or device-map"),
+        (["--device", "cpu", "--device-map", "auto"], "give either --device or --device-map"),
         (["--max-memory", "cpu=1GB"], "need device-map"),
         (["--device-map", "auto", "--max-memory", "lots"], "max-memory 'lots' is not DEVICE=SIZE"),
         (["--device-map", "nowhere.json"], "is not a map and not a file"),

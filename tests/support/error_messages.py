@@ -111,7 +111,9 @@ def page() -> str:
         "# Error messages\n",
         "This page is generated from the source by `uv run python -m tests.support.generate_docs`. It lists the\n"
         "messages of all errors and warnings of layersurgery. Capitals and three dots stand for what a message names:\n"
-        "a file, a number, a layer. Each message ends with what can be done, where something can.\n\n"
+        "a file, a number, a layer. Each message ends with what can be done, where something can. A name in\n"
+        "backquotes is an argument of a Python function; the command line writes it as its option (--max-span for\n"
+        "max_span).\n\n"
         "At the terminal, an error is one line that begins with `error:`, and the exit code is 1, or 2 for wrong\n"
         "usage. In Python it is an exception; all classes are subclasses of `layersurgery.LayerSurgeryError`. An\n"
         "error without a message of this page, with a traceback, is a fault of layersurgery or of another library.\n",

@@ -152,9 +152,9 @@ def test_places_that_cannot_be_written_and_usage_that_cannot_be_meant(small: lis
         (["plot", tmp_path / "out", "-o", tmp_path / "text.txt"], 1, "cannot make"),
         ([*small, "-o", tmp_path / "text.txt"], 1, "is not a directory"),
         ([*small, "--edits", ""], 2, "no edit is named"),
-        ([*small, "--data", ""], 2, "data is empty"),
+        ([*small, "--data", ""], 2, "--data is empty"),
         ([*small, "--dtype", "int8"], 2, "is not supported"),
-        ([*small, "--device", "meta"], 2, "device meta cannot compute"),
+        ([*small, "--device", "meta"], 2, "--device meta cannot compute"),
     ]:
         found = run(*words)
         assert (found.exit_code, said in " ".join(found.stderr.split())) == (code, True), found.stderr

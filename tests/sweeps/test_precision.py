@@ -73,9 +73,9 @@ def test_conditions_are_parsed(text: str, targets: list[Target]) -> None:
         ("kl=0%", "give an amount"),
         ("kl=-1%", "give an amount"),
         ("kl", "give an amount"),
-        ("", "until is empty"),
+        ("", "`until` is empty"),
         ("kl=1%,kl_nats=2%", "twice"),
-        (3, "until is text such as"),
+        (3, "`until` is text such as"),
     ],
 )
 def test_conditions_that_cannot_be_understood(text: str, message: str) -> None:
@@ -184,12 +184,12 @@ def test_routes_that_left_are_not_run() -> None:
     ("options", "message"),
     [
         ({"until": "kl=1%", "per_token": True}, "per_token"),
-        ({"confidence": 0.9}, "confidence has an effect only with until"),
+        ({"confidence": 0.9}, "`confidence` has an effect only with `until`"),
         ({"read": "1/4", "per_token": True}, "per_token"),
-        ({"read": "1/4", "tails": True}, "tails needs every position; leave read out"),
-        ({"read": "3/2"}, "read is a share"),
-        ({"read": 0}, "read is a share"),
-        ({"read": "some"}, "read is a share"),
+        ({"read": "1/4", "tails": True}, "`tails` needs every position; leave `read` out"),
+        ({"read": "3/2"}, "`read` is a share"),
+        ({"read": 0}, "`read` is a share"),
+        ({"read": "some"}, "`read` is a share"),
     ],
 )
 def test_options_that_exclude_each_other(options: dict[str, Any], message: str, tmp_path: Path) -> None:

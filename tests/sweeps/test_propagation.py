@@ -178,8 +178,8 @@ def test_a_contribution_of_size_zero_has_no_relative_change() -> None:
 def test_what_excludes_it_is_refused() -> None:
     model, ids = tiny_model("llama"), tokens(2, 9)
     for options, message in (
-        ({"until": "kl=10%"}, "propagation needs all text for every edit; leave until out"),
-        ({"compile": True}, "compile hides what the parts of a block add; leave compile or propagation out"),
+        ({"until": "kl=10%"}, "`propagation` needs all text for every edit; leave `until` out"),
+        ({"compile": True}, "`compile` hides what the parts of a block add; leave `compile` or `propagation` out"),
     ):
         with pytest.raises(ls.PlanError, match=f"^{message}$"):
             ls.sweep(model, "drop", ids, propagation=True, **options)

@@ -69,4 +69,4 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     value = json.loads(run(*asked, "--data", "pydoc", "--json").stdout)
     assert value["tasks"]["measured"]["sequences"] == 36
     refused = run(*asked, "--until", "kl=2%")
-    assert (refused.exit_code, "metrics of a text need a text (data)" in refused.output) == (2, True)
+    assert (refused.exit_code, "metrics of a text need a text (--data)" in refused.output) == (2, True)

@@ -169,7 +169,7 @@ def test_on_the_command_line_it_resumes_and_writes_the_checkpoint(definitions: P
 @pytest.mark.parametrize(
     ("given", "kind", "words"),
     [
-        ({"by": "task:"}, ls.PlanError, "by task: needs the name of one task of lm-eval; for example task:arc_easy"),
+        ({"by": "task:"}, ls.PlanError, "`by` task: needs the name of one task of lm-eval; for example task:arc_easy"),
         ({"by": "task:choice,shots"}, ls.PlanError, "needs the name of one task of lm-eval, not choice,shots"),
         ({"by": "task:generation"}, ls.PlanError, "the task generation is of the type generate_until"),
         ({"by": "task:choice", "task_path": "nowhere"}, ls.SourceError, "nowhere is not a directory"),
@@ -195,9 +195,9 @@ def test_what_has_no_effect_is_refused(definitions: Path, monkeypatch: pytest.Mo
     model, asked = tiny_model("llama"), {"task_path": definitions, "tokenizer": tiny_tokenizer()}
     with pytest.raises(ls.PlanError, match="lowest has no effect by a task"):
         ls.rank(model, by="task:choice", lowest=2, **asked)
-    with pytest.raises(ls.PlanError, match="by is task:NAME for rank, not 'kl'"):
+    with pytest.raises(ls.PlanError, match="`by` is task:NAME for rank, not 'kl'"):
         ls.rank(model, by="kl")
-    with pytest.raises(ls.PlanError, match="limit has an effect only by task:NAME"):
+    with pytest.raises(ls.PlanError, match="`limit` has an effect only by task:NAME"):
         ls.prune(model, [[5, 6, 7]], remove=1, limit=3)
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(ls.SourceError, match=r"install it with pip install 'layersurgery\[tasks\]'"):

@@ -156,7 +156,7 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     assert value["results"][1]["task_completion_perplexity_sem"] > 0
     assert os.environ.get("DISABLE_MULTIPROC") is None
     unknown = run(*asked[:4], "--limit", 3)
-    assert (unknown.exit_code, "limit has an effect only with tasks" in unknown.stderr) == (2, True)
+    assert (unknown.exit_code, "--limit has an effect only with --tasks" in unknown.stderr) == (2, True)
 
 
 def test_each_different_request_is_a_sequence_and_the_longest_is_first() -> None:
@@ -209,7 +209,7 @@ def test_an_edit_whose_predictions_are_not_finite_has_no_metrics(definitions: Pa
         ({"tasks": "choice", "limit": 0}, ls.PlanError, "limit is a whole number of at least 1, not 0"),
         ({"tasks": "choice", "shots": -1}, ls.PlanError, "shots is a whole number of at least 0, not -1"),
         ({"tasks": "choice", "until": "kl=2%"}, ls.PlanError, "metrics of a text need a text"),
-        ({"limit": 3, "task_path": ()}, ls.PlanError, "limit has an effect only with tasks"),
+        ({"limit": 3, "task_path": ()}, ls.PlanError, "`limit` has an effect only with `tasks`"),
         ({"tasks": "choice", "task_path": "nowhere"}, ls.SourceError, "nowhere is not a directory"),
     ],
 )
