@@ -188,7 +188,7 @@ class Repeat(Edit):
 
     def __post_init__(self) -> None:
         if self.times < 2:
-            raise PlanError(f"repeat counts all passes, so `times` must be at least 2, not {self.times}")
+            raise PlanError(f"repeat counts all passes, so times must be at least 2, not {self.times}")
 
     def _edited(self, route: Route, depth: int) -> Iterable[Visit]:
         segment = _segment(route, resolve(self.blocks, depth), self)

@@ -115,7 +115,7 @@ def test_the_cost_is_said_before(place: Path, tmp_path: Path, monkeypatch: pytes
     ("asked", "code", "said"),
     [
         ([], 2, "a search needs one of --depth, --remove and --repeat; none is given"),
-        (["--remove", 1, "--depth", 5], 2, "not both depth and remove"),
+        (["--remove", 1, "--depth", 5], 2, "not both --depth and --remove"),
         (["--depth", DEPTH], 2, f"depth {DEPTH} is the model's own"),
         (["--depth", 0], 2, f"depth 0 is out of range for a model of {DEPTH} blocks"),
         (["--remove", DEPTH], 2, f"cannot remove {DEPTH} of {DEPTH} layers; give 1 to {DEPTH - 1}"),

@@ -220,8 +220,8 @@ def test_what_cannot_be_meant_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: untyped.move(5), "exactly one of after= and before="),
-        (lambda: untyped.move(5, after=1, before=2), "exactly one of after= and before="),
+        (lambda: untyped.move(5), "exactly one of `after` and `before`"),
+        (lambda: untyped.move(5, after=1, before=2), "exactly one of `after` and `before`"),
         (lambda: untyped.drop(), "at least one block"),
         (lambda: untyped.drop("3"), "as a number, a range or a list of these, not as '3'"),
         (lambda: untyped.drop(["3"]), "not as '3'"),
