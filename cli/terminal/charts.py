@@ -13,9 +13,14 @@ BAR_WIDTH = 8
 
 
 def number_cell(value: float, column: Column) -> str:
-    """Return a number for a table cell, as its column is shown: scaled, rounded, and a change with its sign."""
+    """Return a number for a table cell, as its column is shown: scaled, rounded, and a change with its sign.
+
+    A number of a column with a log scale that would be rounded to zero is shown as a power of ten: its order counts.
+    """
     unit = " %" if column.unit == "%" and "%" not in column.heading else ""
-    return f"{column.factor * value:{'+' if column.signed else ''}.{column.digits}f}{unit}"
+    number = column.factor * value
+    style = ".0e" if column.log and 0 < number < 0.5 * 10**-column.digits else f".{column.digits}f"
+    return f"{number:{'+' if column.signed else ''}{style}}{unit}"
 
 
 def bar_cell(value: float, maximum: float) -> str:

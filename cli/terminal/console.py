@@ -127,16 +127,16 @@ class Console(Reporter):
 
     def log(self, text: str) -> None:
         """Print a message without markup, since paths and plans may contain brackets."""
-        self.err.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.err.print(name_options(text), highlight=False, soft_wrap=True, markup=False)
 
     def note(self, text: str) -> None:
         """Print something that the user should know of the result."""
-        self.log(f"Note: {name_options(text)}")
+        self.log(f"Note: {text}")
 
     def skipped(self, reasons: Mapping[str, str]) -> None:
         """Print what is not measured, with the reasons."""
         for name, reason in reasons.items():
-            self.log(f"Skipped: {name}: {name_options(reason)}")
+            self.log(f"Skipped: {name}: {reason}")
 
     def not_finite(self, batches: Mapping[str, list[int]]) -> None:
         """Print nothing: the results that are printed at the end name them."""

@@ -14,6 +14,7 @@ from ..models.model_weights import count_heads
 from ..models.quantized import quantized_numbers
 from ..plans.branch_edits import PickNeurons
 from ..plans.families import CountHeads
+from ..sweeps.race import MIN_SEQUENCES, Race
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count, format_time
@@ -269,7 +270,8 @@ class ModelSession:
             f"{self.model.label}: {format_count(measurer.parameters)} parameters in {placement.dtype}{quantized} "
             f"on {devices}; logits computed by {measurer.readout.description}"
         )
-        if rule is not None and not (self.texts.request.shuffle or self.texts.has_tasks):
+        can_stop = rule is not None and not (isinstance(rule, Race) and len(text.ids) <= MIN_SEQUENCES)
+        if can_stop and not (self.texts.request.shuffle or self.texts.has_tasks):
             self._log_once(
                 "Note: edits may stop before the end of the text, which is taken in its own order. The intervals hold "
                 "for the whole text if its order is random (`shuffle`)"

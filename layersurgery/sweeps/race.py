@@ -33,7 +33,8 @@ ERROR = 0.05
 
 It is approximate, as the intervals that compare edits are; differences with a long tail need more sequences.
 """
-_MIN_SEQUENCES = 16
+MIN_SEQUENCES = 16
+"""Number of sequences that a race waits for before it removes anything."""
 
 
 @dataclass(slots=True)
@@ -71,7 +72,7 @@ class Race:
             rows: the rows that are still measured.
         """
         racing = list(rows)
-        if len(counts) >= _MIN_SEQUENCES:
+        if len(counts) >= MIN_SEQUENCES:
             sums = values[:, :, METRICS.index(self.metric)]
             broken = [row for row in racing if not np.isfinite(sums[:, row]).all()]
             self.losers.update(broken)  # a value that is not finite is not among the lowest

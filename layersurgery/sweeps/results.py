@@ -153,8 +153,10 @@ def summary_sentence(frame: pd.DataFrame) -> str:
     for edit in (name for name, family in FAMILIES.items() if family.width):
         agreement = 100 * intermediate_rows(frame, edit).agreement
         if len(agreement) and agreement.notna().all():
-            low, high, median = agreement.min(), agreement.max(), agreement.median()
-            clauses.append(f"{low:.0f}-{high:.0f} % under {edit}, median {median:.0f} %")
+            low, high, median = (f"{share:.0f}" for share in (agreement.min(), agreement.max(), agreement.median()))
+            clauses.append(
+                f"{low} % under {edit}" if low == high else f"{low}-{high} % under {edit}, median {median} %"
+            )
     if not clauses:
         return ""
     first = clauses[0].replace(" % under", " % of predictions under", 1)

@@ -159,6 +159,14 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [file.stat().st_mtime_ns for file in steps] == written
 
 
+def test_the_order_of_the_text_is_spoken_of_only_where_a_race_can_end(place: Path, tmp_path: Path) -> None:
+    """A race waits for 16 sequences; 120 tokens are 4 of 30 tokens, or 20 of 6."""
+    asked = ("prune", place / "tiny", *words(place), "--remove", 1, "--greedy", "--overwrite", "-o", tmp_path / "out")
+    note = "its order is random (--shuffle)"
+    assert note not in run(*asked).stderr
+    assert note in run(*asked, "--context", 6).stderr
+
+
 @pytest.mark.parametrize(
     ("asked", "code", "said"),
     [

@@ -16,8 +16,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import rich.console
+from layersurgery_cli.terminal.charts import number_cell
 
 import layersurgery as ls
+from layersurgery.registry import METRICS
 from layersurgery.sweeps.map_sentences import describe_maps
 from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.tiny_checkpoint import checkpoint, tiny_tokenizer
@@ -49,6 +51,12 @@ def test_what_maps_show_is_said(small: list[Any], tmp_path: Path) -> None:
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {"jump"}
     shown = " ".join(run(*small, "--edits", "jump", "--layers", "2:4").stdout.split())
     assert all(f"{sentence[0].upper()}{sentence[1:]}" in shown for sentence in said)
+
+
+def test_a_small_kl_is_shown_as_a_power_of_ten() -> None:
+    kl, agreement = METRICS[:2]
+    assert [number_cell(value, kl) for value in (0.0, 4.2e-5, 0.0006, 1.5)] == ["0.000", "4e-05", "0.001", "1.500"]
+    assert number_cell(1e-5, agreement) == "0.0 %"
 
 
 def test_a_sweep_on_text_of_ones_own(small: list[Any], model: Path, story: Path, tmp_path: Path) -> None:

@@ -409,6 +409,8 @@ def test_the_headline_in_five_lines_of_pandas() -> None:
         kept = 100 * rows.agreement.iloc[2:-2]
         assert f"{kept.min():.0f}-{kept.max():.0f} % " in said
         assert f"under {edit}, median {kept.median():.0f} %" in said
+    frame.loc[frame.edit == "drop", "agreement"] = 0.94
+    assert ls.summary_sentence(frame).endswith("; 94 % under drop")
     assert said.startswith("intermediate layers keep ")
     assert ls.summary_sentence(ls.sweep(tiny_model("llama", num_hidden_layers=4), "swap", tokens())) == ""
 
