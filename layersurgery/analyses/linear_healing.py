@@ -163,7 +163,7 @@ def find_cuts(route: Route, depth: int) -> list[Cut]:
     if any(first.block >= second.block for first, second in pairwise(route)):
         raise UnsupportedEditError(
             f"healing folds a map into a block's own weights, so each block that stays must run once and in order, and "
-            f"the route is {route}"
+            f"the route is {route}. A result of other edits can be trained instead (layersurgery heal, ls.heal)"
         )
     cuts = []
     for position, visit in enumerate(route):
@@ -173,7 +173,7 @@ def find_cuts(route: Route, depth: int) -> list[Cut]:
         if visit.mlp is not True or visit.neurons_off:
             raise UnsupportedEditError(
                 f"the MLP of block {visit.block}, before a cut, is changed by the plan ({visit}), so no map is folded "
-                "into it"
+                "into it; leave the cut or the change out, or train the result (layersurgery heal, ls.heal)"
             )
         cuts.append(Cut(position, visit.block, range(visit.block + 1, following)))
     if not cuts:
