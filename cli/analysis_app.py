@@ -236,12 +236,18 @@ def rank(
             metavar="N",
         ),
     ] = None,
+    estimate: o.Estimate = False,
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
     console: SharingConsole,
 ) -> None:
     """Rank layers or branches by the measured cost of removing them, and by block influence and angular distance."""
+    if estimate:
+        from .commands.estimate import show_removals
+
+        show_removals(model, [of.value], lambda _: (), by, asdict(task), run, console, may_stop=lowest is not None)
+        return
     from .commands.measure import run_analysis
 
     own = {"spans": spans, "lowest": lowest, "of": of.value}
@@ -278,6 +284,7 @@ def prune(
             "measure every layer on all text.",
         ),
     ] = True,
+    estimate: o.Estimate = False,
     heal: o.Heal = None,
     output: Annotated[
         Path | None,
@@ -317,6 +324,7 @@ def prune(
         race,
         heal,
         asdict(task),
+        estimate,
         output,
         results,
         **asdict(checkpoint),

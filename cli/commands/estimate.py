@@ -1,17 +1,21 @@
-"""Run `--estimate`: print the cost of a sweep, or of an analysis that is one, computed from the config alone."""
+"""Run `--estimate`: print the cost of a sweep, or of a measurement that is one, computed from the config alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from layersurgery.analyses.removable_parts import parts_of
+from layersurgery.analyses.task_criterion import given_task
 from layersurgery.plans.variants import variants
 from layersurgery.runs.estimate import estimate_run
 from layersurgery.runs.requests import read_model_info
 from layersurgery.runs.sweep import place_tasks, task_request
+from layersurgery.tasks.task_costs import TASK
 from layersurgery.units import format_bytes, format_count, format_time
 
 from ..terminal.console import Console
@@ -21,9 +25,37 @@ if TYPE_CHECKING:
     from layersurgery.sweeps.estimate import Estimate
 
 
+def show_removals(
+    model: str, kinds: Sequence[str], keep: Callable[[int], Any], by: str | None, task: dict[str, Any],
+    options: RunOptions, console: Console, *, may_stop: bool, then: str = "",
+) -> None:  # fmt: skip
+    """Print what the measurement of each single removal needs.
+
+    Args:
+        model: the model's name.
+        kinds: what is removed, keys of `KINDS`.
+        keep: returns the layers that stay, for a number of blocks.
+        by: the criterion; "task:NAME" for a task.
+        task: options of a task to measure by.
+        options: options of the run.
+        console: where to print.
+        may_stop: a race may end the measurement of a removal before the end of the text.
+        then: what the command measures after it.
+    """
+    given = given_task(by, options=options, **task)
+
+    def edits(depth: int) -> list[str]:
+        kept = keep(depth)
+        return [f"{part.edit} {part.layer}" for kind in kinds for part in parts_of(kind, depth, kept)]
+
+    named = {"tasks": None if given is None or by is None else by.removeprefix(TASK), **task}
+    why = "a race stops measuring a removal once it is sure about it" if may_stop and given is None else ""
+    show_estimate(model, edits, {}, named, options, console, why, then)
+
+
 def show_estimate(
     model: str, edits: Any, bounds: dict[str, Any], tasks: dict[str, Any], options: RunOptions, console: Console,
-    at_most: str = "",
+    at_most: str = "", then: str = "",
 ) -> None:  # fmt: skip
     """Print the memory, traffic and arithmetic that a sweep needs.
 
@@ -34,7 +66,8 @@ def show_estimate(
         tasks: the arguments of `layersurgery.runs.sweep.task_request`.
         options: options of the run.
         console: where to print.
-        at_most: why fewer edits may be measured; empty if all are.
+        at_most: why less may be measured; empty if all is.
+        then: what is measured after it, at a cost that depends on the results; empty for nothing.
     """
     if os.environ.get("RANK", "0") != "0":  # with several processes, only one prints
         return
@@ -57,7 +90,7 @@ def show_estimate(
     parts = [*_lines(source.label, placement.dtypes, result, at_most)]
     if result.tasks is not None:
         parts += [f"\nThen {beside}:", *_lines(source.label, placement.dtypes, result.tasks, "")[1:]]
-    console.result(value, *parts)
+    console.result(value, *parts, *([then] if then else []))
 
 
 def _lines(label: str, dtype: str, cost: Estimate, at_most: str) -> list[str | Table]:

@@ -45,6 +45,7 @@ def run_prune(
     race: bool,
     heal: str | None,
     task: dict[str, Any],
+    estimate: bool,
     output: Path | None,
     results: Path | None,
     link: bool,
@@ -52,9 +53,10 @@ def run_prune(
     overwrite: bool,
     console: Console,
 ) -> None:
-    """Choose the layers to remove, measure the cost, and write the pruned checkpoint."""
+    """Choose the layers to remove, measure the cost, and write the pruned checkpoint; or only estimate the work."""
     with quick_imports():
         from layersurgery.analyses.layer_pruning import check_criterion
+        from layersurgery.analyses.layer_ranking import MEASURED
         from layersurgery.analyses.plan_run import card_rows, check_heal, check_target, heal_session, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
         from layersurgery.analyses.removal_goal import Goal
@@ -65,6 +67,16 @@ def run_prune(
     check_criterion(by, wanted, greedy=greedy)
     given = given_task(by, options=options, **task)
     check_heal(heal, given)
+    if estimate:
+        from .estimate import show_removals
+
+        again = "After each removal, those that remain are measured again. " if greedy else ""
+        show_removals(
+            model, wanted.kinds, lambda depth: wanted.checked(depth).keep, by, task, options, console,
+            may_stop=race and by in MEASURED,
+            then=f"{again}Then the models without the parts that were chosen are measured in full.",
+        )  # fmt: skip
+        return
 
     refuse_for_gguf(output, link, console)
 

@@ -42,7 +42,7 @@ def given_task(
     if by is None or not is_task(by):
         for name, value in {"limit": limit, "shots": shots, "task_path": task_path or None}.items():
             if value is not None:
-                raise PlanError(f"{name} has an effect only by task:NAME")
+                raise PlanError(f"`{name}` has an effect only by task:NAME")
         return None
     name = by.removeprefix(TASK).strip()
     if not name or "," in name:

@@ -159,6 +159,22 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [file.stat().st_mtime_ns for file in steps] == written
 
 
+def test_the_cost_is_estimated_without_weights(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((place / "tiny" / "config.json").read_text("utf-8"), "utf-8")
+    text = ["-n", 120, "--context", 30]
+    meant = result_of("sweep", tmp_path, "--edits", "drop", *text, "--estimate")
+    assert result_of("rank", tmp_path, *text, "--estimate")["flops"] == meant["flops"]
+    shown = run("prune", tmp_path, *text, "--remove-branches", 2, "--keep", "0:2", "--greedy", "--estimate")
+    assert shown.exit_code == 0, shown.stderr
+    assert f"{2 * (DEPTH - 2)} edited models" in shown.stdout
+    assert "; at most, since a race" in shown.stdout
+    assert "After each removal, those that remain are measured again" in shown.stdout
+    assert "at least" in run("prune", tmp_path, *text, "--remove", 2, "--no-race", "--estimate").stdout
+    refused = run("prune", tmp_path, *text, "--remove", DEPTH, "--estimate")
+    assert (refused.exit_code, f"give 1 to {DEPTH - 1}" in refused.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_the_order_of_the_text_is_spoken_of_only_where_a_race_can_end(place: Path, tmp_path: Path) -> None:
     """A race waits for 16 sequences; 120 tokens are 4 of 30 tokens, or 20 of 6."""
     asked = ("prune", place / "tiny", *words(place), "--remove", 1, "--greedy", "--overwrite", "-o", tmp_path / "out")
