@@ -11,7 +11,9 @@ import typer
 
 from layersurgery.registry import ANALYSES, Analysis
 
+from . import option_groups as g
 from . import options as o
+from .expand import expand
 from .terminal.console import Console, SharingConsole
 
 _ANALYZE = "Analyze"
@@ -25,7 +27,7 @@ analyze = typer.Typer(
 
 def _analysis_command(analysis: Analysis) -> Callable[..., None]:
     """Make the command of an analysis that has no options of its own."""
-    group = {"text": o.TextRun, "windows": o.WindowsRun, "weights": o.WeightsRun}[analysis.needs]
+    group = {"text": g.TextRun, "windows": g.WindowsRun, "weights": g.WeightsRun}[analysis.needs]
 
     def command(
         model: o.Model,
@@ -41,17 +43,17 @@ def _analysis_command(analysis: Analysis) -> Callable[..., None]:
 
     command.__annotations__ |= {"run": group}
     command.__doc__ = analysis.help
-    return o.expand(command)
+    return expand(command)
 
 
 _NO_TASKS = dict.fromkeys(("tasks", "limit", "shots")) | {"task_path": ()}
 
 
 @analyze.command("heads", help=ANALYSES["heads"].help)
-@o.expand
+@expand
 def heads(
     model: o.Model,
-    run: o.TextRun,
+    run: g.TextRun,
     layers: Annotated[
         str | None,
         typer.Option("--layers", help="Measure only the heads of these blocks, for example 4:20.", metavar="A:B"),
@@ -74,10 +76,10 @@ def heads(
 
 
 @analyze.command("ablate-neurons", help=ANALYSES["ablate-neurons"].help)
-@o.expand
+@expand
 def ablate_neurons(
     model: o.Model,
-    run: o.TextRun,
+    run: g.TextRun,
     draws: Annotated[
         int, typer.Option("--draws", min=1, help="Number of draws of random neurons to compare with.", metavar="N")
     ] = 3,
@@ -102,10 +104,10 @@ def ablate_neurons(
 
 
 @analyze.command("subjoiners", help=ANALYSES["subjoiners"].help)
-@o.expand
+@expand
 def subjoiners(
     model: o.Model,
-    run: o.WindowsRun,
+    run: g.WindowsRun,
     samples: Annotated[
         int, typer.Option("--samples", min=8, help="Maximum number of windows per class.", metavar="N")
     ] = 200,
@@ -121,10 +123,10 @@ def subjoiners(
 
 
 @analyze.command("probe")
-@o.expand
+@expand
 def probe(
     model: o.Model,
-    run: o.WindowsRun,
+    run: g.WindowsRun,
     suffix: Annotated[
         str | None,
         typer.Option(
@@ -164,10 +166,10 @@ def probe(
 
 
 @analyze.command("wic", help=ANALYSES["wic"].help)
-@o.expand
+@expand
 def wic(
     model: o.Model,
-    run: o.PairsRun,
+    run: g.PairsRun,
     pairs: Annotated[
         str,
         typer.Option(
@@ -196,11 +198,11 @@ def wic(
     run_analysis("wic", model, run, output, overwrite, console, pairs=pairs, samples=samples)
 
 
-@o.expand
+@expand
 def rank(
     model: o.Model,
-    run: o.TextRun,
-    task: o.TaskCriterion,
+    run: g.TextRun,
+    task: g.TaskCriterion,
     of: Annotated[
         o.Of,
         typer.Option("--of", help="Rank layers, their attentions, their MLPs, or all attentions and MLPs together."),
@@ -254,13 +256,13 @@ def rank(
     run_analysis("rank", model, run, output, overwrite, console, by=by, task=asdict(task), **own)
 
 
-@o.expand
+@expand
 def prune(
     model: o.Model,
-    run: o.TextRun,
-    task: o.TaskCriterion,
-    checkpoint: o.Checkpoint,
-    goal: o.RemovalGoal,
+    run: g.TextRun,
+    task: g.TaskCriterion,
+    checkpoint: g.Checkpoint,
+    goal: g.RemovalGoal,
     by: Annotated[
         str,
         typer.Option(
@@ -332,12 +334,12 @@ def prune(
     )
 
 
-@o.expand
+@expand
 def search(
     model: o.Model,
-    run: o.TextRun,
-    task: o.TaskCriterion,
-    checkpoint: o.Checkpoint,
+    run: g.TextRun,
+    task: g.TaskCriterion,
+    checkpoint: g.Checkpoint,
     depth: Annotated[
         int | None,
         typer.Option(
@@ -427,9 +429,9 @@ def search(
     )
 
 
-@o.expand
+@expand
 def reproduce(
-    run: o.ReproduceRun,
+    run: g.ReproduceRun,
     models: Annotated[
         list[str] | None,
         typer.Option(

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import completion
+from . import option_groups as g
 from . import options as o
 from .analysis_app import add_analyses
+from .expand import expand
 from .heal_app import add_healing
 from .means_app import add_means
 from .share_app import add_sharing
@@ -89,7 +91,7 @@ def _edit_command(build: Callable[..., Plan]) -> Callable[..., None]:
         ]
     )
     command.__doc__ = build.__doc__
-    return app.command(build.__name__.replace("_", "-"), rich_help_panel=_EDIT)(o.expand(command))
+    return app.command(build.__name__.replace("_", "-"), rich_help_panel=_EDIT)(expand(command))
 
 
 def _write_edit(
@@ -266,7 +268,7 @@ def take(source: o.BlockSources = None, layer: o.RepeatedLayers = None, layers: 
 
 
 @app.command(rich_help_panel=_EDIT)
-@o.expand
+@expand
 def edit(
     model: o.OptionalModel = None,
     plan: o.PlanText = None,
@@ -319,10 +321,10 @@ def edit(
 
 
 @app.command(rich_help_panel=_MEASURE)
-@o.expand
+@expand
 def sweep(
     model: o.Model,
-    run: o.SweepRun,
+    run: g.SweepRun,
     edits: o.Edits = None,
     plans: o.Plans = None,
     layers: o.LayerRange = None,
@@ -355,13 +357,13 @@ def sweep(
 
 
 @app.command(rich_help_panel=_MEASURE)
-@o.expand
+@expand
 def compare(
     model: o.FirstModel,
     other: Annotated[
         str, typer.Argument(metavar="B", help="Another model with the same vocabulary, or a plan that edits A.")
     ],
-    run: o.CompareRun,
+    run: g.CompareRun,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -380,7 +382,7 @@ def compare(
 
 
 @app.command(rich_help_panel=_MEASURE)
-@o.expand
+@expand
 def plot(
     results: Annotated[
         list[Path],
@@ -404,7 +406,7 @@ def plot(
 
 
 @app.command(rich_help_panel=_MEASURE)
-@o.expand
+@expand
 def report(
     results: Annotated[
         list[Path],

@@ -9,18 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from . import completion
+from . import option_groups as g
 from . import options as o
+from .expand import expand
 from .terminal.console import SharingConsole
 
 _PRUNE = "Prune"
 _TRAINING = "Training"
 
 
-@o.expand
+@expand
 def heal_linear(
     model: o.Model,
-    run: o.FitRun,
-    checkpoint: o.Checkpoint,
+    run: g.FitRun,
+    checkpoint: g.Checkpoint,
     plan: Annotated[
         str, typer.Option("--plan", help="Edits that remove blocks, for example 'drop 20:24'.", metavar="TEXT")
     ],
@@ -53,7 +55,7 @@ def _shown(name: str, help_text: str, metavar: str = "N", **more: Any) -> Any:
     return typer.Option(name, help=help_text, metavar=metavar, rich_help_panel=_TRAINING, **more)
 
 
-@o.expand
+@expand
 def heal(
     checkpoint: Annotated[
         str,
@@ -67,7 +69,7 @@ def heal(
         str, _shown("--teacher", "The unedited model. It must have the same vocabulary.", "MODEL", show_default=False)
     ],
     steps: Annotated[int, _shown("--steps", "Steps of the optimizer.", min=1, show_default=False)],
-    run: o.HealRun,
+    run: g.HealRun,
     how: Annotated[
         str,
         _shown(

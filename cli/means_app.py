@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
+from . import option_groups as g
 from . import options as o
+from .expand import expand
 from .terminal.console import Console
 
 _MEASURE = "Measure"
 
 
-@o.expand
+@expand
 def means(
     model: o.Model,
-    run: o.FitRun,
+    run: g.FitRun,
     output: Annotated[
         Path | None,
         typer.Option(

@@ -1,27 +1,16 @@
-"""Define the options that several commands share.
-
-The names and defaults of a measurement's options are those of `layersurgery.runs.options.RunOptions`; this module adds
-what the terminal shows of each. A command has one parameter of such a group, and `expand` turns it into the options.
-"""
+"""Define the options that several commands share: what the terminal shows of each, and the panel that it is in."""
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 import typer
 
 from layersurgery.plans.families import FAMILIES
-from layersurgery.runs.options import NOT_FOR_COMPARE, SWEEP_ONLY, RunOptions
 
 from . import completion
-from .terminal.console import Console, SharingConsole
 
 _MODEL_HELP = "Hub id, checkpoint directory, .gguf file, or smollm2-135m."
 Model = Annotated[
@@ -145,10 +134,10 @@ BlockSources = Annotated[
 ]
 
 _EDITS = "Edits to measure"
-_TEXT = "Text"
+TEXT = "Text"
 _TASKS = "Tasks"
 _PRECISION = "Precision"
-_EXECUTION = "Execution"
+EXECUTION = "Execution"
 
 Edits = Annotated[
     str | None,
@@ -246,15 +235,6 @@ TaskPath = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class TaskOptions:
-    """Options of a criterion that is a task."""
-
-    limit: Limit = None
-    shots: Shots = None
-    task_path: TaskPath = None
-
-
 Keep = Annotated[
     str | None,
     typer.Option(
@@ -275,45 +255,6 @@ class Of(StrEnum):
     branches = "branches"
 
 
-def _count(option: str, what: str) -> Any:
-    return typer.Option(option, min=1, help=f"Number of {what}.", metavar="N", show_default=False)
-
-
-@dataclass(frozen=True, slots=True)
-class GoalOptions:
-    """Options that say what is removed, and how much."""
-
-    remove: Annotated[int | None, _count("--remove", "layers to remove")] = None
-    remove_attention: Annotated[int | None, _count("--remove-attention", "layers whose attention is skipped")] = None
-    remove_mlp: Annotated[int | None, _count("--remove-mlp", "layers whose MLP is skipped")] = None
-    remove_branches: Annotated[
-        int | None, _count("--remove-branches", "branches to skip, chosen among all attentions and MLPs together")
-    ] = None
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            help="Share of all layers' cost to remove instead of a number: params=20%, flops=25% (multiplications for "
-            "each token, estimated) or kv-cache=30% (bytes for each token). Skipped branches count as removed.",
-            show_default=False,
-            metavar="NAME=P%",
-        ),
-    ] = None
-    of: Annotated[Of | None, typer.Option("--of", help="What a budget removes.", show_default="blocks")] = None
-    keep: Keep = None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointOptions:
-    """Options of the checkpoint that a command writes after it has measured."""
-
-    link: Link = False
-    verify: Verify = True
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the output, and measurements made with other arguments.")
-    ] = False
-
-
 Heal = Annotated[
     str | None,
     typer.Option(
@@ -332,13 +273,13 @@ Data = Annotated[
         "(Python's own help text).",
         show_default="EleutherAI/the_pile_deduplicated; pydoc for smollm2-135m and gemma3-270m",
         metavar="DATA",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
 Split = Annotated[
     str,
     typer.Option(
-        "--split", help="Split of the Hub dataset or of the saved dataset.", metavar="NAME", rich_help_panel=_TEXT
+        "--split", help="Split of the Hub dataset or of the saved dataset.", metavar="NAME", rich_help_panel=TEXT
     ),
 ]
 Column = Annotated[
@@ -349,7 +290,7 @@ Column = Annotated[
         "writes.",
         show_default="text, or else messages, conversations or conversation",
         metavar="NAME",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
 Tokens = Annotated[
@@ -360,7 +301,7 @@ Tokens = Annotated[
         help="Number of tokens, for example 4096, 100k or 1M; rounded up to full sequences.",
         show_default="1M; 4096 for pydoc",
         metavar="N",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
 Context = Annotated[
@@ -371,7 +312,7 @@ Context = Annotated[
         help="Tokens per sequence.",
         show_default="2048 or the model's maximum; 512 for pydoc",
         metavar="N",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
 Pack = Annotated[
@@ -380,12 +321,12 @@ Pack = Annotated[
         "--pack/--no-pack",
         help="Join documents and cut them into sequences of equal length, or use one document per sequence.",
         show_default="pack; no-pack with --lines",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
 Lines = Annotated[
     bool,
-    typer.Option("--lines", help="Each line of a text file is one document, such as a prompt.", rich_help_panel=_TEXT),
+    typer.Option("--lines", help="Each line of a text file is one document, such as a prompt.", rich_help_panel=TEXT),
 ]
 Bos = Annotated[
     str,
@@ -393,7 +334,7 @@ Bos = Annotated[
         "--bos",
         help="Start every sequence with the beginning-of-text token; auto does what the tokenizer does.",
         metavar="auto|yes|no",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
 Shuffle = Annotated[
@@ -403,14 +344,14 @@ Shuffle = Annotated[
         help="Sample the text at random (from 16 times as much text, or from a buffer of 10,000 Hub documents), "
         "or take it from the start.",
         show_default="shuffle Hub datasets only",
-        rich_help_panel=_TEXT,
+        rich_help_panel=TEXT,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed for shuffling.", metavar="N", rich_help_panel=_TEXT)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed for shuffling.", metavar="N", rich_help_panel=TEXT)]
 Tokenizer = Annotated[
     str | None,
     typer.Option(
-        "--tokenizer", help="Model to take the tokenizer from, if not MODEL.", metavar="MODEL", rich_help_panel=_TEXT
+        "--tokenizer", help="Model to take the tokenizer from, if not MODEL.", metavar="MODEL", rich_help_panel=TEXT
     ),
 ]
 Until = Annotated[
@@ -480,7 +421,7 @@ BatchSize = Annotated[
         help="Sequences per batch.",
         show_default="chosen from the free memory",
         metavar="N",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 Dtype = Annotated[
@@ -490,7 +431,7 @@ Dtype = Annotated[
         help="Data type of the weights: float32, bfloat16, float16, or auto for the checkpoint's own (on a CPU, "
         "float16 becomes float32).",
         metavar="NAME",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 Quantize = Annotated[
@@ -500,7 +441,7 @@ Quantize = Annotated[
         help="Quantize the linear layers while the model is loaded: nf4 (4 bits) or int8. Needs bitsandbytes "
         "(pip install 'layersurgery\\[quantize]').",
         metavar="nf4|int8",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 Device = Annotated[
@@ -510,7 +451,7 @@ Device = Annotated[
         help="Device to run on: cpu, cuda or, for example, cuda:1.",
         show_default="cuda if available, else cpu",
         metavar="NAME",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 DeviceMap = Annotated[
@@ -520,7 +461,7 @@ DeviceMap = Annotated[
         help="Spread the model over devices, main memory and disk: auto, balanced, sequential, a JSON object, "
         "or a JSON file.",
         metavar="MAP",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 MaxMemory = Annotated[
@@ -529,7 +470,7 @@ MaxMemory = Annotated[
         "--max-memory",
         help="Memory limit of each device for --device-map (per process), for example 0=70GiB,cpu=100GiB.",
         metavar="SIZES",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 OffloadFolder = Annotated[
@@ -539,7 +480,7 @@ OffloadFolder = Annotated[
         help="Directory for offloaded weights that the checkpoint does not hold in the form needed.",
         show_default="a temporary directory",
         metavar="DIR",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 Order = Annotated[
@@ -550,7 +491,7 @@ Order = Annotated[
         "results are identical.",
         show_default="layer-major if weights are offloaded",
         metavar="NAME",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 Estimate = Annotated[
@@ -559,7 +500,7 @@ Estimate = Annotated[
         "--estimate",
         help="Print the memory, traffic and arithmetic the run needs, computed from the config (and the requests of "
         "tasks) without weights, and exit.",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 Compile = Annotated[
@@ -567,7 +508,7 @@ Compile = Annotated[
     typer.Option(
         "--compile",
         help="Compile the blocks with torch: faster after some seconds of compilation; needs a C++ compiler.",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 BlockList = Annotated[
@@ -576,7 +517,7 @@ BlockList = Annotated[
         "--blocks",
         help="Module path of the list of decoder blocks, if it is not found automatically.",
         metavar="NAME",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
 SweepOutput = Annotated[
@@ -612,229 +553,6 @@ TrustRemoteCode = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run the Python code that comes with the model. Without it, such code is never run, and nothing is asked.",
-        rich_help_panel=_EXECUTION,
+        rich_help_panel=EXECUTION,
     ),
 ]
-
-_SHOWN: dict[str, Any] = {
-    "data": Data,
-    "split": Split,
-    "column": Column,
-    "tokens": Tokens,
-    "context": Context,
-    "pack": Pack,
-    "lines": Lines,
-    "bos": Bos,
-    "shuffle": Shuffle,
-    "seed": Seed,
-    "tokenizer": Tokenizer,
-    "until": Until,
-    "confidence": Confidence,
-    "read": Read,
-    "propagation": Propagation,
-    "sources": BlockSources,
-    "means": Means,
-    "tails": Tails,
-    "batch_size": BatchSize,
-    "dtype": Dtype,
-    "quantize": Quantize,
-    "device": Device,
-    "device_map": DeviceMap,
-    "max_memory": MaxMemory,
-    "offload_folder": OffloadFolder,
-    "schedule": Order,
-    "compile": Compile,
-    "per_token": PerToken,
-    "track": Track,
-    "revision": Revision,
-    "blocks": BlockList,
-    "trust_remote_code": TrustRemoteCode,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Options of a command that stand for one parameter.
-
-    Attributes:
-        options: what the terminal shows of each, by name.
-        defaults: other defaults than those of `kind`.
-        kind: the dataclass that holds the options.
-    """
-
-    options: dict[str, Any]
-    defaults: dict[str, Any]
-    kind: type[Any] = RunOptions
-
-    def parameters(self) -> list[inspect.Parameter]:
-        """Return the options as parameters of a command."""
-        known = {field.name: field.default for field in fields(self.kind)} | self.defaults
-        return [_parameter(name, shown, known[name]) for name, shown in self.options.items()]
-
-
-def _group(*without: str, only: tuple[str, ...] = (), shown: dict[str, Any] | None = None, **defaults: Any) -> Group:
-    names = [name for name in _SHOWN if name not in without and (not only or name in only)]
-    return Group({name: (shown or {}).get(name, _SHOWN[name]) for name in names}, defaults)
-
-
-_MODEL = (
-    "dtype", "quantize", "device", "device_map", "max_memory", "offload_folder", "revision", "blocks",
-    "trust_remote_code",
-)  # fmt: skip
-_SEARCHED = {
-    "tokens": Annotated[
-        str,
-        typer.Option(
-            "--tokens",
-            "-n",
-            help="Maximum number of tokens to search for windows.",
-            metavar="N",
-            rich_help_panel=_TEXT,
-        ),
-    ],
-}
-
-
-def _fields_of(kind: type[Any]) -> Group:
-    """Return the fields of a dataclass as options; their annotations are what the terminal shows."""
-    return Group(get_type_hints(kind, include_extras=True), {}, kind)
-
-
-TaskCriterion = Annotated[TaskOptions, _fields_of(TaskOptions)]
-RemovalGoal = Annotated[GoalOptions, _fields_of(GoalOptions)]
-Checkpoint = Annotated[CheckpointOptions, _fields_of(CheckpointOptions)]
-SweepRun = Annotated[RunOptions, _group()]
-TextRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token")]
-FitRun = Annotated[RunOptions, _group(*SWEEP_ONLY, "schedule", "compile", "per_token", "track")]
-WindowsRun = Annotated[
-    RunOptions,
-    _group(*SWEEP_ONLY, "context", "pack", "schedule", "compile", "per_token", "track", shown=_SEARCHED, tokens="1M"),
-]
-_TRAINED = {
-    "dtype": Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            help="Data type of the trained model's weights: float32, bfloat16, float16, or auto for the checkpoint's "
-            "own. With --how full, float32.",
-            metavar="NAME",
-            rich_help_panel=_EXECUTION,
-        ),
-    ],
-    "batch_size": Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            "-b",
-            min=1,
-            help="Sequences in one step, of all processes together.",
-            show_default="about 4,096 tokens",
-            metavar="N",
-            rich_help_panel=_EXECUTION,
-        ),
-    ],
-    "tokens": Annotated[
-        str | None,
-        typer.Option(
-            "--tokens",
-            "-n",
-            help="Number of tokens, for example 100k or 1M; the last twentieth is held out.",
-            show_default="as many as the steps need",
-            metavar="N",
-            rich_help_panel=_TEXT,
-        ),
-    ],
-    "seed": Annotated[
-        int,
-        typer.Option(
-            "--seed",
-            help="Seed for shuffling, for the order of the sequences and for LoRA's first matrices.",
-            metavar="N",
-            rich_help_panel=_TEXT,
-        ),
-    ],
-}
-HealRun = Annotated[
-    RunOptions,
-    _group(
-        *SWEEP_ONLY, "schedule", "compile", "per_token", "quantize", "device_map", "max_memory", "offload_folder",
-        shown=_TRAINED,
-    ),
-]  # fmt: skip
-WeightsRun = Annotated[RunOptions, _group(only=_MODEL)]
-PairsRun = Annotated[RunOptions, _group(only=("split", "bos", "seed", "tokenizer", "batch_size", *_MODEL))]
-ReproduceRun = Annotated[
-    RunOptions, _group(*SWEEP_ONLY, "tokenizer", "schedule", "compile", "per_token", "track", "revision", "blocks")
-]
-CompareRun = Annotated[
-    RunOptions, _group(*NOT_FOR_COMPARE, "schedule", "compile", "revision", "per_token", "track", "blocks")
-]
-
-
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def expand(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn a function into a command: each group of options, and the console, becomes the options that it stands for.
-
-    A parameter `console: Console` stands for --quiet and --json; `console: SharingConsole` for --push and --public,
-    too.
-    """
-    signature = inspect.signature(function, eval_str=True)
-    expanded: list[inspect.Parameter] = []
-    for parameter in signature.parameters.values():
-        annotation = parameter.annotation
-        if annotation in (Console, SharingConsole):
-            if annotation is SharingConsole:
-                expanded += [_parameter("push", PushTo, None), _parameter("public", Public, False)]
-            expanded += [_parameter("quiet", Quiet, False), _parameter("as_json", Json, False)]
-        elif _group_of(annotation) is not None:
-            expanded += _group_of(annotation).parameters()  # type: ignore[union-attr]
-        else:
-            expanded.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @wraps(function)
-    def command(**values: Any) -> None:
-        from .terminal.progress import RunConsole  # imports what --help does not need
-
-        arguments: dict[str, Any] = {}
-        for name, parameter in signature.parameters.items():
-            group = _group_of(parameter.annotation)
-            if parameter.annotation in (Console, SharingConsole):
-                push = _checked_push(values.get("push"), values.get("public", False))
-                arguments[name] = RunConsole(
-                    quiet=values["quiet"], as_json=values["as_json"], push=push, public=values.get("public", False)
-                )
-            elif group is not None:
-                arguments[name] = group.kind(**{option: values[option] for option in group.options})
-            else:
-                arguments[name] = values[name]
-        function(**arguments)
-
-    command.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
-    return command
-
-
-def _checked_push(repo: str | None, public: bool) -> str | None:
-    """Refuse a push that cannot succeed before the command's work begins; return where to push to.
-
-    Raises:
-        PlanError: --public without --push, or not the name of a repository.
-        OutputError: no token can write, or the Hub cannot be reached.
-    """
-    if repo is not None and os.environ.get("RANK", "0") == "0":  # of several processes, one pushes
-        from layersurgery.repositories.hub_errors import check_push
-
-        check_push(repo)
-    elif repo is None and public:
-        raise typer.BadParameter("it says who can read what --push uploads; give --push, too", param_hint="'--public'")
-    return repo
-
-
-def _group_of(annotation: Any) -> Group | None:
-    """Return the group of options that an annotation names, or None."""
-    if get_origin(annotation) is Annotated:
-        return next((item for item in get_args(annotation) if isinstance(item, Group)), None)
-    return None

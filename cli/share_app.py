@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from . import options as o
+from .expand import expand
 from .terminal.console import Console
 
 _SHARE = "Share"
 
 
-@o.expand
+@expand
 def push(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="A checkpoint, or results.")],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; a new one is made.")],
@@ -37,7 +38,7 @@ def push(
     run_push(directory, repo, public, message, dry_run, console)
 
 
-@o.expand
+@expand
 def fetch_results(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Dataset repository that results were pushed to.")],
     output: Annotated[
