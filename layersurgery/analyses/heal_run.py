@@ -232,7 +232,8 @@ def run_heal(
             config = {
                 "model": session.model.label, "teacher": teacher_model.label, "text": words, **options_record(training)
             }  # fmt: skip
-            track = stack.enter_context(open_trackers(session.trackers, name, config, reporter))
+            is_resumed = saved is not None and saved.find() is not None
+            track = stack.enter_context(open_trackers(session.trackers, name, config, reporter, resumed=is_resumed))
         with trainable_weights(student, training, options.seed) as merge, reporter.count("steps") as count:
             trainer = Training(*readouts, text, training, accelerator, group, reporter.log, count, track)
             _describe_weights(trainer, student, training, reporter)

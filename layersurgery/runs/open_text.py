@@ -18,7 +18,7 @@ from .text import TokenizedText
 @contextmanager
 def open_model(model: Any, options: RunOptions) -> Iterator[tuple[ModelSession, Any]]:
     """Give a session and its loaded model while the `with` block runs; arguments as for `open_text`."""
-    options.refuse(["track"], "is for runs that are written, so it needs directory")
+    options.refuse(["track"], "is for runs that are written, so it needs `directory`")
     with ExitStack() as exit_stack:
         with quiet_libraries():
             session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack)
@@ -41,7 +41,7 @@ def open_text(
         PlanError: the text cannot be measured.
         SourceError: the model or the text cannot be found or read.
     """
-    options.refuse(["track"], "is for runs that are written, so it needs directory")
+    options.refuse(["track"], "is for runs that are written, so it needs `directory`")
     with ExitStack() as exit_stack:
         with quiet_libraries():
             session = ModelSession(model, options, Reporter(), SingleProcess(), exit_stack, given)

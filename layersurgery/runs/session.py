@@ -178,7 +178,8 @@ class ModelSession:
             else:
                 resumed = run.started
                 measurement = measurement.prepared(self, text, run)
-                with open_trackers(self.trackers, run_name(directory), arguments, self.reporter) as log:
+                name = run_name(directory)
+                with open_trackers(self.trackers, name, arguments, self.reporter, resumed=resumed) as log:
                     self.group.broadcast(
                         WorkItem(
                             measurement,

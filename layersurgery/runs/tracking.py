@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, PlanError, SourceError
+from ..path_names import without_directories
 from ..registry import ANALYSES, METRICS, TAILS, first_metrics
 
 if TYPE_CHECKING:
@@ -119,14 +122,15 @@ class Tracking:
 
 @contextmanager
 def open_trackers(
-    names: Sequence[str], run: str, config: Mapping[str, Any], reporter: Reporter
+    names: Sequence[str], run: str, config: Mapping[str, Any], reporter: Reporter, *, resumed: bool
 ) -> Iterator[Log | None]:
     """Start a run in each tracker, and give a function that logs to all; None if there are none.
 
     Args:
         names: names of trackers.
         run: the run's name.
-        config: what the run depends on.
+        config: what the run depends on. Trackers are told it without the directories of this machine.
+        resumed: an interrupted run goes on, in each tracker, too.
         reporter: is told if a tracker fails, which then gets no more numbers; the run goes on.
 
     Raises:
@@ -144,7 +148,7 @@ def open_trackers(
     try:
         for name in names:
             try:
-                active[name] = _start(name, run, config)
+                active[name] = _start(name, run, _flat(config), resumed=resumed)
             except Exception as error:  # each tracker raises its own
                 raise OutputError(f"cannot start {name}: {_first_line(error)}") from error
 
@@ -171,29 +175,35 @@ def run_name(directory: Path) -> str:
     return own.relative_to(here).as_posix() if own.is_relative_to(here) and own != here else own.name
 
 
-def _start(name: str, run: str, config: Mapping[str, Any]) -> Any:
+def _start(name: str, run: str, config: Mapping[str, Any], *, resumed: bool) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     kind = LOGGER_TYPE_TO_CLASS[name]
+    own: dict[str, Any] = {}
+    if name == "wandb":  # it knows a run by its id: the same place, name and arguments are the same run
+        place = f"{platform.node()} {Path.cwd()} {run} {sorted(config.items())}"
+        own = {"id": hashlib.sha256(place.encode()).hexdigest()[:16], "resume": "allow"}
+    elif name == "trackio" and resumed:  # it knows a run by its name
+        own = {"resume": "allow"}
     # stdout is for results.
     with contextlib.redirect_stdout(sys.stderr):
         if kind.requires_logging_directory:
             tracker = kind(run, logging_dir=LOGGING_DIRECTORY)
         else:
-            tracker = kind(PROJECT, name=run.replace("/", "-"))
+            tracker = kind(PROJECT, name=run.replace("/", "-"), **own)
         tracker.start()
-        tracker.store_init_configuration(_flat(config))
+        tracker.store_init_configuration(dict(config))
     return tracker
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by the path of their names; a list becomes text."""
+    """Return nested values by the path of their names; a list becomes text, and a path its last name."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}/")
         elif value is not None:
-            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[f"{prefix}{name}"] = value if isinstance(value, int | float) else without_directories(str(value))
     return flat
 
 

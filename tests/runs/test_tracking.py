@@ -84,17 +84,55 @@ def test_a_tracker_that_fails_does_not_stop_the_run(tiny: Path, monkeypatch: pyt
         raise ConnectionError("the server went away")
 
     tracker = SimpleNamespace(log=broken, finish=lambda: None)
-    monkeypatch.setattr("layersurgery.runs.tracking._start", lambda *_: tracker)
+    monkeypatch.setattr("layersurgery.runs.tracking._start", lambda *_, **__: tracker)
     with pytest.warns(LayerSurgeryWarning, match="tensorboard failed and is not used any more: the server went away"):
         frame = ls.sweep(tiny, "drop", TEXT, directory="out", context=16, track="tensorboard")
     assert len(frame) == 7
     assert len(calls) == 1
 
 
+def test_a_resumed_run_goes_on_in_the_trackers_which_are_told_no_directories(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    class Tracker:
+        requires_logging_directory = False
+
+        def __init__(self, _project: str, **own: Any) -> None:
+            started.append(own)
+
+        def store_init_configuration(self, config: dict[str, Any]) -> None:
+            assert str(tiny.parent) not in str(config)
+            assert config["batch_size"] == 3
+
+        def start(self) -> None: ...
+        def log(self, *_: Any, **__: Any) -> None: ...
+        def finish(self) -> None: ...
+
+    def measure(name: str, progress: Any = None) -> None:
+        options: dict[str, Any] = {"context": 16, "batch_size": 3, "track": name, "progress": progress}
+        ls.sweep(tiny, "drop", TEXT, directory=tiny.parent / name, **options)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layersurgery.runs.tracking.find_spec", lambda _: True)
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"wandb": Tracker, "trackio": Tracker})
+    for name in ("wandb", "trackio"):
+        with pytest.raises(KeyboardInterrupt):
+            measure(name, stop)
+        measure(name)
+    first, second, began, resumed = started
+    assert first == second
+    assert (first["name"], first["resume"], len(first["id"])) == ("wandb", "allow", 16)
+    assert (began, resumed) == ({"name": "trackio"}, {"name": "trackio", "resume": "allow"})
+
+
 def test_what_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ls.PlanError, match="tracker 'tensorbord' is unknown; use tensorboard, trackio, wandb"):
         ls.sweep(tiny, "drop", TEXT, directory="out", track="tensorbord")
-    with pytest.raises(ls.PlanError, match="track is for runs that are written, so it needs directory"):
+    with pytest.raises(ls.PlanError, match="`track` is for runs that are written, so it needs `directory`"):
         ls.sweep(tiny, "drop", TEXT, track="tensorboard")
     with pytest.raises(ls.PlanError, match="`track` is for runs batch by batch, and neurons is measured in one go"):
         ls.analyze("neurons", tiny, directory="out", track="tensorboard")
