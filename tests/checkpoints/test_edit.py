@@ -456,6 +456,7 @@ def test_layer_numbers_that_begin_at_one_in_a_nested_dictionary(tmp_path: Path) 
 
 def test_a_count_of_first_layers_becomes_the_list_that_its_class_reads(tmp_path: Path) -> None:
     sizes = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    sizes |= {"linear_head_dim": 8, "linear_num_heads": 4}
     model = tiny_model("kimi_linear", num_key_value_heads=4, **sizes)
     model.save_pretrained(tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())

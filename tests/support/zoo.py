@@ -157,7 +157,9 @@ ZOO: dict[str, dict[str, Any]] = {
     "opt-postnorm": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
     "hunyuan_v1_moe": {},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 3, "block_size": 4},
-    "qwen3_5_text": {},
+    "qwen3_5_text": {
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
     "jetmoe": {"kv_channels": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 2},
     "olmo_hybrid": {},
