@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..registry import ANALYSES, STAGES, Column, column
@@ -119,7 +120,7 @@ def stages(models: Sequence[ModelTables]) -> Figure:
     is_single = len(models) == 1
     columns = min(3, len(models))
     rows = -(-len(models) // columns)
-    with new_figure(11 if is_single else 4.6 * columns, 8.6 if is_single else 3.8 * rows) as figure:
+    with new_figure(11 if is_single else 4.6 * columns, 8.6 if is_single else 4.2 * rows) as figure:
         if is_single:
             grid = figure.subplot_mosaic([["top"] * 3, list("abc"), list("def")], height_ratios=[1.5, 1, 1])
             panels = [grid["top"]]
@@ -140,7 +141,7 @@ def stages(models: Sequence[ModelTables]) -> Figure:
 def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
     table = model.tables["stages"]
     is_wide = most > _MOST_BLOCKS
-    _shade(axis, table, labels=True, upright=not is_wide)
+    named = _shade(axis, table, bars=True, names=is_wide)
     rare = rare_kinds([table])
     # Both kinds of neurons share one scale, so that the figure shows which outnumber the other.
     neurons = [table[name].to_numpy(float) for name in _FIGURE_1[2:]]
@@ -159,7 +160,8 @@ def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
     limits = axis.get_xlim()
     label_depth(axis, [table], "block", most)
     axis.set_xlim(limits)
-    if handles := [*axis.get_legend_handles_labels()[0], *kind_handles(rare)]:
+    handles = [*axis.get_legend_handles_labels()[0], *kind_handles(rare)]
+    if handles := [*handles, *([] if is_wide else named)]:  # a narrow panel has no room for the names
         box = axis.legend(
             handles=handles,
             fontsize=7,
@@ -200,14 +202,14 @@ def _scale(axis: Axes, shown: Column, *lines: Any) -> None:
         axis.set_ylim(0, 1.08 * high if high > 0 else 1)
 
 
-def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False, upright: bool = False) -> None:
-    """Shade the stages; in a panel with labels, add a bar where 95 % of resamples put each boundary.
+def _shade(axis: Axes, table: pd.DataFrame, *, bars: bool = False, names: bool = False) -> list[Patch]:
+    """Shade the stages, and return what a legend shows of them.
 
     Args:
         axis: the panel.
         table: the table of stages.
-        labels: whether to name the stages.
-        upright: whether the names stand upright inside the panel, where it is too narrow for them.
+        bars: whether to draw a bar where 95 % of resamples put each boundary.
+        names: whether to name the stages above the panel.
     """
     depth = len(table)
 
@@ -215,15 +217,15 @@ def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False, upright: bo
         return (layer - 0.5) / max(1, depth - 1)
 
     boundaries = table.attrs.get("boundaries", [])
-    edges, names = [0], [[STAGES[0]]]
+    edges, stages_between, legend = [0], [[STAGES[0]]], []
     for boundary in boundaries:
         if boundary["layer"] is None:
-            names[-1].append(boundary["begins"])
+            stages_between[-1].append(boundary["begins"])
             continue
         edges.append(boundary["layer"])
-        names.append([boundary["begins"]])
+        stages_between.append([boundary["begins"]])
         axis.axvline(edge_of(boundary["layer"]), color="#555555", linewidth=1, linestyle="--", zorder=1)
-        if labels and boundary["low"] is not None:
+        if bars and boundary["low"] is not None:
             interval = [edge_of(boundary["low"]), edge_of(boundary["high"])]
             axis.plot(
                 interval,
@@ -235,24 +237,24 @@ def _shade(axis: Axes, table: pd.DataFrame, *, labels: bool = False, upright: bo
                 clip_on=False,
             )
     edges.append(depth)
-    for first, last, stage in zip(edges, edges[1:], names, strict=False):
+    for first, last, stage in zip(edges, edges[1:], stages_between, strict=False):
         shade = _SHADES[STAGES.index(stage[0])] if len(stage) == 1 else _UNCERTAIN
         axis.axvspan(edge_of(first), edge_of(last), color=shade, linewidth=0, zorder=0.5)
-        if labels:
+        legend.append(Patch(color=shade, label=" or ".join(stage)))
+        if names:
             middle = (max(0.0, edge_of(first)) + min(1.0, edge_of(last))) / 2
             axis.text(
                 middle,
-                0.97 if upright else 1.03,
+                1.03,
                 "\nor ".join(stage),
                 ha="center",
-                va="top" if upright else "bottom",
-                rotation=90 if upright else 0,
-                color="#555555" if upright else "black",
+                va="bottom",
                 fontsize=7,
                 transform=axis.get_xaxis_transform(),
                 clip_on=False,
             )
     axis.set_xlim(edge_of(0), edge_of(depth))
+    return legend
 
 
 def draw_columns(models: Sequence[ModelTables], name: str) -> Figure:
