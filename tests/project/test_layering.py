@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,15 @@ def test_imports_of_the_command_line_point_one_way(package: str) -> None:
 def test_the_library_does_not_import_its_command_line() -> None:
     for path in (ROOT / "layersurgery").rglob("*.py"):
         assert "layersurgery_cli" not in path.read_text("utf-8"), path
+
+
+def test_the_table_of_packages_names_every_file() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)/` \|(.*)$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M))
+    for package in sorted(set(ALLOWED) & set(rows)):
+        files = {path.stem for path in (ROOT / "layersurgery" / package).glob("*.py")} - {"__init__"}
+        named = re.findall(r"\w+", rows[package])
+        assert files <= set(named), files - set(named)
+        compound = [name for name in named if "_" in name]
+        assert sorted(set(compound) - files) == []
+        assert sorted(name for name in set(compound) if compound.count(name) > 1) == []
+    assert set(rows) - {"cli"} == {package for package in ALLOWED if (ROOT / "layersurgery" / package).is_dir()}
