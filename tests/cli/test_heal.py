@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import layersurgery as ls
 from tests.checkpoints.test_zoo import reload
-from tests.cli.test_cli import result_of, run
+from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.reference import logits_of
 from tests.support.tiny_checkpoint import checkpoint
 from tests.support.zoo import DEPTH, tokens
@@ -66,3 +71,25 @@ def test_what_is_refused(place: Path, tmp_path: Path, arguments: tuple[str, ...]
     assert result.exit_code == code
     assert words in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_stopped_by_hand_it_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
+    ls.edit_checkpoint(place / "tiny", "drop 2", tmp_path / "cut")
+    words = ["heal", tmp_path / "cut", "--teacher", place / "tiny", *text(place), "--steps", 60, "--batch-size", 2]
+    words += ["--save-every", 1, "--evaluate-every", 60, "-o", tmp_path / "out"]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, words)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    for _ in range(2400):  # other tests run at the same time
+        if process.poll() is not None or list(tmp_path.glob("out-healing/step-*")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again to resume" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    assert [row["step"] for row in result_of(*words)["steps"]] == [0, 60]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "out"]
