@@ -30,9 +30,10 @@ def dataset_card(repo: str, directory: Path, runs: Sequence[FinishedRun], files:
     from huggingface_hub import DatasetCardData
 
     tables = _main_first(runs, directory, [name for name in files if name.endswith(".parquet")])
+    names = _config_names(tables)
     configs: list[dict[str, Any]] = [
-        {"config_name": _config(name), "data_files": _pattern(name)} | ({"default": True} if not number else {})
-        for number, name in enumerate(tables)
+        {"config_name": config, "data_files": _pattern(name)} | ({"default": True} if name == tables[0] else {})
+        for name, config in names.items()
     ]
     # A dictionary and not keyword arguments: the client would name `configs` differently in other versions.
     metadata: dict[str, Any] = {"pretty_name": repo.partition("/")[2], "tags": _TAGS, "configs": configs}
@@ -48,14 +49,14 @@ Measured by layersurgery {__version__}.{f" `{NAME}` shows all of it on one page.
 
 | table | file | columns |
 |---|---|---|
-{chr(10).join(_row(name, directory) for name in tables)}
+{chr(10).join(_row(name, config, directory) for name, config in names.items())}
 
 ## Read it
 
 ```python
 import datasets, layersurgery as ls
 
-frame = datasets.load_dataset("{repo}", "{_config(tables[0])}", split="train").to_pandas()
+frame = datasets.load_dataset("{repo}", "{names[tables[0]]}", split="train").to_pandas()
 directory = ls.fetch_results("{repo}")  # the same files; ls.read_results and ls.report read them
 ```
 """
@@ -72,9 +73,20 @@ def _main_first(runs: Sequence[FinishedRun], directory: Path, tables: list[str])
     return [name for name in dict.fromkeys(order) if name in tables]
 
 
-def _config(name: str) -> str:
-    """Return the name of a table's configuration: of its file, with the directories that it is in."""
-    return re.sub(r"[^\w.-]", "_", name.removesuffix(".parquet").replace("/", "-"))
+def _config_names(tables: Sequence[str]) -> dict[str, str]:
+    """Return the name of each table's configuration: of its file, with the directories that it is in.
+
+    Two names that would become one get a number.
+    """
+    names: dict[str, str] = {}
+    for table in tables:
+        name = numbered = re.sub(r"[^\w.-]", "_", table.removesuffix(".parquet").replace("/", "-"))
+        number = 1
+        while numbered in names.values():
+            number += 1
+            numbered = f"{name}-{number}"
+        names[table] = numbered
+    return names
 
 
 def _pattern(name: str) -> str:
@@ -91,12 +103,12 @@ def _about(run: FinishedRun, directory: Path) -> str:
     return f"## {run.word}{'' if place == '.' else f' ({place})'}\n\n{words}\n| | |\n|---|---|\n{facts}\n{command}\n"
 
 
-def _row(name: str, directory: Path) -> str:
+def _row(name: str, config: str, directory: Path) -> str:
     import pyarrow.parquet as pq
 
     names = pq.read_schema(directory / name).names
     meant = "; ".join(_meaning(names, PurePosixPath(name).stem))
-    return f"| `{_config(name)}` | `{name}` | {_cell(meant)} |"
+    return f"| `{config}` | `{name}` | {_cell(meant)} |"
 
 
 def _meaning(names: Sequence[str], table: str) -> Iterator[str]:

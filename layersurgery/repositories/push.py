@@ -13,7 +13,7 @@ from ..reports.report import NAME
 from ..runs.tables import RUN
 from ..version import __version__
 from .hub_errors import check_push, check_repo_name, hub_errors
-from .uploads import Upload, read_upload
+from .uploads import RESULT_FILES, Upload, read_upload
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf")
 
@@ -150,10 +150,15 @@ def _check_existing(existing: Any, upload: Upload, repo: str, public: bool) -> N
             f"{repo} has weights that this checkpoint does not replace ({', '.join(others[:3])}), and a program could "
             "load them instead of these. Remove them on the Hub, or choose another repository"
         )
-    # A run in a directory hides those below it, so that `fetch_results` and `report` would read the old one only.
+    # A run in a directory hides those below it, so that `fetch_results` and `report` would read the old one only, and
+    # a table beside a run would be read as the run's.
+    runs = {PurePosixPath(name).parent for name in upload.files if PurePosixPath(name).name == RUN}
     if upload.kind == "dataset" and (
         others := [
-            name for name in sorted(names) if PurePosixPath(name).name in (RUN, NAME) and name not in upload.files
+            path.as_posix()
+            for path in map(PurePosixPath, sorted(names))
+            if path.as_posix() not in upload.files
+            and (path.name in (RUN, NAME) or (path.suffix in RESULT_FILES and runs & {*path.parents}))
         ]
     ):
         raise OutputError(

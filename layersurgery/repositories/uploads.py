@@ -7,10 +7,10 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import OutputError, SourceError
-from ..reports.collect import collect
+from ..reports.collect import FinishedRun, collect
 from ..reports.provenance import provenance
 from ..reports.report import NAME, report
 from ..runs.per_token import PARTS
@@ -19,7 +19,7 @@ from ..runs.tables import RUN, read_run
 from .dataset_card import dataset_card
 
 CARD = "README.md"
-_RESULT_FILES = (".parquet", ".csv", ".png", ".svg", ".safetensors")  # and run.json
+RESULT_FILES = (".parquet", ".csv", ".png", ".svg", ".safetensors")  # and run.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,8 @@ def _results(directory: Path, repo: str) -> Upload:
     for run in collected.runs:
         place = run.path.relative_to(directory)
         # The directory around several runs may be anything, such as the home directory.
-        files |= {
-            (place / name).as_posix(): path for name, path in _files_below(run.path) if path.suffix in _RESULT_FILES
-        }
+        found = {**dict(_files_below(run.path)), **dict(_named_files(run))}
+        files |= {(place / name).as_posix(): path for name, path in found.items() if path.suffix in RESULT_FILES}
         # The command and the facts name files without their directories, as the page does.
         facts = dict(run.facts) | {"command": " ".join(provenance(run).command)}
         files[(place / RUN).as_posix()] = (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
@@ -98,6 +97,14 @@ def _results(directory: Path, repo: str) -> Upload:
             notes.append(f"no {NAME} is uploaded: {error}")
     files[CARD] = dataset_card(repo, directory, collected.runs, sorted(files)).encode()
     return Upload("dataset", files, tuple(notes))
+
+
+def _named_files(run: FinishedRun) -> Iterator[tuple[str, Path]]:
+    """Yield the files that a run's own record names: some are in the directory of a run inside it (of its tasks)."""
+    for name in map(PurePosixPath, run.fact("files", default=())):
+        path = run.path / name
+        if not name.is_absolute() and ".." not in name.parts and path.is_file():
+            yield name.as_posix(), path
 
 
 def _files_below(directory: Path) -> Iterator[tuple[str, Path]]:

@@ -139,6 +139,30 @@ def test_several_runs_are_pushed_together_and_nothing_beside_them(hub: Hub, resu
     assert ls.report(fetched, tmp_path / "page.html").runs == [fetched / "first", fetched / "second"]
 
 
+def test_results_with_tasks_inside_come_back_whole(hub: Hub, tmp_path: Path) -> None:
+    pairs = ls.tasks.requests([("Once upon", " a time"), ("a time there", " was")])
+    model = checkpoint(tmp_path / "tiny")
+    ls.sweep(model, "drop", TEXT, tasks=pairs, directory=tmp_path / "out", context=20)
+    with pytest.warns(LayerSurgeryWarning):
+        ls.push(tmp_path / "out", "me/tasks")
+    fetched = ls.fetch_results("me/tasks", tmp_path / "fetched")
+    expected = ls.read_results(tmp_path / "out", "requests")
+    pd.testing.assert_frame_equal(ls.read_results(fetched, "requests"), expected)
+
+
+def test_tables_whose_names_differ_in_signs_only_have_configurations_of_their_own(
+    hub: Hub, results: Path, tmp_path: Path
+) -> None:
+    for name in ("lr 1", "lr_1"):
+        shutil.copytree(results, tmp_path / "both" / name)
+    with pytest.warns(LayerSurgeryWarning):
+        ls.push(tmp_path / "both", "me/both")
+    configs = metadata_load(ls.fetch_results("me/both", tmp_path / "fetched") / "README.md")["configs"]
+    files = {config["config_name"]: config["data_files"] for config in configs}
+    assert len(files) == len(configs)
+    assert {files["lr_1-results"], files["lr_1-results-2"]} == {"lr 1/results.parquet", "lr_1/results.parquet"}
+
+
 def test_a_dry_run_uses_no_network(hub: Hub, pruned: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     assert set(ls.push(pruned, "me/pruned", dry_run=True).files) == {path.name for path in pruned.iterdir()}
@@ -220,6 +244,9 @@ def test_results_that_would_hide_the_new_ones_are_refused(hub: Hub, results: Pat
         ls.push(tmp_path / "several", "me/results")
     assert hub.repositories["datasets", "me/results"].files == before
     ls.push(results, "me/results")  # the same run again
+    hub.repositories["datasets", "me/results"].files["stages.parquet"] = b"of another run"
+    with pytest.raises(ls.OutputError, match=r"has results that these do not replace \(stages.parquet\)"):
+        ls.push(results, "me/results")
 
 
 def test_results_inside_what_is_pushed_stay_on_this_machine(pruned: Path, results: Path, tmp_path: Path) -> None:
