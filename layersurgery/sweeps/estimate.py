@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from .weight_placement import CPU, DISK, WeightPlacement, build_meta_model, pack
 if TYPE_CHECKING:
     from .measurer import Measurer
 
+_HALF = ("bfloat16", "float16")
 _WORTH_SAYING = 5e12  # floating-point operations: about a minute of two cores
 
 
@@ -203,7 +204,7 @@ def estimate(
         batches=math.ceil(size.sequences / batch),
         block_calls=plan.calls,
         readouts=readouts,
-        flops=size.positions * plan.calls * block_flops + size.read * readouts * readout_flops,
+        flops=size.positions * _whole_calls(plan, routes) * block_flops + size.read * readouts * readout_flops,
         block_calls_apart=plan.calls_without_sharing,
         measured=size,
         taken=sum(tensor_bytes(block_list.blocks[block]) for _, block in taken),
@@ -220,27 +221,40 @@ def shortest_time(measurer: Measurer, tokens: int, context: int) -> float | None
         context: number of tokens of one sequence.
 
     Returns:
-        None if they are too few to be worth a measurement of the speed, which takes half a second.
+        None if the products are too few to be worth a measurement of the speed, which takes half a second, or if no
+        bound is known: for tasks, whose requests share contexts, and for half precision on a CPU.
     """
     runner, config = measurer.runner, text_config(measurer.runner.model)
-    of_block = _flops_per_token(config, runner.blocks, runner.width, context)
-    readouts = len(measurer.routes) + 1
-    flops: float = tokens * (measurer.schedule.calls * of_block + readouts * 2.0 * runner.width * config.vocab_size)
-    if flops < _WORTH_SAYING:
-        return None
     weight = next((weight for weight in runner.model.parameters() if not weight.is_meta), None)
     device, dtype = (CPU, "float32") if weight is None else (str(weight.device), str(weight.dtype).partition(".")[2])
-    # Half precision is slow on many CPUs, and so would be the measurement; packed weights are computed in another type.
-    return flops / matmul_rate(device, dtype if device != CPU and dtype in ("bfloat16", "float16") else "float32")
+    read = measurer.read
+    if not (read is None or isinstance(read, ReadPositions)) or (device == CPU and dtype in _HALF):
+        return None
+    of_block = _flops_per_token(config, runner.blocks, runner.width, context)
+    readouts = (len(measurer.routes) + 1) * _share_read(read, context) if measurer.reads_logits else 0.0
+    calls = _whole_calls(measurer.schedule, measurer.routes)
+    flops: float = tokens * (calls * of_block + readouts * 2.0 * runner.width * config.vocab_size)
+    if flops < _WORTH_SAYING:
+        return None
+    return flops / matmul_rate(device, dtype if dtype in _HALF else "float32")  # packed weights are computed in another
+
+
+def _whole_calls(plan: Schedule, routes: Iterable[Route]) -> int:
+    """Return the number of block calls without those of which a branch is skipped: a lower bound of the work."""
+    return max(0, plan.calls - sum(bool(visit.skipped) for route in routes for visit in route))
+
+
+def _share_read(read: ReadPositions | None, context: int) -> float:
+    """Return the share of the positions that are read."""
+    return 1.0 if read is None else read.number(context - 1) / (context - 1)
 
 
 def _packed(tokens: int, context: int, read: ReadPositions | None) -> TextSize:
     """Return the size of a text that is cut into sequences of one length."""
     context = min(context, max(2, tokens))
     sequences = math.ceil(tokens / context)
-    share = 1 if read is None else read.number(context - 1) / (context - 1)
     positions = sequences * context
-    return TextSize(sequences, context, positions, positions, positions * share)
+    return TextSize(sequences, context, positions, positions, positions * _share_read(read, context))
 
 
 def _make_schedule(

@@ -94,6 +94,7 @@ class Measurer:
         observer: measures the signals; None if no signal is observed.
         propagation: measures the changes of later blocks; None if they are not measured.
         skipped: reasons by plan, for variants of a family that this architecture cannot run.
+        reads_logits: the logits of the unedited model and of every variant are read.
         contexts: packs requests that share a context, if the text is requests.
         max_sequences: number of sequences that fit into memory, set after memory ran out. Batches are then measured in
             parts of this size.
@@ -130,9 +131,9 @@ class Measurer:
             refuse_route(refusal_fields(text_config(model)), observe.route, live=True)
             refuse_block_by_block(refusal_fields(text_config(model)), observe.route)
         self.observer = None if observe is None else Observer(self.runner, observe)
-        self._reads_logits = bool(variants) or check
+        self.reads_logits = bool(variants) or check
         supported, self.skipped = select_supported(self.runner, variants)
-        if not supported and (variants or (self.observer is None and not self._reads_logits)):
+        if not supported and (variants or (self.observer is None and not self.reads_logits)):
             raise UnsupportedEditError(next(iter(self.skipped.values()), "there is no edit to measure"))
         assert observe is None or not propagation
         self.propagation = Propagation(self.runner, supported) if propagation else None
@@ -379,7 +380,7 @@ class Measurer:
                 with executor.cleanup():
                     record = self.runner.record(inputs, plan.saved_states, executor.around_block)
                     executor.track_peak(record.states)
-                    metrics = self._read_unedited(tokens, record.states, token_metrics) if self._reads_logits else None
+                    metrics = self._read_unedited(tokens, record.states, token_metrics) if self.reads_logits else None
                     if not plan.needs_final_state:
                         del record.states[self.runner.depth]
                     executor.run_steps(plan.steps, record, _no_output if metrics is None else metrics.read)

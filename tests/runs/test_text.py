@@ -134,7 +134,7 @@ def test_every_sequence_may_begin_with_the_beginning_of_text(jsonl: Path) -> Non
     assert text.ids[:, 0].eq(1).all()
     assert text.ids[:, 1:].flatten().tolist() == JOINED[:36]
     assert read(jsonl, 100, 20, pack=False, bos=True).ids[:, 0].eq(1).all()
-    with pytest.raises(PlanError, match="bos: this tokenizer has no beginning-of-text token"):
+    with pytest.raises(PlanError, match="`bos`: this tokenizer has no beginning-of-text token"):
         read(jsonl, bos=True, tokenizer=_without("bos_token"))
 
 
@@ -243,7 +243,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         "~nobody-of-this-name/text.txt": "does not exist on this machine",
         "long/" + "x" * 5000: "cannot read the dataset",
         tmp_path: "contains no text: none of its files ends in .txt",
-        "someone/nowhere": r"cannot read the dataset someone/nowhere .*local text \(data\): a file, or p",
+        "someone/nowhere": r"cannot read the dataset someone/nowhere .*local text \(`data`\): a file, or p",
     }
     for data, words in cases.items():
         with pytest.raises(SourceError, match=words):

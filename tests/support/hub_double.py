@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
@@ -90,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         return TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def _handle(self) -> None:
-        hub, path = self.server, self.path
+        hub, path = self.server, unquote(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.requests.append(f"{self.command} {path.partition('?')[0]}")
         if path.startswith("/objects/"):

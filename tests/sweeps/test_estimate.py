@@ -13,9 +13,12 @@ from transformers import GPTNeoXConfig
 
 import layersurgery as ls
 from benchmarks.timing import run_timed
+from layersurgery.analyses.signal_tables import make_measurer
 from layersurgery.plans.variants import variants
+from layersurgery.sweeps import estimate as estimates
 from layersurgery.sweeps.estimate import estimate
 from layersurgery.sweeps.measurer import Measurer
+from layersurgery.sweeps.read_positions import ReadPositions
 from tests.cli.test_cli import COMMAND, result_of, run
 from tests.support.zoo import DEPTH, tiny_config, tiny_model, tokens
 
@@ -109,6 +112,32 @@ def test_it_loads_and_writes_nothing(tmp_path: Path) -> None:
     for words in ("total", "11 edited models; arithmetic:", "36 block calls (66 without sharing) and 12 readouts each"):
         assert words in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare"]
+
+
+def test_the_least_time_of_a_run_counts_only_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimates, "_WORTH_SAYING", 0)
+    monkeypatch.setattr(estimates, "matmul_rate", lambda *_: 1.0)
+
+    def least(measurer: Measurer) -> float:
+        return estimates.shortest_time(measurer, 1600, 16) or 0.0
+
+    def measurer(families: str, **options: Any) -> Measurer:
+        return Measurer(tiny_model("llama"), variants(families, DEPTH), **options)
+
+    drops, skips = measurer("drop"), measurer("skip-mlp")
+    readout = 2.0 * drops.runner.width * tiny_config("llama").vocab_size
+    block = (least(drops) / 1600 - 7 * readout) / drops.schedule.calls
+    # A call whose MLP is skipped is not counted.
+    assert least(skips) / 1600 == pytest.approx((skips.schedule.calls - DEPTH) * block + 7 * readout)
+    # Three of the fifteen positions are read.
+    few = least(measurer("drop", read=ReadPositions(3))) / 1600
+    assert few == pytest.approx(drops.schedule.calls * block + 7 * readout * 3 / 15)
+    # No logits are read.
+    assert least(make_measurer(tiny_model("llama"), ["norms"], DEPTH)) / 1600 == pytest.approx(DEPTH * block)
+    for each in (drops, skips, measurer("drop", read=ReadPositions(3))):
+        cost = estimate(tiny_config("llama"), each.variants[1:], tokens=1600, context=16, read=each.read)  # type: ignore[arg-type]
+        assert least(each) == pytest.approx(cost.flops)
+    assert estimates.shortest_time(Measurer(tiny_model("llama").bfloat16(), variants("drop", 6)), 1600, 16) is None
 
 
 def test_where_edits_stop_early_it_gives_no_lower_bound_of_the_time(tmp_path: Path) -> None:
