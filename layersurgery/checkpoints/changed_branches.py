@@ -24,7 +24,7 @@ from ..models.block_probe import BlockProbe, record_block
 from ..models.block_weights import BlockWeights
 from ..models.config_fields import DecoderSection, Json, depth_field, find_section
 from ..models.config_rewrite import rewrite
-from ..models.means import Means, mean_specs, sample_of, sampled_parameter
+from ..models.means import Means, mean_specs, sample_of
 from ..models.meta_model import load_hf_config, silence_transformers, write_derived_fields
 from ..models.output_maps import OutputMap, OutputMaps
 from ..models.weight_change import WeightChange
@@ -114,18 +114,19 @@ def _check_means(
     Raises:
         PlanError: the means are of another block.
     """
+    known = dict(module.named_parameters())
     for branch in visit.mean:
         mean = means.vectors.get((visit.block, branch))
-        parameter = None if mean is None else sampled_parameter(module, mean.path)
-        rests = () if parameter is None else tensor_names.names(visit.block, parameter)
-        if parameter is None or len(rests) != 1:
-            continue
-        name = checkpoint.block_prefix.join(visit.block, rests[0])
-        info = dict(checkpoint.tensors.tensors())[name]
-        if info.dtype in _DTYPES and info.shape == tuple(module.get_parameter(parameter).shape):
-            (file,) = (file for file, header in checkpoint.tensors.shards.items() if name in header.tensors)
-            with safe_open(checkpoint.tensors.directory / file, "pt") as tensors:
-                means.check_sample(visit.block, branch, sample_of(tensors.get_tensor(name)))
+        for parameter in () if mean is None else mean.samples:
+            rests = tensor_names.names(visit.block, parameter) if parameter in known else ()
+            if len(rests) != 1:
+                continue
+            name = checkpoint.block_prefix.join(visit.block, rests[0])
+            info = dict(checkpoint.tensors.tensors())[name]
+            if info.dtype in _DTYPES and info.shape == tuple(known[parameter].shape):
+                (file,) = (file for file, header in checkpoint.tensors.shards.items() if name in header.tensors)
+                with safe_open(checkpoint.tensors.directory / file, "pt") as tensors:
+                    means.check_samples(visit.block, branch, {parameter: sample_of(tensors.get_tensor(name))})
 
 
 def add_maps(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +37,14 @@ class BranchMean:
         vector: the mean over tokens of what the branch adds to the stream, float32.
         path: path, within the block, of the module whose output is replaced.
         scale: the factor by which the block multiplies that module's output.
-        sample: some weights of that module, by which the block is recognized; empty if they were not at hand.
+        samples: some numbers of the weights with which the branch writes the stream, by their names in the block; the
+            block is recognized by them. Weights that were not at hand are left out.
     """
 
     vector: torch.Tensor = field(compare=False)
     path: str
     scale: float = 1.0
-    sample: tuple[float, ...] = ()
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,10 @@ class Means:
             other.vectors
         ):
             raise PlanError(f"means of {self.model} and of {other.model} cannot be merged: the models differ")
+        for (block, branch), mean in other.vectors.items():
+            if (self.vectors[block, branch].path, self.vectors[block, branch].scale) != (mean.path, mean.scale):
+                raise PlanError(f"means of {self.model} and of {other.model} cannot be merged: the models differ")
+            self.check_samples(block, branch, mean.samples)
         total = self.tokens + other.tokens
         vectors = {
             where: replace(
@@ -117,7 +122,9 @@ class Means:
             "tokens": self.tokens,
             "text": dict(self.text),
             "errors": {str(block): reason for block, reason in self.errors.items()},
-            "places": {_name(where): [mean.path, mean.scale, mean.sample] for where, mean in self.vectors.items()},
+            "places": {
+                _name(where): [mean.path, mean.scale, dict(mean.samples)] for where, mean in self.vectors.items()
+            },
         }
         tensors = {_name(where): mean.vector.contiguous() for where, mean in self.vectors.items()}
         with atomic_file(Path(path)) as partial:
@@ -136,8 +143,8 @@ class Means:
             with safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {})[_FORMAT])
                 vectors = {
-                    _where(name): BranchMean(file.get_tensor(name), path, scale, tuple(*sample))
-                    for name, (path, scale, *sample) in record["places"].items()
+                    _where(name): BranchMean(file.get_tensor(name), path, scale, samples)
+                    for name, (path, scale, samples) in record["places"].items()
                 }
         except FileNotFoundError:
             raise SourceError(f"{path} does not exist; {MEASURE_MEANS}") from None
@@ -168,23 +175,27 @@ class Means:
         """
         for branch in BRANCHES:
             if (mean := self.vectors.get((number, branch))) is not None:
-                self.check_sample(number, branch, weight_sample(block, mean.path))
+                self.check_samples(number, branch, weight_samples(block, mean.samples))
 
-    def check_sample(self, number: int, branch: Branch, sample: tuple[float, ...]) -> None:
+    def check_samples(self, number: int, branch: Branch, samples: Mapping[str, Sequence[float]]) -> None:
         """Refuse a block of which a sample of weights differs from that of the block which the means are of.
+
+        Args:
+            number: the block's number.
+            branch: the branch.
+            samples: some numbers of weights, by their names in the block; others are not compared.
 
         Raises:
             PlanError: the means are of another block.
         """
-        known = self.vectors[number, branch].sample
-        if not known or not sample:
-            return
-        if len(known) != len(sample) or math.dist(known, sample) > _LARGEST_DIFFERENCE * math.hypot(*known):
-            raise PlanError(
-                f"the means of block {number} were measured with other weights than its {branch} has now; measure the "
-                "means of this model. Inside operate, and after operate_, a number may be that of another block: make "
-                "one plan of all edits"
-            )
+        for name, known in self.vectors[number, branch].samples.items():
+            found, size = samples.get(name, known), math.hypot(*known)
+            if len(known) != len(found) or (size and math.dist(known, found) > _LARGEST_DIFFERENCE * size):
+                raise PlanError(
+                    f"the means of block {number} were measured with other weights than its {branch} has now; measure "
+                    "the means of this model. Inside operate, and after operate_, a number may be that of another "
+                    "block: make one plan of all edits"
+                )
 
     def specs(self, skips: tuple[SkipSpec, ...], block: int, branch: Branch) -> tuple[SkipSpec, ...]:
         """Return the specs of a skipped branch that add the branch's mean instead of nothing.
@@ -211,24 +222,37 @@ class Means:
         return tuple(replace(skip, mean=vector, savable=False) if skip.path == mean.path else skip for skip in skips)
 
 
-def weight_sample(block: nn.Module, path: str) -> tuple[float, ...]:
-    """Return some weights of a module of a block, evenly spaced; none if they are offloaded or quantized."""
-    name = sampled_parameter(block, path)
-    if name is None:
-        return ()
-    owner = block.get_submodule(name.rpartition(".")[0])
-    weight = block.get_parameter(name)
-    return () if weight.is_meta or is_quantized(owner) else sample_of(weight)
+def weight_samples(block: nn.Module, names: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """Return some numbers of a block's weights by their names, without those that are offloaded, quantized or gone."""
+    samples = {}
+    for name in names:
+        try:
+            owner, weight = block.get_submodule(name.rpartition(".")[0]), block.get_parameter(name)
+        except AttributeError:  # another block stands there, or a skipped branch
+            continue
+        if not (weight.is_meta or is_quantized(owner)):
+            samples[name] = sample_of(weight)
+    return samples
 
 
-def sampled_parameter(block: nn.Module, path: str) -> str | None:
-    """Return the name, in a block, of the first matrix of one of its modules; None if it has none."""
-    try:
-        module = block.get_submodule(path)
-    except AttributeError:  # another block stands there, or a skipped branch
-        return None
-    names = (name for name, weight in module.named_parameters() if weight.ndim > 1)
-    return next((f"{path}.{name}" if path else name for name in names), None)
+def sampled_parameters(block: nn.Module, outputs: Iterable[str], path: str) -> list[str]:
+    """Return the names of the weights by which a branch of a block is recognized.
+
+    They are the matrices that write the stream, and the weight of a norm behind them: an edit that scales the branch,
+    or turns heads or neurons off, changes one of these.
+
+    Args:
+        block: the block.
+        outputs: names of the parameters that write the stream.
+        path: the module whose output the mean replaces.
+    """
+    module, known = block.get_submodule(path), dict(block.named_parameters())
+    own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters()]
+    matrices = [name for name in outputs if known[name].ndim > 1]
+    if not matrices:  # which weights write the stream is not known
+        matrices = [name for name in own if known[name].ndim > 1][:1]
+    is_norm = not any(module.children()) and all(known[name].ndim == 1 for name in own)
+    return [*matrices, *(name for name in own if is_norm and name.endswith("weight"))]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..models.means import BranchMean, Means, weight_sample
+from ..models.means import BranchMean, Means, sampled_parameters, weight_samples
 from ..plans.visit import Branch
 from .block_runner import BlockRunner, ForwardRecord
 from .contributions import BRANCHES, CapturePoint, capture_contributions, find_contributions
@@ -76,8 +76,9 @@ class BranchSums:
             point = next(
                 point for point in self.contributions[block].capture_points if point.branch == branch and point.scale
             )
-            sample = weight_sample(self.runner.blocks[block], point.path)
-            vectors[block, branch] = BranchMean((total / self.tokens).float(), point.path, point.scale, sample)
+            own, outputs = self.runner.blocks[block], self.runner.anatomy.parts(block).outputs(branch)
+            samples = weight_samples(own, sampled_parameters(own, outputs, point.path))
+            vectors[block, branch] = BranchMean((total / self.tokens).float(), point.path, point.scale, samples)
         errors = {block: found.error for block, found in enumerate(self.contributions) if found.error}
         text = {**text, "first_tokens": self.first_tokens}
         return Means(model, self.runner.depth, self.runner.width, self.tokens, vectors, errors, text)

@@ -221,6 +221,30 @@ def test_means_are_refused_where_another_block_has_the_number(model: Any, tmp_pa
         pass
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "mamba", "jamba", "mixtral"])
+def test_means_are_refused_where_the_weights_that_write_the_stream_differ(name: str) -> None:
+    """Also where a norm follows the branch, and where the first weights of all blocks are alike (those of Mamba)."""
+    model = tiny_model(name)
+    means = ls.measure_means(model, tokens())
+    branch = "mlp" if (2, "mlp") in means.vectors else "attention"
+    plan = f"skip-{branch} 2 mean" if name != "mamba" else "drop 2 mean"
+    with ls.operate(model, plan, means=means):
+        pass
+    for change in ("swap 2 3", f"scale-{branch} 2 0.1" if name != "mamba" else "scale 2 0.1"):
+        with (
+            ls.operate(model, change),
+            pytest.raises(ls.PlanError, match="with other weights"),
+            ls.operate(model, plan, means=means),
+        ):
+            pytest.fail("operated")
+
+
+def test_means_of_models_of_one_class_and_other_weights_are_not_merged() -> None:
+    first, second = (ls.measure_means(tiny_model("llama", seed=seed), tokens()) for seed in (0, 1))
+    with pytest.raises(ls.PlanError, match="with other weights"):
+        first.merged(second)
+
+
 def test_a_sweep_measures_the_means_first_and_keeps_them(tmp_path: Path) -> None:
     model = tiny_model("llama")
     in_memory = ls.sweep(model, "drop-mean,skip-attention-mean,skip-mlp-mean", tokens())
