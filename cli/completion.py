@@ -24,7 +24,8 @@ def results(incomplete: str) -> list[str]:
         found = sorted(path.parent for pattern in ("*/run.json", "*/*/run.json") for path in base.glob(pattern))
     except OSError:
         return []
-    return [str(path) for path in found if str(path).startswith(incomplete)]
+    start = "./" if incomplete.startswith("./") else ""  # a path leaves it out
+    return [f"{start}{path}" for path in found if f"{start}{path}".startswith(incomplete)]
 
 
 def families(incomplete: str) -> list[str]:

@@ -53,6 +53,34 @@ def _check_replaceable(out: Path) -> None:
         raise OutputError(f"{out} is not replaced: {why}; remove it yourself or choose another output")
 
 
+def check_room(out: Path, bytes_needed: int) -> None:
+    """Refuse an output that the file system cannot take, without writing anything.
+
+    Raises:
+        OutputError: something above it is not a directory or cannot be written to, or the disk has too little space.
+    """
+    parent = existing_parent(out)
+    if not parent.is_dir():
+        raise OutputError(f"cannot write {out}: {parent} is not a directory; choose another output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: no permission to write in {parent}; choose another output")
+    _check_space(out, parent, bytes_needed)
+
+
+def existing_parent(out: Path) -> Path:
+    """Return the nearest path above an output that exists."""
+    return next(parent for parent in (out.parent, *out.parent.parents) if os.path.lexists(parent))
+
+
+def _check_space(out: Path, parent: Path, bytes_needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if bytes_needed > free:
+        raise OutputError(
+            f"{parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; "
+            "free some space, choose an output on another disk, or share unchanged files (`link`)"
+        )
+
+
 @contextmanager
 def atomic_directory(out: Path, *, bytes_needed: int, overwrite: bool) -> Iterator[Path]:
     """Give a temporary directory next to `out`, and rename it to `out` at the end. Remove it on any exception.
@@ -108,12 +136,7 @@ def _partial_directory(out: Path, bytes_needed: int, move: Callable[[Path], None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
-        free = shutil.disk_usage(out.parent).free
-        if bytes_needed > free:
-            raise OutputError(
-                f"{out.parent} has {free / 1e9:,.2f} GB free and {out.name} needs {bytes_needed / 1e9:,.2f} GB; "
-                "free some space, choose an output on another disk, or share unchanged files (`link`)"
-            )
+        _check_space(out, out.parent, bytes_needed)
         with _locked_partial(partial):
             try:
                 partial.mkdir()

@@ -98,6 +98,8 @@ def _write_gguf_edits(
         raise PlanError(f"a GGUF file is edited without {given[0]}; omit it")
     source = find_gguf(model, revision=options.revision)
     outputs = {name: _gguf_output(name, options) or default_output(source, plan) for name, plan in plans.items()}
+    _check_distinct(outputs)
+    plans = _resolved(plans, str(source.path), options, console)
     for out in outputs.values():
         check_gguf_output(out, source.path, overwrite=options.overwrite)
     planned_edits = {name: plan_gguf_edit(source, plan) for name, plan in plans.items()}
@@ -152,6 +154,7 @@ def write_edits(
     else:  # the Hub client shows its own progress bars
         source = find_source(model, revision=options.revision)
     outputs = {name: _output_path(name, options) or default_output(source, plan) for name, plan in plans.items()}
+    _check_distinct(outputs)
     plans = _resolved(plans, model, options, console)
     for out in outputs.values():
         check_output(out, source.directory, overwrite=options.overwrite)
@@ -195,10 +198,7 @@ def write_edits(
                 )
             )  # fmt: skip
     if options.link and not any(result.bytes_linked for result in results):
-        console.log(
-            "No file was linked, since every file changes or the output is on another file system; "
-            "all files were copied"
-        )
+        console.log("No file can be linked: every file changes, or the output is on another file system")
     return results, source
 
 
@@ -216,9 +216,23 @@ def _resolved(
         return {name: resolve_neurons(plan, loaded, blocks=options.blocks) for name, plan in plans.items()}
 
 
+def _check_distinct(outputs: Mapping[str | None, Path]) -> None:
+    """Refuse outputs of which one would replace another.
+
+    Raises:
+        PlanError: two have one path.
+    """
+    names: dict[Path, str | None] = {}
+    for name, out in outputs.items():
+        if (other := names.setdefault(out.resolve(), name)) != name:
+            raise PlanError(f"{other} and {name} would both be written to {out}; give them other names")
+
+
 def _output_path(name: str | None, options: EditOptions) -> Path | None:
     if name is None:
         return options.output
+    if is_gguf_output(name):
+        raise PlanError(f"the output {name} would be a directory; add --gguf to write GGUF files, or name it otherwise")
     return (options.output or Path()) / name
 
 

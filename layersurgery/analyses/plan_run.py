@@ -17,7 +17,7 @@ from torch import nn
 
 from ..atomic_io import check_output
 from ..checkpoints.edit_checkpoint import EditResult, edit_checkpoint, is_gguf_output
-from ..checkpoints.gguf_edit import check_gguf_output
+from ..checkpoints.gguf_edit import check_gguf_output, check_gguf_source
 from ..checkpoints.sources import find_gguf
 from ..errors import MeasurementError, OutputError, PlanError
 from ..path_names import without_directories
@@ -260,7 +260,8 @@ def check_target(session: ModelSession, target: Path, *, overwrite: bool, heals:
     Raises:
         OutputError: it exists, or overlaps the source.
         PlanError: a healed model is to be written to a GGUF file.
-        SourceError: a GGUF file is to be written, and the model has none.
+        SourceError: a GGUF file is to be written, and the model has none, or it cannot be read.
+        UnsupportedEditError: no edit of the GGUF file can be written.
     """
     if is_gguf_output(target):
         if heals:
@@ -268,8 +269,12 @@ def check_target(session: ModelSession, target: Path, *, overwrite: bool, heals:
                 f"{target} is a GGUF file, whose quantized weights are copied as they are, so a healed model cannot be "
                 "written to it; give a directory, and convert the healed checkpoint (convert_hf_to_gguf of llama.cpp)"
             )
+        if session.options.blocks is not None:
+            raise PlanError("a GGUF file is edited without `blocks`; omit it, or write a safetensors checkpoint")
         source = find_gguf(str(session.model.given), revision=session.options.revision)
         check_gguf_output(target, source.path, overwrite=overwrite)
+        if note := check_gguf_source(source):
+            session.reporter.note(note)
         return
     check_output(target, None if session.model.source is None else session.model.source.directory, overwrite=overwrite)
 

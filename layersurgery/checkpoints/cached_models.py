@@ -18,7 +18,8 @@ def hub_cache() -> Path:
     The rules are those of huggingface_hub, which takes too long to import for the completion of a word.
     """
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or Path(home) / "hub"
+    return Path(os.path.expandvars(named)).expanduser()
 
 
 def packaged_models() -> list[str]:
@@ -29,7 +30,7 @@ def packaged_models() -> list[str]:
 
 
 def cached_models() -> list[str]:
-    """Return the ids of the causal language models in the Hub's cache that have safetensors files, sorted.
+    """Return the ids of the causal language models in the Hub's cache whose safetensors files are complete, sorted.
 
     A model belongs to them if a class in its config is for causal language models, or if the config names no class.
     """
@@ -44,8 +45,14 @@ def _is_causal(snapshot: Path) -> bool:
     try:
         config = json.loads((snapshot / "config.json").read_bytes())
         classes = config.get("architectures") or ["ForCausalLM"]
-        return any(
-            "ForCausalLM" in name or "LMHead" in name or "ForConditionalGeneration" in name for name in classes
-        ) and any(snapshot.glob("*.safetensors"))
-    except (OSError, ValueError, TypeError, AttributeError):  # no config, or one that is broken
+        known = any("ForCausalLM" in name or "LMHead" in name or "ForConditionalGeneration" in name for name in classes)
+        return known and not config.get("is_encoder_decoder") and _is_complete(snapshot)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # no config, or one that is broken
         return False
+
+
+def _is_complete(snapshot: Path) -> bool:
+    index = snapshot / "model.safetensors.index.json"
+    if not index.exists():
+        return (snapshot / "model.safetensors").exists()
+    return all((snapshot / file).exists() for file in set(json.loads(index.read_bytes())["weight_map"].values()))

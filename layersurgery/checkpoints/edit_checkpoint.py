@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic_io import atomic_directory, check_output
+from ..atomic_io import atomic_directory, check_output, check_room
 from ..errors import PlanError, warn
 from ..plans.plan import Plan
 from ..plans.route import Route
@@ -26,7 +26,7 @@ from .checkpoint import read_checkpoint
 from .model_card import model_card
 from .output_layout import Shard
 from .prepared_edit import PlannedEdit, PreparedEdit, check_edit, plan_edit
-from .shard_writer import Progress, shard_writer
+from .shard_writer import Progress, can_link, shard_writer
 from .sources import GgufSource, Source, find_gguf, find_source
 from .tensor_index import INDEX
 
@@ -141,9 +141,10 @@ def edit_checkpoint(
     if not isinstance(plan, Plan):
         raise PlanError(f'expected a plan or its text ("swap 1 2; drop 3"), not {plan!r}')
     if gguf or (out is not None and is_gguf_output(out)):
-        return _edit_gguf(
-            model, plan, out, revision, blocks, maps, overwrite=overwrite, progress=progress, dry_run=dry_run
-        )
+        options = {"blocks": blocks, "maps": maps, "link": link, "sources": sources, "means": means}
+        if given := [name for name, value in options.items() if value]:
+            raise PlanError(f"a GGUF file is edited without `{given[0]}`; omit it, or write a safetensors checkpoint")
+        return _edit_gguf(model, plan, out, revision, overwrite=overwrite, progress=progress, dry_run=dry_run)
     source = find_source(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_output(target, source.directory, overwrite=overwrite)
@@ -189,8 +190,6 @@ def _edit_gguf(
     plan: Plan,
     out: str | os.PathLike[str] | None,
     revision: str | None,
-    blocks: str | None,
-    maps: OutputMaps | None,
     *,
     overwrite: bool,
     progress: Progress | None,
@@ -198,9 +197,6 @@ def _edit_gguf(
 ) -> EditResult:
     from .gguf_edit import check_gguf_output, plan_gguf_edit, write_gguf_edit
 
-    if blocks is not None or maps:
-        option = "blocks" if blocks is not None else "maps"
-        raise PlanError(f"a GGUF file is edited without `{option}`; omit it, or write a safetensors checkpoint")
     source = find_gguf(model, revision=revision)
     target = Path(out) if out is not None else default_output(source, plan)
     check_gguf_output(target, source.path, overwrite=overwrite)
@@ -262,8 +258,10 @@ def write_edit(
 
     if dry_run:
         prepared = check_edit(planned) if check is None else check()
-        linked = [shard for shard in prepared.layout.shards if link and shard.unchanged]
-        return result(prepared, [shard for shard in prepared.layout.shards if shard not in linked], linked)
+        linked = [shard for shard in prepared.layout.shards if link and shard.unchanged and can_link(shard, out)]
+        written = [shard for shard in prepared.layout.shards if shard not in linked]
+        check_room(out, sum(shard.nbytes for shard in written))
+        return result(prepared, written, linked)
     settled = planned.settled_shards
     needed = sum(shard.nbytes for shard in planned.layout.shards if not (link and shard.unchanged and shard in settled))
     with atomic_directory(out, bytes_needed=needed, overwrite=overwrite) as directory:

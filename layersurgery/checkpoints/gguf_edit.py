@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..atomic_io import atomic_large_file
+from ..atomic_io import atomic_large_file, check_room
 from ..errors import OutputError, PlanError, SourceError, UnsupportedEditError
 from ..models.unsupported import refuse_route
 from ..plans.plan import Plan
@@ -24,7 +24,15 @@ from ..plans.route import Route
 from ..plans.visit import BRANCHES, Branch, Visit
 from ..version import __version__
 from .edit_checkpoint import EditResult
-from .gguf_metadata import POST_NORMED, BlockCounts, count_blocks, rewrite_metadata, split_block
+from .gguf_metadata import (
+    POST_NORMED,
+    BlockCounts,
+    check_architecture,
+    count_blocks,
+    layer_period,
+    rewrite_metadata,
+    split_block,
+)
 from .safetensors_header import refuse_pointer
 from .shard_writer import Progress
 from .sources import GgufSource
@@ -55,6 +63,7 @@ class Planned:
         fields: the metadata: key, value, type, and type of the values of an array.
         tensors: new name, tensor of the reader, and how its bytes change; None if they do not.
         alignment: number of bytes to whose multiples the file aligns its tensors.
+        header: size of the source's header and metadata in bytes, and about that of the output's.
         notes: what users should know.
     """
 
@@ -65,6 +74,7 @@ class Planned:
     fields: list[tuple[str, Any, Any, Any]]
     tensors: list[tuple[str, Any, Change | None]]
     alignment: int
+    header: int
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -99,14 +109,7 @@ def plan_gguf_edit(source: GgufSource, plan: Plan) -> Planned:
         SourceError: the file is damaged or cannot be read, or gguf is not installed.
         UnsupportedEditError: no GGUF file can represent the edited model.
     """
-    reader = _open(source.path)
-    metadata = {key: value for key, value, _, _ in _fields(reader, decode=True)}
-    arch = str(metadata.get("general.architecture"))
-    if int(metadata.get("split.count", 0)) > 1:
-        raise UnsupportedEditError(
-            f"{source.label} is one of {metadata['split.count']} parts of a model; merge them first (llama-gguf-split "
-            "--merge), and edit the whole file"
-        )
+    reader, metadata, arch = _read(source)
     counts = count_blocks(metadata, arch)
     route = plan.route(counts.depth)
     if route.is_identity(counts.depth):
@@ -120,7 +123,42 @@ def plan_gguf_edit(source: GgufSource, plan: Plan) -> Planned:
     changed = rewrite_metadata(metadata, arch, route)
     tensors = list(_place_tensors(reader.tensors, arch, metadata, counts, route))
     fields, notes = _new_fields(reader, source, plan, route, metadata, changed)
-    return Planned(source, plan, route, counts, fields, tensors, int(reader.alignment), notes)
+    header = source.path.stat().st_size - sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    return Planned(source, plan, route, counts, fields, tensors, int(reader.alignment), header, notes)
+
+
+def check_gguf_source(source: GgufSource) -> str:
+    """Refuse a file of which no edit can be written, before a plan is chosen.
+
+    Returns:
+        What no plan may do, in words; empty if the file forbids none.
+
+    Raises:
+        SourceError: the file is damaged or cannot be read, or gguf is not installed.
+        UnsupportedEditError: files of this architecture are not edited, or it is one of several parts.
+    """
+    _, metadata, arch = _read(source)
+    check_architecture(arch)
+    count_blocks(metadata, arch)
+    period = layer_period(metadata, arch)
+    if period is None:
+        return ""
+    return (
+        f"llama.cpp takes every {period}th layer of {arch} for one of another kind, so only edits that keep this order "
+        "can be written as GGUF. If another one is chosen, nothing is written, and the measurements are kept"
+    )
+
+
+def _read(source: GgufSource) -> tuple[Any, dict[str, Any], str]:
+    """Return the reader of a whole model's file, its metadata and its architecture."""
+    reader = _open(source.path)
+    metadata = {key: value for key, value, _, _ in _fields(reader, decode=True)}
+    if int(metadata.get("split.count", 0)) > 1:
+        raise UnsupportedEditError(
+            f"{source.label} is one of {metadata['split.count']} parts of a model; merge them first (llama-gguf-split "
+            "--merge), and edit the whole file"
+        )
+    return reader, metadata, str(metadata.get("general.architecture"))
 
 
 def write_gguf_edit(
@@ -150,7 +188,8 @@ def write_gguf_edit(
         )
 
     if dry_run:
-        return result(planned.nbytes)
+        check_room(out, planned.nbytes)
+        return result(planned.nbytes + planned.header)
     with atomic_large_file(out, bytes_needed=planned.nbytes, overwrite=overwrite) as partial:
         writer = gguf.GGUFWriter(partial, "")
         writer.kv_data[0].clear()  # the architecture comes with the other fields, in their order

@@ -44,6 +44,8 @@ _UNIFORM = frozenset(
 _PERIODS: Mapping[str, int] = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "gpt-oss": 2, "olmo2": 4, "smollm3": 4}
 # Depths by which llama.cpp recognizes the size of a model, and chooses another scale of its attention.
 _DEPTHS_WITH_A_SCALE: Mapping[str, int] = {"gemma2": 46, "gemma3": 62}
+# Depths from which on llama.cpp takes a model for the larger one of its family, whose queries and keys have norms.
+_DEPTHS_WITH_NORMS: Mapping[str, int] = {"command-r": 64}
 # Architectures that normalize what a branch returns before it is added. Others use the same names for other norms.
 POST_NORMED = frozenset(("gemma2", "gemma3", "olmo2"))
 
@@ -107,6 +109,27 @@ def count_blocks(metadata: Mapping[str, Any], arch: str) -> BlockCounts:
     return BlockCounts(count - extra, extra)
 
 
+def check_architecture(arch: str) -> None:
+    """Refuse an architecture of which it is not known how llama.cpp reads its layers.
+
+    Raises:
+        UnsupportedEditError: it is not known.
+    """
+    if arch not in _UNIFORM and arch not in _PERIODS:
+        raise UnsupportedEditError(
+            f"a GGUF file of the architecture {arch!r} is not edited: it is not known whether llama.cpp takes the "
+            f"kinds of its layers from their positions. Known are {', '.join(sorted(_UNIFORM | _PERIODS.keys()))}; "
+            "edit the safetensors checkpoint, and convert that"
+        )
+
+
+def layer_period(metadata: Mapping[str, Any], arch: str) -> int | None:
+    """Return after how many layers llama.cpp takes one for another kind; None if it treats all alike."""
+    if arch == "olmo2" and not metadata.get("olmo2.attention.sliding_window"):  # OLMo 2, and not OLMo 3
+        return None
+    return _PERIODS.get(arch)
+
+
 def rewrite_metadata(metadata: Mapping[str, Any], arch: str, route: Route) -> dict[str, Any]:
     """Return the values that an order of blocks changes, by key.
 
@@ -121,19 +144,14 @@ def rewrite_metadata(metadata: Mapping[str, Any], arch: str, route: Route) -> di
         SourceError: the number of blocks is missing.
     """
     counts = count_blocks(metadata, arch)
-    if arch not in _UNIFORM and arch not in _PERIODS:
-        raise UnsupportedEditError(
-            f"a GGUF file of the architecture {arch!r} is not edited: it is not known whether llama.cpp takes the "
-            f"kinds of its layers from their positions. Known are {', '.join(sorted(_UNIFORM | _PERIODS.keys()))}; "
-            "edit the safetensors checkpoint, and convert that"
-        )
+    check_architecture(arch)
     order = route.blocks
     if order == tuple(range(counts.depth)):
         return {}
     _check_depth(arch, counts.depth, len(order))
-    if arch in _PERIODS:
+    if (known := layer_period(metadata, arch)) is not None:
         own = metadata.get(f"{arch}.attention.sliding_window_pattern")
-        for period in {_PERIODS[arch], own if type(own) is int and own > 0 else _PERIODS[arch]}:
+        for period in {known, own if type(own) is int and own > 0 else known}:
             _check_period(arch, period, order)
     changed: dict[str, Any] = {f"{arch}.block_count": len(order) + counts.extra}
     for key, value in metadata.items():
@@ -153,6 +171,12 @@ def rewrite_metadata(metadata: Mapping[str, Any], arch: str, route: Route) -> di
 
 
 def _check_depth(arch: str, depth: int, new_depth: int) -> None:
+    with_norms = _DEPTHS_WITH_NORMS.get(arch)
+    if with_norms is not None and (depth < with_norms) != (new_depth < with_norms):
+        raise UnsupportedEditError(
+            f"llama.cpp expects norms of queries and keys in a {arch} of {with_norms} layers or more, and none in one "
+            f"of fewer, so it cannot read a change from {depth} to {new_depth} blocks; stay on one side of {with_norms}"
+        )
     special = _DEPTHS_WITH_A_SCALE.get(arch)
     if depth != new_depth and special in (depth, new_depth):
         raise UnsupportedEditError(

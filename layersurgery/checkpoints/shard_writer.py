@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ..atomic_io import existing_parent
 from ..errors import SourceError
 from .output_layout import Shard
 from .safetensors_header import DISK_BLOCK_BYTES, file_identity
@@ -107,6 +108,11 @@ def shard_writer(directory: Path, progress: Progress, *, link: bool = False) -> 
             writer.stop()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def can_link(shard: Shard, out: Path) -> bool:
+    """Return whether a shard's source file is on the file system of an output, which does not exist yet."""
+    return shard.source is not None and shard.source.stat().st_dev == existing_parent(out).stat().st_dev
 
 
 def _link_shard(shard: Shard, directory: Path) -> bool:

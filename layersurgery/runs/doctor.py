@@ -74,7 +74,17 @@ def doctor() -> list[Finding]:
         >>> all(finding.works for finding in findings)
         True
     """
-    return [*_versions(), *_machine(), *_models(), *_checks()]
+    sections = {"versions": _versions, "machine": _machine, "models": _models, "checks": _checks}
+    return [finding for name, look in sections.items() for finding in _guarded(name, look)]
+
+
+def _guarded(section: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of a section, and an error that ends it: a broken installation is what a report is for."""
+    try:
+        yield from look()
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), "")
+        yield Finding(section, "the rest", f"{type(error).__name__}: {said}", False, "repair what the error names")
 
 
 def _versions() -> Iterator[Finding]:
@@ -117,8 +127,11 @@ def _machine() -> Iterator[Finding]:
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free_space = format_bytes(shutil.disk_usage(existing).free)
         yield Finding("machine", name, f"{_without_home(path)}, {free_space} free on its disk")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    yield Finding("machine", "Hub", "offline (HF_HUB_OFFLINE)" if offline else "online, if the network allows it")
+    set_to = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads them
+    offline = [
+        name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "").upper() in set_to
+    ]
+    yield Finding("machine", "Hub", f"offline ({offline[0]})" if offline else "online, if the network allows it")
 
 
 def _without_home(path: Path) -> str:

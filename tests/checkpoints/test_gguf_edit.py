@@ -199,6 +199,8 @@ GLM = {"glm4moe.block_count": 5, "glm4moe.nextn_predict_layers": 1, "glm4moe.lea
         ("llama", LLAMA | {"llama.full_attention_interval": 2}, "2 3", {"llama.block_count": 2}),
         ("gemma2", {"gemma2.block_count": 4}, "2 1", {"gemma2.block_count": 2}),
         ("gemma3", {"gemma3.block_count": 62}, "1 0 2:62", {"gemma3.block_count": 62}),
+        ("olmo2", {"olmo2.block_count": 4}, "1 0 3", {"olmo2.block_count": 3}),
+        ("command-r", {"command-r.block_count": 66}, "2:66", {"command-r.block_count": 64}),
     ],
 )  # fmt: skip
 def test_metadata_follows_the_order(arch: str, before: dict[str, Any], order: str, changed: dict[str, Any]) -> None:
@@ -220,6 +222,9 @@ def test_metadata_follows_the_order(arch: str, before: dict[str, Any], order: st
         ("llama", LLAMA | {"llama.attention.shared_kv_layers": 2}, "1 2", "shared_kv_layers = 2 counts layers"),
         ("gemma2", {"gemma2.block_count": 4}, "1 2", "the last of every 2 layers of gemma2"),
         ("gemma2", {"gemma2.block_count": 46}, "2:46", "the gemma2 of 46 layers by that number"),
+        ("olmo2", {"olmo2.block_count": 4, "olmo2.attention.sliding_window": 9}, "1 0 3", "the last of every 4 layers"),
+        ("command-r", {"command-r.block_count": 64}, "1:64", "norms of queries and keys in a command-r of 64 layers"),
+        ("command-r", {"command-r.block_count": 40}, "0:40 0:24", "cannot read a change from 40 to 64 blocks"),
         ("gemma3", {"gemma3.block_count": 6, "gemma3.attention.sliding_window_pattern": 2}, "1 0 2:6",
          "the last of every 2 layers"),
         ("gemma3", {"gemma3.block_count": 6, "gemma3.attention.sliding_window_pattern": [True] * 6}, "0:3 5",
@@ -292,6 +297,31 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(app, ["edit", "--recipe", "recipe.yaml", "--gguf", "-o", "both"])
     assert result.exit_code == 0, result.output
     assert metadata(tmp_path / "both" / "b.gguf")["llama.block_count"] == 3
+    (tmp_path / "recipe.yaml").write_text("model: tiny.gguf\noutputs:\n  a: drop 1\n  a.gguf: drop 2\n")
+    for more, said in (("--gguf", "a and a.gguf would both be written to"), ("--verify", "add --gguf to write")):
+        result = run(app, ["edit", "--recipe", "recipe.yaml", more, "-o", "one", "--overwrite"])
+        assert (result.exit_code, said in result.output) == (2, True), result.output
+    assert not (tmp_path / "one").exists()
+    # Neurons that are named by their kind are looked up in the model, and this one has none.
+    result = run(app, ["off", "tiny.gguf", "--layer", "3", "--neurons", "top 2 suppression", "-o", "off.gguf"])
+    assert (result.exit_code, "has a suppression neuron" in result.output) == (2, True), result.output
+
+
+def test_a_dry_run_finds_what_would_stop_the_run(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "in.gguf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ls.OutputError, match="file is not a directory"):
+        ls.edit_checkpoint(source, "drop 1", tmp_path / "file" / "out.gguf", dry_run=True)
+    tried = ls.edit_checkpoint(source, "drop 1", tmp_path / "out.gguf", dry_run=True)
+    size = ls.edit_checkpoint(source, "drop 1", tmp_path / "out.gguf").path.stat().st_size
+    assert tried.bytes_written == pytest.approx(size, abs=1000)  # without the names of the removed tensors
+
+
+@pytest.mark.parametrize("option", [{"link": True}, {"sources": {"base": "tiny"}}, {"means": "file"}, {"blocks": "x"}])
+def test_options_of_checkpoints_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    source = write_gguf(tmp_path / "in.gguf")
+    with pytest.raises(ls.PlanError, match=f"edited without `{next(iter(option))}`"):
+        ls.edit_checkpoint(source, "drop 1", tmp_path / "out.gguf", **option)
 
 
 def test_what_prune_and_search_choose_is_written_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +345,13 @@ def test_what_prune_and_search_choose_is_written_as_a_file(tmp_path: Path, monke
     linked = run("prune", str(source), "--remove", "1", "-o", "linked.gguf", "--link", *text)
     assert linked.exit_code == 2
     assert not Path("linked-results").exists()
+    blocks = run("prune", str(source), "--remove", "1", "-o", "blocks.gguf", "--blocks", "model.layers", *text)
+    assert (blocks.exit_code, "edited without --blocks" in blocks.output) == (2, True)
+    monkeypatch.setattr("layersurgery.checkpoints.gguf_metadata._UNIFORM", frozenset())
+    unknown = run("prune", str(source), "--remove", "1", "-o", "unknown.gguf", *text)
+    assert (unknown.exit_code, "the architecture 'llama' is not edited" in unknown.output) == (1, True)
+    assert not Path("blocks-results").exists()
+    assert not Path("unknown-results").exists()
     tiny_model("llama").save_pretrained("plain")
     tiny_tokenizer().save_pretrained("plain")
     refused = run("prune", "plain", "--remove", "1", "-o", "plain.gguf", *text)

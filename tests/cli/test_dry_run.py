@@ -43,6 +43,18 @@ def test_it_is_refused_as_the_edit_is(source: Path, tmp_path: Path) -> None:
     assert run("drop", source, "--layer", 50, "--dry-run").exit_code == 2
 
 
+def test_it_finds_what_would_stop_the_edit(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = run("drop", source, "--layer", 5, "-o", tmp_path / "file" / "out", "--dry-run")
+    assert (refused.exit_code, "is not a directory" in " ".join(refused.output.split())) == (1, True)
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    result = ls.edit_checkpoint(source, "drop 5", other / "layersurgery-dry-run", link=True, dry_run=True)
+    assert result.bytes_linked == 0
+    assert result.bytes_written == ls.edit_checkpoint(source, "drop 5", tmp_path / "out").bytes_written
+
+
 def test_from_python_and_in_words(source: Path, tmp_path: Path) -> None:
     result = ls.edit_checkpoint(source, "swap 1 2", tmp_path / "out", dry_run=True)
     assert result.dry_run

@@ -28,11 +28,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("models--some--pickles", "GPT2LMHeadModel", "pytorch_model.bin"),
         ("models--google--bert", "BertForMaskedLM", "model.safetensors"),
         ("models--some--broken", None, "model.safetensors"),
+        ("models--some--half", "LlamaForCausalLM", "model-00001-of-00002.safetensors"),
+        ("models--some--adapter", "LlamaForCausalLM", "adapter_model.safetensors"),
+        ("models--t5", "T5ForConditionalGeneration", "model.safetensors"),
     ):
         snapshot = tmp_path / "hub" / name / "snapshots" / "0123"
         snapshot.mkdir(parents=True)
         (snapshot / file).touch()
-        config = "{" if architecture is None else json.dumps({"architectures": [architecture]})
+        known = {"architectures": [architecture], "is_encoder_decoder": name == "models--t5"}
+        config = "{" if architecture is None else json.dumps(known)
         (snapshot / "config.json").write_text(config, "utf-8")
     return tmp_path / "hub"
 
@@ -86,6 +90,30 @@ def test_doctor_names_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "pip install 'layersurgery[heal]'" in result.output
 
 
+@pytest.mark.parametrize("package", ["transformers", "torch", "psutil"])
+def test_doctor_reports_a_package_that_cannot_be_imported(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert f"import of {package} halted" in " ".join(result.output.split())
+    assert "layersurgery" in result.output
+
+
+def test_doctor_and_the_cache_follow_the_variables_of_the_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    from layersurgery.checkpoints.cached_models import hub_cache
+
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert "offline (TRANSFORMERS_OFFLINE)" in [finding.value for finding in ls.doctor()]
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", str(cache))
+    assert hub_cache() == cache
+    monkeypatch.delenv("HUGGINGFACE_HUB_CACHE")
+    monkeypatch.setenv("PLACE", str(cache.parent))
+    monkeypatch.setenv("HF_HOME", "$PLACE")
+    assert hub_cache() == cache
+
+
 def test_doctor_tells_no_name_of_a_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HF_HOME", raising=False)
@@ -122,7 +150,11 @@ def test_words_are_completed(words: str, expected: str, cache: Path, tmp_path: P
     assert expected in result.stdout.split(), result.stderr
 
 
-def test_a_plan_and_a_list_are_continued() -> None:
+def test_a_plan_and_a_list_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one/run.json").touch()
+    assert completion.results("./r") == ["./runs/one"]
     assert completion.plans("swap 12 13; skip-a") == ["swap 12 13; skip-attention"]
     assert "swap,drop" in completion.families("swap,dr")
     assert "swap,swap" not in completion.families("swap,sw")
