@@ -29,6 +29,10 @@ TRACKERS = {"tensorboard": "layersurgery[track]", "trackio": "trackio", "wandb":
 PROJECT = "layersurgery"
 LOGGING_DIRECTORY = "runs"
 """Where TensorBoard's files are written: its own default, in the current directory."""
+# Columns that name a row: an edit, or what a table has instead. Two families may have one edit in common.
+_LABELS = (
+    ("name",), ("plan",), ("layer",), ("edit", "name"), ("edit", "plan"), ("layer", "part"), ("criterion", "removed"),
+)  # fmt: skip
 _MOST_ROWS = 512
 _SHARE_OF_TIME = 20  # the table is made again only after so many times the time that it took
 _OF_EDITS = [entry.name for entry in (*METRICS, *TAILS)]
@@ -100,18 +104,20 @@ class Tracking:
 
     def table(self, frame: pd.DataFrame, step: int) -> None:
         """Log the numbers of each row of a table, by the name of its edit or its layer."""
-        label = next((name for name in ("name", "plan", "layer") if name in frame and frame[name].is_unique), None)
-        if label is None:
-            return
-        if len(frame) > _MOST_ROWS:
+        label = next(
+            (names for names in _LABELS if {*names} <= {*frame} and not frame.duplicated([*names]).any()), None
+        )
+        many = f"{len(frame):,} rows are too many" if len(frame) > _MOST_ROWS else ""
+        if many or label is None:
             if not self._is_noted:
-                self._note(f"{len(frame):,} rows are too many for a tracker, which gets the progress only")
+                why = many or "rows without names of their own are nothing"
+                self._note(f"{why} for a tracker, which gets the progress only")
                 self._is_noted = True
             return
-        known = _OF_LAYERS if label == "layer" else _OF_EDITS
+        known = _OF_LAYERS if label == ("layer",) else _OF_EDITS
         columns = [name for name in dict.fromkeys(known) if name in frame] + first_metrics(frame.columns)
         values = {
-            f"{column}/{row[label]}": float(row[column])
+            f"{column}/{' '.join(str(row[name]) for name in label)}": float(row[column])
             for row in frame.to_dict("records")
             for column in columns
             if isinstance(row[column], int | float) and math.isfinite(row[column])

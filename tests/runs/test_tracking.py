@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import layersurgery as ls
@@ -48,6 +49,22 @@ def test_a_sweep_logs_each_edit_as_it_becomes_known(tiny: Path) -> None:
     # The run's arguments are next to it.
     [parameters] = Path("runs/out/sweep").glob("*/hparams.yml")
     assert "model/weights" in parameters.read_text()
+
+
+def test_edits_that_two_families_have_in_common_are_logged_for_both(tiny: Path) -> None:
+    frame = ls.sweep(tiny, "swap,swap-pairs", TEXT, directory="both", context=16, track="tensorboard")
+    logged = scalars("runs/both")
+    row = frame[(frame.edit == "swap-pairs") & (frame["name"] == "swap 1 2")].iloc[0]
+    assert logged["kl_nats/swap-pairs swap 1 2"][-1][1] == pytest.approx(row.kl_nats)
+    assert "kl_nats/swap swap 1 2" in logged
+
+
+def test_pruning_logs_what_each_criterion_costs(tiny: Path) -> None:
+    ls.prune(tiny, TEXT, remove=2, output="pruned", context=16, track="tensorboard")
+    costs = pd.read_parquet("pruned-results/costs/costs.parquet")
+    logged = scalars("runs/pruned-results/costs")
+    row = costs[(costs.criterion == "influence") & (costs.removed == 2)].iloc[0]
+    assert logged["kl_nats/influence 2"][-1][1] == pytest.approx(row.kl_nats)
 
 
 def test_an_analysis_logs_each_layer(tiny: Path) -> None:
