@@ -12,12 +12,16 @@ A new metric or a new analysis gets its entry here, and appears everywhere. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
 Needs = Literal["text", "windows", "pairs", "weights"]
+
+
+_POSITIVE, _SHARE = (0.0, math.inf), (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Column:
         shown: whether narrow tables and charts of edits show it.
         signed: whether it is a change, which is printed with its sign and drawn with a line at zero.
         tables: names of the tables in which the name means this; by default, all.
+        bounds: the least and the greatest value that it can have; intervals end there.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Column:
     shown: bool = True
     signed: bool = False
     tables: tuple[str, ...] = ()
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def axis(self) -> str:
@@ -62,19 +68,23 @@ METRICS = (
     Column(
         "kl_nats", "KL from the unedited model", "nats", log=True, heading="KL",
         definition="KL(p||q), where p is the unedited model's prediction of the next token, and q the edited one's",
+        bounds=_POSITIVE,
     ),
     Column(
         "agreement", "top-1 agreement", "%", 100, heading="agree", digits=1,
-        definition="share of positions where p and q have the same most likely token",
+        definition="share of positions where p and q have the same most likely token", bounds=_SHARE,
     ),
-    Column("entropy_bits", "entropy", "bits", heading="entropy", digits=2, definition="H(q)", shown=False),
+    Column(
+        "entropy_bits", "entropy", "bits", heading="entropy", digits=2, definition="H(q)", shown=False,
+        bounds=_POSITIVE,
+    ),
     Column(
         "entropy_change_bits", "change in entropy", "bits", heading="entropy", digits=2, definition="H(q) - H(p)",
         signed=True,
     ),
     Column(
         "loss_nats", "loss", "nats", heading="loss", definition="cross-entropy of q with the true next token",
-        shown=False,
+        shown=False, bounds=_POSITIVE,
     ),
     Column(
         "loss_change_nats", "change in loss", "nats", heading="loss",
@@ -82,7 +92,7 @@ METRICS = (
     ),
     Column(
         "accuracy", "accuracy", "%", 100, heading="acc.", digits=1,
-        definition="share of positions where q's most likely token is the true next token",
+        definition="share of positions where q's most likely token is the true next token", bounds=_SHARE,
     ),
 )  # fmt: skip
 """The metrics of a sweep, in the order of its columns. Each also has a column of standard errors over sequences."""

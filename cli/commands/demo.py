@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
     with console.status('4. Loading both models in transformers.pipeline("text-generation")'):
         continuations, metrics = _compare(source.directory, output)
     console.log(f"   ({time.perf_counter() - started:.0f} s)\n")
+    program = "layersurgery" if shutil.which("layersurgery") else "uv run layersurgery"
     lines = []
     for prompt, (before, after) in continuations.items():
         lines += [f"[dim]{prompt}[/]", escape(f"  before: {before!r}"), escape(f"  after:  {after!r}")]
@@ -55,9 +57,9 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
         f"next tokens agree ({metrics['tokens']} tokens of Python's own help text)",
         "",
         "Try next:",
-        f"  layersurgery inspect {EMBEDDED}",
-        f"  layersurgery drop {EMBEDDED} --layer 20",
-        f"  layersurgery plan {EMBEDDED} --plan 'repeat 8:12; skip-attention 20'",
+        f"  {program} inspect {EMBEDDED}",
+        f"  {program} drop {EMBEDDED} --layer 20",
+        f"  {program} plan {EMBEDDED} --plan 'repeat 8:12; skip-attention 20'",
     ]
     value = {
         "path": str(output),

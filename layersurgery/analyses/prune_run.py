@@ -14,6 +14,7 @@ from ..errors import MeasurementError
 from ..runs.frames import as_result
 from ..runs.options import SWEEP_ONLY
 from ..runs.requests import read_given_text
+from ..runs.run_directory import saying_what_is_kept
 from ..runs.tables import read_results, table_names
 from .analyze import split_options
 from .layer_pruning import GREEDY, Pruning, check_criterion, greedy_removals, prefixes, removal_orders
@@ -190,7 +191,8 @@ def run_prune(
             frame.attrs["skipped"] = frame.attrs["run"]["skipped"]
         return tables
 
-    return choose_parts(session, measure, goal, by=by, greedy=greedy, race=race)
+    with saying_what_is_kept(directory):
+        return choose_parts(session, measure, goal, by=by, greedy=greedy, race=race)
 
 
 def choose_parts(session: ModelSession, measure: Measure, goal: Goal, *, by: str, greedy: bool, race: bool) -> Pruning:

@@ -17,6 +17,7 @@ from ..plans.route import Route
 from ..runs.frames import as_result
 from ..runs.options import SWEEP_ONLY
 from ..runs.requests import read_given_text
+from ..runs.run_directory import saying_what_is_kept
 from ..runs.tables import read_results
 from .analyze import split_options
 from .linear_healing import LinearHealing
@@ -230,7 +231,8 @@ def run_search(
     reporter.log(f"Searching a route of {space.target} blocks (the model has {space.depth}): {cost}")
     if harness is not None:
         reporter.log(NO_RACE)
-    return find_route(space, measure, by=check_score(by), race=race, harness=harness)
+    with saying_what_is_kept(directory):
+        return find_route(space, measure, by=check_score(by), race=race, harness=harness)
 
 
 def find_route(

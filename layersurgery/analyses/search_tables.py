@@ -318,8 +318,9 @@ def describe_search(frame: pd.DataFrame) -> str:
     if others.empty or others.surely_above.isna().all():
         return f"{sentence}."
     surely, count = int(others.surely_above.fillna(value=False).sum()), len(others)
-    which = f"{surely} of the {count} other finalists surely cost" if count > 1 else "the other finalist surely costs"
-    if count == 1 and not surely:
-        which = "it is not sure that the other finalist costs"
     where = "these documents" if is_task(by) else "this text"
-    return f"{sentence}. On {where}, {which} more (error probability {100 * ERROR:g} %)."
+    if not surely:
+        rest = "the other finalist" if count == 1 else f"the {count} other finalists"
+        return f"{sentence}. On {where}, it cannot be told from {rest} (error probability {100 * ERROR:g} %)."
+    which = "the other finalist" if count == 1 else f"{surely} of the {count} other finalists"
+    return f"{sentence}. On {where}, {which} surely cost{'s'[: count == 1]} more (error probability {100 * ERROR:g} %)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SourceError
+from .cached_models import cached_models
 from .gguf_conversion import conversion_directory, convert_once
 from .model_packages import PACKAGED, packaged_file
 from .safetensors_header import Header, TensorInfo
@@ -249,7 +251,7 @@ def _fetch_weights(model: str, directory: Path) -> None:
         except LocalEntryNotFoundError as error:
             raise SourceError(
                 f"{name} of {model} is not in the local cache, and the Hub cannot be reached ({_first_line(error)}). "
-                "Go online (and unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
+                f"{_go_online()} to fetch it, or give a local directory"
             ) from error
         except EntryNotFoundError as error:
             raise SourceError(
@@ -271,8 +273,8 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         raise SourceError(f"{model} is gated; accept its terms on its page, then run: hf auth login") from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
-            f"the Hub has no model {model!r} that you can read. Check the spelling (organization/name); for a private "
-            "model, run: hf auth login; for a local model, give an existing directory"
+            f"the Hub has no model {model!r} that you can read{_did_you_mean(model)}. Check the spelling "
+            "(organization/name); for a private model, run: hf auth login; for a local one, give an existing directory"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise SourceError(f"{model} has no revision {revision!r} on the Hub") from error
@@ -283,10 +285,23 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except errors.LocalEntryNotFoundError as error:
         raise SourceError(
             f"{model} is not on this machine (no such directory, and not in the local cache), and the Hub cannot be "
-            "reached. Go online (and unset HF_HUB_OFFLINE) to fetch it, or give a local directory"
+            f"reached{_did_you_mean(model)}. {_go_online()} to fetch it, or give a local directory"
         ) from error
     except Exception as error:  # the Hub client also raises errors of its HTTP library
         raise SourceError(f"cannot fetch {model}: {_first_line(error)}") from error
+
+
+def _did_you_mean(model: str) -> str:
+    """Name the model at hand with the most similar name, in any case; empty if none is similar."""
+    known = {name.lower(): name for name in (*PACKAGED, *cached_models())}
+    near = difflib.get_close_matches(model.lower(), known, n=1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def _go_online() -> str:
+    from huggingface_hub import constants
+
+    return f"Go online{' (and unset HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else ''}"
 
 
 def _first_line(error: BaseException) -> str:

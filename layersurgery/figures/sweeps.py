@@ -117,7 +117,7 @@ def robustness(sweeps: Sequence[Sweep]) -> Figure:
             label_depth(axis, [sweep.frame[sweep.frame.layer.notna()] for sweep in sweeps], "block of the edit")
             axis.set_xlim(-0.02, 1.02)
         add_legend(figure, grid[0][0], len(sweeps), kind_handles(rare))
-        _add_title(figure, sweeps)
+        _add_title(figure, sweeps, _bands(sweeps))
     return figure
 
 
@@ -140,6 +140,17 @@ def _line(axis: Axes, rows: pd.DataFrame, metric: Column, index: int, label: str
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     axis.plot(x, y, color=color, marker=marker, label=label)
     mark_kinds(axis, rows, y, color, rare)
+
+
+def _bands(sweeps: Sequence[Sweep]) -> str:
+    """Say what the bands of curves are."""
+    kinds = {
+        f"{str(sweep.frame.interval.iloc[0]).partition(',')[0]} intervals"
+        if "interval" in sweep.frame and "kl_nats_low" in sweep.frame
+        else "one standard error"
+        for sweep in sweeps
+    }
+    return f"bands: {' or '.join(sorted(kinds))}"
 
 
 def _with_interval(rows: pd.DataFrame, metric: Column) -> list[np.ndarray]:
@@ -195,10 +206,11 @@ def plans(sweep: Sweep) -> Figure:
     return figure
 
 
-def _add_title(figure: Figure, sweeps: Sequence[Sweep]) -> None:
+def _add_title(figure: Figure, sweeps: Sequence[Sweep], more: str = "") -> None:
     captions = list(dict.fromkeys(sweep.caption for sweep in sweeps))
     if len(sweeps) == 1:
-        figure.suptitle(f"{sweeps[0].label}: {captions[0]}", fontsize=10, parse_math=False)
+        text = f"{sweeps[0].label}: {captions[0]}"
     else:
         text = captions[0] if len(captions) == 1 else "; ".join(f"{sweep.label} {sweep.caption}" for sweep in sweeps)
-        figure.suptitle(text, fontsize=10 if len(text) < 120 else 7, parse_math=False)
+    text += f"; {more}" * bool(more)
+    figure.suptitle(text, fontsize=10 if len(text) < 120 else 7, parse_math=False)

@@ -16,6 +16,7 @@ from ..runs.options import RunOptions
 from ..runs.processes import process_group_for, run_on_model
 from ..runs.reporter import Reporter
 from ..runs.requests import ModelInfo, read_model_info, text_request
+from ..runs.run_directory import saying_what_is_kept
 from ..runs.tables import read_run
 from ..runtime.matmul_rate import matmul_rate
 from .paper_experiments import COPYING, FIGURES, OF_TASKS, V3, PaperRequest, TaskCost, give_first_token, paper_options
@@ -201,7 +202,8 @@ def run_reproduction(
             continue
         lead = _make_lead(request, directory, reporter, results, overwrite=overwrite)
         try:
-            run_on_model(model, paper_options(model, options), lead, reporter, group)
+            with saying_what_is_kept(output):
+                run_on_model(model, paper_options(model, options), lead, reporter, group)
         except (LayerSurgeryError, OSError) as error:
             if group.size > 1:  # the other processes may be waiting for data
                 raise

@@ -36,7 +36,7 @@ class Reporter:
 
     def finished(self, directory: Path) -> None:
         """Say that the run in a directory was finished before."""
-        self.log(f"The run in {directory} has finished; nothing to do. Overwrite it to measure again")
+        self.log(f"Using the finished run in {directory} (`overwrite` measures again)")
 
     def note(self, text: str) -> None:
         """Say something that the caller should know of the result. Here it is a warning."""

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..atomic_io import atomic_file, directory_lock
 from ..errors import OutputError
 from ..registry import PROPAGATION
 from ..version import __version__
+from .options import RunOptions
 from .per_token import PARTS, TOKENS
 from .run_record import RunRecord
 from .tables import CSV, RESULTS, RUN, SEQUENCES, TABLES, TASKS, has_tasks_inside, read_run
@@ -26,6 +27,7 @@ JOURNAL = "sums.parts"
 FORMER_JOURNAL = "progress.journal"  # a single file, which earlier versions wrote
 SWEEP, ANALYSIS = "layersurgery sweep", "layersurgery analysis"
 KINDS = {SWEEP: "a sweep", ANALYSIS: "an analysis"}
+_OPTIONS = {entry.name for entry in fields(RunOptions)}
 
 
 @dataclass(slots=True)
@@ -59,6 +61,11 @@ class Run:
     def started(self) -> bool:
         """Return whether an earlier run with the same arguments can be resumed."""
         return bool(self.facts) and (self.directory / JOURNAL).exists()
+
+    @property
+    def measured(self) -> bool:
+        """Return whether a batch of this run is measured, so that it can be resumed."""
+        return self.started and any((self.directory / JOURNAL).glob("[0-9]*.npz"))
 
     def start(self) -> None:
         """Clear the directory for a new run, unless there is a run to resume.
@@ -143,6 +150,17 @@ def open_run(
             raise
 
 
+@contextmanager
+def saying_what_is_kept(directory: Path) -> Iterator[None]:
+    """Add to an interruption between two runs in a directory that what they measured is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if str(stop) or not any(directory.rglob(RUN)):
+            raise
+        raise KeyboardInterrupt(f"results so far are in {directory}; run the same command again to resume") from None
+
+
 def _find_run(
     directory: Path, kind: str, arguments: dict[str, Any], overwrite: bool, until: dict[str, Any] | None
 ) -> Run:
@@ -165,6 +183,8 @@ def _find_run(
     if recorded.get("analysis") != arguments.get("analysis"):  # different analyses have different arguments
         recorded, arguments = ({"analysis": values.get("analysis")} for values in (recorded, arguments))
     if differences := _describe_differences(recorded, arguments):
+        if not (has_results or run.measured):  # it was stopped before there was anything to lose
+            return Run(directory, kind, run.arguments, until=until)
         raise OutputError(
             f"{directory} contains {KINDS[kind]} with other arguments: {differences}. Replace it to start again "
             "(`overwrite`), or choose another output"
@@ -224,15 +244,20 @@ def _describe_differences(recorded: Any, current: Any, prefix: str = "") -> str:
     """
     if isinstance(recorded, dict) and isinstance(current, dict):
         names = [*recorded, *(name for name in current if name not in recorded)]
-        differences = [
-            _describe_differences(recorded.get(name), current.get(name), f"{prefix}{name} ") for name in names
-        ]
-        return "; ".join(filter(None, differences))
+        differences = {
+            name: _describe_differences(recorded.get(name), current.get(name), f"{prefix}{name} ") for name in names
+        }
+        found = {name: text for name, text in differences.items() if text}
+        if len(found) > 1:
+            found.pop("fingerprint", None)  # of the text: the others say why it differs
+        return "; ".join(found.values())
     if recorded == current:
         return ""
     if len(str(recorded)) + len(str(current)) > 120:
         return f"{prefix.strip()} differ"
-    return f"{prefix}{_as_text(recorded)} there, {_as_text(current)} now"
+    name = prefix.split()[-1] if prefix else ""
+    shown = f"`{name}` " if name in _OPTIONS else prefix
+    return f"{shown}{_as_text(recorded)} there, {_as_text(current)} now"
 
 
 def _as_text(value: Any) -> str:

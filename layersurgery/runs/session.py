@@ -176,7 +176,7 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
-                resumed = run.started
+                resumed = run.measured
                 measurement = measurement.prepared(self, text, run)
                 name = run_name(directory)
                 with open_trackers(self.trackers, name, arguments, self.reporter, resumed=resumed) as log:
@@ -300,7 +300,12 @@ class ModelSession:
                 tracking.last_table(frame, len(text.ids))
         except (KeyboardInterrupt, SystemExit) as stop:
             hint = ". If another process has ended, see its own message for the reason" if self.group.size > 1 else ""
-            kept = f"results so far are in {run.directory}; run the same command again to resume{hint}"
+            kept = (
+                f"results so far are in {run.directory}; run the same command again to resume{hint}"
+                if run.measured
+                else "no batch was measured yet, so the same command starts again; a smaller `batch_size` saves more "
+                f"often{hint}"
+            )
             if isinstance(stop, KeyboardInterrupt):
                 raise KeyboardInterrupt(kept) from None
             reporter.warn("interrupted", kept)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..checkpoints.gguf_conversion import cache_directory
 from ..checkpoints.sources import Source, find_source
 from ..checkpoints.tensor_index import fingerprint
 from ..errors import PlanError
@@ -57,6 +58,8 @@ class SessionModel:
         if isinstance(model, nn.Module):
             self._loaded = model
             self.label = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+            if Path(self.label).parent == cache_directory():  # a converted GGUF file: its name and a hash
+                self.label = Path(self.label).name.rpartition("-")[0]
             self.name = Path(self.label).name
             self.depth = len(find_decoder_blocks(model, options.blocks).blocks)
             self.positions, vocabulary = config_limits(text_config(model))
@@ -119,7 +122,7 @@ class SessionModel:
         """Return the model on its devices; load it at the first use."""
         if self._loaded is None:
             source = self._with_weights()
-            with self.reporter.status(f"Loading {source.label}"):
+            with self.reporter.status(f"Loading {self.given}"):
                 self._loaded = self._exit_stack.enter_context(load_model(source, self.placement, self.group))
         return self._loaded
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .. import registry
 from ..metrics.aggregation import SequenceSums
 from ..metrics.intervals import CONFIDENCE
 from ..metrics.reference import METRICS
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+_BOUNDS = {column.name: column.bounds for column in registry.METRICS}
 FIXED, STOPPING = "for this number of sequences", "at every number of sequences"
 """Names of what a table's intervals hold for; see `metrics.intervals`."""
 CELL = ("from", "to")
@@ -64,7 +68,7 @@ def results_table(
         for column, (metric, (low, high)) in enumerate(zip(METRICS, intervals, strict=True)):
             row[metric] = means[number, column]
             row[f"{metric}_sem"] = errors[number, column]
-            row[f"{metric}_low"], row[f"{metric}_high"] = low, high
+            row[f"{metric}_low"], row[f"{metric}_high"] = np.clip((low, high), *_BOUNDS[metric])
         row |= sums.tail_columns(number)
         row["interval"] = kind
         if precision is not None:
@@ -178,7 +182,7 @@ def precision_sentence(frame: pd.DataFrame) -> str:
         >>> model, tokenizer = ls.load("smollm2-135m")
         >>> frame = ls.sweep(model, "drop", "pydoc", tokenizer=tokenizer, tokens=128, context=32)
         >>> ls.sweeps.results.precision_sentence(frame)
-        'agreement is known to ... points and KL to ... % (medians over the edits; 95 %, for this number of sequences)'
+        'for a typical edit, the agreement is known to ... percentage points and the KL to ... % (...)'
     """
     if "interval" not in frame:
         return ""
@@ -189,7 +193,10 @@ def precision_sentence(frame: pd.DataFrame) -> str:
         return ""
     kind = frame.interval.iloc[0]
     points, share = (float(f"{width:.2g}") for width in (points, share))  # two digits; 240 %, not 2.4e+02 %
-    known = f"agreement is known to {points:g} points and KL to {share:g} % (medians over the edits; {kind})"
+    known = (
+        f"for a typical edit, the agreement is known to {points:g} percentage points and the KL to {share:g} % (half "
+        f"widths of intervals; {kind})"
+    )
     if "precise" not in frame:
         return known
     reached = int(edited.precise.astype(bool).sum())

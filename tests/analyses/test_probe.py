@@ -302,7 +302,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path, found: Any) -> None:
         file.name for file in (tmp_path / "out").iterdir()
     )
     again = run(*words)
-    assert "has finished; nothing to do" in again.stderr
+    assert "Using the finished run in" in again.stderr
     assert "…" not in again.stdout
     assert "shuffled labels" in again.stdout
     other = run(*[word if word != "^x$" else "^q$" for word in words])

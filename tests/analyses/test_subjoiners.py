@@ -326,7 +326,7 @@ def test_on_the_command_line(place: Path, tmp_path: Path) -> None:
 
     again = run(*words)
     assert again.exit_code == 0
-    assert "has finished; nothing to do" in again.stderr
+    assert "Using the finished run in" in again.stderr
     assert "Found a subjoiner head: layer 1, head 2" in again.stdout
     assert next(line.split()[:3] for line in again.stdout.splitlines() if line.strip()[:1].isdigit()) == ["1", "1", "2"]
     other = run(*words, "--samples", 20)

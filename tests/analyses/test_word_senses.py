@@ -206,7 +206,7 @@ def test_command_and_function_write_the_same_and_finished_runs_are_used(tmp_path
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "run.json", "wic.parquet", "wic.csv", "wic.png", "wic.svg",
     }  # fmt: skip
-    assert "nothing to do" in run(*asked).stderr
+    assert "Using the finished run in" in run(*asked).stderr
     table = ls.analyze("wic", str(path), pairs=str(data), bos="yes", directory=tmp_path / "python")
     pd.testing.assert_frame_equal(table, ls.read_results(tmp_path / "out"), check_dtype=False)
     in_memory = ls.analyses.wic(*ls.load(path), data, bos="yes")

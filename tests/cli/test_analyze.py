@@ -203,7 +203,7 @@ def test_an_entry_in_the_registry_is_an_analysis(
 def test_what_a_person_sees(place: Path) -> None:
     again = run("stages", place / "tiny", *words(place), "-o", place / "stages")
     assert again.exit_code == 0
-    assert "has finished; nothing to do" in again.stderr
+    assert "Using the finished run in" in again.stderr
     for said in (
         "drop KL",
         "attn/MLP",

@@ -59,7 +59,7 @@ def test_ranks_and_spans_are_those_of_python(place: Path, tmp_path: Path) -> Non
     assert {"rank.png", "rank.svg"} <= set(facts["figures"])
     assert Image.open(tmp_path / "out" / "rank.png").width > 1500
     seen = run("rank", place / "tiny", *words(place), "-o", tmp_path / "out", "--spans", 3)
-    assert "has finished; nothing to do" in seen.stderr
+    assert "Using the finished run in" in seen.stderr
     assert "Lowest KL when removed: layers 1, " in seen.stdout
     assert "Lowest block influence (ShortGPT): " in " ".join(seen.stdout.split())
     assert "…" not in seen.stdout

@@ -121,7 +121,7 @@ def test_plan_run_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [part["left"] for part in result_of(*words, "--estimate")["plan"]] == [[], ["probe"]]
     again = run(*words)
     assert again.exit_code == 0
-    assert again.stderr.count("has finished; nothing to do") == 7
+    assert again.stderr.count("Using the finished run in") == 7
     assert "At least 0 s in total" in again.stderr
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert (place / "out" / "two" / "probe" / "probe.parquet").exists()
@@ -279,7 +279,7 @@ def test_the_later_version_runs_resumes_and_says_what_it_leaves_out(
 
     again = run(*words, "--wic", pairs)
     assert again.exit_code == 0, again.output
-    assert again.stderr.count("has finished; nothing to do") == 14
+    assert again.stderr.count("Using the finished run in") == 14
     assert (tmp_path / "out" / "two" / "wic" / "wic.png").exists()
     assert (figures / "wic.png").exists()
     page = (tmp_path / "out" / "report.html").read_text()

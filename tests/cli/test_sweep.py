@@ -107,7 +107,7 @@ def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in found.stdout.splitlines() if "█" in line)
     again = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs")
     assert again.exit_code == 0
-    assert "has finished; nothing to do" in again.stderr
+    assert "Using the finished run in" in again.stderr
     assert again.stdout == found.stdout
     quiet = run(*small, "--edits", "swap,drop,skip-mlp,swap-pairs", "-q")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
@@ -357,7 +357,7 @@ def test_a_sweep_until_it_is_precise_goes_on_with_more(small: list[Any], tmp_pat
     )
     assert not (tmp_path / "out" / "sums.parts").exists()
     # What all text says is as precise as the text allows.
-    assert "has finished; nothing to do" in run(*words, "--until", "kl=5%").stderr
+    assert "Using the finished run in" in run(*words, "--until", "kl=5%").stderr
 
 
 def test_a_wrong_precision_is_a_usage_error(small: list[Any]) -> None:

@@ -121,7 +121,7 @@ def test_on_the_command_line_and_resumed(tmp_path: Path) -> None:
     shown = run(*asked)
     assert shown.exit_code == 0, shown.output
     assert "capitals_acc" in shown.stdout
-    assert "has finished; nothing to do" in run(*asked).stderr
+    assert "Using the finished run in" in run(*asked).stderr
     swapped = [row | {"correct": not row["correct"]} if number < 2 else row for number, row in enumerate(ROWS)]
     path.write_text("\n".join(map(json.dumps, swapped)))
     refused = run(*asked)
