@@ -307,6 +307,12 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, "has a suppression neuron" in result.output) == (2, True), result.output
 
 
+def test_a_converted_model_is_named_like_its_file(tmp_path: Path) -> None:
+    model = ls.load(write_gguf(tmp_path / "tiny.Q8.gguf"), dtype="float32").model
+    frame = ls.sweep(model, "drop 1", torch.arange(3, 11)[None], directory=tmp_path / "run")
+    assert set(frame.model) == {"tiny.Q8"}
+
+
 def test_a_dry_run_finds_what_would_stop_the_run(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "in.gguf")
     (tmp_path / "file").write_text("")

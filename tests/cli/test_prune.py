@@ -159,6 +159,18 @@ def test_stopped_it_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert [file.stat().st_mtime_ns for file in steps] == written
 
 
+def test_stopped_between_two_measurements_it_says_what_is_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layersurgery.analyses.prune_run.read_results", stop)
+    found = run("prune", place / "tiny", *words(place), "--remove", 1, "-o", tmp_path / "out")
+    assert found.exit_code == 130
+    assert f"results so far are in {tmp_path / 'out-results'}" in "".join(found.stderr.splitlines())
+
+
 def test_the_cost_is_estimated_without_weights(place: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((place / "tiny" / "config.json").read_text("utf-8"), "utf-8")
     text = ["-n", 120, "--context", 30]

@@ -67,6 +67,14 @@ def test_it_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_the_name_of_a_model_at_hand_is_guessed(cache: Path) -> None:
+    for typed, meant in (("smolm2-135m", "smollm2-135m"), ("SmolLM2-135M", "smollm2-135m"), ("gtp2", "gpt2")):
+        result = run("drop", typed, "--layer", "2", "--dry-run")
+        assert (result.exit_code, f"did you mean {meant}?" in " ".join(result.output.split())) == (1, True), (
+            result.output
+        )
+
+
 def test_doctor_finds_that_all_works(cache: Path) -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.output

@@ -42,6 +42,7 @@ def test_lines_are_the_columns_of_the_table(frame: pd.DataFrame) -> None:
     labels = [text.get_text().partition("\n")[0] for text in grid[-1][0].get_xticklabels()]
     assert labels == ["0", "1", "2", "3", "4", "5"]
     assert figure.get_suptitle().startswith("LlamaForCausalLM: 33 tokens of pydoc in 3 sequences")
+    assert figure.get_suptitle().endswith("; bands: 95 % intervals")
 
 
 def test_several_sweeps_share_panels_and_a_legend(frame: pd.DataFrame) -> None:

@@ -209,6 +209,7 @@ def begin(directory: Path, arguments: dict[str, Any], **options: Any) -> None:
     with open_run(directory, arguments, **options) as run:
         run.start()
         Journal(directory / JOURNAL, 2)
+    (directory / JOURNAL / "000000.npz").touch()
 
 
 def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
     other = {"model": {"name": "huge"}, "text": {"data": "made up", "seed": 3}, "per_token": True}
     with (
         pytest.raises(
-            ls.OutputError, match=r"model name tiny there, huge now; text seed nothing there, 3 now. Overwrite it"
+            ls.OutputError, match=r"model name tiny there, huge now; `seed` nothing there, 3 now. Replace it"
         ),
         open_run(tmp_path / "run", other),
     ):
@@ -229,8 +230,29 @@ def test_other_arguments_are_refused_by_name(tmp_path: Path) -> None:
         run.start()
         assert not (tmp_path / "run" / JOURNAL).exists()
         Journal(tmp_path / "run" / JOURNAL, 2)
+    with open_run(tmp_path / "run", ARGUMENTS) as run:  # nothing was measured, so there is nothing to lose
+        assert not run.started
+    (tmp_path / "run" / JOURNAL / "000000.npz").touch()
     with pytest.raises(ls.OutputError, match="seed"), open_run(tmp_path / "run", ARGUMENTS):
         pass
+
+
+def test_an_interruption_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = Measurer.measure_batch
+    calls = []
+
+    def stop(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return measure(*args, **options)
+
+    monkeypatch.setattr(Measurer, "measure_batch", stop)
+    said = ("no batch was measured yet, so the same command starts again", "run the same command again to resume")
+    for words in said:
+        with pytest.raises(KeyboardInterrupt, match=words):
+            ls.sweep(tiny_model("llama"), "drop", tokens(), directory=tmp_path / "run", batch_size=1)
+    assert len(ls.sweep(tiny_model("llama"), "drop", tokens(), directory=tmp_path / "run", batch_size=1)) == DEPTH + 1
 
 
 def test_a_run_that_an_earlier_version_began_is_not_resumed(undisturbed: Path, tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_a_run_that_an_earlier_version_began_is_not_resumed(undisturbed: Path, t
     (tmp_path / "run" / "progress.journal").write_bytes(b"lsj1")
     with (
         pytest.raises(
-            ls.OutputError, match=r"contains a sweep that an earlier version of layersurgery began.*with overwrite"
+            ls.OutputError, match=r"contains a sweep that an earlier version of layersurgery began.*`overwrite`"
         ),
         open_run(tmp_path / "run", ARGUMENTS),
     ):

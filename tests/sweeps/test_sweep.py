@@ -401,6 +401,15 @@ def test_progress_is_told() -> None:
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
+def test_intervals_end_where_a_metric_does() -> None:
+    """The intervals of two short sequences are wide."""
+    frame = ls.sweep(tiny_model("llama"), "drop,swap", tokens(2)[:, :5])
+    for name in ("kl_nats", "agreement", "entropy_bits", "loss_nats", "accuracy"):
+        assert frame[f"{name}_low"].min() >= 0
+    assert frame[["agreement_high", "accuracy_high"]].max().max() <= 1
+    assert frame.loss_change_nats_low.min() < 0
+
+
 def test_the_headline_in_five_lines_of_pandas() -> None:
     frame = ls.sweep(tiny_model("llama", num_hidden_layers=9), "swap,drop", tokens(4))
     said = ls.summary_sentence(frame)
