@@ -51,10 +51,8 @@ def main(choose: int = 1024, fit: int = 16384, steps: int = 200, test: int = 204
     # A question is 32 tokens, and its right answer the next 16. The others follow three other places of these pages.
     places = torch.randint(len(unseen) - 48, (count, 4)).tolist()
     ask = [torch.stack([torch.cat([unseen[at[0] :][:32], unseen[i + 32 :][:16]]) for i in at]) for at in places]
-    choosing, fitting = (
-        sequences[: choose // 128],
-        {"linear": sequences[: fit // 128], "trained": sequences[: steps + 16]},
-    )
+    choosing = sequences[: choose // 128]
+    fitting = {"none": choosing, "linear": sequences[: fit // 128], "trained": sequences[: steps + 16]}
     choices: dict[str, Callable[[], Any]] = {
         "one-shot": lambda: ls.prune(teacher, choosing, remove=6),
         "greedy": lambda: ls.prune(teacher, choosing, remove=6, greedy=True),
@@ -69,26 +67,22 @@ def main(choose: int = 1024, fit: int = 16384, steps: int = 200, test: int = 204
         row = {"choice": choice, "healing": healing, "parameters": parameters, "plan": plan}
         rows.append(row | evaluate(model, unseen[:test].view(-1, 128), ask))
         pd.DataFrame(rows).to_csv(path, index=False)
-        print(rows[-1])
 
     if ("unedited", "none") not in known:
         add("unedited", "none", used, "", teacher)
     for choice, choose_parts in choices.items():
-        missing = [healing for healing in ("none", "linear", "trained") if (choice, healing) not in known]
-        if not missing:
-            continue
-        pruning = choose_parts()
-        saved = int(pruning.costs.query("criterion == 'kl'").parameters_saved_if_skipped.max())
+        if missing := [healing for healing in fitting if (choice, healing) not in known]:
+            pruning = choose_parts()
+            saved = int(pruning.costs.query("criterion == 'kl'").parameters_saved_if_skipped.max())
         for healing in missing:
             try:
-                model = heal(healing, teacher, pruning.plan, fitting.get(healing, choosing), steps)
+                model = heal(healing, teacher, pruning.plan, fitting[healing], steps)
             except ls.UnsupportedEditError as error:  # a map is fitted before a dropped block, into a whole MLP
                 print(f"{choice}, {healing}: {error}")
-                continue
-            add(choice, healing, used - saved, str(pruning.plan), model)
-    table = pd.DataFrame(rows)
-    draw(table).savefig("prune-and-heal.png", dpi=120)
-    return table
+            else:
+                add(choice, healing, used - saved, str(pruning.plan), model)
+    draw(pd.DataFrame(rows)).savefig("prune-and-heal.png", dpi=120)
+    return pd.DataFrame(rows)
 
 
 def draw(table: pd.DataFrame) -> Figure:
