@@ -93,10 +93,15 @@ def draw(table: pd.DataFrame) -> Figure:
     for axes, measure in zip(figure.subplots(1, 2), ("perplexity", "accuracy"), strict=True):
         for row in table.itertuples():
             color = "black" if row.choice == "unedited" else colors[row.healing]
-            axes.plot(row.parameters / 1e6, getattr(row, measure), shapes[row.choice], color=color, ms=9)
+            axes.plot(
+                row.parameters / 1e6, getattr(row, measure), shapes[row.choice], color=color, mfc="none", ms=10, mew=2
+            )
         axes.set(xlabel="parameters in use (million)", ylabel=measure)
+        axes.grid(color="#e0e0e0")
+    figure.axes[0].set(yscale="log", yticks=(ticks := [20, 30, 40, 60, 100, 160]), yticklabels=ticks)
+    figure.axes[0].minorticks_off()
     for name, shape in shapes.items():
-        axes.plot([], [], shape, color="gray", label=name)
+        axes.plot([], [], shape, color="gray", mfc="none", mew=2, label=name)
     for name, color in colors.items():
         axes.plot([], [], "_", color=color, mew=4, label=f"healing: {name}")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
