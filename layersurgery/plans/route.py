@@ -174,8 +174,9 @@ def parse_items(text: str) -> tuple[RouteItem, ...]:
     for word in re.findall(r"(?:\[[^\[\]]*\]|[^\s,])+", text):
         match = _ITEM.match(word)
         if match is None or (match[1] is None and match[2] is None) or (match[2] is None and match[3] is not None):
+            where = "" if word == text.strip() else f" in {text.strip()!r}"
             raise PlanError(
-                f"cannot read {word!r} in {text.strip()!r}: write block numbers (7), half-open ranges (8:16), and "
+                f"cannot read {word!r}{where}: write block numbers (7), half-open ranges (8:16), and "
                 "suffixes after a number: 5-attn and 5-mlp skip a branch, 5[mlp*0.5] scales it, 5@base is of a source"
             )
         start = None if match[1] is None else int(match[1])
