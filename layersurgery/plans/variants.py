@@ -23,7 +23,7 @@ Edits = str | Edit | Plan | Route | Iterable["Edits"] | Mapping[str, "Edits"]
 """The edits to measure: families ("swap,drop"), a plan, its text, a route, a list of these, or a dictionary by name."""
 Layers = Blocks | str | None
 """The blocks that families of edits may touch: a range, adjacent numbers, their text ("4:20"), or None for all."""
-_LAYERS = "layers takes a range of adjacent blocks, for example range(4, 20) or '4:20'"
+_LAYERS = "`layers` takes a range of adjacent blocks, for example range(4, 20) or '4:20'"
 _NAMED = re.compile(r"([\w.+-]+)\s*:\s+(.*)")
 
 
@@ -138,7 +138,7 @@ def layer_range(layers: Layers, depth: int) -> range | None:
         raise PlanError(f"{_LAYERS}, not {layers!r}")
     if layers.start < 0 or layers.stop > depth:
         raise PlanError(
-            f"`layers` {layers.start}:{layers.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
+            f"layers {layers.start}:{layers.stop} are out of range: the model has {depth} blocks, 0 to {depth - 1}"
         )
     return layers
 
