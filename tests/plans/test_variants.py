@@ -284,7 +284,7 @@ def test_layers_are_a_range_in_any_form(layers: Any) -> None:
 
 @pytest.mark.parametrize("layers", [[1, 3], [2, 1], [], [1.0, 2.0], [True, False], {1: 2}, [5, 6]])
 def test_layers_that_are_not_a_range(layers: Any) -> None:
-    with pytest.raises(ls.PlanError, match="layers takes a range of adjacent blocks"):
+    with pytest.raises(ls.PlanError, match="`layers` takes a range of adjacent blocks"):
         layer_range(layers, 6)
 
 
