@@ -174,7 +174,7 @@ def _savings(row: pd.Series) -> Table:
     """Return a table of what the pruned model saves of the cost of all blocks."""
     skips = "skip-" in row.plan
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("saved, of what all layers cost", no_wrap=True)
+    table.add_column("saved, of the layers", no_wrap=True)
     for heading in ("in this checkpoint", *(["if a program skips the branches"] if skips else [])):
         table.add_column(heading, justify="right")
     for name, label, size in _SIZES:

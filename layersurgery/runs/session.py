@@ -176,10 +176,10 @@ class ModelSession:
                 self.reporter.finished(run.directory)
                 self.reporter.not_finite(run.facts.get("non_finite", {}))
             else:
-                resumed = run.measured
+                begun, resumed = run.started, run.measured
                 measurement = measurement.prepared(self, text, run)
                 name = run_name(directory)
-                with open_trackers(self.trackers, name, arguments, self.reporter, resumed=resumed) as log:
+                with open_trackers(self.trackers, name, arguments, self.reporter, resumed=begun) as log:
                     self.group.broadcast(
                         WorkItem(
                             measurement,

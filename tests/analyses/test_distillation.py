@@ -139,9 +139,9 @@ def test_what_cannot_be_trained_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         ls.heal(tiny_model("llama"), tiny_model("llama", vocab_size=120), TEXT.clamp(max=100), **OPTIONS)
     with pytest.raises(ls.PlanError, match="at least 16 sequences of text"):
         ls.heal(tiny_model("llama"), teacher, TEXT[:10], **OPTIONS)
-    with pytest.raises(ls.PlanError, match="how 'lore' is unknown"):
+    with pytest.raises(ls.PlanError, match="`how` 'lore' is unknown"):
         heal("lore")
-    with pytest.raises(ls.PlanError, match="steps is a whole number of at least 1, not 0"):
+    with pytest.raises(ls.PlanError, match="`steps` is a whole number of at least 1, not 0"):
         heal("lora", steps=0)
     repeated = ls.operate_(tiny_model("llama"), "repeat 2")
     with pytest.raises(ls.UnsupportedEditError, match="blocks share their weights"):

@@ -269,10 +269,10 @@ def test_the_words_say_what_was_found() -> None:
     [
         ({"remove": 1, "by": "size"}, ls.PlanError, "unknown score 'size'; choose from kl, loss"),
         ({"remove": 1, "by": "task:lambada"}, ls.PlanError, "a task is measured instead of a text; give one of them"),
-        ({"remove": 1, "until": "kl=2%"}, ls.PlanError, "until is for sweep; search does not take it"),
-        ({"remove": 1, "per_token": True}, ls.PlanError, "per_token is for sweep; search does not take it"),
+        ({"remove": 1, "until": "kl=2%"}, ls.PlanError, "`until` is for sweep; search does not take it"),
+        ({"remove": 1, "per_token": True}, ls.PlanError, "`per_token` is for sweep; search does not take it"),
         ({"remove": 1, "beem": 3}, ls.PlanError, "there is no option 'beem'; did you mean beam"),
-        ({"depth": DEPTH}, ls.PlanError, "depth 6 is the model's own"),
+        ({"depth": DEPTH}, ls.PlanError, "`depth` 6 is the model's own"),
         ({"remove": 1, "output": "here"}, ls.PlanError, "output needs the model's name"),
     ],
 )

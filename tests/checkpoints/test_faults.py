@@ -312,7 +312,7 @@ def test_an_output_that_exists(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ls.edit_checkpoint(llama, ls.swap(1), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ls.OutputError, match=r"exists already; choose another output, or replace it \(overwrite\)"):
+    with pytest.raises(ls.OutputError, match=r"exists already; choose another output, or replace it \(`overwrite`\)"):
         ls.edit_checkpoint(llama, ls.swap(2), out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     ls.edit_checkpoint(llama, ls.drop(2), out, overwrite=True)
@@ -404,7 +404,7 @@ def test_output_and_source_within_each_other(llama: Path, tmp_path: Path) -> Non
 def test_too_little_room_is_said_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
-    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; free some space.*\(link\)"):
+    with pytest.raises(ls.OutputError, match=r"0.00 GB free and out needs .* GB; free some space.*\(`link`\)"):
         ls.edit_checkpoint(llama, ls.swap(1), tmp_path / "out")
     nothing_written(tmp_path, "llama")
 

@@ -57,9 +57,9 @@ def test_a_model_that_would_be_partly_random(llama: Path) -> None:
 def test_a_device_instead_of_a_device_map(llama: Path) -> None:
     assert ls.load(llama, device="cpu").model.device == torch.device("cpu")
     assert ls.load(llama, device=torch.device("cpu")).model.device == torch.device("cpu")
-    with pytest.raises(ls.PlanError, match="device 'cuda:9' cannot be used: "):
+    with pytest.raises(ls.PlanError, match="`device` 'cuda:9' cannot be used: "):
         ls.load(llama, device="cuda:9")
-    with pytest.raises(ls.PlanError, match="device 'gpu' cannot be used: "):
+    with pytest.raises(ls.PlanError, match="`device` 'gpu' cannot be used: "):
         ls.load(llama, device="gpu")
     with pytest.raises(ls.PlanError, match=r"`device` \(cpu\) and `device_map` \(auto\) were both given"):
         ls.load(llama, device="cpu", device_map="auto")

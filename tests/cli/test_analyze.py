@@ -278,7 +278,7 @@ def test_neurons_are_looked_at_once_where_the_end_was_not_reached(
 def test_other_arguments_and_other_kinds_are_refused(place: Path) -> None:
     other = run("stages", place / "tiny", *words(place), "--seed", 7, "-o", place / "stages")
     assert other.exit_code == 1
-    assert "contains an analysis with other arguments: text seed 0 there, 7 now" in other.stderr
+    assert "contains an analysis with other arguments: --seed 0 there, 7 now" in other.stderr
     sweep = run("sweep", place / "tiny", *words(place), "-o", place / "stages")
     assert sweep.exit_code == 1
     assert "contains something other than a sweep" in sweep.stderr

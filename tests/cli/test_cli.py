@@ -134,7 +134,7 @@ def test_invalid_recipes(tmp_path: Path, text: str, message: str) -> None:
         (["drop", "MODEL", "--layer", "1; drop 2"], 2, "is not a list of blocks"),
         (["drop", "MODEL", "--layers", "0:6"], 2, "removes all 6 blocks"),
         (["reverse", "MODEL", "--layers", "nine"], 2, "cannot read 'nine'"),
-        (["move", "MODEL", "--layer", 1], 2, "exactly one of after= and before="),
+        (["move", "MODEL", "--layer", 1], 2, "exactly one of --after and --before"),
         (["edit", "MODEL"], 2, "give exactly one of --plan and --recipe"),
         (["edit", "--plan", "swap 1 2"], 2, "no model given; name one"),
         (["edit", "MODEL", "--plan", "swpa 1 2"], 2, "did you mean 'swap'"),

@@ -97,7 +97,7 @@ def test_what_a_person_sees(small: list[Any], tmp_path: Path) -> None:
         "agree",
         "█",
         "skip-mlp agree",
-        "predictions under swap, median",
+        "predictions under swap",
         "Wrote",
         "results.parquet",
     ):
@@ -153,8 +153,8 @@ def test_changed_arguments_are_refused(small: list[Any], story: Path) -> None:
     for more, words in {
         ("--edits", "swap"): "edits differ",
         ("--edits", "drop", "--dtype", "bfloat16"): "dtype float32 there, bfloat16 now",
-        ("--edits", "drop", "--context", "20"): "text context 30 there, 20 now",
-        ("--edits", "drop", "-b", "1"): "batch_size nothing there, 1 now",
+        ("--edits", "drop", "--context", "20"): "--context 30 there, 20 now",
+        ("--edits", "drop", "-b", "1"): "--batch-size nothing there, 1 now",
     }.items():
         found = run(*small, *more)
         assert found.exit_code == 1

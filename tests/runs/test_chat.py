@@ -201,7 +201,7 @@ USER = {"role": "user", "content": "hi"}
         ([{"from": "bot", "value": "hi"}], "message 1 is from 'bot'; known are human, user, gpt, assistant, system"),
         ([{"role": "user", "content": [{"type": "image"}]}], "not text: a part of type image"),
         ([USER, "hi"], r"found a list of dict, not text or a list of messages"),
-        ("hi", r"found str \('hi'\), not a list of messages; to read it as text, name it \(column\)"),
+        ("hi", r"found str \('hi'\), not a list of messages; to read it as text, name it \(`column`\)"),
         (7, r"found int \(7\), not text or a list of messages"),
         ([{"role": "assistant", "content": "", "tool_calls": [{"f": 1}]}], "chat template would leave them out"),
         ([{"role": "tool", "content": "x"}], "chat template refuses this conversation: no tools here"),

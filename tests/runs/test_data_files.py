@@ -64,7 +64,7 @@ def test_a_split_of_a_saved_dataset(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "saved", split="test") == TEXTS
     assert texts_of(tmp_path / "saved", split="other") == ["else"]
     with pytest.raises(
-        SourceError, match=r"saved has no split 'train'; it has test, other. Name one of them \(split\)"
+        SourceError, match=r"saved has no split 'train'; it has test, other. Name one of them \(`split`\)"
     ):
         texts_of(tmp_path / "saved")
     with pytest.raises(SourceError, match=r"contains a dataset that was saved with save_to_disk; name it: .*saved"):

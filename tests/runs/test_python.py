@@ -194,7 +194,7 @@ def test_every_form_of_text_gives_the_same_numbers(place: Path, tmp_path: Path) 
         ("a b c", {}, "give texts as a list of strings"),
         (3, {}, "not as int"),
         (torch.tensor([[5, 6]]), {"contxt": 3}, "there is no option 'contxt'; did you mean context?"),
-        (torch.tensor([[5, 6]]), {"device": "cpu"}, "device is for a model that is loaded by its name"),
+        (torch.tensor([[5, 6]]), {"device": "cpu"}, "`device` is for a model that is loaded by its name"),
     ],
 )
 def test_text_that_cannot_be_measured(text: Any, options: dict[str, Any], words: str) -> None:
@@ -335,13 +335,16 @@ def test_a_character_is_a_token_here() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: ls.sweep(m, "drop", tokens(), per_token=True), "per_token writes a file, so it needs directory"),
-        (lambda m: ls.sweep(m, "drop", tokens(), schedule="nonsense"), "schedule 'nonsense' is unknown"),
-        (lambda m: ls.sweep(m, "drop", tokens(), context=5), "context is for texts, and token ids are given"),
-        (lambda m: ls.sweep(m, "drop", tokens(), batch_size=-1), "batch_size is a whole number of at least 1, not -1"),
+        (lambda m: ls.sweep(m, "drop", tokens(), per_token=True), "`per_token` writes a file, so it needs directory"),
+        (lambda m: ls.sweep(m, "drop", tokens(), schedule="nonsense"), "`schedule` 'nonsense' is unknown"),
+        (lambda m: ls.sweep(m, "drop", tokens(), context=5), "`context` is for texts, and token ids are given"),
+        (
+            lambda m: ls.sweep(m, "drop", tokens(), batch_size=-1),
+            "`batch_size` is a whole number of at least 1, not -1",
+        ),
         (lambda m: ls.sweep(m, "drop", -tokens()), "token ids are not negative"),
         (lambda m: ls.sweep(m, "drop", ["a", 3]), "a list of texts holds 3"),
-        (lambda m: ls.sweep(m, "drop", "pydoc", data="x.txt"), "data names a text, and another text is given"),
+        (lambda m: ls.sweep(m, "drop", "pydoc", data="x.txt"), "`data` names a text, and another text is given"),
         (lambda m: ls.sweep(m, "drop", "pydoc", attention_mask=tokens()), "attention_mask is for token ids"),
         (lambda m: ls.sweep(m, "drop", "pydoc", lines=True, tokenizer=tiny_tokenizer()), "`lines` is for text files"),
         (
@@ -350,12 +353,12 @@ def test_a_character_is_a_token_here() -> None:
         ),
         (
             lambda m: ls.sweep(m, "drop", datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]}))),
-            r"the dataset has no split 'train'; it has test. Name one of them \(split\)",
+            r"the dataset has no split 'train'; it has test. Name one of them \(`split`\)",
         ),
         (lambda m: ls.sweep(m, "drop", ["a"], split="test"), "`split` is for a dataset of several splits"),
-        (lambda m: ls.analyses.lens(m, tokens(), compile=True), "compile is for sweep; lens does not take it"),
+        (lambda m: ls.analyses.lens(m, tokens(), compile=True), "`compile` is for sweep; lens does not take it"),
         (lambda m: ls.analyses.neurons(m, tokens()), "neurons reads the weights alone; give no text"),
-        (lambda m: ls.compare(m, "drop 2", tokens(), compile=True), "compile is for sweep; compare does not"),
+        (lambda m: ls.compare(m, "drop 2", tokens(), compile=True), "`compile` is for sweep; compare does not"),
         (lambda m: ls.compare(m, "drop", tokens()), "drop"),
         (lambda m: ls.prune(m, tokens(), remove=1, ids=3), "there is no option 'ids'"),
         (lambda m: ls.analyses.lens(m, tokens(), signals=["norms"]), "there is no option 'signals'"),
@@ -372,7 +375,7 @@ def test_nothing_is_accepted_and_ignored(
 
 def test_what_is_left_out_is_a_warning_of_ours(place: Path, tmp_path: Path) -> None:
     model, tokenizer = ls.load(place / "tiny")
-    with pytest.warns(LayerSurgeryWarning, match=r"documents longer than 8 tokens \(context\), .* cut: 1") as caught:
+    with pytest.warns(LayerSurgeryWarning, match=r"documents longer than 8 tokens \(`context`\), .* cut: 1") as caught:
         ls.sweep(model, "drop", ["A long text is cut.", "short"], tokenizer=tokenizer, context=8)
     assert caught[0].filename == __file__
     with pytest.warns(LayerSurgeryWarning, match="the text is too short"):

@@ -40,11 +40,11 @@ def test_a_run_by_name_measures_the_quantized_model(model: Path, tmp_path: Path)
     assert facts["arguments"]["versions"]["bitsandbytes"]
     assert facts["model"]["parameters"] == ls.load(model).model.num_parameters()
     for other in ("int8", None):
-        with pytest.raises(ls.OutputError, match="with other arguments: quantize nf4 there"):
+        with pytest.raises(ls.OutputError, match="with other arguments: `quantize` nf4 there"):
             ls.sweep(model, "drop", ids, directory=out, quantize=other)
     comparison = ls.compare(model, "drop 2", ids, quantize="nf4")
     assert comparison.kl_nats == pytest.approx(expected.set_index("name").kl_nats["drop 2"], abs=1e-6)
-    with pytest.raises(ls.PlanError, match="quantize is for a model that is loaded by its name"):
+    with pytest.raises(ls.PlanError, match="`quantize` is for a model that is loaded by its name"):
         ls.sweep(loaded, "drop", ids, quantize="nf4")
 
 

@@ -33,7 +33,7 @@ def test_device_maps(tmp_path: Path) -> None:
 def test_max_memory() -> None:
     assert read_max_memory("0=70GiB,1=8.5gb, cpu = 2 TiB") == {0: 70 * 2**30, 1: 8_500_000_000, "cpu": 2**41}
     for wrong in ("", "0", "0=lots", "gpu=1GB", "0=70"):
-        with pytest.raises(PlanError, match=r"^max-memory .*write 0=70GiB,cpu=100GiB"):
+        with pytest.raises(PlanError, match=r"^`max_memory` .*write 0=70GiB,cpu=100GiB"):
             read_max_memory(wrong)
 
 

@@ -210,7 +210,7 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
     assert frame.attrs["run"]["schedule"]["bytes_read_a_batch"] > 200_000
     assert frame.attrs["run"]["model"]["parameters"] == whole.attrs["run"]["model"]["parameters"]
     again = run(*small[:-1], tmp_path / "out", "--device-map", tmp_path / "map.json")
-    assert (again.exit_code, "device_map nothing there, {" in again.stderr) == (1, True)
+    assert (again.exit_code, "--device-map nothing there, {" in again.stderr) == (1, True)
     # The way through the models is not among the arguments: it changes no digit.
     assert result_of(*small, "--device", "cpu", "--schedule", "layer-major")["results"] == meant["results"]
 
@@ -219,7 +219,7 @@ def test_from_the_command_line(small: list[Any], tmp_path: Path) -> None:
     ("more", "said"),
     [
         (["--device", "cpu", "--device-map", "auto"], "give either --device or --device-map"),
-        (["--max-memory", "cpu=1GB"], "need device-map"),
+        (["--max-memory", "cpu=1GB"], "need --device-map"),
         (["--device-map", "auto", "--max-memory", "lots"], "max-memory 'lots' is not DEVICE=SIZE"),
         (["--device-map", "nowhere.json"], "is not a map and not a file"),
         (["--schedule", "breadth"], "schedule 'breadth' is unknown; use depth-first or layer-major"),

@@ -67,7 +67,7 @@ def test_conditions_are_parsed(text: str, targets: list[Target]) -> None:
     [
         ("agrement=1pt", "did you mean agreement"),
         ("speed=1%", "the metrics are kl, agreement, entropy"),
-        ("kl=1", r"until kl=1: give an amount such as kl=2% of the mean, or kl=0.01nats"),
+        ("kl=1", r"`until` kl=1: give an amount such as kl=2% of the mean, or kl=0.01nats"),
         ("kl=1pt", "0.01nats"),
         ("agreement=0.01nats", r"0.5pt \(percentage points\)"),
         ("kl=0%", "give an amount"),

@@ -157,7 +157,9 @@ def test_a_branch_that_cannot_be_compared_is_named() -> None:
         "propagation to attention of blocks 2, 5": "the block has no attention",
         "propagation to mlp of blocks 1, 3, 4": "the block has no mlp",
     }
-    refused = "propagation to attention of blocks .* cannot be measured, nor any other: .*both mix tokens.*; leave prop"
+    refused = (
+        "propagation to attention of blocks .* cannot be measured, nor any other: .*both mix tokens.*; leave `prop"
+    )
     with pytest.raises(ls.UnsupportedEditError, match=refused):
         Measurer(tiny_model("rwkv"), variants("drop 2", DEPTH), propagation=True)
 
@@ -185,9 +187,9 @@ def test_what_excludes_it_is_refused() -> None:
             ls.sweep(model, "drop", ids, propagation=True, **options)
     with pytest.raises(ls.PlanError, match="none of these edits runs a whole block after its first change"):
         ls.sweep(model, "drop -1", ids, propagation=True)
-    with pytest.raises(ls.PlanError, match="propagation is for sweep; norms does not take it"):
+    with pytest.raises(ls.PlanError, match="`propagation` is for sweep; norms does not take it"):
         ls.analyses.norms(model, ids, propagation=True)
-    with pytest.raises(ls.PlanError, match="propagation is for sweep; compare does not take it"):
+    with pytest.raises(ls.PlanError, match="`propagation` is for sweep; compare does not take it"):
         ls.compare(model, "drop 2", ids, propagation=True)
 
 
@@ -271,7 +273,7 @@ def test_a_run_in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         ls.sweep(model, "drop,skip-mlp", ids, directory=tmp_path / "two", progress=stop, **options)
     assert len(list((tmp_path / "two" / "sums.parts").iterdir())) == 1
-    with pytest.raises(ls.OutputError, match="with other arguments: propagation True there, nothing now"):
+    with pytest.raises(ls.OutputError, match="with other arguments: `propagation` True there, nothing now"):
         ls.sweep(model, "drop,skip-mlp", ids, directory=tmp_path / "two", batch_size=2)
     ls.sweep(model, "drop,skip-mlp", ids, directory=tmp_path / "two", **options)
     assert files(tmp_path / "two") == files(tmp_path / "one")

@@ -85,7 +85,7 @@ def test_two_sources_are_two_lines_and_compare_takes_one() -> None:
         row = frame[frame.plan == f"take 2 from {name}"].iloc[0]
         comparison = ls.compare(model, f"take 2 from {name}", tokens(), sources={name: source})
         assert row.kl_nats == pytest.approx(comparison.kl_nats, abs=1e-6)
-    with pytest.raises(ls.PlanError, match="sources is for an edit of the first model"):
+    with pytest.raises(ls.PlanError, match="`sources` is for an edit of the first model"):
         ls.compare(model, other, tokens(), sources={"a": third})
 
 

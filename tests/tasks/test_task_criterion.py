@@ -173,7 +173,7 @@ def test_on_the_command_line_it_resumes_and_writes_the_checkpoint(definitions: P
         ({"by": "task:choice,shots"}, ls.PlanError, "needs the name of one task of lm-eval, not choice,shots"),
         ({"by": "task:generation"}, ls.PlanError, "the task generation is of the type generate_until"),
         ({"by": "task:choice", "task_path": "nowhere"}, ls.SourceError, "nowhere is not a directory"),
-        ({"by": "task:choice", "data": "pydoc"}, ls.PlanError, "data has no effect on tasks"),
+        ({"by": "task:choice", "data": "pydoc"}, ls.PlanError, "`data` has no effect on tasks"),
         ({"by": "task:choice", "text": ["a"]}, ls.PlanError, "a task is measured instead of a text"),
         pytest.param(
             {"by": "task:chioce"},
@@ -193,7 +193,7 @@ def test_what_is_refused(given: dict[str, Any], kind: type[Exception], words: st
 
 def test_what_has_no_effect_is_refused(definitions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = tiny_model("llama"), {"task_path": definitions, "tokenizer": tiny_tokenizer()}
-    with pytest.raises(ls.PlanError, match="lowest has no effect by a task"):
+    with pytest.raises(ls.PlanError, match="`lowest` has no effect by a task"):
         ls.rank(model, by="task:choice", lowest=2, **asked)
     with pytest.raises(ls.PlanError, match="`by` is task:NAME for rank, not 'kl'"):
         ls.rank(model, by="kl")

@@ -206,8 +206,8 @@ def test_an_edit_whose_predictions_are_not_finite_has_no_metrics(definitions: Pa
             marks=pytest.mark.slow,  # it looks through all tasks of lm-eval
         ),
         ({"tasks": " , "}, ls.PlanError, "no task is named"),
-        ({"tasks": "choice", "limit": 0}, ls.PlanError, "limit is a whole number of at least 1, not 0"),
-        ({"tasks": "choice", "shots": -1}, ls.PlanError, "shots is a whole number of at least 0, not -1"),
+        ({"tasks": "choice", "limit": 0}, ls.PlanError, "`limit` is a whole number of at least 1, not 0"),
+        ({"tasks": "choice", "shots": -1}, ls.PlanError, "`shots` is a whole number of at least 0, not -1"),
         ({"tasks": "choice", "until": "kl=2%"}, ls.PlanError, "metrics of a text need a text"),
         ({"limit": 3, "task_path": ()}, ls.PlanError, "`limit` has an effect only with `tasks`"),
         ({"tasks": "choice", "task_path": "nowhere"}, ls.SourceError, "nowhere is not a directory"),

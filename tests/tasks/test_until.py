@@ -145,8 +145,8 @@ def test_the_interval_where_one_stops_holds_the_change_of_all_documents() -> Non
     ("tasks", "until", "words"),
     [
         ("rolling", "rolling=2pt", "rolling has the metric word_perplexity, whose values are not between 0 and 1"),
-        ("choice", "choice=2%", "until choice=2%: give half of the interval's width in percentage points"),
-        ("choice", "choice=0pt", "until choice=0pt"),
+        ("choice", "choice=2%", "`until` choice=2%: give half of the interval's width in percentage points"),
+        ("choice", "choice=0pt", "`until` choice=0pt"),
         ("choice", "choice=2pt,kl=2%", "metrics of a text need a text"),
         ("choice", "completion=2pt", "metrics of a text need a text"),
     ],
