@@ -13,7 +13,7 @@ from rich.table import Table
 
 from layersurgery.units import format_bytes, format_count, format_time
 
-from ..terminal.console import Console
+from ..terminal.console import Console, name_options
 from .estimate import flops
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ def _show(output: Path, results: Reproduction, console: Console) -> None:
         "report": str(page.path),
     }
     note = f"; figures of all models together are in {output / 'figures'}" if results.figures else ""
-    lines = [f"[bold red]Not done:[/] {escape(f'{item}: {reason}')}" for item, reason in results.not_done.items()]
+    lines = [
+        f"[bold red]Not done:[/] {escape(name_options(f'{item}: {reason}'))}"
+        for item, reason in results.not_done.items()
+    ]
     lines += [f"[yellow]Not in the report:[/] {escape(f'{path}: {reason}')}" for path, reason in page.not_shown.items()]
     lines += _describe_left_out(results.left_out)
     lines.append(

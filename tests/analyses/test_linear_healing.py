@@ -182,7 +182,7 @@ def test_a_pruned_model_is_healed_before_it_is_written(tmp_path: Path) -> None:
         ls.prune(model, TEXT, remove=2, heal="lora")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_smollm2_is_nearer_to_the_unedited_model_on_text_that_was_not_seen() -> None:
     healing = ls.heal_linear("smollm2-135m", "drop 20:24", "pydoc", tokens=4096, context=128)
     kl = healing.costs.set_index("model").kl_nats

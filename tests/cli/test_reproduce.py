@@ -74,7 +74,7 @@ def asked(place: Path, *models: object) -> list[Any]:
     return ["reproduce", "--paper", "v1", "--models", ",".join(map(str, models)), *text, "-o", place / "out"]
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_plan_run_and_go_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = asked(place, place / "one", place / "two")
     plan = result_of(*words, "--estimate")["plan"]
@@ -138,7 +138,7 @@ def test_what_cannot_be_done_is_said_and_the_rest_is_done(place: Path, tmp_path:
     other = run(*[word if word != 120 else 90 for word in asked(place, place / "one")])
     assert other.exit_code == 1
     assert "one, sweep: " in other.stdout
-    assert "text tokens 120 there, 90 now" in other.stdout
+    assert "--tokens 120 there, 90 now" in other.stdout
     alone = run(*asked(place, tmp_path / "missing"))
     assert alone.exit_code == 1
     assert "nothing could be measured" in alone.stderr

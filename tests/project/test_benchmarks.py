@@ -252,7 +252,7 @@ def test_a_first_number_that_differs_is_noticed() -> None:
             startup.check_same_loss([{"loss_nats": 2.0}, {"loss_nats": wrong}])
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_whole_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry", "-o", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -150,7 +150,7 @@ def test_where_edits_stop_early_it_gives_no_lower_bound_of_the_time(tmp_path: Pa
     assert "at least" not in shown
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_real_model_takes_what_was_said(tmp_path: Path) -> None:
     words = [
         "sweep",

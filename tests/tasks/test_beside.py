@@ -136,7 +136,7 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     asked = ["sweep", path, "--edits", "drop", "--tasks", "choice", "--task-path", definitions, "-o", tmp_path / "out"]
     of_text = ["--data", tmp_path / "text.txt", "-n", "64", "--context", "16", "--per-token", "--read", "1/2"]
     refused = run(*asked, *of_text)
-    assert (refused.exit_code, "per_token needs every position" in refused.output) == (2, True)
+    assert (refused.exit_code, "--per-token needs every position" in refused.output) == (2, True)
     shown = run(*asked, *of_text[:-2])
     assert shown.exit_code == 0, shown.output
     assert "tokens.parquet" in shown.stdout
@@ -149,10 +149,10 @@ def test_on_the_command_line(definitions: Path, tmp_path: Path) -> None:
     assert len(ls.read_results(tmp_path / "out", "tokens")) > 0
     shutil.rmtree(tmp_path / "out")
     alone = run(*asked, "--confidence", 0.9)
-    assert (alone.exit_code, "confidence has no effect on tasks alone" in alone.output) == (2, True)
+    assert (alone.exit_code, "--confidence has no effect on tasks alone" in alone.output) == (2, True)
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be left there")
 def test_a_kill_in_any_file_operation_loses_nothing(given: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model("llama")
