@@ -1,6 +1,6 @@
 """Complete words at the shell's prompt: models at hand, directories of results, families of edits, plans.
 
-Each function takes what was typed and returns the words that begin with it. If there are none, the shell completes
+Each function takes what was typed and returns the words that begin with it. If no word does, the shell completes
 file names. Nothing here imports torch, so that Tab answers at once.
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,8 @@ def run_demo(output: Path, overwrite: bool, console: Console) -> None:
     with console.status('4. Loading both models in transformers.pipeline("text-generation")'):
         continuations, metrics = _compare(source.directory, output)
     console.log(f"   ({time.perf_counter() - started:.0f} s)\n")
-    program = "layersurgery" if shutil.which("layersurgery") else "uv run layersurgery"
+    # Started by `uv run`, the program may not be on the path of the shell.
+    program = "uv run layersurgery" if "UV_RUN_RECURSION_DEPTH" in os.environ else "layersurgery"
     lines = []
     for prompt, (before, after) in continuations.items():
         lines += [f"[dim]{prompt}[/]", escape(f"  before: {before!r}"), escape(f"  after:  {after!r}")]

@@ -74,7 +74,7 @@ def print_error(label: str, text: str) -> None:
 def name_options(text: str) -> str:
     """Write the arguments of Python functions that a message names in backquotes as options: `max_span` as --max-span.
 
-    A name that is no option of any command stays as it is.
+    Names that are not options of a command are not changed.
     """
     program = _PROGRAM.get()
     if program is None or "`" not in text:

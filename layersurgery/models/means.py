@@ -143,7 +143,7 @@ class Means:
             with safe_open(path, "pt") as file:
                 record = json.loads((file.metadata() or {})[_FORMAT])
                 vectors = {
-                    _where(name): BranchMean(file.get_tensor(name), path, scale, samples)
+                    _where(name): BranchMean(file.get_tensor(name), path, scale, dict(samples))
                     for name, (path, scale, samples) in record["places"].items()
                 }
         except FileNotFoundError:

@@ -68,7 +68,7 @@ def push(
         PlanError: the name is not of the form USER/NAME.
         SourceError: the directory is neither a checkpoint nor finished results.
         OutputError: there is no token, the Hub refuses it or cannot be reached, the repository is public and `public`
-            is not set, or it has weights or results that readers would confuse with these.
+            is not set, or it has other weights or results, which programs could load instead.
 
     Example:
         >>> import tempfile
