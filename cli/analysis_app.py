@@ -14,7 +14,7 @@ from layersurgery.registry import ANALYSES, Analysis
 from . import option_groups as g
 from . import options as o
 from .expand import expand
-from .terminal.console import Console, SharingConsole
+from .terminal.console import Console, MeasuringConsole
 
 _ANALYZE = "Analyze"
 _PRUNE = "Prune"
@@ -35,7 +35,7 @@ def _analysis_command(analysis: Analysis) -> Callable[..., None]:
         output: o.AnalysisOutput = None,
         overwrite: o.OverwriteResults = False,
         *,
-        console: SharingConsole,
+        console: MeasuringConsole,
     ) -> None:
         from .commands.measure import run_analysis
 
@@ -62,7 +62,7 @@ def heads(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Measure the model with each attention head off."""
     if estimate:
@@ -87,7 +87,7 @@ def ablate_neurons(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Turn neurons of one kind off, and as many random ones."""
     if estimate:
@@ -114,7 +114,7 @@ def subjoiners(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Rank attention heads by how much they attend within words."""
     from .commands.measure import run_analysis
@@ -154,7 +154,7 @@ def probe(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Predict a class of next tokens (such as -ing) with linear probes on prediction and suppression neurons.
 
@@ -190,7 +190,7 @@ def wic(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Predict whether a word means the same in two sentences from the stream after each layer."""
     from .commands.measure import run_analysis
@@ -202,7 +202,6 @@ def wic(
 def rank(
     model: o.Model,
     run: g.TextRun,
-    task: g.TaskCriterion,
     of: Annotated[
         o.Of,
         typer.Option("--of", help="Rank layers, their attentions, their MLPs, or all attentions and MLPs together."),
@@ -242,7 +241,8 @@ def rank(
     output: o.AnalysisOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    task: g.TaskCriterion,
+    console: MeasuringConsole,
 ) -> None:
     """Rank layers or branches by the measured cost of removing them, and by block influence and angular distance."""
     if estimate:
@@ -260,8 +260,6 @@ def rank(
 def prune(
     model: o.Model,
     run: g.TextRun,
-    task: g.TaskCriterion,
-    checkpoint: g.Checkpoint,
     goal: g.RemovalGoal,
     by: Annotated[
         str,
@@ -308,7 +306,9 @@ def prune(
         ),
     ] = None,
     *,
-    console: SharingConsole,
+    task: g.TaskCriterion,
+    checkpoint: g.Checkpoint,
+    console: MeasuringConsole,
 ) -> None:
     """Remove the least important layers or branches, write the pruned checkpoint and report the cost.
 
@@ -338,8 +338,6 @@ def prune(
 def search(
     model: o.Model,
     run: g.TextRun,
-    task: g.TaskCriterion,
-    checkpoint: g.Checkpoint,
     depth: Annotated[
         int | None,
         typer.Option(
@@ -415,7 +413,9 @@ def search(
         ),
     ] = None,
     *,
-    console: SharingConsole,
+    task: g.TaskCriterion,
+    checkpoint: g.Checkpoint,
+    console: MeasuringConsole,
 ) -> None:
     """Search which layers to remove, or which to repeat, together; write the edited checkpoint if it is wanted.
 
@@ -471,7 +471,7 @@ def reproduce(
         ),
     ] = None,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print the remaining runs and their cost, and exit.")
+        bool, typer.Option("--estimate", "--dry-run", help="Print the remaining runs and their cost, and exit.")
     ] = False,
     output: Annotated[
         Path,

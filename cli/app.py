@@ -21,7 +21,7 @@ from .expand import expand
 from .heal_app import add_healing
 from .means_app import add_means
 from .share_app import add_sharing
-from .terminal.console import Commands, Console, SharingConsole
+from .terminal.console import Commands, Console, MeasuringConsole, SharingConsole
 
 if TYPE_CHECKING:
     from layersurgery.plans.plan import Plan
@@ -338,7 +338,7 @@ def sweep(
     output: o.SweepOutput = None,
     overwrite: o.OverwriteResults = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Measure the effect of every edit on a model's predictions, in one pass over the text.
 
@@ -525,11 +525,13 @@ def _edits(families: str | None, plans: Path | None) -> list[Any]:
     """Return the edits to measure, in the form that `sweep` takes.
 
     Raises:
-        PlanError: the file of plans cannot be read.
+        PlanError: the families or the file of plans cannot be read.
     """
     from layersurgery.errors import PlanError
-    from layersurgery.plans.variants import read_plans
+    from layersurgery.plans.variants import parse_edits, read_plans
 
+    if families is not None:
+        parse_edits(families)  # a wrong name is refused before torch is imported
     if plans is None:
         return ["swap,drop" if families is None else families]
     try:

@@ -13,8 +13,8 @@ import typer
 
 from layersurgery.runs.options import RunOptions
 
-from .options import Json, Public, PushTo, Quiet
-from .terminal.console import Console, SharingConsole
+from .options import DryMeasurement, Json, Public, PushTo, Quiet
+from .terminal.console import Console, DryRunConsole, SharingConsole
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,39 +44,56 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def expand(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function into a command: each group of options, and the console, becomes the options that it stands for.
 
-    A parameter `console: Console` stands for --quiet and --json; `console: SharingConsole` for --push and --public,
-    too.
+    A parameter `console: Console` stands for --quiet and --json; `SharingConsole` for --push and --public, too,
+    `DryRunConsole` for --dry-run, and `MeasuringConsole` for all of them.
     """
     signature = inspect.signature(function, eval_str=True)
-    expanded: list[inspect.Parameter] = []
+    own: list[inspect.Parameter] = []
+    of_run: list[inspect.Parameter] = []  # shown behind the command's own
+    of_console: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         annotation = parameter.annotation
-        if annotation in (Console, SharingConsole):
-            if annotation is SharingConsole:
-                expanded += [_parameter("push", PushTo, None), _parameter("public", Public, False)]
-            expanded += [_parameter("quiet", Quiet, False), _parameter("as_json", Json, False)]
-        elif _group_of(annotation) is not None:
-            expanded += _group_of(annotation).parameters()  # type: ignore[union-attr]
+        if _is_console(annotation):
+            if issubclass(annotation, DryRunConsole):
+                of_console.append(_parameter("dry_run", DryMeasurement, False))
+            if issubclass(annotation, SharingConsole):
+                of_console += [_parameter("push", PushTo, None), _parameter("public", Public, False)]
+            of_console += [_parameter("quiet", Quiet, False), _parameter("as_json", Json, False)]
+        elif (group := _group_of(annotation)) is not None:
+            (of_run if group.kind is RunOptions else own).extend(group.parameters())
         else:
-            expanded.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    expanded = [*own, *of_run, *of_console]
 
     @wraps(function)
     def command(**values: Any) -> None:
-        from .terminal.progress import RunConsole  # imports what --help does not need
+        # These import what --help does not need.
+        from rich.markup import escape
+
+        from layersurgery.runs.dry_run import DryRun
+        from layersurgery.runs.option_checks import check_options
+
+        from .terminal.progress import RunConsole
 
         arguments: dict[str, Any] = {}
         for name, parameter in signature.parameters.items():
             group = _group_of(parameter.annotation)
-            if parameter.annotation in (Console, SharingConsole):
+            if _is_console(parameter.annotation):
                 push = _checked_push(values.get("push"), values.get("public", False))
-                arguments[name] = RunConsole(
-                    quiet=values["quiet"], as_json=values["as_json"], push=push, public=values.get("public", False)
-                )
+                given = {key: values[key] for key in ("quiet", "as_json", "public", "dry_run") if key in values}
+                arguments[name] = RunConsole(push=push, **given)
             elif group is not None:
                 arguments[name] = group.kind(**{option: values[option] for option in group.options})
+                if group.kind is RunOptions:
+                    check_options(arguments[name])
             else:
                 arguments[name] = values[name]
-        function(**arguments)
+        try:
+            function(**arguments)
+        except DryRun as planned:
+            if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+                facts = {"model": planned.model, "path": str(planned.output), "state": planned.state}
+                arguments["console"].show({"dry_run": True, **facts, "text": planned.text}, escape(str(planned)))
 
     command.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
@@ -97,6 +114,10 @@ def _checked_push(repo: str | None, public: bool) -> str | None:
     elif repo is None and public:
         raise typer.BadParameter("it says who can read what --push uploads; give --push, too", param_hint="'--public'")
     return repo
+
+
+def _is_console(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Console)
 
 
 def _group_of(annotation: Any) -> Group | None:

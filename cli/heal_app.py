@@ -12,7 +12,7 @@ from . import completion
 from . import option_groups as g
 from . import options as o
 from .expand import expand
-from .terminal.console import SharingConsole
+from .terminal.console import MeasuringConsole
 
 _PRUNE = "Prune"
 _TRAINING = "Training"
@@ -22,7 +22,6 @@ _TRAINING = "Training"
 def heal_linear(
     model: o.Model,
     run: g.FitRun,
-    checkpoint: g.Checkpoint,
     plan: Annotated[
         str, typer.Option("--plan", help="Edits that remove blocks, for example 'drop 20:24'.", metavar="TEXT")
     ],
@@ -37,7 +36,8 @@ def heal_linear(
         ),
     ] = None,
     *,
-    console: SharingConsole,
+    checkpoint: g.Checkpoint,
+    console: MeasuringConsole,
 ) -> None:
     """Remove blocks, and fit a linear map into the block before each cut, without training.
 
@@ -124,7 +124,7 @@ def heal(
         bool, typer.Option("--overwrite", help="Replace the output, and the state of a training with other options.")
     ] = False,
     *,
-    console: SharingConsole,
+    console: MeasuringConsole,
 ) -> None:
     """Train an edited checkpoint to predict like the unedited model.
 

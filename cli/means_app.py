@@ -10,7 +10,7 @@ import typer
 from . import option_groups as g
 from . import options as o
 from .expand import expand
-from .terminal.console import Console
+from .terminal.console import DryRunConsole
 
 _MEASURE = "Measure"
 
@@ -37,7 +37,7 @@ def means(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file at the output.")] = False,
     *,
-    console: Console,
+    console: DryRunConsole,
 ) -> None:
     """Measure the mean over tokens of what each attention and MLP adds, for edits such as 'skip-mlp 20 mean'."""
     from .commands.means import run_means

@@ -52,6 +52,13 @@ Gguf = Annotated[
         "name ends in .gguf means the same.",
     ),
 ]
+DryMeasurement = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check the model, the text and the output, say what would be measured and written, and exit.",
+    ),
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Run all checks, say what would be written and how large, and write nothing.")
 ]

@@ -40,12 +40,16 @@ def run_heal_linear(
     with quick_imports():
         from layersurgery.analyses.linear_healing import find_cuts
         from layersurgery.analyses.plan_run import check_target, heal_session
+        from layersurgery.runs.dry_run import DryRun
         from layersurgery.runs.processes import run_session
 
     def lead(session: ModelSession) -> tuple[Path, LinearHealing]:
         find_cuts(plan.route(session.model.depth), session.model.depth)
         out = output or Path(f"{session.model.name}-{plan.slug}-healed")
         check_target(session, out, overwrite=overwrite, heals=True)
+        if console.dry_run:
+            session.check()
+            raise DryRun(session.model.label, session.caption(session.texts.text), out, verb="fit linear maps to")
         return out, heal_session(session, plan, heal_progress(console))
 
     done = run_session(model, options, lead, reporter=console)

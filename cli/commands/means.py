@@ -23,6 +23,7 @@ def run_means(
 ) -> None:
     """Measure the means, write their file, and say what they are of."""
     with quick_imports():
+        from layersurgery.runs.dry_run import NEW, REPLACED, DryRun
         from layersurgery.runs.means import means_of_text
         from layersurgery.runs.processes import run_session
 
@@ -36,6 +37,9 @@ def run_means(
             raise OutputError(f"{path.absolute().parent} is not a directory; choose another output")
         session.check()
         text = session.texts.text
+        if console.dry_run:
+            state = REPLACED if path.exists() else NEW
+            raise DryRun(session.model.label, session.caption(text), path, state, "measure the means of")
         measured = means_of_text(session, session.model.load(), text, first_tokens=first_tokens)
         measured.save(path)
         return path, measured

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from layersurgery.analyses.removal_goal import Goal
 from layersurgery.quick_imports import quick_imports
 from layersurgery.units import format_bytes, format_count
 
@@ -54,16 +55,15 @@ def run_prune(
     console: Console,
 ) -> None:
     """Choose the layers to remove, measure the cost, and write the pruned checkpoint; or only estimate the work."""
+    wanted = Goal.of(**goal)
     with quick_imports():
         from layersurgery.analyses.layer_pruning import check_criterion
         from layersurgery.analyses.layer_ranking import MEASURED
         from layersurgery.analyses.plan_run import card_rows, check_heal, check_target, heal_session, results_directory
         from layersurgery.analyses.prune_run import run_prune as run_in
-        from layersurgery.analyses.removal_goal import Goal
         from layersurgery.analyses.task_criterion import given_task
         from layersurgery.runs.processes import run_session
 
-    wanted = Goal.of(**goal)
     check_criterion(by, wanted, greedy=greedy)
     given = given_task(by, options=options, **task)
     check_heal(heal, given)
@@ -85,6 +85,8 @@ def run_prune(
         criterion = f"{by.replace(':', '-')}{'-greedy' if greedy else ''}"
         out = output or Path(f"{session.model.name}-prune-{wanted.name}-{criterion}")
         check_target(session, out, overwrite=overwrite, heals=heal is not None)
+        if console.dry_run:
+            console.log(f"The pruned checkpoint would be {out}; this is measured first:")
         directory = results or results_directory(out)
         pruning = run_in(session, directory, wanted, by=by, greedy=greedy, race=race, overwrite=overwrite)
         if heal is not None:

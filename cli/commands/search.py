@@ -90,6 +90,8 @@ def run_search(
         space = SearchSpace.of(session.model.depth, **goal)
         if output is not None:
             check_target(session, output, overwrite=overwrite, heals=heal is not None)
+            if console.dry_run:
+                console.log(f"The edited checkpoint would be {output}; this is measured first:")
         default = (
             Path(f"{session.model.name}-search-{space.target}-{by.replace(':', '-')}")
             if output is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import itertools
 import json
 import re
 import shlex
@@ -12,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import typer
 from typer.core import TyperGroup
 
 from layersurgery.errors import LayerSurgeryError, LayerSurgeryWarning, PlanError, is_out_of_memory
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 # These have no effect on the results, and a command that is run again should not push for others.
 _NOT_RECORDED = ("--push", "--public", "--track")
+# typer has its own copy of click in new versions, and does not export this class.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _COMMAND: ContextVar[str] = ContextVar("command", default="")
 _PROGRAM: ContextVar[Any] = ContextVar("program", default=None)
 
@@ -44,6 +50,9 @@ class Commands(TyperGroup):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", LayerSurgeryWarning)  # commands print the same as notes
                 return super().invoke(ctx)
+        except _UsageError as error:
+            _add_hint(error)
+            raise
         except LayerSurgeryError as error:
             print_error("error", str(error))
             ctx.exit(2 if isinstance(error, PlanError) else 1)
@@ -61,6 +70,25 @@ class Commands(TyperGroup):
         except BrokenPipeError:  # the reader, such as head, has closed the pipe
             sys.stderr.close()
             ctx.exit(141)
+
+
+def _add_hint(error: Any) -> None:
+    """Let an error of the arguments name one option that may be meant, and say where a plan belongs."""
+    if near := getattr(error, "possibilities", None):
+        error.possibilities = difflib.get_close_matches(error.option_name, near, n=1, cutoff=0)
+    command = None if error.ctx is None else error.ctx.command
+    if command is None or not any("--plan" in parameter.opts for parameter in command.params):
+        return
+    from layersurgery.plans.plan import Plan
+
+    words = shlex.split(recorded_command())
+    for before, word in itertools.pairwise(words):
+        if before.startswith("-") or " " not in word.strip():
+            continue
+        with contextlib.suppress(PlanError):
+            Plan.parse(word)
+            hint = f'Give the plan as --plan "{word}"'
+            error.message = f"{error.message}. {hint}" if error.message else hint
 
 
 def print_error(label: str, text: str) -> None:
@@ -111,12 +139,20 @@ class Console(Reporter):
         as_json: print the result as JSON, and nothing else on stdout.
         push: the repository on the Hub that the command's result is pushed to; None for none.
         public: everybody can read a new repository.
+        dry_run: say what would be measured and written instead.
     """
 
     def __init__(
-        self, *, quiet: bool = False, as_json: bool = False, push: str | None = None, public: bool = False
+        self,
+        *,
+        quiet: bool = False,
+        as_json: bool = False,
+        push: str | None = None,
+        public: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__()
+        self.dry_run = dry_run
         self.push, self.public = push, public
         self.as_json = as_json
         self.command = recorded_command()
@@ -213,6 +249,14 @@ class Console(Reporter):
 
 class SharingConsole(Console):
     """Output of a command whose result can be pushed: as a command's parameter, it also stands for --push."""
+
+
+class DryRunConsole(Console):
+    """Output of a command that measures and writes: as a command's parameter, it also stands for --dry-run."""
+
+
+class MeasuringConsole(SharingConsole, DryRunConsole):
+    """Output of a command that measures and writes results, which can be pushed."""
 
 
 def record_command(arguments: Sequence[str]) -> None:

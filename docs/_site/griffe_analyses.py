@@ -8,7 +8,7 @@ from typing import Any
 
 import griffe
 
-import layersurgery as ls
+from layersurgery.analyses import signals
 
 
 class MadeFunctions(griffe.Extension):
@@ -21,13 +21,11 @@ class MadeFunctions(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Replace them once the package's source is read."""
-        module = pkg.members.get("analyses")
-        if pkg.name != "layersurgery" or module is None:
+        if pkg.name != "layersurgery" or "analyses" not in pkg.members:
             return
-        for name in ls.analyses.__all__:
-            value = getattr(ls.analyses, name)
-            if module.members[name].is_alias or not inspect.isfunction(value):
-                continue
+        module = pkg.members["analyses"].members["signals"]
+        for name in [name for name, member in module.members.items() if member.is_attribute]:
+            value = getattr(signals, name)
             signature = inspect.signature(value)
             parameters = griffe.Parameters(
                 *(

@@ -7,29 +7,21 @@
 (30, 3)
 """
 
-from ..sweeps.neuron_scores import neuron_scores
-from . import inference_stages, layer_signals, prediction_neurons, stream_signals
-from .analyze import on_any_text
-from .inference_stages import describe_stages
-from .layer_pruning import Pruning
-from .layer_ranking import spans
-from .layer_signals import measure
-from .neuron_probes import Probe, probe
-from .prune_run import prune
-from .rank_run import rank
-from .search_run import Search, search
-from .subjoiner_heads import Subjoiners, subjoiners
-from .word_senses import wic
+from typing import TYPE_CHECKING, Any
 
-attention = on_any_text("attention", layer_signals.attention, measure)
-cka = on_any_text("cka", stream_signals.cka, measure)
-cosine = on_any_text("cosine", stream_signals.cosine, measure)
-lens = on_any_text("lens", layer_signals.lens, measure)
-neurons = on_any_text("neurons", prediction_neurons.neurons)
-norms = on_any_text("norms", layer_signals.norms, measure)
-similarity = on_any_text("similarity", layer_signals.similarity, measure)
-stages = on_any_text("stages", inference_stages.stages)
-stream = on_any_text("stream", stream_signals.stream, measure)
+if TYPE_CHECKING:
+    from ..sweeps.neuron_scores import neuron_scores
+    from .inference_stages import describe_stages
+    from .layer_pruning import Pruning
+    from .layer_ranking import spans
+    from .layer_signals import measure
+    from .neuron_probes import Probe, probe
+    from .prune_run import prune
+    from .rank_run import rank
+    from .search_run import Search, search
+    from .signals import attention, cka, cosine, lens, neurons, norms, similarity, stages, stream
+    from .subjoiner_heads import Subjoiners, subjoiners
+    from .word_senses import wic
 
 __all__ = [
     "Probe",
@@ -56,3 +48,31 @@ __all__ = [
     "subjoiners",
     "wic",
 ]
+
+# Imported when first asked for: a command's options are checked by modules here that need no torch.
+_LAZY = {
+    "Probe": ".neuron_probes",
+    "Pruning": ".layer_pruning",
+    "Search": ".search_run",
+    "Subjoiners": ".subjoiner_heads",
+    "describe_stages": ".inference_stages",
+    "measure": ".layer_signals",
+    "neuron_scores": "..sweeps.neuron_scores",
+    "probe": ".neuron_probes",
+    "prune": ".prune_run",
+    "rank": ".rank_run",
+    "search": ".search_run",
+    "spans": ".layer_ranking",
+    "subjoiners": ".subjoiner_heads",
+    "wic": ".word_senses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY.get(name, ".signals"), __name__), name)
+    globals()[name] = value
+    return value

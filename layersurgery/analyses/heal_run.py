@@ -21,6 +21,7 @@ from ..library_logs import quiet_libraries
 from ..models.anatomy import anatomy
 from ..path_names import without_directories
 from ..runs.distributed import ProcessGroup, SingleProcess, find_process_group
+from ..runs.dry_run import NEW, RESUMED, DryRun
 from ..runs.options import SWEEP_ONLY, RunOptions
 from ..runs.reporter import Reporter
 from ..runs.requests import GivenText, read_given_text
@@ -191,6 +192,7 @@ def run_heal(
         accelerator = stack.enter_context(_accelerator(training, cpu=on_cpu))
         if group.size > 1 and not isinstance(model, nn.Module):
             options = replace(options, device=str(accelerator.device))
+        is_dry = reporter.dry_run
         reporter = reporter if group.rank == 0 else Reporter()
         stack.enter_context(quiet_libraries())
         session = ModelSession(model, options, reporter, SingleProcess(), stack, given)
@@ -206,6 +208,9 @@ def run_heal(
         _check_tokenizers(session.model, teacher_model, options)
         words = text.describe(training.steps)
         reporter.log(words)
+        if is_dry and output is not None:
+            is_begun = state_directory(output).exists() and not overwrite
+            raise DryRun(session.model.label, session.caption(text.text), output, RESUMED if is_begun else NEW, "train")
         student, reference = session.model.load(), teacher_model.load()
         check_trainable(student, training.how)
         _check_separate(student, reference)

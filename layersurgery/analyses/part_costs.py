@@ -12,10 +12,8 @@ from ..metrics.aggregation import Array
 from ..models.block_costs import PartCost
 from ..plans.route import Route
 from ..sweeps.measurer import Measurer
-from .removable_parts import Part, removal_plan, removed_parts
+from .removable_parts import BUDGETS, Part, removal_plan, removed_parts
 
-BUDGETS = {"params": "parameters", "flops": "multiplications", "kv-cache": "cache_bytes"}
-"""Names of what a budget may be of, and the column of each."""
 COSTS = tuple(BUDGETS.values())
 PARTS = "parts"
 """Name of the table of what parts cost."""

@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[Branch | None, ...]] = {
 """What can be ranked and removed, and the branches of a block that are meant; None for the whole block."""
 NOUNS = {BLOCKS: "layer", "attention": "attention branch", "mlp": "MLP branch", "branches": "branch"}
 """What one part of each kind is called."""
+BUDGETS = {"params": "parameters", "flops": "multiplications", "kv-cache": "cache_bytes"}
+"""Names of what a budget may be of, and the column of each in the table of what parts cost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
 from ..plans.visit import whole_number
-from .part_costs import BUDGETS, PartCosts
-from .removable_parts import BLOCKS, KINDS, NOUNS, Part, check_kind, kept_layers, parts_of, plural
+from .removable_parts import BLOCKS, BUDGETS, KINDS, NOUNS, Part, check_kind, kept_layers, parts_of, plural
+
+if TYPE_CHECKING:
+    from .part_costs import PartCosts
 
 _KIND_OF = {"remove": BLOCKS, **{f"remove_{kind}": kind for kind in KINDS if kind != BLOCKS}}
 _ROUNDING = 1e-12

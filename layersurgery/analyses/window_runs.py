@@ -236,4 +236,4 @@ def _run(
             },
         }
     )
-    return run_once(directory, arguments, session.reporter, make, overwrite=overwrite)
+    return run_once(directory, arguments, session.reporter, make, overwrite=overwrite, caption=found.caption)

@@ -166,7 +166,7 @@ def run_wic(
             "pairs": {**data, "tokenizer": texts.tokenizer_name, "fingerprint": encoded.fingerprint},
         }
     )
-    return run_once(directory, arguments, reporter, make, overwrite=overwrite)
+    return run_once(directory, arguments, reporter, make, overwrite=overwrite, caption=_caption(encoded, pairs))
 
 
 def _choose(pairs: list[WordPair], samples: int | None, seed: int) -> list[WordPair]:

@@ -148,6 +148,29 @@ def is_family(text: str) -> bool:
     return all(word.strip().partition(":")[0] in FAMILIES for word in text.split(","))
 
 
+def parse_edits(edits: str) -> Plan | None:
+    """Parse the text of a plan or the names of families; return the plan, or None for families.
+
+    Raises:
+        PlanError: it is neither (names the nearest family or edit).
+
+    >>> from layersurgery.plans.variants import parse_edits
+    >>> parse_edits("swap,drop-span:4"), str(parse_edits("drop 3; swap 1"))
+    (None, 'drop 3; swap 1')
+    """
+    if not edits.strip():
+        raise PlanError(f"no edit is named; name families ({', '.join(list(FAMILIES)[:3])}, ...) or a plan")
+    if not is_family(edits):
+        try:
+            return Plan.parse(edits)
+        except PlanError:
+            if not re.fullmatch(r"[\w:.-]+(\s*,\s*[\w:.-]*)*", edits.strip()):  # does not look like families
+                raise
+    for name in edits.split(","):
+        _parse_family(name.strip())
+    return None
+
+
 def variants(
     edits: Edits,
     depth: int,
@@ -197,19 +220,13 @@ def _variants(
     neurons: PickNeurons | None,
 ) -> Iterator[Variant]:
     match edits:
-        case str() if not edits.strip():
-            raise PlanError(f"no edit is named; name families ({', '.join(list(FAMILIES)[:3])}, ...) or a plan")
-        case str() if is_family(edits):
-            for name in edits.split(","):
-                yield from family(name.strip(), depth, layers, max_span, heads, neurons)
         case str():
-            try:
-                yield _of_plan(Plan.parse(edits), depth, neurons)
-            except PlanError as error:
-                if re.fullmatch(r"[\w:.-]+(\s*,\s*[\w:.-]*)*", edits.strip()):  # looks like families
-                    for name in edits.split(","):
-                        _parse_family(name.strip())
-                raise error
+            parsed = parse_edits(edits)
+            if parsed is not None:
+                yield _of_plan(parsed, depth, neurons)
+            else:
+                for name in edits.split(","):
+                    yield from family(name.strip(), depth, layers, max_span, heads, neurons)
         case Edit():
             yield _of_plan(Plan((edits,)), depth, neurons)
         case Plan():

@@ -23,12 +23,14 @@ class Reporter:
 
     Attributes:
         command: the command line that a new run records, so that it can be repeated; empty if there is none.
+        dry_run: say what would be measured and written instead (`DryRun`).
         subject: name of the current measurement, for progress; empty for what it counts.
     """
 
     def __init__(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         self._progress = progress
         self.command = ""
+        self.dry_run = False
         self.subject = ""
 
     def log(self, text: str) -> None:

@@ -14,10 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..atomic_io import atomic_file, directory_lock
+from ..atomic_io import atomic_file, check_room, directory_lock
 from ..errors import OutputError
 from ..registry import PROPAGATION
 from ..version import __version__
+from .dry_run import FINISHED, NEW, REPLACED, RESUMED
 from .options import RunOptions
 from .per_token import PARTS, TOKENS
 from .run_record import RunRecord
@@ -131,8 +132,7 @@ def open_run(
             another process is writing to it.
     """
     arguments = json.loads(json.dumps(arguments))
-    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
-        raise OutputError(f"{directory} exists and is not a directory; choose another output")
+    _check_directory(directory)
     is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,8 @@ def open_run(
     with directory_lock(directory):
         run = _find_run(directory, kind, arguments, overwrite, until)
         run.command = command
+        if run.finished:  # the run may have been killed after it finished, before it removed these files
+            run.clear_progress()
         try:
             yield run
         except BaseException:
@@ -148,6 +150,35 @@ def open_run(
                 with suppress(OSError):
                     directory.rmdir()
             raise
+
+
+def find_state(
+    directory: Path,
+    arguments: dict[str, Any],
+    *,
+    kind: str = SWEEP,
+    overwrite: bool = False,
+    until: dict[str, Any] | None = None,
+) -> str:
+    """Return what a run would do with its directory, one of the states of `dry_run`; nothing is written.
+
+    The arguments and errors are those of `open_run`.
+    """
+    _check_directory(directory)
+    if not directory.exists():
+        check_room(directory, 0)
+        return NEW
+    run = _find_run(directory, kind, json.loads(json.dumps(arguments)), overwrite, until)
+    if run.finished:
+        return FINISHED
+    if run.started:
+        return RESUMED
+    return NEW if read_run(directory) is None else REPLACED
+
+
+def _check_directory(directory: Path) -> None:
+    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        raise OutputError(f"{directory} exists and is not a directory; choose another output")
 
 
 @contextmanager
@@ -194,8 +225,6 @@ def _find_run(
             f"{directory} contains {KINDS[kind]} that stopped at another precision, but not its measured batches "
             f"({JOURNAL}), so it cannot be continued. Overwrite it to measure again, or choose another output"
         )
-    if run.finished:  # the run may have been killed after it finished, before it removed these files
-        run.clear_progress()
     return run
 
 

@@ -18,11 +18,12 @@ from ..sweeps.race import MIN_SEQUENCES, Race
 from ..sweeps.read_positions import ScoredPositions
 from ..sweeps.schedule import DEPTH_FIRST, LAYER_MAJOR
 from ..units import format_bytes, format_count, format_time
+from .dry_run import DryRun
 from .options import RunOptions
 from .placement import Placement, describe_placement
 from .reporter import Reporter
 from .requests import NOT_FOR_TASKS, GivenText, text_request
-from .run_directory import Run, open_run, package_versions
+from .run_directory import Run, find_state, open_run, package_versions
 from .runner import RunOutput, measure_text
 from .session_model import SessionModel
 from .session_text import SessionText
@@ -147,6 +148,7 @@ class ModelSession:
         Raises:
             OutputError: the directory holds other files, or a run with other arguments.
             MeasurementError: the model cannot be measured.
+            DryRun: the reporter's command is a dry run.
         """
         self.check()
         previous = read_run(directory) or {}
@@ -164,13 +166,12 @@ class ModelSession:
         arguments["text"]["fingerprint"] = (
             text.fingerprint if text else previous.get("arguments", {}).get("text", {}).get("fingerprint")
         )
+        kind = measurement.kind
+        if self.reporter.dry_run:
+            state = find_state(directory, arguments, kind=kind, overwrite=overwrite, until=until)
+            raise DryRun(self.model.label, "" if text is None else self.caption(text), directory, state)
         with open_run(
-            directory,
-            arguments,
-            kind=measurement.kind,
-            overwrite=overwrite,
-            command=self.reporter.command,
-            until=until,
+            directory, arguments, kind=kind, overwrite=overwrite, command=self.reporter.command, until=until
         ) as run:
             if run.finished or text is None:
                 self.reporter.finished(run.directory)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .drawing import draw_analysis
+from .dry_run import DryRun
 from .reporter import Reporter
-from .run_directory import ANALYSIS, Run, open_run, package_versions
+from .run_directory import ANALYSIS, Run, find_state, open_run, package_versions
 from .run_record import RunRecord
 from .runner import draw_safely
 from .tables import write_tables
@@ -26,6 +27,7 @@ def run_once(
     make: Callable[[], TablesAndFacts],
     *,
     overwrite: bool,
+    caption: str = "",
 ) -> Run:
     """Make a directory of tables and figures, unless it holds the finished run already.
 
@@ -35,11 +37,18 @@ def run_once(
         reporter: receives what is said.
         make: returns the tables, the main one first, and facts for `run.json`.
         overwrite: replace what another run has left in the directory.
+        caption: what is measured, in words; empty if nothing is but weights.
 
     Returns:
         The finished run.
+
+    Raises:
+        DryRun: the reporter's command is a dry run.
     """
     arguments = {**arguments, "versions": package_versions()}
+    if reporter.dry_run:
+        state = find_state(directory, arguments, kind=ANALYSIS, overwrite=overwrite)
+        raise DryRun(arguments["model"]["name"], caption, directory, state)
     with open_run(directory, arguments, kind=ANALYSIS, overwrite=overwrite, command=reporter.command) as run:
         if run.finished:
             reporter.finished(run.directory)

@@ -280,3 +280,25 @@ def test_memory_that_runs_out_is_no_traceback(llama: Path, monkeypatch: pytest.M
         True,
     )
     assert not (llama.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["prune", "MODEL"], 2, "give one of --remove"),
+        (["sweep", "MODEL", "--edits", "swop"], 2, "did you mean 'swap'"),
+        (["sweep", "MODEL", "--data", "nowhere.txt"], 1, "nowhere.txt does not exist"),
+        (["stages", "MODEL", "--tokens", "many"], 2, "not a number of tokens"),
+        (["rank", "MODEL", "--track", "notebook"], 2, "tracker 'notebook' is unknown"),
+        (["heal-linear", "MODEL", "--plan", "dorp 5"], 2, "did you mean 'drop'"),
+        (["edit", "MODEL", "drop 5"], 2, 'Give the plan as --plan "drop 5"'),
+        (["plan", "MODEL", "drop 5"], 2, 'Give the plan as --plan "drop 5"'),
+        (["sweep", "MODEL", "--contxt", "5"], 2, "(Possible options: --context)"),
+    ],
+)
+def test_wrong_options_are_refused_before_torch_is_imported(args: list[str], code: int, says: str) -> None:
+    start = "import sys; sys.modules['torch'] = None; from layersurgery_cli.__main__ import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", start, *args], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert (found.returncode, says in " ".join(found.stderr.split())) == (code, True), found.stderr

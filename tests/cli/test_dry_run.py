@@ -11,6 +11,7 @@ from layersurgery_cli.app import app
 from typer.testing import CliRunner
 
 import layersurgery as ls
+from tests.support.tiny_checkpoint import checkpoint
 from tests.support.zoo import tiny_model
 
 
@@ -62,3 +63,62 @@ def test_from_python_and_in_words(source: Path, tmp_path: Path) -> None:
     said = run("edit", source, "--plan", "swap 1 2", "-o", tmp_path / "out", "--dry-run").output
     assert f"Would write {tmp_path / 'out'}: 6 blocks" in said.replace("\n", "")
     assert "it would reload as this model; nothing was written" in said
+
+
+_TEXT = ("--data", "text.txt", "-n", 60, "--context", 20)
+_MEASURING = {
+    "sweep": (),
+    "stages": (),
+    "rank": (),
+    "analyze lens": (),
+    "analyze heads": (),
+    "analyze subjoiners": ("--samples", 8),
+    "means": (),
+    "prune": ("--remove", 2),
+    "search": ("--remove", 2, "-o", "found"),
+    "heal-linear": ("--plan", "drop 5"),
+    "heal": ("--teacher", "tiny", "--steps", 1, "-b", 1),
+}
+
+
+@pytest.fixture
+def at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Be in a directory with a tiny checkpoint and a text."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "tiny")
+    (tmp_path / "text.txt").write_text("Once upon a time there were words in it. " * 40, "utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [*_MEASURING])
+def test_a_measuring_command_says_what_it_would_do_and_writes_nothing(command: str, at_hand: Path) -> None:
+    text: tuple[Any, ...] = {"analyze subjoiners": _TEXT[:2], "heal": (*_TEXT[:2], *_TEXT[4:])}.get(command, _TEXT)
+    before = sorted(at_hand.rglob("*"))
+    found = run(*command.split(), "tiny", *text, *_MEASURING[command], "--dry-run", "--json")
+    assert found.exit_code == 0, found.output
+    value = json.loads(found.stdout)
+    assert (value["dry_run"], value["model"], value["state"]) == (True, "tiny", "new")
+    assert "text.txt" in value["text"]
+    assert not (at_hand / value["path"]).exists()
+    assert sorted(at_hand.rglob("*")) == before
+
+
+def test_a_dry_run_knows_the_run_in_its_directory(at_hand: Path) -> None:
+    sweep = ("sweep", "tiny", *_TEXT, "--edits", "drop 5", "-o", "out")
+
+    def state(*args: Any) -> str:
+        return str(json.loads(run(*args, "--dry-run", "--json").stdout)["state"])
+
+    assert run(*sweep).exit_code == 0
+    record = (at_hand / "out/run.json").read_text("utf-8")
+    assert state(*sweep) == "finished"
+    assert state(*sweep, "--overwrite") == "replaced"
+    refused = run(*sweep[:-3], "drop 4", "-o", "out", "--dry-run")
+    assert (refused.exit_code, "other arguments" in refused.output) == (1, True)
+    assert (at_hand / "out/run.json").read_text("utf-8") == record
+
+
+def test_a_dry_run_of_weights_reads_no_text(at_hand: Path) -> None:
+    found = run("analyze", "neurons", "tiny", "--dry-run")
+    assert found.exit_code == 0
+    assert "Would measure tiny, and write tiny-neurons; nothing was measured or written" in found.stdout
