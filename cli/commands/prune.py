@@ -124,6 +124,7 @@ def run_prune(
         "costs": json.loads(frame.drop(columns=["model"]).to_json(orient="records", double_precision=15)),
     }
     figures = [f"costs/{name}" for name in frame.attrs["run"]["figures"]]
+    others = [f"{path.name}/" for path in sorted(directory.iterdir()) if path.is_dir() and path.name != "costs"]
     lines: list[Any] = [_table(frame), *_describe_cost(pruning, before, after)]
     if after is not None:
         value["saved"] = {name: float(after[name]) for name in frame if "_saved" in name or name.endswith("_of_blocks")}
@@ -133,7 +134,7 @@ def run_prune(
         lines += ["", *healing_lines(healing)]
     lines += [
         escape(line)
-        for line in (*describe_result(result), f"The measurements are in {directory}: {', '.join(figures)}")
+        for line in (*describe_result(result), f"The measurements are in {directory}: {', '.join([*figures, *others])}")
     ]
     console.result(value, *lines, written=result.path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,9 @@ def run_search(
         if healing is not None:
             value |= healing_values(healing)
             healed = ["", *healing_lines(healing)]
+    else:
+        command = shlex.join(["layersurgery", "edit", model, "--plan", str(search.plan)])
+        written = [f"Write the checkpoint with: {command}"]
     shown = _shown(search, directory, value, written)
     console.result(*shown, *healed, written=output or directory)
 

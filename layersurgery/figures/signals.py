@@ -18,6 +18,7 @@ from .style import (
     COLORS,
     MARKERS,
     ModelTables,
+    add_title,
     add_title_and_legend,
     disable_mathtext,
     label_axis,
@@ -27,6 +28,7 @@ from .style import (
 )
 
 _UNCERTAIN = "#EFEFEF"
+_RESAMPLES = "95 % of resamples of a boundary"
 _SHADES = ("#DCE9F5", "#E3F1E6", "#FBF3D9", "#F8E3DC")
 _MIN_LOG_RATIO, _MAX_LABELED_RATIO = 3, 1000
 _FIGURE_1 = ("drop_kl_nats", "attention_prev5", "prediction_percent", "suppression_percent")
@@ -134,7 +136,7 @@ def stages(models: Sequence[ModelTables]) -> Figure:
                 axis.set_title(model.label, loc="left", fontweight="bold", parse_math=False, pad=10)
         _hide(panels[len(models) :])
         if is_single:
-            figure.suptitle(f"{models[0].label}: {models[0].caption}", fontsize=10, parse_math=False)
+            add_title(figure, f"{models[0].label}: {models[0].caption}")
     return figure
 
 
@@ -160,7 +162,8 @@ def _draw_figure_1(axis: Axes, model: ModelTables, most: int) -> None:
     limits = axis.get_xlim()
     label_depth(axis, [table], "block", most)
     axis.set_xlim(limits)
-    handles = [*axis.get_legend_handles_labels()[0], *kind_handles(rare)]
+    lines = sorted(axis.get_legend_handles_labels()[0], key=lambda handle: handle.get_label() == _RESAMPLES)
+    handles = [*lines, *kind_handles(rare)]
     if handles := [*handles, *([] if is_wide else named)]:  # a narrow panel has no room for the names
         box = axis.legend(
             handles=handles,
@@ -226,6 +229,7 @@ def _shade(axis: Axes, table: pd.DataFrame, *, bars: bool = False, names: bool =
         stages_between.append([boundary["begins"]])
         axis.axvline(edge_of(boundary["layer"]), color="#555555", linewidth=1, linestyle="--", zorder=1)
         if bars and boundary["low"] is not None:
+            named = axis.get_legend_handles_labels()[1]  # one entry of the legend is enough
             interval = [edge_of(boundary["low"]), edge_of(boundary["high"])]
             axis.plot(
                 interval,
@@ -233,6 +237,7 @@ def _shade(axis: Axes, table: pd.DataFrame, *, bars: bool = False, names: bool =
                 "|-",
                 color="#555555",
                 linewidth=2.5,
+                label="" if named else _RESAMPLES,
                 transform=axis.get_xaxis_transform(),
                 clip_on=False,
             )

@@ -25,6 +25,7 @@ from ..registry import Column
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_BAND = "_one standard error"  # legends leave out labels that begin with an underscore
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -90,7 +91,8 @@ def line(axis: Axes, x: Any, y: Any, error: Any, index: int, label: str, **style
     if not np.isfinite(y).any():  # neither a line nor a legend entry
         return
     color = COLORS[index % len(COLORS)]
-    axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0)
+    if np.nanmax(error, initial=0) > 0:
+        axis.fill_between(x, y - error, y + error, color=color, alpha=0.2, linewidth=0, label=_BAND)
     axis.plot(x, y, **{"color": color, "marker": MARKERS[index % len(MARKERS)], "label": label} | style)
 
 
@@ -173,4 +175,11 @@ def add_title_and_legend(
         text = f"{models[0].label}: {captions[0]}"
     else:
         text = captions[0] if len(captions) == 1 else "; ".join(f"{model.label}: {model.caption}" for model in models)
+    add_title(figure, text)
+
+
+def add_title(figure: Figure, text: str) -> None:
+    """Add a title; it also says what the bands of `line` are, if there are any."""
+    if any(item.get_label() == _BAND for axis in figure.axes for item in axis.collections):
+        text = f"{text}; bands: one standard error"
     figure.suptitle(text, fontsize=10 if len(text) < 120 else 7, parse_math=False)
