@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..atomic_io import atomic_file
-from ..errors import PlanError, SourceError, UnsupportedEditError, warn
+from ..errors import PlanError, SourceError, UnsupportedEditError
 from ..plans.visit import BRANCHES, Branch, Visit
 from .quantized import is_quantized
 from .unsupported import MEASURE_MEANS
@@ -300,13 +300,6 @@ def as_means(value: Any) -> Means | None:
     if isinstance(value, str | os.PathLike):
         return Means.load(value)
     raise PlanError(f"means are given as measured by measure_means, or as their file, not as {type(value).__name__}")
-
-
-def warn_of_other_model(means: Means, model: Any) -> None:
-    """Warn if means were measured on a model of another name."""
-    name = str(getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-    if name != means.model:
-        warn(f"the means were measured on {means.model}, and this model is {name}")
 
 
 def _name(where: tuple[int, Branch]) -> str:

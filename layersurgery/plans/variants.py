@@ -155,8 +155,8 @@ def parse_edits(edits: str) -> Plan | None:
         PlanError: it is neither (names the nearest family or edit).
 
     >>> from layersurgery.plans.variants import parse_edits
-    >>> parse_edits("swap,drop-span:4"), str(parse_edits("drop 3; swap 1"))
-    (None, 'drop 3; swap 1')
+    >>> parse_edits("swap,drop-span:4"), str(parse_edits("drop 3; swap 1 2"))
+    (None, 'drop 3; swap 1 2')
     """
     if not edits.strip():
         raise PlanError(f"no edit is named; name families ({', '.join(list(FAMILIES)[:3])}, ...) or a plan")

@@ -27,7 +27,7 @@ from ..models.block_probe import unpack_weights
 from ..models.block_view import check_positions, clone_in_state_dict, own_parameters, share_parameters
 from ..models.config_fields import depth_field
 from ..models.later_tokens import LaterTokens, find_later_tokens, install_later_tokens
-from ..models.means import Means, as_means, warn_of_other_model
+from ..models.means import Means, as_means
 from ..models.memory_only import refuse_memory_only
 from ..models.model_weights import ModelWeights
 from ..models.other_wrappers import WRAP_AGAIN, has_bridge, is_traced, may_get_bridge
@@ -299,7 +299,6 @@ class Surgery:
                     "model before an edit; omit the argument, or compute the anatomy again"
                 )
         if self.means is not None and any(visit.mean for visit in changed):
-            warn_of_other_model(self.means, self.model)
             for visit in changed:
                 if visit.mean and self.means.depth == len(self.original):
                     self.means.check_block(visit.block, self.original[visit.block])
