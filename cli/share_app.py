@@ -46,13 +46,14 @@ def fetch_results(
         typer.Option("--output", "-o", help="Directory to write to.", show_default="./NAME", metavar="DIR"),
     ] = None,
     revision: o.Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be downloaded, and exit.")] = False,
     *,
     console: Console,
 ) -> None:
     """Fetch results from the Hub; report, plot and read_results read them."""
     from .commands.share import run_fetch_results
 
-    run_fetch_results(repo, output, revision, console)
+    run_fetch_results(repo, output, revision, dry_run, console)
 
 
 def add_sharing(app: typer.Typer) -> None:

@@ -40,7 +40,7 @@ def run_heal_linear(
     with quick_imports():
         from layersurgery.analyses.linear_healing import find_cuts
         from layersurgery.analyses.plan_run import check_target, heal_session
-        from layersurgery.runs.dry_run import DryRun
+        from layersurgery.runs.dry_run import DryRun, state_of_output
         from layersurgery.runs.processes import run_session
 
     def lead(session: ModelSession) -> tuple[Path, LinearHealing]:
@@ -49,7 +49,8 @@ def run_heal_linear(
         check_target(session, out, overwrite=overwrite, heals=True)
         if console.dry_run:
             session.check()
-            raise DryRun(session.model.label, session.caption(session.texts.text), out, verb="fit linear maps to")
+            caption, state = session.caption(session.texts.text), state_of_output(out)
+            raise DryRun(session.model.label, caption, out, state, "fit linear maps to")
         return out, heal_session(session, plan, heal_progress(console))
 
     done = run_session(model, options, lead, reporter=console)

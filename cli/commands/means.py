@@ -23,7 +23,7 @@ def run_means(
 ) -> None:
     """Measure the means, write their file, and say what they are of."""
     with quick_imports():
-        from layersurgery.runs.dry_run import NEW, REPLACED, DryRun
+        from layersurgery.runs.dry_run import DryRun, state_of_output
         from layersurgery.runs.means import means_of_text
         from layersurgery.runs.processes import run_session
 
@@ -38,7 +38,7 @@ def run_means(
         session.check()
         text = session.texts.text
         if console.dry_run:
-            state = REPLACED if path.exists() else NEW
+            state = state_of_output(path)
             raise DryRun(session.model.label, session.caption(text), path, state, "measure the means of")
         measured = means_of_text(session, session.model.load(), text, first_tokens=first_tokens)
         measured.save(path)

@@ -127,8 +127,9 @@ def run_search(
             value |= healing_values(healing)
             healed = ["", *healing_lines(healing)]
     else:
-        command = shlex.join(["layersurgery", "edit", model, "--plan", str(search.plan)])
-        written = [f"Write the checkpoint with: {command}"]
+        named = {"--plan": str(search.plan), "--revision": options.revision, "--blocks": options.blocks}
+        words = [word for name, value in named.items() if value is not None for word in (name, value)]
+        written = [f"Write the checkpoint with: {shlex.join(['layersurgery', 'edit', model, *words])}"]
     shown = _shown(search, directory, value, written)
     console.result(*shown, *healed, written=output or directory)
 

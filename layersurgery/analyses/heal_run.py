@@ -21,7 +21,7 @@ from ..library_logs import quiet_libraries
 from ..models.anatomy import anatomy
 from ..path_names import without_directories
 from ..runs.distributed import ProcessGroup, SingleProcess, find_process_group
-from ..runs.dry_run import NEW, RESUMED, DryRun
+from ..runs.dry_run import RESUMED, DryRun, state_of_output
 from ..runs.options import SWEEP_ONLY, RunOptions
 from ..runs.reporter import Reporter
 from ..runs.requests import GivenText, read_given_text
@@ -210,7 +210,8 @@ def run_heal(
         reporter.log(words)
         if is_dry and output is not None:
             is_begun = state_directory(output).exists() and not overwrite
-            raise DryRun(session.model.label, session.caption(text.text), output, RESUMED if is_begun else NEW, "train")
+            state = RESUMED if is_begun else state_of_output(output)
+            raise DryRun(session.model.label, session.caption(text.text), output, state, "train")
         student, reference = session.model.load(), teacher_model.load()
         check_trainable(student, training.how)
         _check_separate(student, reference)

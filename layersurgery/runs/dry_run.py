@@ -8,6 +8,12 @@ NEW, RESUMED, REPLACED, FINISHED = "new", "resumed", "replaced", "finished"
 """What would become of an output: made, continued, replaced, or read since it is finished."""
 
 
+def state_of_output(output: Path) -> str:
+    """Return what would become of an output that the command may write, by what is there now."""
+    is_there = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    return REPLACED if is_there else NEW
+
+
 class DryRun(Exception):  # noqa: N818 - no error: everything that can be checked without measuring is right
     """Say what a run would do. It is raised in place of the run, after all checks that need no weights.
 
@@ -25,7 +31,7 @@ class DryRun(Exception):  # noqa: N818 - no error: everything that can be checke
 
     def __str__(self) -> str:
         if self.state == FINISHED:
-            return f"{self.output} holds the finished run, whose results would be shown; nothing was measured"
+            return f"{self.output} holds the finished run, which would be used; nothing was measured or written"
         what = f"Would {self.verb} {self.model}{f' on {self.text}' if self.text else ''}"
         then = {
             NEW: f", and write {self.output}",

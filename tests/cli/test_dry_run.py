@@ -122,3 +122,16 @@ def test_a_dry_run_of_weights_reads_no_text(at_hand: Path) -> None:
     found = run("analyze", "neurons", "tiny", "--dry-run")
     assert found.exit_code == 0
     assert "Would measure tiny, and write tiny-neurons; nothing was measured or written" in found.stdout
+
+
+def test_a_dry_run_knows_what_is_at_the_output(at_hand: Path) -> None:
+    def state(*args: Any) -> str:
+        return str(json.loads(run(*args, "--dry-run", "--json").stdout)["state"])
+
+    heal = ("heal", "tiny", "--teacher", "tiny", "--data", "text.txt", "--context", 20, "--steps", 1, "-o", "healed")
+    (at_hand / "healed-healing").mkdir()
+    assert (state(*heal), state(*heal, "--overwrite")) == ("resumed", "new")
+    (at_hand / "tiny-means.safetensors").touch()
+    assert state("means", "tiny", *_TEXT, "--overwrite") == "replaced"
+    refused = run("means", "tiny", *_TEXT, "--dry-run")
+    assert (refused.exit_code, "exists; choose another output" in refused.output) == (1, True)

@@ -35,7 +35,11 @@ def test_a_sweep_is_pushed_fetched_and_reported(hub: Hub, small: list[Any], tmp_
     assert value["pushed"]["kind"] == "dataset"
     assert not hub.repositories["datasets", "me/sweep"].private
     assert "--push" not in json.loads((out / "run.json").read_text())["command"]
+    listed = result_of("fetch-results", "me/sweep", "-o", tmp_path / "fetched", "--dry-run")
+    assert listed["files"]["results.csv"] == (out / "results.csv").stat().st_size
+    assert not (tmp_path / "fetched").exists()
     fetched = result_of("fetch-results", "me/sweep", "-o", tmp_path / "fetched")["path"]
+    assert {str(path.relative_to(fetched)) for path in Path(fetched).rglob("*") if path.is_file()} == {*listed["files"]}
     assert (Path(fetched) / "results.csv").read_bytes() == (out / "results.csv").read_bytes()
     assert result_of("report", fetched, "-o", tmp_path / "page.html")["runs"] == [fetched]
 
