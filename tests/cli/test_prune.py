@@ -113,7 +113,7 @@ def test_what_a_person_sees(place: Path, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.stderr
     assert "Removed layer 1 (criterion: KL, measured one layer at a time)" in found.stdout
     assert "Perplexity" in found.stdout
-    assert f"The measurements are in {tmp_path / 'out-results'}" in found.stdout
+    assert f"measurements are in {tmp_path / 'out-results'}: costs/costs.png, costs/costs.svg, rank/" in found.stdout
     assert "nats, top-1 agreement " in found.stdout
     table = found.stdout.splitlines()[:5]
     assert table[0].split() == ["layers", "kl", "influence", "angular"]

@@ -82,6 +82,7 @@ def test_what_a_person_sees(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert f"With {DEPTH - 1} of {DEPTH} blocks: drop 1, KL " in found.stdout
     assert "A race is wrong" not in found.stdout, "four sequences are too few to race"
     assert "The measurements are in tiny-search-5-kl: search/search.png, search/search.svg" in found.stdout
+    assert f"Write the checkpoint with: layersurgery edit {place / 'tiny'} --plan 'drop " in found.stdout
     table = [line.split() for line in found.stdout.splitlines()[:4]]
     assert table[0] == ["blocks", "plan", "KL", "loss", "ppl.", "agree"]
     assert table[1][:2] == [str(DEPTH), "unedited"]
