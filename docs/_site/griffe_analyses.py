@@ -24,7 +24,7 @@ class MadeFunctions(griffe.Extension):
         if pkg.name != "layersurgery" or "analyses" not in pkg.members:
             return
         module = pkg.members["analyses"].members["signals"]
-        for name in [name for name, member in module.members.items() if member.is_attribute]:
+        for name in [name for name, member in module.members.items() if not member.is_alias and member.is_attribute]:
             value = getattr(signals, name)
             signature = inspect.signature(value)
             parameters = griffe.Parameters(
