@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ..registry import ANALYSES, STAGES, Column, column
 from .layer_kinds import kind_handles, mark_kinds, rare_kinds
@@ -30,7 +29,7 @@ from .style import (
 _UNCERTAIN = "#EFEFEF"
 _RESAMPLES = "95 % of resamples of a boundary"
 _SHADES = ("#DCE9F5", "#E3F1E6", "#FBF3D9", "#F8E3DC")
-_MIN_LOG_RATIO, _MAX_LABELED_RATIO = 3, 1000
+_MIN_LOG_RATIO = 3
 _FIGURE_1 = ("drop_kl_nats", "attention_prev5", "prediction_percent", "suppression_percent")
 _SIGNAL_PANELS = (
     "drop_kl_nats", "attention_prev5", "attention_to_mlp_ratio", "lens_kl_nats", "lens_entropy_bits", "mlp_norm",
@@ -197,10 +196,6 @@ def _scale(axis: Axes, shown: Column, *lines: Any) -> None:
     low, high = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=0)
     if shown.log and low > 0 and high > _MIN_LOG_RATIO * low:
         axis.set_yscale("log")
-        if high < _MAX_LABELED_RATIO * low:  # powers of ten would be one label or two
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     elif not shown.signed:
         axis.set_ylim(0, 1.08 * high if high > 0 else 1)
 

@@ -19,6 +19,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter, StrMethodFormatter
 
 from ..atomic_io import atomic_file
 from ..registry import Column
@@ -26,6 +27,7 @@ from ..registry import Column
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _BAND = "_one standard error"  # legends leave out labels that begin with an underscore
+_MOST_LABELED = 2000  # ratio of the ends of an axis that is labelled within powers of ten
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -59,9 +61,23 @@ class ModelTables:
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """Create a figure with a size in inches."""
+    """Create a figure with a size in inches; the end of the `with` block labels its logarithmic axes."""
     with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        for axis in figure.axes:
+            _label_decades(axis)
+
+
+def _label_decades(axis: Axes) -> None:
+    """Label a logarithmic axis with plain numbers, and with more than powers of ten if there would be one or two."""
+    if not isinstance(axis.yaxis.get_major_formatter(), LogFormatterSciNotation):
+        return
+    low, high = axis.get_ylim()
+    if low > 0 and high < _MOST_LABELED * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
