@@ -76,3 +76,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_LAZY.get(name, ".signals"), __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return __all__

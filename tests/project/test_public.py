@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,6 +27,7 @@ LIGHT = [
     ),
     *("checkpoints.sources", "checkpoints.tensor_index", "models.config_rewrite"),
     *("models.config_fields", "models.unsupported", "sweeps.schedule", "runtime.device_map", "runs.distributed"),
+    *("runs.option_checks", "runs.dry_run", "analyses.removal_goal"),
 ]
 
 
@@ -42,13 +44,14 @@ for module in {modules}:
     assert done.returncode == 0, done.stderr
 
 
-def test_public_names() -> None:
-    assert sorted(ls.__all__) == ls.__all__
-    for name in ls.__all__:
-        assert getattr(ls, name) is not None
-    assert set(dir(ls)) == set(ls.__all__)
+@pytest.mark.parametrize("package", [ls, ls.analyses], ids=["layersurgery", "analyses"])
+def test_public_names(package: ModuleType) -> None:
+    assert sorted(package.__all__) == package.__all__
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(dir(package)) == set(package.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        ls.nonsense  # noqa: B018
+        package.nonsense  # noqa: B018
 
 
 def test_the_project_refers_to_itself_alone() -> None:
