@@ -17,7 +17,7 @@ from . import completion
 from . import option_groups as g
 from . import options as o
 from .analysis_app import add_analyses
-from .expand import expand
+from .expand import expand, runs_alone
 from .heal_app import add_healing
 from .means_app import add_means
 from .share_app import add_sharing
@@ -530,7 +530,7 @@ def _edits(families: str | None, plans: Path | None) -> list[Any]:
     from layersurgery.errors import PlanError
     from layersurgery.plans.variants import parse_edits, read_plans
 
-    if families is not None:
+    if families is not None and runs_alone():
         parse_edits(families)  # a wrong name is refused before torch is imported
     if plans is None:
         return ["swap,drop" if families is None else families]

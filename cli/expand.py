@@ -84,7 +84,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
                 arguments[name] = RunConsole(push=push, **given)
             elif group is not None:
                 arguments[name] = group.kind(**{option: values[option] for option in group.options})
-                if group.kind is RunOptions:
+                if group.kind is RunOptions and runs_alone():
                     check_options(arguments[name])
             else:
                 arguments[name] = values[name]
@@ -114,6 +114,14 @@ def _checked_push(repo: str | None, public: bool) -> str | None:
     elif repo is None and public:
         raise typer.BadParameter("it says who can read what --push uploads; give --push, too", param_hint="'--public'")
     return repo
+
+
+def runs_alone() -> bool:
+    """Return whether this is the only process of the command.
+
+    Of several, only the leading one needs the text, and says what is wrong once all have found each other.
+    """
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def _is_console(annotation: Any) -> bool:
